@@ -1,0 +1,37 @@
+"""yopo: you only prune once - static, modality-aware pruning of multimodal LLMs.
+
+    import yopo
+    model = yopo.load("llava-1.5-7b-yopo")       # a baked checkpoint that skips the pruned work
+    with yopo.pruned(model, plan):               # or a model in memory, for a while
+        model.generate(**inputs)
+
+Importing this package imports neither torch nor transformers; the first use of ``load`` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load": "yopo.serving",
+    "pruned": "yopo.runtime.install",
+    "Plan": "yopo.plan",
+    "LayerPlan": "yopo.plan",
+    "read_plan": "yopo.plan_file",
+    "YopoError": "yopo.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'yopo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,62 @@
+"""What goes wrong in a user's hands: one sentence and one remedy, never a traceback.
+
+Library code raises these for bad input; the command line prints them on stderr and exits with
+``exit_code``. Programming errors stay ordinary Python exceptions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class YopoError(Exception):
+    """A user-facing failure: what, where, expected, found - and what to do about it.
+
+    Args:
+        message: One sentence that names the file, key or model concerned.
+        remedy: What the user can do, in the imperative; printed on its own line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.remedy}" if self.remedy else self.message
+
+
+class PlanError(YopoError):
+    """A plan or configuration file that does not say something valid."""
+
+
+class ModelError(YopoError):
+    """A model that is unknown, unreachable, unsupported, or not the plan's."""
+
+
+class DataError(YopoError):
+    """Image-question pairs that cannot be read or hold nothing to measure."""
+
+
+class CheckpointError(YopoError):
+    """A checkpoint directory with missing, corrupt or unsuitable files."""
+
+
+class OutputError(YopoError):
+    """A result that cannot be written where it was asked for."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Remedy for an unknown name: the closest known ones, or all of them.
+
+    Returns:
+        ``Did you mean 'a' or 'b'?`` or ``Known: a, b, c.``
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(repr(match) for match in close)}?"
+    return f"Known: {', '.join(names)}."

@@ -1,0 +1,119 @@
+"""The record that describes a family, and reading a decoder's shape off a configuration."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from yopo.errors import ModelError
+from yopo.grid import Grid
+from yopo.plan import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+GridsOf = Callable[["PreTrainedConfig", Sequence[int]], list[tuple[Grid, ...]]]
+"""(configuration, visual tokens per batch row) -> the image grids of every batch row."""
+
+DECODER_KEY = re.compile(
+    r"^(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.)?layers\.(\d+)\.(.+)$"
+)
+"""A decoder layer's tensor name in a checkpoint, in hub layout and in module-name layout alike;
+groups: layer index, name inside the layer. Vision towers never match."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Names of the parts of a pre-norm decoder layer.
+
+    Attributes:
+        model_types: ``model_type`` of the text configurations that are built like this.
+        query, key, value, output: Attention projections under ``self_attn``.
+        gate, up, down: FFN projections under ``mlp``.
+        attention_norm, ffn_norm: Norms in front of attention and FFN.
+    """
+
+    model_types: tuple[str, ...]
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    attention_norm: str = "input_layernorm"
+    ffn_norm: str = "post_attention_layernorm"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One multimodal model family.
+
+    Attributes:
+        name: What plans call it.
+        model_type: ``model_type`` of the outer configuration.
+        architecture: The transformers class of its checkpoints.
+        backbones: Text decoders that it may stand on.
+        aliases: Short names for hub ids; a value ``package:PATH`` lies inside this package.
+        grids_of: Locates the images among a batch row's visual tokens.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    backbones: tuple[Backbone, ...]
+    aliases: Mapping[str, str]
+    grids_of: GridsOf
+
+    def backbone(self, config: PreTrainedConfig) -> Backbone:
+        """The backbone of a model of this family.
+
+        Raises:
+            ModelError: The text decoder's ``model_type`` is none that this family supports.
+        """
+        found = config.get_text_config().model_type
+        for backbone in self.backbones:
+            if found in backbone.model_types:
+                return backbone
+        known = ", ".join(name for each in self.backbones for name in each.model_types)
+        raise ModelError(
+            f"{self.name} with the text decoder '{found}' is not supported (supported: {known})."
+        )
+
+
+def shape_of(config: PreTrainedConfig) -> ModelShape:
+    """Read the text decoder's dimensions off an outer configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return ModelShape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        ffn=text.intermediate_size,
+    )
+
+
+def square_grids(counts: Sequence[int], tokens_per_image: int) -> list[tuple[Grid, ...]]:
+    """Grids of rows that hold whole square images of one size.
+
+    Raises:
+        ModelError: A count is no multiple of the image's tokens: the prompt was cut inside an
+            image (chunked prefill), or the processor and the model disagree.
+    """
+    side = math.isqrt(tokens_per_image)
+    rows = []
+    for count in counts:
+        images, rest = divmod(count, tokens_per_image)
+        if rest:
+            raise ModelError(
+                f"{count} visual tokens are not a whole number of images of {tokens_per_image}.",
+                remedy="Prefill the prompt in one piece (no prefill_chunk_size), and check that "
+                "the processor's patch_size and vision_feature_select_strategy are the model's.",
+            )
+        rows.append((Grid(side, side),) * images)
+    return rows

@@ -1,0 +1,36 @@
+"""LLaVA-1.5: CLIP tower, MLP projector, a Llama-like decoder; one square grid per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from yopo.families.family import Backbone, Family, square_grids
+from yopo.grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def grids_of(config: PreTrainedConfig, counts: Sequence[int]) -> list[tuple[Grid, ...]]:
+    """Square grids from the tower's image and patch size (two images may form one token run)."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    with_class_token = config.vision_feature_select_strategy == "full"
+    if with_class_token:  # one extra token per image: no grid, treat it as one row
+        return [(Grid(1, side * side + 1),) * (count // (side * side + 1)) for count in counts]
+    return square_grids(counts, side * side)
+
+
+LLAVA = Family(
+    name="llava",
+    model_type="llava",
+    architecture="LlavaForConditionalGeneration",
+    backbones=(Backbone(("llama", "mistral", "qwen2")),),
+    aliases={
+        "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+        "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+        "llava-tiny": "package:demo/llava_tiny",
+    },
+    grids_of=grids_of,
+)

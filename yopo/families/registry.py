@@ -1,0 +1,94 @@
+"""Which families there are, and what a model's name means: alias, local directory or hub id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from yopo.errors import ModelError, suggest
+from yopo.families.family import Family
+from yopo.families.llava import LLAVA
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FAMILIES: tuple[Family, ...] = (LLAVA,)
+
+ALIASES: dict[str, str] = {
+    alias: target for family in FAMILIES for alias, target in family.aliases.items()
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: How plans name it: the alias, the hub id, or the directory's own name.
+        location: A local directory, or a hub id.
+        revision: Hub revision, or None.
+        is_local: Whether ``location`` is a directory on this machine.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    is_local: bool
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model's outer configuration.
+
+    Raises:
+        ModelError: No registered family has its ``model_type``.
+    """
+    found = config.model_type
+    for family in FAMILIES:
+        if family.model_type == found:
+            return family
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise ModelError(f"Models of type '{found}' are not supported (supported: {known}).")
+
+
+def family_named(name: str) -> Family:
+    """The family that a plan names.
+
+    Raises:
+        ModelError: No such family; suggests the closest names.
+    """
+    by_name = {family.name: family for family in FAMILIES}
+    if name not in by_name:
+        raise ModelError(f"Unknown model family '{name}'.", remedy=suggest(name, by_name))
+    return by_name[name]
+
+
+def resolve(name: str) -> ModelSource:
+    """Turn what a user calls a model into a place to load it from. Touches no network.
+
+    Args:
+        name: An alias, a directory, or a hub id ``org/name[@revision]``.
+
+    Raises:
+        ModelError: Neither; suggests the closest alias.
+    """
+    if name in ALIASES:
+        target = ALIASES[name]
+        if target.startswith("package:"):
+            inside = files("yopo").joinpath(target.removeprefix("package:"))
+            return ModelSource(name, str(inside), None, is_local=True)
+        return ModelSource(name, target, None, is_local=False)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelSource(path.resolve().name, str(path), None, is_local=True)
+    repository, _, revision = name.partition("@")
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.exists()
+    if repository.count("/") == 1 and not looks_local:
+        return ModelSource(name, repository, revision or None, is_local=False)
+    if looks_local or "/" in name:
+        raise ModelError(
+            f"{name}: no such model directory.",
+            remedy="Give a directory with config.json, a hub id org/name[@revision], or an alias.",
+        )
+    raise ModelError(f"Unknown model '{name}'.", remedy=suggest(name, ALIASES))
