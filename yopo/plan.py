@@ -150,6 +150,20 @@ class Measured:
 class Plan:
     """A whole pruning plan. Construction validates; a valid plan is never mutated.
 
+    Attributes:
+        model: The model that it was made for.
+        workload: The prompt that its FLOPs and bytes are quoted for.
+        layers: One entry per decoder layer.
+        budget: Visual FLOPs asked for and reached.
+        compensation: ``mean`` adds to visual tokens, as a bias, what their pruned neurons and
+            heads contributed on average; ``none`` does not.
+        bidirectional: Whether visual tokens attend neighbors behind them too, as in the paper's
+            fine-tuned checkpoints; training-free plans stay causal.
+        baked: Whether the checkpoint's heads and neurons already stand in order of importance.
+        tensors: The side file with neuron orders and means, or None if none is needed.
+        measured: What calibration saw.
+        provenance: Where the plan comes from: pairs, samples, seed, version, candidates.
+
     Raises:
         InvalidPlan: A layer count, head, neuron count or radius does not fit the model's shape.
     """
@@ -160,6 +174,7 @@ class Plan:
     budget: Budget
     compensation: str = "none"
     bidirectional: bool = False
+    baked: bool = False
     tensors: TensorsFile | None = None
     measured: Measured | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -222,7 +237,7 @@ def first_problem(plan: Plan) -> tuple[tuple[str | int, ...], str] | None:
         if problem is not None:
             key, what = problem
             return ("layers", index, key), what
-    if plan.needs_order and plan.tensors is None:
+    if plan.needs_order and plan.tensors is None and not plan.baked:
         return ("tensors",), "must name the file with the neuron orders, since neurons are pruned"
     return None
 

@@ -37,6 +37,7 @@ _KEYS = (
     "budget",
     "compensation",
     "bidirectional",
+    "baked",
     "tensors",
     "layers",
     "measured",
@@ -59,6 +60,8 @@ def to_yaml(plan: Plan) -> str:
         "compensation": plan.compensation,
         "bidirectional": plan.bidirectional,
     }
+    if plan.baked:
+        data["baked"] = True
     if plan.tensors is not None:
         data["tensors"] = asdict(plan.tensors)
     data["layers"] = [_layer_to_dict(layer, plan.model.shape) for layer in plan.layers]
@@ -110,6 +113,7 @@ def parse_plan(name: str, text: str) -> Plan:
             bidirectional=document.typed(
                 ("bidirectional",), data.get("bidirectional", False), bool
             ),
+            baked=document.typed(("baked",), data.get("baked", False), bool),
             tensors=_read_tensors(document),
             measured=_read_measured(document, model.shape),
             provenance=document.typed(("provenance",), data.get("provenance") or {}, dict),

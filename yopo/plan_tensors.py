@@ -1,0 +1,191 @@
+"""The tensors that belong to a plan: neuron orders, and the means that compensation adds back.
+
+They live in a safetensors file beside ``plan.yaml``, which names it with its sha256. A plan that
+goes to stdout leaves them in a content-addressed cache, so that a pipeline can still apply it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from yopo.errors import OutputError, PlanError
+from yopo.plan import Plan, TensorsFile
+from yopo.plan_file import read_plan, to_yaml
+
+
+@dataclass(frozen=True)
+class PlanTensors:
+    """What a plan needs beside its numbers.
+
+    Attributes:
+        neuron_order: (layers, ffn) int64, each layer's neurons from most to least important;
+            None if the checkpoint's neurons already stand in that order (baked).
+        neuron_mean: (layers, ffn) float32, mean FFN activation over visual tokens in the
+            checkpoint's own neuron order; None without compensation.
+        head_mean: (layers, heads, head_dim) float32, mean attention output of every query head
+            over visual tokens; None without compensation.
+    """
+
+    neuron_order: torch.Tensor | None = None
+    neuron_mean: torch.Tensor | None = None
+    head_mean: torch.Tensor | None = None
+
+    def to_bytes(self) -> bytes:
+        """Serialise as safetensors; the same tensors give the same bytes."""
+        stored = {}
+        for each in fields(self):
+            tensor = getattr(self, each.name)
+            if tensor is not None:
+                kind = torch.int32 if each.name == "neuron_order" else torch.float32
+                stored[each.name] = tensor.detach().to("cpu", kind).contiguous()
+        return save(stored, metadata={"format": "pt"})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> PlanTensors:
+        """Inverse of ``to_bytes``; raises SafetensorError for anything else."""
+        stored = load(data)
+        order = stored.get("neuron_order")
+        return cls(
+            neuron_order=None if order is None else order.long(),
+            neuron_mean=stored.get("neuron_mean"),
+            head_mean=stored.get("head_mean"),
+        )
+
+
+def cache_directory() -> Path:
+    """Where tensors of plans on stdout are kept: ``$YOPO_CACHE`` or ``~/.cache/yopo``."""
+    return Path(os.environ.get("YOPO_CACHE") or Path.home() / ".cache" / "yopo")
+
+
+def write_plan(plan: Plan, tensors: PlanTensors | None, target: str, *, force: bool) -> Plan:
+    """Write ``plan.yaml`` and its side file ``plan.safetensors``, or the plan to stdout for ``-``.
+
+    Args:
+        plan: The plan; its ``tensors`` entry is set here.
+        tensors: Its tensors, or None if it needs none.
+        target: Path of the YAML file, or ``-``.
+        force: Whether existing files may be replaced.
+
+    Returns:
+        The plan as written.
+
+    Raises:
+        OutputError: A file exists (without ``force``) or cannot be written.
+    """
+    data = tensors.to_bytes() if tensors is not None else None
+    path = Path(target)
+    if data is not None:
+        sha256 = hashlib.sha256(data).hexdigest()
+        side = f"{sha256}.safetensors" if target == "-" else f"{path.stem}.safetensors"
+        plan = replace(plan, tensors=TensorsFile(side, sha256))
+    if target == "-":
+        if data is not None:
+            _write_atomically(cache_directory() / plan.tensors.file, data)
+        sys.stdout.write(to_yaml(plan))
+        sys.stdout.flush()
+        return plan
+    outputs = [(path, to_yaml(plan).encode())]
+    if data is not None:
+        outputs.insert(0, (path.with_name(plan.tensors.file), data))
+    check_writable([file for file, _ in outputs], force=force)
+    for file, content in outputs:
+        _write_atomically(file, content)
+    return plan
+
+
+def check_writable(paths: list[Path], *, force: bool) -> None:
+    """Raise OutputError if a file would be overwritten, or its folder does not exist."""
+    for path in paths:
+        if path.is_dir():
+            raise OutputError(f"{path}: is a directory, expected a file name.")
+        if path.exists() and not force:
+            raise OutputError(f"{path}: exists already.", remedy="Use --force to replace it.")
+        if not path.absolute().parent.is_dir():
+            raise OutputError(f"{path}: its folder does not exist.")
+
+
+def read_plan_with_tensors(source: str | Path) -> tuple[Plan, PlanTensors | None]:
+    """Read a plan and the tensors that it names, from beside it or from the cache.
+
+    Raises:
+        PlanError: The plan is invalid, or its side file is missing, altered or misshapen.
+    """
+    plan = read_plan(source)
+    if plan.tensors is None:
+        return plan, None
+    folder = Path.cwd() if str(source) == "-" else Path(source).absolute().parent
+    return plan, read_tensors(plan, folder)
+
+
+def read_tensors(plan: Plan, folder: Path) -> PlanTensors:
+    """Read and check a plan's side file from ``folder``, or else from the cache."""
+    named = plan.tensors
+    candidates = [folder / named.file, cache_directory() / f"{named.sha256}.safetensors"]
+    path = next((each for each in candidates if each.is_file()), None)
+    if path is None:
+        raise PlanError(
+            f"{candidates[0]}: the plan's tensors are missing.",
+            remedy="Keep the .safetensors file beside the plan, or calibrate again.",
+        )
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != named.sha256:
+        raise PlanError(
+            f"{path}: is not the file that the plan names (sha256 {found[:12]}..., "
+            f"expected {named.sha256[:12]}...).",
+            remedy="The plan and its tensors come from different runs; calibrate again.",
+        )
+    try:
+        tensors = PlanTensors.from_bytes(data)
+    except SafetensorError as error:
+        raise PlanError(f"{path}: is not a safetensors file: {error}.") from error
+    _check_shapes(plan, tensors, path)
+    return tensors
+
+
+def _check_shapes(plan: Plan, tensors: PlanTensors, path: Path) -> None:
+    shape = plan.model.shape
+    expected = {
+        "neuron_order": (shape.layers, shape.ffn),
+        "neuron_mean": (shape.layers, shape.ffn),
+        "head_mean": (shape.layers, shape.heads, shape.head_dim),
+    }
+    for name, size in expected.items():
+        tensor = getattr(tensors, name)
+        if tensor is not None and tuple(tensor.shape) != size:
+            raise PlanError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {size}.")
+    order = tensors.neuron_order
+    if order is None and plan.needs_order and not plan.baked:
+        raise PlanError(f"{path}: lacks neuron_order, which the plan needs.")
+    if order is not None and not torch.equal(
+        order.sort(dim=1).values, torch.arange(shape.ffn).expand_as(order)
+    ):
+        raise PlanError(f"{path}: neuron_order is not a permutation of the neurons.")
+    if plan.compensation == "mean" and (tensors.neuron_mean is None or tensors.head_mean is None):
+        raise PlanError(f"{path}: lacks the means that 'compensation: mean' needs.")
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".yopo-", delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(data)
+                file.flush()
+                os.chmod(temporary, 0o644)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}.") from error
