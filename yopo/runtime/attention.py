@@ -1,0 +1,126 @@
+"""The attention calls of a pruned layer: text over text and visual keys, visual over neighbors."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from yopo.runtime.cache import PrunedCacheLayer
+from yopo.runtime.geometry import Geometry
+from yopo.runtime.heads import take
+
+
+def text_attention(
+    queries: torch.Tensor,
+    cache: PrunedCacheLayer,
+    geometry: Geometry,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of text queries: kept heads read visual and text keys, all others text alone.
+
+    Args:
+        queries: (batch, heads, text, head_dim), RoPE applied.
+        cache: The layer's keys and values, this forward's included.
+        geometry: Masks of this forward.
+        scale: Factor on the logits.
+
+    Returns:
+        (batch, heads, text, head_dim).
+    """
+    split, outputs = cache.split, []
+    text_mask, causal = geometry.text_mask, geometry.text_is_causal
+    if split.reading_width:
+        keys, values = cache.kept
+        outputs.append(
+            _attend(
+                take(queries, split.reading),
+                keys,
+                values,
+                geometry.reading_mask,
+                width=split.reading_width,
+                scale=scale,
+            )
+        )
+    if split.dropped_width:
+        keys, values = (each[:, :, cache.num_visual :] for each in cache.kept)
+        few, width = take(queries, split.dropped), split.dropped_width
+        outputs.append(
+            _attend(few, keys, values, text_mask, width=width, scale=scale, causal=causal)
+        )
+    if split.other_width:
+        keys, values = cache.other
+        few, width = take(queries, split.other), split.other_width
+        outputs.append(
+            _attend(few, keys, values, text_mask, width=width, scale=scale, causal=causal)
+        )
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return joined if split.restore is None else take(joined, split.restore)
+
+
+def visual_attention(
+    queries: torch.Tensor,
+    cache: PrunedCacheLayer,
+    geometry: Geometry,
+    radius: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of visual queries over their neighbors and the text in front of them.
+
+    Args:
+        queries: (batch, kept heads, visual, head_dim), RoPE applied, in ``split.kept`` order.
+        cache: The layer's keys and values, this forward's included.
+        geometry: Blocks and masks of this forward.
+        radius: The neighborhood's Chebyshev radius, or None.
+        scale: Factor on the logits.
+
+    Returns:
+        (batch, kept heads, visual, head_dim).
+    """
+    split = cache.split
+    padded = queries if split.kept_places is None else take(queries, split.reading_of_kept)
+    keys, values = cache.kept
+    outputs = []
+    for block in geometry.visual_blocks(radius):
+        span = (block.key_start, block.key_stop, cache.num_visual, block.num_text)
+        outputs.append(
+            _attend(
+                padded[:, :, block.start : block.stop],
+                _pick(keys, *span),
+                _pick(values, *span),
+                block.mask,
+                width=split.reading_width,
+                scale=scale,
+            )
+        )
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return joined if split.kept_places is None else take(joined, split.kept_places)
+
+
+def _pick(buffer: torch.Tensor, start: int, stop: int, visual: int, num_text: int) -> torch.Tensor:
+    """Visual entries ``[start, stop)`` and the first text ones; a view where they touch."""
+    if num_text == 0 or stop == visual:
+        return buffer[:, :, start : stop + num_text]
+    parts = (buffer[:, :, start:stop], buffer[:, :, visual : visual + num_text])
+    return torch.cat(parts, dim=2)
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    width: int,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention of ``width`` query heads per KV head."""
+    if width == 1 or queries.shape[2] > 1:
+        return scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=width > 1
+        )
+    # One query per head: a group's heads become rows of one call, so that no key is repeated.
+    batch, _, _, head_dim = queries.shape
+    rows = queries.reshape(batch, keys.shape[1], width, head_dim)
+    out = scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
+    return out.reshape(batch, -1, 1, head_dim)

@@ -1,0 +1,286 @@
+"""The KV cache of a pruned model: visual keys and values for kept KV heads alone.
+
+RoPE is applied before caching, so key order is free: a kept KV head holds its visual keys first
+and its text keys behind them in one growing buffer (its text-only view is a slice), the other KV
+heads hold text alone. Every layer reports the *logical* length - all tokens seen, visual ones
+included - because ``generate``, chat continuation and position ids are computed from it.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from yopo.errors import ModelError
+from yopo.runtime.heads import HeadSplit, take
+
+HEADROOM = 64
+"""Positions allocated ahead when a decode step outgrows a buffer (an eighth of it if more)."""
+
+
+class GrowingBuffer:
+    """A (batch, heads, length, head_dim) tensor that grows along ``length`` without copying.
+
+    The first append takes the tensor as it is; later ones write into spare room.
+    """
+
+    def __init__(self, first: torch.Tensor):
+        self._data = first
+        self._length = first.shape[2]
+
+    @property
+    def view(self) -> torch.Tensor:
+        """The filled part."""
+        return self._data.narrow(2, 0, self._length)
+
+    def append(self, values: torch.Tensor) -> None:
+        """Add (batch, heads, new, head_dim) values at the end."""
+        end = self._length + values.shape[2]
+        if end > self._data.shape[2]:
+            batch, heads, _, head_dim = values.shape
+            room = end + max(HEADROOM, end // 8)
+            grown = values.new_empty(batch, heads, room, head_dim)
+            grown[:, :, : self._length] = self.view
+            self._data = grown
+        self._data[:, :, self._length : end] = values
+        self._length = end
+
+    def insert(self, position: int, values: torch.Tensor) -> None:
+        """Put values before ``position`` (visual keys of a later image); copies once."""
+        before, behind = self.view[:, :, :position], self.view[:, :, position:]
+        self.replace(torch.cat([before, values, behind], dim=2))
+
+    def replace(self, data: torch.Tensor) -> None:
+        """Hold other data."""
+        self._data, self._length = data, data.shape[2]
+
+    def shorten(self, count: int) -> None:
+        """Forget the last ``count`` positions."""
+        self._length -= count
+
+
+class TokenIndex:
+    """Positions of the cached tokens, shared by all layers of a cache.
+
+    Attributes:
+        length: Logical length: tokens seen, padding and visual ones included.
+        text: (batch, text tokens) int64, logical positions; -1 on stream padding.
+        visual: (batch, visual tokens) int64, likewise.
+        is_padded: Whether a -1 occurs.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self.text: torch.Tensor | None = None
+        self.visual: torch.Tensor | None = None
+        self.is_padded = False
+
+    def extend(
+        self, text: torch.Tensor, visual: torch.Tensor | None = None, *, num_tokens: int
+    ) -> None:
+        """Add a forward's ``num_tokens`` tokens: (batch, new) logical positions of both streams."""
+        self.text = text if self.text is None else torch.cat([self.text, text], dim=1)
+        if visual is not None:
+            both = visual if self.visual is None else torch.cat([self.visual, visual], dim=1)
+            self.visual = both
+        self.length += num_tokens
+
+    @property
+    def num_visual(self) -> int:
+        """Cached visual positions per row, padding included."""
+        return 0 if self.visual is None else self.visual.shape[1]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep (or repeat) batch rows."""
+        self.text = self.text[rows.to(self.text.device)]
+        if self.visual is not None:
+            self.visual = self.visual[rows.to(self.visual.device)]
+
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` logical tokens, all of which must be text."""
+        if bool((self.text[:, -count:] < self.length - count).any()):
+            raise ModelError("A pruned cache cannot be cropped into an image.")
+        self.text = self.text[:, :-count]
+        self.length -= count
+
+
+class PrunedCacheLayer(CacheLayerMixin):
+    """One layer of the cache; filled by the pruned decoder only.
+
+    Args:
+        split: The layer's head groups.
+        index: The cache's token index.
+        is_first: Whether this layer keeps the index in step on batch operations.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, split: HeadSplit, index: TokenIndex, *, is_first: bool):
+        super().__init__()
+        self.split = split
+        self.index = index
+        self.num_visual = 0
+        self._is_first = is_first
+        self._kept: tuple[GrowingBuffer, GrowingBuffer] | None = None
+        self._other: tuple[GrowingBuffer, GrowingBuffer] | None = None
+
+    def append(
+        self,
+        text: tuple[torch.Tensor, torch.Tensor],
+        visual: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """Add a forward's keys and values.
+
+        Args:
+            text: Keys and values of the text stream, (batch, kv_heads, text, head_dim) each.
+            visual: Those of the visual stream for kept KV heads, (batch, kept, visual, head_dim)
+                each; None if there are no visual tokens (left).
+        """
+        split = self.split
+        if split.num_kept_kv:
+            kept = [take(each, split.kept_kv) for each in text]
+            if self._kept is None:
+                parts = kept
+                if visual is not None:
+                    parts = [torch.cat(pair, dim=2) for pair in zip(visual, kept, strict=True)]
+                self._kept = tuple(GrowingBuffer(each) for each in parts)
+            else:
+                for buffer, values in zip(self._kept, kept, strict=True):
+                    buffer.append(values)
+                if visual is not None:
+                    for buffer, values in zip(self._kept, visual, strict=True):
+                        buffer.insert(self.num_visual, values)
+            self.num_visual += 0 if visual is None else visual[0].shape[2]
+        if split.other_width:
+            other = [take(each, split.other_kv) for each in text]
+            if self._other is None:
+                self._other = tuple(GrowingBuffer(each) for each in other)
+            else:
+                for buffer, values in zip(self._other, other, strict=True):
+                    buffer.append(values)
+        self.is_initialized = True
+
+    @property
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of kept KV heads, (batch, kept, visual + text, head_dim)."""
+        return self._kept[0].view, self._kept[1].view
+
+    @property
+    def other(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the other KV heads, (batch, others, text, head_dim)."""
+        return self._other[0].view, self._other[1].view
+
+    def visual_bytes(self) -> int:
+        """Bytes of visual keys and values that this layer holds."""
+        if not self.num_visual:
+            return 0
+        return sum(each[:, :, : self.num_visual].nbytes for each in self.kept)
+
+    def get_seq_length(self) -> int:
+        """The logical length."""
+        return self.index.length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical key length and offset."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Never called by the pruned decoder."""
+        self.update(key_states, value_states)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Refuse stock attention: it would need the visual keys that are not here."""
+        raise ModelError(
+            "This cache was filled by a pruned model and cannot serve the dense one.",
+            remedy="Start a new conversation (a new cache) for the dense model.",
+        )
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Follow a beam search."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep batch rows."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        if self.is_initialized:
+            rows = self._buffers()[0].view.shape[0]
+            self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (text only)."""
+        count = abs(tokens_to_remove)
+        if not count or not self.is_initialized:
+            return
+        if self._is_first:
+            self.index.crop(count)
+        for buffer in self._buffers():
+            buffer.shorten(count)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._kept = self._other = None
+        self.num_visual = 0
+        self.is_initialized = False
+        if self._is_first:
+            self.index.clear()
+
+    def _buffers(self) -> list[GrowingBuffer]:
+        return [*(self._kept or ()), *(self._other or ())]
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        if self._is_first:
+            self.index.select(rows)
+        for buffer in self._buffers():
+            buffer.replace(buffer.view.index_select(0, rows.to(buffer.view.device)))
+
+
+def new_layers(splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
+    """Empty cache layers that share one token index."""
+    index = TokenIndex()
+    return [
+        PrunedCacheLayer(split, index, is_first=number == 0) for number, split in enumerate(splits)
+    ]
+
+
+def adopt(cache: Cache, splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
+    """Make a cache object that transformers handed over hold pruned layers.
+
+    The object stays (generate and prompt lookup keep references to it), its empty layers go.
+
+    Raises:
+        ModelError: The cache is static, sliding or offloaded, or was filled by another model.
+    """
+    layers = cache.layers
+    if layers and all(isinstance(layer, PrunedCacheLayer) for layer in layers):
+        if [layer.split.kept for layer in layers] != [split.kept for split in splits]:
+            raise ModelError("This cache was filled under another plan; start a new one.")
+        return layers
+    if getattr(cache, "offloading", False) or any(
+        type(each) is not DynamicLayer for each in layers
+    ):
+        kind = type(layers[0]).__name__ if layers else type(cache).__name__
+        raise ModelError(
+            f"A pruned model keeps its own cache and cannot use {kind}.",
+            remedy="Drop cache_implementation (and past_key_values), or pass a DynamicCache.",
+        )
+    if cache.get_seq_length() > 0:
+        raise ModelError(
+            "This cache was filled by the dense model and cannot be continued by the pruned one.",
+            remedy="Prefill the conversation with the pruned model.",
+        )
+    cache.layers[:] = new_layers(splits)
+    return cache.layers

@@ -1,0 +1,257 @@
+"""The pruned decoder: a text stream at full width beside a visual stream that does less.
+
+The sequence is split once and joined once; no layer gathers or scatters. Text runs through the
+ordinary modules. Visual tokens run through the parts that the plan leaves them, and are gone once
+no later layer does anything with them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from yopo.errors import ModelError
+from yopo.families.family import Backbone
+from yopo.layout import LayoutProbe
+from yopo.plan import Plan
+from yopo.runtime.attention import text_attention, visual_attention
+from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
+from yopo.runtime.geometry import Geometry
+from yopo.runtime.heads import HeadSplit, split_heads
+from yopo.runtime.weights import VisualLayer
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class PrunedState(nn.Module):
+    """What a pruned decoder carries: the plan, the visual parts of its layers, the layout probe.
+
+    A module, so that its buffers follow ``model.to``; nothing in it enters a state dict.
+    """
+
+    def __init__(self, plan: Plan, layers: nn.ModuleList, names: Backbone, probe: LayoutProbe):
+        super().__init__()
+        self.plan = plan
+        self.visual = layers
+        self.names = names
+        self.probe = probe
+        shape = plan.model.shape
+        self.splits: list[HeadSplit] = [split_heads(layer, shape) for layer in plan.layers]
+
+
+class PrunedDecoder:
+    """Forward of a text decoder under a plan; mixed into the decoder's own class.
+
+    Expects ``self.yopo``, a :class:`PrunedState`.
+    """
+
+    yopo: PrunedState
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutputWithPast:
+        """Run all layers; arguments as in the stock decoder.
+
+        Returns:
+            ``last_hidden_state`` (batch, sequence, hidden), zero at visual tokens that are gone
+            before the last layer, and the cache.
+
+        Raises:
+            ModelError: Hidden states or attentions of all layers are asked for, which do not
+                exist for visual tokens; or the cache or attention mask is of an unusable kind.
+        """
+        _refuse_captures(self.config, kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        splits = self.yopo.splits
+        keep = past_key_values is not None
+        cache = adopt(past_key_values, splits) if keep else new_layers(splits)
+        batch, length, _ = embeds.shape
+        index = cache[0].index
+        if position_ids is None:
+            place = torch.arange(length, device=embeds.device) + index.length
+            position_ids = place.unsqueeze(0)
+        layout = self.yopo.probe.layout
+        bidirectional = self.yopo.plan.bidirectional
+        geometry = Geometry(
+            layout,
+            batch,
+            length,
+            attention_mask,
+            index,
+            bidirectional=bidirectional,
+            device=embeds.device,
+        )
+        rotary = self.rotary_emb(embeds, position_ids=position_ids)
+        hidden = run_layers(self, embeds, rotary, geometry, cache)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=past_key_values if keep else None
+        )
+
+
+def run_layers(
+    decoder: nn.Module,
+    embeds: torch.Tensor,
+    rotary: Rotary,
+    geometry: Geometry,
+    cache: list[PrunedCacheLayer],
+) -> torch.Tensor:
+    """Carry both streams through the layers.
+
+    Args:
+        decoder: A decoder with ``yopo`` state.
+        embeds: (batch, sequence, hidden), image features merged in.
+        rotary: Cosines and sines, (1 or batch, sequence, head_dim).
+        geometry: Positions and masks of this forward.
+        cache: One layer each; filled on the way.
+
+    Returns:
+        (batch, sequence, hidden) after the final norm.
+    """
+    state: PrunedState = decoder.yopo
+    text, visual = embeds, None
+    text_rotary, visual_rotary = rotary, None
+    if geometry.visual is not None:
+        rotary = tuple(each.expand(embeds.shape[0], -1, -1) for each in rotary)
+        text, visual = geometry.text.gather(embeds), geometry.visual.gather(embeds)
+        text_rotary = tuple(geometry.text.gather(each) for each in rotary)
+        visual_rotary = tuple(geometry.visual.gather(each) for each in rotary)
+    for number, layer in enumerate(decoder.layers):
+        if number == state.plan.visual_depth:
+            visual = None
+        part = state.visual[number] if visual is not None else None
+        run = LayerRun(layer, part, state.names, geometry, cache[number])
+        text, visual = run(text, visual, text_rotary, visual_rotary)
+    text = decoder.norm(text)
+    if geometry.visual is None:
+        return text
+    hidden = torch.zeros_like(embeds)
+    geometry.text.scatter(hidden, text)
+    if visual is not None:
+        geometry.visual.scatter(hidden, decoder.norm(visual))
+    return hidden
+
+
+class LayerRun:
+    """One layer of one forward.
+
+    Args:
+        layer: The stock decoder layer.
+        part: Its visual part; None if visual tokens are gone or absent.
+        names: Names of the layer's modules.
+        geometry: Positions and masks.
+        cache: The layer's keys and values.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        part: VisualLayer | None,
+        names: Backbone,
+        geometry: Geometry,
+        cache: PrunedCacheLayer,
+    ):
+        self.layer, self.part, self.names = layer, part, names
+        self.attention = layer.self_attn
+        self.geometry, self.cache = geometry, cache
+        self._rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
+
+    def __call__(
+        self,
+        text: torch.Tensor,
+        visual: torch.Tensor | None,
+        text_rotary: Rotary,
+        visual_rotary: Rotary | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run both streams, (batch, text, hidden) and (batch, visual, hidden) or None."""
+        norm = getattr(self.layer, self.names.attention_norm)
+        queries, keys, values = self._project_text(norm(text), text_rotary)
+        visual_queries, visual_kv = None, None
+        if visual is not None and self.part.plan.heads:
+            visual_queries, visual_kv = self._project_visual(norm(visual), visual_rotary)
+        self.cache.append((keys, values), visual_kv)
+        scale = self.attention.scaling
+        mixed = text_attention(queries, self.cache, self.geometry, scale)
+        text = text + getattr(self.attention, self.names.output)(_join_heads(mixed))
+        if visual is not None:
+            visual = self._add_visual_attention(visual, visual_queries, scale)
+        ffn_norm = getattr(self.layer, self.names.ffn_norm)
+        text = text + self.layer.mlp(ffn_norm(text))
+        if visual is not None:
+            if self.part.plan.neurons:
+                visual = visual + self.part.ffn(ffn_norm(visual))
+            elif self.part.ffn_bias is not None:
+                visual = visual + self.part.ffn_bias
+        return text, visual
+
+    def _project_text(
+        self, normed: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        names, attention = self.names, self.attention
+        queries, keys, values = (
+            _split_heads(getattr(attention, name)(normed), attention.head_dim)
+            for name in (names.query, names.key, names.value)
+        )
+        queries, keys = self._rotate(queries, keys, *rotary)
+        return queries, keys, values
+
+    def _project_visual(
+        self, normed: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+        part, head_dim = self.part, self.attention.head_dim
+        keys = _split_heads(part.key(normed), head_dim)
+        values = _split_heads(part.value(normed), head_dim)
+        if not part.plan.attend:
+            _, keys = self._rotate(keys, keys, *rotary)
+            return None, (keys, values)
+        queries = _split_heads(part.query(normed), head_dim)
+        queries, keys = self._rotate(queries, keys, *rotary)
+        return queries, (keys, values)
+
+    def _add_visual_attention(
+        self, visual: torch.Tensor, queries: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        part = self.part
+        if queries is None:
+            return visual if part.attention_bias is None else visual + part.attention_bias
+        radius = part.plan.radius
+        mixed = visual_attention(queries, self.cache, self.geometry, radius, scale)
+        return visual + part.output(_join_heads(mixed))
+
+
+def _split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
+    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _join_heads(mixed: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, length, head_dim) -> (batch, length, heads * head_dim)."""
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _refuse_captures(config: object, kwargs: dict[str, object]) -> None:
+    for what in ("hidden_states", "attentions"):
+        flag = f"output_{what}"
+        if kwargs.get(flag) or getattr(config, flag, False):
+            raise ModelError(
+                f"A pruned model has no {what} of all tokens in all layers.",
+                remedy=f"Drop {flag}, or ask the dense model.",
+            )

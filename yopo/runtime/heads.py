@@ -1,0 +1,120 @@
+"""Which query heads meet which keys: the rectangles that a layer's attention calls multiply.
+
+A KV head is *kept* if one of its query heads may read visual keys; only kept KV heads hold visual
+keys and values. Query heads then fall into three groups: reading ones (text and visual keys),
+dropped ones of a kept KV head, and those of the other KV heads (both text keys alone). Attention
+calls want equally many query heads per KV head, so groups are padded to the largest number by
+repeating a head; whole KV groups and multi-head attention need no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from yopo.plan import LayerPlan, ModelShape
+
+Index = slice | torch.Tensor
+"""A selection along one dimension: a slice (a view) where possible, else int64 positions."""
+
+
+def as_index(positions: list[int]) -> Index:
+    """A slice if the positions are consecutive, else a tensor."""
+    if positions and positions == list(range(positions[0], positions[0] + len(positions))):
+        return slice(positions[0], positions[0] + len(positions))
+    return torch.tensor(positions, dtype=torch.int64)
+
+
+def take(tensor: torch.Tensor, index: Index, dim: int = 1) -> torch.Tensor:
+    """Select along ``dim``: a view for a slice, a copy for positions."""
+    if isinstance(index, slice):
+        return tensor.narrow(dim, index.start, index.stop - index.start)
+    return tensor.index_select(dim, index.to(tensor.device))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSplit:
+    """The head groups of one layer.
+
+    Attributes:
+        kept_kv: KV heads with visual keys, as positions among all KV heads.
+        other_kv: The other KV heads.
+        kept: The kept query heads, KV head by KV head: the rows of the visual q projection.
+        reading: Query heads of the reading rectangle, padding included.
+        reading_of_kept: Position in ``kept`` of every entry of ``reading``.
+        dropped: Query heads of the rectangle of kept KV heads' dropped query heads.
+        other: Query heads of the other KV heads.
+        restore: Position of every query head in the concatenated outputs of ``reading``,
+            ``dropped`` and ``other``; None if that order is the heads' own.
+        kept_places: Position in ``reading`` of every entry of ``kept``; None if the same.
+        num_kept_kv: Number of kept KV heads.
+        reading_width: Query heads per KV head in ``reading`` (0: none reads).
+        dropped_width: Query heads per KV head in ``dropped`` (0: there are none).
+        other_width: Query heads per KV head in ``other`` (0: there are none).
+    """
+
+    kept_kv: Index
+    other_kv: Index
+    kept: tuple[int, ...]
+    reading: Index
+    reading_of_kept: Index
+    dropped: Index
+    other: Index
+    restore: torch.Tensor | None
+    kept_places: torch.Tensor | None
+    num_kept_kv: int
+    reading_width: int
+    dropped_width: int
+    other_width: int
+
+
+def split_heads(layer: LayerPlan, shape: ModelShape) -> HeadSplit:
+    """Group the query heads of a layer; pure bookkeeping."""
+    kept_kv = list(layer.kept_kv(shape))
+    other_kv = [head for head in range(shape.kv_heads) if head not in kept_kv]
+    groups = {kv: range(kv * shape.group, (kv + 1) * shape.group) for kv in range(shape.kv_heads)}
+    reading_groups = [[head for head in groups[kv] if head in layer.heads] for kv in kept_kv]
+    dropped_groups = [[head for head in groups[kv] if head not in layer.heads] for kv in kept_kv]
+    reading, reading_width = _rectangle(reading_groups, [g[0] for g in reading_groups])
+    dropped, dropped_width = _rectangle(dropped_groups, [groups[kv][0] for kv in kept_kv])
+    other = [head for kv in other_kv for head in groups[kv]]
+    kept = [head for group in reading_groups for head in group]
+    order = reading + dropped + other
+    # Padding repeats heads that may also be computed properly elsewhere: look each head up in the
+    # call that owns it.
+    places: dict[int, int] = {}
+    for offset, owned, rectangle in (
+        (0, set(kept), reading),
+        (len(reading), set(range(shape.heads)) - set(kept), dropped),
+        (len(reading) + len(dropped), set(other), other),
+    ):
+        for place, head in enumerate(rectangle):
+            if head in owned:
+                places.setdefault(head, offset + place)
+    restore = [places[head] for head in range(shape.heads)]
+    identity = restore == list(range(shape.heads)) and len(order) == shape.heads
+    kept_places = [places[head] for head in kept]
+    return HeadSplit(
+        kept_kv=as_index(kept_kv),
+        other_kv=as_index(other_kv),
+        kept=tuple(kept),
+        reading=as_index(reading),
+        reading_of_kept=as_index([kept.index(head) for head in reading]),
+        dropped=as_index(dropped),
+        other=as_index(other),
+        restore=None if identity else torch.tensor(restore),
+        kept_places=None if kept == reading else torch.tensor(kept_places),
+        num_kept_kv=len(kept_kv),
+        reading_width=reading_width,
+        dropped_width=dropped_width,
+        other_width=shape.group if other else 0,
+    )
+
+
+def _rectangle(groups: list[list[int]], padding: list[int]) -> tuple[list[int], int]:
+    width = max((len(group) for group in groups), default=0)
+    cells = []
+    for group, filler in zip(groups, padding, strict=True):
+        cells += group + [filler] * (width - len(group))
+    return cells, width

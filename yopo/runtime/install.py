@@ -1,0 +1,116 @@
+"""Put a plan to work on a model in memory, for the length of a ``with`` block or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from yopo.errors import ModelError
+from yopo.families.family import Backbone, Family, GridsOf, shape_of
+from yopo.families.fingerprint import fingerprint_of_decoder
+from yopo.families.registry import family_of
+from yopo.layout import LayoutProbe
+from yopo.plan import Plan
+from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
+from yopo.runtime.decoder import PrunedDecoder, PrunedState
+from yopo.runtime.weights import visual_layers
+
+
+@contextmanager
+def pruned(
+    model: PreTrainedModel,
+    plan: Plan | str | Path,
+    tensors: PlanTensors | None = None,
+    *,
+    grids_of: GridsOf | None = None,
+    check: bool = True,
+) -> Iterator[PreTrainedModel]:
+    """Run a model under a plan inside a ``with`` block; the model is restored bit for bit behind.
+
+    Args:
+        model: A multimodal model of a supported family, weights in memory.
+        plan: A plan, or the path of its YAML file.
+        tensors: The plan's tensors; read from beside the file if ``plan`` is a path.
+        grids_of: Locates images among visual tokens instead of the family's rule (custom towers).
+        check: Whether the model's fingerprint must be the plan's.
+
+    Yields:
+        The same model object.
+
+    Raises:
+        ModelError: The model is unsupported, not the plan's, or already pruned.
+        PlanError: The plan cannot be read.
+    """
+    if not isinstance(plan, Plan):
+        plan, tensors = read_plan_with_tensors(plan)
+    install(model, plan, tensors, grids_of=grids_of, check=check)
+    try:
+        yield model
+    finally:
+        uninstall(model)
+
+
+def install(
+    model: PreTrainedModel,
+    plan: Plan,
+    tensors: PlanTensors | None = None,
+    *,
+    grids_of: GridsOf | None = None,
+    check: bool = True,
+) -> None:
+    """Prune a model in memory until :func:`uninstall`; arguments and errors as for ``pruned``."""
+    decoder = model.get_decoder()
+    if hasattr(decoder, "yopo"):
+        raise ModelError("The model is pruned already.", remedy="Leave the first block before.")
+    family, names = check_model(model, plan, check=check)
+    layers = visual_layers(decoder, plan, tensors, names)
+    probe = LayoutProbe(model.base_model, grids_of or family.grids_of)
+    decoder.yopo = PrunedState(plan, layers, names, probe)
+    decoder.__class__ = pruned_class(type(decoder))
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Make a pruned model dense again."""
+    decoder = model.get_decoder()
+    decoder.yopo.probe.remove()
+    decoder.__class__ = type(decoder).__mro__[2]
+    del decoder.yopo
+
+
+@cache
+def pruned_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The pruned subclass of a decoder class; it keeps the name that transformers looks at."""
+    members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (PrunedDecoder, stock), members)
+
+
+def check_model(model: PreTrainedModel, plan: Plan, *, check: bool) -> tuple[Family, Backbone]:
+    """Check that a model is the plan's.
+
+    Returns:
+        Its family and the names of its decoder's modules.
+
+    Raises:
+        ModelError: Another family, shape or fingerprint.
+    """
+    family = family_of(model.config)
+    shape = shape_of(model.config)
+    if family.name != plan.model.family or shape != plan.model.shape:
+        raise ModelError(
+            f"The plan was made for {plan.model.name} ({plan.model.family}, {plan.model.shape}), "
+            f"found {family.name} with {shape}."
+        )
+    if check:
+        found = fingerprint_of_decoder(model.get_decoder())
+        if found != plan.model.fingerprint:
+            raise ModelError(
+                f"The plan was made for {plan.model.name} with fingerprint "
+                f"{plan.model.fingerprint[:12]}..., the model's is {found[:12]}...",
+                remedy="Calibrate this model, or pass check=False if only its dtype differs.",
+            )
+    return family, family.backbone(model.config)

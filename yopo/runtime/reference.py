@@ -1,0 +1,171 @@
+"""The specification: what a plan means, computed in full and masked. Slow, short, readable.
+
+The fast runtime is tested against this. It has no cache (``generate(use_cache=False)`` feeds the
+whole sequence at every step), no streams, no blocks and no slices, and shares none of their code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from yopo.families.family import GridsOf
+from yopo.layout import LayoutProbe, TokenLayout
+from yopo.plan import LayerPlan, Plan
+from yopo.plan_tensors import PlanTensors
+from yopo.runtime.install import check_model
+
+
+@contextmanager
+def reference(
+    model: PreTrainedModel,
+    plan: Plan,
+    tensors: PlanTensors | None = None,
+    *,
+    grids_of: GridsOf | None = None,
+    check: bool = True,
+) -> Iterator[PreTrainedModel]:
+    """Run a model under the specification inside a ``with`` block; arguments as for ``pruned``."""
+    family, names = check_model(model, plan, check=check)
+    decoder = model.get_decoder()
+    probe = LayoutProbe(model.base_model, grids_of or family.grids_of)
+
+    def forward(
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: object = None,
+        use_cache: bool | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutputWithPast:
+        embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        rotary = decoder.rotary_emb(embeds, position_ids=position_ids)
+        hidden = embeds
+        for number, layer in enumerate(decoder.layers):
+            spec = LayerSpec(plan, tensors or PlanTensors(), number, probe.layout, attention_mask)
+            hidden = hidden + spec.attention(layer.self_attn, layer.input_layernorm(hidden), rotary)
+            hidden = hidden + spec.ffn(layer.mlp, layer.post_attention_layernorm(hidden))
+        return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden))
+
+    decoder.forward = forward
+    try:
+        yield model
+    finally:
+        del decoder.forward
+        probe.remove()
+
+
+class LayerSpec:
+    """What one layer computes under a plan, over the whole sequence."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: PlanTensors,
+        number: int,
+        layout: TokenLayout | None,
+        attention_mask: torch.Tensor | None,
+    ):
+        self.layer: LayerPlan = plan.layers[number]
+        self.shape = plan.model.shape
+        self.layout, self.padding = layout, attention_mask
+        self.bidirectional = plan.bidirectional
+        compensated = plan.compensation == "mean"
+        self.neuron_mean = tensors.neuron_mean[number] if compensated else None
+        self.head_mean = tensors.head_mean[number] if compensated else None
+        self.order = torch.arange(self.shape.ffn)
+        if tensors.neuron_order is not None:
+            self.order = tensors.neuron_order[number]
+
+    def is_visual(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence) bool."""
+        table = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        if self.layout is not None:
+            ones = torch.ones_like(self.layout.visual.index, dtype=torch.bool)[..., None]
+            wide = table[..., None].clone()
+            self.layout.visual.scatter(wide, ones)
+            table = wide[..., 0]
+        return table
+
+    def cells(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence, 3): image, row, column of visual tokens; -1 for text."""
+        table = torch.full((*hidden.shape[:2], 3), -1)
+        if self.layout is not None:
+            self.layout.visual.scatter(table, self.layout.coordinates())
+        return table
+
+    def allowed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, queries, keys) bool: who may attend whom, before the softmax."""
+        batch, length, _ = hidden.shape
+        visual, cells = self.is_visual(hidden), self.cells(hidden)
+        kept = torch.zeros(self.shape.heads, dtype=torch.bool)
+        kept[list(self.layer.heads)] = True
+        kept = kept[None, :, None, None]
+        place = torch.arange(length)
+        not_later = (place[None, :] <= place[:, None])[None]
+        same_image = cells[:, :, None, 0] == cells[:, None, :, 0]
+        near = torch.ones(batch, length, length, dtype=torch.bool)
+        if self.layer.radius is not None:
+            offset = (cells[:, :, None, 1:] - cells[:, None, :, 1:]).abs()
+            near = same_image & (offset.amax(dim=-1) <= self.layer.radius)
+        both_visual = visual[:, :, None] & visual[:, None, :]
+        visual_order = not_later | (same_image if self.bidirectional else torch.tensor(False))
+        key_is_visual = visual[:, None, None, :]
+        query_is_visual = visual[:, None, :, None]
+        text_key = not_later[:, None] & ~key_is_visual
+        text_reads = not_later[:, None] & key_is_visual & ~query_is_visual & kept
+        visual_reads = (both_visual & near & visual_order)[:, None] & kept
+        allowed = text_key | text_reads | (visual_reads & self.layer.attend)
+        if self.padding is not None:
+            allowed = allowed & self.padding.bool()[:, None, None, :]
+        return allowed
+
+    def attention(
+        self, module: nn.Module, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Attention output (batch, sequence, hidden) of normed states."""
+        queries, keys, values = (
+            getattr(module, f"{name}_proj")(normed).unflatten(-1, (-1, module.head_dim))
+            for name in "qkv"
+        )
+        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+        queries, keys = rotate(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
+        keys = keys.repeat_interleave(self.shape.group, dim=1)
+        values = values.transpose(1, 2).repeat_interleave(self.shape.group, dim=1)
+        scores = queries @ keys.transpose(-1, -2) * module.scaling
+        scores = scores.masked_fill(~self.allowed(normed), float("-inf"))
+        mixed = scores.softmax(dim=-1).nan_to_num(0.0) @ values
+        mixed = mixed.transpose(1, 2)  # (batch, sequence, heads, head_dim)
+        silent = [h for h in range(self.shape.heads) if h not in self.layer.heads]
+        silent = list(range(self.shape.heads)) if not self.layer.attend else silent
+        visual = self.is_visual(normed)[..., None, None]
+        is_silent = torch.zeros(self.shape.heads, 1, dtype=torch.bool)
+        is_silent[silent] = True
+        instead = torch.zeros(()) if self.head_mean is None else self.head_mean
+        mixed = torch.where(visual & is_silent, instead.to(mixed), mixed)
+        output = module.o_proj(mixed.flatten(2))
+        if not self.layer.attend and self.head_mean is None:
+            output = output.masked_fill(visual[..., 0], 0.0)
+        return output
+
+    def ffn(self, module: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        """FFN output (batch, sequence, hidden) of normed states."""
+        visual = self.is_visual(normed)[..., None]
+        activation = module.act_fn(module.gate_proj(normed)) * module.up_proj(normed)
+        is_pruned = torch.zeros(self.shape.ffn, dtype=torch.bool)
+        is_pruned[self.order[self.layer.neurons :]] = True
+        instead = torch.zeros(()) if self.neuron_mean is None else self.neuron_mean
+        activation = torch.where(visual & is_pruned, instead.to(activation), activation)
+        output = module.down_proj(activation)
+        if not self.layer.neurons and self.neuron_mean is None:
+            output = output.masked_fill(visual, 0.0)
+        return output
