@@ -76,10 +76,9 @@ class Geometry:
         else:
             text, visual = layout.text, layout.visual
         self.text, self.visual = text, visual
-        index.extend(
-            self._absolute(text), None if visual is None else self._absolute(visual), length
-        )
-        index.is_padded |= text.mask is not None or (visual is not None and visual.mask is not None)
+        streams = (text,) if visual is None else (text, visual)
+        index.extend(*(self._absolute(stream) for stream in streams), num_tokens=length)
+        index.is_padded |= any(stream.mask is not None for stream in streams)
         self._is_padded = index.is_padded
         self._text_keys, self._visual_keys = index.text, index.visual
         self._padding = _check_mask(attention_mask, batch, index.length)
