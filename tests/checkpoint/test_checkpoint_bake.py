@@ -1,0 +1,415 @@
+"""A baked checkpoint is the original model, in another order, with the plan beside it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from yopo.checkpoint import shards
+from yopo.checkpoint.bake import bake
+from yopo.checkpoint.order import order_layers
+from yopo.checkpoint.reader import Checkpoint, fingerprint
+from yopo.errors import CheckpointError, ModelError, OutputError, PlanError
+from yopo.families.fingerprint import fingerprint_of_decoder
+from yopo.plan import LayerPlan
+from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
+
+CASES = [
+    (kind, hub, sharded)
+    for kind in ("mha", "gqa", "qwen2")
+    for hub, sharded in ((True, True), (False, True), (True, False))
+]
+
+
+@pytest.fixture
+def baked(saved, make_plan, tmp_path):
+    """Factory: bake a fixture model; gives (source, plan, tensors, report)."""
+
+    def make(kind: str = "mha", *, compensation: str = "none", **layout):
+        source = saved(kind, **layout)
+        plan, tensors = make_plan(source.model, compensation=compensation)
+        return source, plan, tensors, bake(plan, tensors, source.path, tmp_path / "out")
+
+    return make
+
+
+def load(path: Path, dtype: torch.dtype = torch.float64) -> LlavaForConditionalGeneration:
+    """Load in stock transformers; no weight may be missing, invented or left over."""
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype, output_loading_info=True
+    )
+    assert type(model) is LlavaForConditionalGeneration
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    assert not info["unexpected_keys"], info
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, inputs) -> torch.Tensor:
+    """Logits in the model's own precision."""
+    pixels = inputs["pixel_values"].to(model.dtype)
+    return model(**{**inputs, "pixel_values": pixels}).logits
+
+
+def read_all(path: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for file in path.glob("model*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*.*")}
+
+
+@pytest.mark.parametrize(("kind", "hub_layout", "sharded"), CASES)
+def test_stock_transformers_loads_the_original_function(
+    baked, inputs, kind, hub_layout, sharded
+) -> None:
+    source, _, _, report = baked(kind, hub_layout=hub_layout, sharded=sharded)
+    original, reordered = load(source.path), load(report.output)
+    before, after = logits(original, inputs), logits(reordered, inputs)
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
+    # The tolerance can fail: two FFN columns in the wrong place are far outside it.
+    weight = reordered.get_decoder().layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[:, [0, 1]] = weight[:, [1, 0]]
+    assert (logits(reordered, inputs) - before).abs().max() > 1e-4
+
+
+def test_float32_logits_are_as_near_to_the_oracle_as_the_originals(baked, inputs) -> None:
+    source, _, _, report = baked()
+    oracle = logits(load(source.path), inputs)
+    error = (logits(load(source.path, torch.float32), inputs) - oracle).abs().max()
+    found = (logits(load(report.output, torch.float32), inputs) - oracle).abs().max()
+    assert found <= 4 * error
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
+def test_every_decoder_tensor_stands_in_the_plans_order(baked, kind) -> None:
+    source, plan, tensors, report = baked(kind)
+    before, after = read_all(source.path), read_all(report.output)
+    assert before.keys() == after.keys()
+    orders = order_layers(plan, tensors)
+    head_dim = plan.model.shape.head_dim
+
+    def rows(order) -> torch.Tensor:
+        return torch.cat([torch.arange(old * head_dim, (old + 1) * head_dim) for old in order])
+
+    changed = 0
+    for name, tensor in before.items():
+        expected = tensor
+        if "language_model.model.layers." in name:
+            order = orders[int(name.split("layers.")[1].split(".")[0])]
+            if "q_proj" in name:
+                expected = tensor[rows(order.head_order)]
+            elif "k_proj" in name or "v_proj" in name:
+                expected = tensor[rows(order.kv_order)]
+            elif "o_proj" in name:
+                expected = tensor[:, rows(order.head_order)]
+            elif "gate_proj" in name or "up_proj" in name:
+                expected = tensor[order.neuron_order]
+            elif "down_proj" in name:
+                expected = tensor[:, order.neuron_order]
+        assert torch.equal(after[name], expected), name
+        changed += not torch.equal(after[name], tensor)
+    # Every layer is reordered, K/V heads of a GQA layer only where its groups change places.
+    assert changed == report.num_reordered >= 3 * 5
+    assert report.num_tensors == len(before)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_names_dtypes_and_shard_layout_are_the_sources(baked, sharded) -> None:
+    source, _, _, report = baked(sharded=sharded)
+    before, after = Checkpoint.open(source.path), Checkpoint.open(report.output)
+    assert before.shards == after.shards
+    assert report.num_bytes == before.num_bytes
+    for shard in before.shards:
+        start = min(entry.start for entry in shard.tensors)
+        old, new = ((c.path / shard.file).read_bytes()[:start] for c in (before, after))
+        assert old == new
+    if sharded:
+        index = "model.safetensors.index.json"
+        assert (report.output / index).read_bytes() == (source.path / index).read_bytes()
+
+
+def test_bfloat16_stays_bfloat16(baked, inputs) -> None:
+    source, plan, _, report = baked(dtype=torch.bfloat16)
+    tensors = read_all(report.output)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    before, after = (logits(load(path), inputs) for path in (source.path, report.output))
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
+
+
+def test_plain_process_without_yopo(baked, inputs, tmp_path) -> None:
+    """Where yopo is not even imported, the result is the original model, without a prompt."""
+    source, _, _, report = baked("gqa")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+inputs = torch.load("inputs.pt")
+model = AutoModelForImageTextToText.from_pretrained("out", dtype=torch.float64).eval()
+inputs["pixel_values"] = inputs["pixel_values"].double()
+with torch.no_grad():
+    torch.save(model(**inputs).logits, "logits.pt")
+assert not [name for name in sys.modules if name.startswith("yopo")]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(found, logits(load(source.path), inputs), rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa"])
+def test_baked_plan_is_the_checkpoints_own(baked, kind) -> None:
+    source, plan, _, report = baked(kind)
+    found, tensors = read_plan_with_tensors(report.output / "yopo_plan.yaml")
+    assert tensors is None and not (report.output / "yopo.safetensors").exists()
+    assert found.baked and found.tensors is None
+    assert found.layers == report.plan.layers
+    if kind == "mha":
+        assert [layer.heads for layer in found.layers] == [(0, 1, 2, 3), (0, 1), (0,)]
+    loaded = load(report.output, torch.float32)
+    assert found.model.fingerprint == fingerprint_of_decoder(loaded.get_decoder())
+    assert found.model.fingerprint == fingerprint(Checkpoint.open(report.output))
+    assert found.model.fingerprint != plan.model.fingerprint
+    assert found.provenance["baked_from"] == plan.model.fingerprint
+
+
+def test_means_travel_in_a_side_file(baked) -> None:
+    source, plan, tensors, report = baked(compensation="mean")
+    found, means = read_plan_with_tensors(report.output / "yopo_plan.yaml")
+    assert found.tensors.file == "yopo.safetensors"
+    assert means.neuron_order is None
+    order = order_layers(plan, tensors)[1]
+    assert torch.equal(means.neuron_mean[1], tensors.neuron_mean[1, order.neuron_order])
+    assert torch.equal(means.head_mean[1, 0], tensors.head_mean[1, order.head_order[0]])
+    assert "yopo.safetensors" not in (report.output / "model.safetensors.index.json").read_text()
+    load(report.output)  # stock transformers does not see it
+
+
+def test_companions(baked) -> None:
+    source, _, _, report = baked()
+    found = {path.name for path in report.output.iterdir()}
+    assert {"chat_template.jinja", "generation_config.json", "README.original.md"} <= found
+    assert not {"pytorch_model.bin", ".git"} & found
+    before = json.loads((source.path / "config.json").read_text())
+    after = json.loads((report.output / "config.json").read_text())
+    assert after.pop("yopo") == {"version": "0.1.0", "plan": "yopo_plan.yaml"}
+    assert after.pop("auto_map") == {
+        "AutoModelForImageTextToText": "modeling_yopo.YopoForConditionalGeneration"
+    }
+    assert after == before
+
+
+def test_model_card(baked) -> None:
+    _, plan, _, report = baked()
+    card = (report.output / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["license"] == "llama2"
+    assert head["base_model"] == "llava-hf/llava-1.5-7b-hf"
+    assert "| 1 | 2 | yes | radius 1 | 20 |" in card
+    assert "| 2 | 1 | no | - | 7 |" in card
+    # 2 K and V x heads x 8 wide x 4 tokens x 2 bytes: 3 layers of 4 heads, 4 + 2 + 1 kept.
+    assert "| visual KV cache, 16 bit | 1.5 kB | 896 B | 58.3% |" in card
+    assert plan.model.fingerprint in card
+    assert str(report.output.parent) not in card
+
+
+def test_no_license_is_invented(saved, make_plan, tmp_path) -> None:
+    plan, tensors = make_plan(saved().model)
+    source = tmp_path / "source"
+    bake(plan, tensors, saved().path, source)
+    for name in ("README.original.md", "README.md"):
+        (source / name).unlink()
+    again = replace(
+        plan, model=replace(plan.model, fingerprint=fingerprint(Checkpoint.open(source)))
+    )
+    bake(again, tensors, source, tmp_path / "out")
+    assert "license" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_same_input_gives_the_same_bytes(saved, make_plan, tmp_path) -> None:
+    plan, tensors = make_plan(saved().model, compensation="mean")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        bake(plan, tensors, saved().path, folder / "model")
+    assert contents(tmp_path / "a" / "model") == contents(tmp_path / "b" / "model")
+
+
+def test_a_baked_checkpoint_can_be_baked_again(baked, make_plan, inputs, tmp_path) -> None:
+    source, _, _, first = baked("gqa", compensation="mean")
+    plan, tensors = make_plan(load(first.output, torch.float32))
+    second = bake(plan, tensors, first.output, tmp_path / "again")
+    before, after = logits(load(source.path), inputs), logits(load(second.output), inputs)
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
+    assert not (second.output / "yopo.safetensors").exists()
+    assert "license: llama2" in (second.output / "README.md").read_text()
+
+
+def test_remote_code_defines_the_class(baked, monkeypatch) -> None:
+    class Pruned:
+        pass
+
+    serving = types.ModuleType("yopo.serving")
+    serving.PrunedForConditionalGeneration = Pruned
+    monkeypatch.setitem(sys.modules, "yopo.serving", serving)
+    _, _, _, report = baked()
+    name = json.loads((report.output / "config.json").read_text())["auto_map"]
+    found = get_class_from_dynamic_module(
+        name["AutoModelForImageTextToText"], str(report.output), local_files_only=True
+    )
+    assert issubclass(found, Pruned) and found.__name__ == "YopoForConditionalGeneration"
+
+
+def test_remote_code_without_yopo_says_so(baked, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "yopo.serving", None)
+    _, _, _, report = baked()
+    with pytest.raises(ImportError, match="needs the Python package yopo: install it"):
+        exec((report.output / "modeling_yopo.py").read_text(), {"__name__": "modeling_yopo"})
+
+
+def test_dry_run_validates_and_writes_nothing(saved, make_plan, tmp_path) -> None:
+    plan, tensors = make_plan(saved().model)
+    report = bake(plan, tensors, saved().path, tmp_path / "out", dry_run=True)
+    assert report.num_reordered > 0 and report.plan is None
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(OutputError, match="exists already"):
+        bake(plan, tensors, saved().path, tmp_path / "out", dry_run=True)
+
+
+def test_an_identity_plan_copies_every_byte(saved, make_plan, tmp_path) -> None:
+    plan, _ = make_plan(saved().model)
+    shape = plan.model.shape
+    full = LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
+    plan = replace(plan.with_layers((full,) * shape.layers), measured=None, tensors=None)
+    report = bake(plan, None, saved().path, tmp_path / "out")
+    assert report.num_reordered == 0
+    assert report.plan.model.fingerprint == plan.model.fingerprint
+    for file in saved().path.glob("*.safetensors"):
+        assert (report.output / file.name).read_bytes() == file.read_bytes()
+
+
+def break_write(monkeypatch, error: BaseException, *, after: int) -> None:
+    """Let the reordering write fail once so many calls have succeeded."""
+    write, calls = os.pwrite, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > after:
+            raise error
+        return write(*args)
+
+    monkeypatch.setattr(shards.os, "pwrite", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError, "out: disk full"),
+        (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt, "Ctrl-C"),
+    ],
+)
+@pytest.mark.parametrize("force", [True, False])
+def test_failure_in_the_middle_leaves_nothing(
+    saved, make_plan, tmp_path, monkeypatch, error, expected, message, force
+) -> None:
+    plan, tensors = make_plan(saved().model)
+    out = tmp_path / "out"
+    if force:
+        bake(plan, tensors, saved().path, out)
+    before = contents(tmp_path)
+    break_write(monkeypatch, error, after=9)
+    with pytest.raises(expected, match=message):
+        bake(plan, tensors, saved().path, out, force=force)
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if force else [])
+
+
+def test_force_replaces_the_former_result(baked, saved, tmp_path) -> None:
+    _, plan, tensors, first = baked()
+    (first.output / "stale.txt").touch()
+    bake(plan, tensors, saved().path, first.output, force=True)
+    assert not (first.output / "stale.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def refused(saved, make_plan, tmp_path):
+    """Factory: bake with an altered plan or tensors must raise and write nothing."""
+
+    def check(kind, match: str, alter=lambda plan, tensors: (plan, tensors), *, on=None) -> None:
+        plan, tensors = alter(*make_plan(saved().model))
+        with pytest.raises(kind, match=match):
+            bake(plan, tensors, (on or saved()).path, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+    return check
+
+
+def test_refuses_a_baked_plan(refused) -> None:
+    refused(PlanError, "baked already", lambda plan, t: (replace(plan, baked=True), t))
+
+
+def test_refuses_a_plan_without_its_neuron_order(refused) -> None:
+    refused(PlanError, "its neuron order is missing", lambda plan, _: (plan, None))
+    refused(PlanError, "its neuron order is missing", lambda plan, _: (plan, PlanTensors()))
+
+
+def test_refuses_compensation_without_means(refused) -> None:
+    refused(PlanError, "its means are missing", lambda p, t: (replace(p, compensation="mean"), t))
+
+
+def test_refuses_another_checkpoint_and_names_both(refused) -> None:
+    def other(plan, tensors):
+        return replace(plan, model=replace(plan.model, fingerprint="abcdef")), tensors
+
+    refused(ModelError, r"fingerprint is [0-9a-f]{64}, the plan's is abcdef", other)
+
+
+def test_refuses_another_shape(refused, saved) -> None:
+    match = r"other dimensions than the plan's model llava-1.5-7b: kv_heads 2 \(plan: 4\)"
+    refused(ModelError, match, on=saved("gqa"))
+
+
+def test_refuses_another_family(refused) -> None:
+    def other(plan, tensors):
+        return replace(plan, model=replace(plan.model, family="qwen2_vl")), tensors
+
+    refused(ModelError, "is a llava model, the plan was made for qwen2_vl", other)
+
+
+def test_refuses_a_broken_source(saved, make_plan, tmp_path) -> None:
+    plan, tensors = make_plan(saved().model)
+    with pytest.raises(CheckpointError, match="no such checkpoint directory"):
+        bake(plan, tensors, tmp_path / "nothing", tmp_path / "out")
+
+
+def test_refuses_a_full_disk_before_the_first_byte(refused, monkeypatch) -> None:
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr("yopo.checkpoint.writer.shutil.disk_usage", lambda path: usage)
+    refused(OutputError, r"out: needs 1\.\d MB, but its file system has 1.0 kB left")

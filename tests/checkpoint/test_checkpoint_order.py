@@ -1,0 +1,80 @@
+"""The order that is baked: kept first, then by activity, groups whole, plans renamed to match."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from yopo.checkpoint.order import baked_plan, baked_tensors, order_heads, order_layers
+from yopo.plan import LayerPlan, ModelShape, TensorsFile
+from yopo.plan_file import parse_plan, to_yaml
+
+MHA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=6, head_dim=2, ffn=4)
+GQA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=2, head_dim=2, ffn=4)
+
+
+def keep(*heads: int) -> LayerPlan:
+    return LayerPlan(heads, attend=bool(heads), radius=None, neurons=2)
+
+
+def test_mha_puts_kept_heads_first_and_both_parts_in_order_of_activity() -> None:
+    activity = (0.9, 0.1, 0.5, 0.7, 0.2, 0.3)
+    heads, kv_heads = order_heads(keep(1, 3, 5), MHA, activity)
+    assert heads == (3, 5, 1, 0, 2, 4)
+    assert kv_heads == heads
+
+
+def test_without_activity_the_index_decides() -> None:
+    assert order_heads(keep(1, 4), MHA, (0.0,) * 6)[0] == (1, 4, 0, 2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("kept", "heads", "kv_heads"),
+    [
+        ((0, 4, 5), (5, 4, 3, 0, 2, 1), (1, 0)),  # two kept heads beat one that is more active
+        ((1, 4), (1, 2, 0, 4, 5, 3), (0, 1)),  # equally many: the group's most active head
+        ((), (2, 0, 1, 5, 4, 3), (0, 1)),
+    ],
+)
+def test_gqa_keeps_groups_whole(kept, heads, kv_heads) -> None:
+    activity = (0.3, 0.2, 0.9, 0.1, 0.6, 0.8)
+    assert order_heads(keep(*kept), GQA, activity) == (heads, kv_heads)
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa"])
+def test_baked_plan_keeps_the_same_heads_under_new_names(kind, saved, make_plan) -> None:
+    plan, tensors = make_plan(saved(kind).model, compensation="mean")
+    orders = order_layers(plan, tensors)
+    baked = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab"), "new fingerprint")
+    for old, new, order in zip(plan.layers, baked.layers, orders, strict=True):
+        assert {order.head_order[head] for head in new.heads} == set(old.heads)
+        assert len(new.kept_kv(plan.model.shape)) == len(old.kept_kv(plan.model.shape))
+        assert (new.attend, new.radius, new.neurons) == (old.attend, old.radius, old.neurons)
+        if kind == "mha":
+            assert new.heads == tuple(range(len(old.heads)))
+    assert baked.baked and baked.model.fingerprint == "new fingerprint"
+    assert baked.provenance == {**plan.provenance, "baked_from": plan.model.fingerprint}
+    assert baked.measured.rho[0] == tuple(sorted(plan.measured.rho[0], reverse=True))
+    assert parse_plan("again", to_yaml(baked)).layers == baked.layers
+
+
+def test_baked_tensors_follow_the_order(saved, make_plan) -> None:
+    plan, tensors = make_plan(saved().model, compensation="mean")
+    orders = order_layers(plan, tensors)
+    baked = baked_tensors(tensors, orders)
+    assert baked.neuron_order is None
+    for layer, order in enumerate(orders):
+        assert torch.equal(order.neuron_order, tensors.neuron_order[layer])
+        for new, old in enumerate(order.neuron_order.tolist()):
+            assert baked.neuron_mean[layer, new] == tensors.neuron_mean[layer, old]
+        for new, old in enumerate(order.head_order):
+            assert torch.equal(baked.head_mean[layer, new], tensors.head_mean[layer, old])
+
+
+def test_no_tensors_leave_the_neurons_alone(saved, make_plan) -> None:
+    plan, _ = make_plan(saved().model)
+    full = tuple(replace(layer, neurons=plan.model.shape.ffn) for layer in plan.layers)
+    for order in order_layers(plan.with_layers(full), None):
+        assert torch.equal(order.neuron_order, torch.arange(plan.model.shape.ffn))

@@ -1,0 +1,301 @@
+"""Reading a checkpoint: what a sound one gives, and one sentence for everything that is unsound."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from yopo.checkpoint.reader import INDEX_FILE, Checkpoint, fetch, fingerprint
+from yopo.errors import CheckpointError, ModelError
+from yopo.families.fingerprint import fingerprint_of_decoder
+from yopo.families.registry import ModelSource
+
+LAYOUTS = [(hub, sharded) for hub in (True, False) for sharded in (True, False)]
+
+
+@pytest.fixture
+def sharded(saved, tmp_path) -> Path:
+    """A copy of a sharded checkpoint, to break."""
+    return Path(shutil.copytree(saved().path, tmp_path / "model"))
+
+
+@pytest.fixture
+def single(saved, tmp_path) -> Path:
+    """A copy of a checkpoint in one file, to break."""
+    return Path(shutil.copytree(saved(sharded=False).path, tmp_path / "model"))
+
+
+def edit_json(path: Path, edit) -> None:
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def edit_tensors(path: Path, edit) -> None:
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def failure(path: Path) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(path)
+    return caught.value
+
+
+@pytest.mark.parametrize(("hub_layout", "sharded"), LAYOUTS)
+def test_lists_every_tensor_as_safetensors_does(saved, hub_layout, sharded) -> None:
+    checkpoint = Checkpoint.open(saved(hub_layout=hub_layout, sharded=sharded).path)
+    assert (len(checkpoint.shards) > 1) == sharded == checkpoint.is_indexed
+    seen = 0
+    for shard in checkpoint.shards:
+        content = (checkpoint.path / shard.file).read_bytes()
+        with safe_open(checkpoint.path / shard.file, "pt") as file:
+            assert set(file.keys()) == {entry.name for entry in shard.tensors}
+            for entry in shard.tensors:
+                tensor = file.get_tensor(entry.name)
+                assert entry.shape == tuple(tensor.shape)
+                assert content[entry.start : entry.stop] == tensor.numpy().tobytes()
+                seen += 1
+    assert seen == len(checkpoint.tensors)
+    assert len(checkpoint.decoder) == 3 * 9
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
+@pytest.mark.parametrize(("hub_layout", "sharded"), LAYOUTS)
+def test_fingerprint_equals_the_loaded_models(saved, kind, hub_layout, sharded) -> None:
+    source = saved(kind, hub_layout=hub_layout, sharded=sharded)
+    expected = fingerprint_of_decoder(source.model.get_decoder())
+    assert fingerprint(Checkpoint.open(source.path)) == expected
+
+
+def test_fingerprint_survives_loading_in_another_dtype(saved) -> None:
+    source = saved(dtype=torch.bfloat16)
+    model = AutoModelForImageTextToText.from_pretrained(source.path, dtype=torch.float32)
+    found = fingerprint(Checkpoint.open(source.path))
+    assert found == fingerprint_of_decoder(model.get_decoder())
+
+
+def test_fingerprint_changes_with_a_weight(single) -> None:
+    before = fingerprint(Checkpoint.open(single))
+
+    def change(tensors):
+        tensors["language_model.model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+
+    edit_tensors(single, change)
+    assert fingerprint(Checkpoint.open(single)) != before
+
+
+def test_left_over_buffers_are_no_part_of_the_fingerprint(single) -> None:
+    before = fingerprint(Checkpoint.open(single))
+    name = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(single, lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert fingerprint(Checkpoint.open(single)) == before
+
+
+def test_no_directory(tmp_path) -> None:
+    assert "no such checkpoint directory" in failure(tmp_path / "nothing").message
+
+
+def test_no_config(sharded) -> None:
+    (sharded / "config.json").unlink()
+    assert "config.json: no such file" in failure(sharded).message
+
+
+def test_config_is_not_json(sharded) -> None:
+    (sharded / "config.json").write_text("{")
+    assert "config.json: is not valid JSON" in failure(sharded).message
+
+
+def test_config_of_an_unknown_architecture(sharded) -> None:
+    edit_json(sharded / "config.json", lambda config: config.update(model_type="nonsense"))
+    assert "transformers cannot read it" in failure(sharded).message
+
+
+def test_config_of_an_unsupported_family(sharded) -> None:
+    (sharded / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="Models of type 'llama' are not supported"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("place", ["outer", "text_config"])
+def test_quantized(sharded, place) -> None:
+    def quantize(config):
+        part = config if place == "outer" else config["text_config"]
+        part["quantization_config"] = {"quant_method": "awq"}
+
+    edit_json(sharded / "config.json", quantize)
+    error = failure(sharded)
+    assert "packed weights cannot be reordered" in error.message
+    assert "unquantized" in error.remedy
+
+
+def test_adapter(sharded) -> None:
+    (sharded / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in failure(sharded).message
+
+
+def test_only_pickles(sharded) -> None:
+    for path in [*sharded.glob("*.safetensors"), sharded / INDEX_FILE]:
+        path.unlink()
+    error = failure(sharded)
+    assert "only pytorch_model.bin" in error.message
+    assert "save_pretrained()" in error.remedy
+
+
+def test_missing_shard(sharded) -> None:
+    victim = sorted(sharded.glob("model-*.safetensors"))[1]
+    victim.unlink()
+    error = failure(sharded)
+    assert victim.name in error.message and "this shard is missing" in error.message
+    assert "Download" in error.remedy
+
+
+def test_index_without_map(sharded) -> None:
+    edit_json(sharded / INDEX_FILE, lambda index: index.pop("weight_map"))
+    assert "lacks the mapping 'weight_map'" in failure(sharded).message
+
+
+def test_index_names_a_tensor_that_its_shard_lacks(sharded) -> None:
+    def invent(index):
+        index["weight_map"]["invented.weight"] = next(iter(index["weight_map"].values()))
+
+    edit_json(sharded / INDEX_FILE, invent)
+    assert "names tensor 'invented.weight' in model-0000" in failure(sharded).message
+
+
+def test_index_that_leads_outside(sharded) -> None:
+    edit_json(
+        sharded / INDEX_FILE,
+        lambda index: index["weight_map"].update({"x": "../model.safetensors"}),
+    )
+    assert "'../model.safetensors' is not a plain file name" in failure(sharded).message
+
+
+def test_tensor_in_two_shards(sharded) -> None:
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    tensors = load_file(second)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**tensors, name: tensor}, second, metadata={"format": "pt"})
+    assert f"tensor '{name}' is in two shards" in failure(sharded).message
+
+
+@pytest.mark.parametrize(("change", "word"), [(-1, "shorter"), (1, "longer")])
+def test_shard_of_wrong_length(single, change, word) -> None:
+    path = single / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] if change < 0 else data + b"\0")
+    message = failure(single).message
+    assert f"is {word} than its header says ({len(data)} bytes expected" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "the file has 0 bytes"),
+        ((10**6).to_bytes(8, "little") + b"{}", "its header claims 1000000 bytes"),
+        ((2).to_bytes(8, "little") + b"{]", "its header is not JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is not a JSON object"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+    ],
+)
+def test_bad_header(single, content, problem) -> None:
+    (single / "model.safetensors").write_bytes(content)
+    assert problem in failure(single).message
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"dtype": "F32", "shape": [2]}, "lacks dtype, shape or offsets"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "claims 4 bytes"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "starts at"),
+    ],
+)
+def test_bad_entry(single, entry, problem) -> None:
+    header = json.dumps({"x": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + b"\0" * 8
+    (single / "model.safetensors").write_bytes(content)
+    assert problem in failure(single).message
+
+
+DOWN = "language_model.model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda t: t.pop(DOWN), "lacks mlp.down_proj.weight of decoder layer 1"),
+        (lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), "has shape (44, 32), expected (32"),
+        (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), "is I8, expected one of F64"),
+        (
+            lambda t: t.update({DOWN.replace("weight", "lora_A"): torch.ones(2)}),
+            "is no known part of a decoder layer",
+        ),
+        (lambda t: t.update({DOWN.replace(".1.", ".9."): t[DOWN] + 1}), "is of layer 9"),
+        (lambda t: t.update({f"model.{DOWN}": t[DOWN] + 1}), "holds layer 1's mlp.down_proj"),
+    ],
+    ids=["missing", "shape", "dtype", "unknown", "beyond", "twice"],
+)
+def test_decoder_is_not_the_configs(single, edit, problem) -> None:
+    edit_tensors(single, edit)
+    assert problem in failure(single).message
+
+
+def test_fetch_of_a_local_model_is_its_directory(tmp_path) -> None:
+    assert fetch(ModelSource("m", str(tmp_path), None, is_local=True)) == tmp_path
+
+
+def hub(repository: str) -> ModelSource:
+    return ModelSource(repository, repository, None, is_local=False)
+
+
+def test_fetch_offline(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="org/not-here: .*hub cannot be reached") as caught:
+        fetch(hub("org/not-here"))
+    assert "HF_HUB_OFFLINE" in caught.value.remedy
+
+
+def test_fetch_of_an_impossible_name() -> None:
+    with pytest.raises(ModelError, match="knows no such model"):
+        fetch(hub("org/--bad..name"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("RepositoryNotFoundError", "knows no such model"),
+        ("RevisionNotFoundError", "knows no such revision"),
+        ("GatedRepoError", "is gated"),
+        ("HfHubHTTPError", "cannot be reached"),
+    ],
+)
+def test_fetch_explains_the_hubs_answers(monkeypatch, kind, problem) -> None:
+    from huggingface_hub import errors
+
+    kind = getattr(errors, kind)
+
+    def answer(*args, **kwargs):
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
+    with pytest.raises(ModelError, match=problem):
+        fetch(hub("org/model"))
+
+
+def test_fetch_names_a_full_disk(monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelError, match="cannot be downloaded: .*No space left"):
+        fetch(hub("org/model"))

@@ -1,0 +1,129 @@
+"""Copying a shard with some tensors reordered: every axis, dtype, chunk size and way to copy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from yopo.checkpoint import shards
+from yopo.checkpoint.headers import read_shard
+from yopo.checkpoint.shards import Reorder, plan_steps, write_shard
+from yopo.errors import CheckpointError
+
+UNITS, BLOCK, OTHER = 6, 4, 10
+
+
+def reorders(block: int = BLOCK) -> dict[str, Reorder]:
+    order = np.array([3, 0, 5, 1, 4, 2])
+    axes = {"rows": 0, "columns": 1, "bias": 0}
+    return {name: Reorder(order, axis, block) for name, axis in axes.items()}
+
+
+def make_tensors(dtype: torch.dtype, block: int) -> dict[str, torch.Tensor]:
+    def count(*shape: int) -> torch.Tensor:
+        return torch.arange(int(np.prod(shape))).reshape(shape).to(dtype)
+
+    width = UNITS * block
+    return {
+        "a.first": count(3, 5),
+        "rows": count(width, OTHER),
+        "between": count(7),
+        "columns": count(OTHER, width),
+        "bias": count(width),
+        "z.last": count(2),
+    }
+
+
+def expected(tensors: dict[str, torch.Tensor], block: int) -> dict[str, torch.Tensor]:
+    result = dict(tensors)
+    for name, reorder in reorders(block).items():
+        index = [old * block + offset for old in reorder.order for offset in range(block)]
+        result[name] = tensors[name].index_select(reorder.axis, torch.tensor(index))
+    return result
+
+
+def run(source: Path, target: Path, changes: dict[str, Reorder]) -> int:
+    shard = read_shard(source)
+    return sum(len(step) for step in write_shard(source, target, shard, changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("block", [1, 3, BLOCK])
+@pytest.mark.parametrize("chunk", [1, 50, 2**24])
+def test_reorders_exactly_what_it_is_told(tmp_path, monkeypatch, dtype, block, chunk) -> None:
+    monkeypatch.setattr(shards, "CHUNK", chunk)
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    tensors = make_tensors(dtype, block)
+    save_file(tensors, source, metadata={"format": "pt"})
+    assert run(source, target, reorders(block)) == len(tensors)
+    found = load_file(target)
+    for name, tensor in expected(tensors, block).items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor), name
+    start = min(entry.start for entry in read_shard(source).tensors)
+    assert target.read_bytes()[:start] == source.read_bytes()[:start]
+
+
+@pytest.mark.parametrize("reason", [None, errno.EXDEV, errno.ENOSYS])
+def test_copies_with_and_without_the_kernel(tmp_path, monkeypatch, reason) -> None:
+    if reason is None:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    else:
+
+        def refuse(*args):
+            raise OSError(reason, os.strerror(reason))
+
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(make_tensors(torch.float32, BLOCK), source)
+    run(source, target, {})
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_steps_cover_the_file_once(tmp_path) -> None:
+    source = tmp_path / "a.safetensors"
+    save_file(make_tensors(torch.float32, BLOCK), source)
+    shard = read_shard(source)
+    position = 0
+    for step in plan_steps(shard, reorders()):
+        assert step.start == position < step.stop
+        position = step.stop
+    assert position == shard.size
+
+
+@pytest.mark.parametrize("changes", [{}, reorders()], ids=["copied", "reordered"])
+def test_a_source_that_shrinks_is_noticed(tmp_path, changes) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(make_tensors(torch.float32, BLOCK), source)
+    shard = read_shard(source)
+    os.truncate(source, shard.size - 900)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        list(write_shard(source, target, shard, changes))
+
+
+def test_holds_one_tensor_at_a_time(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shards, "CHUNK", 2**16)
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    size = 2**20
+    save_file({name: torch.zeros(256, 1024) for name in ("x", "y", "z")}, source)
+    shard = read_shard(source)
+    changes = {
+        "x": Reorder(np.arange(256)[::-1], 0, 1),
+        "y": Reorder(np.arange(256)[::-1], 1, 4),
+        "z": Reorder(np.arange(1024)[::-1], 1, 1),
+    }
+    assert shard.tensors[0].num_bytes == size
+    tracemalloc.start()
+    try:
+        list(write_shard(source, target, shard, changes))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size < peak < 1.3 * size

@@ -1,0 +1,1 @@
+"""Measures, on image-question pairs, what visual tokens really use of a model."""

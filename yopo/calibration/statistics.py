@@ -1,0 +1,187 @@
+"""What one calibration pass measures: mergeable sums, small enough to keep for every plan to come.
+
+Vocabulary and formulas are DESIGN's: visual mass ``A_v(q)`` is the share of a query's softmax
+attention on visual keys; head activity ``rho = sum_q A_v / sum_q A_t`` per sample (the paper's
+Eq. 6); neuron importance ``||W_down[:, j]||^2 E[a_j^2]`` over visual tokens, the exact output error
+of removing neuron j alone; cross-modal attention is the mean visual mass of the text queries behind
+the image; locality distributes visual-to-visual attention over the Chebyshev distance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from yopo.errors import DataError
+from yopo.grid import Grid
+from yopo.plan import Measured, ModelIdentity, ModelShape, Workload
+from yopo.plan_tensors import PlanTensors
+
+FORMAT = "yopo-statistics-1"
+
+MAX_DISTANCE = 64
+"""Chebyshev distances 0..64 are told apart (farther ones count as 64)."""
+
+_SUMS = ("neuron_square", "neuron_sum", "head_sum", "cross_modal_sum", "locality_sum")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over calibration samples. L layers, H query heads, D head width, m neurons.
+
+    Attributes:
+        model: The dense model that was measured.
+        workload: Image grids of a typical pair, and its mean number of text tokens.
+        rho: (samples, L, H) float32, head activity per sample.
+        neuron_square: (L, m) float64, sum over visual tokens of a_j^2.
+        neuron_sum: (L, m) float64, sum over visual tokens of a_j.
+        head_sum: (L, H, D) float64, sum over visual tokens of each head's attention output.
+        cross_modal_sum: (L,) float64, sum over text queries behind the image of the visual mass
+            averaged over heads.
+        locality_sum: (L, MAX_DISTANCE + 2) float64, visual-to-visual attention mass per Chebyshev
+            distance, averaged over heads; the last column is other images.
+        down_norm: (L, m) float64, squared column norms of the FFN's down projection.
+        visual_tokens: Visual tokens counted in the neuron and head sums.
+        text_queries: Queries counted in ``cross_modal_sum``.
+        provenance: Pairs, number of samples, seed, queries mode, yopo version, ...
+    """
+
+    model: ModelIdentity
+    workload: Workload
+    rho: torch.Tensor
+    neuron_square: torch.Tensor
+    neuron_sum: torch.Tensor
+    head_sum: torch.Tensor
+    cross_modal_sum: torch.Tensor
+    locality_sum: torch.Tensor
+    down_norm: torch.Tensor
+    visual_tokens: int
+    text_queries: int
+    provenance: Mapping[str, Any]
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """(L, m) float64 neuron importance."""
+        return self.down_norm * self.neuron_square / self._tokens()
+
+    @property
+    def neuron_mean(self) -> torch.Tensor:
+        """(L, m) float64 mean activation over visual tokens."""
+        return self.neuron_sum / self._tokens()
+
+    @property
+    def head_mean(self) -> torch.Tensor:
+        """(L, H, D) float64 mean attention output over visual tokens."""
+        return self.head_sum / self._tokens()
+
+    @property
+    def cross_modal(self) -> torch.Tensor:
+        """(L,) float64 mean visual mass of the text queries behind the image."""
+        if not self.text_queries:
+            raise DataError("No text query behind an image was measured.")
+        return self.cross_modal_sum / self.text_queries
+
+    @property
+    def locality(self) -> torch.Tensor:
+        """(L, MAX_DISTANCE + 2) float64: cumulative share of the mass within each distance."""
+        total = self.locality_sum.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        return (self.locality_sum / total).cumsum(dim=1)
+
+    def _tokens(self) -> int:
+        if not self.visual_tokens:
+            raise DataError("No visual token was measured.")
+        return self.visual_tokens
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Add another pass over the same model (other samples, another machine).
+
+        Raises:
+            DataError: The other pass measured another model.
+        """
+        if other.model.fingerprint != self.model.fingerprint:
+            raise DataError(
+                f"Statistics of {self.model.name} and {other.model.name} cannot be merged: "
+                "the models' fingerprints differ."
+            )
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMS}
+        samples = len(self.rho) + len(other.rho)
+        return replace(
+            self,
+            rho=torch.cat([self.rho, other.rho]),
+            visual_tokens=self.visual_tokens + other.visual_tokens,
+            text_queries=self.text_queries + other.text_queries,
+            provenance={**self.provenance, "samples": samples},
+            **sums,
+        )
+
+    def plan_tensors(self) -> PlanTensors:
+        """Neuron orders by importance, and the means for compensation."""
+        order = torch.argsort(self.importance, dim=1, descending=True, stable=True)
+        return PlanTensors(order, self.neuron_mean.float(), self.head_mean.float())
+
+    def measured(self) -> Measured:
+        """The summary that plans carry for people."""
+        sorted_share = self.importance.sort(dim=1, descending=True).values.cumsum(dim=1)
+        enough = sorted_share >= 0.9 * sorted_share[:, -1:]
+        needed = enough.to(torch.uint8).argmax(dim=1) + 1
+        radius = (self.locality >= 0.9).to(torch.uint8).argmax(dim=1)
+        return Measured(
+            rho=tuple(tuple(row) for row in self.rho.mean(dim=0).tolist()),
+            cross_modal=tuple(self.cross_modal.tolist()),
+            concentration=tuple((needed / self.importance.shape[1]).tolist()),
+            locality=tuple(radius.tolist()),
+        )
+
+    def to_bytes(self) -> bytes:
+        """Serialise as safetensors; identity and provenance travel in the header."""
+        tensors = {
+            each.name: getattr(self, each.name).contiguous()
+            for each in fields(self)
+            if isinstance(getattr(self, each.name), torch.Tensor)
+        }
+        about = {
+            "model": asdict(self.model),
+            "workload": asdict(self.workload),
+            "visual_tokens": self.visual_tokens,
+            "text_queries": self.text_queries,
+            "provenance": dict(self.provenance),
+        }
+        return save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)})
+
+
+def load_statistics(path: str | Path) -> Statistics:
+    """Read statistics that ``calibrate --stats`` wrote.
+
+    Raises:
+        DataError: Missing, not safetensors, or not statistics of this version.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such statistics file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: is not a safetensors file: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise DataError(
+            f"{path}: holds no yopo statistics of this version.",
+            remedy="Write them with `yopo calibrate --stats FILE`.",
+        )
+    about = json.loads(metadata["about"])
+    identity, workload = about.pop("model"), about.pop("workload")
+    shape = ModelShape(**identity.pop("shape"))
+    grids = tuple(Grid(**grid) for grid in workload.pop("grids"))
+    return Statistics(
+        model=ModelIdentity(shape=shape, **identity),
+        workload=Workload(grids=grids, **workload),
+        **tensors,
+        **about,
+    )

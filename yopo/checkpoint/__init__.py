@@ -1,0 +1,1 @@
+"""Safetensors checkpoints: reading and checking them, and baking a plan into one by streaming."""

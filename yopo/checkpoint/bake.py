@@ -1,0 +1,217 @@
+"""``yopo apply``: bake a plan into a checkpoint, streaming, without ever holding the model.
+
+The result loads in stock transformers as the original model and with yopo as the pruned one.
+Everything is validated first; then shards, companions and, last of all, config.json are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from yopo import console
+from yopo.checkpoint.card import model_card
+from yopo.checkpoint.companions import (
+    CARD_FILE,
+    CODE_FILE,
+    MODELING_CODE,
+    ORIGINAL_CARD_FILE,
+    PLAN_FILE,
+    TENSORS_FILE,
+    config_json,
+    files_to_copy,
+)
+from yopo.checkpoint.decoder import HEADS, KV_HEADS, NEURONS, UNITS, axes_of
+from yopo.checkpoint.order import BakedLayer, baked_plan, baked_tensors, order_layers
+from yopo.checkpoint.reader import Checkpoint, fingerprint
+from yopo.checkpoint.shards import Reorder, Step, write_shard
+from yopo.checkpoint.writer import OutputDirectory
+from yopo.errors import ModelError, PlanError
+from yopo.plan import Plan, TensorsFile
+from yopo.plan_file import to_yaml
+from yopo.plan_tensors import PlanTensors
+
+_ROOM = 2**20
+"""Bytes allowed for what is generated: plan, card, code, configuration."""
+
+
+@dataclass(frozen=True)
+class BakeReport:
+    """What ``bake`` did, or would do.
+
+    Attributes:
+        output: The checkpoint directory.
+        num_tensors: Tensors in the checkpoint.
+        num_reordered: Those of them whose rows or columns change places.
+        num_bytes: Size of the shards.
+        seconds: Wall time.
+        plan: The baked plan; None on a dry run.
+    """
+
+    output: Path
+    num_tensors: int
+    num_reordered: int
+    num_bytes: int
+    seconds: float
+    plan: Plan | None
+
+
+def bake(
+    plan: Plan,
+    tensors: PlanTensors | None,
+    source_dir: str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+) -> BakeReport:
+    """Write a copy of a checkpoint whose heads and neurons stand in the plan's order.
+
+    Args:
+        plan: What to bake; made for this very checkpoint.
+        tensors: The plan's tensors, or None if it names none.
+        source_dir: The checkpoint directory; only read.
+        output: The directory to make.
+        force: Whether a checkpoint in ``output`` may be replaced.
+        dry_run: Validate everything, write nothing.
+
+    Raises:
+        PlanError: The plan is baked already or its tensors are incomplete.
+        ModelError: The plan was made for another model.
+        CheckpointError: The source is incomplete, damaged or unsuitable.
+        OutputError: The output exists, overlaps with the source or cannot be written.
+    """
+    started = time.perf_counter()
+    _check_plan(plan, tensors)
+    checkpoint = Checkpoint.open(source_dir)
+    _check_same_model(plan, checkpoint)
+    orders = order_layers(plan, tensors)
+    reorders = find_reorders(checkpoint, orders)
+    side = baked_tensors(tensors, orders).to_bytes() if plan.compensation == "mean" else None
+    copies = files_to_copy(checkpoint)
+    num_bytes = checkpoint.num_bytes + sum(path.stat().st_size for path in copies.values())
+    target = OutputDirectory(
+        output,
+        source=source_dir,
+        num_bytes=num_bytes + len(side or b"") + _ROOM,
+        force=force,
+    )
+    target.check()
+    baked = None
+    if not dry_run:
+        with target as folder:
+            write_weights(checkpoint, reorders, folder)
+            for name, path in copies.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / name)
+            # Read back from what was written: same layout, other bytes.
+            written = fingerprint(replace(checkpoint, path=folder))
+            named = None if side is None else _write_tensors(folder, side)
+            baked = baked_plan(plan, orders, named, written)
+            _write_documents(baked, checkpoint, folder, target.target.name, copies)
+    return BakeReport(
+        output=Path(output),
+        num_tensors=len(checkpoint.tensors),
+        num_reordered=len(reorders),
+        num_bytes=checkpoint.num_bytes,
+        seconds=time.perf_counter() - started,
+        plan=baked,
+    )
+
+
+def find_reorders(checkpoint: Checkpoint, orders: Sequence[BakedLayer]) -> dict[str, Reorder]:
+    """Which tensors of a checkpoint change, and how; those that stay as they are are left out."""
+    axes = axes_of(checkpoint.backbone)
+    blocks = {HEADS: checkpoint.shape.head_dim, KV_HEADS: checkpoint.shape.head_dim, NEURONS: 1}
+    unit_orders = [
+        {
+            HEADS: np.asarray(order.head_order),
+            KV_HEADS: np.asarray(order.kv_order),
+            NEURONS: order.neuron_order.numpy(),
+        }
+        for order in orders
+    ]
+    reorders = {}
+    for (layer, name), entry in checkpoint.decoder.items():
+        for axis, kind in enumerate(axes[name]):
+            if kind in UNITS:
+                order = unit_orders[layer][kind]
+                if not np.array_equal(order, np.arange(len(order))):
+                    reorders[entry.name] = Reorder(order, axis, blocks[kind])
+    return reorders
+
+
+def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folder: Path) -> None:
+    """Write all shards to ``folder``, with progress."""
+
+    def steps() -> Iterator[Step]:
+        for shard in checkpoint.shards:
+            yield from write_shard(
+                checkpoint.path / shard.file, folder / shard.file, shard, reorders
+            )
+
+    total = len(checkpoint.tensors)
+    for _ in console.track(steps(), label="baking", total=total, unit="tensors"):
+        pass
+
+
+def _check_plan(plan: Plan, tensors: PlanTensors | None) -> None:
+    if plan.baked:
+        raise PlanError(
+            "The plan is baked already: its checkpoint stands in this order.",
+            remedy="Apply the plan that `yopo calibrate` wrote.",
+        )
+    if plan.needs_order and (tensors is None or tensors.neuron_order is None):
+        raise PlanError("The plan prunes neurons, but its neuron order is missing.")
+    if plan.compensation == "mean" and (
+        tensors is None or tensors.neuron_mean is None or tensors.head_mean is None
+    ):
+        raise PlanError("The plan says 'compensation: mean', but its means are missing.")
+
+
+def _check_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
+    model, path = plan.model, checkpoint.path
+    if checkpoint.family.name != model.family:
+        raise ModelError(
+            f"{path}: is a {checkpoint.family.name} model, the plan was made for {model.family}."
+        )
+    if checkpoint.shape != model.shape:
+        expected, found = asdict(model.shape), asdict(checkpoint.shape)
+        different = [
+            f"{key} {found[key]} (plan: {expected[key]})"
+            for key in found
+            if found[key] != expected[key]
+        ]
+        raise ModelError(
+            f"{path}: its decoder has other dimensions than the plan's model {model.name}: "
+            f"{', '.join(different)}."
+        )
+    found_fingerprint = fingerprint(checkpoint)
+    if found_fingerprint != model.fingerprint:
+        raise ModelError(
+            f"{path}: is not the checkpoint that the plan was made for, {model.name}: its "
+            f"fingerprint is {found_fingerprint}, the plan's is {model.fingerprint}.",
+            remedy="Calibrate on this checkpoint, or apply the plan to the one that it names.",
+        )
+
+
+def _write_tensors(folder: Path, data: bytes) -> TensorsFile:
+    (folder / TENSORS_FILE).write_bytes(data)
+    return TensorsFile(TENSORS_FILE, hashlib.sha256(data).hexdigest())
+
+
+def _write_documents(
+    plan: Plan, checkpoint: Checkpoint, folder: Path, name: str, copies: Mapping[str, Path]
+) -> None:
+    card = model_card(plan, name, original_card=copies.get(ORIGINAL_CARD_FILE))
+    (folder / PLAN_FILE).write_text(to_yaml(plan), encoding="utf-8")
+    (folder / CODE_FILE).write_text(MODELING_CODE, encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    # Last: without it the directory is no checkpoint, whatever happens before the rename.
+    (folder / "config.json").write_text(config_json(checkpoint), encoding="utf-8")

@@ -1,0 +1,180 @@
+"""The README.md of a baked checkpoint: what was pruned, what it saves, how to load it, whence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import yopo
+from yopo.checkpoint.companions import ORIGINAL_CARD_FILE, PLAN_FILE
+from yopo.checkpoint.writer import format_bytes
+from yopo.families.registry import ALIASES
+from yopo.flops import (
+    dense_prefill_flops,
+    dense_visual_flops,
+    dense_visual_kv_bytes,
+    prefill_flops,
+    visual_flops,
+    visual_kv_bytes,
+)
+from yopo.plan import LayerPlan, Plan
+
+_CARRIED_OVER = ("license", "license_name", "license_link", "language")
+
+
+def model_card(plan: Plan, name: str, *, original_card: Path | None) -> str:
+    """Write the model card of a baked checkpoint.
+
+    Args:
+        plan: The baked plan.
+        name: The directory's own name.
+        original_card: The source's README.md, whose license entries are carried over, or None.
+    """
+    sections = (
+        _front_matter(plan, original_card),
+        _introduction(plan, name, has_original_card=original_card is not None),
+        _savings(plan),
+        _layers(plan),
+        _loading(name),
+        _provenance(plan),
+    )
+    return "\n".join(sections)
+
+
+def _front_matter(plan: Plan, original_card: Path | None) -> str:
+    data: dict[str, Any] = {}
+    if original_card is not None:
+        original = _read_front_matter(original_card)
+        data |= {key: original[key] for key in _CARRIED_OVER if key in original}
+    base = ALIASES.get(plan.model.name, plan.model.name)
+    if base.count("/") == 1 and ":" not in base:  # the hub accepts nothing but repositories here
+        data["base_model"] = base
+    data |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["yopo"]}
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _read_front_matter(card: Path) -> dict[str, Any]:
+    """The YAML head of somebody else's card; whatever cannot be read counts as absent."""
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        data = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _introduction(plan: Plan, name: str, *, has_original_card: bool) -> str:
+    text = f"""\
+# {name}
+
+{plan.model.name} with a plan of yopo {yopo.__version__} baked in (`{PLAN_FILE}`; you only prune
+once, [arXiv 2410.06169](https://arxiv.org/abs/2410.06169)). Attention heads and FFN neurons of the
+text decoder stand in order of importance for visual tokens; no weight was removed or changed.
+Loaded as usual it *is* the original model; loaded with yopo, visual tokens skip what the plan
+prunes, text tokens keep everything.
+"""
+    if has_original_card:
+        text += f"\nThe original model card is [{ORIGINAL_CARD_FILE}]({ORIGINAL_CARD_FILE}).\n"
+    return text
+
+
+def _savings(plan: Plan) -> str:
+    shape, workload = plan.model.shape, plan.workload
+    rows = [
+        ("visual FLOPs", dense_visual_flops(shape, workload), visual_flops(plan), _flops),
+        ("prefill FLOPs, text included", dense_prefill_flops(shape, workload), prefill_flops(plan))
+        + (_flops,),
+        (
+            "visual KV cache, 16 bit",
+            dense_visual_kv_bytes(shape, workload),
+            visual_kv_bytes(plan),
+            format_bytes,
+        ),
+    ]
+    lines = ["## Savings", "", "| per prompt | dense | pruned | share |", "|---|---:|---:|---:|"]
+    for label, dense, pruned, show in rows:
+        lines.append(f"| {label} | {show(dense)} | {show(pruned)} | {pruned / dense:.1%} |")
+    grids = ", ".join(f"{grid.rows} x {grid.cols}" for grid in workload.grids)
+    lines += [
+        "",
+        f"For a prompt of {workload.visual} visual tokens ({grids}) and {workload.text} text "
+        "tokens. Visual FLOPs count",
+        "visual tokens in the decoder only, a multiply-add as 2.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _flops(count: int) -> str:
+    for power, unit in ((12, "T"), (9, "G"), (6, "M")):
+        if count >= 10**power:
+            return f"{count / 10**power:.2f} {unit}"
+    return str(count)
+
+
+def _layers(plan: Plan) -> str:
+    shape = plan.model.shape
+    lines = [
+        "## What visual tokens still do",
+        "",
+        f"| layers | read by heads (of {shape.heads}) | attend | neighborhood "
+        f"| FFN neurons (of {shape.ffn}) |",
+        "|---|---:|---|---|---:|",
+    ]
+    for first, last, layer in _runs(plan.layers):
+        label = f"{first}" if first == last else f"{first} to {last}"
+        radius = "everything" if layer.radius is None else f"radius {layer.radius}"
+        attend, reach = ("yes", radius) if layer.attend else ("no", "-")
+        lines.append(f"| {label} | {len(layer.heads)} | {attend} | {reach} | {layer.neurons} |")
+    compensation = " Compensation: means." if plan.compensation == "mean" else ""
+    direction = "both directions" if plan.bidirectional else "causal"
+    lines += ["", f"Attention among visual tokens: {direction}.{compensation}", ""]
+    return "\n".join(lines)
+
+
+def _runs(layers: tuple[LayerPlan, ...]) -> Iterator[tuple[int, int, LayerPlan]]:
+    def look(indexed: tuple[int, LayerPlan]) -> tuple[Any, ...]:
+        layer = indexed[1]
+        return len(layer.heads), layer.attend, layer.radius, layer.neurons
+
+    for _, run in groupby(enumerate(layers), key=look):
+        members = list(run)
+        yield members[0][0], members[-1][0], members[0][1]
+
+
+def _loading(name: str) -> str:
+    return f"""\
+## Loading
+
+Pruned, with yopo installed:
+
+```python
+import yopo
+
+model = yopo.load("{name}")
+```
+
+or `AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)`. Dense, without
+yopo:
+
+```python
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+```
+"""
+
+
+def _provenance(plan: Plan) -> str:
+    details = yaml.safe_dump(
+        {"fingerprint": plan.model.fingerprint, **plan.provenance},
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    return f"## Provenance\n\n```yaml\n{details}```\n"

@@ -1,0 +1,134 @@
+"""The header of a safetensors file: where each tensor lies, checked before any of it is believed.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes back
+to back. Baking needs byte offsets, because it copies what it does not reorder without decoding it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from yopo.errors import CheckpointError
+
+MAX_HEADER = 100_000_000
+"""The safetensors library refuses longer headers, too."""
+
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+_RETRY = "Download or copy the file again; it looks cut off or damaged."
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a shard; its bytes are ``[start, stop)`` of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a checkpoint.
+
+    Attributes:
+        file: Its name inside the checkpoint directory.
+        size: Its length in bytes.
+        tensors: What it holds, in the order of the bytes, without gaps.
+    """
+
+    file: str
+    size: int
+    tensors: tuple[TensorEntry, ...]
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: Missing, unreadable, not safetensors, or shorter or longer than its
+            header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length, header = _read_json(path, file, size)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file.", remedy=_RETRY) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    data_start = 8 + length
+    header.pop("__metadata__", None)
+    entries = [_entry(path, name, value, data_start) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    position = data_start
+    for entry in entries:
+        if entry.start != position:
+            raise _corrupt(path, f"tensor '{entry.name}' starts at {entry.start}, not {position}")
+        position = entry.stop
+    if position != size:
+        difference = "shorter" if size < position else "longer"
+        raise CheckpointError(
+            f"{path}: is {difference} than its header says ({position} bytes expected, "
+            f"{size} found).",
+            remedy=_RETRY,
+        )
+    return Shard(path.name, size, tuple(entries))
+
+
+def _read_json(path: Path, file: BinaryIO, size: int) -> tuple[int, dict[str, Any]]:
+    first = file.read(len(_LFS_POINTER))
+    if first == _LFS_POINTER:
+        raise CheckpointError(
+            f"{path}: is a Git LFS pointer, not the weights.",
+            remedy="Run `git lfs pull` in that repository, or download the model from the hub.",
+        )
+    if len(first) < 8:
+        raise _corrupt(path, f"the file has {size} bytes, too few for a header")
+    length = int.from_bytes(first[:8], "little")
+    if length > min(size - 8, MAX_HEADER):
+        raise _corrupt(path, f"its header claims {length} bytes, the file has {size}")
+    file.seek(8)
+    try:
+        header = json.loads(file.read(length))
+    except ValueError as error:
+        raise _corrupt(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _corrupt(path, "its header is not a JSON object")
+    return length, header
+
+
+def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape = str(value["dtype"]), tuple(int(size) for size in value["shape"])
+        start, stop = (int(offset) for offset in value["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _corrupt(path, f"tensor '{name}' lacks dtype, shape or offsets") from error
+    bits = _BITS.get(dtype)
+    expected = None if bits is None else math.prod(shape) * bits // 8
+    if min((start, stop - start, *shape)) < 0 or expected not in (None, stop - start):
+        raise _corrupt(
+            path, f"tensor '{name}' ({dtype}, {list(shape)}) claims {stop - start} bytes"
+        )
+    return TensorEntry(name, dtype, shape, data_start + start, data_start + stop)
+
+
+def _corrupt(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{path}: is not a sound safetensors file: {problem}.", remedy=_RETRY)

@@ -1,0 +1,130 @@
+"""In which order a baked checkpoint's heads and neurons stand, and the plan in the new numbering.
+
+Kept heads come first and neurons by importance, so that a plan's parts are slices of the weights.
+The dropped ones follow in order of activity: smaller budgets find their prefix as well. A query
+head never leaves the group of its KV head, which is why the function stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from yopo.plan import LayerPlan, ModelShape, Plan, TensorsFile
+from yopo.plan_tensors import PlanTensors
+
+
+@dataclass(frozen=True, eq=False)
+class BakedLayer:
+    """The permutation of one layer: new position -> old index.
+
+    Attributes:
+        head_order: Query heads; heads of one group stay side by side, groups follow ``kv_order``.
+        kv_order: KV heads.
+        neuron_order: (ffn,) int64.
+    """
+
+    head_order: tuple[int, ...]
+    kv_order: tuple[int, ...]
+    neuron_order: torch.Tensor
+
+
+def order_layers(plan: Plan, tensors: PlanTensors | None) -> list[BakedLayer]:
+    """The permutation to bake, layer by layer.
+
+    Args:
+        plan: A plan that is not baked.
+        tensors: Its tensors; None leaves the neurons as they are.
+    """
+    shape = plan.model.shape
+    untouched = torch.arange(shape.ffn)
+    orders = None if tensors is None else tensors.neuron_order
+    layers = []
+    for index, layer in enumerate(plan.layers):
+        activity = plan.measured.rho[index] if plan.measured else (0.0,) * shape.heads
+        head_order, kv_order = order_heads(layer, shape, activity)
+        layers.append(
+            BakedLayer(head_order, kv_order, untouched if orders is None else orders[index])
+        )
+    return layers
+
+
+def order_heads(
+    layer: LayerPlan, shape: ModelShape, activity: Sequence[float]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Order one layer's heads: kept first, more active first, then by index.
+
+    Args:
+        layer: Says which query heads are kept.
+        shape: Decoder dimensions.
+        activity: (heads,) mean activity of every query head; equal values leave it to the index.
+
+    Returns:
+        (query heads, KV heads), each new position -> old index. KV heads with more kept query
+        heads come first.
+    """
+    kept = set(layer.heads)
+    groups = []
+    for kv_head in range(shape.kv_heads):
+        members = range(kv_head * shape.group, (kv_head + 1) * shape.group)
+        ordered = sorted(members, key=lambda head: (head not in kept, -activity[head], head))
+        most_active = max(activity[head] for head in members)
+        groups.append((-len(kept.intersection(members)), -most_active, kv_head, ordered))
+    groups.sort()
+    return (
+        tuple(head for *_, ordered in groups for head in ordered),
+        tuple(kv_head for *_, kv_head, _ in groups),
+    )
+
+
+def baked_plan(
+    plan: Plan,
+    orders: Sequence[BakedLayer],
+    tensors_file: TensorsFile | None,
+    fingerprint: str,
+) -> Plan:
+    """The same plan for the baked checkpoint, heads renamed to where they now stand.
+
+    Args:
+        plan: The plan before baking.
+        orders: What was baked, one per layer.
+        tensors_file: The side file of the baked plan, or None if it needs none.
+        fingerprint: The baked checkpoint's.
+    """
+    layers = []
+    for layer, order in zip(plan.layers, orders, strict=True):
+        kept = set(layer.heads)
+        heads = tuple(new for new, old in enumerate(order.head_order) if old in kept)
+        layers.append(replace(layer, heads=heads))
+    measured = plan.measured
+    if measured is not None:
+        rho = tuple(
+            tuple(row[old] for old in order.head_order)
+            for row, order in zip(measured.rho, orders, strict=True)
+        )
+        measured = replace(measured, rho=rho)
+    return replace(
+        plan,
+        model=replace(plan.model, fingerprint=fingerprint),
+        layers=tuple(layers),
+        baked=True,
+        tensors=tensors_file,
+        measured=measured,
+        provenance={**plan.provenance, "baked_from": plan.model.fingerprint},
+    )
+
+
+def baked_tensors(tensors: PlanTensors, orders: Sequence[BakedLayer]) -> PlanTensors:
+    """The means in the baked checkpoint's order; the neuron order itself is no longer needed."""
+    neuron_mean, head_mean = tensors.neuron_mean, tensors.head_mean
+    if neuron_mean is not None:
+        neuron_mean = torch.stack(
+            [mean[order.neuron_order] for mean, order in zip(neuron_mean, orders, strict=True)]
+        )
+    if head_mean is not None:
+        head_mean = torch.stack(
+            [mean[list(order.head_order)] for mean, order in zip(head_mean, orders, strict=True)]
+        )
+    return PlanTensors(neuron_mean=neuron_mean, head_mean=head_mean)

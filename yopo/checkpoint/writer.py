@@ -1,0 +1,153 @@
+"""A directory that appears complete or not at all.
+
+Everything is written to a hidden directory beside the target and renamed once at the end. No fsync:
+a crash of the machine, unlike one of the program, may lose the result, never disguise a part of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from yopo import console
+from yopo.errors import OutputError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class OutputDirectory:
+    """Context manager that yields a fresh directory and turns it into the target on success.
+
+    On any exception, KeyboardInterrupt included, the fresh directory is removed and the target is
+    as it was.
+
+    Args:
+        target: The directory to make; its parent must exist.
+        source: A directory that is only read; the target may not overlap with it.
+        num_bytes: How much will be written, for the check of free space.
+        force: Whether an existing checkpoint in the target may be replaced.
+    """
+
+    def __init__(self, target: str | Path, *, source: str | Path, num_bytes: int, force: bool):
+        self.name = str(target)
+        # A link as the target: write beside the directory that it leads to, on its file system.
+        self.target = Path(target).expanduser().resolve()
+        self.source = Path(source).expanduser().resolve()
+        self.num_bytes = num_bytes
+        self.force = force
+        self._fresh: Path | None = None
+
+    def check(self) -> None:
+        """Raise OutputError for whatever can be known to go wrong before the first byte."""
+        target, source = self.target, self.source
+        if target == source:
+            raise OutputError(f"{self.name}: is the source checkpoint itself.", remedy=_ELSEWHERE)
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            place = "inside" if target.is_relative_to(source) else "a parent of"
+            raise OutputError(f"{self.name}: is {place} the source {source}.", remedy=_ELSEWHERE)
+        if not target.parent.is_dir():
+            raise OutputError(f"{self.name}: its folder does not exist.")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{self.name}: its folder is not writable.")
+        self._check_existing()
+        free = shutil.disk_usage(target.parent).free
+        if free < self.num_bytes:
+            raise OutputError(
+                f"{self.name}: needs {format_bytes(self.num_bytes)}, but its file system has "
+                f"{format_bytes(free)} left.",
+                remedy="Free some space, or write to another file system.",
+            )
+
+    def _check_existing(self) -> None:
+        target = self.target
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{self.name}: is a file, expected a directory name.")
+        if _is_absent_or_empty(target):
+            return
+        if not self.force:
+            raise OutputError(
+                f"{self.name}: exists already and is not empty.",
+                remedy="Use --force to replace it, or name another directory.",
+            )
+        if not (target / "config.json").is_file():
+            raise OutputError(
+                f"{self.name}: is not a checkpoint (no config.json), so it is not replaced even "
+                "with --force.",
+                remedy="Name another directory, or remove this one yourself.",
+            )
+
+    def __enter__(self) -> Path:
+        self.check()
+        # mkdtemp would make it private to the user; this one follows the umask.
+        self._fresh = self._sibling("new")
+        try:
+            self._fresh.mkdir()
+        except OSError as error:
+            raise self._explain(error) from error
+        return self._fresh
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._publish()
+            elif isinstance(error, OSError):
+                raise self._explain(error) from error
+        except OSError as failure:
+            raise self._explain(failure) from failure
+        finally:
+            shutil.rmtree(self._fresh, ignore_errors=True)  # gone already if it was published
+
+    def _publish(self) -> None:
+        if _is_absent_or_empty(self.target):
+            os.rename(self._fresh, self.target)
+            return
+        self._check_existing()  # again: it may have appeared meanwhile
+        former = self._sibling("old")
+        os.rename(self.target, former)
+        try:
+            os.rename(self._fresh, self.target)
+        except BaseException:
+            os.rename(former, self.target)
+            raise
+        try:
+            shutil.rmtree(former)
+        except OSError as error:
+            console.warn(f"{former}: the replaced checkpoint cannot be removed: {error.strerror}.")
+
+    def _sibling(self, what: str) -> Path:
+        return self.target.with_name(f".{self.target.name}.{what}-{secrets.token_hex(4)}")
+
+    def _explain(self, error: OSError) -> OutputError:
+        if error.errno in _DISK_FULL:
+            return OutputError(
+                f"{self.name}: disk full while writing; nothing was left behind.",
+                remedy=f"Free {format_bytes(self.num_bytes)}, or write to another file system.",
+            )
+        where = f" ({error.filename})" if error.filename else ""  # it may be a file of the source
+        return OutputError(f"{self.name}: cannot be written: {error.strerror or error}{where}.")
+
+
+_ELSEWHERE = "Write to a directory beside the source."
+
+
+def _is_absent_or_empty(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Size for people: ``13.5 GB``, decimal units."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

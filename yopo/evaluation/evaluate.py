@@ -1,0 +1,163 @@
+"""One evaluation of a plan: the dense and the pruned model on the same pairs, in one process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from yopo.calibration.pairs import Pair
+from yopo.console import track
+from yopo.evaluation.accuracy import is_correct
+from yopo.evaluation.fidelity import Fidelity, Recorded, compare, generate_answers, record_dense
+from yopo.evaluation.timing import PrefillTime, time_prefill
+from yopo.flops import (
+    dense_prefill_flops,
+    dense_visual_kv_bytes,
+    prefill_flops,
+    visual_budget,
+    visual_kv_bytes,
+)
+from yopo.plan import Plan
+from yopo.plan_tensors import PlanTensors
+from yopo.runtime.install import pruned
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers among the pairs that have an accepted answer."""
+
+    dense: int
+    pruned: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one plan keeps and what it saves.
+
+    Attributes:
+        plan: What was evaluated.
+        pairs: Number of pairs.
+        accuracy: Counts over all pairs with answers; None if none has any.
+        by_kind: The same per kind of question, where the data names kinds.
+        same_answers: Pairs whose generated answers are identical.
+        fidelity: Agreement and KL along the dense model's answers.
+        prefill: Decoder prefill time; None if not timed.
+    """
+
+    plan: Plan
+    pairs: int
+    accuracy: Accuracy | None
+    by_kind: dict[str, Accuracy]
+    same_answers: int
+    fidelity: Fidelity
+    prefill: PrefillTime | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything a machine wants to know, as plain values."""
+        plan, shape = self.plan, self.plan.model.shape
+        dense_flops = dense_prefill_flops(shape, plan.workload)
+        return {
+            "model": plan.model.name,
+            "pairs": self.pairs,
+            "visual_budget": visual_budget(plan),
+            "prefill_flops_ratio": prefill_flops(plan) / dense_flops,
+            "visual_kv_bytes": {
+                "dense": dense_visual_kv_bytes(shape, plan.workload),
+                "pruned": visual_kv_bytes(plan),
+            },
+            "accuracy": None if self.accuracy is None else asdict(self.accuracy),
+            "by_kind": {kind: asdict(counts) for kind, counts in self.by_kind.items()},
+            "same_answers": self.same_answers,
+            "agreement": self.fidelity.agreement,
+            "kl": self.fidelity.kl,
+            "answer_tokens": self.fidelity.tokens,
+            "prefill": None if self.prefill is None else asdict(self.prefill),
+        }
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    plan: Plan,
+    tensors: PlanTensors | None,
+    pairs: Iterable[Pair],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    timing_runs: int = 15,
+    total: int | None = None,
+    records: list[Recorded] | None = None,
+) -> Evaluation:
+    """Evaluate a plan on pairs.
+
+    Args:
+        model: The dense model in memory (a baked checkpoint's, for its baked plan).
+        processor: Its processor.
+        plan: What to evaluate.
+        tensors: The plan's tensors.
+        pairs: Held-out pairs, with answers where accuracy is wanted.
+        batch_size: Pairs per forward.
+        max_new_tokens: Longest answer.
+        timing_runs: Paired prefill runs; 0 skips timing.
+        total: Number of pairs, for the progress bar.
+        records: The dense model's answers, if they are at hand from another plan.
+
+    Raises:
+        DataError: No pairs.
+        ModelError: The plan is not this model's.
+    """
+    if records is None:
+        records = record_dense(
+            model,
+            processor,
+            pairs,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            total=total,
+        )
+    tokenizer = processor.tokenizer
+    seen: list[tuple[Pair, str, str]] = []
+    with pruned(model, plan, tensors):
+        fidelity = compare(model, records)
+        groups = (record for record in records)
+        for record in track(groups, label="pruned answers", total=len(records), unit="batches"):
+            group = record.batch.pairs
+            ours = generate_answers(model, processor, group, max_new_tokens)
+            texts = (
+                tokenizer.batch_decode(ids, skip_special_tokens=True)
+                for ids in (record.answers, ours)
+            )
+            seen += zip(group, *texts, strict=True)
+    prefill = None
+    if timing_runs:
+        largest = max((record.batch for record in records), key=len)
+        prefill = time_prefill(
+            model, largest, lambda: pruned(model, plan, tensors, check=False), runs=timing_runs
+        )
+    counts, kinds = _count(seen)
+    same = sum(dense == ours for _, dense, ours in seen)
+    return Evaluation(plan, len(seen), counts, kinds, same, fidelity, prefill)
+
+
+def _count(
+    seen: list[tuple[Pair, str, str]],
+) -> tuple[Accuracy | None, dict[str, Accuracy]]:
+    right: dict[str | None, Counter[str]] = {}
+    for pair, dense, ours in seen:
+        if not pair.answers:
+            continue
+        for kind in {None, pair.kind}:
+            counter = right.setdefault(kind, Counter())
+            counter["total"] += 1
+            counter["dense"] += is_correct(dense, pair.answers)
+            counter["pruned"] += is_correct(ours, pair.answers)
+    counts = {
+        kind: Accuracy(each["dense"], each["pruned"], each["total"]) for kind, each in right.items()
+    }
+    overall = counts.pop(None, None)
+    return overall, dict(sorted(counts.items()))

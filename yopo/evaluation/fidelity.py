@@ -1,0 +1,131 @@
+"""How far a pruned model strays from the dense one, token by token, without any label.
+
+The dense model answers greedily; both models then predict that answer's tokens from the same
+prefix. KL is ``KL(dense || pruned)`` per answer token, agreement the share of tokens with the same
+most likely prediction. The end token counts: knowing when to stop is part of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from yopo.calibration.pairs import Pair
+from yopo.calibration.prompts import Batch, batches, encode
+from yopo.console import track
+from yopo.errors import DataError
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A batch with the dense model's own answers behind the prompts.
+
+    Attributes:
+        batch: Inputs and answer mask.
+        answers: The answers' token ids per pair, end token included.
+        log_probs: (answer tokens of the batch, vocabulary) float32 of the dense model, on CPU.
+    """
+
+    batch: Batch
+    answers: list[list[int]]
+    log_probs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Closeness to the dense model.
+
+    Attributes:
+        kl: Mean ``KL(dense || pruned)`` per answer token, in nats.
+        agreement: Share of answer tokens with the same most likely prediction.
+        tokens: Answer tokens compared.
+    """
+
+    kl: float
+    agreement: float
+    tokens: int
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel, processor: ProcessorMixin, pairs: tuple[Pair, ...], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy answers as token ids, up to and including the end token."""
+    token = model.config.image_token_id
+    batch = encode(processor, pairs, image_token_id=token, device=model.device, dtype=model.dtype)
+    length = batch.inputs["input_ids"].shape[1]
+    output = model.generate(
+        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+    )
+    stops = model.generation_config.eos_token_id
+    stops = set(stops) if isinstance(stops, list) else {stops}
+    answers = []
+    for row in output[:, length:].tolist():
+        end = next((place + 1 for place, each in enumerate(row) if each in stops), len(row))
+        answers.append(row[:end])
+    return answers
+
+
+@torch.no_grad()
+def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Log-probabilities with which a model predicts the answers' tokens.
+
+    Args:
+        model: Dense, or inside a ``pruned`` block.
+        batch: A batch with an answer mask.
+
+    Returns:
+        (answer tokens of the batch, vocabulary) float32, row by row.
+    """
+    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    # The token at position p is predicted from position p - 1.
+    chosen = hidden[:, :-1][batch.answer_mask[:, 1:]]
+    return model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
+
+
+def record_dense(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pairs: Iterable[Pair],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    label: str = "dense answers",
+    total: int | None = None,
+) -> list[Recorded]:
+    """Let the dense model answer, and keep its answers and predictions.
+
+    Raises:
+        DataError: No pairs.
+    """
+    records = []
+    for group in track(batches(pairs, batch_size), label=label, total=total, unit="pairs"):
+        answers = generate_answers(model, processor, group, max_new_tokens)
+        token = model.config.image_token_id
+        batch = encode(
+            processor,
+            group,
+            image_token_id=token,
+            device=model.device,
+            dtype=model.dtype,
+            answers=answers,
+        )
+        records.append(Recorded(batch, answers, answer_log_probs(model, batch).cpu()))
+    if not records:
+        raise DataError("There are no pairs to evaluate on.")
+    return records
+
+
+def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
+    """Compare a pruned model (inside a ``pruned`` block) with the recorded dense one."""
+    kl, agree, tokens = 0.0, 0, 0
+    for record in records:
+        ours = answer_log_probs(model, record.batch).cpu()
+        dense = record.log_probs
+        kl += float((dense.exp() * (dense - ours)).sum(dtype=torch.float64))
+        agree += int((dense.argmax(dim=-1) == ours.argmax(dim=-1)).sum())
+        tokens += len(dense)
+    return Fidelity(kl / tokens, agree / tokens, tokens)

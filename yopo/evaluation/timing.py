@@ -1,0 +1,90 @@
+"""Prefill time, dense against pruned: paired runs in one process, medians, as a ratio.
+
+What is timed is the text decoder (the part that a plan changes), inside ordinary forwards of the
+whole model; vision encoder and language-model head are the same in both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from transformers import PreTrainedModel
+
+from yopo.calibration.prompts import Batch
+
+Switch = AbstractContextManager[object]
+
+
+@dataclass(frozen=True)
+class PrefillTime:
+    """Medians over paired runs.
+
+    Attributes:
+        dense_ms, pruned_ms: Decoder time per batch.
+        ratio: Median of the pairs' own ratios, pruned over dense.
+        runs: Number of pairs.
+        batch_size: Prompts per batch.
+    """
+
+    dense_ms: float
+    pruned_ms: float
+    ratio: float
+    runs: int
+    batch_size: int
+
+
+@contextmanager
+def _stopwatch(model: PreTrainedModel) -> Iterator[list[float]]:
+    """Collect the decoder's milliseconds of every forward inside the block."""
+    decoder, times, started = model.get_decoder(), [], []
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter()
+
+    handles = (
+        decoder.register_forward_pre_hook(lambda module, args: started.append(now())),
+        decoder.register_forward_hook(
+            lambda module, args, output: times.append(1e3 * (now() - started.pop()))
+        ),
+    )
+    try:
+        yield times
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def time_prefill(
+    model: PreTrainedModel, batch: Batch, prune: callable, *, runs: int = 15, warmup: int = 3
+) -> PrefillTime:
+    """Time prefill of one batch, dense and pruned in turn.
+
+    Args:
+        model: A dense model in memory.
+        batch: What to prefill.
+        prune: Makes the context manager under which the model is pruned.
+        runs: Counted pairs.
+        warmup: Uncounted pairs in front.
+    """
+
+    def prefill() -> float:
+        with _stopwatch(model) as times:
+            model(**batch.inputs, use_cache=True, logits_to_keep=1)
+        return times[0]
+
+    dense, pruned = [], []
+    for _ in range(warmup + runs):
+        dense.append(prefill())
+        with prune():
+            pruned.append(prefill())
+    dense, pruned = dense[warmup:], pruned[warmup:]
+    ratio = median(after / before for before, after in zip(dense, pruned, strict=True))
+    return PrefillTime(median(dense), median(pruned), ratio, runs, len(batch))

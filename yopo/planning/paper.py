@@ -1,0 +1,55 @@
+"""The paper's shape: a cut, a share of the heads, a share of the neurons, a neighborhood."""
+
+from __future__ import annotations
+
+import torch
+
+from yopo.plan import LayerPlan, ModelShape
+from yopo.strategies import heads as head_strategy
+from yopo.strategies.neurons import uniform_widths
+
+EMPTY = LayerPlan((), attend=False, radius=None, neurons=0)
+
+
+def paper_layers(
+    shape: ModelShape,
+    rho: torch.Tensor,
+    *,
+    visual_layers: int,
+    head_ratio: float,
+    neuron_ratio: float,
+    radius: int | None,
+    alpha: float | None = None,
+) -> tuple[LayerPlan, ...]:
+    """Build the paper's shape from head activity.
+
+    Args:
+        shape: The decoder's dimensions.
+        rho: (samples, layers, heads) activity.
+        visual_layers: First layers that see visual tokens.
+        head_ratio: Share of their heads to keep, chosen over all of them, most active first.
+        neuron_ratio: Share of their neurons to keep, the same in each.
+        radius: Neighborhood of visual queries.
+        alpha: Select heads by the authors' vote instead of by ratio.
+
+    Returns:
+        One entry per layer.
+    """
+    seen = rho[:, :visual_layers]
+    if alpha is not None:
+        keep = head_strategy.select_vote(seen, alpha)
+    else:
+        count = round(head_ratio * visual_layers * shape.heads)
+        whole = head_strategy.WHOLE_LAYERS if head_ratio < 1 else 0
+        keep = head_strategy.select_top(head_strategy.score(seen), count, whole_layers=whole)
+    widths = uniform_widths(shape.ffn, neuron_ratio, list(range(visual_layers)), shape.layers)
+    layers = [
+        LayerPlan(kept, attend=bool(kept), radius=radius if kept else None, neurons=width)
+        for kept, width in zip((kept_heads(row) for row in keep), widths, strict=False)
+    ]
+    return (*layers, *(EMPTY,) * (shape.layers - visual_layers))
+
+
+def kept_heads(row: torch.Tensor) -> tuple[int, ...]:
+    """Indices of a (heads,) bool row."""
+    return tuple(row.nonzero().flatten().tolist())

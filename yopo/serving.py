@@ -1,0 +1,138 @@
+"""Models from disk or hub: dense ones to measure, pruned ones to serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from yopo.errors import CheckpointError, ModelError
+from yopo.families.registry import ModelSource, family_of, resolve
+from yopo.plan import Plan
+from yopo.plan_file import read_plan
+from yopo.plan_tensors import PlanTensors, read_tensors
+from yopo.runtime.install import install
+
+PLAN_FILE = "yopo_plan.yaml"
+
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a baked checkpoint as a model that skips the pruned work.
+
+    Args:
+        path: A directory that ``yopo apply`` wrote.
+        **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ...).
+
+    Returns:
+        A transformers model of the checkpoint's own class.
+
+    Raises:
+        CheckpointError: Not a baked checkpoint, or a tensor is missing.
+        ModelError: The weights are not the ones that the plan was baked into.
+    """
+    plan, tensors = read_baked_plan(path)
+    model = load_dense(resolve(str(path)), **kwargs)
+    install(model, plan, tensors)
+    return model
+
+
+def read_baked_plan(path: str | Path) -> tuple[Plan, PlanTensors | None]:
+    """The plan inside a baked checkpoint, and its tensors.
+
+    Raises:
+        CheckpointError: The directory holds no plan.
+    """
+    file = Path(path) / PLAN_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path}: is not a pruned checkpoint (no {PLAN_FILE}).",
+            remedy="Make one with `yopo apply plan.yaml`.",
+        )
+    plan = read_plan(file)
+    return plan, None if plan.tensors is None else read_tensors(plan, Path(path))
+
+
+def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
+    """Load a model with the stock transformers class, in eval mode.
+
+    Args:
+        source: From ``families.registry.resolve``.
+        **kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to the checkpoint's.
+
+    Raises:
+        ModelError: The model cannot be reached, is of no supported family, or is no model.
+        CheckpointError: A weight is missing from the checkpoint (transformers would make one up).
+    """
+    options = {"revision": source.revision, "dtype": "auto", **kwargs}
+    try:
+        config = AutoConfig.from_pretrained(source.location, revision=source.revision)
+        family_of(config)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source.location, config=config, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise _not_loaded(source, error) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source.location}: {len(missing)} weights are missing, {missing[0]} among them.",
+            remedy="The checkpoint is incomplete or of another architecture.",
+        )
+    return model.eval()
+
+
+def _not_loaded(source: ModelSource, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) < 300 else f"{reason[:297]}..."
+    if source.is_local:
+        return ModelError(f"{source.location}: cannot be loaded: {reason}")
+    return ModelError(
+        f"{source.location}: cannot be loaded from the hub: {reason}",
+        remedy="Check the id and the network, or give a local directory.",
+    )
+
+
+class PrunedForConditionalGeneration:
+    """What a baked checkpoint's remote code resolves to under ``trust_remote_code=True``.
+
+    transformers skips the renaming of checkpoint keys for custom classes, which would leave
+    weights random; so the stock class loads them, and the plan is installed behind.
+    """
+
+    _auto_class = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Load the stock model of the checkpoint and install its plan."""
+        plan, tensors = read_baked_plan(path)
+        for name in ("trust_remote_code", "code_revision"):
+            kwargs.pop(name, None)
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
+        import transformers
+
+        stock = getattr(transformers, family_of(config).architecture)
+        loaded = stock.from_pretrained(path, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        install(model.eval(), plan, tensors)
+        return loaded
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Asked for by transformers; nothing is saved from this class."""
+
+
+def torch_dtype(name: str) -> torch.dtype | str:
+    """A dtype by name; ``auto`` stays.
+
+    Raises:
+        ModelError: No such floating-point dtype.
+    """
+    if name == "auto":
+        return name
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"Unknown dtype '{name}'.", remedy="Use float32, bfloat16 or float16.")
+    return found

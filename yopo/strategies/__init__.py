@@ -1,0 +1,1 @@
+"""What may be pruned: one file per strategy, ``score`` then ``select``, pure tensor math."""

@@ -1,0 +1,24 @@
+"""Visual layer drop: in which layers the text reads the image at all."""
+
+from __future__ import annotations
+
+import torch
+
+
+def select_cut(num_layers: int, ratio: float) -> list[int]:
+    """The paper's form: the first layers, up to a cut."""
+    return list(range(round(num_layers * ratio)))
+
+
+def select_readers(cross_modal: torch.Tensor, count: int) -> list[int]:
+    """The layers whose text queries put most attention on the image.
+
+    Args:
+        cross_modal: (layers,) mean visual mass.
+        count: How many.
+
+    Returns:
+        Their indices, ascending.
+    """
+    best = torch.argsort(cross_modal.double(), descending=True, stable=True)[:count]
+    return sorted(best.tolist())
