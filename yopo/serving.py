@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from yopo.checkpoint.companions import PLAN_FILE
+from yopo.checkpoint.reader import fetch
 from yopo.errors import CheckpointError, ModelError
 from yopo.families.registry import ModelSource, family_of, resolve
 from yopo.plan import Plan
 from yopo.plan_file import read_plan
 from yopo.plan_tensors import PlanTensors, read_tensors
 from yopo.runtime.install import install
-
-PLAN_FILE = "yopo_plan.yaml"
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -66,15 +66,17 @@ def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
         ModelError: The model cannot be reached, is of no supported family, or is no model.
         CheckpointError: A weight is missing from the checkpoint (transformers would make one up).
     """
-    options = {"revision": source.revision, "dtype": "auto", **kwargs}
+    folder = fetch(source)
     try:
-        config = AutoConfig.from_pretrained(source.location, revision=source.revision)
+        config = AutoConfig.from_pretrained(folder)
         family_of(config)
         model, report = AutoModelForImageTextToText.from_pretrained(
-            source.location, config=config, output_loading_info=True, **options
+            folder, config=config, output_loading_info=True, **{"dtype": "auto", **kwargs}
         )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise _not_loaded(source, error) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 300 else f"{reason[:297]}..."
+        raise ModelError(f"{source.location}: cannot be loaded: {reason}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -82,17 +84,6 @@ def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
             remedy="The checkpoint is incomplete or of another architecture.",
         )
     return model.eval()
-
-
-def _not_loaded(source: ModelSource, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())
-    reason = reason if len(reason) < 300 else f"{reason[:297]}..."
-    if source.is_local:
-        return ModelError(f"{source.location}: cannot be loaded: {reason}")
-    return ModelError(
-        f"{source.location}: cannot be loaded from the hub: {reason}",
-        remedy="Check the id and the network, or give a local directory.",
-    )
 
 
 class PrunedForConditionalGeneration:

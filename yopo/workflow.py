@@ -13,6 +13,7 @@ from yopo.calibration.prompts import load_processor
 from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
 from yopo.calibration.statistics import Statistics, load_statistics
+from yopo.checkpoint.reader import fetch
 from yopo.console import note
 from yopo.evaluation.evaluate import Evaluation, evaluate
 from yopo.evaluation.fidelity import compare, record_dense
@@ -80,7 +81,7 @@ def calibrate(
     """
     source = resolve(model_name)
     pairs = _open(options)
-    processor = load_processor(source.location, source.revision)
+    processor = load_processor(str(fetch(source)))
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
     about = {"yopo": __version__, "pairs": pairs.name, "seed": options.seed}
     if pairs.digest:
@@ -163,7 +164,7 @@ def evaluate_target(
         plan, tensors = read_plan_with_tensors(target)
         source = resolve(model_name or plan.model.name)
     pairs = _open(options)
-    processor = load_processor(source.location, source.revision)
+    processor = load_processor(str(fetch(source)))
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
     return evaluate(
         model,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yopo.calibration.hub import probe
 from yopo.calibration.pairs import Pair
 from yopo.calibration.rows import without_placeholders
 from yopo.errors import DataError, ModelError
+from yopo.hub import probe
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,8 @@ def answer_ids(processor: ProcessorMixin, prompt: str, answer: str) -> list[int]
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in (prompt, prompt + _separator(prompt) + answer, answer)
     )
-    return both[len(head) :] if both[: len(head)] == head else alone
+    follows = both[: len(head)] == head and len(both) > len(head)
+    return both[len(head) :] if follows else alone
 
 
 def encode(

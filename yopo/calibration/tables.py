@@ -13,12 +13,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yopo.calibration.hub import probe
 from yopo.calibration.pairs import Pair, Pairs
 from yopo.calibration.rows import pair_from_row
 from yopo.calibration.sampling import chosen, warn_all_used
 from yopo.console import track
 from yopo.errors import DataError, suggest
+from yopo.hub import probe
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -113,7 +113,8 @@ class Shaper:
 
     def paper(self) -> Layers | None:
         """Half of the layers, more above a budget of one half."""
-        visual = round(self.shape.layers * max(0.5, self.budget))
+        total = self.shape.layers
+        visual = min(total, round(total * max(0.5, self.budget)) + 1)  # the last one only reads
         return self.scale(
             lambda scale: paper_layers(
                 self.shape,
@@ -148,25 +149,22 @@ class Shaper:
     def attend(self) -> Layers | None:
         """All layers read; the first ones attend to their neighbors as well."""
         attending = replace(self.reader_layer, attend=True, radius=PAPER_RADIUS)
-        return self._first(attending, self.reader_layer)
+        return self._working(attending, lambda count: (self.reader_layer,) * count)
 
     def frozen_late(self) -> Layers | None:
         """The first layers whole, all others read."""
-        return self._first(full_layer(self.shape), self.reader_layer)
+        whole = full_layer(self.shape)
+        return self._working(whole, lambda count: (self.reader_layer,) * count)
 
     def frozen_early(self) -> Layers | None:
         """The last layers whole, all others read."""
-        total = self.shape.layers
-
-        def build(scale: float) -> Layers:
-            count = int(scale * total)
-            return (self.reader_layer,) * (total - count) + (full_layer(self.shape),) * count
-
-        return self.fill(self.scale(build))
+        whole = full_layer(self.shape)
+        return self._working(whole, lambda count: (self.reader_layer,) * count, at_end=True)
 
     def withdraw(self) -> Layers | None:
-        """The first layers whole, then nothing."""
-        return self._first(full_layer(self.shape), EMPTY)
+        """The first layers whole, one more reads what they made, then nothing."""
+        whole = full_layer(self.shape)
+        return self._working(whole, lambda count: ((self.reader_layer,) + (EMPTY,) * count)[:count])
 
     def light(self) -> Layers | None:
         """Three quarters of the layers attend nearby."""
@@ -184,12 +182,19 @@ class Shaper:
         layers = tuple(self.reader_layer if index in readers else EMPTY for index in range(total))
         return self.fill(layers) if readers else None
 
-    def _first(self, front: LayerPlan, rest: LayerPlan) -> Layers | None:
+    def _working(
+        self, work: LayerPlan, rest: Callable[[int], Layers], *, at_end: bool = False
+    ) -> Layers | None:
+        """As many working layers as fit, the one at their border with a part of its neurons."""
         total = self.shape.layers
 
         def build(scale: float) -> Layers:
-            count = int(scale * total)
-            return (front,) * count + (rest,) * (total - count)
+            whole, part = divmod(scale * total, 1)
+            border = (replace(work, neurons=int(part * work.neurons)),) if part else ()
+            idle = rest(total - int(whole) - len(border))
+            if at_end:
+                return idle + border + (work,) * int(whole)
+            return (work,) * int(whole) + border + idle
 
         return self.fill(self.scale(build))
 

@@ -1,0 +1,172 @@
+"""What calibration measures equals a brute force over eager attention matrices in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+from tiny import IMAGE, PICTURE, SIDE, Subject
+
+from yopo.calibration.observers import CHUNK, QUERIES, observing
+from yopo.calibration.statistics import MAX_DISTANCE
+from yopo.errors import DataError
+from yopo.families.registry import family_of
+
+ROWS = [
+    [1, 5, 6, *PICTURE, 7, 8, 9, 10],
+    [1, *PICTURE, 3, 4, *PICTURE, 9],
+    [*PICTURE, *PICTURE, *(range(2, 90))],  # two chunks of text queries
+]
+
+
+@dataclass
+class Sums:
+    """The brute force's sums over samples, in float64."""
+
+    rho: torch.Tensor
+    cross_modal: torch.Tensor
+    locality: torch.Tensor
+    neuron_square: torch.Tensor
+    neuron_sum: torch.Tensor
+    head_sum: torch.Tensor
+    text_queries: int
+
+
+def watch(subject: Subject, inputs: dict[str, torch.Tensor], queries: str = "text"):
+    """Run the observer over one batch and return it."""
+    model = subject.model
+    family = family_of(model.config)
+    names = family.backbone(model.config)
+    with observing(model, subject.shape, names, family.grids_of, queries) as observer:
+        observer.begin(inputs["attention_mask"])
+        with torch.no_grad():
+            model.base_model(**inputs, use_cache=False)
+        observer.finish()
+    return observer
+
+
+def brute_force(subject: Subject, rows: list[list[int]], queries: str) -> Sums:
+    """Everything by definition, one sample at a time, from ``output_attentions`` in float64."""
+    parts = []
+    for number, row in enumerate(rows):
+        parts.append(one_sample(subject, row, queries, seed=number))
+    rho, *sums, counts = zip(*parts, strict=True)
+    return Sums(torch.stack(rho), *(sum(each) for each in sums), sum(counts))
+
+
+@torch.no_grad()
+def one_sample(subject: Subject, row: list[int], queries: str, *, seed: int) -> tuple:
+    oracle, shape = subject.oracle, subject.shape
+    inputs = tiny.as_dtype(tiny.batch([row], seed=seed), torch.float64)
+    taken: dict[tuple[str, int], torch.Tensor] = {}
+    handles = []
+    for index, layer in enumerate(oracle.get_decoder().layers):
+        for name, module in (("ffn", layer.mlp.down_proj), ("heads", layer.self_attn.o_proj)):
+
+            def keep(module, args, key=(name, index)):
+                taken[key] = args[0][0]
+
+            handles.append(module.register_forward_pre_hook(keep))
+    oracle.set_attn_implementation("eager")
+    try:
+        attentions = oracle(**inputs, output_attentions=True).attentions
+    finally:
+        oracle.set_attn_implementation("sdpa")
+        for handle in handles:
+            handle.remove()
+    visual = inputs["input_ids"][0] == IMAGE
+    places = visual.nonzero().flatten().tolist()
+    behind = [q for q in range(len(row)) if not visual[q] and q > places[0]]
+    counted = {"text": behind, "all": list(range(len(row))), "last": [len(row) - 1]}[queries]
+    weights = torch.stack([each[0] for each in attentions])  # (layers, heads, queries, keys)
+    rho = weights[:, :, counted][..., visual].sum((2, 3))
+    rho = rho / weights[:, :, counted][..., ~visual].sum((2, 3))
+    cross_modal = weights[:, :, behind][..., visual].sum(-1).mean(1).sum(-1)
+    locality = torch.zeros(shape.layers, MAX_DISTANCE + 2, dtype=torch.float64)
+    for i, query in enumerate(places):
+        for j, key in enumerate(places):
+            (image, cell), (other, place) = divmod(i, SIDE**2), divmod(j, SIDE**2)
+            distance = max(abs(cell // SIDE - place // SIDE), abs(cell % SIDE - place % SIDE))
+            column = distance if image == other else MAX_DISTANCE + 1
+            locality[:, column] += weights[:, :, query, key].mean(dim=1)
+    ffn = torch.stack([taken["ffn", index][visual] for index in range(shape.layers)])
+    heads = torch.stack([taken["heads", index][visual] for index in range(shape.layers)])
+    squares = ffn.square().sum(1)
+    return rho, cross_modal, locality, squares, ffn.sum(1), heads.sum(1), len(behind)
+
+
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """One batch with the very images that ``one_sample`` draws row by row."""
+    inputs = tiny.batch(rows)
+    images = [tiny.batch([row], seed=number)["pixel_values"] for number, row in enumerate(rows)]
+    return {**inputs, "pixel_values": torch.cat(images)}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+def test_equals_brute_force_on_a_padded_batch(subject: Subject, queries: str) -> None:
+    assert len(ROWS[2]) - 2 * len(PICTURE) > CHUNK
+    expected = brute_force(subject, ROWS, queries)
+    found = watch(subject, padded(ROWS), queries)
+    rho = found.rho[0].double()
+    assert (rho / expected.rho - 1).abs().max() < 2e-5  # float32 forward against float64
+    assert relative(found.cross_modal_sum, expected.cross_modal) < 1e-5
+    assert relative(found.locality_sum, expected.locality) < 1e-5
+    assert relative(found.neuron_square, expected.neuron_square) < 1e-5
+    assert relative(found.neuron_sum, expected.neuron_sum) < 1e-5
+    assert relative(found.head_sum, expected.head_sum) < 1e-5
+    assert found.text_queries == expected.text_queries
+    assert found.visual_tokens == sum(row.count(IMAGE) for row in ROWS)
+
+
+def test_observing_does_not_change_the_model(subject: Subject) -> None:
+    inputs = padded(ROWS[:2])
+    before = tiny.logits(subject.model, inputs)
+    family = family_of(subject.model.config)
+    names = family.backbone(subject.model.config)
+    with observing(subject.model, subject.shape, names, family.grids_of) as observer:
+        observer.begin(inputs["attention_mask"])
+        inside = tiny.logits(subject.model, inputs)
+    assert torch.equal(before, inside)
+    assert torch.equal(before, tiny.logits(subject.model, inputs))
+
+
+def test_everything_is_switched_off_after_an_exception(mha: Subject) -> None:
+    model, decoder = mha.model, mha.model.get_decoder()
+    implementation = decoder.config._attn_implementation
+    family = family_of(model.config)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        with observing(model, mha.shape, family.backbone(model.config), family.grids_of):
+            raise RuntimeError("on purpose")
+    assert decoder.config._attn_implementation == implementation
+    assert not model.base_model._forward_pre_hooks and not model.base_model._forward_hooks
+    for layer in decoder.layers:
+        assert not hasattr(layer.self_attn, "_yopo_observer")
+        assert not layer.self_attn.o_proj._forward_pre_hooks
+        assert not layer.mlp.down_proj._forward_pre_hooks
+
+
+def test_no_matrix_of_all_queries_is_formed(mha: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    from yopo.calibration import observers
+
+    seen = []
+    softmax = observers._softmax
+
+    def spy(*args):
+        weights = softmax(*args)
+        seen.append(weights.shape[2])
+        return weights
+
+    monkeypatch.setattr(observers, "_softmax", spy)
+    watch(mha, tiny.batch([[1, *PICTURE * 8, 3, 4]]), "all")
+    assert seen and max(seen) <= CHUNK < 8 * len(PICTURE)
+
+
+def test_an_image_that_nobody_reads_is_an_error(mha: Subject) -> None:
+    with pytest.raises(DataError, match="no text behind its image"):
+        watch(mha, tiny.batch([[1, 2, *PICTURE]]))

@@ -1,0 +1,250 @@
+"""Pairs from JSON files and the demo, and how their images are decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from yopo.calibration.pairs import ImageRef
+from yopo.calibration.sources import open_pairs
+from yopo.errors import DataError
+
+
+def write_image(path: Path, *, mode: str = "RGB", size: tuple[int, int] = (7, 5)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (200, 100, 50)).convert(mode).save(path)
+    return path
+
+
+def write_rows(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def row(number: int = 0, **changes: object) -> dict[str, object]:
+    return {"image": "a.png", "question": f"What is {number}?", "answer": "it", **changes}
+
+
+def test_jsonl_rows_become_pairs(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    path = write_rows(
+        tmp_path / "own.jsonl", [row(0, id="x7", kind="color", extra=[1]), row(1, answer=None)]
+    )
+    pairs = open_pairs(str(path), samples=None, seed=0)
+    first, second = pairs
+    assert (first.question, first.answers, first.kind, first.id) == (
+        "What is 0?",
+        ("it",),
+        "color",
+        "x7",
+    )
+    assert (second.answers, second.kind, second.id) == ((), None, "1")
+    assert first.where == f"{path}:1"
+    assert first.images[0].load().size == (7, 5)
+    assert (pairs.name, pairs.total) == ("own.jsonl", 2)
+    assert pairs.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert list(pairs) == [first, second], "a second iteration must yield the same"
+
+
+def test_two_images_stay_in_order(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", size=(3, 2))
+    write_image(tmp_path / "b.png", size=(2, 3))
+    path = write_rows(tmp_path / "p.jsonl", [row(images=["b.png", "a.png"], image=None)])
+    (pair,) = open_pairs(str(path), samples=None, seed=0)
+    assert [ref.load().size for ref in pair.images] == [(2, 3), (3, 2)]
+
+
+def test_relative_paths_survive_chdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "data" / "deep" / "a.png")
+    write_rows(tmp_path / "data" / "p.jsonl", [row(image="deep/a.png")])
+    monkeypatch.chdir(tmp_path)
+    (pair,) = open_pairs("data/p.jsonl", samples=None, seed=0)
+    monkeypatch.chdir("/")
+    assert pair.images[0].load().size == (7, 5)
+
+
+def test_json_list_and_lines_are_told_apart_by_content(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    rows = [row(number, note="é ] [ , }") for number in range(3)]
+    (tmp_path / "pretty.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    (tmp_path / "compact.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "bom.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    write_rows(tmp_path / "lines.json", rows)
+    read = {
+        name: list(open_pairs(str(tmp_path / f"{name}.json"), samples=None, seed=0))
+        for name in ("pretty", "compact", "bom", "lines")
+    }
+    questions = [[pair.question for pair in pairs] for pairs in read.values()]
+    assert questions == [["What is 0?", "What is 1?", "What is 2?"]] * 4
+    lines = [pair.where.rsplit(":", 1)[1] for pair in read["pretty"]]
+    assert lines == ["2", "8", "14"]
+    assert [pair.where.rsplit(":", 1)[1] for pair in read["lines"]] == ["1", "2", "3"]
+
+
+def test_blank_lines_count_as_lines(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n" + json.dumps(row()) + "\n\n", encoding="utf-8")
+    (pair,) = open_pairs(str(path), samples=None, seed=0)
+    assert (pair.where, pair.id) == (f"{path}:2", "0")
+
+
+def test_sample_is_seeded_nested_and_in_file_order(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    path = str(write_rows(tmp_path / "p.jsonl", [row(number) for number in range(50)]))
+
+    def ids(samples: int | None, seed: int) -> list[int]:
+        pairs = open_pairs(path, samples=samples, seed=seed)
+        assert pairs.total == len(list(pairs))
+        return [int(pair.id) for pair in pairs]
+
+    eight = ids(8, 3)
+    assert eight == ids(8, 3)
+    assert eight == sorted(set(eight)) and len(eight) == 8
+    assert set(eight) < set(ids(20, 3))
+    assert eight != ids(8, 4)
+    assert eight != list(range(8)), "the first rows of a file are no sample"
+    assert ids(None, 3) == list(range(50))
+
+
+def test_too_many_samples_use_all_and_warn_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "a.png")
+    path = write_rows(tmp_path / "p.jsonl", [row(0), row(1)])
+    pairs = open_pairs(str(path), samples=9, seed=0)
+    assert len(list(pairs)) == len(list(pairs)) == pairs.total == 2
+    expected = f"warning: {path}: 9 samples were asked for, there are 2; using all.\n"
+    assert capsys.readouterr().err == expected
+
+
+def expect_error(data: str | None, start: str, remedy: str = "", **options: object) -> None:
+    with pytest.raises(DataError) as caught:
+        list(open_pairs(data, **{"samples": None, "seed": 0, **options}))
+    assert caught.value.message.startswith(start), caught.value.message
+    assert remedy in (caught.value.remedy or "")
+    assert "\n" not in caught.value.message
+
+
+def test_missing_sources(tmp_path: Path) -> None:
+    expect_error(f"{tmp_path}/no.jsonl", f"{tmp_path}/no.jsonl: no such file.", "Give a .jsonl")
+    expect_error(f"{tmp_path}/nothing", f"{tmp_path}/nothing: no such file or directory.", "hub id")
+    expect_error("nothing", "nothing: no such file or directory.", "demo:calibration")
+    (tmp_path / "pairs.txt").write_text("x")
+    expect_error(f"{tmp_path}/pairs.txt", f"{tmp_path}/pairs.txt: not a kind of file", "Give a")
+
+
+def test_bad_json_names_the_line(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    lines, listed = tmp_path / "p.jsonl", tmp_path / "p.json"
+    lines.write_text(json.dumps(row()) + "\n{'image'\n", encoding="utf-8")
+    listed.write_text("[\n" + json.dumps(row()) + ",\n{]\n", encoding="utf-8")
+    expect_error(str(lines), f"{lines}:2: not JSON: ", "one object per line")
+    expect_error(str(listed), f"{listed}:3: not JSON: ", "one object per line")
+    lines.write_bytes(b"\xff\xfe\x00")
+    expect_error(str(lines), f"{lines}: is not UTF-8 text.")
+    for text in ("", "\n\n", "[]"):
+        lines.write_text(text)
+        expect_error(str(lines), f"{lines}: holds no pairs.")
+
+
+def test_first_bad_pair_is_an_error_even_outside_the_sample(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    path = tmp_path / "p.jsonl"
+    for bad, start in [
+        (row(image=None), ": the pair has no image (columns found: image, question, answer)."),
+        (row(image=[]), ": the pair has no image"),
+        (row(question=" <image>\n"), ": the pair has no question"),
+        (row(question=5), ": the question must be text, found 5."),
+        (row(image=5), ": the image must be a path or an image, found 5."),
+        (row(answer={"a": 1}), ": an answer must be text or a list of texts, found {'a': 1}."),
+        (row(image="https://x.org/a.png"), ": the image is an address ('https://x.org/a.png')"),
+        ("a text", ": a pair must be an object with an image and a question, found 'a text'."),
+    ]:
+        write_rows(path, [row(), row(), bad, row()])
+        expect_error(str(path), f"{path}:3{start}")
+        expect_error(str(path), f"{path}:3{start}", samples=1)
+
+
+def test_missing_image_is_found_before_anything_runs(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [row(image="gone.png")])
+    with pytest.raises(DataError) as caught:
+        open_pairs(str(path), samples=None, seed=0)
+    assert caught.value.message == (
+        f"{path}:1: image gone.png: there is no file {tmp_path / 'gone.png'}."
+    )
+    assert "relative to the folder" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "empty", "broken chunk"])
+def test_corrupt_image_names_file_and_row(tmp_path: Path, damage: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(
+        {
+            "text": b"<html>",
+            "cut": whole[: len(whole) // 2],
+            "empty": b"",
+            "broken chunk": whole[:60] + b"\x00" * 40 + whole[100:],
+        }[damage]
+    )
+    path = write_rows(tmp_path / "p.jsonl", [row()])
+    (pair,) = open_pairs(str(path), samples=None, seed=0)
+    with pytest.raises(DataError) as caught:
+        pair.images[0].load()
+    assert caught.value.message.startswith(f"{path}:1: image a.png: cannot be decoded: ")
+    assert "Replace the file" in str(caught.value.remedy)
+
+
+def test_options_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    path = write_rows(tmp_path / "p.jsonl", [row()])
+    expect_error(str(path), "The number of samples must be at least 1, found 0.", samples=0)
+    expect_error(str(path), f"{path}: a single file has no splits", split="train")
+    expect_error("demo:trian", "The demo pairs have no split 'trian'.", "Did you mean 'train'")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "CMYK"])
+def test_every_mode_decodes_to_rgb(mode: str, tmp_path: Path) -> None:
+    suffix = "tiff" if mode == "CMYK" else "png"
+    path = write_image(tmp_path / f"a.{suffix}", mode=mode)
+    image = ImageRef(path, "a").load()
+    assert image.mode == "RGB" and image.size == (7, 5)
+    for source in (Image.open(path), path.read_bytes()):
+        assert ImageRef(source, "a").load().tobytes() == image.tobytes()
+    if mode == "RGBA":
+        assert image.getpixel((0, 0)) == (200, 100, 50)
+
+
+def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert ImageRef(tmp_path / "a.png", "a").load().getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = Image.new("RGB", (6, 3))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    held = io.BytesIO()
+    image.save(held, "JPEG", exif=exif)
+    assert ImageRef(held.getvalue(), "a").load().size == (3, 6)
+
+
+def test_demo_pairs() -> None:
+    pytest.importorskip("yopo.demo.scenes")
+    pairs = open_pairs(None, samples=6, seed=0)
+    first = list(pairs)
+    assert (pairs.name, pairs.total, pairs.digest) == ("demo:calibration", 6, None)
+    assert len(first) == 6 and all(pair.answers and pair.kind for pair in first)
+    assert [pair.id for pair in first] == [pair.id for pair in pairs]
+    assert first[0].images[0].load().mode == "RGB"
+    other = list(open_pairs("demo:heldout", samples=6, seed=0))
+    assert not {pair.id for pair in first} & {pair.id for pair in other}
+    assert open_pairs("demo:train", samples=None, seed=0).total == 256

@@ -1,0 +1,102 @@
+"""Statistics: sums merge exactly, derived scores follow their formulas, files round-trip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import statistics_maker
+import torch
+
+from yopo.calibration.statistics import MAX_DISTANCE, load_statistics
+from yopo.errors import DataError
+
+
+@pytest.fixture
+def statistics():
+    return statistics_maker.make(seed=1)
+
+
+def test_importance_is_column_norm_times_second_moment(statistics) -> None:
+    expected = statistics.down_norm * statistics.neuron_square / statistics.visual_tokens
+    assert torch.equal(statistics.importance, expected)
+    assert torch.equal(statistics.neuron_mean, statistics.neuron_sum / statistics.visual_tokens)
+
+
+def test_merging_adds_sums_and_keeps_every_sample(statistics) -> None:
+    other = statistics_maker.make(seed=2)
+    both = statistics.merge(other)
+    assert torch.equal(both.rho, torch.cat([statistics.rho, other.rho]))
+    assert both.visual_tokens == statistics.visual_tokens + other.visual_tokens
+    assert both.provenance["samples"] == len(both.rho)
+    weighted = statistics.cross_modal * statistics.text_queries
+    weighted = weighted + other.cross_modal * other.text_queries
+    assert torch.allclose(both.cross_modal, weighted / both.text_queries)
+    order = other.merge(statistics)
+    assert torch.equal(both.neuron_square, order.neuron_square)
+
+
+def test_another_models_statistics_do_not_merge(statistics) -> None:
+    stranger = replace(statistics.model, fingerprint="other")
+    with pytest.raises(DataError, match="fingerprints differ"):
+        statistics.merge(replace(statistics, model=stranger))
+
+
+def test_zero_samples_are_refused(statistics) -> None:
+    with pytest.raises(DataError, match="No visual token"):
+        _ = replace(statistics, visual_tokens=0).importance
+    with pytest.raises(DataError, match="No text query"):
+        _ = replace(statistics, text_queries=0).cross_modal
+
+
+def test_order_is_by_importance_and_locality_is_cumulative(statistics) -> None:
+    order = statistics.plan_tensors().neuron_order
+    ranked = statistics.importance.gather(1, order)
+    assert (ranked[:, :-1] >= ranked[:, 1:]).all()
+    locality = statistics.locality
+    assert locality.shape[1] == MAX_DISTANCE + 2
+    assert torch.allclose(locality[:, -1], torch.ones_like(locality[:, -1]))
+    assert (locality.diff(dim=1) >= 0).all()
+
+
+def test_concentration_counts_neurons_for_90_percent() -> None:
+    statistics = statistics_maker.make(seed=3)
+    flat = torch.ones_like(statistics.neuron_square)
+    peaked = torch.full_like(flat, 1e-12)
+    peaked[:, 5] = 1.0
+    ones = torch.ones_like(statistics.down_norm)
+    even = replace(statistics, neuron_square=flat, down_norm=ones).measured().concentration
+    single = replace(statistics, neuron_square=peaked, down_norm=ones).measured().concentration
+    width = flat.shape[1]
+    assert even[0] == pytest.approx(0.9, abs=1 / width)
+    assert single[0] == pytest.approx(1 / width)
+
+
+def test_file_round_trip_is_exact(statistics, tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    path.write_bytes(statistics.to_bytes())
+    found = load_statistics(path)
+    assert found.to_bytes() == statistics.to_bytes()
+    assert found.model == statistics.model and found.workload == statistics.workload
+    assert torch.equal(found.rho, statistics.rho)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"not a safetensors file", "is not a safetensors file"), (None, "no such statistics file")],
+)
+def test_unreadable_files_are_a_sentence(content, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "stats.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_statistics(path)
+
+
+def test_other_safetensors_are_no_statistics(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(DataError, match="holds no yopo statistics"):
+        load_statistics(tmp_path / "other.safetensors")

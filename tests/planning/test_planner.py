@@ -1,0 +1,151 @@
+"""Plans from statistics: budgets are kept, presets are the paper's shapes, choices are measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import statistics_maker
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yopo.calibration.statistics import Statistics
+from yopo.errors import PlanError
+from yopo.flops import visual_budget
+from yopo.grid import Grid
+from yopo.plan import ModelIdentity, ModelShape, Workload
+from yopo.plan_file import parse_plan, to_yaml
+from yopo.planning.planner import make_plan
+from yopo.planning.shapes import SHAPES, Shaper, random_rho, trim
+from yopo.planning.wishes import PRESETS, Wishes
+
+
+@pytest.fixture(scope="module", params=[8, 2], ids=["mha", "gqa"])
+def statistics(request: pytest.FixtureRequest) -> Statistics:
+    return statistics_maker.make(kv_heads=request.param)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("budget", [0.02, 0.05, 0.12, 0.25, 0.5, 0.9, 1.0])
+def test_every_shape_keeps_its_budget(statistics: Statistics, name: str, budget: float) -> None:
+    shaper = Shaper(statistics, budget)
+    layers = shaper.build(name)
+    if layers is None:
+        pytest.skip("the smallest form of this shape exceeds the budget")
+    assert shaper.cost(layers) <= budget
+    assert len(layers) == statistics.model.shape.layers
+    assert layers == trim(layers)
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.5])
+def test_shapes_use_their_budget(budget: float) -> None:
+    shaper = Shaper(statistics_maker.make(), budget)
+    reached = {name: shaper.cost(layers) for name, layers in shaper.candidates()}
+    assert len(reached) >= 6
+    assert min(reached.values()) > 0.9 * budget, reached
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("yopo-25", 0.245), ("yopo-12", 0.123)])
+def test_presets_are_the_papers_shapes_on_llava_7b(preset: str, expected: float) -> None:
+    small = statistics_maker.make(layers=32, heads=32, kv_heads=32)
+    shape = ModelShape(32, 4096, 32, 32, 128, 11008)
+    model = ModelIdentity("llava-1.5-7b", "llava", shape, "f")
+    wide = torch.rand(32, 11008, dtype=torch.float64)
+    statistics = replace(
+        small,
+        model=model,
+        workload=Workload((Grid(24, 24),), 64, 35),
+        neuron_square=wide,
+        neuron_sum=wide,
+        down_norm=wide,
+    )
+    plan, _, _ = make_plan(statistics, Wishes(preset=preset))
+    assert visual_budget(plan) == pytest.approx(expected, abs=5e-4)
+    assert plan.visual_depth == 16
+    kept = sum(len(layer.heads) for layer in plan.layers)
+    assert kept == 16 * 32 * PRESETS[preset]["head_ratio"]
+    assert len(plan.layers[0].heads) == len(plan.layers[1].heads) == 32
+
+
+def test_heads_are_kept_by_activity(statistics: Statistics) -> None:
+    plan, _, _ = make_plan(statistics, Wishes(head_ratio=0.5, visual_layers=3))
+    mean = statistics.rho.mean(dim=0)[:3]
+    kept = torch.zeros_like(mean, dtype=torch.bool)
+    for index, layer in enumerate(plan.layers[:3]):
+        kept[index, list(layer.heads)] = True
+    whole = kept.all(dim=1)
+    assert mean[kept & ~whole[:, None]].min() >= mean[~kept].max()
+    assert plan.visual_depth == 3
+
+
+def test_vote_follows_the_authors_rule(statistics: Statistics) -> None:
+    plan, _, _ = make_plan(statistics, Wishes(alpha=0.5))
+    votes = (statistics.rho > 0.5).float().mean(dim=0)
+    for index, layer in enumerate(plan.layers):
+        expected = range(8) if index < 2 else [h for h in range(8) if votes[index, h] > 0.4]
+        assert list(layer.heads) == list(expected)
+
+
+def test_the_measured_best_wins_and_the_table_is_kept(statistics: Statistics) -> None:
+    def measure(plan, tensors) -> float:
+        frozen = sum(not layer.attend for layer in plan.layers)
+        return abs(frozen - 3) + (plan.compensation == "none") / 2
+
+    plan, _, candidates = make_plan(statistics, Wishes(budget=0.4), measure)
+    assert [each.kl for each in candidates] == sorted(each.kl for each in candidates)
+    assert plan.layers == candidates[0].plan.layers
+    assert plan.provenance["shape"] == candidates[0].shape
+    assert len(plan.provenance["candidates"]) == len(candidates) > 8
+    assert plan.budget.asked == 0.4 and plan.budget.reached == visual_budget(plan) <= 0.4
+
+
+def test_without_a_model_a_budget_means_the_named_shape(statistics: Statistics) -> None:
+    plan, _, candidates = make_plan(statistics, Wishes(budget=0.3, shape="withdraw"))
+    assert plan.provenance["shape"] == "withdraw" and len(candidates) == 1
+    assert candidates[0].kl is None
+
+
+@given(seed=st.integers(0, 99), budget=st.floats(0.05, 1.0))
+def test_same_inputs_give_the_same_bytes(seed: int, budget: float) -> None:
+    first, tensors, _ = make_plan(statistics_maker.make(seed), Wishes(budget=budget))
+    again, same, _ = make_plan(statistics_maker.make(seed), Wishes(budget=budget))
+    assert to_yaml(first) == to_yaml(again) and tensors.to_bytes() == same.to_bytes()
+    assert parse_plan("plan.yaml", to_yaml(first)).layers == first.layers
+
+
+def test_random_scores_change_the_selection_but_not_the_shape() -> None:
+    statistics = statistics_maker.make()
+    usual, _, _ = make_plan(statistics, Wishes(preset="yopo-25"))
+    other, _, _ = make_plan(random_rho(statistics, 1), Wishes(preset="yopo-25"))
+    assert usual.budget.reached == pytest.approx(other.budget.reached, abs=1e-9)
+    assert [layer.heads for layer in usual.layers] != [layer.heads for layer in other.layers]
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"budget": 0.0}, r"budget must lie in \(0, 1\], found 0.0"),
+        ({"budget": 1.5}, r"budget must lie in \(0, 1\], found 1.5"),
+        ({"preset": "yopo25"}, "Did you mean 'yopo-25'"),
+        ({"head_ratio": 2.0}, r"head_ratio must lie in \[0, 1\]"),
+        ({"radius": -1}, "radius must be at least 0"),
+        ({"alpha": 0.1, "head_ratio": 0.5}, "exclude one another"),
+        ({"budget": 0.2, "preset": "yopo-25"}, "budget and preset exclude one another"),
+        ({"compensation": "median"}, "compensation must be none or mean"),
+        ({"shape": "reader"}, "shape needs a budget"),
+    ],
+)
+def test_impossible_wishes_are_a_sentence(wish: dict, message: str) -> None:
+    with pytest.raises(PlanError, match=message.replace("'", ".")) as caught:
+        Wishes(**wish)
+    assert "\n\n" not in str(caught.value)
+
+
+def test_wishes_that_do_not_fit_the_model(statistics: Statistics) -> None:
+    with pytest.raises(PlanError, match="the model has 8 layers"):
+        make_plan(statistics, Wishes(visual_layers=9))
+    with pytest.raises(PlanError, match="fits a visual budget of 0.0001"):
+        make_plan(statistics, Wishes(budget=0.0001))
+    with pytest.raises(PlanError, match="Did you mean 'reader"):
+        make_plan(statistics, Wishes(budget=0.3, shape="readr"))
