@@ -48,7 +48,7 @@ def show(renderable: RenderableType) -> None:
 
 
 def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) -> Iterator[Item]:
-    """Yield ``items`` behind a progress bar with rate and ETA on stderr.
+    """Yield ``items`` behind a progress bar with rate and ETA on stderr, if that is a terminal.
 
     Args:
         items: What to iterate over; an item may be a sized batch (its ``len`` advances the bar).
@@ -59,7 +59,7 @@ def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) ->
     Yields:
         The items, unchanged and in order.
     """
-    if _quiet:
+    if _quiet or not sys.stderr.isatty():  # a log file wants no bars
         yield from items
         return
     from rich.progress import (
@@ -71,9 +71,9 @@ def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) ->
     )
 
     rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn(label), BarColumn(), TextColumn("{task.completed:.0f}/{task.total}"))
+    columns = (TextColumn(label), BarColumn(20), TextColumn("{task.completed:.0f}/{task.total}"))
     columns = (*columns, rate, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr(), transient=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=_stderr(), transient=True) as progress:
         task = progress.add_task(label, total=total, rate="")
         for item in items:
             yield item

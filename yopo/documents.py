@@ -31,13 +31,16 @@ class Document:
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
             self.data = yaml.safe_load(text)
+            if root is not None:
+                self._index(root, ())
         except yaml.YAMLError as error:
             problem = " ".join(str(error).split())
             raise PlanError(f"{name}: not valid YAML: {problem}") from error
+        except RecursionError as error:
+            raise PlanError(f"{name}: nests too deeply, or an alias contains itself.") from error
         if not isinstance(self.data, dict):
             found = "nothing" if self.data is None else type(self.data).__name__
             raise PlanError(f"{name}: expected a YAML mapping, found {found}.")
-        self._index(root, ())
 
     def _index(self, node: yaml.Node, path: tuple[Key, ...]) -> None:
         self._lines[path] = node.start_mark.line + 1
@@ -48,7 +51,9 @@ class Document:
             for key, child in node.value:
                 here = (*path, key.value)
                 if here in self._lines:
-                    raise self.error(here, f"appears twice (first on line {self._lines[here]})")
+                    first = self._lines[here]
+                    self._lines[here] = key.start_mark.line + 1
+                    raise self.error(here, f"appears twice (first on line {first})")
                 self._index(child, here)
                 self._lines[here] = key.start_mark.line + 1
 
@@ -66,7 +71,7 @@ class Document:
             known = known[:-1]
         label = ""
         for key in keys:
-            label += f"[{key}]" if isinstance(key, int) else f".{key}" if label else key
+            label += f"[{key}]" if isinstance(key, int) else f".{key}" if label else str(key)
         where = f"{self.name}:{self._lines.get(known, 1)}"
         return PlanError(f"{where}: {label or 'document'} {problem}.", remedy=remedy)
 
@@ -119,7 +124,10 @@ def read_text(source: str | Path) -> tuple[str, str]:
         PlanError: The file is missing, a directory, unreadable or not UTF-8.
     """
     if str(source) == "-":
-        return "<stdin>", sys.stdin.read()
+        try:
+            return "<stdin>", sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise PlanError("<stdin>: is not UTF-8 text.") from error
     path = Path(source)
     try:
         return str(path), path.read_text(encoding="utf-8")

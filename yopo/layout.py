@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -145,8 +146,9 @@ class LayoutProbe:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         bound = self._signature.bind_partial(module, *args, **kwargs).arguments
-        is_visual = self._find(module, bound.get("input_ids"), bound.get("inputs_embeds"))
-        self.layout = None
+        self.layout, is_visual = None, None
+        if _brings_images(bound):
+            is_visual = self._find(module, bound.get("input_ids"), bound.get("inputs_embeds"))
         if is_visual is not None and bool(is_visual.any()):
             grids = self._grids_of(self._config, is_visual.sum(dim=1).tolist())
             self.layout = build_layout(is_visual, grids)
@@ -165,3 +167,14 @@ class LayoutProbe:
         embedding = module.get_input_embeddings()
         marker = embedding(torch.tensor(token, device=embeds.device))
         return (embeds == marker).all(dim=-1)
+
+
+def _brings_images(arguments: dict[str, Any]) -> bool:
+    """Whether a forward gets pixels or encoded images (from ``generate``).
+
+    Image tokens without an image are text, as they are to the stock model: prompt lookup proposes
+    them when it copies from the prompt.
+    """
+    encoded = (arguments.get("mm_encoder_outputs") or {}).values()
+    pixels = (value for name, value in arguments.items() if name.startswith("pixel_values"))
+    return any(value is not None for value in (*encoded, *pixels))

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from yopo.documents import Document, Key, dump, read_text
+from yopo.documents import Document, Key, describe, dump, read_text
 from yopo.errors import PlanError
 from yopo.grid import Grid
 from yopo.plan import (
@@ -95,7 +95,7 @@ def parse_plan(name: str, text: str) -> Plan:
             f"{name}: is not a yopo plan (no key 'yopo_plan').",
             remedy="Make one with `yopo calibrate --model MODEL -o plan.yaml`.",
         )
-    if data["yopo_plan"] != FORMAT_VERSION:
+    if document.typed(("yopo_plan",), data["yopo_plan"], int) != FORMAT_VERSION:
         found = f"{data['yopo_plan']!r}, this yopo reads version {FORMAT_VERSION}"
         raise document.error(("yopo_plan",), f"is {found}", remedy="Upgrade yopo.")
     document.check_keys((), data, _KEYS)
@@ -149,7 +149,8 @@ def _read_model(document: Document) -> ModelIdentity:
         key: _required(document, path, data, key, str) for key in ("name", "family", "fingerprint")
     }
     shape_path = (*path, "shape")
-    shape = document.check_keys(shape_path, data.get("shape"), _SHAPE_KEYS)
+    shape = _required(document, path, data, "shape", dict)
+    document.check_keys(shape_path, shape, _SHAPE_KEYS)
     sizes = {key: _required(document, shape_path, shape, key, int) for key in _SHAPE_KEYS}
     return ModelIdentity(shape=ModelShape(**sizes), **texts)
 
@@ -175,7 +176,8 @@ def _read_layers(document: Document, shape: ModelShape) -> tuple[LayerPlan, ...]
         path: tuple[Key, ...] = ("layers", index)
         data = document.check_keys(path, entry, _LAYER_KEYS)
         radius = document.typed((*path, "radius"), data.get("radius"), (int, type(None)))
-        heads = _read_heads(document, (*path, "heads"), data.get("heads"), shape)
+        heads = _required(document, path, data, "heads", (str, list))
+        heads = _read_heads(document, (*path, "heads"), heads, shape)
         attend = _required(document, path, data, "attend", bool)
         neurons = _required(document, path, data, "neurons", int)
         layers.append(LayerPlan(heads, attend, radius, neurons))
@@ -190,7 +192,8 @@ def _read_heads(
     if value == "none":
         return ()
     if not isinstance(value, list):
-        raise document.error(path, f"must be 'all', 'none' or a list of heads, found {value!r}")
+        problem = f"must be 'all', 'none' or a list of heads, found {describe(value)}"
+        raise document.error(path, problem)
     return tuple(document.typed((*path, index), head, int) for index, head in enumerate(value))
 
 
@@ -236,7 +239,11 @@ def _read_measured(document: Document, shape: ModelShape) -> Measured | None:
 
 
 def _required(
-    document: Document, path: tuple[Key, ...], data: dict[str, Any], key: str, kind: type
+    document: Document,
+    path: tuple[Key, ...],
+    data: dict[str, Any],
+    key: str,
+    kind: type | tuple[type, ...],
 ) -> Any:
     if key not in data:
         raise document.error(path, f"lacks the key '{key}'")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from yopo.errors import OutputError, PlanError
+from yopo.files import check_writable, write_file
 from yopo.plan import Plan, TensorsFile
 from yopo.plan_file import read_plan, to_yaml
 
@@ -89,28 +89,19 @@ def write_plan(plan: Plan, tensors: PlanTensors | None, target: str, *, force: b
         plan = replace(plan, tensors=TensorsFile(side, sha256))
     if target == "-":
         if data is not None:
-            _write_atomically(cache_directory() / plan.tensors.file, data)
+            write_file(cache_directory() / plan.tensors.file, data)
         sys.stdout.write(to_yaml(plan))
         sys.stdout.flush()
         return plan
     outputs = [(path, to_yaml(plan).encode())]
     if data is not None:
+        if path.name == plan.tensors.file:
+            raise OutputError(f"{path}: is where the plan's tensors go; name it like plan.yaml.")
         outputs.insert(0, (path.with_name(plan.tensors.file), data))
     check_writable([file for file, _ in outputs], force=force)
     for file, content in outputs:
-        _write_atomically(file, content)
+        write_file(file, content)
     return plan
-
-
-def check_writable(paths: list[Path], *, force: bool) -> None:
-    """Raise OutputError if a file would be overwritten, or its folder does not exist."""
-    for path in paths:
-        if path.is_dir():
-            raise OutputError(f"{path}: is a directory, expected a file name.")
-        if path.exists() and not force:
-            raise OutputError(f"{path}: exists already.", remedy="Use --force to replace it.")
-        if not path.absolute().parent.is_dir():
-            raise OutputError(f"{path}: its folder does not exist.")
 
 
 def read_plan_with_tensors(source: str | Path) -> tuple[Plan, PlanTensors | None]:
@@ -148,11 +139,21 @@ def read_tensors(plan: Plan, folder: Path) -> PlanTensors:
         tensors = PlanTensors.from_bytes(data)
     except SafetensorError as error:
         raise PlanError(f"{path}: is not a safetensors file: {error}.") from error
-    _check_shapes(plan, tensors, path)
+    check_tensors(plan, tensors, str(path))
     return tensors
 
 
-def _check_shapes(plan: Plan, tensors: PlanTensors, path: Path) -> None:
+def check_tensors(plan: Plan, tensors: PlanTensors, where: str) -> None:
+    """Check that tensors are all that a plan needs, and of its model's shape.
+
+    Args:
+        plan: The plan.
+        tensors: Its tensors.
+        where: What messages call them: the side file's path, or the plan's name in memory.
+
+    Raises:
+        PlanError: One is missing or misshapen, or an order is no permutation.
+    """
     shape = plan.model.shape
     expected = {
         "neuron_order": (shape.layers, shape.ffn),
@@ -162,30 +163,13 @@ def _check_shapes(plan: Plan, tensors: PlanTensors, path: Path) -> None:
     for name, size in expected.items():
         tensor = getattr(tensors, name)
         if tensor is not None and tuple(tensor.shape) != size:
-            raise PlanError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {size}.")
+            raise PlanError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {size}.")
     order = tensors.neuron_order
     if order is None and plan.needs_order and not plan.baked:
-        raise PlanError(f"{path}: lacks neuron_order, which the plan needs.")
+        raise PlanError(f"{where}: lacks neuron_order, which the plan needs.")
     if order is not None and not torch.equal(
         order.sort(dim=1).values, torch.arange(shape.ffn).expand_as(order)
     ):
-        raise PlanError(f"{path}: neuron_order is not a permutation of the neurons.")
+        raise PlanError(f"{where}: neuron_order is not a permutation of the neurons.")
     if plan.compensation == "mean" and (tensors.neuron_mean is None or tensors.head_mean is None):
-        raise PlanError(f"{path}: lacks the means that 'compensation: mean' needs.")
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".yopo-", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(data)
-                file.flush()
-                os.chmod(temporary, 0o644)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}.") from error
+        raise PlanError(f"{where}: lacks the means that 'compensation: mean' needs.")

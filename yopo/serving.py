@@ -127,3 +127,23 @@ def torch_dtype(name: str) -> torch.dtype | str:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ModelError(f"Unknown dtype '{name}'.", remedy="Use float32, bfloat16 or float16.")
     return found
+
+
+def torch_device(name: str) -> str:
+    """A device by name; ``auto`` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        ModelError: No such device, or not on this machine.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        reason = reason if len(reason) < 100 else f"{reason[:97]}..."
+        raise ModelError(
+            f"Device '{name}' cannot be used: {reason}.",
+            remedy="Use cpu, or auto for a GPU if there is one.",
+        ) from error
+    return name

@@ -13,17 +13,20 @@ from yopo.calibration.prompts import load_processor
 from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
 from yopo.calibration.statistics import Statistics, load_statistics
+from yopo.checkpoint.bake import BakeReport, bake
 from yopo.checkpoint.reader import fetch
 from yopo.console import note
+from yopo.errors import ModelError
 from yopo.evaluation.evaluate import Evaluation, evaluate
 from yopo.evaluation.fidelity import compare, record_dense
-from yopo.families.registry import resolve
+from yopo.families.registry import ModelSource, resolve
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
 from yopo.planning.planner import Candidate, make_plan
 from yopo.planning.wishes import Wishes
 from yopo.runtime.install import pruned
 from yopo.serving import load_dense, read_baked_plan, torch_dtype
+from yopo.verification import Verification, verify
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def evaluate_target(
         source = resolve(str(target))
     else:
         plan, tensors = read_plan_with_tensors(target)
-        source = resolve(model_name or plan.model.name)
+        source = _source_of(plan, model_name)
     pairs = _open(options)
     processor = load_processor(str(fetch(source)))
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
@@ -177,3 +180,56 @@ def evaluate_target(
         timing_runs=timing_runs,
         total=pairs.total,
     )
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What ``apply_plan`` did: the plan, the bake's report, the verification if asked for."""
+
+    plan: Plan
+    report: BakeReport
+    verification: Verification | None
+
+
+def apply_plan(
+    target: str,
+    output: str | Path | None = None,
+    *,
+    model_name: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    check: bool = False,
+) -> Applied:
+    """Bake a plan into a copy of its model's checkpoint.
+
+    Args:
+        target: A plan file, or ``-``.
+        output: The directory to make; None: ``NAME-yopo`` in the working directory.
+        model_name: The checkpoint, if it is elsewhere than the plan says.
+        force: Whether a checkpoint in ``output`` may be replaced.
+        dry_run: Validate everything, write nothing.
+        check: Whether to open the result and compare it with the original.
+
+    Raises:
+        YopoError: Anything that the plan, the model or the output directory lack.
+    """
+    plan, tensors = read_plan_with_tensors(target)
+    source = fetch(_source_of(plan, model_name))
+    if output is None:
+        output = f"{plan.model.name.partition('@')[0].rpartition('/')[2]}-yopo"
+    report = bake(plan, tensors, source, output, force=force, dry_run=dry_run)
+    verification = verify(output, source, plan, tensors) if check and not dry_run else None
+    return Applied(plan, report, verification)
+
+
+def _source_of(plan: Plan, model_name: str | None) -> ModelSource:
+    """Where a plan's model is: where the user says, else where its name leads."""
+    try:
+        return resolve(model_name or plan.model.name)
+    except ModelError as error:
+        if model_name:
+            raise
+        raise ModelError(
+            f"The plan's model '{plan.model.name}' is not an alias, nor a directory here.",
+            remedy="Say where it is with --model.",
+        ) from error

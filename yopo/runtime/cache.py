@@ -9,7 +9,12 @@ included - because ``generate``, chat continuation and position ids are computed
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from yopo.errors import ModelError
 from yopo.runtime.heads import HeadSplit, take
@@ -102,7 +107,8 @@ class TokenIndex:
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` logical tokens, all of which must be text."""
-        if bool((self.text[:, -count:] < self.length - count).any()):
+        last = self.text[:, -count:]
+        if last.shape[1] < count or bool((last < self.length - count).any()):
             raise ModelError("A pruned cache cannot be cropped into an image.")
         self.text = self.text[:, :-count]
         self.length -= count
@@ -262,16 +268,15 @@ def adopt(cache: Cache, splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
     The object stays (generate and prompt lookup keep references to it), its empty layers go.
 
     Raises:
-        ModelError: The cache is static, sliding or offloaded, or was filled by another model.
+        ModelError: The cache is static, quantised or offloaded, or was filled by another model.
     """
     layers = cache.layers
     if layers and all(isinstance(layer, PrunedCacheLayer) for layer in layers):
         if [layer.split.kept for layer in layers] != [split.kept for split in splits]:
             raise ModelError("This cache was filled under another plan; start a new one.")
         return layers
-    if getattr(cache, "offloading", False) or any(
-        type(each) is not DynamicLayer for each in layers
-    ):
+    usable = (DynamicLayer, DynamicSlidingWindowLayer)  # the latter: inside its window alone
+    if getattr(cache, "offloading", False) or any(type(each) not in usable for each in layers):
         kind = type(layers[0]).__name__ if layers else type(cache).__name__
         raise ModelError(
             f"A pruned model keeps its own cache and cannot use {kind}.",

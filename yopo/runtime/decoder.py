@@ -73,7 +73,8 @@ class PrunedDecoder:
 
         Raises:
             ModelError: Hidden states or attentions of all layers are asked for, which do not
-                exist for visual tokens; or the cache or attention mask is of an unusable kind.
+                exist for visual tokens; or the cache or attention mask is of an unusable kind;
+                or the tokens outgrow a sliding window.
         """
         _refuse_captures(self.config, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -86,6 +87,7 @@ class PrunedDecoder:
         cache = adopt(past_key_values, splits) if keep else new_layers(splits)
         batch, length, _ = embeds.shape
         index = cache[0].index
+        _refuse_window(self.config, index.length + length)
         if position_ids is None:
             place = torch.arange(length, device=embeds.device) + index.length
             position_ids = place.unsqueeze(0)
@@ -255,3 +257,13 @@ def _refuse_captures(config: object, kwargs: dict[str, object]) -> None:
                 f"A pruned model has no {what} of all tokens in all layers.",
                 remedy=f"Drop {flag}, or ask the dense model.",
             )
+
+
+def _refuse_window(config: object, length: int) -> None:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and length > window:
+        raise ModelError(
+            f"{length} tokens outgrow the model's sliding attention window of {window}, which a "
+            "pruned model does not have.",
+            remedy="Shorten the prompt or the answer, or ask the dense model.",
+        )

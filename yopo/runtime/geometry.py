@@ -77,11 +77,11 @@ class Geometry:
             text, visual = layout.text, layout.visual
         self.text, self.visual = text, visual
         streams = (text,) if visual is None else (text, visual)
+        self._padding = _check_mask(attention_mask, batch, index.length + length)
         index.extend(*(self._absolute(stream) for stream in streams), num_tokens=length)
         index.is_padded |= any(stream.mask is not None for stream in streams)
         self._is_padded = index.is_padded
         self._text_keys, self._visual_keys = index.text, index.visual
-        self._padding = _check_mask(attention_mask, batch, index.length)
 
     def _absolute(self, stream: Stream) -> torch.Tensor:
         positions = stream.index + self.past
@@ -185,7 +185,7 @@ class Geometry:
 
     @cached_property
     def _rows_agree(self) -> bool:
-        shared = self.text.shared and self.visual.shared
+        shared = self.text.shared and self.visual.shared and self.layout.has_uniform_grids
         return shared and self.text_keys_ok is None and self.visual_keys_ok is None
 
     def _block(self, cut: Block, radius: int | None) -> VisualBlock:
@@ -214,7 +214,7 @@ class Geometry:
         )
 
     def _near(self, cut: Block, radius: int | None, rows: slice) -> torch.Tensor:
-        """(rows, queries, keys) bool: neighbors, not later unless bidirectional, self always."""
+        """(rows, queries, keys) bool: real neighbors, later ones if bidirectional, self always."""
         queries = self._cells[rows, cut.start : cut.stop, None]
         keys = self._cells[rows, None, cut.key_start : cut.key_stop]
         same_image = queries[..., 0] == keys[..., 0]
@@ -227,7 +227,10 @@ class Geometry:
         if radius is not None:
             distance = (queries[..., 1:] - keys[..., 1:]).abs().amax(dim=-1)
             allowed = allowed & same_image & (distance <= radius)
-        return (allowed & (keys[..., 0] >= 0)) | (query_place == key_place)
+        if self.visual_keys_ok is not None:
+            place = slice(self.past_visual + cut.key_start, self.past_visual + cut.key_stop)
+            allowed = allowed & self.visual_keys_ok[rows, None, place]
+        return allowed | (query_place == key_place)
 
     def _earlier(self, rows: slice, num_queries: int) -> torch.Tensor:
         keys = self._visual_keys[rows, : self.past_visual]

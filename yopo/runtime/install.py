@@ -16,9 +16,9 @@ from yopo.families.fingerprint import fingerprint_of_decoder
 from yopo.families.registry import family_of
 from yopo.layout import LayoutProbe
 from yopo.plan import Plan
-from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
+from yopo.plan_tensors import PlanTensors, check_tensors, read_plan_with_tensors
 from yopo.runtime.decoder import PrunedDecoder, PrunedState
-from yopo.runtime.weights import visual_layers
+from yopo.runtime.weights import check_plain, visual_layers
 
 
 @contextmanager
@@ -68,6 +68,7 @@ def install(
     if hasattr(decoder, "yopo"):
         raise ModelError("The model is pruned already.", remedy="Leave the first block before.")
     family, names = check_model(model, plan, check=check)
+    check_tensors(plan, tensors or PlanTensors(), "The plan")
     layers = visual_layers(decoder, plan, tensors, names)
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of)
     decoder.yopo = PrunedState(plan, layers, names, probe)
@@ -96,7 +97,7 @@ def check_model(model: PreTrainedModel, plan: Plan, *, check: bool) -> tuple[Fam
         Its family and the names of its decoder's modules.
 
     Raises:
-        ModelError: Another family, shape or fingerprint.
+        ModelError: Another family, shape or fingerprint, or no plain weights in memory.
     """
     family = family_of(model.config)
     shape = shape_of(model.config)
@@ -105,12 +106,23 @@ def check_model(model: PreTrainedModel, plan: Plan, *, check: bool) -> tuple[Fam
             f"The plan was made for {plan.model.name} ({plan.model.family}, {plan.model.shape}), "
             f"found {family.name} with {shape}."
         )
+    names = family.backbone(model.config)
+    check_plain(model.get_decoder(), plan.visual_depth, names)
     if check:
-        found = fingerprint_of_decoder(model.get_decoder())
-        if found != plan.model.fingerprint:
-            raise ModelError(
-                f"The plan was made for {plan.model.name} with fingerprint "
-                f"{plan.model.fingerprint[:12]}..., the model's is {found[:12]}...",
-                remedy="Calibrate this model, or pass check=False if only its dtype differs.",
-            )
-    return family, family.backbone(model.config)
+        _check_fingerprint(model.get_decoder(), plan)
+    return family, names
+
+
+def _check_fingerprint(decoder: nn.Module, plan: Plan) -> None:
+    if any(weight.is_meta for weight in decoder.parameters()):
+        raise ModelError(
+            "A part of the decoder is offloaded by accelerate: its fingerprint cannot be taken.",
+            remedy="Load with a device_map that keeps the decoder on real devices.",
+        )
+    found = fingerprint_of_decoder(decoder)
+    if found != plan.model.fingerprint:
+        raise ModelError(
+            f"The plan was made for {plan.model.name} with fingerprint "
+            f"{plan.model.fingerprint[:12]}..., the model's is {found[:12]}...",
+            remedy="Calibrate this model, or pass check=False if only its dtype differs.",
+        )

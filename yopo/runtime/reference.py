@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from yopo.families.family import GridsOf
 from yopo.layout import LayoutProbe, TokenLayout
 from yopo.plan import LayerPlan, Plan
-from yopo.plan_tensors import PlanTensors
+from yopo.plan_tensors import PlanTensors, check_tensors
 from yopo.runtime.install import check_model
 
 
@@ -32,7 +32,8 @@ def reference(
     check: bool = True,
 ) -> Iterator[PreTrainedModel]:
     """Run a model under the specification inside a ``with`` block; arguments as for ``pruned``."""
-    family, names = check_model(model, plan, check=check)
+    family, _ = check_model(model, plan, check=check)
+    check_tensors(plan, tensors or PlanTensors(), "The plan")
     decoder = model.get_decoder()
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of)
 

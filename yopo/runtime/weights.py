@@ -139,16 +139,10 @@ _FFN = ("gate", "up", "down")
 def visual_layers(
     decoder: nn.Module, plan: Plan, tensors: PlanTensors | None, names: Backbone
 ) -> nn.ModuleList:
-    """Build the visual part of every layer up to the plan's visual depth.
-
-    Raises:
-        ModelError: A projection is no plain floating-point linear layer in memory (quantised,
-            adapted or offloaded): slicing its weight would compute garbage.
-    """
+    """Build the visual part of every layer up to the plan's visual depth, as ``check_plain``ed."""
     layers, tensors = [], tensors or PlanTensors()
     for index in range(plan.visual_depth):
         layer = decoder.layers[index]
-        _check_plain(layer, index, names)
         means = Means(None, None)
         if plan.compensation == "mean":
             means = Means(tensors.neuron_mean[index], tensors.head_mean[index])
@@ -158,7 +152,18 @@ def visual_layers(
     return nn.ModuleList(layers)
 
 
-def _check_plain(layer: nn.Module, index: int, names: Backbone) -> None:
+def check_plain(decoder: nn.Module, depth: int, names: Backbone) -> None:
+    """Check that the first ``depth`` layers can be cut.
+
+    Raises:
+        ModelError: A projection is no plain floating-point linear layer in memory (quantised,
+            adapted or offloaded): slicing its weight would compute garbage.
+    """
+    for index in range(depth):
+        _check_layer(decoder.layers[index], index, names)
+
+
+def _check_layer(layer: nn.Module, index: int, names: Backbone) -> None:
     for part, holder in ((_ATTENTION, layer.self_attn), (_FFN, layer.mlp)):
         for name in part:
             module = getattr(holder, getattr(names, name))
@@ -208,8 +213,9 @@ def _ffn_bias(
 def _mean_output(source: nn.Linear, columns: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     weight = source.weight.detach()
     columns = columns.to(weight.device)
-    used = weight.index_select(1, columns).float()
-    bias = used @ means.to(weight.device, torch.float32)[columns]
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    used = weight.index_select(1, columns).to(precise)
+    bias = used @ means.to(weight.device, precise)[columns]
     if source.bias is not None:
-        bias += source.bias.detach().float()
+        bias += source.bias.detach().to(precise)
     return bias.to(weight.dtype)

@@ -1,0 +1,109 @@
+"""Options from files and flags: defaults < file < command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run, Yopo
+
+from yopo.planning.wishes import Wishes
+from yopo.workflow import RunOptions
+
+
+@pytest.fixture
+def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs ``calibrate`` with a configuration up to the library call; returns what it got."""
+
+    class Called(Exception):
+        pass
+
+    got: dict[str, Any] = {}
+
+    def calibrate(model: str, wishes: Wishes, options: Any, **others: Any) -> None:
+        got.update(model=model, wishes=wishes, options=options, **others)
+        raise Called
+
+    monkeypatch.setattr("yopo.workflow.calibrate", calibrate)
+
+    def run(text: str | None, *flags: object) -> tuple[dict[str, Any], Run]:
+        got.clear()
+        file = []
+        if text is not None:
+            (tmp_path / "config.yaml").write_text(text)
+            file = ["--config", tmp_path / "config.yaml"]
+        return got, yopo("calibrate", *file, *flags)
+
+    return run
+
+
+def test_defaults(called) -> None:
+    got, _ = called(None, "--model", "m", "--device", "cpu")
+    assert got["wishes"] == Wishes(budget=0.25)
+    assert got["options"] == RunOptions(device="cpu")
+    assert (got["queries"], got["measure_pairs"]) == ("text", 64)
+
+
+def test_file_overrides_defaults_and_flags_override_the_file(called) -> None:
+    text = "model: a\nsamples: 7\nbatch_size: 3\ndtype: bfloat16\nbudget: 0.5\nqueries: last\n"
+    got, _ = called(text)
+    assert (got["model"], got["options"].samples, got["options"].batch_size) == ("a", 7, 3)
+    assert got["wishes"] == Wishes(budget=0.5) and got["queries"] == "last"
+    flags = ("--model", "b", "--samples", 9, "--budget", 0.75, "--queries", "all")
+    got, _ = called(text, *flags)
+    assert (got["model"], got["options"].samples, got["options"].batch_size) == ("b", 9, 3)
+    assert got["wishes"] == Wishes(budget=0.75) and got["queries"] == "all"
+
+
+def test_null_means_unset_and_whole_numbers_are_numbers(called) -> None:
+    got, _ = called("model: a\ndata: null\nbudget: 1\nbidirectional: true\n")
+    assert got["options"].data is None
+    assert got["wishes"] == Wishes(budget=1.0, bidirectional=True)
+    got, _ = called("model: a\nbidirectional: true\n", "--causal")
+    assert got["wishes"] == Wishes(budget=0.25)
+
+
+def test_a_flag_overrules_the_file_s_other_way_of_asking(called) -> None:
+    got, _ = called("model: a\nbudget: 0.25\nshape: paper\n", "--preset", "yopo-12")
+    assert got["wishes"] == Wishes(preset="yopo-12")
+    got, _ = called("model: a\npreset: yopo-25\nradius: 1\n", "--budget", 0.1)
+    assert got["wishes"] == Wishes(budget=0.1)
+    got, _ = called("model: a\nhead_ratio: 0.5\nneuron_ratio: 0.5\n", "--alpha", 0.02)
+    assert got["wishes"] == Wishes(alpha=0.02, neuron_ratio=0.5)
+    got, _ = called("model: a\npreset: yopo-25\n", "--head-ratio", 0.1)
+    assert got["wishes"] == Wishes(preset="yopo-25", head_ratio=0.1)
+
+
+def test_contradictions_in_one_place_are_refused(called) -> None:
+    got, done = called("model: a\nbudget: 0.25\npreset: yopo-12\n")
+    assert not got and done.is_sentence and "exclude one another" in done.err
+    got, done = called(None, "--model", "a", "--budget", 0.25, "--radius", 2)
+    assert not got and done.is_sentence and "exclude one another" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: a\nbugdet: 0.25\n", "config.yaml:2: bugdet is not a known key.\n  Did you mean"),
+        ("model: a\nconfig: b\n", "config.yaml:2: config is not a known key"),
+        ("model: a\nbudget: lots\n", "config.yaml:2: budget must be a number, found 'lots'"),
+        ("model: a\n\nsamples: 2.5\n", "config.yaml:3: samples must be a whole number"),
+        ("model: 7\n", "config.yaml:1: model must be text, found 7"),
+        ("model: a\nforce: 1\n", "config.yaml:2: force must be true or false"),
+        ("model: a\nbatch_size: 0\n", "config.yaml:2: batch_size is out of range: 0 is not in"),
+        ("model: a\nqueries: some\n", "config.yaml:2: queries is out of range: 'some' is not one"),
+        ("model: a\nmodel: b\n", "config.yaml:2: model appears twice"),
+        ("- model\n", "config.yaml: expected a YAML mapping"),
+        ("", "config.yaml: expected a YAML mapping, found nothing"),
+        ("model: [\n", "config.yaml: not valid YAML"),
+    ],
+)
+def test_bad_files_are_sentences_with_a_line(called, text: str, sentence: str) -> None:
+    got, done = called(text)
+    assert not got and done.is_sentence and sentence in done.err
+
+
+def test_missing_file(yopo: Yopo) -> None:
+    done = yopo("calibrate", "--config", "nowhere.yaml")
+    assert done.is_sentence and "nowhere.yaml: no such file." in done.err

@@ -1,0 +1,85 @@
+"""Ctrl-C and SIGTERM in the middle of the work: real signals to a real process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import FAST
+
+_DRIVER = """
+import importlib, sys, time
+from yopo.cli.main import main
+
+module = importlib.import_module(sys.argv[1])
+original = getattr(module, sys.argv[2])
+
+def stop_here(*arguments, **options):
+    original(*arguments, **options)
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+setattr(module, sys.argv[2], stop_here)
+sys.exit(main(sys.argv[3:]))
+"""
+"""Runs a command line that stands still behind a function's first call."""
+
+
+def interrupted(
+    place: tuple[str, str], arguments: list[object], folder: Path, number: signal.Signals
+) -> tuple[int, str, str, list[str]]:
+    """Interrupt a command line where it stands still.
+
+    Returns:
+        (exit code, stdout, stderr behind "ready", what lay in the folder when it stood still).
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, *place, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "YOPO_CACHE": str(folder / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            for line in process.stderr:
+                if line == "ready\n":
+                    break
+            meanwhile = os.listdir(folder)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    return process.returncode, out, err, meanwhile
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_while_baking(plan: Path, model: Path, tmp_path: Path, number: signal.Signals) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    place = ("yopo.checkpoint.bake", "write_weights")
+    found = interrupted(place, ["apply", plan, "--model", model, "-o", "out"], work, number)
+    code, out, err, meanwhile = found
+    assert (code, out, err.strip()) == (130, "", "interrupted")
+    assert len(meanwhile) == 1 and meanwhile[0].startswith(".out.new-")  # it was in the middle
+    assert os.listdir(work) == []
+
+
+def test_while_calibrating(model: Path, tmp_path: Path) -> None:
+    arguments = ["calibrate", "--model", model, *FAST, "--stats", "s.safetensors"]
+    place = ("yopo.calibration.run", "_observe")
+    code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGINT)
+    assert (code, out, err.strip()) == (130, "", "interrupted")
+    assert os.listdir(tmp_path) == []
+
+
+def test_while_writing_pairs(tmp_path: Path) -> None:
+    place = ("yopo.demo.pairs", "write_pairs")
+    arguments = ["pairs", "mine", "--count", 2]
+    code, out, err, meanwhile = interrupted(place, arguments, tmp_path, signal.SIGINT)
+    assert (code, out, err.strip()) == (130, "", "interrupted")
+    assert len(meanwhile) == 1 and os.listdir(tmp_path) == []

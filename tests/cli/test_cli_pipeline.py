@@ -1,0 +1,159 @@
+"""Calibrate, inspect, apply, evaluate: the commands on a real (tiny) model, end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import FAST, FFN, LAYERS, Yopo
+from transformers import AutoModelForImageTextToText
+
+import yopo as library
+from yopo.plan_file import read_plan
+from yopo.plan_tensors import read_plan_with_tensors
+
+BIN = Path(sys.executable).parent
+
+
+def test_shell_pipeline(model: Path, tmp_path: Path) -> None:
+    calibrate = shlex.join(["yopo", "calibrate", "--model", str(model), *map(str, FAST), "-o", "-"])
+    line = f"set -o pipefail; {calibrate} | yopo inspect --json - | python -m json.tool"
+    path = f"{BIN}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "YOPO_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["model"]["name"] == model.name and len(document["layers"]) == LAYERS
+    assert document["budget"]["asked"] == 0.25
+    assert document["visual_flops"]["ratio"] == pytest.approx(document["budget"]["reached"], 1e-5)
+    assert 0.2 < document["visual_flops"]["ratio"] <= 0.25
+    assert "logit KL" in done.stderr and "Plan: visual budget" in done.stderr
+    for chatter in ("\x1b", "warning", "loading", "it/s"):
+        assert chatter not in done.stderr.lower()
+    assert [each.name for each in tmp_path.iterdir()] == ["cache"]
+
+
+def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> None:
+    done = yopo(
+        *("calibrate", "--model", model, "--data", pairs, *FAST, "--preset", "yopo-25"),
+        *("-o", "p.yaml", "--stats", "s.safetensors"),
+    )
+    assert (done.code, done.out) == (0, "")
+    assert re.fullmatch(
+        r"s.safetensors: statistics of 6 pairs\.\n"
+        r"p.yaml: visual budget [\d.]+ %, prefill FLOPs [\d.]+ %\.\n",
+        done.err,
+    )
+    assert sorted(os.listdir()) == ["p.safetensors", "p.yaml", "s.safetensors"]
+    plan, _ = read_plan_with_tensors("p.yaml")
+    assert plan.provenance["preset"] == "yopo-25" and plan.provenance["pairs"] == "pairs.jsonl"
+    assert plan.budget.asked is None and len(plan.layers[0].heads) == 2
+    first = Path("p.yaml").read_bytes(), Path("p.safetensors").read_bytes()
+    again = ("calibrate", "--model", model, "--data", pairs, *FAST, "--preset", "yopo-25")
+    assert yopo(*again, "-o", "p.yaml").code == 1
+    assert yopo("-q", *again, "-o", "p.yaml", "--force").err == ""
+    assert (Path("p.yaml").read_bytes(), Path("p.safetensors").read_bytes()) == first
+
+
+def test_demo_pairs_come_with_a_note(yopo: Yopo, model: Path) -> None:
+    arguments = ("calibrate", "--model", model, *FAST, "--preset", "yopo-12")
+    assert "your own pairs (--data) give a better plan" in yopo(*arguments).err
+    assert yopo(*arguments, "--force", "--quiet").err == ""
+
+
+def test_plan_without_the_model(yopo: Yopo, calibrated: Path) -> None:
+    stats = calibrated / "stats.safetensors"
+    done = yopo("plan", stats, "--budget", 0.5)
+    assert (done.code, done.out) == (0, "") and "not measured" in done.err
+    assert read_plan("plan.yaml").provenance["shape"] == "reader"
+    done = yopo("plan", stats, "--head-ratio", 0.5, "--visual-layers", 2, "-o", "-")
+    assert done.code == 0 and done.out.startswith("yopo_plan: 1\n")
+    Path("two.yaml").write_text(done.out)
+    plan, tensors = read_plan_with_tensors("two.yaml")  # the tensors are in the cache
+    assert plan.layers[1].neurons == FFN and plan.layers[2].is_empty
+    assert tensors.neuron_order.shape == (LAYERS, FFN)
+
+
+def test_inspect(yopo: Yopo, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = yopo("inspect", plan)
+    assert tables.code == 0 and tables.err == ""
+    for part in ("fingerprint", "visual FLOPs", "per layer", "head activity", "profile"):
+        assert part in tables.out
+    document = json.loads(yopo("inspect", plan, "--json").out)
+    assert document["measured"]["rho"]
+    with plan.open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert yopo("inspect", "-").out == tables.out
+    done = yopo("inspect", plan, "--html", "page.html")
+    assert (done.code, done.out) == (0, "")
+    assert "visual FLOPs" in Path("page.html").read_text()
+    assert yopo("inspect", plan, "--html", "page.html").is_sentence
+
+
+def test_apply_verify_and_load(yopo: Yopo, plan: Path, model: Path) -> None:
+    dry = yopo("apply", plan, "--model", model, "--dry-run")
+    assert (dry.code, dry.out) == (0, "") and "nothing was" in dry.err and not os.listdir()
+    done = yopo("apply", plan, "--model", model, "--verify")
+    assert (done.code, done.out) == (0, "tiny-llava-yopo\n")
+    assert "visual KV" in done.err and "Verified in float32" in done.err
+    assert os.listdir() == ["tiny-llava-yopo"]
+    stock = AutoModelForImageTextToText.from_pretrained("tiny-llava-yopo")
+    pruned = library.load("tiny-llava-yopo")
+    assert hasattr(pruned.get_decoder(), "yopo") and not hasattr(stock.get_decoder(), "yopo")
+    assert yopo("-q", "apply", plan, "--model", model, "-o", "other").err == ""
+
+
+def test_apply_finds_the_model_by_the_plan_s_name(yopo: Yopo, plan: Path, model: Path) -> None:
+    done = yopo("apply", plan)
+    assert done.is_sentence and "--model" in done.err
+    Path("tiny-llava").symlink_to(model)
+    assert yopo("apply", plan).out == "tiny-llava-yopo\n"
+
+
+def test_verify_refuses_a_checkpoint_that_computes_something_else(
+    yopo: Yopo, plan: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from yopo.checkpoint import bake
+
+    monkeypatch.setattr(bake, "find_reorders", lambda *arguments: {})
+    done = yopo("apply", plan, "--model", model, "--verify")
+    assert done.is_sentence and "does not compute what the plan in memory does" in done.err
+
+
+def test_eval_of_plan_and_of_checkpoint(yopo: Yopo, plan: Path, model: Path, pairs: Path) -> None:
+    options = ("--samples", 4, "--max-new-tokens", 2, "--timing-runs", 1, "--data", pairs)
+    table = yopo("eval", plan, "--model", model, *options)
+    assert table.code == 0 and table.err == ""
+    rows = ("accuracy", "same answer", "same next token", "logit KL", "visual FLOPs")
+    for row in (*rows, "prefill FLOPs", "decoder prefill time", "visual KV"):
+        assert row in table.out
+    assert "4 pairs of pairs.jsonl" in table.out
+    assert yopo("-q", "apply", plan, "--model", model, "-o", "baked").code == 0
+    found = json.loads(yopo("eval", "baked", *options, "--json").out)
+    assert found["pairs"] == 4 and found["accuracy"]["total"] == 4
+    again = json.loads(yopo("eval", plan, "--model", model, *options, "--json").out)
+    assert found["kl"] == pytest.approx(again["kl"], rel=1e-3)
+    assert found["prefill"]["runs"] == 1
+
+
+def test_pairs(yopo: Yopo, model: Path) -> None:
+    done = yopo("pairs", "mine", "--count", 3, "--split", "calibration", "--seed", 5)
+    assert (done.code, done.out) == (0, "mine/pairs.jsonl\n") and os.listdir() == ["mine"]
+    lines = Path("mine/pairs.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and all(
+        (Path("mine") / json.loads(line)["image"]).is_file() for line in lines
+    )
+    assert yopo("pairs", "mine").is_sentence
+    assert yopo("pairs", "nowhere/mine").is_sentence
+    assert os.listdir() == ["mine"]

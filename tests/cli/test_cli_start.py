@@ -1,0 +1,112 @@
+"""Start-up, usage errors, and what happens to failures nobody thought of."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+from conftest import Yopo
+
+from yopo import __version__
+
+YOPO = str(Path(sys.executable).with_name("yopo"))
+HEAVY = ("torch", "transformers", "datasets", "rich", "yaml", "numpy")
+COMMANDS = ("calibrate", "plan", "inspect", "apply", "eval", "pairs")
+
+
+def test_help_takes_less_than_300_ms() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([YOPO, "--help"], check=True, capture_output=True)
+        return time.perf_counter() - started
+
+    seconds()  # writes bytecode
+    assert median(seconds() for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["calibrate", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from yopo.cli.main import main; code = main(sys.argv[1:]); "
+        f"print([name for name in {HEAVY} if name in sys.modules], code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    imported = done.stdout.splitlines()[-1]
+    assert imported == ("[] 0" if arguments == ["--help"] else "['yaml'] 0")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(yopo: Yopo, name: str) -> None:
+    assert name in yopo("--help").out
+    done = yopo(name, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert f"Usage: yopo {name}" in done.out and "--quiet" in done.out
+
+
+def test_version(yopo: Yopo) -> None:
+    assert yopo("--version").out == f"yopo {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["calibrat"], "calibrate"),
+        (["calibrate"], "--model"),
+        (["calibrate", "--model", "m", "--budgett", "1"], "--budget"),
+        (["calibrate", "--model", "m", "--budget", "much"], "--budget"),
+        (["calibrate", "--model", "m", "--batch-size", "0"], "--batch-size"),
+        (["inspect"], "PLAN"),
+        (["apply", "plan.yaml", "--dry-run", "--verify"], "--verify"),
+        (["inspect", "plan.yaml", "--json", "--html", "page.html"], "--html"),
+    ],
+)
+def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: list[str], expected: str) -> None:
+    done = yopo(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert expected in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ZeroDivisionError("by\nzero."), "unexpected error: ZeroDivisionError: by zero; run with"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.bin"), "x.bin: disk full."),
+        (PermissionError(errno.EACCES, "Permission denied", "x.bin"), "x.bin: Permission denied."),
+        (MemoryError(), "Out of memory."),
+    ],
+)
+def test_any_failure_is_a_sentence(
+    yopo: Yopo, plan: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    def fail(source: str) -> None:
+        raise error
+
+    monkeypatch.setattr("yopo.plan_file.read_plan", fail)
+    done = yopo("inspect", plan)
+    assert (done.code, done.out) == (1, "") and sentence in done.err
+    assert "Traceback" not in done.err
+    for arguments in (("-vv", "inspect", plan), ("inspect", plan, "-v", "-v")):
+        assert "Traceback" in yopo(*arguments).err
+
+
+def test_closed_pipe_is_quiet(plan: Path) -> None:
+    with subprocess.Popen(
+        [YOPO, "inspect", "--json", plan], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+def test_terminal_that_lacks_characters(plan: Path) -> None:
+    done = subprocess.run(
+        [YOPO, "inspect", plan], capture_output=True, env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0 and b"?" in done.stdout and done.stdout.isascii()

@@ -1,0 +1,29 @@
+"""Shared by all tests: one thread, no network, reproducible hypothesis runs, tiny models."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import tiny
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("yopo", derandomize=True, deadline=None, database=None)
+settings.load_profile("yopo")
+
+
+@pytest.fixture(scope="module", params=tiny.BACKBONES)
+def subject(request: pytest.FixtureRequest) -> tiny.Subject:
+    """A tiny LLaVA of every supported kind of decoder, with its float64 oracle."""
+    return tiny.make_subject(request.param)
+
+
+@pytest.fixture(scope="module")
+def mha() -> tiny.Subject:
+    """The multi-head one alone, where the kind of decoder does not matter."""
+    return tiny.make_subject("mha")

@@ -1,0 +1,197 @@
+"""What people and machines read about a plan: numbers, widths, no color in a pipe, no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console, RenderableType
+
+from yopo.flops import visual_budget, visual_kv_bytes
+from yopo.grid import Grid
+from yopo.plan import (
+    Budget,
+    LayerPlan,
+    Measured,
+    ModelIdentity,
+    ModelShape,
+    Plan,
+    TensorsFile,
+    Workload,
+)
+from yopo.report import units
+from yopo.report.heatmap import DROPPED, KEPT, Heatmap
+from yopo.report.json import plan_document
+from yopo.report.profile import LEVELS, Profile, pooled, sparkline
+from yopo.report.summary import plan_report
+from yopo.report.tables import bar, candidate_table, runs, savings_table
+
+GONE = LayerPlan((), attend=False, radius=None, neurons=0)
+
+
+def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -> Plan:
+    """A plan whose layers differ: whole, near, frozen, gone."""
+    shape = ModelShape(layers, 16 * heads, heads, kv_heads or heads, 16, 352)
+    every = tuple(range(heads))
+    kinds = (
+        LayerPlan(every, attend=True, radius=None, neurons=352),
+        LayerPlan(every[::2], attend=True, radius=2, neurons=88),
+        LayerPlan(every[:1], attend=False, radius=None, neurons=0),
+    )
+    measured = Measured(
+        rho=tuple(tuple((1 + row * heads + col) / 100 for col in every) for row in range(layers)),
+        cross_modal=tuple(row / layers for row in range(layers)),
+        concentration=(0.5,) * layers,
+        locality=tuple(range(layers)),
+    )
+    return Plan(
+        ModelIdentity("llava-tiny", "llava", shape, "ab" * 32),
+        Workload((Grid(8, 8),), text=14, text_before=2),
+        (*kinds, *(GONE,) * (layers - len(kinds))),
+        Budget(0.25, 0.2),
+        tensors=TensorsFile("plan.safetensors", "0" * 64),
+        measured=measured,
+        provenance={"shape": "light"},
+    )
+
+
+def text_of(renderable: RenderableType, width: int = 80) -> list[str]:
+    console = Console(file=StringIO(), width=width)
+    console.print(renderable)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize(("layers", "heads"), [(8, 8), (32, 32), (40, 40), (64, 128)])
+def test_everything_fits_the_width_without_color(width: int, layers: int, heads: int) -> None:
+    plan = make_plan(layers, heads)
+    lines = text_of(plan_report(plan), width)
+    assert max(map(len, lines)) <= width
+    assert "\x1b" not in "".join(lines) and "…" not in "".join(lines)
+    assert sum(line.startswith("    0 ") for line in lines) == 2  # layer 0: one row per picture
+
+
+def test_totals() -> None:
+    plan = make_plan()
+    table = "\n".join(text_of(savings_table(plan)))
+    assert units.share(visual_budget(plan)) in table
+    assert units.num_bytes(visual_kv_bytes(plan)) in table
+    assert "prefill FLOPs with text" in table
+
+
+def test_plan_without_measurements() -> None:
+    lines = text_of(plan_report(replace(make_plan(), measured=None)))
+    assert any("carries no measurements" in line for line in lines)
+    assert plan_document(replace(make_plan(), measured=None))["measured"] is None
+
+
+def test_equal_layers_are_one_row() -> None:
+    plan = make_plan()
+    found = [(first, last) for first, last, _ in runs(plan.layers)]
+    assert found == [(0, 0), (1, 1), (2, 2), (3, 7)]
+    row = next(line for line in text_of(plan_report(plan)) if line.lstrip().startswith("3-7"))
+    assert row.split() == ["3-7"] + ["-"] * 5
+
+
+def test_layer_rows() -> None:
+    rows = [line.split() for line in text_of(plan_report(make_plan()), 60)]
+    assert ["0", "8", "all", "352", "100.0", "%", "32.8", "kB"] in rows
+    assert ["2", "1", "-", "-", "1.9", "%", "4.1", "kB"] in rows
+    near = next(row for row in rows if row[:4] == ["1", "4", "radius", "2"])
+    assert near[4] == "88" and near[-2:] == ["16.4", "kB"]
+
+
+def test_grouped_heads_share_their_kv() -> None:
+    plan = make_plan(heads=8, kv_heads=2)
+    layers = plan_document(plan)["layers"]
+    assert [each["visual_kv_bytes"] for each in layers[:4]] == [8192, 8192, 4096, 0]
+    assert "8 heads on 2 KV heads" in "\n".join(text_of(plan_report(plan)))
+
+
+def test_heatmap_marks_kept_heads_and_grows_with_rho() -> None:
+    plan = make_plan()
+    lines = text_of(Heatmap(plan))
+    rows = [line[6:] for line in lines if line[:5].strip().isdigit()]
+    assert [len(row) for row in rows] == [8] * 8
+    for row, layer in zip(rows, plan.layers, strict=True):
+        for head, glyph in enumerate(row):
+            assert glyph in (KEPT if head in layer.heads else DROPPED)
+    steps = [(KEPT if glyph in KEPT else DROPPED).index(glyph) for row in rows for glyph in row]
+    assert steps == sorted(steps) and [steps.count(step) for step in range(4)] == [16] * 4
+
+
+def test_heatmap_of_many_heads_takes_the_most_active_of_neighbors() -> None:
+    plan = make_plan(heads=128)
+    lines = text_of(Heatmap(plan), 60)
+    rows = [line[6:] for line in lines if line[:5].strip().isdigit()]
+    assert {len(row) for row in rows} == {43} and "3 heads" in lines[-1]
+    assert rows[1][0] in KEPT and rows[2][0] in KEPT and rows[2][1] in DROPPED
+
+
+def test_heatmap_of_equal_heads() -> None:
+    plan = make_plan()
+    rho = ((0.0,) * 8,) * 8
+    assert text_of(Heatmap(replace(plan, measured=replace(plan.measured, rho=rho))))
+
+
+def test_profile_pools_layers_where_it_is_narrow() -> None:
+    wide, narrow = (text_of(Profile(make_plan(layers=64)), width) for width in (120, 60))
+    assert "per bar" not in wide[0] and "4 per bar" in narrow[0]
+    bars = [sum(glyph in LEVELS for glyph in line) for line in (wide[1], narrow[1])]
+    assert bars == [64, 16]
+
+
+def test_small_pictures() -> None:
+    assert sparkline([0, 0.5, 1], 1.0) == "▁▅█" and sparkline([0, 0], 0) == "▁▁"
+    assert pooled([1, 3, 5], 2) == [2, 5]
+    assert [bar(ratio, 2) for ratio in (0, 1e-6, 0.5, 1)] == ["  ", "▏ ", "█ ", "██"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (units.flops(7_634_000_000_000), "7.63 T"),
+        (units.flops(999), "999"),
+        (units.num_bytes(262_144), "262.1 kB"),
+        (units.num_bytes(12), "12 B"),
+        (units.share(0.12345), "12.3 %"),
+    ],
+)
+def test_units(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def test_candidates() -> None:
+    rows = [
+        {"shape": "reader", "compensation": "mean", "budget": 0.25, "kl": 0.0123},
+        {"shape": "paper", "compensation": "none", "budget": 0.2, "kl": None},
+    ]
+    lines = text_of(candidate_table(rows), 60)
+    assert lines[-2].split() == [">", "reader", "mean", "25.0", "%", "0.0123"]
+    assert lines[-1].split() == ["paper", "none", "20.0", "%", "not", "measured"]
+
+
+def test_json_is_plain_and_complete() -> None:
+    plan = make_plan()
+    document = json.loads(json.dumps(plan_document(plan)))
+    assert list(document) == [
+        *("model", "workload", "budget", "compensation", "bidirectional", "baked"),
+        *("visual_flops", "prefill_flops", "visual_kv_bytes", "layers", "measured", "provenance"),
+    ]
+    assert document["visual_flops"]["ratio"] == visual_budget(plan)
+    flops = sum(layer["visual_flops"] for layer in document["layers"])
+    kv_bytes = sum(layer["visual_kv_bytes"] for layer in document["layers"])
+    assert flops == document["visual_flops"]["pruned"]
+    assert kv_bytes == document["visual_kv_bytes"]["pruned"] == visual_kv_bytes(plan)
+    assert document["layers"][1]["heads"] == [0, 2, 4, 6]
+
+
+def test_reports_import_no_torch() -> None:
+    modules = "summary, json, evaluation, tables, heatmap, profile, units"
+    code = f"import sys; from yopo.report import {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

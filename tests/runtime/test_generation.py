@@ -1,0 +1,144 @@
+"""``generate`` on a pruned model: the tokens of the reference, which has no cache, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import IMAGE, PICTURE, Subject
+from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers.generation import BaseStreamer
+
+from yopo.errors import ModelError
+from yopo.plan import Plan
+from yopo.plan_tensors import PlanTensors
+from yopo.runtime.install import pruned
+from yopo.runtime.reference import reference
+
+ONE = [[1, 5, 6, *PICTURE, 7, 8, 9, 10]]
+TWO_ROWS = [[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 3, 4, *PICTURE, 9]]
+ONE_WITHOUT = [[1, 5, 6, *PICTURE, 7, 8], [1, 2, 3]]
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 2},
+}
+
+
+def generate(
+    model: LlavaForConditionalGeneration, inputs: dict[str, Any], **options: Any
+) -> torch.Tensor:
+    """Token ids, prompt included; the random model is kept from saying ``<image>``."""
+    options = {"max_new_tokens": 8, "suppress_tokens": [IMAGE], "do_sample": False} | options
+    torch.manual_seed(0)
+    return model.generate(**tiny.as_dtype(inputs, model.dtype), **options)
+
+
+def specified(
+    subject: Subject, plan: Plan, tensors: PlanTensors, inputs: dict[str, Any], **options: Any
+) -> torch.Tensor:
+    with reference(subject.oracle, plan, tensors):
+        return generate(subject.oracle, inputs, use_cache=False, **options)
+
+
+@pytest.fixture(params=range(2))
+def case(request: pytest.FixtureRequest, subject: Subject) -> Iterator[tuple[Plan, PlanTensors]]:
+    return subject.random_plan(40 + request.param)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [ONE, TWO_ROWS, ONE_WITHOUT], ids=["one", "two", "one without"])
+def test_the_same_tokens(subject: Subject, case: tuple, rows: list, mode: str) -> None:
+    inputs, options = tiny.batch(rows), MODES[mode]
+    expected = specified(subject, *case, inputs, **options)
+    with pruned(subject.oracle, *case):
+        found = generate(subject.oracle, inputs, **options)
+    assert torch.equal(found, expected)
+    new = expected[:, inputs["input_ids"].shape[1] :]
+    assert len(new.unique()) > 2  # a model that repeats itself would hide mistakes
+
+
+def test_without_a_cache(subject: Subject, case: tuple) -> None:
+    inputs = tiny.batch(TWO_ROWS)
+    with pruned(subject.oracle, *case):
+        with_cache = generate(subject.oracle, inputs)
+        assert torch.equal(generate(subject.oracle, inputs, use_cache=False), with_cache)
+
+
+def test_from_embeddings(subject: Subject, case: tuple) -> None:
+    inputs = tiny.batch(ONE)
+    with pruned(subject.oracle, *case):
+        by_ids = generate(subject.oracle, inputs)
+        ids = inputs.pop("input_ids")
+        embeds = subject.oracle.get_input_embeddings()(ids).detach()
+        by_embeds = generate(subject.oracle, inputs | {"inputs_embeds": embeds})
+    assert torch.equal(by_embeds, by_ids[:, ids.shape[1] :])
+
+
+class Collector(BaseStreamer):
+    """Keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.sent += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streaming(subject: Subject, case: tuple) -> None:
+    inputs, streamer = tiny.batch(ONE), Collector()
+    with pruned(subject.oracle, *case):
+        tokens = generate(subject.oracle, inputs, streamer=streamer)
+    assert streamer.ended and streamer.sent == tokens[0].tolist()
+    assert torch.equal(tokens, specified(subject, *case, inputs))
+
+
+def test_prompt_lookup(subject: Subject, case: tuple) -> None:
+    inputs = tiny.batch([[1, 5, 6, *PICTURE, 7, 8, 9, 7, 8, 9, 7, 8]])
+    with pruned(subject.oracle, *case):
+        found = generate(subject.oracle, inputs, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, specified(subject, *case, inputs))
+
+
+def test_a_second_turn_with_a_new_image_continues_the_cache(subject: Subject, case: tuple) -> None:
+    first, cache = tiny.batch(ONE), DynamicCache()
+    new = tiny.pictures(1, seed=7)
+    with pruned(subject.oracle, *case):
+        said = generate(subject.oracle, first, past_key_values=cache)
+        ids = torch.cat([said, torch.tensor([[11, *PICTURE, 12, 13]])], dim=1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": new}
+        found = generate(subject.oracle, turn, past_key_values=cache)
+    together = turn | {"pixel_values": torch.cat([first["pixel_values"], new])}
+    assert torch.equal(found, specified(subject, *case, together))
+
+
+def test_a_second_turn_of_beams(subject: Subject, case: tuple) -> None:
+    """Of text alone: transformers cannot expand a new image beside one that is cached."""
+    first, cache = tiny.batch(ONE), DynamicCache()
+    with pruned(subject.oracle, *case):
+        said = generate(subject.oracle, first, past_key_values=cache)
+        ids = torch.cat([said, torch.tensor([[11, 12, 13]])], dim=1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        cache.batch_repeat_interleave(3)
+        found = generate(subject.oracle, turn, past_key_values=cache, num_beams=3)
+    together = turn | {"pixel_values": first["pixel_values"]}
+    assert torch.equal(found, specified(subject, *case, together, num_beams=3))
+
+
+def test_prefill_in_chunks_inside_an_image_is_refused(subject: Subject, case: tuple) -> None:
+    inputs = tiny.batch(ONE)
+    with pruned(subject.oracle, *case), pytest.raises(ModelError, match="whole number of images"):
+        generate(subject.oracle, inputs, prefill_chunk_size=10)
+
+
+def test_a_static_cache_is_refused(subject: Subject, case: tuple) -> None:
+    inputs = tiny.batch(ONE)
+    with pruned(subject.oracle, *case), pytest.raises(ModelError, match="StaticLayer"):
+        generate(subject.oracle, inputs, cache_implementation="static")

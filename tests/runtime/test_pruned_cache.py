@@ -1,0 +1,165 @@
+"""The cache of a pruned model: the bytes that were predicted, what it can do, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from tiny import PICTURE, Subject
+from transformers import DynamicCache
+
+from yopo.errors import ModelError
+from yopo.flops import dense_visual_kv_bytes, visual_kv_bytes
+from yopo.runtime.cache import PrunedCacheLayer
+from yopo.runtime.install import pruned
+
+ONE = tiny.batch([[1, 5, 6, *PICTURE, 7, 8]])
+TWO_ROWS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 7, 8, 9, 10]])
+NEXT = {"input_ids": torch.tensor([[9]])}
+
+
+@torch.no_grad()
+def filled(subject: Subject, inputs: dict[str, torch.Tensor]) -> DynamicCache:
+    return subject.model(**tiny.as_dtype(inputs, subject.model.dtype)).past_key_values
+
+
+def visual_bytes(cache: DynamicCache) -> int:
+    return sum(layer.visual_bytes() for layer in cache.layers)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_visual_bytes_are_the_predicted_ones(subject: Subject, seed: int) -> None:
+    plan, tensors = subject.random_plan(seed)
+    predicted = visual_kv_bytes(plan, itemsize=4)
+    with torch.no_grad(), pruned(subject.model, plan, tensors):
+        assert visual_bytes(filled(subject, TWO_ROWS)) == 2 * predicted
+        cache = filled(subject, ONE)
+        assert visual_bytes(cache) == predicted
+        for step in range(1, 4):
+            subject.model(**NEXT, past_key_values=cache)
+            assert visual_bytes(cache) == predicted
+            assert cache.get_seq_length() == ONE["input_ids"].shape[1] + step
+    assert predicted <= dense_visual_kv_bytes(subject.shape, plan.workload, itemsize=4)
+
+
+def test_dense_bytes_are_those_of_the_stock_cache_and_more_than_a_plans(subject: Subject) -> None:
+    workload = tiny.workload()
+    dense = filled(subject, ONE)
+    share = workload.visual / ONE["input_ids"].shape[1]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
+    predicted = dense_visual_kv_bytes(subject.shape, workload, itemsize=4)
+    assert predicted == round(held * share)
+    plan, tensors = subject.random_plan(1)
+    assert visual_kv_bytes(plan, itemsize=4) < predicted
+    with pruned(subject.model, tiny.whole(subject)):
+        assert visual_bytes(filled(subject, ONE)) == predicted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_dropped_layer_holds_text_alone(subject: Subject, seed: int) -> None:
+    """Not only reports: the buffers that exist are no longer than their tokens."""
+    plan, tensors = subject.random_plan(seed)
+    with pruned(subject.model, plan, tensors):
+        cache = filled(subject, ONE)
+    text = ONE["input_ids"].shape[1] - len(PICTURE)
+    for layer, layer_plan in zip(cache.layers, plan.layers, strict=True):
+        kept = layer_plan.kept_kv(subject.shape)
+        if kept:
+            assert layer.kept[0].shape[1:3] == (len(kept), text + len(PICTURE))
+        if len(kept) < subject.shape.kv_heads:
+            others = subject.shape.kv_heads - len(kept)
+            assert layer.other[0].shape[1:3] == (others, text)
+
+
+def test_generate_reports_the_logical_length(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(2)
+    with pruned(mha.model, plan, tensors):
+        cache = DynamicCache()
+        said = mha.model.generate(
+            **ONE, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
+    assert all(type(layer) is PrunedCacheLayer for layer in cache.layers)
+    assert cache.get_seq_length() == said.shape[1] - 1  # the last token was never fed back
+
+
+@torch.no_grad()
+def test_cropping_takes_back_text(subject: Subject) -> None:
+    plan, tensors = subject.random_plan(2)
+    with pruned(subject.model, plan, tensors):
+        cache = filled(subject, ONE)
+        expected = subject.model(**NEXT, past_key_values=cache).logits
+        subject.model(input_ids=torch.tensor([[20, 21, 22]]), past_key_values=cache)
+        cache.crop(-4)
+        assert cache.get_seq_length() == ONE["input_ids"].shape[1]
+        cache.crop(0)
+        again = subject.model(**NEXT, past_key_values=cache).logits
+    torch.testing.assert_close(again, expected)
+
+
+def test_cropping_into_an_image_is_refused(subject: Subject) -> None:
+    plan, tensors = subject.random_plan(2)
+    with pruned(subject.model, plan, tensors):
+        cache = filled(subject, ONE)
+        with pytest.raises(ModelError, match="into an image"):
+            cache.crop(-3)
+        assert cache.get_seq_length() == ONE["input_ids"].shape[1]
+        with pytest.raises(ModelError, match="into an image"):
+            cache.crop(-ONE["input_ids"].shape[1])
+
+
+@torch.no_grad()
+def test_rows_are_selected_repeated_and_forgotten(subject: Subject) -> None:
+    plan, tensors = subject.random_plan(2)
+    step = {"input_ids": torch.tensor([[9], [11]])}
+    mask = torch.cat([TWO_ROWS["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    with pruned(subject.model, plan, tensors):
+        expected = subject.model(
+            **step, attention_mask=mask, past_key_values=filled(subject, TWO_ROWS)
+        ).logits
+        cache = filled(subject, TWO_ROWS)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        swapped = {"input_ids": step["input_ids"].flip(0), "attention_mask": mask.flip(0)}
+        found = subject.model(**swapped, past_key_values=cache).logits
+        torch.testing.assert_close(found.flip(0), expected)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        again = subject.model(**TWO_ROWS, past_key_values=cache).logits
+        torch.testing.assert_close(again, tiny.logits(subject.model, TWO_ROWS))
+
+
+@torch.no_grad()
+def test_a_cache_of_the_dense_model_is_not_continued(mha: Subject) -> None:
+    cache = filled(mha, ONE)
+    plan, tensors = mha.random_plan(2)
+    with pruned(mha.model, plan, tensors), pytest.raises(ModelError, match="by the dense model"):
+        mha.model(**NEXT, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_the_dense_model_does_not_continue_a_pruned_cache(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(2)
+    with pruned(mha.model, plan, tensors):
+        cache = filled(mha, ONE)
+    with pytest.raises(ModelError, match="cannot serve the dense one"):
+        mha.model(**NEXT, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_another_plan_does_not_continue_a_pruned_cache(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(2)
+    with pruned(mha.model, plan, tensors):
+        cache = filled(mha, ONE)
+    with pruned(mha.model, tiny.whole(mha)), pytest.raises(ModelError, match="another plan"):
+        mha.model(**NEXT, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_refused_forward_leaves_the_cache_usable(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(2)
+    with pruned(mha.model, plan, tensors):
+        expected = mha.model(**NEXT, past_key_values=filled(mha, ONE)).logits
+        cache = filled(mha, ONE)
+        with pytest.raises(ModelError, match="attention mask"):
+            mha.model(**NEXT, attention_mask=torch.ones(1, 3), past_key_values=cache)
+        assert torch.equal(mha.model(**NEXT, past_key_values=cache).logits, expected)

@@ -1,0 +1,124 @@
+"""A plan validates itself and says what follows from its layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import replace
+
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yopo.errors import PlanError
+from yopo.grid import Grid
+from yopo.plan import (
+    Budget,
+    InvalidPlan,
+    LayerPlan,
+    ModelIdentity,
+    ModelShape,
+    Plan,
+    TensorsFile,
+    Workload,
+    full_layer,
+    full_plan,
+)
+
+SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
+IDENTITY = ModelIdentity("some", "llava", SHAPE, "0" * 64)
+WORKLOAD = Workload((Grid(3, 5), Grid(2, 2)), text=10, text_before=3)
+WHOLE = full_plan(IDENTITY, WORKLOAD)
+NONE = LayerPlan((), attend=False, radius=None, neurons=0)
+
+
+def with_layer(**changes: object) -> Plan:
+    """The whole plan with its second layer changed."""
+    layer = replace(full_layer(SHAPE), **changes)
+    return WHOLE.with_layers((WHOLE.layers[0], layer, WHOLE.layers[2]))
+
+
+def with_shape(**changes: int) -> Plan:
+    return replace(WHOLE, model=replace(IDENTITY, shape=replace(SHAPE, **changes)))
+
+
+def test_the_whole_plan_is_valid_and_keeps_everything() -> None:
+    assert all(layer.is_full(SHAPE) for layer in WHOLE.layers)
+    assert WHOLE.visual_depth == SHAPE.layers and not WHOLE.needs_order
+    assert WORKLOAD.visual == 19 and SHAPE.group == 3
+
+
+INVALID = {
+    "layers[1].heads names head 6": lambda: with_layer(heads=(0, 6)),
+    "layers[1].heads names head -1": lambda: with_layer(heads=(-1, 0)),
+    "layers[1].heads must be ascending": lambda: with_layer(heads=(2, 1)),
+    "layers[1].heads must be ascending and without": lambda: with_layer(heads=(1, 1)),
+    "layers[1].attend must be false": lambda: with_layer(heads=()),
+    "layers[1].radius must be null or at least 0, found -1": lambda: with_layer(radius=-1),
+    "layers[1].neurons must lie between 0 and 50, found 51": lambda: with_layer(neurons=51),
+    "layers[1].neurons must lie": lambda: with_layer(neurons=-1),
+    "layers must have 3 entries, found 2": lambda: WHOLE.with_layers(WHOLE.layers[:2]),
+    "model.shape must hold positive": lambda: with_shape(layers=0),
+    "model.shape.kv_heads must divide the 6": lambda: with_shape(kv_heads=4),
+    "workload.grids must hold": lambda: replace(WHOLE, workload=Workload((), 3)),
+    "workload.grids must": lambda: replace(WHOLE, workload=Workload((Grid(0, 3),), 3)),
+    "workload.text_before must": lambda: replace(WHOLE, workload=Workload((Grid(1, 1),), 3, 4)),
+    "compensation must be one of none, mean": lambda: replace(WHOLE, compensation="least"),
+    "budget.asked must lie in (0, 1], found 0": lambda: replace(WHOLE, budget=Budget(0, 1)),
+    "budget.asked must lie in (0, 1], found nan": lambda: replace(
+        WHOLE, budget=Budget(float("nan"), 1)
+    ),
+    "tensors must name the file": lambda: with_layer(neurons=7),
+}
+
+
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_plans_name_the_key(message: str) -> None:
+    with pytest.raises(InvalidPlan) as caught:
+        INVALID[message]()
+    assert f"plan: {message}" in str(caught.value)
+    assert isinstance(caught.value, PlanError)
+
+
+def test_pruned_neurons_need_an_order_unless_they_stand_in_it() -> None:
+    layers = with_layer(neurons=0).layers  # nothing left to order
+    assert not WHOLE.with_layers(layers).needs_order
+    some = replace(full_layer(SHAPE), neurons=7)
+    named = replace(WHOLE, layers=(some,) * 3, tensors=TensorsFile("plan.safetensors", "0" * 64))
+    assert named.needs_order
+    assert replace(named, tensors=None, baked=True).needs_order
+
+
+def test_visual_depth_ends_behind_the_last_layer_with_anything_visual() -> None:
+    reads = replace(NONE, heads=(2,))
+    feeds = replace(NONE, neurons=SHAPE.ffn)
+    for layers, depth in (
+        ((NONE, NONE, NONE), 0),
+        ((reads, NONE, NONE), 1),
+        ((NONE, feeds, NONE), 2),
+        ((feeds, NONE, reads), 3),
+    ):
+        assert WHOLE.with_layers(layers).visual_depth == depth
+
+
+def test_a_kv_head_is_kept_if_one_of_its_query_heads_is() -> None:
+    for heads, kept in (((), ()), ((0,), (0,)), ((2, 3), (0, 1)), ((4, 5), (1,))):
+        assert replace(NONE, heads=heads).kept_kv(SHAPE) == kept
+
+
+@settings(max_examples=50)
+@given(rng=st.randoms(use_true_random=False))
+def test_kept_kv_heads_are_those_of_kept_heads(rng: random.Random) -> None:
+    layer = tiny.random_layer(SHAPE, rng)
+    kept = layer.kept_kv(SHAPE)
+    assert set(kept) == {head // 3 for head in layer.heads}
+    assert len(kept) <= len(layer.heads) <= len(kept) * SHAPE.group
+    assert layer.is_empty == (not layer.heads and not layer.neurons)
+
+
+def test_plans_are_frozen() -> None:
+    for record in (WHOLE, WHOLE.layers[0], WHOLE.model, WHOLE.workload, WHOLE.budget):
+        name = dataclasses.fields(record)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, name, None)

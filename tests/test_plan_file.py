@@ -1,0 +1,256 @@
+"""plan.yaml: what is written is read back byte for byte, and every mistake names its line."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yopo.errors import PlanError
+from yopo.grid import Grid
+from yopo.plan import (
+    Budget,
+    LayerPlan,
+    Measured,
+    ModelIdentity,
+    ModelShape,
+    Plan,
+    TensorsFile,
+    Workload,
+)
+from yopo.plan_file import parse_plan, read_plan, to_yaml
+
+SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
+IDENTITY = ModelIdentity("some-model", "llava", SHAPE, "f" * 64)
+SIDE_FILE = TensorsFile("plan.safetensors", "a" * 64)
+
+YAML_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.from_regex("[a-z_]{1,9}", fullmatch=True), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def measured(rng: random.Random) -> Measured:
+    layers = range(SHAPE.layers)
+    return Measured(
+        rho=tuple(tuple(rng.expovariate(10) for _ in range(SHAPE.heads)) for _ in layers),
+        cross_modal=tuple(rng.random() for _ in layers),
+        concentration=tuple(rng.random() for _ in layers),
+        locality=tuple(rng.randrange(24) for _ in layers),
+    )
+
+
+def some_plan(rng: random.Random) -> Plan:
+    grids = tuple(Grid(rng.randint(1, 30), rng.randint(1, 30)) for _ in range(rng.randint(1, 3)))
+    return tiny.random_plan(
+        IDENTITY,
+        rng,
+        workload=Workload(grids, text=rng.randint(5, 99), text_before=rng.randint(0, 5)),
+        budget=Budget(rng.choice([None, 0.25, 1.0]), rng.random()),
+        measured=rng.choice([None, measured(rng)]),
+        tensors=SIDE_FILE,
+    )
+
+
+@settings(max_examples=40)
+@given(rng=st.randoms(use_true_random=False), provenance=YAML_VALUES)
+def test_round_trip(rng: random.Random, provenance: object) -> None:
+    plan = replace(some_plan(rng), provenance={"pairs": provenance})
+    text = to_yaml(plan)
+    again = parse_plan("plan.yaml", text)
+    assert to_yaml(again) == text
+    assert again.layers == plan.layers and again.model == plan.model
+    assert again.workload == plan.workload and again.tensors == plan.tensors
+    assert again.provenance == plan.provenance
+    assert (again.compensation, again.bidirectional, again.baked) == (
+        plan.compensation,
+        plan.bidirectional,
+        plan.baked,
+    )
+    assert again.budget.asked == plan.budget.asked
+    assert again.budget.reached == pytest.approx(plan.budget.reached, abs=1e-6)
+    assert (again.measured is None) == (plan.measured is None)
+
+
+@settings(max_examples=40)
+@given(rng=st.randoms(use_true_random=False), name=st.text(min_size=1))
+def test_any_model_name_survives_or_is_refused(rng: random.Random, name: str) -> None:
+    """YAML cannot say every character; none may come back as another."""
+    plan = replace(some_plan(rng), model=replace(IDENTITY, name=name))
+    try:
+        text = to_yaml(plan)
+        text.encode("utf-8")
+        again = parse_plan("plan.yaml", text)
+    except (PlanError, yaml.YAMLError, UnicodeError):
+        return
+    assert again.model.name == name
+
+
+def test_the_same_plan_gives_the_same_bytes() -> None:
+    texts = {to_yaml(some_plan(random.Random(5))) for _ in range(3)}
+    assert len(texts) == 1
+
+
+def test_a_small_file_may_leave_defaults_out(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(GOOD, encoding="utf-8")
+    plan = read_plan(path)
+    first = LayerPlan((0, 5), attend=True, radius=2, neurons=7)
+    assert plan.layers[0] == first
+    assert plan.layers[1] == LayerPlan(tuple(range(6)), attend=False, radius=None, neurons=50)
+    assert plan.layers[2] == LayerPlan((), attend=False, radius=None, neurons=0)
+    assert plan.compensation == "none" and not plan.bidirectional and not plan.baked
+    assert plan.budget == Budget(None, 1.0) and plan.measured is None and plan.provenance == {}
+
+
+GOOD = """\
+yopo_plan: 1
+model:
+  name: some-model
+  family: llava
+  shape: {layers: 3, hidden: 60, heads: 6, kv_heads: 2, head_dim: 16, ffn: 50}
+  fingerprint: abc
+workload:
+  grids: [[3, 5], [2, 2]]
+  text: 10
+  text_before: 3
+tensors:
+  file: plan.safetensors
+  sha256: abc
+layers:
+- heads: [0, 5]
+  attend: true
+  radius: 2
+  neurons: 7
+- {heads: all, attend: false, radius: null, neurons: 50}
+- {heads: none, attend: false, radius: null, neurons: 0}
+measured:
+  rho: [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0.5]]
+  cross_modal: [0.1, 0.2, 0.3]
+  concentration: [0.1, 0.2, 0.3]
+  locality: [1, 2, 3]
+"""
+GOOD = GOOD[: GOOD.index("measured")]
+MEASURED = """\
+measured:
+  rho: [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0.5]]
+  cross_modal: [0.1, 0.2, 0.3]
+  concentration: [0.1, 0.2, 0.3]
+  locality: [1, 2, 3]
+"""
+
+MISTAKES = {
+    "unknown key": ("workload:", "worklod:", "7: worklod is not a known key", "'workload'"),
+    "unknown layer key": ("  neurons: 7", "  neurns: 7", "18: layers[0].neurns is not a", "'neuro"),
+    "unknown model key": ("  family", "  famly", "4: model.famly is not a known key", "'family'"),
+    "wrong type": ("neurons: 7", "neurons: many", "18: layers[0].neurons must be a whole", None),
+    "number for a switch": ("attend: true", "attend: 1", "16: layers[0].attend must be true", None),
+    "text for a radius": ("radius: 2", "radius: far", "17: layers[0].radius must be a wh", None),
+    "head out of range": ("[0, 5]", "[0, 6]", "15: layers[0].heads names head 6", None),
+    "a head that is no number": ("[0, 5]", "[0, x]", "15: layers[0].heads[1] must be a wh", None),
+    "unknown word for heads": ("heads: all", "heads: some", "19: layers[1].heads must be 'all'", 0),
+    "heads of no kind": ("heads: all", "heads: 3", "19: layers[1].heads must be text or a li", 0),
+    "negative radius": ("radius: 2", "radius: -2", "17: layers[0].radius must be null or at", 0),
+    "duplicate key": ("radius: 2", "attend: true", "17: layers[0].attend appears twice (fir", 0),
+    "duplicate root key": ("tensors:", "layers: []\ntensors:", "15: layers appears twice (f", 0),
+    "missing key": ("  fingerprint: abc\n", "", "2: model lacks the key 'fingerprint'", None),
+    "missing shape": ("  shape", "  # shape", "2: model lacks the key 'shape'", None),
+    "missing size": (", ffn: 50", "", "5: model.shape lacks the key 'ffn'", None),
+    "missing heads": ("heads: none, ", "", "20: layers[2] lacks the key 'heads'", None),
+    "missing attend": ("attend: false, radius: null, n", "n", "19: layers[1] lacks the key 'at", 0),
+    "missing root key": (GOOD[GOOD.index("layers:\n") :], "", "1: document lacks the key 'lay", 0),
+    "too few layers": ("- {heads: none", "#", "14: layers must have 3 entries, found 2", None),
+    "a layer that is no mapping": ("- {heads: none", "- none #", "20: layers[2] must be a map", 0),
+    "layers that are no list": (GOOD[GOOD.index("- heads") :], "  all", "14: layers must be a", 0),
+    "empty grids": ("[[3, 5], [2, 2]]", "[]", "8: workload.grids must hold at least one", None),
+    "a grid of three": ("[2, 2]]", "[2, 2, 2]]", "8: workload.grids[1] must be [rows, col", None),
+    "a grid of words": ("[3, 5]", "[a, 5]", "8: workload.grids[0] must be a whole number", None),
+    "unknown compensation": ("layers:\n", "compensation: x\nlayers:\n", "14: compensation m", None),
+    "budget over one": ("layers:\n", "budget: {asked: 2}\nlayers:\n", "14: budget.asked mu", None),
+    "tensors left out": (
+        GOOD[GOOD.index("tensors") : GOOD.index("layers:\n")],
+        "",
+        "1: tensors must name the file",
+        None,
+    ),
+    "future version": ("plan: 1", "plan: 2", "1: yopo_plan is 2, this yopo reads version 1", "Upg"),
+    "a version that is a switch": ("plan: 1", "plan: true", "1: yopo_plan must be a whole", None),
+    "a version that is text": ("plan: 1", "plan: '1'", "1: yopo_plan must be a whole nu", None),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_name_line_and_key(name: str) -> None:
+    old, new, message, remedy = MISTAKES[name]
+    assert old in GOOD
+    with pytest.raises(PlanError) as caught:
+        parse_plan("plan.yaml", GOOD.replace(old, new, 1))
+    assert f"plan.yaml:{message}" in str(caught.value)
+    if remedy:
+        assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[1, 1, 1, 1, 1, 1], ", "", "measured.rho must have 3 entries, found 2"),
+        ("[1, 1, 1, 1, 1, 1]", "[1, 1]", "measured.rho[0] must have 6 values, found 2"),
+        ("0.5]]", "x]]", "measured.rho[2] must be a number, found 'x'"),
+        ("[1, 2, 3]", "[1, 2, 3.5]", "measured.locality[2] must be a whole number"),
+        ("locality", "localty", "measured.localty is not a known key"),
+        ("  locality: [1, 2, 3]\n", "", "measured lacks the key 'locality'"),
+    ],
+)
+def test_mistakes_in_measurements(old: str, new: str, message: str) -> None:
+    assert parse_plan("plan.yaml", GOOD + MEASURED).measured.locality == (1, 2, 3)
+    with pytest.raises(PlanError, match=re.escape(message)):
+        parse_plan("plan.yaml", GOOD + MEASURED.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid YAML"),
+        ("a: 1\n", "is not a yopo plan"),
+        ("", "found nothing"),
+        ("yopo_plan: 1\n", "lacks the key 'model'"),
+    ],
+)
+def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=f"plan.yaml.*{message}"):
+        parse_plan("plan.yaml", text)
+
+
+def test_plans_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(GOOD))
+    assert read_plan("-").layers[0].heads == (0, 5)
+    monkeypatch.setattr("sys.stdin", io.StringIO(GOOD.replace("radius: 2", "radius: x")))
+    with pytest.raises(PlanError, match="<stdin>:17: layers"):
+        read_plan("-")
+
+
+def test_any_cut_of_a_plan_is_a_plan_or_a_plan_error() -> None:
+    """Half-written or hand-edited files end in a sentence, whatever was lost."""
+    text = to_yaml(replace(some_plan(random.Random(1)), measured=measured(random.Random(1))))
+    for end in range(0, len(text), 17):
+        for cut in (text[:end], text[:end] + text[end + 17 :]):
+            try:
+                parse_plan("plan.yaml", cut)
+            except PlanError:
+                continue

@@ -1,0 +1,236 @@
+"""A plan's side file: named by its hash, found beside the plan or in the cache, never by halves."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from yopo.errors import OutputError, PlanError
+from yopo.plan import ModelIdentity, ModelShape, Plan, TensorsFile
+from yopo.plan_file import read_plan, to_yaml
+from yopo.plan_tensors import (
+    PlanTensors,
+    cache_directory,
+    read_plan_with_tensors,
+    write_plan,
+)
+
+SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
+IDENTITY = ModelIdentity("some", "llava", SHAPE, "0" * 64)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("YOPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """One that needs everything: orders and means."""
+    plan = tiny.random_plan(IDENTITY, random.Random(2), compensation="mean", baked=False)
+    assert plan.needs_order
+    return plan
+
+
+@pytest.fixture
+def tensors(plan: Plan) -> PlanTensors:
+    return tiny.random_tensors(plan, 1)
+
+
+def assert_same(one: PlanTensors, other: PlanTensors) -> None:
+    for name in ("neuron_order", "neuron_mean", "head_mean"):
+        mine, yours = getattr(one, name), getattr(other, name)
+        assert (mine is None) == (yours is None), name
+        assert mine is None or (mine.dtype == yours.dtype and torch.equal(mine, yours)), name
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_bytes_round_trip(tensors: PlanTensors) -> None:
+    assert_same(PlanTensors.from_bytes(tensors.to_bytes()), tensors)
+    some = replace(tensors, neuron_order=None, head_mean=None)
+    assert_same(PlanTensors.from_bytes(some.to_bytes()), some)
+    copies = replace(tensors, neuron_order=tensors.neuron_order.clone())
+    assert copies.to_bytes() == tensors.to_bytes()
+
+
+def test_files_round_trip(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
+    target = tmp_path / "half.yaml"
+    written = write_plan(plan, tensors, str(target), force=False)
+    assert files(tmp_path) == ["half.safetensors", "half.yaml"]
+    data = (tmp_path / "half.safetensors").read_bytes()
+    assert written.tensors == TensorsFile("half.safetensors", hashlib.sha256(data).hexdigest())
+    again, found = read_plan_with_tensors(target)
+    assert_same(found, tensors)
+    assert to_yaml(again) == target.read_text() == to_yaml(written)
+
+
+def test_the_pair_can_be_moved_together(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    (tmp_path / "plan.yaml").read_text().index("file: plan.safetensors")  # no path in it
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in files(tmp_path):
+        (tmp_path / name).rename(other / name)
+    assert_same(read_plan_with_tensors(other / "plan.yaml")[1], tensors)
+
+
+def test_a_plan_without_tensors_has_no_side_file(plan: Plan, tmp_path: Path) -> None:
+    layers = [replace(layer, neurons=0) for layer in plan.layers]
+    bare = replace(plan, layers=tuple(layers), tensors=None, compensation="none")
+    written = write_plan(bare, None, str(tmp_path / "plan.yaml"), force=False)
+    assert written == bare and files(tmp_path) == ["plan.yaml"]
+    assert read_plan_with_tensors(tmp_path / "plan.yaml") == (
+        read_plan(tmp_path / "plan.yaml"),
+        None,
+    )
+
+
+def test_a_plan_on_stdout_leaves_its_tensors_in_the_cache(
+    plan: Plan,
+    tensors: PlanTensors,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    written = write_plan(plan, tensors, "-", force=False)
+    text = capsys.readouterr().out
+    assert text == to_yaml(written)
+    assert files(cache) == [f"{written.tensors.sha256}.safetensors"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    again, found = read_plan_with_tensors("-")
+    assert_same(found, tensors)
+    assert to_yaml(again) == text
+    (tmp_path / "saved.yaml").write_text(text)  # and through a file, redirected by the shell
+    assert_same(read_plan_with_tensors(tmp_path / "saved.yaml")[1], tensors)
+    write_plan(plan, tensors, "-", force=False)  # the same content again is no conflict
+    assert len(files(cache)) == 1
+
+
+def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_directory() == Path(os.environ["YOPO_CACHE"])
+    monkeypatch.setenv("YOPO_CACHE", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_directory() == Path("/home/someone/.cache/yopo")
+
+
+@pytest.mark.parametrize("existing", ["plan.yaml", "plan.safetensors"])
+def test_existing_files_need_force(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path, existing: str
+) -> None:
+    (tmp_path / existing).write_text("mine")
+    with pytest.raises(OutputError, match=f"{existing}: exists already") as caught:
+        write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    assert "--force" in caught.value.remedy
+    assert files(tmp_path) == [existing] and (tmp_path / existing).read_text() == "mine"
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=True)
+    assert_same(read_plan_with_tensors(tmp_path / "plan.yaml")[1], tensors)
+
+
+def test_targets_that_cannot_be_written_are_refused(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path
+) -> None:
+    for target, message in (
+        (tmp_path / "none" / "plan.yaml", "folder does not exist"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "plan.safetensors", "where the plan's tensors go"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            write_plan(plan, tensors, str(target), force=True)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failed_write_leaves_no_half_file(
+    plan: Plan,
+    tensors: PlanTensors,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+) -> None:
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    calls, rename = [], Path.replace
+
+    def full_disk(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    other = replace(tensors, neuron_mean=tensors.neuron_mean + 1)
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_plan(plan, other, str(tmp_path / "plan.yaml"), force=True)
+    assert files(tmp_path) == sorted(before)  # no temporary file either
+    assert (tmp_path / "plan.yaml").read_bytes() == before["plan.yaml"]
+    if failing == 2:  # the new tensors are there, the plan that names them is not: no silent mix
+        with pytest.raises(PlanError, match="is not the file that the plan names"):
+            read_plan_with_tensors(tmp_path / "plan.yaml")
+
+
+def test_a_missing_side_file_is_named(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    (tmp_path / "plan.safetensors").unlink()
+    with pytest.raises(PlanError, match="plan.safetensors: the plan's tensors are missing"):
+        read_plan_with_tensors(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"?"])
+def test_an_altered_side_file_is_refused(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path, damage: object
+) -> None:
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    side = tmp_path / "plan.safetensors"
+    side.write_bytes(damage(side.read_bytes()))
+    with pytest.raises(PlanError, match="is not the file that the plan names"):
+        read_plan_with_tensors(tmp_path / "plan.yaml")
+
+
+def rename_in(plan: Plan, folder: Path) -> Path:
+    """Write a plan that names whatever stands in ``odd.safetensors``, by its true hash."""
+    sha256 = hashlib.sha256((folder / "odd.safetensors").read_bytes()).hexdigest()
+    path = folder / "odd.yaml"
+    path.write_text(to_yaml(replace(plan, tensors=TensorsFile("odd.safetensors", sha256))))
+    return path
+
+
+def test_a_side_file_of_another_format_is_refused(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "odd.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(PlanError, match="is not a safetensors file"):
+        read_plan_with_tensors(rename_in(plan, tmp_path))
+
+
+WRONG = {
+    "lacks neuron_order": {"neuron_order": None},
+    "lacks the means": {"head_mean": None},
+    r"neuron_order has shape \(3, 49\), expected \(3, 50\)": {
+        "neuron_order": torch.arange(49, dtype=torch.int32).repeat(3, 1)
+    },
+    r"head_mean has shape \(3, 6, 8\)": {"head_mean": torch.zeros(3, 6, 8)},
+    "neuron_order is not a permutation": {"neuron_order": torch.zeros(3, 50, dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_side_file_that_does_not_fit_is_refused(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path, message: str
+) -> None:
+    wrong = vars(tensors) | WRONG[message]
+    stored = {name: tensor for name, tensor in wrong.items() if tensor is not None}
+    save_file(stored, tmp_path / "odd.safetensors")
+    with pytest.raises(PlanError, match=f"odd.safetensors: {message}"):
+        read_plan_with_tensors(rename_in(plan, tmp_path))

@@ -1,0 +1,267 @@
+"""Tiny real LLaVA models, prompts and random plans that tests share. Offline, on CPU.
+
+Weights are random and large, so that attention is far from uniform and mistakes show. Closeness is
+judged by a float64 oracle: a result may be no further from it than a few times the rounding error
+of an ordinary float32 run of the same computation.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+)
+
+from yopo.families.family import GridsOf, shape_of
+from yopo.families.fingerprint import fingerprint_of_decoder
+from yopo.grid import Grid
+from yopo.plan import (
+    Budget,
+    LayerPlan,
+    ModelIdentity,
+    ModelShape,
+    Plan,
+    TensorsFile,
+    Workload,
+    full_plan,
+)
+from yopo.plan_tensors import PlanTensors
+
+BACKBONES = ("mha", "gqa", "qwen2")
+PAD, BOS, IMAGE, EOS = 0, 1, 98, 99
+PATCH = 8
+SIDE = 4
+"""Rows and columns of an image's visual tokens, unless a test says otherwise."""
+
+PICTURE = [IMAGE] * SIDE**2
+"""The placeholder tokens of one image."""
+
+ROUNDING_FACTOR = 4
+"""How many times an ordinary float32 run's error another order of the same sums may have."""
+
+_COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "vocab_size": 100,
+    "initializer_range": 0.2,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "max_position_embeddings": 512,
+}
+
+
+def text_config(backbone: str) -> LlamaConfig | Qwen2Config:
+    """The text decoder's configuration: ``mha``, ``gqa`` (ragged, all biases) or ``qwen2``."""
+    if backbone == "mha":
+        return LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **_COMMON)
+    if backbone == "gqa":  # three query heads per KV head; heads wider in sum than the model
+        return LlamaConfig(
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=16,
+            attention_bias=True,
+            mlp_bias=True,
+            **(_COMMON | {"hidden_size": 60}),
+        )
+    return Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **_COMMON)
+
+
+def llava(backbone: str = "mha", *, side: int = SIDE) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights, biases and norms; the same for the same arguments."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=side * PATCH,
+            patch_size=PATCH,
+        ),
+        text_config=text_config(backbone),
+        image_token_id=IMAGE,
+        image_seq_length=side**2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(len(backbone) + side)
+        model = LlavaForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.get_decoder().named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def exact(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """A float64 copy whose norms stay in float64 (those of transformers round to float32)."""
+    oracle = copy.deepcopy(model).double()
+    for module in list(oracle.get_decoder().modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = nn.RMSNorm(child.weight.shape[0], child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return oracle
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test.
+
+    Attributes:
+        model: In float32.
+        oracle: The same weights in float64 throughout.
+        identity: What its plans say about it.
+    """
+
+    model: LlavaForConditionalGeneration
+    oracle: LlavaForConditionalGeneration
+    identity: ModelIdentity
+
+    @property
+    def shape(self) -> ModelShape:
+        """Dimensions of its decoder."""
+        return self.identity.shape
+
+    def random_plan(self, seed: int, **fixed: Any) -> tuple[Plan, PlanTensors]:
+        """A plan by ``random_plan`` and the tensors that go with it."""
+        plan = random_plan(self.identity, random.Random(seed), **fixed)
+        return plan, random_tensors(plan, seed)
+
+
+def make_subject(backbone: str, *, side: int = SIDE) -> Subject:
+    """Build a model, its oracle and its identity."""
+    model = llava(backbone, side=side)
+    fingerprint = fingerprint_of_decoder(model.get_decoder())
+    identity = ModelIdentity(f"tiny-{backbone}", "llava", shape_of(model.config), fingerprint)
+    return Subject(model, exact(model), identity)
+
+
+def workload(*, side: int = SIDE, text: int = 10, text_before: int = 3) -> Workload:
+    """One square image and some text."""
+    return Workload((Grid(side, side),), text, text_before)
+
+
+def random_layer(shape: ModelShape, rng: random.Random) -> LayerPlan:
+    """A layer plan from every corner: no, some or all heads and neurons, any radius."""
+    count = rng.choice([0, shape.heads, rng.randint(1, shape.heads), rng.randint(1, shape.heads)])
+    heads = tuple(sorted(rng.sample(range(shape.heads), count)))
+    return LayerPlan(
+        heads=heads,
+        attend=bool(heads) and rng.random() < 0.7,
+        radius=rng.choice([None, 0, 1, 2, 3]),
+        neurons=rng.choice([0, 1, shape.ffn // 5, shape.ffn - 1, shape.ffn]),
+    )
+
+
+def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> Plan:
+    """A valid plan; keyword arguments set fields of ``Plan`` instead of drawing them."""
+    shape = identity.shape
+    drawn = {
+        "workload": workload(),
+        "layers": tuple(random_layer(shape, rng) for _ in range(shape.layers)),
+        "budget": Budget(None, 0.5),
+        "compensation": rng.choice(["none", "mean"]),
+        "bidirectional": rng.random() < 0.3,
+        "baked": rng.random() < 0.3,
+        "tensors": TensorsFile("plan.safetensors", "0" * 64),
+    }
+    return Plan(identity, **(drawn | fixed))
+
+
+def random_tensors(plan: Plan, seed: int) -> PlanTensors:
+    """Orders (none for a baked plan) and means of the right shapes."""
+    shape, generator = plan.model.shape, torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(shape.ffn, generator=generator) for _ in range(shape.layers)]
+    neurons = 0.2 * torch.randn(shape.layers, shape.ffn, generator=generator)
+    heads = 0.2 * torch.randn(shape.layers, shape.heads, shape.head_dim, generator=generator)
+    if plan.compensation == "none":
+        neurons = heads = None
+    return PlanTensors(None if plan.baked else torch.stack(orders), neurons, heads)
+
+
+def whole(subject: Subject) -> Plan:
+    """The plan that prunes nothing."""
+    return full_plan(subject.identity, workload())
+
+
+def batch(
+    rows: Sequence[Sequence[int]], *, seed: int = 0, side: int = SIDE, pad: str = "left"
+) -> dict[str, torch.Tensor]:
+    """Model inputs for prompts of token ids, padded, with an image per run of placeholders."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        place = slice(0, len(row)) if pad == "right" else slice(width - len(row), width)
+        ids[number, place], mask[number, place] = torch.tensor(row), 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    count = int((ids == IMAGE).sum()) // side**2
+    if count:
+        inputs["pixel_values"] = pictures(count, seed=seed, side=side)
+    return inputs
+
+
+def pictures(count: int, *, seed: int = 0, side: int = SIDE) -> torch.Tensor:
+    """(count, 3, height, width) random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, side * PATCH, side * PATCH, generator=generator)
+
+
+def as_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs with their floating-point tensors in another precision."""
+    return {
+        key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+
+
+def real(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(batch, sequence) bool: everything but padding."""
+    return inputs["attention_mask"].bool()
+
+
+def real_text(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(batch, sequence) bool: text tokens, padding excluded; their logits are what plans keep."""
+    return real(inputs) & (inputs["input_ids"] != IMAGE)
+
+
+def fixed_grids(*rows: Sequence[tuple[int, int]]) -> GridsOf:
+    """A ``grids_of`` that gives every batch row the named (rows, columns) per image."""
+    grids = [tuple(Grid(*size) for size in row) for row in rows]
+    return lambda config, counts: grids
+
+
+@torch.no_grad()
+def logits(model: LlavaForConditionalGeneration, inputs: dict[str, Any]) -> torch.Tensor:
+    """(batch, sequence, vocabulary) of one forward, in the model's own precision."""
+    return model(**as_dtype(inputs, model.dtype)).logits
+
+
+def assert_close(
+    found: torch.Tensor, usual: torch.Tensor, oracle: torch.Tensor, where: torch.Tensor
+) -> None:
+    """Check a result by the error that the usual way of computing it makes.
+
+    Args:
+        found: (batch, sequence, vocabulary) logits under test.
+        usual: The same by stock code in the same precision.
+        oracle: The same by stock code in float64.
+        where: (batch, sequence) bool, the positions that count.
+    """
+    assert where.any()
+    error = (found.double() - oracle)[where].abs().max().item()
+    rounding = (usual.double() - oracle)[where].abs().max().item()
+    assert error <= ROUNDING_FACTOR * rounding, f"off by {error:.2e}, rounding is {rounding:.2e}"

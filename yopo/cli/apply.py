@@ -1,0 +1,72 @@
+"""``yopo apply``: bake a plan into a checkpoint; the directory's path goes to stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from yopo.cli.command import Command
+from yopo.cli.options import force_option
+from yopo.console import note, show
+
+if TYPE_CHECKING:
+    from yopo.workflow import Applied
+
+
+@click.command(cls=Command)
+@click.argument("plan")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory to make.  [default: NAME-yopo in the working directory]",
+)
+@click.option("--model", help="The checkpoint, if it is elsewhere than the plan says.")
+@click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
+@click.option("--verify", is_flag=True, help="Open the result and compare it with the original.")
+@force_option
+def command(plan: str, dry_run: bool, verify: bool, **values: Any) -> None:
+    """Bake PLAN (a file, or - for stdin) into a copy of its model's checkpoint.
+
+    The copy loads in stock transformers as the original model, and with yopo.load as the pruned
+    one. It appears complete or not at all. Prints its path.
+    """
+    if dry_run and verify:
+        raise click.UsageError("--dry-run and --verify exclude one another.")
+    from yopo.workflow import apply_plan
+
+    done = apply_plan(
+        plan,
+        values["output"],
+        model_name=values["model"],
+        force=values["force"],
+        dry_run=dry_run,
+        check=verify,
+    )
+    _tell(done)
+    if not dry_run:
+        click.echo(done.report.output)
+
+
+def _tell(done: Applied) -> None:
+    from yopo.report import units
+    from yopo.report.tables import savings_table
+
+    report, found = done.report, done.verification
+    show(savings_table(done.plan))
+    size = units.num_bytes(report.num_bytes)
+    verb = "would be written, nothing was" if report.plan is None else "written"
+    note(
+        f"{report.output}: {size} in {report.num_tensors} tensors "
+        f"({report.num_reordered} reordered) {verb}."
+    )
+    if found is not None:
+        note(
+            f"Verified in {found.dtype} (rounding explains {found.tolerance:.0e}): stock "
+            f"transformers differs from the original by {found.dense.relative:.0e} "
+            f"(a logit by up to {found.dense.largest:.0e}), yopo.load from the plan in memory "
+            f"by {found.pruned.relative:.0e} ({found.pruned.largest:.0e}); no weight is missing."
+        )

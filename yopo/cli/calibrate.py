@@ -1,0 +1,72 @@
+"""``yopo calibrate``: measure a model on pairs once, write the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from yopo.cli.command import Command
+from yopo.cli.config import config_option
+from yopo.cli.options import DATA_FORMS, force_option, run_options, run_settings, wish_options
+from yopo.cli.options import wishes as wishes_of
+from yopo.cli.results import check_outputs, save
+
+if TYPE_CHECKING:
+    from yopo.workflow import Calibrated
+
+
+@click.command(cls=Command)
+@click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
+@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration]")
+@run_options
+@wish_options
+@click.option(
+    "--queries",
+    type=click.Choice(("text", "all", "last")),
+    default="text",
+    show_default=True,
+    help="Which queries head activity sums over.",
+)
+@click.option(
+    "--measure-pairs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=64,
+    show_default=True,
+    help="Pairs on which plan shapes are compared.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    default="plan.yaml",
+    show_default=True,
+    help="The plan; - for stdout.",
+)
+@click.option(
+    "--stats", type=click.Path(path_type=Path), metavar="FILE", help="Save the statistics here."
+)
+@config_option()
+@force_option
+@click.pass_context
+def command(context: click.Context, **values: Any) -> None:
+    """Measure a model on image-question pairs once, and write a plan.
+
+    The plan either meets a visual budget (--budget: several plan shapes are measured, the best
+    one wins), or has the paper's shape (--preset, or its knobs, from --head-ratio to --alpha).
+    """
+    wanted = wishes_of(context)
+    check_outputs(values["output"], values["stats"], force=values["force"])
+    settings = run_settings(context)
+    from yopo.workflow import calibrate
+
+    made: Calibrated = calibrate(
+        values["model"],
+        wanted,
+        settings,
+        queries=values["queries"],
+        measure_pairs=values["measure_pairs"],
+    )
+    save(made, values["output"], stats=values["stats"], force=values["force"])

@@ -1,0 +1,87 @@
+"""What all commands share: ``-v`` and ``-q`` before or behind the command's name, loaded lazily."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from yopo.cli.verbosity import Verbosity, applied
+from yopo.errors import suggest
+
+
+def _count_verbose(context: click.Context, parameter: click.Parameter, value: int) -> None:
+    context.ensure_object(Verbosity).verbose += value
+
+
+def _set_quiet(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    context.ensure_object(Verbosity).quiet |= value
+
+
+def _verbosity_options() -> list[click.Option]:
+    return [
+        click.Option(
+            ["-v", "--verbose"],
+            count=True,
+            expose_value=False,
+            callback=_count_verbose,
+            help="Let the libraries speak; -vv shows tracebacks.",
+        ),
+        click.Option(
+            ["-q", "--quiet"],
+            is_flag=True,
+            expose_value=False,
+            callback=_set_quiet,
+            help="No notes and no progress, only results and errors.",
+        ),
+    ]
+
+
+class Command(click.Command):
+    """A command that takes ``-v`` and ``-q`` and keeps the libraries quiet while it runs."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.params += _verbosity_options()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with applied(ctx.ensure_object(Verbosity)):
+            return super().invoke(ctx)
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used.
+
+    Args:
+        modules: Command name -> (module that holds ``command``, one line of help).
+    """
+
+    def __init__(self, *args: Any, modules: dict[str, tuple[str, str]], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.modules = modules
+        self.params += _verbosity_options()
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which they are used, not of the alphabet."""
+        return list(self.modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; None if there is no such one."""
+        if cmd_name not in self.modules:
+            return None
+        return importlib.import_module(self.modules[cmd_name][0]).command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or suggest one."""
+        if args[0] not in self.modules and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{args[0]}'. {suggest(args[0], self.modules)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in self.modules.items()])

@@ -1,0 +1,93 @@
+"""``--config FILE``: the options of a command from YAML; defaults < file < command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from yopo.documents import Document, read_text
+
+_NOT_IN_FILES = ("config", "verbose", "quiet", "help")
+_KINDS = {"integer": int, "float": float, "boolean": bool}
+
+
+def config_option() -> Any:
+    """The decorator that gives a command ``--config``."""
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,  # its values must be there before other options look for theirs
+        expose_value=False,
+        callback=_apply,
+        metavar="FILE",
+        help="Read options from YAML: the same names, with underscores. Flags win.",
+    )
+
+
+def load_config(path: Path, command: click.Command) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Args:
+        path: YAML file, option names (``batch_size``) to values; null leaves an option unset.
+        command: Whose options they are.
+
+    Returns:
+        Checked values by option name.
+
+    Raises:
+        PlanError: Unreadable, not YAML, an unknown option or a value that it does not take;
+            names file and line.
+    """
+    document = Document(*read_text(path))
+    options = {
+        each.name: each
+        for each in command.params
+        if isinstance(each, click.Option) and each.name not in _NOT_IN_FILES
+    }
+    document.check_keys((), document.data, options)
+    return {
+        name: _checked(document, options[name], value)
+        for name, value in document.data.items()
+        if value is not None
+    }
+
+
+def _checked(document: Document, option: click.Option, value: Any) -> Any:
+    value = document.typed((option.name,), value, _kind(option.type))
+    try:
+        return option.type.convert(value, option, None)
+    except click.BadParameter as error:
+        problem = error.message[:1].lower() + error.message[1:].rstrip(".")
+        raise document.error((option.name,), f"is out of range: {problem}") from error
+
+
+def _kind(parameter: click.ParamType) -> type:
+    if isinstance(parameter, click.types.IntParamType):
+        return int
+    return _KINDS.get(parameter.name, str)
+
+
+def _apply(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    if value is not None and not context.resilient_parsing:
+        context.default_map = load_config(value, context.command)
+
+
+def drop_overruled(context: click.Context, *alternatives: tuple[str, ...]) -> None:
+    """Let a flag overrule what the file says in another way.
+
+    ``--preset yopo-12`` on top of a file with ``budget: 0.25`` asks for the preset; both given in
+    the same place stay, and are refused as contradictory by whoever reads them.
+
+    Args:
+        context: Of the running command; its ``params`` change.
+        *alternatives: Groups of option names that exclude one another.
+    """
+    from_flags = click.core.ParameterSource.COMMANDLINE
+    sources = {name: context.get_parameter_source(name) for group in alternatives for name in group}
+    given = [group for group in alternatives if any(sources[name] == from_flags for name in group)]
+    for group in alternatives:
+        if given and group not in given:
+            for name in group:
+                context.params[name] = None

@@ -1,0 +1,49 @@
+"""``yopo eval``: what a plan keeps and what it saves, dense against pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from yopo.cli.command import Command
+from yopo.cli.options import DATA_FORMS, run_options, run_settings
+
+
+@click.command(cls=Command)
+@click.argument("target")
+@click.option("--data", default="demo:heldout", show_default=True, help=f"Pairs: {DATA_FORMS}")
+@run_options
+@click.option("--model", help="The dense model, if it is elsewhere than the plan says.")
+@click.option(
+    "--timing-runs",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=15,
+    show_default=True,
+    help="Paired prefill runs; 0 skips timing.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+@click.pass_context
+def command(context: click.Context, target: str, as_json: bool, **values: Any) -> None:
+    """Compare the pruned model of TARGET with the dense one on the same pairs.
+
+    TARGET is a directory that `yopo apply` wrote, a plan, or - for a plan on stdin. Accuracy is
+    counted where the pairs have answers; agreement is measured along the dense model's answers.
+    """
+    from yopo.cli.output import print_json, print_report
+
+    settings = run_settings(context)
+    from yopo.workflow import evaluate_target
+
+    found = evaluate_target(
+        target, settings, model_name=values["model"], timing_runs=values["timing_runs"]
+    )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        from yopo.report.evaluation import evaluation_report
+
+        data = Path(values["data"])
+        print_report(evaluation_report(found, data.name if data.exists() else values["data"]))

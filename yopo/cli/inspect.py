@@ -1,0 +1,42 @@
+"""``yopo inspect``: what a plan prunes and what that saves, for people or machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from yopo.cli.command import Command
+from yopo.cli.options import force_option
+from yopo.files import check_writable, write_file
+
+
+@click.command(cls=Command)
+@click.argument("plan")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of tables.")
+@click.option(
+    "--html", "page", type=click.Path(path_type=Path), help="Write a page instead of printing."
+)
+@force_option
+def command(plan: str, as_json: bool, page: Path | None, force: bool) -> None:
+    """Show what PLAN (a file, or - for stdin) prunes, layer by layer, and what that saves."""
+    from yopo.plan_file import read_plan
+
+    if as_json and page is not None:
+        raise click.UsageError("--json and --html exclude one another.")
+    if page is not None:
+        check_writable([page], force=force)
+    found = read_plan(plan)
+    if as_json:
+        from yopo.cli.output import print_json
+        from yopo.report.json import plan_document
+
+        print_json(plan_document(found))
+        return
+    from yopo.cli.output import html, print_report
+    from yopo.report.summary import plan_report
+
+    if page is None:
+        print_report(plan_report(found))
+    else:
+        write_file(page, html(plan_report(found), title=found.model.name).encode())

@@ -1,0 +1,128 @@
+"""Options that several commands share, and the library's records made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from yopo.cli.config import drop_overruled
+
+if TYPE_CHECKING:
+    from yopo.planning.wishes import Wishes
+    from yopo.workflow import RunOptions
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+DEFAULT_BUDGET = 0.25
+
+_BUDGET = ("budget", "shape")
+_RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
+
+
+def _chain(*options: Decorator) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+wish_options = _chain(
+    click.option(
+        "--budget",
+        type=float,
+        metavar="F",
+        help=f"Solve for this share of the visual FLOPs, in (0, 1].  [default: {DEFAULT_BUDGET}]",
+    ),
+    click.option("--shape", metavar="NAME", help="Plan shape for the budget, not the best one."),
+    click.option("--preset", metavar="NAME", help="The paper's shapes: yopo-25 or yopo-12."),
+    click.option("--head-ratio", type=float, metavar="F", help="Share of the heads that is kept."),
+    click.option(
+        "--neuron-ratio", type=float, metavar="F", help="Share of the FFN neurons that is kept."
+    ),
+    click.option(
+        "--visual-layers", type=int, metavar="N", help="First layers that see visual tokens."
+    ),
+    click.option(
+        "--radius", type=int, metavar="N", help="Neighborhood in which visual tokens attend."
+    ),
+    click.option(
+        "--alpha", type=float, metavar="F", help="Keep heads whose rho is above this by vote."
+    ),
+    click.option(
+        "--compensation",
+        type=click.Choice(("none", "mean")),
+        help="Add back what is pruned on average.  [default: the better one at a budget]",
+    ),
+    click.option(
+        "--bidirectional/--causal",
+        default=False,
+        help="Visual tokens attend later neighbors too (fine-tuned models).  [default: causal]",
+    ),
+)
+"""What the plan should look like."""
+
+run_options = _chain(
+    click.option("--samples", type=int, metavar="N", help="Pairs to draw.  [default: all]"),
+    click.option(
+        "--seed", type=int, metavar="N", default=0, show_default=True, help="Decides which."
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=8,
+        show_default=True,
+        help="Pairs per forward.",
+    ),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one.",
+    ),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        help="float32, bfloat16, float16; auto: the checkpoint's.",
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=32,
+        show_default=True,
+        help="Longest answer that is generated.",
+    ),
+)
+"""How a model is run over pairs."""
+
+force_option = click.option("--force", is_flag=True, help="Replace existing output.")
+
+DATA_FORMS = "JSONL, LLaVA JSON, parquet, image folder, hub id org/name:split, or demo:SPLIT."
+
+
+def wishes(context: click.Context) -> Wishes:
+    """The wishes of a command with ``wish_options``; a budget if nothing else is asked for."""
+    drop_overruled(context, _BUDGET, _RATIOS)
+    drop_overruled(context, ("alpha",), ("head_ratio",))
+    from yopo.planning.wishes import Wishes
+
+    values = {each.name: context.params[each.name] for each in fields(Wishes)}
+    if all(values[name] is None for name in ("budget", *_RATIOS)):
+        values["budget"] = DEFAULT_BUDGET
+    return Wishes(**values)
+
+
+def run_settings(context: click.Context) -> RunOptions:
+    """The run options of a command with ``run_options``, its device checked."""
+    from yopo.serving import torch_device
+    from yopo.workflow import RunOptions
+
+    values = {each.name: context.params[each.name] for each in fields(RunOptions)}
+    return RunOptions(**values | {"device": torch_device(values["device"])})

@@ -1,0 +1,44 @@
+"""Results on stdout: tables in color on a terminal, plain text in a pipe, or one JSON document."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_HTML_WIDTH = 100
+
+
+def print_report(report: RenderableType) -> None:
+    """Print a rich renderable as wide as the terminal (80 columns in a pipe)."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    with console.capture() as capture:  # rich would turn a closed pipe into an exit of its own
+        console.print(report)
+    text = capture.get()
+    if not console.is_terminal:
+        text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    sys.stdout.write(text)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def html(report: RenderableType, *, title: str) -> str:
+    """The same report as a self-contained HTML page."""
+    import io
+
+    from rich.console import Console
+    from rich.terminal_theme import MONOKAI
+
+    console = Console(file=io.StringIO(), record=True, width=_HTML_WIDTH, highlight=False)
+    console.print(report)
+    page = console.export_html(theme=MONOKAI)
+    return page.replace("<head>", f"<head>\n<title>{Path(title).name}</title>", 1)

@@ -1,0 +1,52 @@
+"""``yopo pairs``: demo pairs as files, to look at and to copy the format of."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+
+from yopo.cli.command import Command
+from yopo.console import note
+from yopo.errors import OutputError
+
+
+@click.command(cls=Command)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--split",
+    type=click.Choice(("train", "calibration", "heldout")),
+    default="heldout",
+    show_default=True,
+    help="No image is in two splits.",
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Pairs."
+)
+@click.option(
+    "--seed", type=int, metavar="N", default=0, show_default=True, help="Other seed, other pairs."
+)
+def command(directory: Path, split: str, count: int, seed: int) -> None:
+    """Write demo pairs to DIRECTORY: images, and pairs.jsonl with a line per question.
+
+    Your own pairs need the same form: {"image": PATH, "question": TEXT, "answer": TEXT}, paths
+    relative to the file; the answer is optional. Prints the path of pairs.jsonl.
+    """
+    from yopo.demo.pairs import PAIRS_NAME, write_pairs
+
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise OutputError(f"{directory}: exists already.", remedy="Name a new directory.")
+    parent = directory.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(f"{directory}: its folder does not exist.")
+    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=parent))
+    try:
+        write_pairs(fresh, split, count, seed=seed)
+        fresh.chmod(0o755)
+        fresh.replace(directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    note(f"{count} pairs of the split '{split}'.")
+    click.echo(directory / PAIRS_NAME)

@@ -1,0 +1,38 @@
+"""``yopo plan``: another plan from saved statistics, without the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from yopo.cli.command import Command
+from yopo.cli.options import force_option, wish_options
+from yopo.cli.options import wishes as wishes_of
+from yopo.cli.results import check_outputs, save
+
+
+@click.command(cls=Command)
+@click.argument("stats", type=click.Path(path_type=Path))
+@wish_options
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    default="plan.yaml",
+    show_default=True,
+    help="The plan; - for stdout.",
+)
+@force_option
+@click.pass_context
+def command(context: click.Context, stats: Path, **values: Any) -> None:
+    """Make another plan from STATS, which `yopo calibrate --stats` saved, without the model.
+
+    Nothing can be measured without the model: a budget means the shape of --shape, or `reader`.
+    """
+    wanted = wishes_of(context)
+    check_outputs(values["output"], None, force=values["force"])
+    from yopo.workflow import plan_from_statistics
+
+    save(plan_from_statistics(stats, wanted), values["output"], stats=None, force=values["force"])

@@ -1,0 +1,49 @@
+"""A plan as one JSON document for machines: everything that the tables show, unrounded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from yopo.flops import visual_flops_of_layer
+from yopo.plan import Plan
+from yopo.report.tables import savings
+
+_KEYS = ("visual_flops", "prefill_flops", "visual_kv_bytes")
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """Describe a plan as plain values.
+
+    Returns:
+        ``model``, ``workload``, ``budget``, ``compensation``, ``bidirectional``, ``baked``;
+        ``visual_flops``, ``prefill_flops`` and ``visual_kv_bytes`` (16 bit) of one prompt, each
+        with ``dense``, ``pruned`` and ``ratio``; ``layers``; ``measured`` (or null);
+        ``provenance``.
+    """
+    shape, workload = plan.model.shape, plan.workload
+    layers = [
+        {
+            "index": index,
+            **asdict(layer),
+            "visual_flops": visual_flops_of_layer(layer, shape, workload),
+            "visual_kv_bytes": 4 * len(layer.kept_kv(shape)) * shape.head_dim * workload.visual,
+        }
+        for index, layer in enumerate(plan.layers)
+    ]
+    totals = {
+        key: {"dense": dense, "pruned": pruned, "ratio": pruned / dense}
+        for key, (_, dense, pruned, _) in zip(_KEYS, savings(plan), strict=True)
+    }
+    return {
+        "model": asdict(plan.model),
+        "workload": {**asdict(workload), "visual": workload.visual},
+        "budget": asdict(plan.budget),
+        "compensation": plan.compensation,
+        "bidirectional": plan.bidirectional,
+        "baked": plan.baked,
+        **totals,
+        "layers": layers,
+        "measured": None if plan.measured is None else asdict(plan.measured),
+        "provenance": dict(plan.provenance),
+    }

@@ -1,0 +1,21 @@
+"""The whole picture of a plan, as ``yopo inspect`` prints it."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from yopo.plan import Plan
+from yopo.report.heatmap import Heatmap
+from yopo.report.profile import Profile
+from yopo.report.tables import LayerTable, header, savings_table
+
+
+def plan_report(plan: Plan) -> RenderableType:
+    """Header, savings, layers, and what calibration measured if the plan carries it."""
+    parts: list[RenderableType] = [header(plan), "", savings_table(plan), "", LayerTable(plan), ""]
+    if plan.measured is None:
+        parts.append(Text("The plan carries no measurements (no head map, no profile).", "dim"))
+    else:
+        parts += [Heatmap(plan), "", Profile(plan)]
+    return Group(*parts)

@@ -1,0 +1,131 @@
+"""``yopo apply --verify``: does a baked checkpoint compute what it should, on one small prompt?
+
+Two properties of the design: in stock transformers the baked model is the original, and in yopo it
+is the original pruned in memory. The prompt is random pixels and tokens, made from the
+configuration alone, so nothing but the two checkpoints is needed. One model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from yopo.errors import CheckpointError
+from yopo.families.registry import resolve
+from yopo.plan import Plan
+from yopo.plan_tensors import PlanTensors
+from yopo.runtime.install import pruned
+from yopo.serving import load, load_dense
+
+_TEXT = 12
+"""Random text tokens in front of the image, and as many behind it."""
+
+_SLACK = 8
+"""How many times the rounding error that is expected of reordered sums is accepted."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two ways of computing the same logits are apart.
+
+    Attributes:
+        largest: Largest absolute difference of two logits.
+        relative: Root mean square difference over the root mean square logit.
+    """
+
+    largest: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        dense: The baked checkpoint in stock transformers against the original.
+        pruned: The baked checkpoint in yopo against the original, pruned in memory.
+        tolerance: Largest relative difference that rounding explains.
+        dtype: The checkpoint's, in which everything was computed.
+    """
+
+    dense: Difference
+    pruned: Difference
+    tolerance: float
+    dtype: str
+
+
+def verify(
+    baked: str | Path, original: str | Path, plan: Plan, tensors: PlanTensors | None
+) -> Verification:
+    """Compare a baked checkpoint with the original and its plan.
+
+    Args:
+        baked: The directory that ``bake`` wrote.
+        original: The checkpoint that it was made from.
+        plan: The plan that was baked.
+        tensors: The plan's tensors.
+
+    Raises:
+        CheckpointError: A weight is missing, or a difference is more than rounding.
+    """
+    model = load_dense(resolve(str(original)))
+    inputs = random_prompt(model, plan)
+    dense_logits = _logits(model, inputs)
+    with pruned(model, plan, tensors):
+        pruned_logits = _logits(model, inputs)
+    dtype, depth = model.dtype, plan.model.shape.layers
+    model = None  # frees it before the next one is loaded
+    dense = difference(_logits(load_dense(resolve(str(baked))), inputs), dense_logits)
+    found = difference(_logits(load(baked), inputs), pruned_logits)
+    # Two reordered sums per layer, each off by half a unit in the last place, add up like noise.
+    tolerance = _SLACK * torch.finfo(dtype).eps * math.sqrt(2 * depth)
+    result = Verification(dense, found, tolerance, str(dtype).removeprefix("torch."))
+    for each, what in ((dense, "the original model"), (found, "the plan in memory")):
+        if not each.relative <= tolerance:  # NaN is no agreement either
+            raise CheckpointError(
+                f"{baked}: does not compute what {what} does: logits differ by "
+                f"{each.relative:.1e} (up to {each.largest:.1e}), rounding explains "
+                f"{tolerance:.1e}.",
+                remedy="Do not use this checkpoint; please report this as a bug of yopo.",
+            )
+    return result
+
+
+def random_prompt(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
+    """One image of noise between random text tokens, from the configuration alone."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = config.get_text_config().vocab_size
+    special = {config.image_token_id, config.get_text_config().pad_token_id}
+    words = torch.randint(vocabulary, (64 * _TEXT,), generator=generator).tolist()
+    words = [word for word in words if word not in special][: 2 * _TEXT]
+    image = [config.image_token_id] * plan.workload.grids[0].tokens
+    ids = torch.tensor([[*words[:_TEXT], *image, *words[_TEXT:]]])
+    vision = config.vision_config
+    size = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(size, generator=generator).to(model.dtype),
+    }
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> Difference:
+    """Compare logits, (text tokens, vocabulary) float64."""
+    error = found - expected
+    scale = expected.square().mean().sqrt().clamp(min=1e-30)
+    return Difference(
+        largest=error.abs().max().item(), relative=(error.square().mean().sqrt() / scale).item()
+    )
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """Logits of the text tokens, (text tokens, vocabulary) float64: all that plans promise."""
+    logits = model(**inputs, use_cache=False).logits[0].double()
+    return logits[inputs["input_ids"][0] != model.config.image_token_id]
