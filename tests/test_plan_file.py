@@ -107,6 +107,16 @@ def test_the_same_plan_gives_the_same_bytes() -> None:
     assert len(texts) == 1
 
 
+def test_numbers_for_people_are_short() -> None:
+    rho = ((1 / 3,) * SHAPE.heads,) * SHAPE.layers
+    thirds = Measured(rho, (2 / 3,) * 3, (1 / 3,) * 3, (1,) * 3)
+    plan = replace(some_plan(random.Random(5)), budget=Budget(None, 1 / 3), measured=thirds)
+    text = to_yaml(plan)
+    assert "reached: 0.333333}" in text
+    assert "[0.3333, 0.3333, 0.3333, 0.3333, 0.3333, 0.3333]" in text
+    assert "cross_modal: [0.6667, 0.6667, 0.6667]" in text
+
+
 def test_a_small_file_may_leave_defaults_out(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD, encoding="utf-8")

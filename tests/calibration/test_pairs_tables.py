@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from yopo.calibration import tables
-from yopo.hub import Probe, probe
 from yopo.calibration.sources import open_pairs
 from yopo.errors import DataError
+from yopo.hub import Probe, probe
 
 COUNT = 12
 

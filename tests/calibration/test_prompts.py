@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from yopo.calibration import prompts
-from yopo.hub import Probe
 from yopo.calibration.pairs import ImageRef, Pair
 from yopo.calibration.prompts import answer_ids, batches, encode, load_processor, prompt_text
 from yopo.errors import DataError, ModelError
+from yopo.hub import Probe
 
 SIZE, PATCH = 12, 4
 VISUAL = (SIZE // PATCH) ** 2

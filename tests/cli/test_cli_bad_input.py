@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FAST, Yopo, save_model
+from command_line import FAST, Yopo, save_model
 from PIL import Image
 
 from yopo.demo.build import build_processor

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, Yopo
+from command_line import Run, Yopo
 
 from yopo.planning.wishes import Wishes
 from yopo.workflow import RunOptions

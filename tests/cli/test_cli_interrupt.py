@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import FAST
+from command_line import FAST
+
+from yopo.cli import interrupts
 
 _DRIVER = """
 import importlib, sys, time
@@ -83,3 +86,26 @@ def test_while_writing_pairs(tmp_path: Path) -> None:
     code, out, err, meanwhile = interrupted(place, arguments, tmp_path, signal.SIGINT)
     assert (code, out, err.strip()) == (130, "", "interrupted")
     assert len(meanwhile) == 1 and os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_that_a_library_swallows_is_not_lost() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with interrupts.catching():
+        interrupts.raise_if_arrived()
+        with contextlib.suppress(KeyboardInterrupt):  # as torch does while it is imported
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.raise_if_arrived()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with interrupts.catching():
+        interrupts.raise_if_arrived()  # the former block's
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what nohup and `&` do
+    try:
+        with interrupts.catching():
+            signal.raise_signal(signal.SIGINT)
+            interrupts.raise_if_arrived()
+    finally:
+        signal.signal(signal.SIGINT, former)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import FAST, FFN, LAYERS, Yopo
+from command_line import FAST, FFN, LAYERS, Yopo
 from transformers import AutoModelForImageTextToText
 
 import yopo as library

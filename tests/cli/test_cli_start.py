@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import Yopo
+from command_line import Yopo
 
 from yopo import __version__
 

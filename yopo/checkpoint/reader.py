@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from yopo import console
 from yopo.checkpoint.decoder import DecoderTensors, find_decoder
 from yopo.checkpoint.headers import Shard, TensorEntry, read_shard
 from yopo.errors import CheckpointError, ModelError
@@ -132,7 +133,7 @@ def fetch(source: ModelSource) -> Path:
     """
     if source.is_local:
         return Path(source.location)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -143,6 +144,9 @@ def fetch(source: ModelSource) -> Path:
 
     name = source.location + (f"@{source.revision}" if source.revision else "")
     try:
+        known = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+        if not isinstance(known, str):
+            console.note(f"{name}: looking on the Hugging Face hub (-v shows its progress).")
         folder = snapshot_download(
             source.location,
             revision=source.revision,

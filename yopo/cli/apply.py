@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from yopo.cli.command import Command
+from yopo.cli.command import Command, load
 from yopo.cli.options import force_option
 from yopo.console import note, show
 
@@ -36,9 +36,7 @@ def command(plan: str, dry_run: bool, verify: bool, **values: Any) -> None:
     """
     if dry_run and verify:
         raise click.UsageError("--dry-run and --verify exclude one another.")
-    from yopo.workflow import apply_plan
-
-    done = apply_plan(
+    done: Applied = load("yopo.workflow").apply_plan(
         plan,
         values["output"],
         model_name=values["model"],
@@ -65,8 +63,7 @@ def _tell(done: Applied) -> None:
     )
     if found is not None:
         note(
-            f"Verified in {found.dtype} (rounding explains {found.tolerance:.0e}): stock "
-            f"transformers differs from the original by {found.dense.relative:.0e} "
-            f"(a logit by up to {found.dense.largest:.0e}), yopo.load from the plan in memory "
-            f"by {found.pruned.relative:.0e} ({found.pruned.largest:.0e}); no weight is missing."
+            f"Verified in {found.dtype}: stock transformers is off by {found.dense.relative:.0e} "
+            f"of the original,\n  yopo.load by {found.pruned.relative:.0e} of the plan in memory "
+            f"(rounding: up to {found.tolerance:.0e}); no weight is missing."
         )

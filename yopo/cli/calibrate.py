@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from yopo.cli.command import Command
+from yopo.cli.command import Command, load
 from yopo.cli.config import config_option
-from yopo.cli.options import DATA_FORMS, force_option, run_options, run_settings, wish_options
-from yopo.cli.options import wishes as wishes_of
+from yopo.cli.options import (
+    DATA_FORMS,
+    force_option,
+    run_options,
+    run_settings,
+    wish_options,
+    wishes,
+)
 from yopo.cli.results import check_outputs, save
 
 if TYPE_CHECKING:
@@ -57,15 +63,11 @@ def command(context: click.Context, **values: Any) -> None:
     The plan either meets a visual budget (--budget: several plan shapes are measured, the best
     one wins), or has the paper's shape (--preset, or its knobs, from --head-ratio to --alpha).
     """
-    wanted = wishes_of(context)
     check_outputs(values["output"], values["stats"], force=values["force"])
-    settings = run_settings(context)
-    from yopo.workflow import calibrate
-
-    made: Calibrated = calibrate(
+    made: Calibrated = load("yopo.workflow").calibrate(
         values["model"],
-        wanted,
-        settings,
+        wishes(context),
+        run_settings(context),
         queries=values["queries"],
         measure_pairs=values["measure_pairs"],
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 import click
 
+from yopo.cli import interrupts
 from yopo.cli.verbosity import Verbosity, applied
 from yopo.errors import suggest
 
@@ -36,6 +38,17 @@ def _verbosity_options() -> list[click.Option]:
             help="No notes and no progress, only results and errors.",
         ),
     ]
+
+
+def load(module: str) -> ModuleType:
+    """Import what a command needs when it needs it; torch and transformers take seconds.
+
+    Raises:
+        KeyboardInterrupt: Also where a library swallowed it during its import.
+    """
+    loaded = importlib.import_module(module)
+    interrupts.raise_if_arrived()
+    return loaded
 
 
 class Command(click.Command):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from yopo.cli.command import Command
+from yopo.cli.command import Command, load
 from yopo.cli.options import DATA_FORMS, run_options, run_settings
+
+if TYPE_CHECKING:
+    from yopo.evaluation.evaluate import Evaluation
 
 
 @click.command(cls=Command)
@@ -34,11 +37,11 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
     """
     from yopo.cli.output import print_json, print_report
 
-    settings = run_settings(context)
-    from yopo.workflow import evaluate_target
-
-    found = evaluate_target(
-        target, settings, model_name=values["model"], timing_runs=values["timing_runs"]
+    found: Evaluation = load("yopo.workflow").evaluate_target(
+        target,
+        run_settings(context),
+        model_name=values["model"],
+        timing_runs=values["timing_runs"],
     )
     if as_json:
         print_json(found.to_dict())

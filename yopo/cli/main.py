@@ -1,48 +1,15 @@
-"""The entry point ``yopo``: finds the command, and turns every failure into a sentence.
+"""The entry point ``yopo``.
 
 stdout carries results, stderr everything else. Exit codes: 0 done, 1 failed, 2 wrong usage,
-130 interrupted.
+130 interrupted. Nothing but the standard library is imported before signals are in hand.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import click
-
-from yopo import __version__
-from yopo.cli.command import LazyGroup
-from yopo.cli.verbosity import Verbosity
-from yopo.errors import YopoError
-
-COMMANDS = {
-    "calibrate": ("yopo.cli.calibrate", "Measure a model on pairs and write a plan."),
-    "plan": ("yopo.cli.plan", "Make another plan from saved statistics."),
-    "inspect": ("yopo.cli.inspect", "Show what a plan prunes and what that saves."),
-    "apply": ("yopo.cli.apply", "Bake a plan into a checkpoint."),
-    "eval": ("yopo.cli.eval", "Compare the pruned model with the dense one."),
-    "pairs": ("yopo.cli.pairs", "Write demo pairs, to see the format of your own."),
-}
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@click.group(cls=LazyGroup, modules=COMMANDS, context_settings={"max_content_width": 100})
-@click.version_option(__version__, prog_name="yopo", message="%(prog)s %(version)s")
-def cli() -> None:
-    """You only prune once: find what visual tokens need, and skip the rest.
-
-    \b
-    yopo calibrate --model llava-tiny   measure once, write plan.yaml
-    yopo inspect plan.yaml              see what would be pruned, and what it saves
-    yopo apply plan.yaml                bake it into a checkpoint for yopo.load(...)
-    """
+from yopo.cli.interrupts import catching
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,72 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    verbosity = Verbosity()
-    _never_fail_to_encode()
-    with _terminable():
+    with catching():
         try:
-            code = cli.main(arguments, prog_name="yopo", standalone_mode=False, obj=verbosity)
-            sys.stdout.flush()
-            return code if isinstance(code, int) else 0
-        except click.Abort:
-            click.echo("interrupted", err=True)
+            from yopo.cli.group import run
+
+            return run(arguments)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
             return 130
-        except click.ClickException as error:
-            error.show()
-            return error.exit_code
-        except BrokenPipeError:  # the reader has seen enough; click has silenced stdout or:
-            sys.stdout = open(os.devnull, "w")
-            return 1
-        except Exception as error:
-            if verbosity.shows_tracebacks:
-                traceback.print_exc()
-            return _explain(error)
-
-
-def _explain(error: Exception) -> int:
-    message, remedy, code = _sentence(error)
-    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
-    if remedy:
-        click.echo(f"  {remedy}", err=True)
-    return code
-
-
-def _sentence(error: Exception) -> tuple[str, str | None, int]:
-    """(message, remedy, exit code) of any failure."""
-    if isinstance(error, YopoError):
-        return error.message, error.remedy, error.exit_code
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}disk full.", "Free some space, or write to another file system.", 1
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}.", None, 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "Out of memory.", "Use a smaller --batch-size, or --dtype bfloat16.", 1
-    reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
-    message = f"unexpected error: {type(error).__name__}: {reason.rstrip('.')}"
-    return f"{message}; run with -vv for the traceback.", None, 1
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM clean up as Ctrl-C does."""
-    try:
-        former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    except ValueError:  # not the main thread: the signal is not ours
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
-def _never_fail_to_encode() -> None:
-    """Print a question mark rather than fail where the terminal's encoding lacks a character."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from yopo.cli.command import Command
-from yopo.cli.options import force_option, wish_options
-from yopo.cli.options import wishes as wishes_of
+from yopo.cli.command import Command, load
+from yopo.cli.options import force_option, wish_options, wishes
 from yopo.cli.results import check_outputs, save
 
 
@@ -31,8 +30,6 @@ def command(context: click.Context, stats: Path, **values: Any) -> None:
 
     Nothing can be measured without the model: a budget means the shape of --shape, or `reader`.
     """
-    wanted = wishes_of(context)
     check_outputs(values["output"], None, force=values["force"])
-    from yopo.workflow import plan_from_statistics
-
-    save(plan_from_statistics(stats, wanted), values["output"], stats=None, force=values["force"])
+    made = load("yopo.workflow").plan_from_statistics(stats, wishes(context))
+    save(made, values["output"], stats=None, force=values["force"])

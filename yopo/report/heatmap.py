@@ -68,8 +68,8 @@ class Heatmap:
 
     def _axis(self, heads: int, per_cell: int) -> Iterator[Text]:
         ticks = range(0, -(-heads // per_cell), _TICK)
-        marks = "".join(f"{tick * per_cell:<{_TICK}}" for tick in ticks)
-        yield Text(_LABEL + marks.rstrip(), "dim")
+        names = [str(tick * per_cell) if tick else "head 0" for tick in ticks]
+        yield Text(_LABEL + "".join(f"{name:<{_TICK}}" for name in names).rstrip(), "dim")
 
     def _legend(self, per_cell: int) -> Iterator[Text]:
         low, middle, high = (f"{limit:.2g}" for limit in self.limits)

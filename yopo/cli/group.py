@@ -1,0 +1,105 @@
+"""The command ``yopo``: finds the subcommand, and turns every failure into a sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from yopo import __version__
+from yopo.cli import interrupts
+from yopo.cli.command import LazyGroup
+from yopo.cli.verbosity import Verbosity
+from yopo.errors import YopoError
+
+COMMANDS = {
+    "calibrate": ("yopo.cli.calibrate", "Measure a model on pairs and write a plan."),
+    "plan": ("yopo.cli.plan", "Make another plan from saved statistics."),
+    "inspect": ("yopo.cli.inspect", "Show what a plan prunes and what that saves."),
+    "apply": ("yopo.cli.apply", "Bake a plan into a checkpoint."),
+    "eval": ("yopo.cli.eval", "Compare the pruned model with the dense one."),
+    "pairs": ("yopo.cli.pairs", "Write demo pairs, to see the format of your own."),
+}
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@click.group(cls=LazyGroup, modules=COMMANDS, context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="yopo", message="%(prog)s %(version)s")
+def cli() -> None:
+    """You only prune once: find what visual tokens need, and skip the rest.
+
+    \b
+    yopo calibrate --model llava-tiny   measure once, write plan.yaml
+    yopo inspect plan.yaml              see what would be pruned, and what it saves
+    yopo apply plan.yaml                bake it into a checkpoint for yopo.load(...)
+    """
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run a command line and say in a sentence what went wrong, if anything did.
+
+    Args:
+        arguments: Without the program's name; None: those of the process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        KeyboardInterrupt: A signal arrived, however a library may have put it.
+    """
+    verbosity = Verbosity()
+    _never_fail_to_encode()
+    try:
+        code = cli.main(arguments, prog_name="yopo", standalone_mode=False, obj=verbosity)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stdout = open(os.devnull, "w")
+        return 1
+    except Exception as error:
+        if verbosity.shows_tracebacks:
+            traceback.print_exc()
+        interrupts.raise_if_arrived()
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    message, remedy, code = _sentence(error)
+    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    if remedy:
+        click.echo(f"  {remedy}", err=True)
+    return code
+
+
+def _sentence(error: Exception) -> tuple[str, str | None, int]:
+    """(message, remedy, exit code) of any failure."""
+    if isinstance(error, YopoError):
+        return error.message, error.remedy, error.exit_code
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}disk full.", "Free some space, or write to another file system.", 1
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}.", None, 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "Out of memory.", "Use a smaller --batch-size, or --dtype bfloat16.", 1
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
+    message = f"unexpected error: {type(error).__name__}: {reason.rstrip('.')}"
+    return f"{message}; run with -vv for the traceback.", None, 1
+
+
+def _never_fail_to_encode() -> None:
+    """Print a question mark rather than fail where the terminal's encoding lacks a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

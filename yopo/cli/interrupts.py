@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM: clean up and say so in one word, whatever a library makes of them.
+
+A KeyboardInterrupt inside an import does not always come out of it: torch, for one, swallows it
+or raises an ImportError instead. So the signal is remembered, and asked for behind such places.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_arrived = False
+
+
+@contextmanager
+def catching() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into KeyboardInterrupt inside a block."""
+    global _arrived
+    _arrived, former = False, {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler in (signal.default_int_handler, signal.SIG_DFL):  # not if ignored, by nohup say
+            try:
+                former[number] = signal.signal(number, _interrupt)
+            except ValueError:  # not the main thread: signals are not ours
+                break
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def raise_if_arrived() -> None:
+    """Raise KeyboardInterrupt if a signal arrived in the block, even if something caught it."""
+    if _arrived:
+        raise KeyboardInterrupt
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _arrived
+    _arrived = True
+    raise KeyboardInterrupt
