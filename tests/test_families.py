@@ -48,9 +48,12 @@ def test_square_grids_split_runs_into_whole_images() -> None:
 
 def test_llavas_grids_come_from_its_tower() -> None:
     config = LlavaConfig()  # 336 pixels by patches of 14
-    assert LLAVA.grids_of(config, [576, 1152]) == [(Grid(24, 24),), (Grid(24, 24),) * 2]
+    assert LLAVA.grids_of(config, [[(7, 576)], [(7, 576), (7, 576)]], {}) == [
+        (Grid(24, 24),),
+        (Grid(24, 24),) * 2,
+    ]
     config.vision_feature_select_strategy = "full"
-    assert LLAVA.grids_of(config, [577]) == [(Grid(1, 577),)]
+    assert LLAVA.grids_of(config, [[(7, 577)]], {}) == [(Grid(1, 577),)]
 
 
 def test_families_are_found_by_type_and_name() -> None:

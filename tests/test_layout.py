@@ -12,7 +12,7 @@ from yopo.families.llava import LLAVA
 from yopo.layout import LayoutProbe, TokenLayout, build_layout
 
 ROWS = [[1, 5, *[IMAGE] * 6, 7], [2, *[IMAGE] * 4, 8]]
-GRIDS = tiny.fixed_grids([(2, 3)], [(1, 2), (2, 1)])(None, [])
+GRIDS = tiny.fixed_grids([(2, 3)], [(1, 2), (2, 1)])(None, [], {})
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_gather_and_scatter_are_inverse(ragged: tuple) -> None:
 
 def test_rows_that_agree_share_their_positions() -> None:
     same = torch.tensor([[False, True, True, False]] * 2)
-    grids = tiny.fixed_grids([(1, 2)], [(2, 1)])(None, [])
+    grids = tiny.fixed_grids([(1, 2)], [(2, 1)])(None, [], {})
     layout = build_layout(same, grids)
     assert layout.text.shared and layout.visual.shared
     assert layout.text.mask is None and layout.visual.mask is None

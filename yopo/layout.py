@@ -7,15 +7,18 @@ from the family's data, and every batch row may differ from the others.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from itertools import groupby
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from yopo.families.family import GridsOf
+from yopo.families.family import GridsOf, Run
 from yopo.grid import Grid
 
 
@@ -38,6 +41,14 @@ class Stream:
     def length(self) -> int:
         """Tokens per row, padding included."""
         return self.index.shape[1]
+
+    def unflatten(self, values: torch.Tensor) -> torch.Tensor:
+        """Arrange (tokens of all rows, width) values as (batch, length, width), 0 on padding."""
+        if self.mask is None:
+            return values.reshape(*self.index.shape, -1)
+        padded = values.new_zeros(*self.index.shape, values.shape[-1])
+        padded[self.mask] = values
+        return padded
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Pick this stream's rows of a (batch, sequence, width) tensor."""
@@ -121,37 +132,49 @@ class LayoutProbe:
     """Finds the layout of every forward of a multimodal model, with hooks that it can remove.
 
     A pre-hook on the base model (the module that merges image features into the embeddings) sees
-    ``input_ids`` in prefill, decode and ``generate`` alike; images are encoded elsewhere.
+    ``input_ids`` in prefill, decode and ``generate`` alike. ``generate`` encodes images before the
+    first forward and drops what the processor said of them, so the encoding methods are watched
+    as well.
 
     Attributes:
         layout: The layout of the forward in progress; None outside, and for prompts and decode
             steps without a visual token.
     """
 
-    def __init__(self, base_model: nn.Module, grids_of: GridsOf):
+    def __init__(
+        self, base_model: nn.Module, grids_of: GridsOf, token_ids: Sequence[int] | None = None
+    ):
         self.layout: TokenLayout | None = None
         self._config: PreTrainedConfig = base_model.config
         self._grids_of = grids_of
+        self._token_ids = tuple(token_ids or (base_model.config.image_token_id,))
+        self._base_model = base_model
         self._signature = inspect.signature(type(base_model).forward)
         self._handles = [
             base_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             base_model.register_forward_hook(self._leave, always_call=True),
         ]
+        for name in _ENCODERS:
+            if hasattr(base_model, name):
+                setattr(base_model, name, MethodType(_watched(type(base_model), name), base_model))
 
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for name in (*_ENCODERS, _IMAGE_INFO):
+            self._base_model.__dict__.pop(name, None)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         bound = self._signature.bind_partial(module, *args, **kwargs).arguments
-        self.layout, is_visual = None, None
+        self.layout, found = None, None
         if _brings_images(bound):
-            is_visual = self._find(module, bound.get("input_ids"), bound.get("inputs_embeds"))
-        if is_visual is not None and bool(is_visual.any()):
-            grids = self._grids_of(self._config, is_visual.sum(dim=1).tolist())
-            self.layout = build_layout(is_visual, grids)
+            found = self._find(module, bound.get("input_ids"), bound.get("inputs_embeds"))
+        if found is not None and bool((found >= 0).any()):
+            info = {**getattr(module, _IMAGE_INFO, {}), **_image_info(bound)}
+            grids = self._grids_of(self._config, _runs(found), info)
+            self.layout = build_layout(found >= 0, grids)
 
     def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
         self.layout = None
@@ -159,14 +182,57 @@ class LayoutProbe:
     def _find(
         self, module: nn.Module, input_ids: torch.Tensor | None, embeds: torch.Tensor | None
     ) -> torch.Tensor | None:
-        token = self._config.image_token_id
-        if input_ids is not None:
-            return input_ids == token if input_ids.shape[1] > 1 else None
-        if embeds is None or embeds.shape[1] == 1:
+        """(batch, sequence) int64: the placeholder id of visual tokens, -1 elsewhere."""
+        tokens = input_ids if input_ids is not None else embeds
+        if tokens is None or tokens.shape[1] == 1:
             return None
-        embedding = module.get_input_embeddings()
-        marker = embedding(torch.tensor(token, device=embeds.device))
-        return (embeds == marker).all(dim=-1)
+        found = torch.full(tokens.shape[:2], -1, dtype=torch.int64, device=tokens.device)
+        for token in self._token_ids:
+            if input_ids is not None:
+                is_token = input_ids == token
+            else:
+                embedding = module.get_input_embeddings()
+                marker = embedding(torch.tensor(token, device=tokens.device))
+                is_token = (embeds == marker).all(dim=-1)
+            found.masked_fill_(is_token, token)
+        return found
+
+
+_ENCODERS = ("get_image_features", "get_video_features")
+_IMAGE_INFO = "_yopo_image_info"
+
+
+def _image_info(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What arguments say of images beside their pixels."""
+    about = ("image_", "video_")
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name.startswith(about) and isinstance(value, torch.Tensor)
+    }
+
+
+def _watched(owner: type[nn.Module], name: str) -> Callable[..., Any]:
+    """The owner's encoding method, noting on the module what it is told of the images."""
+    original = getattr(owner, name)
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        told = _image_info(signature.bind_partial(module, *args, **kwargs).arguments)
+        known = getattr(module, _IMAGE_INFO, {})
+        object.__setattr__(module, _IMAGE_INFO, {**known, **told})
+        return original(module, *args, **kwargs)
+
+    return encode
+
+
+def _runs(found: torch.Tensor) -> list[list[Run]]:
+    """Visual runs per batch row of (batch, sequence) placeholder ids (-1: text)."""
+    return [
+        [(token, len(list(run))) for token, run in groupby(row) if token >= 0]
+        for row in found.tolist()
+    ]
 
 
 def _brings_images(arguments: dict[str, Any]) -> bool:

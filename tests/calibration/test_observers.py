@@ -38,8 +38,7 @@ def watch(subject: Subject, inputs: dict[str, torch.Tensor], queries: str = "tex
     """Run the observer over one batch and return it."""
     model = subject.model
     family = family_of(model.config)
-    names = family.backbone(model.config)
-    with observing(model, subject.shape, names, family.grids_of, queries) as observer:
+    with observing(model, subject.shape, family, queries) as observer:
         observer.begin(inputs["attention_mask"])
         with torch.no_grad():
             model.base_model(**inputs, use_cache=False)
@@ -128,8 +127,7 @@ def test_observing_does_not_change_the_model(subject: Subject) -> None:
     inputs = padded(ROWS[:2])
     before = tiny.logits(subject.model, inputs)
     family = family_of(subject.model.config)
-    names = family.backbone(subject.model.config)
-    with observing(subject.model, subject.shape, names, family.grids_of) as observer:
+    with observing(subject.model, subject.shape, family) as observer:
         observer.begin(inputs["attention_mask"])
         inside = tiny.logits(subject.model, inputs)
     assert torch.equal(before, inside)
@@ -141,7 +139,7 @@ def test_everything_is_switched_off_after_an_exception(mha: Subject) -> None:
     implementation = decoder.config._attn_implementation
     family = family_of(model.config)
     with pytest.raises(RuntimeError, match="on purpose"):
-        with observing(model, mha.shape, family.backbone(model.config), family.grids_of):
+        with observing(model, mha.shape, family):
             raise RuntimeError("on purpose")
     assert decoder.config._attn_implementation == implementation
     assert not model.base_model._forward_pre_hooks and not model.base_model._forward_hooks

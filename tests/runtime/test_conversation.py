@@ -139,7 +139,7 @@ def test_new_images_of_other_grids(subject: Subject, seed: int) -> None:
         talk,
         seed,
         grids=(
-            lambda config, counts: tiny.fixed_grids(next(by_turn))(config, counts),
+            lambda config, rows, images: tiny.fixed_grids(next(by_turn))(config, rows, images),
             tiny.fixed_grids([(2, 8), (8, 2)]),
         ),
     )

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.statistics import MAX_DISTANCE
 from yopo.errors import DataError
-from yopo.families.family import Backbone, GridsOf
+from yopo.families.family import Family
 from yopo.grid import Grid
 from yopo.layout import LayoutProbe, TokenLayout
 from yopo.plan import ModelShape
@@ -244,8 +244,7 @@ def _observing_attention(
 def observing(
     model: PreTrainedModel,
     shape: ModelShape,
-    names: Backbone,
-    grids_of: GridsOf,
+    family: Family,
     queries: str = "text",
 ) -> Iterator[Observer]:
     """Observe every forward of a dense model inside a ``with`` block.
@@ -253,8 +252,7 @@ def observing(
     Args:
         model: A multimodal model in memory.
         shape: Its decoder's dimensions.
-        names: Names of its decoder's modules.
-        grids_of: Locates images among visual tokens.
+        family: Its family: where images are, and what the decoder's modules are called.
         queries: One of ``QUERIES``.
 
     Yields:
@@ -264,7 +262,8 @@ def observing(
     AttentionInterface.register(IMPLEMENTATION, _observing_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     with ExitStack() as stack:
-        probe = LayoutProbe(model.base_model, grids_of)
+        names = family.backbone(model.config)
+        probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
         stack.callback(probe.remove)
         observer = Observer(shape, queries, probe)
         before = decoder.config._attn_implementation

@@ -62,10 +62,9 @@ def measure(
     """
     identity = identify(model, name)
     family = family_of(model.config)
-    names = family.backbone(model.config)
     groups = batches(pairs, batch_size)
     groups = track(groups, label="calibrating", total=total, unit="pairs")
-    with observing(model, identity.shape, names, family.grids_of, queries) as observer:
+    with observing(model, identity.shape, family, queries) as observer:
         for group in groups:
             _observe(model, processor, group, observer)
         if not observer.rho:

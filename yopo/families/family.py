@@ -13,10 +13,18 @@ from yopo.grid import Grid
 from yopo.plan import ModelShape
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
-GridsOf = Callable[["PreTrainedConfig", Sequence[int]], list[tuple[Grid, ...]]]
-"""(configuration, visual tokens per batch row) -> the image grids of every batch row."""
+Run = tuple[int, int]
+"""Consecutive visual tokens of one id in a prompt: (token id, how many)."""
+
+ImageInfo = Mapping[str, "torch.Tensor"]
+"""What the processor says of a batch's images beside their pixels, by its names: ``image_sizes``,
+``image_grid_thw``, ... Empty where a model takes no such thing."""
+
+GridsOf = Callable[["PreTrainedConfig", Sequence[Sequence[Run]], ImageInfo], list[tuple[Grid, ...]]]
+"""(configuration, visual runs per batch row, image info) -> the image grids of every batch row."""
 
 DECODER_KEY = re.compile(
     r"^(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.)?layers\.(\d+)\.(.+)$"
@@ -29,11 +37,16 @@ groups: layer index, name inside the layer. Vision towers never match."""
 class Backbone:
     """Names of the parts of a pre-norm decoder layer.
 
+    A projection named twice is a fused one that holds its parts one behind the other: query, key,
+    value; gate, up.
+
     Attributes:
         model_types: ``model_type`` of the text configurations that are built like this.
         query, key, value, output: Attention projections under ``self_attn``.
         gate, up, down: FFN projections under ``mlp``.
         attention_norm, ffn_norm: Norms in front of attention and FFN.
+        activation: The FFN's activation function under ``mlp``.
+        position_axes: Position numbers per token: 1, or 3 (time, height, width) under M-RoPE.
     """
 
     model_types: tuple[str, ...]
@@ -46,6 +59,23 @@ class Backbone:
     down: str = "down_proj"
     attention_norm: str = "input_layernorm"
     ffn_norm: str = "post_attention_layernorm"
+    activation: str = "act_fn"
+    position_axes: int = 1
+
+    @property
+    def has_fused_attention(self) -> bool:
+        """Whether query, key and value are one projection."""
+        return self.query == self.key
+
+    @property
+    def has_fused_ffn(self) -> bool:
+        """Whether gate and up are one projection."""
+        return self.gate == self.up
+
+
+def image_token(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The one placeholder id of families without video."""
+    return (config.image_token_id,)
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,7 @@ class Family:
         backbones: Text decoders that it may stand on.
         aliases: Short names for hub ids; a value ``package:PATH`` lies inside this package.
         grids_of: Locates the images among a batch row's visual tokens.
+        token_ids: Ids of the placeholder tokens that images (and video frames) replace.
     """
 
     name: str
@@ -67,6 +98,7 @@ class Family:
     backbones: tuple[Backbone, ...]
     aliases: Mapping[str, str]
     grids_of: GridsOf
+    token_ids: Callable[[PreTrainedConfig], tuple[int, ...]] = image_token
 
     def backbone(self, config: PreTrainedConfig) -> Backbone:
         """The backbone of a model of this family.
@@ -98,6 +130,11 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     )
 
 
+def count_tokens(rows: Sequence[Sequence[Run]]) -> list[int]:
+    """Visual tokens per batch row."""
+    return [sum(length for _, length in row) for row in rows]
+
+
 def square_grids(counts: Sequence[int], tokens_per_image: int) -> list[tuple[Grid, ...]]:
     """Grids of rows that hold whole square images of one size.
 
@@ -117,3 +154,39 @@ def square_grids(counts: Sequence[int], tokens_per_image: int) -> list[tuple[Gri
             )
         rows.append((Grid(side, side),) * images)
     return rows
+
+
+def deal_images(
+    rows: Sequence[Sequence[Run]], images: Sequence[tuple[Grid, ...]]
+) -> list[tuple[Grid, ...]]:
+    """Hand a batch's images, in order, to the rows whose visual tokens they fill.
+
+    Beam search repeats every row; its images are then named once and handed out again.
+
+    Args:
+        rows: Visual runs per batch row.
+        images: Grids of every image (several where an image has several), in prompt order.
+
+    Raises:
+        ModelError: The images' tokens are not the rows' tokens.
+    """
+    counts = count_tokens(rows)
+    sizes = [sum(grid.tokens for grid in image) for image in images]
+    repeats = sum(counts) // sum(sizes) if sum(sizes) else 1
+    dealt: list[tuple[Grid, ...]] = []
+    remaining = list(zip(sizes, images, strict=True))
+    for count in counts[:: repeats or 1]:
+        row: tuple[Grid, ...] = ()
+        while count > 0 and remaining:
+            size, image = remaining.pop(0)
+            row, count = row + image, count - size
+        dealt += [row] * max(repeats, 1)
+        if count:
+            break
+    if remaining or [sum(grid.tokens for grid in row) for row in dealt] != counts:
+        raise ModelError(
+            f"The prompts' visual tokens ({counts} per row) are not those of the images "
+            f"({sizes} per image).",
+            remedy="Prefill the prompt in one piece, with the processor that belongs to the model.",
+        )
+    return dealt

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from yopo.families.family import Backbone, Family, square_grids
+from yopo.families.family import (
+    Backbone,
+    Family,
+    ImageInfo,
+    Run,
+    count_tokens,
+    square_grids,
+)
 from yopo.grid import Grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def grids_of(config: PreTrainedConfig, counts: Sequence[int]) -> list[tuple[Grid, ...]]:
+def grids_of(
+    config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
+) -> list[tuple[Grid, ...]]:
     """Square grids from the tower's image and patch size (two images may form one token run)."""
-    vision = config.vision_config
+    vision, counts = config.vision_config, count_tokens(rows)
     side = vision.image_size // vision.patch_size
     with_class_token = config.vision_feature_select_strategy == "full"
     if with_class_token:  # one extra token per image: no grid, treat it as one row

@@ -70,7 +70,8 @@ def install(
     family, names = check_model(model, plan, check=check)
     check_tensors(plan, tensors or PlanTensors(), "The plan")
     layers = visual_layers(decoder, plan, tensors, names)
-    probe = LayoutProbe(model.base_model, grids_of or family.grids_of)
+    tokens = family.token_ids(model.config)
+    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
     decoder.yopo = PrunedState(plan, layers, names, probe)
     decoder.__class__ = pruned_class(type(decoder))
 

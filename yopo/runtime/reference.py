@@ -35,7 +35,8 @@ def reference(
     family, _ = check_model(model, plan, check=check)
     check_tensors(plan, tensors or PlanTensors(), "The plan")
     decoder = model.get_decoder()
-    probe = LayoutProbe(model.base_model, grids_of or family.grids_of)
+    tokens = family.token_ids(model.config)
+    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
 
     def forward(
         input_ids: torch.Tensor | None = None,
