@@ -9,10 +9,11 @@ from tiny import IMAGE, PICTURE, Subject
 
 from yopo.errors import ModelError
 from yopo.families.llava import LLAVA
+from yopo.grid import Grid
 from yopo.layout import LayoutProbe, TokenLayout, build_layout
 
 ROWS = [[1, 5, *[IMAGE] * 6, 7], [2, *[IMAGE] * 4, 8]]
-GRIDS = tiny.fixed_grids([(2, 3)], [(1, 2), (2, 1)])(None, [], {})
+GRIDS = [(Grid(2, 3),), (Grid(1, 2), Grid(2, 1))]
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_gather_and_scatter_are_inverse(ragged: tuple) -> None:
 
 def test_rows_that_agree_share_their_positions() -> None:
     same = torch.tensor([[False, True, True, False]] * 2)
-    grids = tiny.fixed_grids([(1, 2)], [(2, 1)])(None, [], {})
+    grids = [(Grid(1, 2),), (Grid(2, 1),)]
     layout = build_layout(same, grids)
     assert layout.text.shared and layout.visual.shared
     assert layout.text.mask is None and layout.visual.mask is None

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from yopo.errors import CheckpointError
 from yopo.families.registry import resolve
-from yopo.plan import Plan
+from yopo.plan import ModelShape, Plan
 from yopo.plan_tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.serving import load, load_dense
@@ -25,8 +25,8 @@ from yopo.serving import load, load_dense
 _TEXT = 12
 """Random text tokens in front of the image, and as many behind it."""
 
-_SLACK = 8
-"""How many times the rounding error that is expected of reordered sums is accepted."""
+_SLACK = 4
+"""How many units in the last place a reordered sum may be off when it is stored."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,11 @@ def verify(
     dense_logits = _logits(model, inputs)
     with pruned(model, plan, tensors):
         pruned_logits = _logits(model, inputs)
-    dtype, depth = model.dtype, plan.model.shape.layers
+    dtype = model.dtype
     model = None  # frees it before the next one is loaded
     dense = difference(_logits(load_dense(resolve(str(baked))), inputs), dense_logits)
     found = difference(_logits(load(baked), inputs), pruned_logits)
-    # Two reordered sums per layer, each off by half a unit in the last place, add up like noise.
-    tolerance = _SLACK * torch.finfo(dtype).eps * math.sqrt(2 * depth)
+    tolerance = rounding(dtype, plan.model.shape)
     result = Verification(dense, found, tolerance, str(dtype).removeprefix("torch."))
     for each, what in ((dense, "the original model"), (found, "the plan in memory")):
         if not each.relative <= tolerance:  # NaN is no agreement either
@@ -94,6 +93,17 @@ def verify(
                 remedy="Do not use this checkpoint; please report this as a bug of yopo.",
             )
     return result
+
+
+def rounding(dtype: torch.dtype, shape: ModelShape) -> float:
+    """Largest relative difference of logits that reordering sums explains.
+
+    Every layer stores two reordered sums in ``dtype``, of up to ``ffn`` terms accumulated in
+    float32 (or in ``dtype``, if that is finer); their errors add up like noise.
+    """
+    stored = _SLACK * torch.finfo(dtype).eps
+    accumulated = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * math.sqrt(shape.ffn)
+    return (stored + accumulated) * math.sqrt(2 * shape.layers)
 
 
 def random_prompt(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:

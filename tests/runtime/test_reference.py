@@ -9,6 +9,7 @@ import tiny
 import torch
 from tiny import IMAGE, PICTURE, Subject
 
+from yopo.grid import Grid
 from yopo.layout import build_layout
 from yopo.plan import LayerPlan
 from yopo.plan_tensors import PlanTensors
@@ -51,7 +52,7 @@ def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
     rng = random.Random(seed)
     plan = tiny.random_plan(mha.identity, rng, compensation="none")
     ids = torch.tensor([ROW])
-    layout = build_layout(ids == IMAGE, tiny.fixed_grids(GRIDS)(None, []))
+    layout = build_layout(ids == IMAGE, [tuple(Grid(*size) for size in GRIDS)])
     spec = LayerSpec(plan, PlanTensors(), 0, layout, None)
     found = spec.allowed(torch.zeros(1, len(ROW), mha.shape.hidden))[0]
     found = found.expand(mha.shape.heads, -1, -1)

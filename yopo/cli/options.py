@@ -67,7 +67,9 @@ wish_options = _chain(
 """What the plan should look like."""
 
 run_options = _chain(
-    click.option("--samples", type=int, metavar="N", help="Pairs to draw.  [default: all]"),
+    click.option(
+        "--samples", type=int, metavar="N", help="Pairs to draw.  [default: all, or 256 demo pairs]"
+    ),
     click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True, help="Decides which."
     ),

@@ -7,7 +7,7 @@ no later layer does anything with them.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -20,13 +20,10 @@ from yopo.errors import ModelError
 from yopo.families.family import Backbone
 from yopo.layout import LayoutProbe
 from yopo.plan import Plan
-from yopo.runtime.attention import text_attention, visual_attention
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import HeadSplit, split_heads
-from yopo.runtime.weights import VisualLayer
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
+from yopo.runtime.layer import LayerRun, Rotary
 
 
 class PrunedState(nn.Module):
@@ -90,7 +87,7 @@ class PrunedDecoder:
         _refuse_window(self.config, index.length + length)
         if position_ids is None:
             place = torch.arange(length, device=embeds.device) + index.length
-            position_ids = place.unsqueeze(0)
+            position_ids = place.expand(batch, -1)
         layout = self.yopo.probe.layout
         bidirectional = self.yopo.plan.bidirectional
         geometry = Geometry(
@@ -102,11 +99,29 @@ class PrunedDecoder:
             bidirectional=bidirectional,
             device=embeds.device,
         )
-        rotary = self.rotary_emb(embeds, position_ids=position_ids)
-        hidden = run_layers(self, embeds, rotary, geometry, cache)
+        positions = rotary_positions(position_ids, self.yopo.names.position_axes)
+        rotary = self.rotary_emb(embeds, position_ids=positions)
+        stack = kwargs.get("deepstack_visual_embeds") or ()
+        hidden = run_layers(self, embeds, rotary, geometry, cache, stack)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values if keep else None
         )
+
+
+def rotary_positions(position_ids: torch.Tensor, axes: int) -> torch.Tensor:
+    """Positions as the rotary embedding wants them.
+
+    Args:
+        position_ids: (1 or batch, sequence), or (3, batch, sequence), or with a row of text
+            positions in front (4, batch, sequence), which only packed masks would need.
+        axes: Position numbers per token.
+
+    Returns:
+        (1 or batch, sequence), or (axes, batch, sequence) if there are several.
+    """
+    if position_ids.dim() == 3:
+        return position_ids[-axes:]
+    return position_ids if axes == 1 else position_ids.expand(axes, *position_ids.shape)
 
 
 def run_layers(
@@ -115,6 +130,7 @@ def run_layers(
     rotary: Rotary,
     geometry: Geometry,
     cache: list[PrunedCacheLayer],
+    stack: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Carry both streams through the layers.
 
@@ -124,6 +140,7 @@ def run_layers(
         rotary: Cosines and sines, (1 or batch, sequence, head_dim).
         geometry: Positions and masks of this forward.
         cache: One layer each; filled on the way.
+        stack: (visual tokens of all rows, hidden) each, added behind the first layers (DeepStack).
 
     Returns:
         (batch, sequence, hidden) after the final norm.
@@ -142,6 +159,8 @@ def run_layers(
         part = state.visual[number] if visual is not None else None
         run = LayerRun(layer, part, state.names, geometry, cache[number])
         text, visual = run(text, visual, text_rotary, visual_rotary)
+        if visual is not None and number < len(stack):
+            visual = visual + geometry.visual.unflatten(stack[number].to(visual))
     text = decoder.norm(text)
     if geometry.visual is None:
         return text
@@ -150,103 +169,6 @@ def run_layers(
     if visual is not None:
         geometry.visual.scatter(hidden, decoder.norm(visual))
     return hidden
-
-
-class LayerRun:
-    """One layer of one forward.
-
-    Args:
-        layer: The stock decoder layer.
-        part: Its visual part; None if visual tokens are gone or absent.
-        names: Names of the layer's modules.
-        geometry: Positions and masks.
-        cache: The layer's keys and values.
-    """
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        part: VisualLayer | None,
-        names: Backbone,
-        geometry: Geometry,
-        cache: PrunedCacheLayer,
-    ):
-        self.layer, self.part, self.names = layer, part, names
-        self.attention = layer.self_attn
-        self.geometry, self.cache = geometry, cache
-        self._rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
-
-    def __call__(
-        self,
-        text: torch.Tensor,
-        visual: torch.Tensor | None,
-        text_rotary: Rotary,
-        visual_rotary: Rotary | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run both streams, (batch, text, hidden) and (batch, visual, hidden) or None."""
-        norm = getattr(self.layer, self.names.attention_norm)
-        queries, keys, values = self._project_text(norm(text), text_rotary)
-        visual_queries, visual_kv = None, None
-        if visual is not None and self.part.plan.heads:
-            visual_queries, visual_kv = self._project_visual(norm(visual), visual_rotary)
-        self.cache.append((keys, values), visual_kv)
-        scale = self.attention.scaling
-        mixed = text_attention(queries, self.cache, self.geometry, scale)
-        text = text + getattr(self.attention, self.names.output)(_join_heads(mixed))
-        if visual is not None:
-            visual = self._add_visual_attention(visual, visual_queries, scale)
-        ffn_norm = getattr(self.layer, self.names.ffn_norm)
-        text = text + self.layer.mlp(ffn_norm(text))
-        if visual is not None:
-            if self.part.plan.neurons:
-                visual = visual + self.part.ffn(ffn_norm(visual))
-            elif self.part.ffn_bias is not None:
-                visual = visual + self.part.ffn_bias
-        return text, visual
-
-    def _project_text(
-        self, normed: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        names, attention = self.names, self.attention
-        queries, keys, values = (
-            _split_heads(getattr(attention, name)(normed), attention.head_dim)
-            for name in (names.query, names.key, names.value)
-        )
-        queries, keys = self._rotate(queries, keys, *rotary)
-        return queries, keys, values
-
-    def _project_visual(
-        self, normed: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
-        part, head_dim = self.part, self.attention.head_dim
-        keys = _split_heads(part.key(normed), head_dim)
-        values = _split_heads(part.value(normed), head_dim)
-        if not part.plan.attend:
-            _, keys = self._rotate(keys, keys, *rotary)
-            return None, (keys, values)
-        queries = _split_heads(part.query(normed), head_dim)
-        queries, keys = self._rotate(queries, keys, *rotary)
-        return queries, (keys, values)
-
-    def _add_visual_attention(
-        self, visual: torch.Tensor, queries: torch.Tensor | None, scale: float
-    ) -> torch.Tensor:
-        part = self.part
-        if queries is None:
-            return visual if part.attention_bias is None else visual + part.attention_bias
-        radius = part.plan.radius
-        mixed = visual_attention(queries, self.cache, self.geometry, radius, scale)
-        return visual + part.output(_join_heads(mixed))
-
-
-def _split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
-    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
-
-
-def _join_heads(mixed: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, length, head_dim) -> (batch, length, heads * head_dim)."""
-    return mixed.transpose(1, 2).flatten(2)
 
 
 def _refuse_captures(config: object, kwargs: dict[str, object]) -> None:

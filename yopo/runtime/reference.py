@@ -32,7 +32,7 @@ def reference(
     check: bool = True,
 ) -> Iterator[PreTrainedModel]:
     """Run a model under the specification inside a ``with`` block; arguments as for ``pruned``."""
-    family, _ = check_model(model, plan, check=check)
+    family, names = check_model(model, plan, check=check)
     check_tensors(plan, tensors or PlanTensors(), "The plan")
     decoder = model.get_decoder()
     tokens = family.token_ids(model.config)
@@ -49,13 +49,22 @@ def reference(
     ) -> BaseModelOutputWithPast:
         embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None]
+            position_ids = torch.arange(embeds.shape[1]).expand(embeds.shape[0], -1)
+        if position_ids.dim() == 3:  # M-RoPE, perhaps with a row of text positions in front
+            position_ids = position_ids[-names.position_axes :]
+        elif names.position_axes > 1:
+            position_ids = position_ids.expand(names.position_axes, -1, -1)
+        stack = kwargs.get("deepstack_visual_embeds") or ()
         rotary = decoder.rotary_emb(embeds, position_ids=position_ids)
         hidden = embeds
         for number, layer in enumerate(decoder.layers):
             spec = LayerSpec(plan, tensors or PlanTensors(), number, probe.layout, attention_mask)
             hidden = hidden + spec.attention(layer.self_attn, layer.input_layernorm(hidden), rotary)
             hidden = hidden + spec.ffn(layer.mlp, layer.post_attention_layernorm(hidden))
+            if number < len(stack):
+                visual = spec.is_visual(hidden)[..., None].expand_as(hidden)
+                added = torch.zeros_like(hidden).masked_scatter(visual, stack[number].to(hidden))
+                hidden = hidden + added
         return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden))
 
     decoder.forward = forward
@@ -135,10 +144,17 @@ class LayerSpec:
         self, module: nn.Module, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """Attention output (batch, sequence, hidden) of normed states."""
-        queries, keys, values = (
-            getattr(module, f"{name}_proj")(normed).unflatten(-1, (-1, module.head_dim))
-            for name in "qkv"
-        )
+        sizes = [self.shape.heads, self.shape.kv_heads, self.shape.kv_heads]
+        if hasattr(module, "qkv_proj"):
+            fused = module.qkv_proj(normed).unflatten(-1, (-1, module.head_dim))
+            queries, keys, values = fused.split(sizes, dim=2)
+        else:
+            queries, keys, values = (
+                getattr(module, f"{name}_proj")(normed).unflatten(-1, (-1, module.head_dim))
+                for name in "qkv"
+            )
+        if hasattr(module, "q_norm"):
+            queries, keys = module.q_norm(queries), module.k_norm(keys)
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         queries, keys = rotate(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
         keys = keys.repeat_interleave(self.shape.group, dim=1)
@@ -162,7 +178,11 @@ class LayerSpec:
     def ffn(self, module: nn.Module, normed: torch.Tensor) -> torch.Tensor:
         """FFN output (batch, sequence, hidden) of normed states."""
         visual = self.is_visual(normed)[..., None]
-        activation = module.act_fn(module.gate_proj(normed)) * module.up_proj(normed)
+        if hasattr(module, "gate_up_proj"):
+            gate, up = module.gate_up_proj(normed).chunk(2, dim=-1)
+            activation = module.activation_fn(gate) * up
+        else:
+            activation = module.act_fn(module.gate_proj(normed)) * module.up_proj(normed)
         is_pruned = torch.zeros(self.shape.ffn, dtype=torch.bool)
         is_pruned[self.order[self.layer.neurons :]] = True
         instead = torch.zeros(()) if self.neuron_mean is None else self.neuron_mean

@@ -26,7 +26,7 @@ class Part(nn.Module):
 
     Args:
         source: The full layer; not registered here, so state dicts stay as they are.
-        keep: The kept rows or columns, ascending order of use.
+        keep: The kept rows or columns, in their order of use; consecutive ones are a view.
         columns: Whether ``keep`` selects inputs rather than outputs.
         bias: (out_features,) added to the output instead of the source's bias; columns only.
     """
@@ -41,12 +41,12 @@ class Part(nn.Module):
     ):
         super().__init__()
         self._source = (source,)
-        self._count = len(keep)
         self._columns = columns
         self._is_all = False
         full = source.in_features if columns else source.out_features
-        is_prefix = torch.equal(keep, torch.arange(len(keep)))
-        if is_prefix:
+        first = int(keep[0])
+        self._span = slice(first, first + len(keep))
+        if torch.equal(keep, torch.arange(self._span.start, self._span.stop)):
             self._is_all = len(keep) == full and bias is None
             weight = own_bias = None
         else:
@@ -65,10 +65,10 @@ class Part(nn.Module):
             return source(inputs)
         weight, bias = self.weight, self.bias
         if weight is None and self._columns:
-            weight = source.weight[:, : self._count]
+            weight = source.weight[:, self._span]
         elif weight is None:
-            weight = source.weight[: self._count]
-            bias = None if source.bias is None else source.bias[: self._count]
+            weight = source.weight[self._span]
+            bias = None if source.bias is None else source.bias[self._span]
         if self._columns and bias is None:
             bias = source.bias
         return linear(inputs, weight, bias)
@@ -96,15 +96,18 @@ class VisualLayer(nn.Module):
         super().__init__()
         self.plan = plan
         self.split = split_heads(plan, shape)
-        self._attention, self._mlp = (layer.self_attn,), (layer.mlp,)
+        self._mlp = (layer.mlp,)
         parts = {name: getattr(layer.self_attn, getattr(names, name)) for name in _ATTENTION}
         parts |= {name: getattr(layer.mlp, getattr(names, name)) for name in _FFN}
         rows = _rows(self.split.kept, shape.head_dim)
         kv_rows = _rows(plan.kept_kv(shape), shape.head_dim)
         attention_bias = _attention_bias(parts["output"], plan, shape, means.heads)
         ffn_bias = _ffn_bias(parts["down"], plan, shape, means.neurons, order)
+        key_start, value_start, up_start = _fused_offsets(names, shape)
+        self._activation = names.activation
         if plan.heads:
-            self.key, self.value = Part(parts["key"], kv_rows), Part(parts["value"], kv_rows)
+            self.key = Part(parts["key"], kv_rows + key_start)
+            self.value = Part(parts["value"], kv_rows + value_start)
         if plan.attend:
             self.query = Part(parts["query"], rows)
             self.output = Part(parts["output"], rows, columns=True, bias=attention_bias)
@@ -113,7 +116,7 @@ class VisualLayer(nn.Module):
             kept = torch.arange(shape.ffn) if order is None else order
             # Use in ascending order of the checkpoint when all are kept: then nothing is copied.
             kept = kept[: plan.neurons].sort().values
-            self.gate, self.up = Part(parts["gate"], kept), Part(parts["up"], kept)
+            self.gate, self.up = Part(parts["gate"], kept), Part(parts["up"], kept + up_start)
             self.down = Part(parts["down"], kept, columns=True, bias=ffn_bias)
             ffn_bias = None
         self.register_buffer("attention_bias", attention_bias, persistent=False)
@@ -121,7 +124,8 @@ class VisualLayer(nn.Module):
 
     def ffn(self, hidden: torch.Tensor) -> torch.Tensor:
         """The FFN over kept neurons of (batch, visual, hidden) normed states."""
-        return self.down(self._mlp[0].act_fn(self.gate(hidden)) * self.up(hidden))
+        activation = getattr(self._mlp[0], self._activation)
+        return self.down(activation(self.gate(hidden)) * self.up(hidden))
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,13 @@ def _check_layer(layer: nn.Module, index: int, names: Backbone) -> None:
                     f"{where} is offloaded to disk or CPU by accelerate, expected in memory.",
                     remedy="Load with a device_map that keeps the decoder on real devices.",
                 )
+
+
+def _fused_offsets(names: Backbone, shape: ModelShape) -> tuple[int, int, int]:
+    """Rows in front of key, value and up in their projections: 0 unless those are fused."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = (query, query + key) if names.has_fused_attention else (0, 0)
+    return *attention, shape.ffn if names.has_fused_ffn else 0
 
 
 def _rows(heads: Sequence[int], head_dim: int) -> torch.Tensor:

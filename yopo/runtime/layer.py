@@ -1,0 +1,128 @@
+"""One decoder layer under a plan: text at full width, visual tokens through their parts."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from yopo.families.family import Backbone
+from yopo.runtime.attention import text_attention, visual_attention
+from yopo.runtime.cache import PrunedCacheLayer
+from yopo.runtime.geometry import Geometry
+from yopo.runtime.weights import VisualLayer
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, (batch, length, head_dim) each."""
+
+
+class LayerRun:
+    """One layer of one forward.
+
+    Args:
+        layer: The stock decoder layer.
+        part: Its visual part; None if visual tokens are gone or absent.
+        names: Names of the layer's modules.
+        geometry: Positions and masks.
+        cache: The layer's keys and values.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        part: VisualLayer | None,
+        names: Backbone,
+        geometry: Geometry,
+        cache: PrunedCacheLayer,
+    ):
+        self.layer, self.part, self.names = layer, part, names
+        self.attention = layer.self_attn
+        self.geometry, self.cache = geometry, cache
+        self._rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
+
+    def __call__(
+        self,
+        text: torch.Tensor,
+        visual: torch.Tensor | None,
+        text_rotary: Rotary,
+        visual_rotary: Rotary | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run both streams, (batch, text, hidden) and (batch, visual, hidden) or None."""
+        norm = getattr(self.layer, self.names.attention_norm)
+        queries, keys, values = self._project_text(norm(text), text_rotary)
+        visual_queries, visual_kv = None, None
+        if visual is not None and self.part.plan.heads:
+            visual_queries, visual_kv = self._project_visual(norm(visual), visual_rotary)
+        self.cache.append((keys, values), visual_kv)
+        scale = self.attention.scaling
+        mixed = text_attention(queries, self.cache, self.geometry, scale)
+        text = text + getattr(self.attention, self.names.output)(_join_heads(mixed))
+        if visual is not None:
+            visual = self._add_visual_attention(visual, visual_queries, scale)
+        ffn_norm = getattr(self.layer, self.names.ffn_norm)
+        text = text + self.layer.mlp(ffn_norm(text))
+        if visual is not None:
+            if self.part.plan.neurons:
+                visual = visual + self.part.ffn(ffn_norm(visual))
+            elif self.part.ffn_bias is not None:
+                visual = visual + self.part.ffn_bias
+        return text, visual
+
+    def _project_text(
+        self, normed: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        names, attention = self.names, self.attention
+        if names.has_fused_attention:
+            fused = _split_heads(getattr(attention, names.query)(normed), attention.head_dim)
+            key_heads = fused.shape[1] // (attention.num_key_value_groups + 2)
+            query_heads = fused.shape[1] - 2 * key_heads
+            queries, keys, values = fused.split((query_heads, key_heads, key_heads), dim=1)
+        else:
+            queries, keys, values = (
+                _split_heads(getattr(attention, name)(normed), attention.head_dim)
+                for name in (names.query, names.key, names.value)
+            )
+        queries, keys = self._place(queries, keys, rotary)
+        return queries, keys, values
+
+    def _place(
+        self, queries: torch.Tensor, keys: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norms per head, where the backbone has them (Qwen3), and positions."""
+        if hasattr(self.attention, "q_norm"):
+            queries, keys = self.attention.q_norm(queries), self.attention.k_norm(keys)
+        return self._rotate(queries, keys, *rotary)
+
+    def _project_visual(
+        self, normed: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+        part, head_dim = self.part, self.attention.head_dim
+        keys = _split_heads(part.key(normed), head_dim)
+        values = _split_heads(part.value(normed), head_dim)
+        if not part.plan.attend:
+            _, keys = self._place(keys[:, :1], keys, rotary)
+            return None, (keys, values)
+        queries = _split_heads(part.query(normed), head_dim)
+        queries, keys = self._place(queries, keys, rotary)
+        return queries, (keys, values)
+
+    def _add_visual_attention(
+        self, visual: torch.Tensor, queries: torch.Tensor | None, scale: float
+    ) -> torch.Tensor:
+        part = self.part
+        if queries is None:
+            return visual if part.attention_bias is None else visual + part.attention_bias
+        radius = part.plan.radius
+        mixed = visual_attention(queries, self.cache, self.geometry, radius, scale)
+        return visual + part.output(_join_heads(mixed))
+
+
+def _split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
+    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _join_heads(mixed: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, length, head_dim) -> (batch, length, heads * head_dim)."""
+    return mixed.transpose(1, 2).flatten(2)
