@@ -54,6 +54,8 @@ def test_llavas_grids_come_from_its_tower() -> None:
     ]
     config.vision_feature_select_strategy = "full"
     assert LLAVA.grids_of(config, [[(7, 577)]], {}) == [(Grid(1, 577),)]
+    with pytest.raises(ModelError, match="576 visual tokens are not a whole number of images"):
+        LLAVA.grids_of(config, [[(7, 576)]], {})
 
 
 def test_families_are_found_by_type_and_name() -> None:

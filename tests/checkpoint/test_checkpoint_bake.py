@@ -26,6 +26,7 @@ from yopo.errors import CheckpointError, ModelError, OutputError, PlanError
 from yopo.families.fingerprint import fingerprint_of_decoder
 from yopo.plan import LayerPlan
 from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
+from yopo.serving import PrunedForConditionalGeneration
 
 CASES = [
     (kind, hub, sharded)
@@ -269,19 +270,14 @@ def test_a_baked_checkpoint_can_be_baked_again(baked, make_plan, inputs, tmp_pat
     assert "license: llama2" in (second.output / "README.md").read_text()
 
 
-def test_remote_code_defines_the_class(baked, monkeypatch) -> None:
-    class Pruned:
-        pass
-
-    serving = types.ModuleType("yopo.serving")
-    serving.PrunedForConditionalGeneration = Pruned
-    monkeypatch.setitem(sys.modules, "yopo.serving", serving)
+def test_remote_code_defines_the_class(baked) -> None:
     _, _, _, report = baked()
     name = json.loads((report.output / "config.json").read_text())["auto_map"]
     found = get_class_from_dynamic_module(
         name["AutoModelForImageTextToText"], str(report.output), local_files_only=True
     )
-    assert issubclass(found, Pruned) and found.__name__ == "YopoForConditionalGeneration"
+    assert found.__name__ == "YopoForConditionalGeneration"
+    assert issubclass(found, PrunedForConditionalGeneration)
 
 
 def test_remote_code_without_yopo_says_so(baked, monkeypatch) -> None:

@@ -9,6 +9,7 @@ from tiny import IMAGE, PICTURE, Subject
 
 from yopo import grid
 from yopo.families.family import GridsOf
+from yopo.plan import LayerPlan
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 
@@ -221,3 +222,10 @@ def test_float64_is_as_exact_as_float64(subject: Subject, seed: int) -> None:
     rounding = (single.double() - oracle)[text].abs().max()
     finer = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     assert (found - oracle)[text].abs().max() <= 100 * rounding * finer
+
+
+def test_a_prompt_that_ends_in_a_dropped_image_warns(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(5)
+    gone = plan.with_layers((plan.layers[0], *[LayerPlan((), False, None, 0)] * 3))
+    with pruned(mha.model, gone, tensors), pytest.warns(UserWarning, match="ends in an image"):
+        tiny.logits(mha.model, tiny.batch([[1, 5, *PICTURE]]))

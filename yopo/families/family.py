@@ -136,23 +136,32 @@ def count_tokens(rows: Sequence[Sequence[Run]]) -> list[int]:
 
 
 def square_grids(counts: Sequence[int], tokens_per_image: int) -> list[tuple[Grid, ...]]:
-    """Grids of rows that hold whole square images of one size.
+    """Grids of rows that hold whole square images of one size; errors as ``equal_grids``."""
+    side = math.isqrt(tokens_per_image)
+    return equal_grids(counts, Grid(side, side))
+
+
+def equal_grids(counts: Sequence[int], grid: Grid) -> list[tuple[Grid, ...]]:
+    """Grids of rows that hold whole images of one grid.
+
+    Args:
+        counts: Visual tokens per batch row.
+        grid: Every image's grid.
 
     Raises:
         ModelError: A count is no multiple of the image's tokens: the prompt was cut inside an
             image (chunked prefill), or the processor and the model disagree.
     """
-    side = math.isqrt(tokens_per_image)
     rows = []
     for count in counts:
-        images, rest = divmod(count, tokens_per_image)
+        images, rest = divmod(count, grid.tokens)
         if rest:
             raise ModelError(
-                f"{count} visual tokens are not a whole number of images of {tokens_per_image}.",
+                f"{count} visual tokens are not a whole number of images of {grid.tokens}.",
                 remedy="Prefill the prompt in one piece (no prefill_chunk_size), and check that "
                 "the processor's patch_size and vision_feature_select_strategy are the model's.",
             )
-        rows.append((Grid(side, side),) * images)
+        rows.append((grid,) * images)
     return rows
 
 

@@ -11,7 +11,7 @@ from yopo.families.family import (
     ImageInfo,
     Run,
     count_tokens,
-    square_grids,
+    equal_grids,
 )
 from yopo.grid import Grid
 
@@ -25,10 +25,9 @@ def grids_of(
     """Square grids from the tower's image and patch size (two images may form one token run)."""
     vision, counts = config.vision_config, count_tokens(rows)
     side = vision.image_size // vision.patch_size
-    with_class_token = config.vision_feature_select_strategy == "full"
-    if with_class_token:  # one extra token per image: no grid, treat it as one row
-        return [(Grid(1, side * side + 1),) * (count // (side * side + 1)) for count in counts]
-    return square_grids(counts, side * side)
+    if config.vision_feature_select_strategy == "full":  # with a class token: one row of tokens
+        return equal_grids(counts, Grid(1, side * side + 1))
+    return equal_grids(counts, Grid(side, side))
 
 
 LLAVA = Family(

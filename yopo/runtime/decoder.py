@@ -7,6 +7,7 @@ no later layer does anything with them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -168,6 +169,12 @@ def run_layers(
     geometry.text.scatter(hidden, text)
     if visual is not None:
         geometry.visual.scatter(hidden, decoder.norm(visual))
+    elif bool((geometry.visual.index == embeds.shape[1] - 1).any()):
+        warnings.warn(
+            "A prompt ends in an image whose visual tokens the plan drops: its next-token logits "
+            "mean nothing. Put text behind the image.",
+            stacklevel=2,
+        )
     return hidden
 
 
