@@ -26,6 +26,8 @@ def make(
         neuron_square=draw(layers, shape.ffn) * 100,
         neuron_sum=draw(layers, shape.ffn),
         head_sum=draw(layers, heads, 16),
+        head_effect_sum=draw(layers, heads),
+        text_norm_sum=draw(layers) + 1,
         cross_modal_sum=draw(layers),
         locality_sum=draw(layers, MAX_DISTANCE + 2),
         down_norm=draw(layers, shape.ffn),

@@ -9,7 +9,8 @@ import tiny
 import torch
 from tiny import IMAGE, PICTURE, SIDE, Subject
 
-from yopo.calibration.observers import CHUNK, QUERIES, observing
+from yopo.calibration.batch_view import CHUNK
+from yopo.calibration.observers import QUERIES, observing
 from yopo.calibration.statistics import MAX_DISTANCE
 from yopo.errors import DataError
 from yopo.families.registry import family_of
@@ -31,6 +32,8 @@ class Sums:
     neuron_square: torch.Tensor
     neuron_sum: torch.Tensor
     head_sum: torch.Tensor
+    head_effect: torch.Tensor
+    text_norm: torch.Tensor
     text_queries: int
 
 
@@ -62,12 +65,18 @@ def one_sample(subject: Subject, row: list[int], queries: str, *, seed: int) -> 
     taken: dict[tuple[str, int], torch.Tensor] = {}
     handles = []
     for index, layer in enumerate(oracle.get_decoder().layers):
-        for name, module in (("ffn", layer.mlp.down_proj), ("heads", layer.self_attn.o_proj)):
+        watched = {"ffn": layer.mlp.down_proj, "heads": layer.self_attn.o_proj, "input": layer}
+        for name, module in watched.items():
 
             def keep(module, args, key=(name, index)):
                 taken[key] = args[0][0]
 
             handles.append(module.register_forward_pre_hook(keep))
+
+        def keep_values(module, args, output, key=("values", index)):
+            taken[key] = output[0]
+
+        handles.append(layer.self_attn.v_proj.register_forward_hook(keep_values))
     oracle.set_attn_implementation("eager")
     try:
         attentions = oracle(**inputs, output_attentions=True).attentions
@@ -92,8 +101,27 @@ def one_sample(subject: Subject, row: list[int], queries: str, *, seed: int) -> 
             locality[:, column] += weights[:, :, query, key].mean(dim=1)
     ffn = torch.stack([taken["ffn", index][visual] for index in range(shape.layers)])
     heads = torch.stack([taken["heads", index][visual] for index in range(shape.layers)])
-    squares = ffn.square().sum(1)
-    return rho, cross_modal, locality, squares, ffn.sum(1), heads.sum(1), len(behind)
+    squares, sums = ffn.square().sum(1), (ffn.sum(1), heads.sum(1))
+    effect = reading_effect(subject, taken, weights[:, :, behind], visual)
+    norms = torch.stack([taken["input", index][behind] for index in range(shape.layers)])
+    norm = norms.square().sum((1, 2))
+    return rho, cross_modal, locality, squares, *sums, effect, norm, len(behind)
+
+
+def reading_effect(subject: Subject, taken: dict, weights: torch.Tensor, visual: torch.Tensor):
+    """(layers, heads): what hiding the image from one head changes in the layer's output."""
+    shape, effect = subject.shape, torch.zeros(subject.shape.layers, subject.shape.heads).double()
+    for index, layer in enumerate(subject.oracle.get_decoder().layers):
+        values = taken["values", index].unflatten(-1, (-1, shape.head_dim)).transpose(0, 1)
+        values = values.repeat_interleave(shape.group, dim=0)
+        hidden = weights[index].masked_fill(visual, 0.0)
+        hidden = hidden / hidden.sum(-1, keepdim=True)
+        change = (weights[index] - hidden) @ values  # (heads, queries, head_dim)
+        for head in range(shape.heads):
+            columns = slice(head * shape.head_dim, (head + 1) * shape.head_dim)
+            output = change[head] @ layer.self_attn.o_proj.weight[:, columns].T
+            effect[index, head] = output.square().sum()
+    return effect
 
 
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -119,6 +147,8 @@ def test_equals_brute_force_on_a_padded_batch(subject: Subject, queries: str) ->
     assert relative(found.neuron_square, expected.neuron_square) < 1e-5
     assert relative(found.neuron_sum, expected.neuron_sum) < 1e-5
     assert relative(found.head_sum, expected.head_sum) < 1e-5
+    assert relative(found.head_effect_sum, expected.head_effect) < 1e-5
+    assert relative(found.text_norm_sum, expected.text_norm) < 1e-5
     assert found.text_queries == expected.text_queries
     assert found.visual_tokens == sum(row.count(IMAGE) for row in ROWS)
 
@@ -147,6 +177,7 @@ def test_everything_is_switched_off_after_an_exception(mha: Subject) -> None:
         assert not hasattr(layer.self_attn, "_yopo_observer")
         assert not layer.self_attn.o_proj._forward_pre_hooks
         assert not layer.mlp.down_proj._forward_pre_hooks
+        assert not layer._forward_pre_hooks
 
 
 def test_no_matrix_of_all_queries_is_formed(mha: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,20 +17,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from yopo.calibration.batch_view import BatchView
 from yopo.calibration.statistics import MAX_DISTANCE
-from yopo.errors import DataError
 from yopo.families.family import Family
 from yopo.grid import Grid
-from yopo.layout import LayoutProbe, TokenLayout
+from yopo.layout import LayoutProbe
 from yopo.plan import ModelShape
 
 IMPLEMENTATION = "yopo_observe"
 
 QUERIES = ("text", "all", "last")
 """Which queries head activity sums over: text behind the image, all, or the last prompt token."""
-
-CHUNK = 64
-"""Queries scored at once: (batch, heads, 64, keys) float32 is the largest thing formed."""
 
 
 class Observer:
@@ -40,15 +37,18 @@ class Observer:
         shape: The decoder's dimensions.
         queries: One of ``QUERIES``.
         probe: Tells the layout of the forward in progress.
+        output: Name of the output projection under ``self_attn``.
     """
 
-    def __init__(self, shape: ModelShape, queries: str, probe: LayoutProbe):
+    def __init__(self, shape: ModelShape, queries: str, probe: LayoutProbe, output: str):
         layers, double = shape.layers, torch.float64
         self.shape, self.queries, self.probe = shape, queries, probe
         self.rho: list[torch.Tensor] = []
         self.neuron_square = torch.zeros(layers, shape.ffn, dtype=double)
         self.neuron_sum = torch.zeros(layers, shape.ffn, dtype=double)
         self.head_sum = torch.zeros(layers, shape.heads * shape.head_dim, dtype=double)
+        self.head_effect_sum = torch.zeros(layers, shape.heads, dtype=double)
+        self.text_norm_sum = torch.zeros(layers, dtype=double)
         self.cross_modal_sum = torch.zeros(layers, dtype=double)
         self.locality_sum = torch.zeros(layers, MAX_DISTANCE + 2, dtype=double)
         self.visual_tokens = 0
@@ -56,6 +56,8 @@ class Observer:
         self.text_tokens = 0
         self.text_before = 0
         self.grids: Counter[tuple[Grid, ...]] = Counter()
+        self._output = output
+        self._grams: dict[int, torch.Tensor] = {}
         self._rho_of_batch: list[torch.Tensor] = []
         self._batch: BatchView | None = None
 
@@ -81,7 +83,9 @@ class Observer:
             self._batch = BatchView(self.probe.layout, self._real, self.queries)
         return self._batch
 
-    def on_attention(self, module: nn.Module, queries: torch.Tensor, keys: torch.Tensor) -> None:
+    def on_attention(
+        self, module: nn.Module, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """Score queries (batch, heads, sequence, head_dim) against keys of all KV heads."""
         view, layer = self.view(), module.layer_idx
         masses = torch.zeros(queries.shape[0], self.shape.heads, 2, device=queries.device)
@@ -91,6 +95,10 @@ class Observer:
             mass = weights @ view.kinds[:, None]  # (batch, heads, queries, 2)
             masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             cross_modal += (mass[..., 0].mean(dim=1) * chunk.behind).sum()
+            effect = _reading_effect(weights, mass, values, view.kinds, self._gram(module))
+            self.head_effect_sum[layer] += (
+                (effect * chunk.behind[:, None]).sum((0, 2)).double().cpu()
+            )
         locality = torch.zeros(MAX_DISTANCE + 2, device=queries.device)
         for chunk in view.visual_chunks:
             weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
@@ -101,6 +109,22 @@ class Observer:
         self._rho_of_batch.append((masses[..., 0] / masses[..., 1]).cpu())
         self.cross_modal_sum[layer] += cross_modal.double().cpu()
         self.locality_sum[layer] += locality.double().cpu()
+
+    def on_input(self, layer: int, hidden: torch.Tensor) -> None:
+        """Add squared norms of a layer's input (batch, sequence, hidden) at reading queries."""
+        for chunk in self.view().text_chunks:
+            place = chunk.positions[..., None].expand(-1, -1, hidden.shape[-1])
+            norms = hidden.gather(1, place).float().square().sum(dim=-1)
+            self.text_norm_sum[layer] += (norms * chunk.behind).sum().double().cpu()
+
+    def _gram(self, module: nn.Module) -> torch.Tensor:
+        """(heads, head_dim, head_dim) float32: W_o^T W_o of every head, computed once."""
+        if module.layer_idx not in self._grams:
+            weight = getattr(module, self._output).weight.detach().float()
+            by_head = weight.unflatten(1, (self.shape.heads, self.shape.head_dim))
+            gram = torch.einsum("dhi,dhj->hij", by_head, by_head)
+            self._grams[module.layer_idx] = gram
+        return self._grams[module.layer_idx]
 
     def on_heads(self, layer: int, outputs: torch.Tensor) -> None:
         """Add attention outputs (batch, sequence, heads * head_dim) of visual tokens."""
@@ -115,98 +139,6 @@ class Observer:
             norm = torch.linalg.vector_norm(picked, dim=0, dtype=torch.float32)
             self.neuron_square[layer] += norm.double().square().cpu()
             self.neuron_sum[layer] += picked.sum(dim=0, dtype=torch.float32).double().cpu()
-
-
-class Chunk:
-    """Some queries of a batch.
-
-    Attributes:
-        positions: (batch, queries) int64 positions in the sequence.
-        counted: (batch, queries) float32, 1 where head activity counts the query.
-        behind: (batch, queries) float32, 1 on real text behind the first image.
-        span: Where the chunk lies along its stream.
-    """
-
-    def __init__(
-        self, positions: torch.Tensor, counted: torch.Tensor, behind: torch.Tensor, span: slice
-    ):
-        self.positions, self.span = positions[:, span], span
-        self.counted, self.behind = counted[:, span].float(), behind[:, span].float()
-
-
-class BatchView:
-    """Positions and masks of one batch, shared by all layers.
-
-    Attributes:
-        kinds: (batch, sequence, 2) float32, one-hot of (visual, text): attention weights times
-            this are a query's visual and text mass.
-    """
-
-    def __init__(self, layout: TokenLayout, real: torch.Tensor, queries: str):
-        self.layout, self._real = layout, real
-        text, visual = layout.text, layout.visual
-        batch, length = real.shape
-        self.visual_positions = [
-            visual.index[row] if visual.mask is None else visual.index[row][visual.mask[row]]
-            for row in range(batch)
-        ]
-        is_visual = torch.zeros(batch, length, device=real.device)
-        for row, positions in enumerate(self.visual_positions):
-            is_visual[row, positions] = 1.0
-        self.kinds = torch.stack([is_visual, 1.0 - is_visual], dim=-1)
-        first_visual = torch.stack([positions[0] for positions in self.visual_positions])
-        is_text = real.gather(1, text.index)
-        if text.mask is not None:
-            is_text = is_text & text.mask
-        behind = is_text & (text.index > first_visual[:, None])
-        last = text.index == torch.where(real, torch.arange(length, device=real.device), -1).amax(
-            dim=1, keepdim=True
-        )
-        counted = {"text": behind, "all": is_text, "last": is_text & last}[queries]
-        is_real_visual = torch.ones_like(visual.index, dtype=torch.bool)
-        if visual.mask is not None:
-            is_real_visual = visual.mask
-        self.num_visual = int(is_real_visual.sum())
-        self.num_behind, self.num_before = int(behind.sum()), int((is_text & ~behind).sum())
-        if not bool(counted.any(dim=1).all()):
-            raise DataError("A prompt has no text behind its image: nothing reads the image.")
-        wanted = (counted | behind).any(dim=0)
-        self.text_chunks = [
-            Chunk(text.index, counted, behind, span)
-            for span in _spans(text.length)
-            if bool(wanted[span].any())
-        ]
-        nothing = torch.zeros_like(is_real_visual)
-        self.visual_chunks = [
-            Chunk(visual.index, is_real_visual, nothing, span) for span in _spans(visual.length)
-        ]
-        self._cells = layout.coordinates()
-
-    def allowed(self, chunk: Chunk) -> torch.Tensor:
-        """(batch, 1, queries, keys) bool: real keys that are not later than the query."""
-        place = torch.arange(self._real.shape[1], device=self._real.device)
-        not_later = place[None, None, :] <= chunk.positions[:, :, None]
-        own = place[None, None, :] == chunk.positions[:, :, None]
-        return ((not_later & self._real[:, None, :]) | own)[:, None]
-
-    def by_distance(self, chunk: Chunk, weights: torch.Tensor) -> torch.Tensor:
-        """Sum visual-to-visual attention (batch, queries, keys) per Chebyshev distance.
-
-        Returns:
-            (MAX_DISTANCE + 2,) float32; the last entry is other images.
-        """
-        keys = self.layout.visual.index[:, None, :].expand(-1, weights.shape[1], -1)
-        mass = weights.gather(2, keys)
-        queries, others = self._cells[:, chunk.span, None], self._cells[:, None]
-        distance = (queries[..., 1:] - others[..., 1:]).abs().amax(dim=-1).clamp(max=MAX_DISTANCE)
-        distance = distance.masked_fill(queries[..., 0] != others[..., 0], MAX_DISTANCE + 1)
-        real = (queries[..., 0] >= 0) & (others[..., 0] >= 0)
-        mass = (mass * real).flatten()
-        return torch.bincount(distance.flatten(), weights=mass, minlength=MAX_DISTANCE + 2)
-
-
-def _spans(length: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
 
 
 def _softmax(
@@ -226,6 +158,37 @@ def _softmax(
     return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
 
 
+def _reading_effect(
+    weights: torch.Tensor,
+    mass: torch.Tensor,
+    values: torch.Tensor,
+    kinds: torch.Tensor,
+    gram: torch.Tensor,
+) -> torch.Tensor:
+    """Squared output change when a head's visual keys are hidden from it.
+
+    Args:
+        weights: (batch, heads, queries, keys) attention.
+        mass: (batch, heads, queries, 2) visual and text mass.
+        values: (batch, kv_heads, keys, head_dim).
+        kinds: (batch, keys, 2) one-hot of (visual, text).
+        gram: (heads, head_dim, head_dim) of the output projection.
+
+    Returns:
+        (batch, heads, queries) float32.
+    """
+    batch, heads, queries, _ = weights.shape
+    values = values.float()
+
+    def mix(chosen: torch.Tensor) -> torch.Tensor:
+        grouped = chosen.reshape(batch, values.shape[1], -1, chosen.shape[-1])
+        return (grouped @ values).reshape(batch, heads, queries, -1)
+
+    text_only = mix(weights * kinds[:, None, None, :, 1]) / mass[..., 1:].clamp(min=1e-12)
+    change = mix(weights) - text_only
+    return ((change @ gram) * change).sum(dim=-1)
+
+
 def _observing_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -236,7 +199,7 @@ def _observing_attention(
 ) -> tuple[torch.Tensor, None]:
     observer: Observer | None = getattr(module, "_yopo_observer", None)
     if observer is not None and observer.probe.layout is not None:
-        observer.on_attention(module, query, key)
+        observer.on_attention(module, query, key, value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -265,7 +228,7 @@ def observing(
         names = family.backbone(model.config)
         probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
         stack.callback(probe.remove)
-        observer = Observer(shape, queries, probe)
+        observer = Observer(shape, queries, probe, names.output)
         before = decoder.config._attn_implementation
         stack.callback(decoder.set_attn_implementation, before)
         decoder.set_attn_implementation(IMPLEMENTATION)
@@ -273,6 +236,7 @@ def observing(
             block.self_attn._yopo_observer = observer
             stack.callback(delattr, block.self_attn, "_yopo_observer")
             for module, hook in (
+                (block, observer.on_input),
                 (getattr(block.self_attn, names.output), observer.on_heads),
                 (getattr(block.mlp, names.down), observer.on_neurons),
             ):

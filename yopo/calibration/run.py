@@ -108,6 +108,8 @@ def _conclude(
         neuron_square=observer.neuron_square,
         neuron_sum=observer.neuron_sum,
         head_sum=observer.head_sum.reshape(shape.layers, shape.heads, shape.head_dim),
+        head_effect_sum=observer.head_effect_sum,
+        text_norm_sum=observer.text_norm_sum,
         cross_modal_sum=observer.cross_modal_sum,
         locality_sum=observer.locality_sum,
         down_norm=torch.stack(norms),

@@ -6,7 +6,7 @@ kind, and the planner measures them:
 
 * ``paper``: a cut, the most active heads read and attend, a share of the neurons.
 * ``reader``: visual tokens are frozen; the layers whose text looks at the image most may read it.
-* ``reader-heads``: frozen; all layers may read, with their most active heads.
+* ``reader-heads``: frozen; all layers may read, with the heads that do most with the image.
 * ``reader-prefix``: frozen; the first layers may read, then visual tokens are gone.
 * ``attend``: as ``reader``, and the first layers' visual tokens attend to their neighbors.
 * ``frozen-late``: the first layers are whole, in the others visual tokens are frozen (ShortV).
@@ -136,8 +136,8 @@ class Shaper:
         return self._read_in(list(range(self._affordable_readers())))
 
     def reader_heads(self) -> Layers | None:
-        """Frozen visual tokens; the most active heads of all layers."""
-        scores = head_strategy.score(self.statistics.rho)
+        """Frozen visual tokens; the heads of all layers that do most with what they read."""
+        scores = self.statistics.head_effect
         total = scores.numel()
 
         def build(scale: float) -> Layers:
@@ -238,6 +238,8 @@ def random_rho(statistics: Statistics, seed: int) -> Statistics:
     return replace(
         statistics,
         rho=rho[None],
+        head_effect_sum=rho.double(),
+        text_norm_sum=torch.ones_like(statistics.text_norm_sum),
         neuron_square=importance,
         down_norm=torch.ones_like(statistics.down_norm),
     )

@@ -1,0 +1,104 @@
+"""Which queries of a batch are scored against which keys, decided once for all layers."""
+
+from __future__ import annotations
+
+import torch
+
+from yopo.calibration.statistics import MAX_DISTANCE
+from yopo.errors import DataError
+from yopo.layout import TokenLayout
+
+CHUNK = 64
+"""Queries scored at once: (batch, heads, 64, keys) float32 is the largest thing formed."""
+
+
+class Chunk:
+    """Some queries of a batch.
+
+    Attributes:
+        positions: (batch, queries) int64 positions in the sequence.
+        counted: (batch, queries) float32, 1 where head activity counts the query.
+        behind: (batch, queries) float32, 1 on real text behind the first image.
+        span: Where the chunk lies along its stream.
+    """
+
+    def __init__(
+        self, positions: torch.Tensor, counted: torch.Tensor, behind: torch.Tensor, span: slice
+    ):
+        self.positions, self.span = positions[:, span], span
+        self.counted, self.behind = counted[:, span].float(), behind[:, span].float()
+
+
+class BatchView:
+    """Positions and masks of one batch, shared by all layers.
+
+    Attributes:
+        kinds: (batch, sequence, 2) float32, one-hot of (visual, text): attention weights times
+            this are a query's visual and text mass.
+    """
+
+    def __init__(self, layout: TokenLayout, real: torch.Tensor, queries: str):
+        self.layout, self._real = layout, real
+        text, visual = layout.text, layout.visual
+        batch, length = real.shape
+        self.visual_positions = [
+            visual.index[row] if visual.mask is None else visual.index[row][visual.mask[row]]
+            for row in range(batch)
+        ]
+        is_visual = torch.zeros(batch, length, device=real.device)
+        for row, positions in enumerate(self.visual_positions):
+            is_visual[row, positions] = 1.0
+        self.kinds = torch.stack([is_visual, 1.0 - is_visual], dim=-1)
+        first_visual = torch.stack([positions[0] for positions in self.visual_positions])
+        is_text = real.gather(1, text.index)
+        if text.mask is not None:
+            is_text = is_text & text.mask
+        behind = is_text & (text.index > first_visual[:, None])
+        last = text.index == torch.where(real, torch.arange(length, device=real.device), -1).amax(
+            dim=1, keepdim=True
+        )
+        counted = {"text": behind, "all": is_text, "last": is_text & last}[queries]
+        is_real_visual = torch.ones_like(visual.index, dtype=torch.bool)
+        if visual.mask is not None:
+            is_real_visual = visual.mask
+        self.num_visual = int(is_real_visual.sum())
+        self.num_behind, self.num_before = int(behind.sum()), int((is_text & ~behind).sum())
+        if not bool(counted.any(dim=1).all()):
+            raise DataError("A prompt has no text behind its image: nothing reads the image.")
+        wanted = (counted | behind).any(dim=0)
+        self.text_chunks = [
+            Chunk(text.index, counted, behind, span)
+            for span in _spans(text.length)
+            if bool(wanted[span].any())
+        ]
+        nothing = torch.zeros_like(is_real_visual)
+        self.visual_chunks = [
+            Chunk(visual.index, is_real_visual, nothing, span) for span in _spans(visual.length)
+        ]
+        self._cells = layout.coordinates()
+
+    def allowed(self, chunk: Chunk) -> torch.Tensor:
+        """(batch, 1, queries, keys) bool: real keys that are not later than the query."""
+        place = torch.arange(self._real.shape[1], device=self._real.device)
+        not_later = place[None, None, :] <= chunk.positions[:, :, None]
+        own = place[None, None, :] == chunk.positions[:, :, None]
+        return ((not_later & self._real[:, None, :]) | own)[:, None]
+
+    def by_distance(self, chunk: Chunk, weights: torch.Tensor) -> torch.Tensor:
+        """Sum visual-to-visual attention (batch, queries, keys) per Chebyshev distance.
+
+        Returns:
+            (MAX_DISTANCE + 2,) float32; the last entry is other images.
+        """
+        keys = self.layout.visual.index[:, None, :].expand(-1, weights.shape[1], -1)
+        mass = weights.gather(2, keys)
+        queries, others = self._cells[:, chunk.span, None], self._cells[:, None]
+        distance = (queries[..., 1:] - others[..., 1:]).abs().amax(dim=-1).clamp(max=MAX_DISTANCE)
+        distance = distance.masked_fill(queries[..., 0] != others[..., 0], MAX_DISTANCE + 1)
+        real = (queries[..., 0] >= 0) & (others[..., 0] >= 0)
+        mass = (mass * real).flatten()
+        return torch.bincount(distance.flatten(), weights=mass, minlength=MAX_DISTANCE + 2)
+
+
+def _spans(length: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
