@@ -173,13 +173,15 @@ class Statistics:
             if isinstance(getattr(self, each.name), torch.Tensor)
         }
         about = {
+            "format": FORMAT,
             "model": asdict(self.model),
             "workload": asdict(self.workload),
             "visual_tokens": self.visual_tokens,
             "text_queries": self.text_queries,
             "provenance": dict(self.provenance),
         }
-        return save(tensors, metadata={"format": FORMAT, "about": json.dumps(about)})
+        # One entry: safetensors writes several in random order, and same inputs, same bytes.
+        return save(tensors, metadata={"yopo": json.dumps(about)})
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -196,12 +198,12 @@ def load_statistics(path: str | Path) -> Statistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: is not a safetensors file: {error}.") from error
-    if metadata.get("format") != FORMAT:
+    about = json.loads(metadata.get("yopo", "{}"))
+    if about.pop("format", None) != FORMAT:
         raise DataError(
             f"{path}: holds no yopo statistics of this version.",
             remedy="Write them with `yopo calibrate --stats FILE`.",
         )
-    about = json.loads(metadata["about"])
     identity, workload = about.pop("model"), about.pop("workload")
     shape = ModelShape(**identity.pop("shape"))
     grids = tuple(Grid(**grid) for grid in workload.pop("grids"))
