@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 DEFAULT_BUDGET = 0.25
+SEARCH_RUNS = 200
 
-_BUDGET = ("budget", "shape")
+_BUDGET = ("budget", "shape", "search")
 _RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
 
 
@@ -39,6 +40,15 @@ wish_options = _chain(
         help=f"Solve for this share of the visual FLOPs, in (0, 1].  [default: {DEFAULT_BUDGET}]",
     ),
     click.option("--shape", metavar="NAME", help="Plan shape for the budget, not the best one."),
+    click.option(
+        "--search",
+        type=click.IntRange(min=0),
+        is_flag=False,
+        flag_value=SEARCH_RUNS,
+        default=0,
+        metavar="[N]",
+        help=f"Improve the best shape layer by layer, measuring N ({SEARCH_RUNS}) plans at most.",
+    ),
     click.option("--preset", metavar="NAME", help="The paper's shapes: yopo-25 or yopo-12."),
     click.option("--head-ratio", type=float, metavar="F", help="Share of the heads that is kept."),
     click.option(
@@ -57,6 +67,12 @@ wish_options = _chain(
         "--compensation",
         type=click.Choice(("none", "mean")),
         help="Add back what is pruned on average.  [default: the better one at a budget]",
+    ),
+    click.option(
+        "--kv-groups/--single-heads",
+        default=False,
+        help="Keep or drop the query heads of a KV head together, which frees its cache.  "
+        "[default: single heads]",
     ),
     click.option(
         "--bidirectional/--causal",

@@ -20,6 +20,7 @@ def paper_layers(
     neuron_ratio: float,
     radius: int | None,
     alpha: float | None = None,
+    groups: int = 1,
 ) -> tuple[LayerPlan, ...]:
     """Build the paper's shape from head activity.
 
@@ -31,17 +32,19 @@ def paper_layers(
         neuron_ratio: Share of their neurons to keep, the same in each.
         radius: Neighborhood of visual queries.
         alpha: Select heads by the authors' vote instead of by ratio.
+        groups: Query heads that are kept or dropped together (a KV head's, or 1).
 
     Returns:
         One entry per layer.
     """
     seen = rho[:, :visual_layers]
     if alpha is not None:
-        keep = head_strategy.select_vote(seen, alpha)
+        keep = head_strategy.select_vote(seen, alpha, groups=groups)
     else:
         count = round(head_ratio * visual_layers * shape.heads)
         whole = head_strategy.WHOLE_LAYERS if head_ratio < 1 else 0
-        keep = head_strategy.select_top(head_strategy.score(seen), count, whole_layers=whole)
+        scores = head_strategy.score(seen)
+        keep = head_strategy.select_top(scores, count, whole_layers=whole, groups=groups)
     widths = uniform_widths(shape.ffn, neuron_ratio, list(range(visual_layers)), shape.layers)
     layers = [
         LayerPlan(kept, attend=bool(kept), radius=radius if kept else None, neurons=width)

@@ -12,13 +12,14 @@ from yopo.flops import visual_budget
 from yopo.plan import Budget, Plan, TensorsFile
 from yopo.plan_tensors import PlanTensors
 from yopo.planning.paper import paper_layers
+from yopo.planning.search import Search
 from yopo.planning.shapes import SHAPES, Layers, Shaper
 from yopo.planning.wishes import Wishes
 
 UNWRITTEN = TensorsFile("", "")
 """Stands for the side file until the plan is written."""
 
-DEFAULT_SHAPE = "reader"
+DEFAULT_SHAPE = "reader-heads"
 """What a budget means when nothing can be measured (no model at hand)."""
 
 Measure = Callable[[Plan, PlanTensors], float]
@@ -62,10 +63,17 @@ def make_plan(
     tensors = statistics.plan_tensors()
     if wishes.budget is None:
         return _shape_plan(statistics, wishes), tensors, []
+    if wishes.search and measure is None:
+        raise PlanError(
+            "A search measures plans on the model, and there is none here.",
+            remedy="Use `yopo calibrate --search`.",
+        )
     found = _candidates(statistics, wishes, measure)
     if measure is not None:
         found = [replace(each, kl=measure(each.plan, tensors)) for each in found]
         found.sort(key=lambda each: each.kl)
+        if wishes.search:
+            found.insert(0, _search(statistics, wishes, measure, tensors, found[0]))
     best = found[0]
     table = [
         {
@@ -80,6 +88,26 @@ def make_plan(
     return replace(best.plan, provenance=provenance), tensors, found
 
 
+def _search(
+    statistics: Statistics,
+    wishes: Wishes,
+    measure: Measure,
+    tensors: PlanTensors,
+    start: Candidate,
+) -> Candidate:
+    """Improve the best candidate layer by layer; ``start`` itself if nothing is better."""
+    groups = wishes.groups(statistics.model.shape)
+    shaper = Shaper(statistics, wishes.budget, groups=groups)
+    search = Search(
+        shaper,
+        lambda layers, kind: measure(_assemble(statistics, wishes, layers, kind), tensors),
+        wishes.search,
+    )
+    layers, kind, kl = search.run(start.plan.layers, start.compensation, start.kl)
+    plan = _assemble(statistics, wishes, layers, kind)
+    return Candidate(f"search from {start.shape}", kind, plan, kl)
+
+
 def _shape_plan(statistics: Statistics, wishes: Wishes) -> Plan:
     shape = statistics.model.shape
     layers = paper_layers(
@@ -90,12 +118,14 @@ def _shape_plan(statistics: Statistics, wishes: Wishes) -> Plan:
         neuron_ratio=wishes.knob("neuron_ratio"),
         radius=wishes.radius_or_default,
         alpha=wishes.alpha,
+        groups=wishes.groups(shape),
     )
     return _assemble(statistics, wishes, layers, wishes.compensation or "none")
 
 
 def _candidates(statistics: Statistics, wishes: Wishes, measure: Measure | None) -> list[Candidate]:
-    shaper = Shaper(statistics, wishes.budget)
+    groups = wishes.groups(statistics.model.shape)
+    shaper = Shaper(statistics, wishes.budget, groups=groups)
     name = wishes.shape or (None if measure else DEFAULT_SHAPE)
     if name is None:
         shapes = list(shaper.candidates())
@@ -103,7 +133,8 @@ def _candidates(statistics: Statistics, wishes: Wishes, measure: Measure | None)
         raise PlanError(f"Unknown shape '{name}'.", remedy=suggest(name, SHAPES))
     else:
         layers = shaper.build(name)
-        shapes = [] if layers is None else [(name, layers)]
+        is_read = layers is not None and any(layer.heads for layer in layers)
+        shapes = [(name, layers)] if is_read else []
     if not shapes:
         raise PlanError(
             f"No plan {'of shape ' + name + ' ' if name else ''}fits a visual budget of "
@@ -137,4 +168,5 @@ def _assemble(statistics: Statistics, wishes: Wishes, layers: Layers, compensati
 
 def _asked(wishes: Wishes) -> dict[str, object]:
     names = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
-    return {name: getattr(wishes, name) for name in names if getattr(wishes, name) is not None}
+    asked = {name: getattr(wishes, name) for name in names if getattr(wishes, name) is not None}
+    return asked | ({"kv_groups": True} if wishes.kv_groups else {})

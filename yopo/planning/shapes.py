@@ -21,6 +21,7 @@ queries or an FFN for visual tokens: nobody would read the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -48,10 +49,11 @@ class Shaper:
     Args:
         statistics: What calibration measured.
         budget: Visual FLOPs over dense visual FLOPs, in (0, 1].
+        groups: Query heads that are kept or dropped together (a KV head's, or 1).
     """
 
-    def __init__(self, statistics: Statistics, budget: float):
-        self.statistics, self.budget = statistics, budget
+    def __init__(self, statistics: Statistics, budget: float, *, groups: int = 1):
+        self.statistics, self.budget, self.groups = statistics, budget, groups
         self.shape, self.workload = statistics.model.shape, statistics.workload
         self._dense = dense_visual_flops(self.shape, self.workload)
         self._all_heads = tuple(range(self.shape.heads))
@@ -112,9 +114,11 @@ class Shaper:
         return self.scale(build)
 
     def paper(self) -> Layers | None:
-        """Half of the layers, more above a budget of one half."""
+        """Half of the layers, or as many as the budget takes if they do everything nearby."""
         total = self.shape.layers
-        visual = min(total, round(total * max(0.5, self.budget)) + 1)  # the last one only reads
+        whole = replace(full_layer(self.shape), radius=PAPER_RADIUS)
+        needed = math.ceil(self.budget / self.cost((whole,)) - 1e-9)
+        visual = min(total, max(round(total / 2), needed) + 1)  # the last one only reads
         return self.scale(
             lambda scale: paper_layers(
                 self.shape,
@@ -123,6 +127,7 @@ class Shaper:
                 head_ratio=scale,
                 neuron_ratio=scale,
                 radius=PAPER_RADIUS,
+                groups=self.groups,
             )
         )
 
@@ -141,7 +146,7 @@ class Shaper:
         total = scores.numel()
 
         def build(scale: float) -> Layers:
-            keep = head_strategy.select_top(scores, int(scale * total))
+            keep = head_strategy.select_top(scores, int(scale * total), groups=self.groups)
             return tuple(replace(self.reader_layer, heads=kept_heads(row)) for row in keep)
 
         return self.fill(self.scale(build))

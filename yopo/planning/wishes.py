@@ -31,6 +31,9 @@ class Wishes:
         compensation: ``none`` or ``mean``; None: the paper's shape has none, a budget measures.
         bidirectional: Whether visual tokens attend neighbors behind them (fine-tuned models).
         shape: Name of the candidate shape to scale to the budget; None: the best is measured.
+        search: Measure at most so many more plans to improve the best shape layer by layer.
+        kv_groups: Whether the query heads of one KV head are kept or dropped together: then every
+            dropped head shrinks the KV cache. Single query heads are a finer choice.
 
     Raises:
         PlanError: A value is out of range, or two exclude one another.
@@ -46,6 +49,8 @@ class Wishes:
     compensation: str | None = None
     bidirectional: bool = False
     shape: str | None = None
+    search: int = 0
+    kv_groups: bool = False
 
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -69,8 +74,9 @@ class Wishes:
             raise PlanError(f"alpha must be at least 0, found {self.alpha}.")
         if self.alpha is not None and self.head_ratio is not None:
             raise PlanError("head_ratio and alpha exclude one another: both select heads.")
-        if self.shape is not None and self.budget is None:
-            raise PlanError("shape needs a budget to be scaled to.")
+        for name in ("shape", "search"):
+            if getattr(self, name) and self.budget is None:
+                raise PlanError(f"{name} needs a budget to keep to.")
         knobs = [name for name in _SHAPE_KNOBS if getattr(self, name) is not None]
         if self.budget is not None and knobs:
             raise PlanError(
@@ -103,6 +109,10 @@ class Wishes:
                 f"visual_layers is {self.visual_layers}, the model has {shape.layers} layers."
             )
         return self.visual_layers
+
+    def groups(self, shape: ModelShape) -> int:
+        """Query heads of a model that are kept or dropped together."""
+        return shape.group if self.kv_groups else 1
 
     @property
     def radius_or_default(self) -> int | None:

@@ -24,7 +24,12 @@ def score(rho: torch.Tensor) -> torch.Tensor:
 
 
 def select_vote(
-    rho: torch.Tensor, alpha: float, *, share: float = VOTE_SHARE, whole_layers: int = WHOLE_LAYERS
+    rho: torch.Tensor,
+    alpha: float,
+    *,
+    share: float = VOTE_SHARE,
+    whole_layers: int = WHOLE_LAYERS,
+    groups: int = 1,
 ) -> torch.Tensor:
     """The authors' rule: a head stays if it is active in more than a share of the samples.
 
@@ -33,13 +38,15 @@ def select_vote(
         alpha: Activity above which a head counts as active in a sample.
         share: Share of samples that must agree.
         whole_layers: So many first layers keep every head.
+        groups: Query heads per KV head that live or die together (1: single query heads); one
+            active head keeps its group.
 
     Returns:
         (layers, heads) bool.
     """
     keep = (rho > alpha).float().mean(dim=0) > share
     keep[:whole_layers] = True
-    return keep
+    return keep.unflatten(1, (-1, groups)).any(dim=2).repeat_interleave(groups, dim=1)
 
 
 def select_top(

@@ -1,0 +1,103 @@
+"""Under GQA: whole KV groups are dropped, which frees cache, or single query heads, which is finer.
+
+A KV head's visual keys and values exist as long as one of its query heads reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import statistics_maker
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yopo.calibration.statistics import Statistics
+from yopo.flops import visual_budget, visual_kv_bytes
+from yopo.plan import Plan
+from yopo.planning.planner import make_plan
+from yopo.planning.shapes import SHAPES, Shaper
+from yopo.planning.wishes import Wishes
+from yopo.strategies.heads import select_top, select_vote
+
+GROUP = 4
+
+
+@pytest.fixture(scope="module")
+def spread() -> Statistics:
+    """In every KV group one query head reads much and the others little."""
+    statistics = statistics_maker.make(kv_heads=8 // GROUP)
+    rho = 0.1 * statistics.rho
+    rho[:, :, ::GROUP] += 1.0
+    return replace(statistics, rho=rho)
+
+
+def plan_of(statistics: Statistics, **wish: object) -> Plan:
+    return make_plan(statistics, Wishes(**wish))[0]
+
+
+def is_whole(plan: Plan) -> bool:
+    shape = plan.model.shape
+    return all(len(each.heads) == shape.group * len(each.kept_kv(shape)) for each in plan.layers)
+
+
+@pytest.mark.parametrize("wish", [{"head_ratio": 0.5}, {"preset": "yopo-25"}, {"alpha": 0.6}])
+def test_groups_are_whole_if_asked_for(spread: Statistics, wish: dict) -> None:
+    assert is_whole(plan_of(spread, kv_groups=True, **wish))
+    assert not is_whole(plan_of(spread, **wish))
+    asked = plan_of(spread, kv_groups=True, **wish).provenance
+    assert asked["kv_groups"] is True and "kv_groups" not in plan_of(spread, **wish).provenance
+
+
+def test_the_cache_shrinks_with_groups_and_not_with_single_heads(spread: Statistics) -> None:
+    dense = visual_kv_bytes(plan_of(spread, head_ratio=1.0))
+    single = plan_of(spread, head_ratio=0.5)
+    grouped = plan_of(spread, head_ratio=0.5, kv_groups=True)
+    kept = [sum(len(layer.heads) for layer in plan.layers) for plan in (single, grouped)]
+    assert kept[0] == kept[1] == 8 * 8 // 2
+    assert visual_kv_bytes(single) == dense  # every group still has its reader
+    assert visual_kv_bytes(grouped) == dense // 2
+    assert visual_budget(grouped) < visual_budget(single) < 1
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_at_a_budget_keeps_whole_groups(spread: Statistics, name: str) -> None:
+    layers = Shaper(spread, 0.3, groups=GROUP).build(name)
+    if layers is None:
+        pytest.skip("the smallest form of this shape exceeds the budget")
+    plan = replace(plan_of(spread, head_ratio=1.0), layers=layers)
+    assert is_whole(plan) and visual_budget(plan) <= 0.3
+
+
+def test_a_budget_is_met_with_groups(spread: Statistics) -> None:
+    for shape in ("paper", "reader-heads"):
+        plan = plan_of(spread, budget=0.3, shape=shape, kv_groups=True)
+        assert is_whole(plan) and 0.2 < plan.budget.reached <= 0.3
+
+
+def test_without_groups_nothing_changes_for_multi_head_attention() -> None:
+    statistics = statistics_maker.make(kv_heads=8)
+    for wish in ({"head_ratio": 0.5}, {"budget": 0.3, "shape": "paper"}):
+        found, usual = (plan_of(statistics, kv_groups=each, **wish) for each in (True, False))
+        assert found.layers == usual.layers
+
+
+@given(seed=st.integers(0, 999), alpha=st.floats(0.0, 1.0))
+def test_a_vote_keeps_a_group_that_holds_an_active_head(seed: int, alpha: float) -> None:
+    rho = torch.rand(5, 4, 8, generator=torch.Generator().manual_seed(seed))
+    single, grouped = (select_vote(rho, alpha, groups=each) for each in (1, GROUP))
+    expected = single.reshape(4, 2, GROUP).any(dim=2)
+    assert torch.equal(grouped.reshape(4, 2, GROUP).all(dim=2), expected)
+    assert torch.equal(grouped.reshape(4, 2, GROUP).any(dim=2), expected)
+
+
+@given(seed=st.integers(0, 999), count=st.integers(0, 32))
+def test_the_best_groups_are_those_with_the_best_heads(seed: int, count: int) -> None:
+    scores = torch.rand(4, 8, generator=torch.Generator().manual_seed(seed))
+    keep = select_top(scores, count, groups=GROUP)
+    assert keep.sum() == GROUP * round(count / GROUP)
+    best = scores.reshape(-1, GROUP).amax(dim=1)
+    kept = keep.reshape(-1, GROUP).all(dim=1)
+    if kept.any() and not kept.all():
+        assert best[kept].min() >= best[~kept].max()

@@ -1,0 +1,83 @@
+"""The layer-by-layer search: every state keeps the budget, and only measured gains are taken."""
+
+from __future__ import annotations
+
+import pytest
+import statistics_maker
+
+from yopo.errors import PlanError
+from yopo.planning.planner import make_plan
+from yopo.planning.search import Search, moves, resolve, state_of
+from yopo.planning.shapes import Layers, Shaper
+from yopo.planning.wishes import Wishes
+
+BUDGET = 0.3
+
+
+@pytest.fixture(scope="module", params=[8, 2], ids=["mha", "gqa"])
+def shaper(request: pytest.FixtureRequest) -> Shaper:
+    return Shaper(statistics_maker.make(kv_heads=request.param), BUDGET)
+
+
+def wants_attention_in_layer_3(layers: Layers, compensation: str) -> float:
+    """A made-up KL whose best plan attends in layer 3 alone and is not compensated."""
+    wrong = sum(layer.attend is not (index == 3) for index, layer in enumerate(layers))
+    return 1.0 + wrong + (compensation == "mean") / 2
+
+
+def test_every_move_resolves_to_a_plan_within_the_budget(shaper: Shaper) -> None:
+    start = state_of(shaper.build("reader"), "none")
+    found = dict(moves(start, shaper))
+    assert len(found) > 3 * shaper.shape.layers
+    resolved = [resolve(state, shaper) for state in found.values()]
+    kept = [layers for layers in resolved if layers is not None]
+    assert len(kept) > shaper.shape.layers
+    assert max(shaper.cost(layers) for layers in kept) <= BUDGET
+    assert len(set(kept)) > shaper.shape.layers
+
+
+def test_the_search_finds_what_the_measure_wants(shaper: Shaper) -> None:
+    start = shaper.build("reader")
+    first = wants_attention_in_layer_3(start, "mean")
+    search = Search(shaper, wants_attention_in_layer_3, 500)
+    layers, compensation, kl = search.run(start, "mean", first)
+    assert kl == wants_attention_in_layer_3(layers, compensation) == 1.0 < first
+    assert [index for index, layer in enumerate(layers) if layer.attend] == [3]
+    assert compensation == "none" and shaper.cost(layers) <= BUDGET
+
+
+def test_no_better_plan_leaves_the_given_one(shaper: Shaper) -> None:
+    start = shaper.build("withdraw")
+    search = Search(shaper, lambda layers, compensation: 5.0, 40)
+    assert search.run(start, "none", 1.0) == (start, "none", 1.0)
+
+
+def test_runs_are_limited_and_no_plan_is_measured_twice(shaper: Shaper) -> None:
+    seen = []
+
+    def measure(layers: Layers, compensation: str) -> float:
+        seen.append((layers, compensation))
+        return wants_attention_in_layer_3(layers, compensation)
+
+    search = Search(shaper, measure, 25)
+    search.run(shaper.build("reader"), "mean", 99.0)
+    assert len(seen) == len(set(seen)) == search.runs <= 25
+
+
+def test_a_searched_plan_says_where_it_comes_from() -> None:
+    statistics = statistics_maker.make()
+
+    def measure(plan, tensors) -> float:
+        return wants_attention_in_layer_3(plan.layers, plan.compensation)
+
+    plan, _, candidates = make_plan(statistics, Wishes(budget=BUDGET, search=300), measure)
+    assert plan.provenance["shape"].startswith("search from ")
+    assert candidates[0].kl < candidates[1].kl
+    assert plan.budget.reached <= BUDGET
+
+
+def test_a_search_needs_a_model_and_a_budget() -> None:
+    with pytest.raises(PlanError, match="there is none here"):
+        make_plan(statistics_maker.make(), Wishes(budget=BUDGET, search=10))
+    with pytest.raises(PlanError, match="search needs a budget"):
+        Wishes(search=10)
