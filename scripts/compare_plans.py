@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.12, 0.25, 0.5])
     parser.add_argument("--calibration", type=int, default=256, help="pairs to calibrate on")
     parser.add_argument("--heldout", type=int, default=1024, help="pairs to evaluate on")
+    parser.add_argument("--search", type=int, default=0, help="also search with so many runs")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=8)
     return parser.parse_args()
@@ -88,10 +89,14 @@ class Comparison:
 
     def rows(self) -> Iterator[list[str]]:
         """Yield the table's rows."""
+        searches = [None] + ([self.options.search] if self.options.search else [])
         for budget in self.options.budgets:
-            plan, tensors, _ = make_plan(self.statistics, Wishes(budget=budget), self.judge)
-            name = f"`--budget {budget:g}` ({plan.provenance['shape']})"
-            yield self.row(name, [self.evaluate(plan, tensors)])
+            for search in searches:
+                wishes = Wishes(budget=budget, search=search)
+                plan, tensors, _ = make_plan(self.statistics, wishes, self.judge)
+                flag = " --search" if search else ""
+                name = f"`--budget {budget:g}{flag}` ({plan.provenance['shape']})"
+                yield self.row(name, [self.evaluate(plan, tensors)])
         for wishes, name in self.paper_shapes():
             for statistics, kind in ((self.statistics, "scores"), (None, "random")):
                 found = self.evaluate_shape(wishes, statistics)

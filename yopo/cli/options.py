@@ -42,10 +42,9 @@ wish_options = _chain(
     click.option("--shape", metavar="NAME", help="Plan shape for the budget, not the best one."),
     click.option(
         "--search",
-        type=click.IntRange(min=0),
+        type=click.IntRange(min=1),
         is_flag=False,
         flag_value=SEARCH_RUNS,
-        default=0,
         metavar="[N]",
         help=f"Improve the best shape layer by layer, measuring N ({SEARCH_RUNS}) plans at most.",
     ),

@@ -31,7 +31,8 @@ class Wishes:
         compensation: ``none`` or ``mean``; None: the paper's shape has none, a budget measures.
         bidirectional: Whether visual tokens attend neighbors behind them (fine-tuned models).
         shape: Name of the candidate shape to scale to the budget; None: the best is measured.
-        search: Measure at most so many more plans to improve the best shape layer by layer.
+        search: Measure at most so many more plans to improve the best shape layer by layer;
+            None: do not.
         kv_groups: Whether the query heads of one KV head are kept or dropped together: then every
             dropped head shrinks the KV cache. Single query heads are a finer choice.
 
@@ -49,7 +50,7 @@ class Wishes:
     compensation: str | None = None
     bidirectional: bool = False
     shape: str | None = None
-    search: int = 0
+    search: int | None = None
     kv_groups: bool = False
 
     def __post_init__(self) -> None:
