@@ -10,22 +10,31 @@ from yopo.plan import ModelIdentity, ModelShape, Workload
 
 
 def make(
-    seed: int = 0, *, layers: int = 8, heads: int = 8, kv_heads: int = 8, samples: int = 6
+    seed: int = 0,
+    *,
+    layers: int = 8,
+    heads: int = 8,
+    kv_heads: int = 8,
+    samples: int = 6,
+    shape: ModelShape | None = None,
+    family: str = "llava",
+    workload: Workload | None = None,
 ) -> Statistics:
-    """Random statistics; the model's dimensions are LLaVA-like in proportion."""
+    """Random statistics; the model's dimensions are LLaVA-like in proportion, or those given."""
     generator = torch.Generator().manual_seed(seed)
-    shape = ModelShape(layers, 16 * heads, heads, kv_heads, 16, 43 * heads)
+    shape = shape or ModelShape(layers, 16 * heads, heads, kv_heads, 16, 43 * heads)
+    layers, heads = shape.layers, shape.heads
 
     def draw(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=generator, dtype=torch.float64)
 
     return Statistics(
-        model=ModelIdentity("made-up", "llava", shape, "f" * 64),
-        workload=Workload((Grid(8, 8),), 20, 4),
+        model=ModelIdentity("made-up", family, shape, "f" * 64),
+        workload=workload or Workload((Grid(8, 8),), 20, 4),
         rho=draw(samples, layers, heads).float(),
         neuron_square=draw(layers, shape.ffn) * 100,
         neuron_sum=draw(layers, shape.ffn),
-        head_sum=draw(layers, heads, 16),
+        head_sum=draw(layers, heads, shape.head_dim),
         head_effect_sum=draw(layers, heads),
         text_norm_sum=draw(layers) + 1,
         cross_modal_sum=draw(layers),

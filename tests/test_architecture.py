@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("layout", "plan_tensors"),
     ("strategies",),
     ("calibration", "checkpoint", "runtime"),  # siblings: none imports another
-    ("planning",),
+    ("conversion", "planning"),
     ("evaluation",),
     ("serving",),
     ("verification",),

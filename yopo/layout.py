@@ -169,8 +169,13 @@ class LayoutProbe:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         bound = self._signature.bind_partial(module, *args, **kwargs).arguments
         self.layout, found = None, None
-        if _brings_images(bound):
-            found = self._find(module, bound.get("input_ids"), bound.get("inputs_embeds"))
+        tokens = [
+            token
+            for token, modality in zip(self._token_ids, _PIXELS, strict=False)
+            if _brings(bound, modality)
+        ]
+        if tokens:
+            found = self._find(module, bound.get("input_ids"), bound.get("inputs_embeds"), tokens)
         if found is not None and bool((found >= 0).any()):
             info = {**getattr(module, _IMAGE_INFO, {}), **_image_info(bound)}
             grids = self._grids_of(self._config, _runs(found), info)
@@ -180,14 +185,18 @@ class LayoutProbe:
         self.layout = None
 
     def _find(
-        self, module: nn.Module, input_ids: torch.Tensor | None, embeds: torch.Tensor | None
+        self,
+        module: nn.Module,
+        input_ids: torch.Tensor | None,
+        embeds: torch.Tensor | None,
+        placeholders: Sequence[int],
     ) -> torch.Tensor | None:
         """(batch, sequence) int64: the placeholder id of visual tokens, -1 elsewhere."""
         tokens = input_ids if input_ids is not None else embeds
         if tokens is None or tokens.shape[1] == 1:
             return None
         found = torch.full(tokens.shape[:2], -1, dtype=torch.int64, device=tokens.device)
-        for token in self._token_ids:
+        for token in placeholders:
             if input_ids is not None:
                 is_token = input_ids == token
             else:
@@ -199,6 +208,9 @@ class LayoutProbe:
 
 
 _ENCODERS = ("get_image_features", "get_video_features")
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""Modality -> the argument that brings it; families name their placeholders in this order."""
+
 _IMAGE_INFO = "_yopo_image_info"
 
 
@@ -221,8 +233,10 @@ def _watched(owner: type[nn.Module], name: str) -> Callable[..., Any]:
     def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         told = _image_info(signature.bind_partial(module, *args, **kwargs).arguments)
         known = getattr(module, _IMAGE_INFO, {})
+        encoded = original(module, *args, **kwargs)
+        # Behind the call: Qwen3-VL encodes videos as images, which must not count as such.
         object.__setattr__(module, _IMAGE_INFO, {**known, **told})
-        return original(module, *args, **kwargs)
+        return encoded
 
     return encode
 
@@ -235,12 +249,13 @@ def _runs(found: torch.Tensor) -> list[list[Run]]:
     ]
 
 
-def _brings_images(arguments: dict[str, Any]) -> bool:
-    """Whether a forward gets pixels or encoded images (from ``generate``).
+def _brings(arguments: dict[str, Any], modality: str) -> bool:
+    """Whether a forward gets pixels or encoded images (from ``generate``) of a modality.
 
-    Image tokens without an image are text, as they are to the stock model: prompt lookup proposes
-    them when it copies from the prompt.
+    Placeholders without an image are text, as they are to the stock model: prompt lookup proposes
+    them when it copies from the prompt, and a model may say one of its own accord.
     """
-    encoded = (arguments.get("mm_encoder_outputs") or {}).values()
-    pixels = (value for name, value in arguments.items() if name.startswith("pixel_values"))
-    return any(value is not None for value in (*encoded, *pixels))
+    encoded = arguments.get("mm_encoder_outputs") or {}
+    return any(
+        value is not None for value in (arguments.get(_PIXELS[modality]), encoded.get(modality))
+    )

@@ -7,6 +7,7 @@ configuration alone, so nothing but the two checkpoints is needed. One model is 
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from yopo.errors import CheckpointError
-from yopo.families.registry import resolve
+from yopo.families.registry import family_of, resolve
 from yopo.plan import ModelShape, Plan
 from yopo.plan_tensors import PlanTensors
 from yopo.runtime.install import pruned
@@ -108,21 +109,20 @@ def rounding(dtype: torch.dtype, shape: ModelShape) -> float:
 
 def random_prompt(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
     """One image of noise between random text tokens, from the configuration alone."""
-    config = model.config
+    config, family = model.config, family_of(model.config)
     generator = torch.Generator().manual_seed(0)
     vocabulary = config.get_text_config().vocab_size
-    special = {config.image_token_id, config.get_text_config().pad_token_id}
+    special = {*family.token_ids(config), config.get_text_config().pad_token_id}
     words = torch.randint(vocabulary, (64 * _TEXT,), generator=generator).tolist()
     words = [word for word in words if word not in special][: 2 * _TEXT]
-    image = [config.image_token_id] * plan.workload.grids[0].tokens
-    ids = torch.tensor([[*words[:_TEXT], *image, *words[_TEXT:]]])
-    vision = config.vision_config
-    size = (1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(size, generator=generator).to(model.dtype),
-    }
+    count, image = family.noise(config, plan.workload.grids[0], generator)
+    ids = torch.tensor([[*words[:_TEXT], *[config.image_token_id] * count, *words[_TEXT:]]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+    for name, value in image.items():
+        inputs[name] = value.to(model.dtype) if value.is_floating_point() else value
+    return inputs
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> Difference:

@@ -76,7 +76,7 @@ def test_plan_without_the_model(yopo: Yopo, calibrated: Path) -> None:
     stats = calibrated / "stats.safetensors"
     done = yopo("plan", stats, "--budget", 0.5)
     assert (done.code, done.out) == (0, "") and "not measured" in done.err
-    assert read_plan("plan.yaml").provenance["shape"] == "reader"
+    assert read_plan("plan.yaml").provenance["shape"] == "reader-heads"
     done = yopo("plan", stats, "--head-ratio", 0.5, "--visual-layers", 2, "-o", "-")
     assert done.code == 0 and done.out.startswith("yopo_plan: 1\n")
     Path("two.yaml").write_text(done.out)

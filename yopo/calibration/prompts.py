@@ -63,6 +63,8 @@ def load_processor(location: str, revision: str | None = None) -> ProcessorMixin
     """
     from transformers import AutoProcessor
 
+    from yopo.calibration.processors import load_without_videos
+
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     unreachable = None
     if not Path(location).is_dir():
@@ -76,13 +78,10 @@ def load_processor(location: str, revision: str | None = None) -> ProcessorMixin
         options["local_files_only"] = unreachable is not None
     try:
         processor = AutoProcessor.from_pretrained(location, **options)
-    except ImportError as error:
-        raise ModelError(
-            f"{location}: the processor needs a package that is missing: {_first_line(error)}.",
-            remedy="Install it; torchvision must be of the same build as torch.",
-        ) from error
     except Exception as error:  # OSError, ValueError, KeyError, AttributeError: all of them happen
-        raise _not_loaded(location, unreachable, error) from error
+        processor = load_without_videos(location, **options)
+        if processor is None:
+            raise _not_loaded(location, unreachable, error) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(
             f"{location}: found a {type(processor).__name__}, not a processor for images and text.",
@@ -100,6 +99,11 @@ def _not_loaded(location: str, unreachable: str | None, error: Exception) -> Mod
             f"{location}: the hub is out of reach ({unreachable}) and the local cache does not "
             "hold the processor.",
             remedy="Download the model where there is a network and give its directory.",
+        )
+    if isinstance(error, ImportError):
+        return ModelError(
+            f"{location}: the processor needs a package that is missing: {_first_line(error)}.",
+            remedy="Install it; torchvision must be of the same build as torch.",
         )
     return ModelError(
         f"{location}: the processor cannot be loaded: {_first_line(error)}.",

@@ -139,12 +139,18 @@ def find_reorders(checkpoint: Checkpoint, orders: Sequence[BakedLayer]) -> dict[
     ]
     reorders = {}
     for (layer, name), entry in checkpoint.decoder.items():
-        for axis, kind in enumerate(axes[name]):
-            if kind in UNITS:
-                order = unit_orders[layer][kind]
+        for number, axis in enumerate(axes[name]):
+            if axis[0] in UNITS:
+                order = _concatenate([unit_orders[layer][kind] for kind in axis])
                 if not np.array_equal(order, np.arange(len(order))):
-                    reorders[entry.name] = Reorder(order, axis, blocks[kind])
+                    reorders[entry.name] = Reorder(order, number, blocks[axis[0]])
     return reorders
+
+
+def _concatenate(orders: Sequence[np.ndarray]) -> np.ndarray:
+    """The order of an axis whose segments, one behind the other, have these orders."""
+    starts = np.cumsum([0, *(len(order) for order in orders[:-1])])
+    return np.concatenate([order + start for order, start in zip(orders, starts, strict=True)])
 
 
 def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folder: Path) -> None:

@@ -16,7 +16,11 @@ from yopo.plan import ModelShape
 
 HEADS, KV_HEADS, NEURONS = "heads", "kv_heads", "neurons"
 UNITS = (HEADS, KV_HEADS, NEURONS)
-"""Kinds of axes that baking reorders; the others are ``hidden`` and ``head_dim``."""
+"""Kinds of units that baking reorders; the others are ``hidden`` and ``head_dim``."""
+
+Axis = tuple[str, ...]
+"""What an axis counts, segment by segment; a fused projection's rows have several segments, each
+with an order of its own: (heads, KV heads, KV heads), (neurons, neurons)."""
 
 BUFFERS = frozenset({"self_attn.rotary_emb.inv_freq"})
 """Left-overs of old checkpoints: no parameter of the model, copied as they are."""
@@ -27,24 +31,29 @@ DecoderTensors = Mapping[tuple[int, str], TensorEntry]
 """(layer, name inside the layer) -> where it lies."""
 
 
-def axes_of(backbone: Backbone) -> dict[str, tuple[str, ...]]:
+def axes_of(backbone: Backbone) -> dict[str, tuple[Axis, ...]]:
     """What each axis of a layer's tensors counts, for every tensor that such a layer may have.
 
     Returns:
-        Name inside the layer (``self_attn.q_proj.weight``) -> kinds of its axes.
+        Name inside the layer (``self_attn.q_proj.weight``) -> its axes.
     """
-    axes: dict[str, tuple[str, ...]] = {}
+    rows: dict[str, Axis] = {}
     attention = ((backbone.query, HEADS), (backbone.key, KV_HEADS), (backbone.value, KV_HEADS))
-    for part, unit in attention:
-        axes |= {f"self_attn.{part}.weight": (unit, "hidden"), f"self_attn.{part}.bias": (unit,)}
-    for part in (backbone.gate, backbone.up):
-        axes |= {f"mlp.{part}.weight": (NEURONS, "hidden"), f"mlp.{part}.bias": (NEURONS,)}
+    ffn = ((backbone.gate, NEURONS), (backbone.up, NEURONS))
+    for holder, parts in (("self_attn", attention), ("mlp", ffn)):
+        for part, unit in parts:  # one that is named again is fused: another segment
+            name = f"{holder}.{part}"
+            rows[name] = (*rows.get(name, ()), unit)
+    hidden: Axis = ("hidden",)
+    axes: dict[str, tuple[Axis, ...]] = {}
+    for name, axis in rows.items():
+        axes |= {f"{name}.weight": (axis, hidden), f"{name}.bias": (axis,)}
     for part, unit in ((f"self_attn.{backbone.output}", HEADS), (f"mlp.{backbone.down}", NEURONS)):
-        axes |= {f"{part}.weight": ("hidden", unit), f"{part}.bias": ("hidden",)}
+        axes |= {f"{part}.weight": (hidden, (unit,)), f"{part}.bias": (hidden,)}
     for norm in (backbone.attention_norm, backbone.ffn_norm):
-        axes |= {f"{norm}.weight": ("hidden",), f"{norm}.bias": ("hidden",)}
+        axes |= {f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
     # Norms over one head's width, shared by all heads: no order in them.
-    axes |= {f"self_attn.{norm}.weight": ("head_dim",) for norm in ("q_norm", "k_norm")}
+    axes |= {f"self_attn.{norm}.weight": (("head_dim",),) for norm in ("q_norm", "k_norm")}
     return axes
 
 
@@ -55,7 +64,7 @@ def required_names(backbone: Backbone) -> list[str]:
 
 
 def sizes_of(shape: ModelShape) -> dict[str, int]:
-    """Length of an axis of each kind."""
+    """Length of an axis (or a segment of one) of each kind."""
     return {
         HEADS: shape.heads * shape.head_dim,
         KV_HEADS: shape.kv_heads * shape.head_dim,
@@ -105,7 +114,7 @@ def find_decoder(
 
 
 def _check_shapes(
-    path: Path, found: DecoderTensors, axes: Mapping[str, tuple[str, ...]], shape: ModelShape
+    path: Path, found: DecoderTensors, axes: Mapping[str, tuple[Axis, ...]], shape: ModelShape
 ) -> None:
     sizes = sizes_of(shape)
     for (layer, name), entry in found.items():
@@ -120,7 +129,7 @@ def _check_shapes(
                 "unknown whether it must be reordered.",
                 remedy="Merge adapters and undo quantization before applying a plan.",
             )
-        expected = tuple(sizes[kind] for kind in axes[name])
+        expected = tuple(sum(sizes[kind] for kind in axis) for axis in axes[name])
         if entry.shape != expected:
             raise CheckpointError(
                 f"{path}: tensor '{entry.name}' has shape {entry.shape}, expected {expected} "

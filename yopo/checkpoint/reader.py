@@ -19,7 +19,7 @@ from yopo.checkpoint.headers import Shard, TensorEntry, read_shard
 from yopo.errors import CheckpointError, ModelError
 from yopo.families.family import Backbone, Family, shape_of
 from yopo.families.fingerprint import SAMPLE, digest, sample
-from yopo.families.registry import ModelSource, family_of
+from yopo.families.registry import ModelSource, family_of, refuse_original
 from yopo.plan import ModelShape
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ class Checkpoint:
             ModelError: The family or its text decoder is not supported.
         """
         path = Path(path)
-        raw_config = _read_config(path)
+        raw_config = read_config(path)
         config = _parse_config(path)
         family = family_of(config)
         backbone, shape = family.backbone(config), shape_of(config)
-        shards, is_indexed = _read_shards(path)
+        shards, is_indexed = read_shards(path)
         entries = [entry for shard in shards for entry in shard.tensors]
         decoder = find_decoder(path, entries, backbone, shape)
         return cls(path, raw_config, config, family, backbone, shape, shards, is_indexed, decoder)
@@ -125,14 +125,38 @@ def _sample(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
     return sample(torch.frombuffer(pieces, dtype=dtype).view(2, count))
 
 
-def fetch(source: ModelSource) -> Path:
+def fetch(source: ModelSource, *, takes_original: bool = False) -> Path:
     """The directory of a model: a local one as it is, a hub repository downloaded to the cache.
 
+    Args:
+        source: From ``families.registry.resolve``.
+        takes_original: Whether it may be a checkpoint that ``yopo convert`` has to convert.
+
     Raises:
-        ModelError: The repository or revision is unknown, gated, or the hub is out of reach.
+        ModelError: The repository or revision is unknown, gated, or the hub is out of reach; or
+            the model has to be converted first (said before its weights are downloaded).
     """
     if source.is_local:
-        return Path(source.location)
+        folder = Path(source.location)
+    elif takes_original:
+        return _download(source, _HUB_FILES)
+    else:
+        folder = _download(source, ("config.json",))
+    if not takes_original:
+        name = source.location if source.is_local else source.name
+        refuse_original(_model_type(folder), name)
+    return folder if source.is_local else _download(source, _HUB_FILES)
+
+
+def _model_type(folder: Path) -> str | None:
+    """What config.json says; None where there is none that could say it (others complain)."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _download(source: ModelSource, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -150,7 +174,7 @@ def fetch(source: ModelSource) -> Path:
         folder = snapshot_download(
             source.location,
             revision=source.revision,
-            allow_patterns=list(_HUB_FILES),
+            allow_patterns=list(files),
             ignore_patterns=list(_HUB_SKIPPED),
         )
     except GatedRepoError as error:
@@ -175,7 +199,12 @@ def fetch(source: ModelSource) -> Path:
     return Path(folder)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint directory as it stands.
+
+    Raises:
+        CheckpointError: There is none, or it is of packed weights or an adapter.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory.")
     config = _read_json(path / "config.json", remedy="Give the directory of a whole model.")
@@ -221,7 +250,12 @@ def _read_json(path: Path, *, remedy: str | None = None) -> dict[str, Any]:
     return data
 
 
-def _read_shards(path: Path) -> tuple[tuple[Shard, ...], bool]:
+def read_shards(path: Path) -> tuple[tuple[Shard, ...], bool]:
+    """The checked headers of a checkpoint's safetensors files, and whether an index names them.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the index is not of these files.
+    """
     # The same precedence as in transformers: a single file hides an index.
     if (path / SINGLE_FILE).exists():
         return (read_shard(path / SINGLE_FILE),), False

@@ -26,6 +26,12 @@ ImageInfo = Mapping[str, "torch.Tensor"]
 GridsOf = Callable[["PreTrainedConfig", Sequence[Sequence[Run]], ImageInfo], list[tuple[Grid, ...]]]
 """(configuration, visual runs per batch row, image info) -> the image grids of every batch row."""
 
+Noise = tuple[int, dict[str, "torch.Tensor"]]
+"""An image of noise: how many visual tokens it has, and what a processor would make of it."""
+
+NoiseOf = Callable[["PreTrainedConfig", Grid, "torch.Generator"], Noise]
+"""(configuration, grid, generator) -> noise, of that grid where images have sizes."""
+
 DECODER_KEY = re.compile(
     r"^(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.)?layers\.(\d+)\.(.+)$"
 )
@@ -78,6 +84,17 @@ def image_token(config: PreTrainedConfig) -> tuple[int, ...]:
     return (config.image_token_id,)
 
 
+def square_noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
+    """Noise for towers that see every image (or tile) in one size."""
+    import torch
+
+    vision = config.vision_config
+    size = vision.image_size
+    high, wide = size if isinstance(size, list | tuple) else (size, size)
+    shape = (1, getattr(vision, "num_channels", 3), high, wide)
+    return grid.tokens, {"pixel_values": torch.randn(shape, generator=generator)}
+
+
 @dataclass(frozen=True)
 class Family:
     """One multimodal model family.
@@ -89,7 +106,9 @@ class Family:
         backbones: Text decoders that it may stand on.
         aliases: Short names for hub ids; a value ``package:PATH`` lies inside this package.
         grids_of: Locates the images among a batch row's visual tokens.
-        token_ids: Ids of the placeholder tokens that images (and video frames) replace.
+        token_ids: Ids of the placeholder tokens that images and, second, video frames replace.
+        noise: Makes an image of noise, to try a checkpoint without a processor.
+        originals: ``model_type`` of checkpoints that ``yopo convert`` makes ones of this family of.
     """
 
     name: str
@@ -99,6 +118,8 @@ class Family:
     aliases: Mapping[str, str]
     grids_of: GridsOf
     token_ids: Callable[[PreTrainedConfig], tuple[int, ...]] = image_token
+    noise: NoiseOf = square_noise
+    originals: tuple[str, ...] = ()
 
     def backbone(self, config: PreTrainedConfig) -> Backbone:
         """The backbone of a model of this family.

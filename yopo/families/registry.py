@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from yopo.errors import ModelError, suggest
 from yopo.families.family import Family
+from yopo.families.internvl import INTERNVL
 from yopo.families.llava import LLAVA
+from yopo.families.llava_next import LLAVA_NEXT
+from yopo.families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES: tuple[Family, ...] = (LLAVA,)
+FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, INTERNVL, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
 
 ALIASES: dict[str, str] = {
     alias: target for family in FAMILIES for alias, target in family.aliases.items()
@@ -50,6 +53,21 @@ def family_of(config: PreTrainedConfig) -> Family:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
     raise ModelError(f"Models of type '{found}' are not supported (supported: {known}).")
+
+
+def refuse_original(model_type: str | None, name: str) -> None:
+    """Refuse a checkpoint that has to be converted before transformers can load it.
+
+    Raises:
+        ModelError: It is one, and ``yopo convert`` is what to do.
+    """
+    for family in FAMILIES:
+        if model_type in family.originals:
+            raise ModelError(
+                f"{name}: is an original {family.name} checkpoint ({model_type}), whose own code "
+                "does not run on this transformers version.",
+                remedy=f"Convert it first: yopo convert {name} DIRECTORY.",
+            )
 
 
 def family_named(name: str) -> Family:

@@ -1,0 +1,173 @@
+"""Calibrating every family: against a brute force in float64, and from pairs to a served model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from zoo import PROMPTS, Row, Specimen
+
+import yopo
+from yopo.calibration import run
+from yopo.calibration.observers import Observer, observing
+from yopo.calibration.prompts import Batch
+from yopo.calibration.statistics import MAX_DISTANCE, Statistics
+from yopo.checkpoint.bake import bake
+from yopo.plan_file import to_yaml
+from yopo.planning.planner import make_plan
+from yopo.planning.wishes import Wishes
+from yopo.runtime.install import pruned
+
+ROWS = PROMPTS["padded, different images"]
+
+
+def watch(specimen: Specimen, inputs: dict[str, Any]) -> Observer:
+    model = specimen.model
+    with observing(model, specimen.identity.shape, specimen.family) as observer, torch.no_grad():
+        observer.begin(inputs["attention_mask"])
+        model.base_model(**inputs, use_cache=False)
+        observer.finish()
+    return observer
+
+
+@torch.no_grad()
+def eager(specimen: Specimen, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layers, batch, heads, queries, keys) attention and (layers, batch, tokens, ffn), float64.
+
+    By matrices of its own: stock eager attention makes NaN of padding in float64.
+    """
+    oracle, taken, activations = specimen.oracle, [], []
+
+    def attend(module, query, key, value, attention_mask, scaling, **_):
+        group = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(group, dim=1).transpose(-1, -2) * scaling
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        allowed = allowed if attention_mask is None else attention_mask
+        weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
+        taken.append(weights)
+        return (weights @ value.repeat_interleave(group, dim=1)).transpose(1, 2), None
+
+    AttentionInterface.register("yopo_brute", attend)
+    AttentionMaskInterface.register("yopo_brute", sdpa_mask)
+    names, decoder = specimen.family.backbone(oracle.config), oracle.get_decoder()
+    before = decoder.config._attn_implementation
+    handles = [
+        getattr(layer.mlp, names.down).register_forward_pre_hook(
+            lambda module, args: activations.append(args[0])
+        )
+        for layer in decoder.layers
+    ]
+    decoder.set_attn_implementation("yopo_brute")
+    try:
+        found = tiny.logits(oracle, inputs)
+    finally:
+        decoder.set_attn_implementation(before)
+        for handle in handles:
+            handle.remove()
+    where = inputs["attention_mask"].bool()
+    assert torch.allclose(found[where], tiny.logits(oracle, inputs)[where], atol=1e-9)
+    return torch.stack(taken), torch.stack(activations)
+
+
+def cells(specimen: Specimen, row: Row) -> list[tuple[int, int, int]]:
+    """(image, row, column) of the visual tokens of a prompt."""
+    return [
+        (image, place // grid.cols, place % grid.cols)
+        for image, grid in enumerate(specimen.workload(row).grids)
+        for place in range(grid.tokens)
+    ]
+
+
+def brute_force(specimen: Specimen, rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
+    """(rho, cross-modal sum, locality sum, squared activations) by definition."""
+    inputs = specimen.inputs(rows)
+    weights, activations = eager(specimen, inputs)
+    is_text, real = specimen.text_positions(inputs), inputs["attention_mask"].bool()
+    rho, cross, squares = [], 0, 0
+    locality = torch.zeros(weights.shape[0], MAX_DISTANCE + 2, dtype=torch.float64)
+    for number, row in enumerate(rows):
+        visual = real[number] & ~is_text[number]
+        places = visual.nonzero().flatten().tolist()
+        behind = is_text[number] & (torch.arange(len(visual)) > places[0])
+        asked = weights[:, number][:, :, behind]  # (layers, heads, queries, keys)
+        seen = asked[..., visual].sum(-1)
+        rho.append(seen.sum(-1) / asked[..., ~visual].sum((-1, -2)))
+        cross = cross + seen.mean(1).sum(-1)
+        squares = squares + activations[:, number, visual].square().sum(1)
+        where = cells(specimen, row)
+        for query, (image, *cell) in zip(places, where, strict=True):
+            for key, (other, *place) in zip(places, where, strict=True):
+                distance = max(abs(cell[0] - place[0]), abs(cell[1] - place[1]))
+                column = min(distance, MAX_DISTANCE) if image == other else MAX_DISTANCE + 1
+                locality[:, column] += weights[:, number, :, query, key].mean(1)
+    return torch.stack(rho), cross, locality, squares
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_it_equals_brute_force(specimen: Specimen) -> None:
+    rho, cross, locality, squares = brute_force(specimen, ROWS)
+    found = watch(specimen, specimen.inputs(ROWS))
+    assert (found.rho[0].double() / rho - 1).abs().max() < 5e-5  # float32 against float64
+    assert relative(found.cross_modal_sum, cross) < 1e-5
+    assert relative(found.locality_sum, locality) < 1e-5
+    assert relative(found.neuron_square, squares) < 1e-5
+    assert list(found.grids) == [specimen.workload(row).grids for row in ROWS]
+
+
+def test_observing_does_not_change_the_model(specimen: Specimen) -> None:
+    inputs = specimen.inputs(ROWS)
+    before = tiny.logits(specimen.model, inputs)
+    with observing(specimen.model, specimen.identity.shape, specimen.family) as observer:
+        observer.begin(inputs["attention_mask"])
+        inside = tiny.logits(specimen.model, inputs)
+    assert torch.equal(inside, before)
+    assert torch.equal(tiny.logits(specimen.model, inputs), before)
+
+
+def measured(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> Statistics:
+    """Statistics of prompts of the zoo; they stand in for pairs, and for what a processor makes."""
+    monkeypatch.setattr(
+        run, "encode", lambda _, group, **__: Batch(specimen.inputs(group), None, group)
+    )
+    pairs = [*ROWS, *PROMPTS["two images"], *PROMPTS["one image"]]
+    return run.measure(specimen.model, None, pairs, name="tiny", batch_size=2)
+
+
+# 7. Same inputs, same plan, byte for byte.
+
+
+def test_the_same_pairs_give_the_same_bytes(
+    specimen: Specimen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [make_plan(measured(specimen, monkeypatch), Wishes(budget=0.4)) for _ in range(2)]
+    (plan, tensors, _), (again, same, _) = made
+    assert to_yaml(plan) == to_yaml(again) and tensors.to_bytes() == same.to_bytes()
+
+
+@pytest.mark.parametrize("shape", ["paper", "reader-heads"])
+def test_from_pairs_to_a_served_model(
+    specimen: Specimen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: str
+) -> None:
+    plan, tensors, _ = make_plan(measured(specimen, monkeypatch), Wishes(budget=0.5, shape=shape))
+    assert 0.3 < plan.budget.reached <= 0.5
+    specimen.model.save_pretrained(tmp_path / "source")
+    bake(plan, tensors, tmp_path / "source", tmp_path / "out")
+    model = yopo.load(tmp_path / "out")
+    inputs = specimen.inputs(ROWS)
+    with pruned(specimen.model, plan, tensors):
+        usual = tiny.logits(specimen.model, inputs)
+        said = specimen.generate(specimen.model, inputs)
+    with pruned(specimen.oracle, plan, tensors):
+        oracle = tiny.logits(specimen.oracle, inputs)
+    where = specimen.text_positions(inputs)
+    tiny.assert_close(tiny.logits(model, inputs), usual, oracle, where)
+    assert torch.equal(specimen.generate(model, inputs), said)

@@ -1,0 +1,253 @@
+"""The properties that must hold on every family (DESIGN, section 3), family by family.
+
+One test is one column of the table family x property; ``-k qwen3`` shows one row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, DynamicCache
+from zoo import PROMPTS, Specimen
+
+import yopo
+from yopo.checkpoint.bake import bake
+from yopo.flops import dense_prefill_flops, prefill_flops, visual_kv_bytes
+from yopo.layout import LayoutProbe
+from yopo.plan import LayerPlan, Plan, full_plan
+from yopo.plan_tensors import PlanTensors
+from yopo.runtime.install import pruned
+from yopo.runtime.reference import reference
+from yopo.verification import random_prompt, verify
+
+SEEDS = range(3)
+LARGE = (1, 5, 6, "L", 7, 8, 9, 10, 11, 12)
+
+
+def prompts_of(specimen: Specimen) -> dict[str, dict[str, Any]]:
+    rows = PROMPTS | specimen.entry.prompts
+    return {name: specimen.inputs(each) for name, each in rows.items()}
+
+
+# 1. A plan that keeps everything is the stock model.
+
+
+def test_the_whole_plan_is_the_stock_model(specimen: Specimen) -> None:
+    for name, inputs in prompts_of(specimen).items():
+        plan = full_plan(specimen.identity, specimen.workload(LARGE))
+        usual, oracle = (tiny.logits(each, inputs) for each in (specimen.model, specimen.oracle))
+        with pruned(specimen.model, plan):
+            found = tiny.logits(specimen.model, inputs)
+            said = specimen.generate(specimen.model, inputs)
+        tiny.assert_close(found, usual, oracle, inputs["attention_mask"].bool())
+        assert torch.equal(said, specimen.generate(specimen.model, inputs)), name
+
+
+# 2. Any plan: the fast runtime is the reference.
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prefill_is_the_reference(specimen: Specimen, seed: int) -> None:
+    for name, inputs in prompts_of(specimen).items():
+        plan, tensors = specimen.plan(seed)
+        with reference(specimen.model, plan, tensors):
+            usual = tiny.logits(specimen.model, inputs)
+        with reference(specimen.oracle, plan, tensors):
+            oracle = tiny.logits(specimen.oracle, inputs)
+        with pruned(specimen.model, plan, tensors):
+            found = tiny.logits(specimen.model, inputs)
+        where = specimen.text_positions(inputs)
+        tiny.assert_close(found, usual, oracle, where)
+        dense = tiny.logits(specimen.model, inputs)
+        same = torch.allclose(found[where], dense[where], atol=1e-3)
+        assert same == (name == "text"), name  # a plan that changes nothing would test nothing
+
+
+def specified(
+    specimen: Specimen, case: tuple[Plan, PlanTensors], inputs: dict[str, Any], **options: Any
+) -> torch.Tensor:
+    with reference(specimen.oracle, *case):
+        return specimen.generate(specimen.oracle, inputs, use_cache=False, **options)
+
+
+@pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
+def test_generate_says_what_the_reference_says(specimen: Specimen, beams: int) -> None:
+    for seed, (name, inputs) in enumerate(prompts_of(specimen).items()):
+        case = specimen.plan(seed)
+        expected = specified(specimen, case, inputs, num_beams=beams)
+        with pruned(specimen.oracle, *case):
+            found = specimen.generate(specimen.oracle, inputs, num_beams=beams)
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("first", [[1, 5, 6, "A", 7, 8], [1, 5, 6]], ids=["image", "text"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_second_turn_with_a_new_image_continues_the_cache(
+    specimen: Specimen, first: list[int | str], seed: int
+) -> None:
+    case, cache, oracle = specimen.plan(seed), DynamicCache(), specimen.oracle
+    behind = [11, "B", 12, 13]
+    with pruned(oracle, *case):
+        said = specimen.generate(oracle, specimen.inputs([first]), past_key_values=cache)
+        answer = said[0, specimen.inputs([first])["input_ids"].shape[1] :].tolist()
+        whole = specimen.inputs([[*first, *answer, *behind]])
+        turn = specimen.entry.next_turn(oracle, whole, specimen.new_images(whole, behind))
+        found = specimen.generate(oracle, turn, past_key_values=cache)
+    assert torch.equal(found, specified(specimen, case, whole))
+    assert cache.get_seq_length() == found.shape[1] - 1  # the last token was never fed back
+
+
+# 3 and 4. A baked checkpoint: dense in stock transformers, pruned in yopo, in both key layouts.
+
+
+@pytest.fixture(scope="module", params=["hub layout", "module names"])
+def baked(request: pytest.FixtureRequest, specimen: Specimen, tmp_path_factory) -> tuple:
+    """(baked directory, plan, tensors, specimen)."""
+    folder = tmp_path_factory.mktemp("baked")
+    is_hub = request.param == "hub layout"
+    specimen.model.save_pretrained(folder / "source", save_original_format=is_hub)
+    fixed = {"workload": specimen.workload(LARGE), "compensation": "mean", "baked": False}
+    plan, tensors = specimen.plan(7, **fixed)
+    bake(plan, tensors, folder / "source", folder / "out")
+    return folder / "out", plan, tensors, specimen
+
+
+def check_stock(path: Path, specimen: Specimen) -> None:
+    inputs = specimen.inputs(PROMPTS["padded, different images"])
+    stock, report = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not hasattr(stock.get_decoder(), "yopo")
+    usual, oracle = (tiny.logits(each, inputs) for each in (specimen.model, specimen.oracle))
+    found = tiny.logits(stock, inputs)
+    tiny.assert_close(found, usual, oracle, inputs["attention_mask"].bool())
+    assert not torch.equal(found, usual)  # it stands in another order
+
+
+def test_baked_in_stock_transformers_is_the_original(baked: tuple) -> None:
+    path, _, _, specimen = baked
+    check_stock(path, specimen)
+
+
+@pytest.mark.parametrize("how", ["yopo.load", "trust_remote_code"])
+def test_baked_and_loaded_is_pruned_in_memory(baked: tuple, how: str) -> None:
+    path, plan, tensors, specimen = baked
+    if how == "yopo.load":
+        model = yopo.load(path)
+    else:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            path, trust_remote_code=True, output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["mismatched_keys"]
+    inputs = specimen.inputs(PROMPTS["padded, different images"])
+    with pruned(specimen.model, plan, tensors):
+        usual = tiny.logits(specimen.model, inputs)
+        said = specimen.generate(specimen.model, inputs)
+    with pruned(specimen.oracle, plan, tensors):
+        oracle = tiny.logits(specimen.oracle, inputs)
+    where = specimen.text_positions(inputs)
+    tiny.assert_close(tiny.logits(model, inputs), usual, oracle, where)
+    assert torch.equal(specimen.generate(model, inputs), said)
+
+
+def test_verify_compares_both_checkpoints(baked: tuple) -> None:
+    """What ``yopo apply --verify`` does: noise of the family's own making."""
+    path, plan, tensors, specimen = baked
+    inputs = random_prompt(specimen.model, plan)
+    assert 0 < (~specimen.text_positions(inputs)).sum() < inputs["input_ids"].numel()
+    found = verify(path, path.parent / "source", plan, tensors)
+    assert found.dense.relative <= found.tolerance and found.pruned.relative <= found.tolerance
+
+
+# 5. FLOPs and bytes are those that flops.py predicts.
+
+
+def executed(specimen: Specimen, inputs: dict[str, Any]) -> int:
+    """Matrix-product FLOPs of one forward's text decoder."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        tiny.logits(specimen.model, inputs)
+    modules = dict(specimen.model.named_modules())
+    decoder = specimen.model.get_decoder()
+    (name,) = (name for name, module in modules.items() if module is decoder)
+    (counts,) = (each for key, each in counter.get_flop_counts().items() if key.endswith(name))
+    return sum(counts.values())
+
+
+def test_the_dense_models_flops(specimen: Specimen) -> None:
+    predicted = dense_prefill_flops(specimen.identity.shape, specimen.workload(LARGE))
+    assert executed(specimen, specimen.inputs([LARGE])) == pytest.approx(predicted, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_flops_and_bytes(specimen: Specimen, seed: int) -> None:
+    inputs = specimen.inputs([LARGE])
+    plan, tensors = specimen.plan(seed, workload=specimen.workload(LARGE))
+    with pruned(specimen.model, plan, tensors):
+        assert executed(specimen, inputs) == pytest.approx(prefill_flops(plan), rel=0.01)
+        with torch.no_grad():
+            cache = specimen.model(**inputs, use_cache=True).past_key_values
+    held = sum(layer.visual_bytes() for layer in cache.layers)
+    assert held == visual_kv_bytes(plan, itemsize=4)
+
+
+# 6. Leaving the block restores the model bit for bit.
+
+
+def test_the_model_is_restored_bit_for_bit(specimen: Specimen) -> None:
+    model = specimen.model
+    inputs = specimen.inputs(PROMPTS["two images"])
+    before = tiny.logits(model, inputs)
+    weights = {name: each.clone() for name, each in model.state_dict().items()}
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(RuntimeError, match="on purpose"):
+        with pruned(model, *specimen.plan(0)):
+            tiny.logits(model, inputs)
+            raise RuntimeError("on purpose")
+    assert torch.equal(tiny.logits(model, inputs), before)
+    after = model.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], each) for name, each in weights.items())
+    assert [type(module) for module in model.modules()] == classes
+    assert not model.base_model._forward_pre_hooks and not model.base_model._forward_hooks
+    assert not [name for name in vars(model.base_model) if name.startswith(("get_", "_yopo"))]
+
+
+# Images are where the family says, also inside generate.
+
+
+def test_grids_are_found_in_forward_generate_and_beams(specimen: Specimen) -> None:
+    rows = [[1, 5, "A", "B", 6], [1, "L", 4, 5, 6, 7]]
+    expected = tuple(specimen.workload(row).grids for row in rows)
+    seen: list[Any] = []
+    token_ids = specimen.family.token_ids(specimen.model.config)
+    probe = LayoutProbe(specimen.model.base_model, specimen.family.grids_of, token_ids)
+    handle = specimen.model.get_decoder().register_forward_pre_hook(
+        lambda *_: seen.append(probe.layout and probe.layout.grids)
+    )
+    try:
+        inputs = specimen.inputs(rows)
+        tiny.logits(specimen.model, inputs)
+        specimen.generate(specimen.model, inputs, max_new_tokens=2, min_new_tokens=2)
+        specimen.generate(specimen.model, inputs, max_new_tokens=1, min_new_tokens=1, num_beams=2)
+    finally:
+        handle.remove()
+        probe.remove()
+    beams = (expected[0], expected[0], expected[1], expected[1])
+    assert seen == [expected, expected, None, beams]
+
+
+def test_nothing_visual_is_nothing_pruned(specimen: Specimen, capsys: Any, recwarn: Any) -> None:
+    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    plan, tensors = specimen.plan(0, layers=(none,) * 4)
+    inputs = specimen.inputs(PROMPTS["text"])
+    usual, oracle = (tiny.logits(each, inputs) for each in (specimen.model, specimen.oracle))
+    with pruned(specimen.model, plan, tensors):
+        found = tiny.logits(specimen.model, inputs)
+    tiny.assert_close(found, usual, oracle, inputs["attention_mask"].bool())
+    assert capsys.readouterr() == ("", "") and not recwarn.list

@@ -1,0 +1,161 @@
+"""Where Qwen-VL's images and frames are: against the models' own positions, and when told wrong."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import zoo
+import zoo_qwen
+from transformers import DynamicCache
+from zoo import IMAGE, VIDEO, Specimen
+
+from yopo.errors import ModelError
+from yopo.families.qwen_vl import QWEN2_VL, grids_of
+from yopo.grid import Grid
+from yopo.layout import LayoutProbe, TokenLayout
+from yopo.runtime.install import pruned
+from yopo.runtime.reference import reference
+
+CONFIG = SimpleNamespace(
+    image_token_id=IMAGE,
+    video_token_id=VIDEO,
+    vision_config=SimpleNamespace(spatial_merge_size=2),
+)
+ROWS = [[1, "A", 5, "V", 6], [3, "V", 4, "B", "C", 7, 8]]
+
+
+@pytest.fixture(scope="module", params=zoo_qwen.ENTRIES, ids=lambda entry: entry.name)
+def qwen(request: pytest.FixtureRequest) -> Specimen:
+    return zoo.build(request.param)
+
+
+def layout_of(specimen: Specimen, inputs: dict[str, Any]) -> TokenLayout:
+    seen: list[TokenLayout] = []
+    config = specimen.model.config
+    probe = LayoutProbe(specimen.model.base_model, grids_of, specimen.family.token_ids(config))
+    handle = specimen.model.get_decoder().register_forward_pre_hook(
+        lambda *_: seen.append(probe.layout)
+    )
+    tiny.logits(specimen.model, inputs)
+    handle.remove()
+    probe.remove()
+    return seen[0]
+
+
+def test_coordinates_are_the_models_own_positions(qwen: Specimen) -> None:
+    """M-RoPE says time, row and column of every token; the layout must agree with it."""
+    inputs = qwen.inputs(ROWS)
+    layout = layout_of(qwen, inputs)
+    told = {name: each for name, each in inputs.items() if not name.startswith("pixel")}
+    positions, _ = qwen.model.base_model.get_rope_index(**told)  # (3, batch, sequence)
+    for number, table in enumerate(layout.coordinates()):
+        table = table[table[:, 0] >= 0]
+        places = layout.visual.index[number, : len(table)]
+        for image in table[:, 0].unique():
+            mine = table[:, 0] == image
+            time, rows, cols = positions[:, number, places[mine]]
+            assert len(time.unique()) == 1
+            assert torch.equal(rows - rows.min(), table[mine, 1])
+            assert torch.equal(cols - cols.min(), table[mine, 2])
+        letters = [each for each in ROWS[number] if isinstance(each, str)]
+        count = sum(len(qwen.entry.pictures[each].grids) for each in letters)
+        assert len(table[:, 0].unique()) == count
+
+
+def test_a_placeholder_that_nothing_fills_is_text(qwen: Specimen) -> None:
+    """A model may say the video token; it is no frame then, and the image stays one."""
+    inputs = qwen.inputs([[1, "A", 5, VIDEO, 6]])
+    inputs["mm_token_type_ids"] *= inputs["mm_token_type_ids"] != 2
+    layout = layout_of(qwen, inputs)
+    assert layout.grids == ((Grid(3, 2),),) and layout.visual.length == 6
+
+
+def test_what_was_said_of_an_earlier_prompt_does_not_count(qwen: Specimen) -> None:
+    with pruned(qwen.model, *qwen.plan(1)):
+        for row in (["V", 5, "C", 6], ["B", 7, 8], ["V", 9], ["A", 5]):
+            inputs = qwen.inputs([[1, *row]])
+            once = qwen.generate(qwen.model, inputs)
+            with pruned_again(qwen) as fresh:
+                assert torch.equal(once, qwen.generate(fresh, inputs))
+
+
+def pruned_again(specimen: Specimen) -> Any:
+    return pruned(zoo.build(specimen.entry).model, *specimen.plan(1))
+
+
+def test_a_second_turn_of_two_rows_with_new_images(qwen: Specimen) -> None:
+    """Every row has an offset of its own between places in the cache and M-RoPE positions."""
+    oracle, case, cache = qwen.oracle, qwen.plan(4), DynamicCache()
+    rows, behind = [[1, 5, "A", 7], [1, 2, 3, "C", 7, 8]], [11, "B", 12]
+    first, new = qwen.inputs(rows, seed=1), qwen.inputs([behind, behind], seed=2)
+    with pruned(oracle, *case):
+        said = qwen.generate(oracle, first, past_key_values=cache)
+        answers = said[:, first["input_ids"].shape[1] :].tolist()
+        both = zip(rows, answers, strict=True)
+        whole = qwen.inputs([[*row, *answer, *behind] for row, answer in both])
+        parts = [
+            each["pixel_values"].split(each["image_grid_thw"].prod(dim=1).tolist())
+            for each in (first, new)
+        ]
+        whole["pixel_values"] = torch.cat(
+            [each for pair in zip(*parts, strict=True) for each in pair]
+        )
+        turn = qwen.entry.next_turn(oracle, whole, new)
+        found = qwen.generate(oracle, turn, past_key_values=cache)
+    with reference(oracle, *case):
+        assert torch.equal(found, qwen.generate(oracle, whole, use_cache=False))
+    assert len(oracle.base_model.rope_deltas.unique()) == 2
+
+
+def test_a_batch_of_rows_without_and_with_several_images() -> None:
+    info = {
+        "image_grid_thw": torch.tensor([[1, 4, 6], [1, 6, 4]]),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }
+    rows = [[], [(IMAGE, 12), (VIDEO, 8)], []]
+    images = (Grid(2, 3), Grid(3, 2), Grid(2, 2), Grid(2, 2))
+    assert grids_of(CONFIG, rows, info) == [(), images, ()]
+    framed = [[(VIDEO, 4), (IMAGE, 6), (VIDEO, 4)], [(IMAGE, 6)]]
+    expected = [(Grid(2, 2), Grid(2, 3), Grid(2, 2)), (Grid(3, 2),)]
+    assert grids_of(CONFIG, framed, info) == expected
+    beams = [row for row in framed for _ in range(3)]
+    assert grids_of(CONFIG, beams, info) == [row for row in expected for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[(IMAGE, 5)]], r"visual tokens \(\[5\] per row\) are not those of the images"),
+        ([[(IMAGE, 6), (IMAGE, 6)]], "are not those of the images"),
+        ([[(IMAGE, 2), (IMAGE, 4)]], "not a whole number of images"),
+        ([[(VIDEO, 4)]], "nothing says what their images' video_grid_thw is"),
+    ],
+)
+def test_what_does_not_fit_is_a_sentence(rows: list, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        grids_of(CONFIG, rows, {"image_grid_thw": torch.tensor([[1, 4, 6]])})
+
+
+def test_chunks_inside_an_image_are_refused(qwen: Specimen) -> None:
+    inputs = qwen.inputs([[1, 5, 6, "C", 7, 8]])
+    with pruned(qwen.model, *qwen.plan(0)), pytest.raises(ModelError, match="in one piece"):
+        qwen.generate(qwen.model, inputs, prefill_chunk_size=8)
+
+
+def test_images_encoded_by_hand_before_pruning_are_refused_not_guessed(qwen: Specimen) -> None:
+    inputs = qwen.inputs([[1, 5, "A", 7]])
+    features = qwen.model.base_model.get_image_features(
+        inputs.pop("pixel_values"), inputs["image_grid_thw"], return_dict=True
+    )
+    inputs["mm_encoder_outputs"] = {"image": features}
+    with pruned(qwen.model, *qwen.plan(0)), pytest.raises(ModelError, match="nothing says"):
+        qwen.model.generate(**inputs, max_new_tokens=1)
+
+
+def test_the_three_differ_in_data_alone() -> None:
+    assert QWEN2_VL.grids_of is grids_of
+    assert QWEN2_VL.backbones[0].position_axes == 3

@@ -1,0 +1,60 @@
+"""Processors without their video half, which needs torchvision; yopo shows models images alone.
+
+transformers refuses to build such a processor (Qwen2-VL, InternVL, ...) where torchvision is
+missing, although images are handled by Pillow.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+from transformers import AutoConfig, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+logger = logging.getLogger(__name__)
+
+VIDEO = "video_processor"
+
+
+def load_without_videos(location: str, **options: Any) -> ProcessorMixin | None:
+    """Load a model's processor for images and text.
+
+    Args:
+        location: A local directory or a hub id, with the model's configuration.
+        **options: Of ``from_pretrained`` (``revision``, ``local_files_only``).
+
+    Returns:
+        The processor; None if there is no video half to leave out, or more is missing than that.
+    """
+    try:
+        config = AutoConfig.from_pretrained(location, **options)
+        stock = PROCESSOR_MAPPING.get(type(config), None)
+        if stock is None or VIDEO not in stock.get_attributes():
+            return None
+        processor = image_class(stock).from_pretrained(location, **options)
+        # Where the tokenizer's files are missing, transformers makes an empty one up.
+        return processor if processor.image_token_id == config.image_token_id else None
+    except Exception as error:  # many kinds; the caller has the one that it tells the user
+        logger.debug("%s: no processor without videos either: %s", location, error)
+        return None
+
+
+@cache
+def image_class(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The subclass of a processor class that has no video processor.
+
+    It keeps the name, so that what it saves is the stock processor's. The stock ``__init__`` still
+    hands its third part, None, to transformers, which takes no more parts than are named here.
+    """
+
+    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
+        return [name for name in stock.get_attributes() if name != VIDEO]
+
+    members = {
+        "get_attributes": classmethod(get_attributes),
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+    }
+    return type(stock.__name__, (stock,), members)

@@ -1,0 +1,41 @@
+"""``yopo convert``: an original InternVL checkpoint as a native one; its path goes to stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from yopo.cli.command import Command, load
+from yopo.cli.options import force_option
+from yopo.console import note
+
+if TYPE_CHECKING:
+    from yopo.conversion.internvl import Conversion
+
+
+@click.command(cls=Command)
+@click.argument("source")
+@click.argument("output", type=click.Path(path_type=Path))
+@force_option
+def command(source: str, output: Path, force: bool) -> None:
+    """Write SOURCE (an alias, directory or hub id) to the directory OUTPUT as a native checkpoint.
+
+    For InternVL2, whose own code does not run on transformers 5. What is not known is refused, not
+    guessed. Nothing is loaded; the result appears complete or not at all. Prints its path.
+    """
+    found = load("yopo.families.registry").resolve(source)
+    folder = load("yopo.checkpoint.reader").fetch(found, takes_original=True)
+    done: Conversion = load("yopo.conversion.internvl").convert(folder, output, force=force)
+    _tell(done)
+    click.echo(done.output)
+
+
+def _tell(done: Conversion) -> None:
+    from yopo.report import units
+
+    size = units.num_bytes(done.num_bytes)
+    note(f"{done.output}: {size} in {done.num_tensors} tensors written.")
+    for sentence in done.notes:
+        note(f"  {sentence}")
