@@ -17,6 +17,7 @@ from yopo.calibration.pairs import Pair
 from yopo.calibration.prompts import Batch, batches, encode
 from yopo.console import track
 from yopo.errors import DataError
+from yopo.families.registry import family_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ def generate_answers(
     batch = encode(processor, pairs, image_token_id=token, device=model.device, dtype=model.dtype)
     length = batch.inputs["input_ids"].shape[1]
     output = model.generate(
-        **batch.inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+        **batch.inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        suppress_tokens=list(family_of(model.config).token_ids(model.config)),  # not an answer
     )
     stops = model.generation_config.eos_token_id
     stops = set(stops) if isinstance(stops, list) else {stops}
