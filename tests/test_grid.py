@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from yopo import grid
-from yopo.grid import Grid, row_blocks, window_pairs
+from yopo.grid import Grid, row_blocks, shared_blocks, window_pairs
 
 SAMPLES = {
     "3x5": [Grid(3, 5)],
@@ -108,3 +108,27 @@ def test_window_pairs_count_whole_rows(name: str, radius: int | None) -> None:
 def test_window_pairs_of_the_papers_image() -> None:
     assert window_pairs([Grid(24, 24)], 2) == 65_664
     assert window_pairs([Grid(24, 24)], None) == 331_776
+
+
+@pytest.mark.parametrize("step", [1, 7, 128])
+@pytest.mark.parametrize("radius", RADII)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_shared_blocks_hold_every_samples_neighbors(
+    step: int, radius: int | None, bidirectional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "TOKENS_PER_SHARED_BLOCK", step)
+    samples = [SAMPLES["9x4 and 3x5"], SAMPLES["5x3, 1x7 and 2x8"], [], SAMPLES["1x7"]]
+    blocks = list(shared_blocks(samples, radius, bidirectional))
+    covered = [query for block in blocks for query in range(block.start, block.stop)]
+    assert covered == list(range(max(len(cells(grids)) for grids in samples)))
+    for grids in samples:
+        for query in range(len(cells(grids))):
+            block = next(each for each in blocks if each.start <= query < each.stop)
+            keys = range(block.key_start, block.key_stop)
+            assert query in keys and neighbors(grids, query, radius, bidirectional) <= set(keys)
+
+
+def test_shared_blocks_leave_out_what_is_far() -> None:
+    samples = [[Grid(40, 20)], [Grid(20, 40)]]
+    pairs = sum(block.pairs for block in shared_blocks(samples, 2, False))
+    assert pairs < 0.45 * 800**2

@@ -17,6 +17,10 @@ TOKENS_PER_BLOCK = 64
 """At least so many queries per call: on small grids the calls, not the products, cost the time."""
 
 
+TOKENS_PER_SHARED_BLOCK = 128
+"""Queries per call where the samples of a batch hold different grids."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Rows and columns of one image's visual tokens, in row-major order."""
@@ -76,6 +80,31 @@ def row_blocks(grids: Sequence[Grid], radius: int | None, bidirectional: bool) -
                 last = offset + below * grid.cols
             yield Block(image, offset + top * grid.cols, offset + bottom * grid.cols, first, last)
         offset += grid.tokens
+
+
+def shared_blocks(
+    rows: Sequence[Sequence[Grid]], radius: int | None, bidirectional: bool
+) -> Iterator[Block]:
+    """Cut the visual self-attention of a batch whose samples hold different grids.
+
+    Blocks lie across image rows then; each spans the keys that any sample's queries need.
+
+    Args:
+        rows: The images of every sample.
+        radius: As in ``row_blocks``.
+        bidirectional: As in ``row_blocks``.
+
+    Yields:
+        Blocks that cover every position of the longest visual stream once.
+    """
+    cuts = [block for grids in rows for block in row_blocks(grids, radius, bidirectional)]
+    longest = max(sum(grid.tokens for grid in grids) for grids in rows)
+    for start in range(0, longest, TOKENS_PER_SHARED_BLOCK):
+        stop = min(longest, start + TOKENS_PER_SHARED_BLOCK)
+        met = [cut for cut in cuts if cut.start < stop and cut.stop > start]
+        first = min(start, *(cut.key_start for cut in met))
+        last = max(stop, *(cut.key_stop for cut in met))
+        yield Block(0, start, stop, first, last)
 
 
 def window_pairs(grids: Sequence[Grid], radius: int | None) -> int:

@@ -66,6 +66,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param is not None:
         monkeypatch.setattr(grid, "ROWS_PER_BLOCK", request.param)
         monkeypatch.setattr(grid, "TOKENS_PER_BLOCK", 1)
+        monkeypatch.setattr(grid, "TOKENS_PER_SHARED_BLOCK", 5 * request.param)
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from yopo.errors import ModelError
-from yopo.grid import Block, row_blocks
+from yopo.grid import Block, row_blocks, shared_blocks
 from yopo.layout import Stream, TokenLayout
 from yopo.runtime.cache import TokenIndex
 
@@ -176,8 +176,7 @@ class Geometry:
     def _cuts(self, radius: int | None) -> list[Block]:
         if self.layout.has_uniform_grids:
             return list(row_blocks(self.layout.grids[0], radius, self._bidirectional))
-        total = self.visual.length  # rows differ: one masked block is correct for all of them
-        return [Block(0, 0, total, 0, total)]
+        return list(shared_blocks(self.layout.grids, radius, self._bidirectional))
 
     @cached_property
     def _cells(self) -> torch.Tensor:
