@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": ("yopo.cli.inspect", "Show what a plan prunes and what that saves."),
     "apply": ("yopo.cli.apply", "Bake a plan into a checkpoint."),
     "eval": ("yopo.cli.eval", "Compare the pruned model with the dense one."),
+    "bench": ("yopo.cli.bench", "Time the pruned model against the dense one."),
     "convert": ("yopo.cli.convert", "Make an original InternVL2 checkpoint a native one."),
     "pairs": ("yopo.cli.pairs", "Write demo pairs, to see the format of your own."),
 }
