@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,3 +300,24 @@ def test_a_plan_is_left_as_it_was(mha: Subject) -> None:
     with pruned(mha.model, plan, tensors):
         tiny.logits(mha.model, INPUTS)
     assert to_yaml(plan) == before
+
+
+def test_a_decoder_on_several_devices_is_refused(
+    mha: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = mha.model.get_decoder()
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 1), is_meta=False)
+    weights = [*decoder.parameters(), elsewhere]
+    monkeypatch.setattr(type(decoder), "parameters", lambda self: iter(weights))
+    with pytest.raises(ModelError, match=r"several devices \(cpu, cuda:1\), expected one"):
+        with pruned(mha.model, *mha.random_plan(1)):
+            pass
+    assert not hasattr(decoder, "yopo")
+
+
+def test_head_positions_are_moved_once_per_device(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(3)
+    with pruned(mha.model, plan, tensors):
+        state = mha.model.get_decoder().yopo
+        here = torch.device("cpu")
+        assert state.splits(here) is state.splits(here)

@@ -40,7 +40,14 @@ class PrunedState(nn.Module):
         self.names = names
         self.probe = probe
         shape = plan.model.shape
-        self.splits: list[HeadSplit] = [split_heads(layer, shape) for layer in plan.layers]
+        self._splits = [split_heads(layer, shape) for layer in plan.layers]
+        self._splits_on: dict[torch.device, list[HeadSplit]] = {}
+
+    def splits(self, device: torch.device) -> list[HeadSplit]:
+        """The head groups of all layers, their positions on a device."""
+        if device not in self._splits_on:
+            self._splits_on[device] = [split.to(device) for split in self._splits]
+        return self._splits_on[device]
 
 
 class PrunedDecoder:
@@ -80,7 +87,7 @@ class PrunedDecoder:
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        splits = self.yopo.splits
+        splits = self.yopo.splits(embeds.device)
         keep = past_key_values is not None
         cache = adopt(past_key_values, splits) if keep else new_layers(splits)
         batch, length, _ = embeds.shape

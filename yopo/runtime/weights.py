@@ -161,10 +161,17 @@ def check_plain(decoder: nn.Module, depth: int, names: Backbone) -> None:
 
     Raises:
         ModelError: A projection is no plain floating-point linear layer in memory (quantised,
-            adapted or offloaded): slicing its weight would compute garbage.
+            adapted or offloaded): slicing its weight would compute garbage. Or the decoder lies on
+            several devices: both streams would have to follow it.
     """
     for index in range(depth):
         _check_layer(decoder.layers[index], index, names)
+    devices = sorted({str(weight.device) for weight in decoder.parameters()})
+    if len(devices) > 1 and "meta" not in devices:
+        raise ModelError(
+            f"The decoder lies on several devices ({', '.join(devices)}), expected one.",
+            remedy="Load with a device_map that keeps the decoder on one device.",
+        )
 
 
 def _check_layer(layer: nn.Module, index: int, names: Backbone) -> None:
