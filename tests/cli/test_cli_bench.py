@@ -1,0 +1,130 @@
+"""``yopo bench`` on the command line: a table for people, one JSON document for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import LAYERS, Yopo
+
+from yopo.evaluation import random_model
+from yopo.flops import dense_prefill_flops, prefill_flops
+from yopo.plan import ModelShape, Workload
+from yopo.plan_file import read_plan
+
+FAST = ("--runs", 2, "--decode-steps", 1, "--device", "cpu")
+SPREAD = {"median", "low", "high"}
+COMPARED = {"dense", "pruned", "ratio"}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published shapes, in small."""
+    shape = ModelShape(layers=6, hidden=32, heads=4, kv_heads=4, head_dim=8, ffn=64)
+    monkeypatch.setitem(random_model.SHAPES, "llava-1.5-7b", shape)
+
+
+def test_the_document_for_machines(yopo: Yopo) -> None:
+    sizes = ("--visual-tokens", 16, "--text-tokens", 8, "--batch", 2, "--threads", 1)
+    done = yopo("bench", "--preset", "yopo-25", "--layers", 4, *sizes, *FAST, "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert set(found) == {
+        *("model", "weights", "stand_in", "plan", "visual_budget", "shape", "layers", "prompt"),
+        *("device", "dtype", "threads", "options", "prefill_ms", "prefill_flops"),
+        *("time_ratio_over_flops_ratio", "decode_ms_per_token", "peak_bytes_above_weights"),
+        "visual_kv_bytes",
+    }
+    for what in ("prefill_ms", "decode_ms_per_token"):
+        assert set(found[what]) == COMPARED
+        for spread in found[what].values():
+            assert set(spread) == SPREAD
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    assert (found["model"], found["weights"]) == ("llava-1.5-7b", "random")
+    assert found["layers"]["total"] == 6 and len(found["layers"]["used"]) == 4
+    assert found["prompt"]["visual"] == 16 and found["prompt"]["batch"] == 2
+    assert (found["device"], found["dtype"], found["threads"]) == ("cpu", "float32", 1)
+    flops = found["prefill_flops"]
+    assert flops["ratio"] == flops["pruned"] / flops["dense"]
+    quotient = found["prefill_ms"]["ratio"]["median"] / flops["ratio"]
+    assert found["time_ratio_over_flops_ratio"] == pytest.approx(quotient)
+    kept = found["visual_kv_bytes"]
+    assert kept["pruned"] == kept["planned"] < kept["dense"]
+
+
+def test_the_table_for_people(yopo: Yopo) -> None:
+    done = yopo("bench", "--preset", "yopo-12", "--visual-tokens", 16, *FAST)
+    assert (done.code, done.err) == (0, "")
+    for expected in (
+        "llava-1.5-7b, yopo-12, visual budget",
+        "1 x (16 visual + 64 text tokens), float32, cpu",
+        "time / FLOPs",
+        "decode, per token",
+        "visual KV",
+        "weights: random",
+        "median of 2 pairs",
+        "peak memory: of prefill, above the weights",
+    ):
+        assert expected in done.out
+    assert "speed" not in done.out
+
+
+def test_the_printed_flops_are_those_of_the_plan(yopo: Yopo, plan: Path, model: Path) -> None:
+    done = yopo("bench", plan, "--model", model, "--text-tokens", 9, *FAST, "--json")
+    assert (done.code, done.err) == (0, "")
+    found, asked = json.loads(done.out), read_plan(plan)
+    prompt = found["prompt"]
+    grids, before = asked.workload.grids, prompt["text_before"]
+    ran = Workload(grids, text=9, text_before=before)
+    assert [list(pair) for pair in prompt["grids"]] == [[g.rows, g.cols] for g in grids]
+    asked = type(asked)(
+        asked.model, ran, asked.layers, asked.budget, asked.compensation, tensors=asked.tensors
+    )
+    assert found["prefill_flops"]["pruned"] == prefill_flops(asked)
+    assert found["prefill_flops"]["dense"] == dense_prefill_flops(asked.model.shape, ran)
+    assert found["weights"] == "checkpoint" and found["layers"]["used"] == list(range(LAYERS))
+
+
+def test_a_plan_without_its_model(yopo: Yopo, plan: Path) -> None:
+    done = yopo("bench", plan, "--random-weights", "--layers", 2, *FAST)
+    assert done.code == 0 and f"on 2 of {LAYERS} layers" in done.out
+    assert "stands in" not in done.out
+
+
+def test_a_baked_directory(yopo: Yopo, plan: Path, model: Path) -> None:
+    assert yopo("apply", plan, "--model", model, "-o", "baked").code == 0
+    done = yopo("bench", "baked", *FAST)
+    assert done.code == 0 and "time / FLOPs" in done.out and "random" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "TARGET or --preset"),
+        (("plan.yaml", "--preset", "yopo-25"), "TARGET or --preset"),
+        (("plan.yaml", "--shape-of", "llava-1.5-7b"), "--preset"),
+        (("plan.yaml", "--layers", 2), "--random-weights"),
+        (("plan.yaml", "--random-weights", "--model", "m"), "--model"),
+        (("--preset", "yopo-25", "--runs", 0), "--runs"),
+    ],
+)
+def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: tuple, expected: str) -> None:
+    done = yopo("bench", *arguments)
+    assert (done.code, done.out) == (2, "") and expected in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--preset", "yopo-26"), "yopo-25"),
+        (("--preset", "yopo-25", "--shape-of", "llava-1.5-8b"), "llava-1.5-7b"),
+        (("--preset", "yopo-25", "--visual-tokens", 7), "7 visual tokens form no whole images"),
+        (("--preset", "yopo-25", "--layers", 7), "7 layers of a plan of 6"),
+        (("nowhere.yaml",), "nowhere.yaml"),
+        (("--preset", "yopo-25", "--dtype", "float33"), "float33"),
+    ],
+)
+def test_failures_are_sentences(yopo: Yopo, arguments: tuple, expected: str) -> None:
+    done = yopo("bench", *arguments, *FAST)
+    assert done.is_sentence and expected in done.err

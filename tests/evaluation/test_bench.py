@@ -1,0 +1,278 @@
+"""``yopo bench``: what ran is what is predicted, layers keep their mix, and no trace is left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import Subject
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from yopo.errors import ModelError, PlanError
+from yopo.evaluation import bench as benching
+from yopo.evaluation.bench import Bench, Sample, Sizes, bench_model, bench_random, run_pairs
+from yopo.evaluation.bench_memory import peak_bytes
+from yopo.evaluation.bench_plan import (
+    MADE_UP,
+    PRESETS,
+    grids_for,
+    preset_plan,
+    sampled_layers,
+    with_layers,
+    with_prompt,
+)
+from yopo.evaluation.bench_prompt import made_up_prompt
+from yopo.evaluation.bench_result import BenchOptions, Compared
+from yopo.evaluation.random_model import WORKLOAD, grids_of, published_model, random_model
+from yopo.families.family import shape_of
+from yopo.flops import (
+    dense_prefill_flops,
+    dense_visual_kv_bytes,
+    prefill_flops,
+    visual_budget,
+    visual_kv_bytes,
+)
+from yopo.grid import Grid
+from yopo.plan import LayerPlan, ModelIdentity, ModelShape, Plan, Workload
+from yopo.runtime.install import pruned
+
+SHAPE = ModelShape(layers=8, hidden=48, heads=4, kv_heads=2, head_dim=12, ffn=80)
+MODEL = ModelIdentity("made-up", "llava", SHAPE, MADE_UP)
+PROMPT = Workload((Grid(3, 5),), text=9, text_before=2)
+QUICK = BenchOptions(runs=3, warmup=1, decode_steps=2)
+
+
+def plan_for(name: str = "yopo-25", workload: Workload = PROMPT) -> Plan:
+    return preset_plan(name, MODEL, workload)
+
+
+def subject_of(plan: Plan, *, batch: int = 2) -> Bench:
+    model = random_model(plan.model.shape)
+    return Bench(model, plan, None, made_up_prompt(model, plan, batch), grids_of(plan))
+
+
+@pytest.mark.parametrize(("name", "budget"), [("yopo-25", 0.25), ("yopo-12", 0.125)])
+def test_presets_have_the_papers_budget_on_the_published_shape(name: str, budget: float) -> None:
+    plan = preset_plan(name, published_model("llava-1.5-7b"), WORKLOAD)
+    assert visual_budget(plan) == pytest.approx(budget, abs=0.01)
+    assert plan.baked and plan.visual_depth == 16
+    for layer in plan.layers:  # kept heads are a prefix, as baking leaves them
+        assert layer.heads == tuple(range(len(layer.heads)))
+
+
+def test_the_reader_preset_freezes_visual_tokens() -> None:
+    plan = preset_plan("reader-12", published_model("llava-1.5-7b"), WORKLOAD)
+    assert visual_budget(plan) == pytest.approx(0.12, abs=0.001)
+    assert not any(layer.attend for layer in plan.layers)
+    assert sum(len(layer.heads) == 32 for layer in plan.layers) > 16
+
+
+def look(plan: Plan, index: int) -> tuple[object, ...]:
+    layer = plan.layers[index]
+    neurons = 2 if layer.neurons == plan.model.shape.ffn else int(layer.neurons > 0)
+    gone = index >= plan.visual_depth
+    return bool(layer.heads), layer.attend, layer.radius, neurons, gone
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("count", [1, 4, 7, 16, 32])
+def test_sampled_layers_keep_the_mix(name: str, count: int) -> None:
+    plan = preset_plan(name, published_model("llava-1.5-7b"), WORKLOAD)
+    used = sampled_layers(plan, count)
+    assert len(set(used)) == count and list(used) == sorted(used)
+    total = Counter(look(plan, index) for index in range(32))
+    found = Counter(look(plan, index) for index in used)
+    for kind, number in total.items():
+        assert abs(found[kind] - number * count / 32) < 1
+    few = with_layers(plan, used)
+    assert few.model.shape.layers == count
+    assert few.layers == tuple(plan.layers[index] for index in used)
+
+
+def test_samples_stay_close_to_the_whole_plans_flops() -> None:
+    model = published_model("llava-1.5-7b")
+    for name in PRESETS:
+        plan = preset_plan(name, model, WORKLOAD)
+        few = with_layers(plan, sampled_layers(plan, 4))
+        whole = prefill_flops(plan) / dense_prefill_flops(model.shape, WORKLOAD)
+        part = prefill_flops(few) / dense_prefill_flops(few.model.shape, WORKLOAD)
+        assert part == pytest.approx(whole, rel=0.08)
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_impossible_samples_are_refused(count: int) -> None:
+    with pytest.raises(PlanError, match="8"):
+        sampled_layers(plan_for(), count)
+
+
+def test_prompts_hold_whole_images() -> None:
+    assert grids_for(2880, (Grid(24, 24),)) == (Grid(24, 24),) * 5
+    assert grids_for(64, (Grid(24, 24),)) == (Grid(8, 8),)
+    with pytest.raises(PlanError, match="577 visual tokens"):
+        grids_for(577, (Grid(24, 24),))
+    moved = with_prompt(plan_for(), visual=30, text=1)
+    assert moved.workload == Workload((Grid(3, 5),) * 2, text=1, text_before=1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_random_model_has_the_asked_shape(kv_heads: int) -> None:
+    shape = replace(SHAPE, kv_heads=kv_heads)
+    model = random_model(shape)
+    assert shape_of(model.config) == shape
+    weights = [each for each in model.parameters() if each.dim() == 2]
+    assert len({each.data_ptr() for each in weights}) == len(weights)
+    for name, parameter in model.get_decoder().named_parameters():
+        assert parameter.isfinite().all(), name
+        if "norm" not in name:
+            assert 0.01 < parameter.std() < 0.04, name
+    stock = type(model)(model.config)
+    for name, buffer in model.get_decoder().named_buffers():
+        assert torch.equal(buffer, dict(stock.get_decoder().named_buffers())[name]), name
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ModelError, match="free"):
+        random_model(ModelShape(9999, 16384, 128, 128, 128, 53248))
+
+
+def test_unknown_shapes_suggest() -> None:
+    with pytest.raises(ModelError, match="llava-1.5-9b") as caught:
+        published_model("llava-1.5-9b")
+    assert "llava-1.5-7b" in caught.value.remedy
+
+
+def test_made_up_images_reach_the_decoder() -> None:
+    """The dense model attends to the features, and a plan that prunes nothing changes nothing."""
+    plan = plan_for()
+    whole = plan.with_layers([LayerPlan((0, 1, 2, 3), True, None, SHAPE.ffn)] * SHAPE.layers)
+    subject = subject_of(whole)
+    with torch.no_grad():
+        dense = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
+        with subject.switch(True):
+            same = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
+        with pruned(subject.model, plan, grids_of=subject.grids_of, check=False):
+            other = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
+    assert torch.allclose(dense, same, atol=1e-5)
+    assert not torch.allclose(dense[:, -1], other[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_flops_beside_the_time_are_those_that_ran(name: str) -> None:
+    plan = preset_plan(name, MODEL, Workload((Grid(12, 14),), text=20, text_before=3))
+    subject = subject_of(with_layers(plan, sampled_layers(plan, 5)))
+    counts = []
+    for is_pruned in (False, True):
+        counter = FlopCounterMode(display=False)
+        with subject.switch(is_pruned), counter, sdpa_kernel(SDPBackend.MATH):
+            subject.prefill()
+        counts.append(counter.get_total_flops())
+    found = bench_random(plan, None, Sizes(batch=2), QUICK, num_layers=5)
+    assert counts == [pytest.approx(each, rel=0.01) for each in found.flops]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_ratio_is_that_of_flops_py(name: str) -> None:
+    found = bench_random(plan_for(name), None, Sizes(visual=25, text=7), QUICK, num_layers=4)
+    ran, workload = found.plan, Workload((Grid(5, 5),), text=7, text_before=2)
+    assert ran.workload == workload and ran.model.shape.layers == 4
+    expected = prefill_flops(ran) / dense_prefill_flops(ran.model.shape, workload)
+    assert found.flops_ratio == expected
+    assert found.over_bound == found.prefill.ratio.median / expected
+    assert found.visual_kv == (
+        dense_visual_kv_bytes(ran.model.shape, workload, 4),
+        visual_kv_bytes(ran, 4),
+    )
+    assert found.planned_kv == found.visual_kv[1]
+    dense_peak, pruned_peak = found.peak_memory
+    assert 0 < pruned_peak < dense_peak
+
+
+def test_pairs_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def measure(self: Bench, is_pruned: bool, decode_steps: int) -> Sample:
+        order.append(is_pruned)
+        return Sample(float(len(order)), None)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    pairs = run_pairs(subject_of(plan_for()), replace(QUICK, runs=3, warmup=2))
+    assert order == [False, True, True, False] * 2 + [False, True]
+    assert [each.prefill for each in pairs.dense] == [5.0, 8.0, 9.0]
+    assert [each.prefill for each in pairs.pruned] == [6.0, 7.0, 10.0]
+
+
+def test_ratios_are_medians_of_the_pairs_own() -> None:
+    found = Compared.of([1.0, 10.0, 4.0], [0.5, 1.0, 3.0])
+    assert found.dense.median == 4.0 and found.pruned.median == 1.0
+    assert (found.ratio.low, found.ratio.median, found.ratio.high) == (0.3, 0.5, 0.625)
+
+
+def state(model: Any) -> tuple[object, ...]:
+    modules = list(model.modules())
+    hooks = [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in modules]
+    return [type(each) for each in modules], hooks, set(vars(model.base_model))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_behind(mha: Subject, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    plan, tensors = mha.random_plan(3)
+    tiny.logits(mha.model, tiny.batch([[1, *tiny.PICTURE, 3]]))  # transformers hooks its own tower
+    before, threads = state(mha.model), torch.get_num_threads()
+    options = replace(QUICK, threads=2)
+    if fails:
+
+        def fail(self: Bench) -> None:
+            assert torch.get_num_threads() == 2
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(Bench, "prefill", fail)
+        with pytest.raises(ZeroDivisionError):
+            bench_model(mha.model, plan, tensors, Sizes(), options)
+    else:
+        found = bench_model(mha.model, plan, tensors, Sizes(batch=2), options)
+        assert found.threads == 2 and found.weights == "checkpoint"
+    assert state(mha.model) == before and torch.get_num_threads() == threads
+
+
+def test_a_real_model_is_timed_on_its_own_images(subject: Subject) -> None:
+    plan, tensors = subject.random_plan(5)
+    sizes = Sizes(batch=2, visual=2 * tiny.SIDE**2, text=11)
+    found = bench_model(subject.model, plan, tensors, sizes, replace(QUICK, decode_steps=0))
+    assert found.plan.workload.grids == (Grid(tiny.SIDE, tiny.SIDE),) * 2
+    assert found.layers.used == (0, 1, 2, 3) and found.decode is None
+    assert found.visual_kv[1] == found.planned_kv == 2 * visual_kv_bytes(found.plan, 4)
+    with pytest.raises(
+        ModelError, match="9 visual tokens are wanted, 1 of the model.s images have 16"
+    ):
+        bench_model(subject.model, plan, tensors, Sizes(visual=9), QUICK)
+
+
+def test_another_familys_plan_runs_on_a_stand_in(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(5)
+    plan = replace(plan, model=replace(plan.model, family="internvl"))
+    found = bench_random(plan, tensors, Sizes(), QUICK, num_layers=2)
+    assert found.stand_in and found.to_dict()["stand_in"]
+    assert not bench_random(plan_for(), None, Sizes(), QUICK).stand_in
+
+
+def test_peak_memory_counts_what_is_held_at_a_time() -> None:
+    def call() -> torch.Tensor:
+        first = torch.empty(1000, dtype=torch.float32)
+        second = torch.empty(500, dtype=torch.float32)
+        del first
+        third = torch.empty(250, dtype=torch.float32)
+        return torch.cat([second, third])
+
+    assert peak_bytes(call, "cpu") == pytest.approx(6000, abs=128)
+    assert peak_bytes(call, "meta") is None
+
+
+def test_one_run_has_no_spread() -> None:
+    found = benching.bench_random(plan_for(), None, Sizes(), replace(QUICK, runs=1))
+    ratio = found.prefill.ratio
+    assert ratio.low == ratio.median == ratio.high > 0

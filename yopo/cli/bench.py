@@ -1,0 +1,140 @@
+"""``yopo bench``: does time follow the FLOPs, on this machine?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from yopo.cli.command import Command, load
+
+if TYPE_CHECKING:
+    from yopo.evaluation.bench_result import Benchmark
+    from yopo.plan import Plan
+    from yopo.plan_tensors import PlanTensors
+
+DEFAULT_SHAPE = "llava-1.5-7b"
+
+_COUNT = click.IntRange(min=1)
+
+
+def _count(name: str, text: str, **settings: Any) -> Any:
+    return click.option(name, type=_COUNT, metavar="N", help=text, **settings)
+
+
+@click.command(cls=Command)
+@click.argument("target", required=False)
+@click.option("--preset", metavar="NAME", help="No TARGET: yopo-25, yopo-12 or reader-12.")
+@click.option(
+    "--shape-of",
+    metavar="NAME",
+    help=f"The preset's model: llava-1.5-7b or llava-1.5-13b.  [default: {DEFAULT_SHAPE}]",
+)
+@click.option("--model", help="The dense model, if it is elsewhere than the plan says.")
+@click.option(
+    "--random-weights", is_flag=True, help="No checkpoint: random weights of the plan's shape."
+)
+@_count("--layers", "Random layers, each kind of the plan's in its share.  [default: all]")
+@_count("--batch", "Prompts per forward.", default=1, show_default=True)
+@_count("--visual-tokens", "Per prompt: whole images, or a square.  [default: the plan's]")
+@_count("--text-tokens", "Per prompt.  [default: the plan's]")
+@_count("--runs", "Counted pairs of dense and pruned.", default=7, show_default=True)
+@click.option(
+    "--decode-steps",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=8,
+    show_default=True,
+    help="Tokens decoded behind each prefill; 0 skips decoding.",
+)
+@_count("--threads", "CPU threads.  [default: torch's own]")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one.",
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="float32, bfloat16, float16; auto: the checkpoint's, or float32.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
+def command(as_json: bool, **values: Any) -> None:
+    """Time the pruned model of TARGET against the dense one: prefill, decode, memory, KV cache.
+
+    TARGET is a directory that `yopo apply` wrote, a plan, or - for a plan on stdin. Both models run
+    in turn in one process; beside the time stands what the FLOPs allow. Without any checkpoint:
+
+    \b
+    yopo bench --preset yopo-25 --shape-of llava-1.5-7b --layers 4
+    """
+    from yopo.cli.output import print_json, print_report
+
+    _check_usage(values)
+    found = _measure(values)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        from yopo.report.bench import bench_report
+
+        print_report(bench_report(found))
+
+
+def _check_usage(values: dict[str, Any]) -> None:
+    """Refuse options that exclude or need one another."""
+    if (values["target"] is None) == (values["preset"] is None):
+        raise click.UsageError("Give either a TARGET or --preset.")
+    if values["shape_of"] and not values["preset"]:
+        raise click.UsageError("--shape-of goes with --preset.")
+    is_random = values["random_weights"] or values["preset"] is not None
+    if values["model"] and is_random:
+        raise click.UsageError("--model and random weights exclude one another.")
+    if values["layers"] and not is_random:
+        raise click.UsageError("--layers goes with --random-weights.")
+
+
+def _measure(values: dict[str, Any]) -> Benchmark:
+    bench, serving = load("yopo.evaluation.bench"), load("yopo.serving")
+    sizes = bench.Sizes(values["batch"], values["visual_tokens"], values["text_tokens"])
+    options = bench.BenchOptions(
+        runs=values["runs"], decode_steps=values["decode_steps"], threads=values["threads"]
+    )
+    device, dtype = serving.torch_device(values["device"]), serving.torch_dtype(values["dtype"])
+    if values["preset"]:
+        plan, tensors = _preset(values["preset"], values["shape_of"]), None
+    else:
+        plan, tensors = _read(values["target"])
+    if values["preset"] or values["random_weights"]:
+        kind = serving.torch_dtype("float32") if dtype == "auto" else dtype
+        return bench.bench_random(
+            plan,
+            tensors,
+            sizes,
+            options,
+            num_layers=values["layers"],
+            dtype=kind,
+            device=device,
+        )
+    name = values["target"] if _is_checkpoint(values["target"]) else plan.model.name
+    source = load("yopo.families.registry").resolve(values["model"] or name)
+    model = serving.load_dense(source, dtype=dtype).to(device)
+    return bench.bench_model(model, plan, tensors, sizes, options)
+
+
+def _preset(name: str, shape_of: str | None) -> Plan:
+    random_model = load("yopo.evaluation.random_model")
+    model = random_model.published_model(shape_of or DEFAULT_SHAPE)
+    return load("yopo.evaluation.bench_plan").preset_plan(name, model, random_model.WORKLOAD)
+
+
+def _is_checkpoint(target: str) -> bool:
+    return target != "-" and Path(target).is_dir()
+
+
+def _read(target: str) -> tuple[Plan, PlanTensors | None]:
+    if _is_checkpoint(target):
+        return load("yopo.serving").read_baked_plan(target)
+    return load("yopo.plan_tensors").read_plan_with_tensors(target)

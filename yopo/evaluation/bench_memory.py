@@ -1,0 +1,67 @@
+"""Peak memory of one call above what was allocated before it.
+
+On CUDA the allocator knows. On CPU ``ru_maxrss`` cannot serve: it never falls, so the second of two
+models would seem to need nothing. There the torch profiler notes every allocation and release of
+torch's CPU allocator, and the peak is the largest running sum. That is exact for tensors and for
+the scratch memory that torch's operators take; buffers that MKL or oneDNN keep for themselves are
+not in it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+CPU, CUDA = "sum of torch's CPU allocations (profiler)", "torch.cuda.max_memory_allocated"
+
+
+def measured_by(device: str) -> str | None:
+    """How memory is measured on a device; None: it is not."""
+    kind = torch.device(device).type
+    return {"cpu": CPU, "cuda": CUDA}.get(kind)
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int | None:
+    """Largest number of bytes that ``call`` holds at a time, what it returns included.
+
+    Returns:
+        Bytes; None where the device has no such measure.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if kind != "cpu":
+        return None
+    with _silent_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        kept = call()
+    del kept
+    events = [each for each in profiler.kineto_results.events() if each.name() == "[memory]"]
+    events.sort(key=lambda each: each.start_ns())
+    held = peak = 0
+    for event in events:
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep what the profiler says about itself, printed by C++, off the terminal."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
