@@ -16,7 +16,7 @@ from yopo import __version__
 
 YOPO = str(Path(sys.executable).with_name("yopo"))
 HEAVY = ("torch", "transformers", "datasets", "rich", "yaml", "numpy")
-COMMANDS = ("calibrate", "plan", "inspect", "apply", "eval", "pairs")
+COMMANDS = ("calibrate", "plan", "inspect", "apply", "eval", "bench", "convert", "pairs")
 
 
 def test_help_takes_less_than_300_ms() -> None:
