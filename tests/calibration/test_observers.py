@@ -37,9 +37,16 @@ class Sums:
     text_queries: int
 
 
-def watch(subject: Subject, inputs: dict[str, torch.Tensor], queries: str = "text"):
-    """Run the observer over one batch and return it."""
-    model = subject.model
+def watch(
+    subject: Subject,
+    inputs: dict[str, torch.Tensor],
+    queries: str = "text",
+    *,
+    in_float64: bool = False,
+):
+    """Run the observer over one batch, of the float32 model or of its float64 oracle."""
+    model = subject.oracle if in_float64 else subject.model
+    inputs = tiny.as_dtype(inputs, model.dtype)
     family = family_of(model.config)
     with observing(model, subject.shape, family, queries) as observer:
         observer.begin(inputs["attention_mask"])
@@ -151,6 +158,16 @@ def test_equals_brute_force_on_a_padded_batch(subject: Subject, queries: str) ->
     assert relative(found.text_norm_sum, expected.text_norm) < 1e-5
     assert found.text_queries == expected.text_queries
     assert found.visual_tokens == sum(row.count(IMAGE) for row in ROWS)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+def test_rho_is_exact_to_1e_5_where_the_forward_is(subject: Subject, queries: str) -> None:
+    """Of the float64 model, row by row: padding shifts the float32 angles of RoPE."""
+    for row in ROWS:
+        expected = brute_force(subject, [row], queries)
+        found = watch(subject, tiny.batch([row]), queries, in_float64=True)
+        assert (found.rho[0].double() / expected.rho - 1).abs().max() < 1e-5
+        assert relative(found.head_effect_sum, expected.head_effect) < 1e-5
 
 
 def test_observing_does_not_change_the_model(subject: Subject) -> None:

@@ -92,7 +92,7 @@ class Observer:
         cross_modal = torch.zeros((), device=queries.device)
         for chunk in view.text_chunks:
             weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
-            mass = weights @ view.kinds[:, None]  # (batch, heads, queries, 2)
+            mass = weights @ view.kinds[:, None].to(weights.dtype)  # (batch, heads, queries, 2)
             masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             cross_modal += (mass[..., 0].mean(dim=1) * chunk.behind).sum()
             effect = _reading_effect(weights, mass, values, view.kinds, self._gram(module))
@@ -103,7 +103,7 @@ class Observer:
         for chunk in view.visual_chunks:
             weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
             if self.queries == "all":
-                mass = weights @ view.kinds[:, None]
+                mass = weights @ view.kinds[:, None].to(weights.dtype)
                 masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             locality += view.by_distance(chunk, weights.mean(dim=1))
         self._rho_of_batch.append((masses[..., 0] / masses[..., 1]).cpu())
@@ -136,7 +136,8 @@ class Observer:
         """Add FFN activations (batch, sequence, neurons) of visual tokens."""
         for row, positions in enumerate(self.view().visual_positions):
             picked = activations[row].index_select(0, positions)
-            norm = torch.linalg.vector_norm(picked, dim=0, dtype=torch.float32)
+            precise = torch.promote_types(picked.dtype, torch.float32)
+            norm = torch.linalg.vector_norm(picked, dim=0, dtype=precise)
             self.neuron_square[layer] += norm.double().square().cpu()
             self.neuron_sum[layer] += picked.sum(dim=0, dtype=torch.float32).double().cpu()
 
@@ -148,12 +149,13 @@ def _softmax(
     positions: torch.Tensor,
     allowed: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention weights (batch, heads, chosen queries, keys) in float32."""
+    """Attention weights (batch, heads, chosen queries, keys), at least in float32."""
     batch, heads, _, head_dim = queries.shape
     place = positions[:, None, :, None].expand(-1, heads, -1, head_dim)
-    chosen = queries.gather(2, place).float() * module.scaling
+    precise = torch.promote_types(queries.dtype, torch.float32)
+    chosen = queries.gather(2, place).to(precise) * module.scaling
     grouped = chosen.reshape(batch, keys.shape[1], -1, head_dim)
-    scores = grouped @ keys.float().transpose(-1, -2)
+    scores = grouped @ keys.to(precise).transpose(-1, -2)
     scores = scores.reshape(batch, heads, positions.shape[1], -1)
     return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
 
@@ -178,7 +180,7 @@ def _reading_effect(
         (batch, heads, queries) float32.
     """
     batch, heads, queries, _ = weights.shape
-    values = values.float()
+    values, gram = values.to(weights.dtype), gram.to(weights.dtype)
 
     def mix(chosen: torch.Tensor) -> torch.Tensor:
         grouped = chosen.reshape(batch, values.shape[1], -1, chosen.shape[-1])
