@@ -160,12 +160,8 @@ def evaluate_target(
     Raises:
         YopoError: Anything that the model, the plan or the data lack.
     """
-    if target != "-" and Path(target).is_dir():
-        plan, tensors = read_baked_plan(target)
-        source = resolve(str(target))
-    else:
-        plan, tensors = read_plan_with_tensors(target)
-        source = _source_of(plan, model_name)
+    plan, tensors = read_target(target)
+    source = source_of_target(target, plan, model_name)
     pairs = _open(options)
     processor = load_processor(str(fetch(source)))
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
@@ -180,6 +176,22 @@ def evaluate_target(
         timing_runs=timing_runs,
         total=pairs.total,
     )
+
+
+def read_target(target: str) -> tuple[Plan, PlanTensors | None]:
+    """The plan of a baked checkpoint's directory, of a plan file, or of stdin for ``-``."""
+    if _is_checkpoint(target):
+        return read_baked_plan(target)
+    return read_plan_with_tensors(target)
+
+
+def source_of_target(target: str, plan: Plan, model_name: str | None) -> ModelSource:
+    """Where the dense model of a target is: a checkpoint is its own, a plan names its model."""
+    return resolve(target) if _is_checkpoint(target) else _source_of(plan, model_name)
+
+
+def _is_checkpoint(target: str) -> bool:
+    return target != "-" and Path(target).is_dir()
 
 
 @dataclass(frozen=True)

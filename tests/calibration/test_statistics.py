@@ -66,8 +66,8 @@ def test_concentration_counts_neurons_for_90_percent() -> None:
     peaked = torch.full_like(flat, 1e-12)
     peaked[:, 5] = 1.0
     ones = torch.ones_like(statistics.down_norm)
-    even = replace(statistics, neuron_square=flat, down_norm=ones).measured().concentration
-    single = replace(statistics, neuron_square=peaked, down_norm=ones).measured().concentration
+    even = replace(statistics, neuron_square=flat, down_norm=ones).measured.concentration
+    single = replace(statistics, neuron_square=peaked, down_norm=ones).measured.concentration
     width = flat.shape[1]
     assert even[0] == pytest.approx(0.9, abs=1 / width)
     assert single[0] == pytest.approx(1 / width)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Statistics:
     text_queries: int
     provenance: Mapping[str, Any]
 
-    @property
+    @cached_property
     def importance(self) -> torch.Tensor:
         """(L, m) float64 neuron importance."""
         return self.down_norm * self.neuron_square / self._tokens()
@@ -152,6 +153,7 @@ class Statistics:
         order = torch.argsort(self.importance, dim=1, descending=True, stable=True)
         return PlanTensors(order, self.neuron_mean.float(), self.head_mean.float())
 
+    @cached_property
     def measured(self) -> Measured:
         """The summary that plans carry for people."""
         sorted_share = self.importance.sort(dim=1, descending=True).values.cumsum(dim=1)

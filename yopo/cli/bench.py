@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +11,6 @@ from yopo.cli.command import Command, load
 if TYPE_CHECKING:
     from yopo.evaluation.bench_result import Benchmark
     from yopo.plan import Plan
-    from yopo.plan_tensors import PlanTensors
 
 DEFAULT_SHAPE = "llava-1.5-7b"
 
@@ -98,6 +96,7 @@ def _check_usage(values: dict[str, Any]) -> None:
 
 def _measure(values: dict[str, Any]) -> Benchmark:
     bench, serving = load("yopo.evaluation.bench"), load("yopo.serving")
+    workflow = load("yopo.workflow")
     sizes = bench.Sizes(values["batch"], values["visual_tokens"], values["text_tokens"])
     options = bench.BenchOptions(
         runs=values["runs"], decode_steps=values["decode_steps"], threads=values["threads"]
@@ -106,7 +105,7 @@ def _measure(values: dict[str, Any]) -> Benchmark:
     if values["preset"]:
         plan, tensors = _preset(values["preset"], values["shape_of"]), None
     else:
-        plan, tensors = _read(values["target"])
+        plan, tensors = workflow.read_target(values["target"])
     if values["preset"] or values["random_weights"]:
         kind = serving.torch_dtype("float32") if dtype == "auto" else dtype
         return bench.bench_random(
@@ -118,8 +117,10 @@ def _measure(values: dict[str, Any]) -> Benchmark:
             dtype=kind,
             device=device,
         )
-    name = values["target"] if _is_checkpoint(values["target"]) else plan.model.name
-    source = load("yopo.families.registry").resolve(values["model"] or name)
+    if values["model"]:
+        source = load("yopo.families.registry").resolve(values["model"])
+    else:
+        source = workflow.source_of_target(values["target"], plan, None)
     model = serving.load_dense(source, dtype=dtype).to(device)
     return bench.bench_model(model, plan, tensors, sizes, options)
 
@@ -128,13 +129,3 @@ def _preset(name: str, shape_of: str | None) -> Plan:
     random_model = load("yopo.evaluation.random_model")
     model = random_model.published_model(shape_of or DEFAULT_SHAPE)
     return load("yopo.evaluation.bench_plan").preset_plan(name, model, random_model.WORKLOAD)
-
-
-def _is_checkpoint(target: str) -> bool:
-    return target != "-" and Path(target).is_dir()
-
-
-def _read(target: str) -> tuple[Plan, PlanTensors | None]:
-    if _is_checkpoint(target):
-        return load("yopo.serving").read_baked_plan(target)
-    return load("yopo.plan_tensors").read_plan_with_tensors(target)

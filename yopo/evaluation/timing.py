@@ -7,7 +7,7 @@ whole model; vision encoder and language-model head are the same in both.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -63,7 +63,12 @@ def _stopwatch(model: PreTrainedModel) -> Iterator[list[float]]:
 
 @torch.no_grad()
 def time_prefill(
-    model: PreTrainedModel, batch: Batch, prune: callable, *, runs: int = 15, warmup: int = 3
+    model: PreTrainedModel,
+    batch: Batch,
+    prune: Callable[[], Switch],
+    *,
+    runs: int = 15,
+    warmup: int = 3,
 ) -> PrefillTime:
     """Time prefill of one batch, dense and pruned in turn.
 

@@ -6,7 +6,6 @@ import torch
 
 from yopo.plan import LayerPlan, ModelShape
 from yopo.strategies import heads as head_strategy
-from yopo.strategies.neurons import uniform_widths
 
 EMPTY = LayerPlan((), attend=False, radius=None, neurons=0)
 
@@ -45,10 +44,10 @@ def paper_layers(
         whole = head_strategy.WHOLE_LAYERS if head_ratio < 1 else 0
         scores = head_strategy.score(seen)
         keep = head_strategy.select_top(scores, count, whole_layers=whole, groups=groups)
-    widths = uniform_widths(shape.ffn, neuron_ratio, list(range(visual_layers)), shape.layers)
+    width = round(shape.ffn * neuron_ratio)
     layers = [
         LayerPlan(kept, attend=bool(kept), radius=radius if kept else None, neurons=width)
-        for kept, width in zip((kept_heads(row) for row in keep), widths, strict=False)
+        for kept in map(kept_heads, keep)
     ]
     return (*layers, *(EMPTY,) * (shape.layers - visual_layers))
 

@@ -160,7 +160,7 @@ def _assemble(statistics: Statistics, wishes: Wishes, layers: Layers, compensati
         compensation=compensation,
         bidirectional=wishes.bidirectional,
         tensors=UNWRITTEN,
-        measured=statistics.measured(),
+        measured=statistics.measured,
         provenance={"yopo": __version__, **statistics.provenance, **_asked(wishes)},
     )
     return replace(plan, budget=Budget(wishes.budget, visual_budget(plan)))

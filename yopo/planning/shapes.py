@@ -34,7 +34,7 @@ from yopo.planning.paper import EMPTY, kept_heads, paper_layers
 from yopo.strategies import heads as head_strategy
 from yopo.strategies.layers import select_readers
 from yopo.strategies.neighbors import PAPER_RADIUS
-from yopo.strategies.neurons import select_widths
+from yopo.strategies.neurons import rank, select_widths
 
 Layers = tuple[LayerPlan, ...]
 Build = Callable[[float], Layers]
@@ -101,11 +101,12 @@ class Shaper:
         if layers is None:
             return None
         open_layers = list(range(_last_reader(layers)))
+        ranked = rank(self.statistics.importance, open_layers)
         room = sum(self.shape.ffn - layers[index].neurons for index in open_layers)
 
         def build(scale: float) -> Layers:
             count = int(scale * room)
-            widths = select_widths(self.statistics.importance, count, open_layers)
+            widths = select_widths(ranked, count, self.shape.layers)
             return tuple(
                 replace(layer, neurons=max(layer.neurons, width))
                 for layer, width in zip(layers, widths, strict=True)

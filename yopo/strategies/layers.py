@@ -5,11 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def select_cut(num_layers: int, ratio: float) -> list[int]:
-    """The paper's form: the first layers, up to a cut."""
-    return list(range(round(num_layers * ratio)))
-
-
 def select_readers(cross_modal: torch.Tensor, count: int) -> list[int]:
     """The layers whose text queries put most attention on the image.
 
