@@ -118,13 +118,18 @@ def test_grouped_heads_shrink_keys_and_values_by_kv_head() -> None:
 
 def smaller(layer: LayerPlan, rng: random.Random) -> LayerPlan:
     """The layer with one thing removed, if there is one left."""
-    choice = rng.choice(["head", "attend", "radius", "neurons"])
+    choice = rng.choice(["head", "attend", "radius", "neurons", "rank", "linear"])
     if choice == "head" and layer.heads:
         gone = rng.choice(layer.heads)
         heads = tuple(head for head in layer.heads if head != gone)
-        return replace(layer, heads=heads, attend=layer.attend and bool(heads))
+        attend = tuple(head for head in layer.attend if head != gone)
+        return replace(layer, heads=heads, attend=attend, rank=layer.rank if heads else None)
     if choice == "attend":
-        return replace(layer, attend=False)
+        return replace(layer, attend=layer.attend[1:])
+    if choice == "rank" and layer.rank:
+        return replace(layer, rank=max(1, layer.rank - 3))
+    if choice == "linear":
+        return replace(layer, linear=max(0, layer.linear - 2))
     if choice == "radius":
         return replace(layer, radius=3 if layer.radius is None else max(0, layer.radius - 1))
     return replace(layer, neurons=max(0, layer.neurons - rng.randint(1, 20)))
@@ -138,7 +143,9 @@ def test_removing_anything_never_adds_visual_flops_or_bytes(rng: random.Random) 
     pruned = plan.with_layers((*plan.layers[:index], less, *plan.layers[index + 1 :]))
     assert visual_flops(pruned) <= visual_flops(plan)
     assert visual_kv_bytes(pruned) <= visual_kv_bytes(plan)
-    assert 0.0 <= visual_budget(pruned) <= visual_budget(plan) <= 1.0
+    assert 0.0 <= visual_budget(pruned) <= visual_budget(plan)
+    if plan.compensation != "refit":  # a wide bottleneck costs more than it saves
+        assert visual_budget(plan) <= 1.0
 
 
 @given(rng=RANDOM)

@@ -36,7 +36,7 @@ from yopo.plan import (
     Workload,
     full_plan,
 )
-from yopo.plan_tensors import PlanTensors
+from yopo.plan_tensors import PlanTensors, refit_sizes
 
 BACKBONES = ("mha", "gqa", "qwen2")
 PAD, BOS, IMAGE, EOS = 0, 1, 98, 99
@@ -154,26 +154,36 @@ def workload(*, side: int = SIDE, text: int = 10, text_before: int = 3) -> Workl
     return Workload((Grid(side, side),), text, text_before)
 
 
-def random_layer(shape: ModelShape, rng: random.Random) -> LayerPlan:
-    """A layer plan from every corner: no, some or all heads and neurons, any radius."""
+def random_layer(shape: ModelShape, rng: random.Random, *, fitted: bool = False) -> LayerPlan:
+    """A layer plan from every corner: no, some or all heads and neurons, any radius.
+
+    ``fitted`` ones may have a bottleneck and a linear map as well.
+    """
     count = rng.choice([0, shape.heads, rng.randint(1, shape.heads), rng.randint(1, shape.heads)])
     heads = tuple(sorted(rng.sample(range(shape.heads), count)))
+    attend = rng.choice([(), heads, heads, tuple(sorted(rng.sample(heads, (count + 1) // 2)))])
+    neurons = rng.choice([0, 1, shape.ffn // 5, shape.ffn - 1, shape.ffn])
+    has_map = fitted and neurons < shape.ffn and rng.random() < 0.6
     return LayerPlan(
         heads=heads,
-        attend=bool(heads) and rng.random() < 0.7,
+        attend=attend,
         radius=rng.choice([None, 0, 1, 2, 3]),
-        neurons=rng.choice([0, 1, shape.ffn // 5, shape.ffn - 1, shape.ffn]),
+        neurons=neurons,
+        rank=rng.randint(1, shape.hidden) if fitted and heads and rng.random() < 0.6 else None,
+        linear=rng.randint(1, 12) if has_map else 0,
     )
 
 
 def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> Plan:
     """A valid plan; keyword arguments set fields of ``Plan`` instead of drawing them."""
     shape = identity.shape
+    compensation = fixed.get("compensation") or rng.choice(["none", "mean", "refit", "refit"])
+    fitted = compensation == "refit"
     drawn = {
         "workload": workload(),
-        "layers": tuple(random_layer(shape, rng) for _ in range(shape.layers)),
+        "layers": tuple(random_layer(shape, rng, fitted=fitted) for _ in range(shape.layers)),
         "budget": Budget(None, 0.5),
-        "compensation": rng.choice(["none", "mean"]),
+        "compensation": compensation,
         "bidirectional": rng.random() < 0.3,
         "baked": rng.random() < 0.3,
         "tensors": TensorsFile("plan.safetensors", "0" * 64),
@@ -182,14 +192,26 @@ def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> Pl
 
 
 def random_tensors(plan: Plan, seed: int) -> PlanTensors:
-    """Orders (none for a baked plan) and means of the right shapes."""
+    """Orders (none for a baked plan), means and fitted weights of the right shapes."""
     shape, generator = plan.model.shape, torch.Generator().manual_seed(seed)
     orders = [torch.randperm(shape.ffn, generator=generator) for _ in range(shape.layers)]
     neurons = 0.2 * torch.randn(shape.layers, shape.ffn, generator=generator)
     heads = 0.2 * torch.randn(shape.layers, shape.heads, shape.head_dim, generator=generator)
-    if plan.compensation == "none":
+    if plan.compensation != "mean":
         neurons = heads = None
-    return PlanTensors(None if plan.baked else torch.stack(orders), neurons, heads)
+    refit = random_refit(plan, generator) if plan.compensation == "refit" else {}
+    return PlanTensors(None if plan.baked else torch.stack(orders), neurons, heads, refit)
+
+
+def random_refit(plan: Plan, generator: torch.Generator) -> dict[int, dict[str, torch.Tensor]]:
+    """Fitted weights for every layer that wants some."""
+    return {
+        index: {
+            name: 0.2 * torch.randn(size, generator=generator)
+            for name, size in refit_sizes(layer, plan.model.shape).items()
+        }
+        for index, layer in enumerate(plan.layers[: plan.visual_depth])
+    }
 
 
 def whole(subject: Subject) -> Plan:

@@ -13,6 +13,7 @@ Two conventions, never mixed:
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from yopo.grid import row_blocks, window_pairs
@@ -29,32 +30,48 @@ class HeadCounts:
     Attributes:
         reading: Query heads, padding included, that attend text and visual keys.
         text_only: Query heads, padding included, that attend text keys alone.
+        attending: Query heads, padding included, in which visual tokens attend.
     """
 
     reading: int
     text_only: int
+    attending: int
 
 
 def head_counts(layer: LayerPlan, shape: ModelShape) -> HeadCounts:
     """Count the rectangles of query heads that the runtime multiplies in this layer."""
-    kept_per_kv: dict[int, int] = {}
-    for head in layer.heads:
-        kept_per_kv[head // shape.group] = kept_per_kv.get(head // shape.group, 0) + 1
-    if not kept_per_kv:
-        return HeadCounts(0, shape.heads)
-    reading = len(kept_per_kv) * max(kept_per_kv.values())
-    dropped = len(kept_per_kv) * (shape.group - min(kept_per_kv.values()))
-    return HeadCounts(reading, dropped + (shape.kv_heads - len(kept_per_kv)) * shape.group)
+    kept, attending = (
+        Counter(head // shape.group for head in heads) for heads in (layer.heads, layer.attend)
+    )
+    if not kept:
+        return HeadCounts(0, shape.heads, 0)
+    dropped = len(kept) * (shape.group - min(kept.values()))
+    others = (shape.kv_heads - len(kept)) * shape.group
+    return HeadCounts(_padded(kept), dropped + others, _padded(attending))
+
+
+def _padded(per_kv: Counter[int]) -> int:
+    return len(per_kv) * max(per_kv.values(), default=0)
+
+
+def _linear_flops(layer: LayerPlan, shape: ModelShape) -> int:
+    """FLOPs of one visual token's linear layers: projections, FFN, fitted map."""
+    width = shape.hidden
+    keys = 2 * len(layer.kept_kv(shape)) * shape.head_dim  # and values
+    queries = len(layer.attend) * shape.head_dim
+    if layer.rank is None:
+        flops = 2 * width * (keys + queries)
+    else:
+        flops = 2 * layer.rank * (width + keys + queries)
+    return flops + 2 * width * queries + 6 * width * layer.neurons + 4 * width * layer.linear
 
 
 def visual_flops_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
     """Visual FLOPs of one layer for one prompt, in the paper's convention."""
-    tokens, width = workload.visual, shape.hidden
-    kept_kv = len(layer.kept_kv(shape)) * shape.head_dim
-    flops = 4 * tokens * width * kept_kv + 6 * tokens * width * layer.neurons
+    flops = workload.visual * _linear_flops(layer, shape)
     if layer.attend:
-        kept = len(layer.heads) * shape.head_dim
-        flops += 4 * tokens * width * kept + 4 * window_pairs(workload.grids, layer.radius) * kept
+        attending = len(layer.attend) * shape.head_dim
+        flops += 4 * window_pairs(workload.grids, layer.radius) * attending
     return flops
 
 
@@ -104,12 +121,9 @@ def _text_flops(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
 
 def _visual_stream_flops(layer: LayerPlan, plan: Plan) -> int:
     shape, workload = plan.model.shape, plan.workload
-    kept_kv = len(layer.kept_kv(shape)) * shape.head_dim
-    kept = len(layer.heads) * shape.head_dim if layer.attend else 0
-    linear = 4 * shape.hidden * (kept_kv + kept) + 6 * shape.hidden * layer.neurons
-    flops = workload.visual * linear
+    flops = workload.visual * _linear_flops(layer, shape)
     if layer.attend:
-        width = head_counts(layer, shape).reading * shape.head_dim
+        width = head_counts(layer, shape).attending * shape.head_dim
         for block in row_blocks(workload.grids, layer.radius, plan.bidirectional):
             text_pairs = (block.stop - block.start) * workload.text_before
             flops += 4 * (block.pairs + text_pairs) * width

@@ -1,10 +1,14 @@
 """The pruning plan: what visual tokens stop doing, layer by layer. Frozen, validated, no torch.
 
-For layer ``l`` a plan says which query heads may read visual keys (``heads``), whether visual
-tokens run attention as queries (``attend``), how far they see (``radius``) and how many FFN
+For layer ``l`` a plan says which query heads may read visual keys (``heads``), in which of them
+visual tokens run attention as queries (``attend``), how far they see (``radius``) and how many FFN
 neurons they use (``neurons``, a prefix of the layer's importance order). The paper's method
 (arXiv 2410.06169) is the case where the same heads read and attend and layers behind a cut are
 empty; visual token withdrawal, frozen visual tokens and vision-only cross-attention are others.
+
+Text keeps the original weights, so visual tokens may have small ones of their own, fitted on the
+calibration pairs: projections through a bottleneck (``rank``), and a linear map of low rank in
+place of what the layer no longer computes for them (``linear``).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 from yopo.errors import PlanError
 from yopo.grid import Grid
 
-COMPENSATIONS = ("none", "mean")
+COMPENSATIONS = ("none", "mean", "refit")
 
 
 class InvalidPlan(PlanError):
@@ -88,25 +92,47 @@ class LayerPlan:
 
     Attributes:
         heads: Sorted query heads that may read visual keys. Empty: no visual K/V exists here.
-        attend: Whether visual tokens run attention as queries, in ``heads``.
+        attend: Those of them in which visual tokens run attention as queries, sorted. True stands
+            for all of ``heads``, False for none.
         radius: Chebyshev radius of a visual query's neighborhood; None means no limit.
         neurons: FFN neurons that visual tokens use; 0 skips the FFN.
+        rank: Width of the bottleneck through which visual queries, keys and values are computed;
+            None: by the original projections.
+        linear: Rank of the fitted linear map of the normed FFN input that stands for what visual
+            tokens no longer compute here; 0: none.
     """
 
     heads: tuple[int, ...]
-    attend: bool
+    attend: tuple[int, ...] | bool
     radius: int | None
     neurons: int
+    rank: int | None = None
+    linear: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attend, bool):
+            object.__setattr__(self, "attend", self.heads if self.attend else ())
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing visual happens in this layer."""
-        return not self.heads and self.neurons == 0
+        return not self.heads and not self.has_ffn
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether visual tokens compute anything in place of the FFN."""
+        return self.neurons > 0 or self.linear > 0
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the layer needs weights of its own for visual tokens."""
+        return self.rank is not None or self.linear > 0
 
     def is_full(self, shape: ModelShape) -> bool:
         """Whether visual tokens do everything that they do in the dense model."""
         everything = len(self.heads) == shape.heads and self.neurons == shape.ffn
-        return everything and self.attend and self.radius is None
+        attends = self.attend == self.heads and self.radius is None
+        return everything and attends and not self.is_fitted
 
     def kept_kv(self, shape: ModelShape) -> tuple[int, ...]:
         """KV heads whose visual keys and values exist: those with a kept query head."""
@@ -156,7 +182,8 @@ class Plan:
         layers: One entry per decoder layer.
         budget: Visual FLOPs asked for and reached.
         compensation: ``mean`` adds to visual tokens, as a bias, what their pruned neurons and
-            heads contributed on average; ``none`` does not.
+            heads contributed on average; ``refit`` gives them output and down projections of
+            their own, fitted to the dense model; ``none`` does neither.
         bidirectional: Whether visual tokens attend neighbors behind them too, as in the paper's
             fine-tuned checkpoints; training-free plans stay causal.
         baked: Whether the checkpoint's heads and neurons already stand in order of importance.
@@ -237,6 +264,9 @@ def first_problem(plan: Plan) -> tuple[tuple[str | int, ...], str] | None:
         if problem is not None:
             key, what = problem
             return ("layers", index, key), what
+        if layer.is_fitted and plan.compensation != "refit":
+            key = "linear" if layer.rank is None else "rank"
+            return ("layers", index, key), "needs 'compensation: refit', whose weights it uses"
     if plan.needs_order and plan.tensors is None and not plan.baked:
         return ("tensors",), "must name the file with the neuron orders, since neurons are pruned"
     return None
@@ -248,10 +278,18 @@ def _layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | Non
         return "heads", f"names head {outside[0]}, but the heads are 0 to {shape.heads - 1}"
     if list(layer.heads) != sorted(set(layer.heads)):
         return "heads", "must be ascending and without repetition"
-    if layer.attend and not layer.heads:
-        return "attend", "must be false where no head reads visual tokens"
+    if not set(layer.attend) <= set(layer.heads):
+        return "attend", "must name heads that read visual tokens, or be true or false"
+    if list(layer.attend) != sorted(set(layer.attend)):
+        return "attend", "must be ascending and without repetition"
     if layer.radius is not None and layer.radius < 0:
         return "radius", f"must be null or at least 0, found {layer.radius}"
     if not 0 <= layer.neurons <= shape.ffn:
         return "neurons", f"must lie between 0 and {shape.ffn}, found {layer.neurons}"
+    if layer.rank is not None and not (layer.heads and 1 <= layer.rank <= shape.hidden):
+        return "rank", f"must lie between 1 and {shape.hidden}, in a layer that is read"
+    if not 0 <= layer.linear <= shape.hidden:
+        return "linear", f"must lie between 0 and {shape.hidden}, found {layer.linear}"
+    if layer.linear and layer.neurons == shape.ffn:
+        return "linear", "must be 0 where all neurons are kept"
     return None

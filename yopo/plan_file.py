@@ -29,7 +29,7 @@ from yopo.plan import (
 FORMAT_VERSION = 1
 
 _SHAPE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")
-_LAYER_KEYS = ("heads", "attend", "radius", "neurons")
+_LAYER_KEYS = ("heads", "attend", "radius", "neurons", "rank", "linear")
 _KEYS = (
     "yopo_plan",
     "model",
@@ -128,12 +128,13 @@ def _layer_to_dict(layer: LayerPlan, shape: ModelShape) -> dict[str, Any]:
         heads = "none"
     elif len(heads) == shape.heads:
         heads = "all"
-    return {
-        "heads": heads,
-        "attend": layer.attend,
-        "radius": layer.radius,
-        "neurons": layer.neurons,
-    }
+    attend: Any = bool(layer.attend)
+    if attend and layer.attend != layer.heads:
+        attend = list(layer.attend)
+    data = {"heads": heads, "attend": attend, "radius": layer.radius, "neurons": layer.neurons}
+    if layer.is_fitted:
+        data |= {"rank": layer.rank, "linear": layer.linear}
+    return data
 
 
 def _short(value: float) -> float:
@@ -178,9 +179,13 @@ def _read_layers(document: Document, shape: ModelShape) -> tuple[LayerPlan, ...]
         radius = document.typed((*path, "radius"), data.get("radius"), (int, type(None)))
         heads = _required(document, path, data, "heads", (str, list))
         heads = _read_heads(document, (*path, "heads"), heads, shape)
-        attend = _required(document, path, data, "attend", bool)
+        attend = _required(document, path, data, "attend", (bool, list))
+        if isinstance(attend, list):
+            attend = _read_heads(document, (*path, "attend"), attend, shape)
         neurons = _required(document, path, data, "neurons", int)
-        layers.append(LayerPlan(heads, attend, radius, neurons))
+        rank = document.typed((*path, "rank"), data.get("rank"), (int, type(None)))
+        linear = document.typed((*path, "linear"), data.get("linear", 0), int)
+        layers.append(LayerPlan(heads, attend, radius, neurons, rank, linear))
     return tuple(layers)
 
 

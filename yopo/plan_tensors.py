@@ -1,4 +1,4 @@
-"""The tensors that belong to a plan: neuron orders, and the means that compensation adds back.
+"""The tensors that belong to a plan: neuron orders, and what compensation adds or fits.
 
 They live in a safetensors file beside ``plan.yaml``, which names it with its sha256. A plan that
 goes to stdout leaves them in a content-addressed cache, so that a pipeline can still apply it.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,17 @@ from safetensors.torch import load, save
 
 from yopo.errors import OutputError, PlanError
 from yopo.files import check_writable, write_file
-from yopo.plan import Plan, TensorsFile
+from yopo.plan import LayerPlan, ModelShape, Plan, TensorsFile
 from yopo.plan_file import read_plan, to_yaml
+
+Refit = Mapping[str, torch.Tensor]
+"""One layer's fitted weights for visual tokens, by name: see :func:`refit_sizes`."""
+
+_DTYPES = {
+    "neuron_order": torch.int32,
+    "neuron_mean": torch.float32,
+    "head_mean": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -30,23 +40,28 @@ class PlanTensors:
         neuron_order: (layers, ffn) int64, each layer's neurons from most to least important;
             None if the checkpoint's neurons already stand in that order (baked).
         neuron_mean: (layers, ffn) float32, mean FFN activation over visual tokens in the
-            checkpoint's own neuron order; None without compensation.
+            checkpoint's own neuron order; None without ``mean`` compensation.
         head_mean: (layers, heads, head_dim) float32, mean attention output of every query head
-            over visual tokens; None without compensation.
+            over visual tokens; None without ``mean`` compensation.
+        refit: Layer -> its fitted weights; layers without any are left out, and all of them
+            without ``refit`` compensation.
     """
 
     neuron_order: torch.Tensor | None = None
     neuron_mean: torch.Tensor | None = None
     head_mean: torch.Tensor | None = None
+    refit: Mapping[int, Refit] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Serialise as safetensors; the same tensors give the same bytes."""
         stored = {}
-        for each in fields(self):
-            tensor = getattr(self, each.name)
+        for name, kind in _DTYPES.items():
+            tensor = getattr(self, name)
             if tensor is not None:
-                kind = torch.int32 if each.name == "neuron_order" else torch.float32
-                stored[each.name] = tensor.detach().to("cpu", kind).contiguous()
+                stored[name] = tensor.detach().to("cpu", kind).contiguous()
+        for layer, weights in self.refit.items():
+            for name, tensor in weights.items():
+                stored[f"refit.{layer}.{name}"] = tensor.detach().to("cpu").contiguous()
         return save(stored, metadata={"format": "pt"})
 
     @classmethod
@@ -54,11 +69,57 @@ class PlanTensors:
         """Inverse of ``to_bytes``; raises SafetensorError for anything else."""
         stored = load(data)
         order = stored.get("neuron_order")
+        refit: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in stored.items():
+            kind, _, rest = name.partition(".")
+            layer, _, weight = rest.partition(".")
+            if kind == "refit" and layer.isdecimal():
+                refit.setdefault(int(layer), {})[weight] = tensor
         return cls(
             neuron_order=None if order is None else order.long(),
             neuron_mean=stored.get("neuron_mean"),
             head_mean=stored.get("head_mean"),
+            refit=dict(sorted(refit.items())),
         )
+
+    def for_plan(self, plan: Plan) -> PlanTensors:
+        """Those of the tensors that a plan uses."""
+        means = plan.compensation == "mean"
+        return PlanTensors(
+            neuron_order=self.neuron_order if plan.needs_order else None,
+            neuron_mean=self.neuron_mean if means else None,
+            head_mean=self.head_mean if means else None,
+            refit=self.refit if plan.compensation == "refit" else {},
+        )
+
+
+def refit_sizes(layer: LayerPlan, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Names and sizes of the weights that ``refit`` compensation fits in one layer.
+
+    ``reduce`` (rank, hidden) takes normed visual states into the bottleneck; ``query``, ``key``
+    and ``value`` (rows, rank) with their biases lead out of it, for the heads of ``attend`` and
+    for the kept KV heads, ascending. ``output`` (hidden, columns) replaces the output projection
+    where a part of the heads attends, ``down`` (hidden, neurons) the down projection where a part
+    of the neurons is used, in order of importance. ``map_out @ map_in`` is the linear map;
+    ``ffn_bias`` goes with ``down`` or the map.
+    """
+    hidden, sizes = shape.hidden, {}
+    queries = len(layer.attend) * shape.head_dim
+    keys = len(layer.kept_kv(shape)) * shape.head_dim
+    if layer.rank is not None:
+        sizes["reduce"] = (layer.rank, hidden)
+        for name, rows in (("query", queries), ("key", keys), ("value", keys)):
+            if rows:
+                sizes |= {name: (rows, layer.rank), f"{name}_bias": (rows,)}
+    if 0 < len(layer.attend) < shape.heads:
+        sizes |= {"output": (hidden, queries), "output_bias": (hidden,)}
+    if 0 < layer.neurons < shape.ffn:
+        sizes["down"] = (hidden, layer.neurons)
+    if layer.linear:
+        sizes |= {"map_in": (layer.linear, hidden), "map_out": (hidden, layer.linear)}
+    if "down" in sizes or "map_in" in sizes:
+        sizes["ffn_bias"] = (hidden,)
+    return sizes
 
 
 def cache_directory() -> Path:
@@ -173,3 +234,18 @@ def check_tensors(plan: Plan, tensors: PlanTensors, where: str) -> None:
         raise PlanError(f"{where}: neuron_order is not a permutation of the neurons.")
     if plan.compensation == "mean" and (tensors.neuron_mean is None or tensors.head_mean is None):
         raise PlanError(f"{where}: lacks the means that 'compensation: mean' needs.")
+    if plan.compensation == "refit":
+        _check_refit(plan, tensors.refit, where)
+
+
+def _check_refit(plan: Plan, refit: Mapping[int, Refit], where: str) -> None:
+    for index, layer in enumerate(plan.layers[: plan.visual_depth]):
+        found = {name: tuple(tensor.shape) for name, tensor in refit.get(index, {}).items()}
+        expected = refit_sizes(layer, plan.model.shape)
+        for name in sorted({*found, *expected}):
+            if found.get(name) != expected.get(name):
+                raise PlanError(
+                    f"{where}: layer {index}'s fitted '{name}' has shape {found.get(name)}, "
+                    f"expected {expected.get(name)}.",
+                    remedy="Fitted weights belong to one plan: calibrate again instead of editing.",
+                )

@@ -35,7 +35,7 @@ from yopo.checkpoint.writer import OutputDirectory
 from yopo.errors import ModelError, PlanError
 from yopo.plan import Plan, TensorsFile
 from yopo.plan_file import to_yaml
-from yopo.plan_tensors import PlanTensors
+from yopo.plan_tensors import PlanTensors, check_tensors
 
 _ROOM = 2**20
 """Bytes allowed for what is generated: plan, card, code, configuration."""
@@ -93,7 +93,8 @@ def bake(
     _check_same_model(plan, checkpoint)
     orders = order_layers(plan, tensors)
     reorders = find_reorders(checkpoint, orders)
-    side = baked_tensors(tensors, orders).to_bytes() if plan.compensation == "mean" else None
+    tensors = baked_tensors(plan, tensors or PlanTensors(), orders)
+    side = None if tensors is None else tensors.to_bytes()
     copies = files_to_copy(checkpoint)
     num_bytes = checkpoint.num_bytes + sum(path.stat().st_size for path in copies.values())
     target = OutputDirectory(
@@ -175,10 +176,8 @@ def _check_plan(plan: Plan, tensors: PlanTensors | None) -> None:
         )
     if plan.needs_order and (tensors is None or tensors.neuron_order is None):
         raise PlanError("The plan prunes neurons, but its neuron order is missing.")
-    if plan.compensation == "mean" and (
-        tensors is None or tensors.neuron_mean is None or tensors.head_mean is None
-    ):
-        raise PlanError("The plan says 'compensation: mean', but its means are missing.")
+    if plan.compensation != "none":
+        check_tensors(plan, tensors or PlanTensors(), "The plan")
 
 
 def _check_same_model(plan: Plan, checkpoint: Checkpoint) -> None:

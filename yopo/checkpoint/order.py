@@ -1,6 +1,7 @@
 """In which order a baked checkpoint's heads and neurons stand, and the plan in the new numbering.
 
-Kept heads come first and neurons by importance, so that a plan's parts are slices of the weights.
+Kept heads come first, those in which visual tokens attend before the others, and neurons by
+importance, so that a plan's parts are slices of the weights.
 The dropped ones follow in order of activity: smaller budgets find their prefix as well. A query
 head never leaves the group of its KV head, which is why the function stays the same.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from yopo.plan import LayerPlan, ModelShape, Plan, TensorsFile
-from yopo.plan_tensors import PlanTensors
+from yopo.plan_tensors import PlanTensors, Refit
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,24 +55,28 @@ def order_layers(plan: Plan, tensors: PlanTensors | None) -> list[BakedLayer]:
 def order_heads(
     layer: LayerPlan, shape: ModelShape, activity: Sequence[float]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Order one layer's heads: kept first, more active first, then by index.
+    """Order one layer's heads: attending first, then kept, more active first, then by index.
 
     Args:
-        layer: Says which query heads are kept.
+        layer: Says which query heads are kept, and in which visual tokens attend.
         shape: Decoder dimensions.
         activity: (heads,) mean activity of every query head; equal values leave it to the index.
 
     Returns:
         (query heads, KV heads), each new position -> old index. KV heads with more kept query
-        heads come first.
+        heads come first, among equals those with more attending ones.
     """
-    kept = set(layer.heads)
+    kept, attending = set(layer.heads), set(layer.attend)
     groups = []
     for kv_head in range(shape.kv_heads):
         members = range(kv_head * shape.group, (kv_head + 1) * shape.group)
-        ordered = sorted(members, key=lambda head: (head not in kept, -activity[head], head))
+        ordered = sorted(
+            members,
+            key=lambda head: (head not in attending, head not in kept, -activity[head], head),
+        )
         most_active = max(activity[head] for head in members)
-        groups.append((-len(kept.intersection(members)), -most_active, kv_head, ordered))
+        counts = (-len(kept.intersection(members)), -len(attending.intersection(members)))
+        groups.append((*counts, -most_active, kv_head, ordered))
     groups.sort()
     return (
         tuple(head for *_, ordered in groups for head in ordered),
@@ -95,9 +100,11 @@ def baked_plan(
     """
     layers = []
     for layer, order in zip(plan.layers, orders, strict=True):
-        kept = set(layer.heads)
-        heads = tuple(new for new, old in enumerate(order.head_order) if old in kept)
-        layers.append(replace(layer, heads=heads))
+        heads, attend = (
+            tuple(new for new, old in enumerate(order.head_order) if old in chosen)
+            for chosen in (layer.heads, layer.attend)
+        )
+        layers.append(replace(layer, heads=heads, attend=attend))
     measured = plan.measured
     if measured is not None:
         rho = tuple(
@@ -116,8 +123,21 @@ def baked_plan(
     )
 
 
-def baked_tensors(tensors: PlanTensors, orders: Sequence[BakedLayer]) -> PlanTensors:
-    """The means in the baked checkpoint's order; the neuron order itself is no longer needed."""
+def baked_tensors(
+    plan: Plan, tensors: PlanTensors, orders: Sequence[BakedLayer]
+) -> PlanTensors | None:
+    """What a plan's compensation needs, in the baked checkpoint's order; None if nothing.
+
+    The neuron order itself is no longer needed, and fitted down projections follow it already.
+    """
+    if plan.compensation == "none":
+        return None
+    tensors = tensors.for_plan(plan)
+    shape = plan.model.shape
+    refit = {
+        index: _baked_refit(weights, plan.layers[index], orders[index], shape)
+        for index, weights in tensors.refit.items()
+    }
     neuron_mean, head_mean = tensors.neuron_mean, tensors.head_mean
     if neuron_mean is not None:
         neuron_mean = torch.stack(
@@ -127,4 +147,30 @@ def baked_tensors(tensors: PlanTensors, orders: Sequence[BakedLayer]) -> PlanTen
         head_mean = torch.stack(
             [mean[list(order.head_order)] for mean, order in zip(head_mean, orders, strict=True)]
         )
-    return PlanTensors(neuron_mean=neuron_mean, head_mean=head_mean)
+    return PlanTensors(neuron_mean=neuron_mean, head_mean=head_mean, refit=refit)
+
+
+def _baked_refit(
+    weights: Refit, layer: LayerPlan, order: BakedLayer, shape: ModelShape
+) -> dict[str, torch.Tensor]:
+    """One layer's fitted weights, rows and columns of its heads moved to where they now stand."""
+    kept_kv = layer.kept_kv(shape)
+    queries = _block_rows([old for old in order.head_order if old in layer.attend], layer.attend)
+    keys = _block_rows([old for old in order.kv_order if old in kept_kv], kept_kv)
+    queries, keys = (
+        (rows[:, None] * shape.head_dim + torch.arange(shape.head_dim)).flatten()
+        for rows in (queries, keys)
+    )
+    moved = dict(weights)
+    for name, rows in (("query", queries), ("key", keys), ("value", keys)):
+        for each in (name, f"{name}_bias"):
+            if each in moved:
+                moved[each] = moved[each][rows]
+    if "output" in moved:
+        moved["output"] = moved["output"][:, queries]
+    return moved
+
+
+def _block_rows(moved: Sequence[int], ascending: Sequence[int]) -> torch.Tensor:
+    """Where each head of the new order stood among the old ones."""
+    return torch.tensor([ascending.index(old) for old in moved], dtype=torch.int64)

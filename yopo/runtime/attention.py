@@ -67,18 +67,21 @@ def visual_attention(
     """Attention of visual queries over their neighbors and the text in front of them.
 
     Args:
-        queries: (batch, kept heads, visual, head_dim), RoPE applied, in ``split.kept`` order.
+        queries: (batch, attending heads, visual, head_dim), RoPE applied, in ``split.attending``
+            order.
         cache: The layer's keys and values, this forward's included.
         geometry: Blocks and masks of this forward.
         radius: The neighborhood's Chebyshev radius, or None.
         scale: Factor on the logits.
 
     Returns:
-        (batch, kept heads, visual, head_dim).
+        (batch, attending heads, visual, head_dim).
     """
     split = cache.split
-    padded = queries if split.kept_places is None else take(queries, split.reading_of_kept)
+    padded = queries if split.rectangle is None else take(queries, split.rectangle)
     keys, values = cache.kept
+    if split.attending_kv is not None:
+        keys, values = (take(each, split.attending_kv) for each in (keys, values))
     outputs = []
     for block in geometry.visual_blocks(radius):
         span = (block.key_start, block.key_stop, cache.num_visual, block.num_text)
@@ -88,12 +91,12 @@ def visual_attention(
                 _pick(keys, *span),
                 _pick(values, *span),
                 block.mask,
-                width=split.reading_width,
+                width=split.attending_width,
                 scale=scale,
             )
         )
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return joined if split.kept_places is None else take(joined, split.kept_places)
+    return joined if split.places is None else take(joined, split.places)
 
 
 def _pick(buffer: torch.Tensor, start: int, stop: int, visual: int, num_text: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ repeating a head; whole KV groups and multi-head attention need no padding.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -40,15 +41,19 @@ class HeadSplit:
     Attributes:
         kept_kv: KV heads with visual keys, as positions among all KV heads.
         other_kv: The other KV heads.
-        kept: The kept query heads, KV head by KV head: the rows of the visual q projection.
+        kept: The kept query heads, KV head by KV head.
         reading: Query heads of the reading rectangle, padding included.
-        reading_of_kept: Position in ``kept`` of every entry of ``reading``.
         dropped: Query heads of the rectangle of kept KV heads' dropped query heads.
         other: Query heads of the other KV heads.
         restore: Position of every query head in the concatenated outputs of ``reading``,
             ``dropped`` and ``other``; None if that order is the heads' own.
-        kept_places: Position in ``reading`` of every entry of ``kept``; None if the same.
+        attending: Query heads in which visual tokens attend, KV head by KV head: the rows of the
+            visual q projection.
+        attending_kv: Their KV heads, as positions in ``kept_kv``; None if all.
+        rectangle: Position in ``attending`` of every entry of their rectangle; None if the same.
+        places: Position in that rectangle of every entry of ``attending``; None if the same.
         num_kept_kv: Number of kept KV heads.
+        attending_width: Query heads per KV head in the attending rectangle (0: none attends).
         reading_width: Query heads per KV head in ``reading`` (0: none reads).
         dropped_width: Query heads per KV head in ``dropped`` (0: there are none).
         other_width: Query heads per KV head in ``other`` (0: there are none).
@@ -58,12 +63,15 @@ class HeadSplit:
     other_kv: Index
     kept: tuple[int, ...]
     reading: Index
-    reading_of_kept: Index
     dropped: Index
     other: Index
     restore: torch.Tensor | None
-    kept_places: torch.Tensor | None
+    attending: tuple[int, ...]
+    attending_kv: Index | None
+    rectangle: Index | None
+    places: torch.Tensor | None
     num_kept_kv: int
+    attending_width: int
     reading_width: int
     dropped_width: int
     other_width: int
@@ -103,22 +111,39 @@ def split_heads(layer: LayerPlan, shape: ModelShape) -> HeadSplit:
                 places.setdefault(head, offset + place)
     restore = [places[head] for head in range(shape.heads)]
     identity = restore == list(range(shape.heads)) and len(order) == shape.heads
-    kept_places = [places[head] for head in kept]
     return HeadSplit(
+        **_attending(layer, shape, kept_kv),
         kept_kv=as_index(kept_kv),
         other_kv=as_index(other_kv),
         kept=tuple(kept),
         reading=as_index(reading),
-        reading_of_kept=as_index([kept.index(head) for head in reading]),
         dropped=as_index(dropped),
         other=as_index(other),
         restore=None if identity else torch.tensor(restore),
-        kept_places=None if kept == reading else torch.tensor(kept_places),
         num_kept_kv=len(kept_kv),
         reading_width=reading_width,
         dropped_width=dropped_width,
         other_width=shape.group if other else 0,
     )
+
+
+def _attending(layer: LayerPlan, shape: ModelShape, kept_kv: list[int]) -> dict[str, Any]:
+    """The fields that say in which heads visual tokens attend."""
+    by_kv: dict[int, list[int]] = {}
+    for head in layer.attend:
+        by_kv.setdefault(head // shape.group, []).append(head)
+    attending = [head for group in by_kv.values() for head in group]
+    rectangle, width = _rectangle(list(by_kv.values()), [group[0] for group in by_kv.values()])
+    is_same = rectangle == attending
+    return {
+        "attending": tuple(attending),
+        "attending_width": width,
+        "attending_kv": None
+        if list(by_kv) == kept_kv
+        else as_index([kept_kv.index(each) for each in by_kv]),
+        "rectangle": None if is_same else as_index([attending.index(h) for h in rectangle]),
+        "places": None if is_same else torch.tensor([rectangle.index(h) for h in attending]),
+    }
 
 
 def _rectangle(groups: list[list[int]], padding: list[int]) -> tuple[list[int], int]:

@@ -49,6 +49,24 @@ class LayerRun:
         visual_rotary: Rotary | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run both streams, (batch, text, hidden) and (batch, visual, hidden) or None."""
+        text, mixed = self.attend(text, visual, text_rotary, visual_rotary)
+        if visual is not None:
+            visual = self.add_attention(visual, mixed)
+        return self.feed(text, visual)
+
+    def attend(
+        self,
+        text: torch.Tensor,
+        visual: torch.Tensor | None,
+        text_rotary: Rotary,
+        visual_rotary: Rotary | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run attention, fill the cache.
+
+        Returns:
+            Text states behind attention, and what visual tokens gathered: (batch, visual,
+            attending heads * head_dim), None where they do not attend.
+        """
         norm = getattr(self.layer, self.names.attention_norm)
         queries, keys, values = self._project_text(norm(text), text_rotary)
         visual_queries, visual_kv = None, None
@@ -58,13 +76,28 @@ class LayerRun:
         scale = self.attention.scaling
         mixed = text_attention(queries, self.cache, self.geometry, scale)
         text = text + getattr(self.attention, self.names.output)(_join_heads(mixed))
+        if visual_queries is None:
+            return text, None
+        radius = self.part.plan.radius
+        gathered = visual_attention(visual_queries, self.cache, self.geometry, radius, scale)
+        return text, _join_heads(gathered)
+
+    def add_attention(self, visual: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
+        """Visual states behind attention, from what ``attend`` gathered."""
+        if mixed is not None:
+            return visual + self.part.output(mixed)
+        bias = self.part.attention_bias
+        return visual if bias is None else visual + bias
+
+    def feed(
+        self, text: torch.Tensor, visual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the FFN on both streams."""
+        norm = getattr(self.layer, self.names.ffn_norm)
+        text = text + self.layer.mlp(norm(text))
         if visual is not None:
-            visual = self._add_visual_attention(visual, visual_queries, scale)
-        ffn_norm = getattr(self.layer, self.names.ffn_norm)
-        text = text + self.layer.mlp(ffn_norm(text))
-        if visual is not None:
-            if self.part.plan.neurons:
-                visual = visual + self.part.ffn(ffn_norm(visual))
+            if self.part.plan.has_ffn:
+                visual = visual + self.part.ffn(norm(visual))
             elif self.part.ffn_bias is not None:
                 visual = visual + self.part.ffn_bias
         return text, visual
@@ -98,24 +131,15 @@ class LayerRun:
         self, normed: torch.Tensor, rotary: Rotary
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
         part, head_dim = self.part, self.attention.head_dim
-        keys = _split_heads(part.key(normed), head_dim)
-        values = _split_heads(part.value(normed), head_dim)
+        inputs = part.reduced(normed)
+        keys = _split_heads(part.key(inputs), head_dim)
+        values = _split_heads(part.value(inputs), head_dim)
         if not part.plan.attend:
             _, keys = self._place(keys[:, :1], keys, rotary)
             return None, (keys, values)
-        queries = _split_heads(part.query(normed), head_dim)
+        queries = _split_heads(part.query(inputs), head_dim)
         queries, keys = self._place(queries, keys, rotary)
         return queries, (keys, values)
-
-    def _add_visual_attention(
-        self, visual: torch.Tensor, queries: torch.Tensor | None, scale: float
-    ) -> torch.Tensor:
-        part = self.part
-        if queries is None:
-            return visual if part.attention_bias is None else visual + part.attention_bias
-        radius = part.plan.radius
-        mixed = visual_attention(queries, self.cache, self.geometry, radius, scale)
-        return visual + part.output(_join_heads(mixed))
 
 
 def _split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ whole sequence at every step), no streams, no blocks and no slices, and shares n
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from yopo.families.family import GridsOf
 from yopo.layout import LayoutProbe, TokenLayout
 from yopo.plan import LayerPlan, Plan
-from yopo.plan_tensors import PlanTensors, check_tensors
+from yopo.plan_tensors import PlanTensors, Refit, check_tensors
 from yopo.runtime.install import check_model
 
 
@@ -93,6 +93,7 @@ class LayerSpec:
         compensated = plan.compensation == "mean"
         self.neuron_mean = tensors.neuron_mean[number] if compensated else None
         self.head_mean = tensors.head_mean[number] if compensated else None
+        self.refit: Refit = tensors.refit.get(number, {}) if plan.compensation == "refit" else {}
         self.order = torch.arange(self.shape.ffn)
         if tensors.neuron_order is not None:
             self.order = tensors.neuron_order[number]
@@ -107,6 +108,12 @@ class LayerSpec:
             table = wide[..., 0]
         return table
 
+    def is_one_of(self, heads: Sequence[int]) -> torch.Tensor:
+        """(heads,) bool: whether a query head is in a list."""
+        table = torch.zeros(self.shape.heads, dtype=torch.bool)
+        table[list(heads)] = True
+        return table
+
     def cells(self, hidden: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, 3): image, row, column of visual tokens; -1 for text."""
         table = torch.full((*hidden.shape[:2], 3), -1)
@@ -118,9 +125,8 @@ class LayerSpec:
         """(batch, heads, queries, keys) bool: who may attend whom, before the softmax."""
         batch, length, _ = hidden.shape
         visual, cells = self.is_visual(hidden), self.cells(hidden)
-        kept = torch.zeros(self.shape.heads, dtype=torch.bool)
-        kept[list(self.layer.heads)] = True
-        kept = kept[None, :, None, None]
+        reads = self.is_one_of(self.layer.heads)[None, :, None, None]
+        attends = self.is_one_of(self.layer.attend)[None, :, None, None]
         place = torch.arange(length)
         not_later = (place[None, :] <= place[:, None])[None]
         same_image = cells[:, :, None, 0] == cells[:, None, :, 0]
@@ -133,9 +139,9 @@ class LayerSpec:
         key_is_visual = visual[:, None, None, :]
         query_is_visual = visual[:, None, :, None]
         text_key = not_later[:, None] & ~key_is_visual
-        text_reads = not_later[:, None] & key_is_visual & ~query_is_visual & kept
-        visual_reads = (both_visual & near & visual_order)[:, None] & kept
-        allowed = text_key | text_reads | (visual_reads & self.layer.attend)
+        text_reads = not_later[:, None] & key_is_visual & ~query_is_visual & reads
+        visual_reads = (both_visual & near & visual_order)[:, None] & attends
+        allowed = text_key | text_reads | visual_reads
         if self.padding is not None:
             allowed = allowed & self.padding.bool()[:, None, None, :]
         return allowed
@@ -153,6 +159,11 @@ class LayerSpec:
                 getattr(module, f"{name}_proj")(normed).unflatten(-1, (-1, module.head_dim))
                 for name in "qkv"
             )
+        if self.layer.rank is not None:
+            kv_heads = self.layer.kept_kv(self.shape)
+            queries = self.through_bottleneck("query", self.layer.attend, queries, normed)
+            keys = self.through_bottleneck("key", kv_heads, keys, normed)
+            values = self.through_bottleneck("value", kv_heads, values, normed)
         if hasattr(module, "q_norm"):
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
@@ -163,17 +174,32 @@ class LayerSpec:
         scores = scores.masked_fill(~self.allowed(normed), float("-inf"))
         mixed = scores.softmax(dim=-1).nan_to_num(0.0) @ values
         mixed = mixed.transpose(1, 2)  # (batch, sequence, heads, head_dim)
-        silent = [h for h in range(self.shape.heads) if h not in self.layer.heads]
-        silent = list(range(self.shape.heads)) if not self.layer.attend else silent
-        visual = self.is_visual(normed)[..., None, None]
-        is_silent = torch.zeros(self.shape.heads, 1, dtype=torch.bool)
-        is_silent[silent] = True
+        visual = self.is_visual(normed)[..., None]
+        is_silent = ~self.is_one_of(self.layer.attend)[:, None]
         instead = torch.zeros(()) if self.head_mean is None else self.head_mean
-        mixed = torch.where(visual & is_silent, instead.to(mixed), mixed)
+        mixed = torch.where(visual[..., None] & is_silent, instead.to(mixed), mixed)
         output = module.o_proj(mixed.flatten(2))
-        if not self.layer.attend and self.head_mean is None:
-            output = output.masked_fill(visual[..., 0], 0.0)
+        if "output" in self.refit:
+            attending = mixed[:, :, list(self.layer.attend)].flatten(2)
+            output = torch.where(visual, self.fitted("output", attending), output)
+        elif not self.layer.attend and self.head_mean is None:
+            output = output.masked_fill(visual, 0.0)
         return output
+
+    def through_bottleneck(
+        self, name: str, heads: Sequence[int], stock: torch.Tensor, normed: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, sequence, heads, head_dim): visual tokens by fitted weights, text as it was."""
+        if not heads:
+            return stock
+        small = normed @ self.refit["reduce"].to(normed).T
+        own = stock.clone()
+        own[:, :, list(heads)] = self.fitted(name, small).unflatten(-1, (len(heads), -1))
+        return torch.where(self.is_visual(normed)[..., None, None], own, stock)
+
+    def fitted(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        """A fitted linear layer."""
+        return inputs @ self.refit[name].to(inputs).T + self.refit[f"{name}_bias"].to(inputs)
 
     def ffn(self, module: nn.Module, normed: torch.Tensor) -> torch.Tensor:
         """FFN output (batch, sequence, hidden) of normed states."""
@@ -188,6 +214,15 @@ class LayerSpec:
         instead = torch.zeros(()) if self.neuron_mean is None else self.neuron_mean
         activation = torch.where(visual & is_pruned, instead.to(activation), activation)
         output = module.down_proj(activation)
-        if not self.layer.neurons and self.neuron_mean is None:
+        if "ffn_bias" in self.refit:
+            own = self.refit["ffn_bias"].to(output).expand_as(output)
+            if "down" in self.refit:
+                used = activation[..., self.order[: self.layer.neurons]]
+                own = own + used @ self.refit["down"].to(output).T
+            if "map_in" in self.refit:
+                both = self.refit["map_out"].to(output) @ self.refit["map_in"].to(output)
+                own = own + normed @ both.T
+            output = torch.where(visual, own, output)
+        elif not self.layer.neurons and self.neuron_mean is None:
             output = output.masked_fill(visual, 0.0)
         return output

@@ -1,14 +1,15 @@
-"""The part of a layer's weights that visual tokens still use, beside the untouched originals.
+"""What visual tokens compute in a layer: parts of its weights, or small weights of their own.
 
 In a baked checkpoint heads and neurons stand in order of importance, so every part is a prefix and
 is used as a view of the original weight: no copy, and it follows ``model.to``. Other selections
-(an unbaked model in memory, ragged groups under GQA) are copied once.
+(an unbaked model in memory, ragged groups under GQA) are copied once. Fitted weights belong to
+visual tokens alone; text never meets them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from torch.nn.functional import linear
 from yopo.errors import ModelError
 from yopo.families.family import Backbone
 from yopo.plan import LayerPlan, ModelShape, Plan
-from yopo.plan_tensors import PlanTensors
+from yopo.plan_tensors import PlanTensors, Refit
 from yopo.runtime.heads import split_heads
 
 
@@ -60,10 +61,13 @@ class Part(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Apply to (..., kept inputs or all inputs) and return (..., outputs)."""
-        source = self._source[0]
         if self._is_all:
-            return source(inputs)
-        weight, bias = self.weight, self.bias
+            return self._source[0](inputs)
+        return linear(inputs, *self.matrix())
+
+    def matrix(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight, (outputs, inputs), and the bias, (outputs,) or None."""
+        source, weight, bias = self._source[0], self.weight, self.bias
         if weight is None and self._columns:
             weight = source.weight[:, self._span]
         elif weight is None:
@@ -71,7 +75,20 @@ class Part(nn.Module):
             bias = None if source.bias is None else source.bias[self._span]
         if self._columns and bias is None:
             bias = source.bias
-        return linear(inputs, weight, bias)
+        return weight, bias
+
+
+class Fitted(nn.Module):
+    """A fitted linear layer, in the precision and on the device of the layer that it stands for."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight.to(like), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(like), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Apply to (..., inputs) and return (..., outputs)."""
+        return linear(inputs, self.weight, self.bias)
 
 
 class VisualLayer(nn.Module):
@@ -80,6 +97,7 @@ class VisualLayer(nn.Module):
     Attributes:
         plan: The layer's plan.
         split: Its head groups.
+        reduce: Into the bottleneck of queries, keys and values; None without one.
         attention_bias: (hidden,) added where attention is skipped, or None.
         ffn_bias: (hidden,) added where the FFN is skipped, or None.
     """
@@ -90,50 +108,121 @@ class VisualLayer(nn.Module):
         plan: LayerPlan,
         shape: ModelShape,
         names: Backbone,
-        means: Means,
-        order: torch.Tensor | None,
+        extras: Extras,
     ):
         super().__init__()
         self.plan = plan
         self.split = split_heads(plan, shape)
         self._mlp = (layer.mlp,)
+        self._activation = names.activation
         parts = {name: getattr(layer.self_attn, getattr(names, name)) for name in _ATTENTION}
         parts |= {name: getattr(layer.mlp, getattr(names, name)) for name in _FFN}
-        rows = _rows(self.split.kept, shape.head_dim)
-        kv_rows = _rows(plan.kept_kv(shape), shape.head_dim)
-        attention_bias = _attention_bias(parts["output"], plan, shape, means.heads)
-        ffn_bias = _ffn_bias(parts["down"], plan, shape, means.neurons, order)
-        key_start, value_start, up_start = _fused_offsets(names, shape)
-        self._activation = names.activation
-        if plan.heads:
-            self.key = Part(parts["key"], kv_rows + key_start)
-            self.value = Part(parts["value"], kv_rows + value_start)
-        if plan.attend:
-            self.query = Part(parts["query"], rows)
-            self.output = Part(parts["output"], rows, columns=True, bias=attention_bias)
-            attention_bias = None
-        if plan.neurons:
-            kept = torch.arange(shape.ffn) if order is None else order
-            # Use in ascending order of the checkpoint when all are kept: then nothing is copied.
-            kept = kept[: plan.neurons].sort().values
-            self.gate, self.up = Part(parts["gate"], kept), Part(parts["up"], kept + up_start)
-            self.down = Part(parts["down"], kept, columns=True, bias=ffn_bias)
-            ffn_bias = None
-        self.register_buffer("attention_bias", attention_bias, persistent=False)
-        self.register_buffer("ffn_bias", ffn_bias, persistent=False)
+        attention_bias = _attention_bias(parts["output"], plan, shape, extras.head_mean)
+        ffn_bias = _ffn_bias(parts["down"], plan, shape, extras)
+        offsets = _fused_offsets(names, shape)
+        self._build_projections(parts, shape, offsets, extras.refit)
+        self._build_output(parts["output"], shape, extras.refit, attention_bias)
+        self._build_ffn(parts, shape, offsets[2], extras, ffn_bias)
+        self.register_buffer(
+            "attention_bias", None if plan.attend else attention_bias, persistent=False
+        )
+        self.register_buffer("ffn_bias", None if plan.has_ffn else ffn_bias, persistent=False)
 
-    def ffn(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The FFN over kept neurons of (batch, visual, hidden) normed states."""
+    def _build_projections(
+        self,
+        parts: dict[str, nn.Linear],
+        shape: ModelShape,
+        offsets: tuple[int, int, int],
+        refit: Refit,
+    ) -> None:
+        rows = {"query": _rows(self.split.attending, shape.head_dim)}
+        rows["key"] = rows["value"] = _rows(self.plan.kept_kv(shape), shape.head_dim)
+        like = parts["key"].weight
+        self.reduce = Fitted(refit["reduce"], None, like) if "reduce" in refit else None
+        starts = {"query": 0, "key": offsets[0], "value": offsets[1]}
+        for name, kept in rows.items():
+            if not len(kept):
+                continue
+            if self.reduce is None:
+                part = Part(parts[name], kept + starts[name])
+            else:
+                part = Fitted(refit[name], refit[f"{name}_bias"], like)
+            setattr(self, name, part)
+
+    def _build_output(
+        self, source: nn.Linear, shape: ModelShape, refit: Refit, bias: torch.Tensor | None
+    ) -> None:
+        if "output" in refit:
+            self.output = Fitted(refit["output"], refit["output_bias"], source.weight)
+        elif self.plan.attend:
+            columns = _rows(self.split.attending, shape.head_dim)
+            self.output = Part(source, columns, columns=True, bias=bias)
+
+    def _build_ffn(
+        self,
+        parts: dict[str, nn.Linear],
+        shape: ModelShape,
+        up_start: int,
+        extras: Extras,
+        bias: torch.Tensor | None,
+    ) -> None:
+        count, refit, like = self.plan.neurons, extras.refit, parts["down"].weight
+        if count:
+            is_as_it_stands = extras.order is None or count == shape.ffn
+            kept = torch.arange(shape.ffn) if is_as_it_stands else extras.order
+            kept = kept[:count]
+            self.gate, self.up = Part(parts["gate"], kept), Part(parts["up"], kept + up_start)
+            if "down" in refit:
+                self.down = Fitted(refit["down"], refit["ffn_bias"], like)
+            else:
+                self.down = Part(parts["down"], kept, columns=True, bias=bias)
+        if "map_in" in refit:
+            self.map_in = Fitted(refit["map_in"], None, like)
+            self.map_out = Fitted(refit["map_out"], None if count else refit["ffn_bias"], like)
+
+    def reduced(self, normed: torch.Tensor) -> torch.Tensor:
+        """What queries, keys and values are computed from: normed states, or their bottleneck."""
+        return normed if self.reduce is None else self.reduce(normed)
+
+    def activations(self, normed: torch.Tensor) -> torch.Tensor:
+        """(batch, visual, neurons) activations of the kept neurons."""
         activation = getattr(self._mlp[0], self._activation)
-        return self.down(activation(self.gate(hidden)) * self.up(hidden))
+        return activation(self.gate(normed)) * self.up(normed)
+
+    def ffn(self, normed: torch.Tensor) -> torch.Tensor:
+        """What takes the FFN's place, of (batch, visual, hidden) normed states."""
+        output = None
+        if self.plan.neurons:
+            output = self.down(self.activations(normed))
+        if self.plan.linear:
+            mapped = self.map_out(self.map_in(normed))
+            output = mapped if output is None else output + mapped
+        return output
 
 
 @dataclass(frozen=True)
-class Means:
-    """One layer's compensation means (see ``PlanTensors``); None without compensation."""
+class Extras:
+    """What one layer's visual part needs beside the plan (see ``PlanTensors``).
 
-    neurons: torch.Tensor | None
-    heads: torch.Tensor | None
+    Attributes:
+        order: (ffn,) neurons from most to least important; None: as they stand.
+        neuron_mean: (ffn,), or None without ``mean`` compensation.
+        head_mean: (heads, head_dim), likewise.
+        refit: Fitted weights; those that are absent are taken from the layer's own.
+    """
+
+    order: torch.Tensor | None = None
+    neuron_mean: torch.Tensor | None = None
+    head_mean: torch.Tensor | None = None
+    refit: Refit = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: PlanTensors, index: int, compensation: str) -> Extras:
+        """Pick one layer's."""
+        order = None if tensors.neuron_order is None else tensors.neuron_order[index]
+        if compensation == "mean":
+            return cls(order, tensors.neuron_mean[index], tensors.head_mean[index])
+        return cls(order, refit=tensors.refit.get(index, {}) if compensation == "refit" else {})
 
 
 _ATTENTION = ("query", "key", "value", "output")
@@ -144,16 +233,17 @@ def visual_layers(
     decoder: nn.Module, plan: Plan, tensors: PlanTensors | None, names: Backbone
 ) -> nn.ModuleList:
     """Build the visual part of every layer up to the plan's visual depth, as ``check_plain``ed."""
-    layers, tensors = [], tensors or PlanTensors()
-    for index in range(plan.visual_depth):
-        layer = decoder.layers[index]
-        means = Means(None, None)
-        if plan.compensation == "mean":
-            means = Means(tensors.neuron_mean[index], tensors.head_mean[index])
-        order = None if tensors.neuron_order is None else tensors.neuron_order[index]
-        shape = plan.model.shape
-        layers.append(VisualLayer(layer, plan.layers[index], shape, names, means, order))
-    return nn.ModuleList(layers)
+    tensors, shape = tensors or PlanTensors(), plan.model.shape
+    return nn.ModuleList(
+        VisualLayer(
+            decoder.layers[index],
+            plan.layers[index],
+            shape,
+            names,
+            Extras.of(tensors, index, plan.compensation),
+        )
+        for index in range(plan.visual_depth)
+    )
 
 
 def check_plain(decoder: nn.Module, depth: int, names: Backbone) -> None:
@@ -208,24 +298,20 @@ def _attention_bias(
     output: nn.Linear, plan: LayerPlan, shape: ModelShape, means: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Mean contribution of the heads in which visual tokens do not attend; (hidden,) or None."""
-    silent = [head for head in range(shape.heads) if not plan.attend or head not in plan.heads]
+    silent = [head for head in range(shape.heads) if head not in plan.attend]
     if means is None or not silent:
         return None
     return _mean_output(output, _rows(silent, shape.head_dim), means.flatten())
 
 
 def _ffn_bias(
-    down: nn.Linear,
-    plan: LayerPlan,
-    shape: ModelShape,
-    means: torch.Tensor | None,
-    order: torch.Tensor | None,
+    down: nn.Linear, plan: LayerPlan, shape: ModelShape, extras: Extras
 ) -> torch.Tensor | None:
     """Mean contribution of the pruned neurons; (hidden,) or None."""
-    if means is None or plan.neurons == shape.ffn:
+    if extras.neuron_mean is None or plan.neurons == shape.ffn:
         return None
-    pruned = torch.arange(shape.ffn) if order is None else order
-    return _mean_output(down, pruned[plan.neurons :], means)
+    pruned = torch.arange(shape.ffn) if extras.order is None else extras.order
+    return _mean_output(down, pruned[plan.neurons :], extras.neuron_mean)
 
 
 def _mean_output(source: nn.Linear, columns: torch.Tensor, means: torch.Tensor) -> torch.Tensor:

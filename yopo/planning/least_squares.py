@@ -1,0 +1,184 @@
+"""Least squares on Gram matrices: ridge, reduced rank, and the best bottleneck of a projection.
+
+Everything is centred: a fit is ``y = W x + b`` with ``b`` chosen so that means agree, which makes
+mean compensation (FLAP) the special case of a ``W`` that is not refitted. Sums are kept in float32
+at least, solved in float64; damping is relative to the mean diagonal of the covariance, so that a
+dead or doubled direction never makes a solution blow up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+DAMPING = 1e-3
+"""Ridge term over the mean diagonal of the covariance."""
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Centred second moments of inputs x and targets y, float64.
+
+    Attributes:
+        covariance: (inputs, inputs) of x.
+        cross: (inputs, targets) between x and y.
+        input_mean, target_mean: (inputs,) and (targets,).
+    """
+
+    covariance: torch.Tensor
+    cross: torch.Tensor
+    input_mean: torch.Tensor
+    target_mean: torch.Tensor
+
+    @cached_property
+    def damped(self) -> torch.Tensor:
+        """The covariance with ``DAMPING`` times its mean diagonal on the diagonal."""
+        ridge = DAMPING * self.covariance.diagonal().mean() + 1e-30
+        return self.covariance + ridge * torch.eye(len(self.covariance)).to(self.covariance)
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """Lower Cholesky factor of ``damped``."""
+        return torch.linalg.cholesky(self.damped)
+
+    def first(self, count: int) -> Gram:
+        """Of the first inputs alone."""
+        covariance = self.covariance[:count, :count]
+        return Gram(covariance, self.cross[:count], self.input_mean[:count], self.target_mean)
+
+    def without(self, first: int, weight: torch.Tensor) -> Gram:
+        """Of the first inputs, with ``weight`` times the other ones taken off the targets."""
+        cross = self.cross[:first] - self.covariance[:first, first:] @ weight.T
+        mean = self.target_mean - weight @ self.input_mean[first:]
+        covariance = self.covariance[:first, :first]
+        return Gram(covariance, cross, self.input_mean[:first], mean)
+
+
+class Moments:
+    """Running sums of inputs x and targets y over rows.
+
+    Args:
+        inputs, targets: Widths of x and y (0 targets: of x alone).
+        device: Where sums are kept.
+    """
+
+    def __init__(self, inputs: int, targets: int = 0, device: torch.device | str = "cpu"):
+        precise = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.count, self._inputs = 0, inputs
+        self._sum = torch.zeros(inputs + targets, dtype=precise, device=device)
+        self._products = torch.zeros(inputs, inputs + targets, dtype=precise, device=device)
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
+        """Add rows: (rows, inputs) and (rows, targets)."""
+        inputs = inputs.float()
+        both = inputs if targets is None else torch.cat([inputs, targets.float()], dim=1)
+        self.count += len(inputs)
+        self._sum += both.sum(dim=0, dtype=self._sum.dtype)
+        self._products += inputs.T @ both
+
+    def gram(self) -> Gram:
+        """The centred moments."""
+        mean, width = self._sum.double() / self.count, self._inputs
+        centred = self._products.double() / self.count - mean[:width, None] * mean[None]
+        return Gram(centred[:, :width], centred[:, width:], mean[:width], mean[width:])
+
+
+def ridge(gram: Gram, toward: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least squares, damped towards a weight (towards zero without one).
+
+    Args:
+        gram: Of x and y.
+        toward: (targets, inputs) weight to stay near where the data say nothing.
+
+    Returns:
+        (targets, inputs) weight and (targets,) bias with ``y = weight x + bias``.
+    """
+    cross = gram.cross
+    if toward is not None:
+        cross = cross + (gram.damped - gram.covariance) @ toward.to(cross).T
+    weight = torch.cholesky_solve(cross, gram.root).T
+    return weight, gram.target_mean - weight @ gram.input_mean
+
+
+def reduced_rank(gram: Gram, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Least squares through a bottleneck (reduced-rank regression).
+
+    Returns:
+        ((targets, rank) out, (rank, inputs) in, (targets,) bias) with ``y = out in x + bias``.
+    """
+    full, _ = ridge(gram)
+    out, inner = low_rank(full, gram.root, rank)
+    return out, inner, gram.target_mean - out @ (inner @ gram.input_mean)
+
+
+def low_rank(
+    weight: torch.Tensor, root: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best factors (rows, rank) and (rank, inputs) of a weight for inputs of covariance
+    ``root root^T``."""
+    basis, _, _ = torch.linalg.svd(weight @ root, full_matrices=False)
+    out = basis[:, :rank]
+    return out, out.T @ weight
+
+
+def explained(gram: Gram) -> torch.Tensor:
+    """(min(inputs, targets),) float64: variance of y that each further rank of a fit explains."""
+    full, _ = ridge(gram)
+    return torch.linalg.svdvals(full @ gram.root).square()
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The best rank-r form of some projections of x: ``W_i x + c_i = expand_i reduce x + bias_i``.
+
+    Attributes:
+        reduce: (rank, inputs).
+        expand: (rows, rank) of every projection.
+        bias: (rows,) of every projection.
+    """
+
+    reduce: torch.Tensor
+    expand: list[torch.Tensor]
+    bias: list[torch.Tensor]
+
+
+class Projections:
+    """Linear layers that read the same x, seen through x's covariance.
+
+    Args:
+        gram: Of x.
+        weights: (rows, inputs) each; every one counts the same, whatever its scale.
+    """
+
+    def __init__(self, gram: Gram, weights: list[torch.Tensor]):
+        self.mean, self._root = gram.input_mean, gram.root
+        self._weights = [weight.to(self.mean) for weight in weights]
+        metric = torch.zeros_like(self._root)
+        for weight in self._weights:
+            seen = weight @ self._root
+            metric += seen.T @ seen / seen.square().sum().clamp(min=1e-30) / len(weights)
+        values, vectors = torch.linalg.eigh(metric)
+        self._values, self._vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+
+    def lost(self) -> torch.Tensor:
+        """(inputs + 1,) float64: share of the outputs' variance lost at rank 0, 1, 2, ..."""
+        total = self._values.sum().clamp(min=1e-30)
+        kept = torch.cat([total.new_zeros(1), self._values.cumsum(0)]) / total
+        return (1 - kept).clamp(min=0)
+
+    def at_rank(self, rank: int, biases: list[torch.Tensor | None]) -> Bottleneck:
+        """The best form of a rank; ``biases`` are the projections' own, (rows,) or None each."""
+        kept = self._vectors[:, :rank]
+        reduce = torch.linalg.solve_triangular(self._root.T, kept, upper=True).T
+        expand = [weight @ (self._root @ kept) for weight in self._weights]
+        shifts = [
+            weight @ self.mean - out @ (reduce @ self.mean)
+            for weight, out in zip(self._weights, expand, strict=True)
+        ]
+        bias = [
+            shift if own is None else shift + own.to(shift)
+            for shift, own in zip(shifts, biases, strict=True)
+        ]
+        return Bottleneck(reduce, expand, bias)
