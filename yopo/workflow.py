@@ -9,7 +9,7 @@ from pathlib import Path
 
 from yopo import __version__
 from yopo.calibration.pairs import Pairs
-from yopo.calibration.prompts import load_processor
+from yopo.calibration.prompts import Batch, batches, encode, load_processor
 from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
 from yopo.calibration.statistics import Statistics, load_statistics
@@ -22,6 +22,7 @@ from yopo.evaluation.fidelity import compare, record_dense
 from yopo.families.registry import ModelSource, resolve
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
+from yopo.planning.fitter import Fitter
 from yopo.planning.planner import Candidate, make_plan
 from yopo.planning.wishes import Wishes
 from yopo.runtime.install import pruned
@@ -69,6 +70,7 @@ def calibrate(
     *,
     queries: str = "text",
     measure_pairs: int = 64,
+    fit_pairs: int = 256,
 ) -> Calibrated:
     """Measure a model on pairs and plan its pruning.
 
@@ -78,6 +80,7 @@ def calibrate(
         options: Data and how to run it.
         queries: Which queries head activity sums over.
         measure_pairs: Calibration pairs on which candidate plans are compared.
+        fit_pairs: Calibration pairs on which visual weights are fitted.
 
     Raises:
         YopoError: Unknown model, unreadable data, wishes that cannot be met, ...
@@ -102,7 +105,8 @@ def calibrate(
     judge = None
     if wishes.budget is not None:
         judge = _judge(model, processor, pairs, options, measure_pairs)
-    return Calibrated(*_arrange(statistics, wishes, judge))
+    fitter = _fitter(model, processor, pairs, options, fit_pairs)
+    return Calibrated(*_arrange(statistics, wishes, judge, fitter))
 
 
 def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:
@@ -111,11 +115,16 @@ def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:
     Raises:
         YopoError: The file holds no statistics, or the wishes cannot be met.
     """
-    return Calibrated(*_arrange(load_statistics(path), wishes, None))
+    return Calibrated(*_arrange(load_statistics(path), wishes))
 
 
-def _arrange(statistics: Statistics, wishes: Wishes, judge: Callable | None) -> tuple:
-    plan, tensors, candidates = make_plan(statistics, wishes, judge)
+def _arrange(
+    statistics: Statistics,
+    wishes: Wishes,
+    judge: Callable | None = None,
+    fitter: Fitter | None = None,
+) -> tuple:
+    plan, tensors, candidates = make_plan(statistics, wishes, judge, fitter)
     return plan, tensors, statistics, candidates
 
 
@@ -144,6 +153,19 @@ def _judge(model, processor, pairs: Pairs, options: RunOptions, count: int) -> C
             return compare(model, records).kl
 
     return judge
+
+
+def _fitter(model, processor, pairs: Pairs, options: RunOptions, count: int) -> Fitter:
+    """Fits visual weights on the first pairs; encodes them when it is first asked."""
+    token = model.config.image_token_id
+
+    def encoded() -> list[Batch]:
+        return [
+            encode(processor, group, image_token_id=token, device=model.device, dtype=model.dtype)
+            for group in batches(islice(pairs, count), options.batch_size)
+        ]
+
+    return Fitter(model, encoded)
 
 
 def evaluate_target(

@@ -132,7 +132,7 @@ def test_random_scores_change_the_selection_but_not_the_shape() -> None:
         ({"radius": -1}, "radius must be at least 0"),
         ({"alpha": 0.1, "head_ratio": 0.5}, "exclude one another"),
         ({"budget": 0.2, "preset": "yopo-25"}, "budget and preset exclude one another"),
-        ({"compensation": "median"}, "compensation must be none or mean"),
+        ({"compensation": "median"}, "compensation must be one of none, mean, refit"),
         ({"shape": "reader"}, "shape needs a budget"),
     ],
 )

@@ -7,7 +7,7 @@ import statistics_maker
 
 from yopo.errors import PlanError
 from yopo.planning.planner import make_plan
-from yopo.planning.search import Search, moves, resolve, state_of
+from yopo.planning.search import Measure, Search, moves, resolve, state_of
 from yopo.planning.shapes import Layers, Shaper
 from yopo.planning.wishes import Wishes
 
@@ -21,8 +21,14 @@ def shaper(request: pytest.FixtureRequest) -> Shaper:
 
 def wants_attention_in_layer_3(layers: Layers, compensation: str) -> float:
     """A made-up KL whose best plan attends in layer 3 alone and is not compensated."""
-    wrong = sum(layer.attend is not (index == 3) for index, layer in enumerate(layers))
+    wrong = sum(bool(layer.attend) is not (index == 3) for index, layer in enumerate(layers))
     return 1.0 + wrong + (compensation == "mean") / 2
+
+
+def make_search(shaper: Shaper, measure: Measure, max_runs: int) -> Search:
+    return Search(
+        lambda state: moves(state, shaper), lambda state: resolve(state, shaper), measure, max_runs
+    )
 
 
 def test_every_move_resolves_to_a_plan_within_the_budget(shaper: Shaper) -> None:
@@ -30,7 +36,7 @@ def test_every_move_resolves_to_a_plan_within_the_budget(shaper: Shaper) -> None
     found = dict(moves(start, shaper))
     assert len(found) > 3 * shaper.shape.layers
     resolved = [resolve(state, shaper) for state in found.values()]
-    kept = [layers for layers in resolved if layers is not None]
+    kept = [each[0] for each in resolved if each is not None]
     assert len(kept) > shaper.shape.layers
     assert max(shaper.cost(layers) for layers in kept) <= BUDGET
     assert len(set(kept)) > shaper.shape.layers
@@ -39,8 +45,8 @@ def test_every_move_resolves_to_a_plan_within_the_budget(shaper: Shaper) -> None
 def test_the_search_finds_what_the_measure_wants(shaper: Shaper) -> None:
     start = shaper.build("reader")
     first = wants_attention_in_layer_3(start, "mean")
-    search = Search(shaper, wants_attention_in_layer_3, 500)
-    layers, compensation, kl = search.run(start, "mean", first)
+    search = make_search(shaper, wants_attention_in_layer_3, 500)
+    (layers, compensation), kl = search.run(state_of(start, "mean"), (start, "mean"), first)
     assert kl == wants_attention_in_layer_3(layers, compensation) == 1.0 < first
     assert [index for index, layer in enumerate(layers) if layer.attend] == [3]
     assert compensation == "none" and shaper.cost(layers) <= BUDGET
@@ -48,8 +54,8 @@ def test_the_search_finds_what_the_measure_wants(shaper: Shaper) -> None:
 
 def test_no_better_plan_leaves_the_given_one(shaper: Shaper) -> None:
     start = shaper.build("withdraw")
-    search = Search(shaper, lambda layers, compensation: 5.0, 40)
-    assert search.run(start, "none", 1.0) == (start, "none", 1.0)
+    search = make_search(shaper, lambda layers, compensation: 5.0, 40)
+    assert search.run(state_of(start, "none"), (start, "none"), 1.0) == ((start, "none"), 1.0)
 
 
 def test_runs_are_limited_and_no_plan_is_measured_twice(shaper: Shaper) -> None:
@@ -59,8 +65,9 @@ def test_runs_are_limited_and_no_plan_is_measured_twice(shaper: Shaper) -> None:
         seen.append((layers, compensation))
         return wants_attention_in_layer_3(layers, compensation)
 
-    search = Search(shaper, measure, 25)
-    search.run(shaper.build("reader"), "mean", 99.0)
+    search = make_search(shaper, measure, 25)
+    start = shaper.build("reader")
+    search.run(state_of(start, "mean"), (start, "mean"), 99.0)
     assert len(seen) == len(set(seen)) == search.runs <= 25
 
 

@@ -44,6 +44,14 @@ if TYPE_CHECKING:
     help="Pairs on which plan shapes are compared.",
 )
 @click.option(
+    "--fit-pairs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=256,
+    show_default=True,
+    help="Pairs on which visual weights are fitted.",
+)
+@click.option(
     "-o",
     "--output",
     metavar="FILE",
@@ -70,5 +78,6 @@ def command(context: click.Context, **values: Any) -> None:
         run_settings(context),
         queries=values["queries"],
         measure_pairs=values["measure_pairs"],
+        fit_pairs=values["fit_pairs"],
     )
     save(made, values["output"], stats=values["stats"], force=values["force"])

@@ -64,8 +64,9 @@ wish_options = _chain(
     ),
     click.option(
         "--compensation",
-        type=click.Choice(("none", "mean")),
-        help="Add back what is pruned on average.  [default: the better one at a budget]",
+        type=click.Choice(("none", "mean", "refit")),
+        help="Make up for what is pruned: its mean, or weights fitted for visual tokens alone.  "
+        "[default: the best one at a budget, none for a preset]",
     ),
     click.option(
         "--kv-groups/--single-heads",

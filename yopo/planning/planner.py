@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from yopo import __version__
@@ -11,10 +11,13 @@ from yopo.errors import PlanError, suggest
 from yopo.flops import visual_budget
 from yopo.plan import Budget, Plan, TensorsFile
 from yopo.plan_tensors import PlanTensors
+from yopo.planning.allocate import FACTOR, RATES, Allocator, Worth, worth_moves
+from yopo.planning.fitter import Fitter
 from yopo.planning.paper import paper_layers
-from yopo.planning.search import Search
+from yopo.planning.search import Search, moves, resolve, state_of
 from yopo.planning.shapes import SHAPES, Layers, Shaper
 from yopo.planning.wishes import Wishes
+from yopo.strategies.neighbors import PAPER_RADIUS
 
 UNWRITTEN = TensorsFile("", "")
 """Stands for the side file until the plan is written."""
@@ -28,23 +31,30 @@ Measure = Callable[[Plan, PlanTensors], float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan shape at the budget and how far it strays from the dense model.
+    """A plan at the budget and how far it strays from the dense model.
 
     Attributes:
-        shape: Name in ``SHAPES``.
-        compensation: ``none`` or ``mean``.
+        shape: Name in ``SHAPES``, or how the budget was allocated.
+        compensation: ``none``, ``mean`` or ``refit``.
         plan: The plan.
+        tensors: Its tensors.
         kl: Logit KL to the dense model, per answer token; None if not measured.
+        worth: What the allocation was made by, if it was one.
     """
 
     shape: str
     compensation: str
     plan: Plan
+    tensors: PlanTensors
     kl: float | None
+    worth: Worth | None = None
 
 
 def make_plan(
-    statistics: Statistics, wishes: Wishes, measure: Measure | None = None
+    statistics: Statistics,
+    wishes: Wishes,
+    measure: Measure | None = None,
+    fitter: Fitter | None = None,
 ) -> tuple[Plan, PlanTensors, list[Candidate]]:
     """Make the plan that the wishes describe.
 
@@ -53,6 +63,7 @@ def make_plan(
         wishes: What is asked for.
         measure: Measures a candidate; None if there is no model at hand: then a budget means
             the shape ``wishes.shape`` or ``DEFAULT_SHAPE``, unmeasured.
+        fitter: Fits visual weights of their own; None: plans go without.
 
     Returns:
         (plan, its tensors, the candidates that were considered, best first).
@@ -60,113 +71,192 @@ def make_plan(
     Raises:
         PlanError: No shape fits the budget, or the wishes do not fit the model.
     """
-    tensors = statistics.plan_tensors()
-    if wishes.budget is None:
-        return _shape_plan(statistics, wishes), tensors, []
-    if wishes.search and measure is None:
-        raise PlanError(
-            "A search measures plans on the model, and there is none here.",
-            remedy="Use `yopo calibrate --search`.",
+    return Planner(statistics, wishes, measure, fitter).make()
+
+
+class Planner:
+    """Makes one plan; arguments as for :func:`make_plan`."""
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        wishes: Wishes,
+        measure: Measure | None,
+        fitter: Fitter | None,
+    ):
+        self.statistics, self.wishes = statistics, wishes
+        self.measure, self.fitter = measure, fitter
+        self.tensors = statistics.plan_tensors()
+        if wishes.search and measure is None:
+            raise PlanError(
+                "A search measures plans on the model, and there is none here.",
+                remedy="Use `yopo calibrate --search`.",
+            )
+        if wishes.compensation == "refit" and fitter is None:
+            raise PlanError(
+                "Visual weights are fitted on the model, and there is none here.",
+                remedy="Use `yopo calibrate --compensation refit`.",
+            )
+
+    def make(self) -> tuple[Plan, PlanTensors, list[Candidate]]:
+        """Plan, tensors and candidates."""
+        if self.wishes.budget is None:
+            kind = self.wishes.compensation or "none"
+            plan, tensors = self.assemble(self._paper_layers(), kind)
+            return plan, tensors, []
+        found = list(self.candidates())
+        if self.measure is not None:
+            found.sort(key=lambda each: each.kl)
+            if self.wishes.search:
+                better = self.improved(found[0])
+                found.insert(0, better)
+        best = found[0]
+        table = [
+            {
+                "shape": each.shape,
+                "compensation": each.compensation,
+                "budget": round(each.plan.budget.reached, 6),
+                "kl": None if each.kl is None else float(f"{each.kl:.4g}"),
+            }
+            for each in found
+        ]
+        provenance = {**best.plan.provenance, "shape": best.shape, "candidates": table}
+        return replace(best.plan, provenance=provenance), best.tensors, found
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Every shape with every kind of compensation, and allocations, each measured."""
+        asked = self.wishes.compensation
+        kinds = (asked,) if asked else ("mean", "none")
+        kinds = kinds if self.measure or asked else ("mean",)
+        allocates = asked in (None, "refit") and not self.wishes.shape
+        if asked != "refit" or self.wishes.shape:
+            for shape, layers in self._shapes():
+                for kind in kinds:
+                    yield self.candidate(shape, layers, kind)
+        if allocates and self.measure is not None and self.fitter is not None:
+            yield from self._allocated()
+
+    def candidate(
+        self, shape: str, layers: Layers, kind: str, worth: Worth | None = None
+    ) -> Candidate:
+        """Assemble and measure."""
+        plan, tensors = self.assemble(layers, kind)
+        kl = None if self.measure is None else self.measure(plan, tensors)
+        return Candidate(shape, kind, plan, tensors, kl, worth)
+
+    def _allocated(self) -> Iterator[Candidate]:
+        """Allocations at a few exchange rates, then around the best of them."""
+        found: list[Candidate] = []
+        layers = self.statistics.model.shape.layers
+        tried = [
+            Worth.even(rate, radius, layers) for radius in (None, PAPER_RADIUS) for rate in RATES
+        ]
+        for worth in tried:
+            yield from self._new_allocation(worth, found)
+        if not found:
+            raise self._unaffordable("")
+        best = min(found, key=lambda each: each.kl).worth
+        for factor in (FACTOR, 1 / FACTOR):
+            yield from self._new_allocation(replace(best, rate=best.rate * factor), found)
+
+    def _new_allocation(self, worth: Worth, found: list[Candidate]) -> Iterator[Candidate]:
+        layers = self._allocate(worth)
+        if layers is not None and layers not in (each.plan.layers for each in found):
+            found.append(self.candidate(f"allocated, {worth}", layers, "refit", worth))
+            yield found[-1]
+
+    def _allocate(self, worth: Worth) -> Layers | None:
+        return Allocator(self._shaper(), self.fitter.profile, worth).allocate()
+
+    def improved(self, start: Candidate) -> Candidate:
+        """Improve a candidate layer by layer; ``start`` itself if nothing is better."""
+        first = (start.plan.layers, start.compensation)
+        if start.worth is not None:
+
+            def allocated(worth: Worth) -> tuple[Layers, str] | None:
+                layers = self._allocate(worth)
+                return None if layers is None else (layers, "refit")
+
+            search = Search(worth_moves, allocated, self._kl, self.wishes.search, {first: start.kl})
+            (layers, kind), kl = search.run(start.worth, first, start.kl)
+        else:
+            shaper = self._shaper()
+            search = Search(
+                lambda state: moves(state, shaper),
+                lambda state: resolve(state, shaper),
+                self._kl,
+                self.wishes.search,
+                {first: start.kl},
+            )
+            (layers, kind), kl = search.run(state_of(*first), first, start.kl)
+        if layers == start.plan.layers and kind == start.compensation:
+            return start
+        plan, tensors = self.assemble(layers, kind)
+        return Candidate(f"search from {start.shape}", kind, plan, tensors, kl)
+
+    def _kl(self, layers: Layers, kind: str) -> float:
+        return self.measure(*self.assemble(layers, kind))
+
+    def assemble(self, layers: Layers, compensation: str) -> tuple[Plan, PlanTensors]:
+        """A plan of some layers, fitted if its compensation is ``refit``, and its tensors."""
+        plan = Plan(
+            model=self.statistics.model,
+            workload=self.statistics.workload,
+            layers=layers,
+            budget=Budget(self.wishes.budget, 0.0),
+            compensation=compensation,
+            bidirectional=self.wishes.bidirectional,
+            tensors=UNWRITTEN,
+            measured=self.statistics.measured,
+            provenance={"yopo": __version__, **self.statistics.provenance, **self._asked()},
         )
-    found = _candidates(statistics, wishes, measure)
-    if measure is not None:
-        found = [replace(each, kl=measure(each.plan, tensors)) for each in found]
-        found.sort(key=lambda each: each.kl)
-        if wishes.search:
-            found.insert(0, _search(statistics, wishes, measure, tensors, found[0]))
-    best = found[0]
-    table = [
-        {
-            "shape": each.shape,
-            "compensation": each.compensation,
-            "budget": round(each.plan.budget.reached, 6),
-            "kl": None if each.kl is None else float(f"{each.kl:.4g}"),
-        }
-        for each in found
-    ]
-    provenance = {**best.plan.provenance, "shape": best.shape, "candidates": table}
-    return replace(best.plan, provenance=provenance), tensors, found
+        plan = replace(plan, budget=Budget(self.wishes.budget, visual_budget(plan)))
+        if compensation != "refit":
+            return plan, self.tensors
+        return plan, self.fitter.tensors(plan, self.tensors)
 
+    def _shaper(self) -> Shaper:
+        groups = self.wishes.groups(self.statistics.model.shape)
+        return Shaper(self.statistics, self.wishes.budget, groups=groups)
 
-def _search(
-    statistics: Statistics,
-    wishes: Wishes,
-    measure: Measure,
-    tensors: PlanTensors,
-    start: Candidate,
-) -> Candidate:
-    """Improve the best candidate layer by layer; ``start`` itself if nothing is better."""
-    groups = wishes.groups(statistics.model.shape)
-    shaper = Shaper(statistics, wishes.budget, groups=groups)
-    search = Search(
-        shaper,
-        lambda layers, kind: measure(_assemble(statistics, wishes, layers, kind), tensors),
-        wishes.search,
-    )
-    layers, kind, kl = search.run(start.plan.layers, start.compensation, start.kl)
-    plan = _assemble(statistics, wishes, layers, kind)
-    return Candidate(f"search from {start.shape}", kind, plan, kl)
+    def _paper_layers(self) -> Layers:
+        wishes, shape = self.wishes, self.statistics.model.shape
+        return paper_layers(
+            shape,
+            self.statistics.rho,
+            visual_layers=wishes.num_visual_layers(shape),
+            head_ratio=wishes.knob("head_ratio"),
+            neuron_ratio=wishes.knob("neuron_ratio"),
+            radius=wishes.radius_or_default,
+            alpha=wishes.alpha,
+            groups=wishes.groups(shape),
+        )
 
+    def _shapes(self) -> list[tuple[str, Layers]]:
+        shaper = self._shaper()
+        name = self.wishes.shape or (None if self.measure else DEFAULT_SHAPE)
+        if name is None:
+            shapes = list(shaper.candidates())
+        elif name not in SHAPES:
+            raise PlanError(f"Unknown shape '{name}'.", remedy=suggest(name, SHAPES))
+        else:
+            layers = shaper.build(name)
+            is_read = layers is not None and any(layer.heads for layer in layers)
+            shapes = [(name, layers)] if is_read else []
+        if not shapes and self.fitter is None:
+            raise self._unaffordable(f"of shape {name} " if name else "")
+        return shapes
 
-def _shape_plan(statistics: Statistics, wishes: Wishes) -> Plan:
-    shape = statistics.model.shape
-    layers = paper_layers(
-        shape,
-        statistics.rho,
-        visual_layers=wishes.num_visual_layers(shape),
-        head_ratio=wishes.knob("head_ratio"),
-        neuron_ratio=wishes.knob("neuron_ratio"),
-        radius=wishes.radius_or_default,
-        alpha=wishes.alpha,
-        groups=wishes.groups(shape),
-    )
-    return _assemble(statistics, wishes, layers, wishes.compensation or "none")
-
-
-def _candidates(statistics: Statistics, wishes: Wishes, measure: Measure | None) -> list[Candidate]:
-    groups = wishes.groups(statistics.model.shape)
-    shaper = Shaper(statistics, wishes.budget, groups=groups)
-    name = wishes.shape or (None if measure else DEFAULT_SHAPE)
-    if name is None:
-        shapes = list(shaper.candidates())
-    elif name not in SHAPES:
-        raise PlanError(f"Unknown shape '{name}'.", remedy=suggest(name, SHAPES))
-    else:
-        layers = shaper.build(name)
-        is_read = layers is not None and any(layer.heads for layer in layers)
-        shapes = [(name, layers)] if is_read else []
-    if not shapes:
-        raise PlanError(
-            f"No plan {'of shape ' + name + ' ' if name else ''}fits a visual budget of "
-            f"{wishes.budget}: one layer that reads the image costs "
-            f"{shaper.cost((shaper.reader_layer,)):.4f}.",
+    def _unaffordable(self, kind: str) -> PlanError:
+        shaper = self._shaper()
+        return PlanError(
+            f"No plan {kind}fits a visual budget of {self.wishes.budget}: one layer that reads "
+            f"the image costs {shaper.cost((shaper.reader_layer,)):.4f}.",
             remedy="Ask for a larger budget.",
         )
-    kinds = (wishes.compensation,) if wishes.compensation else ("mean", "none")
-    kinds = kinds if measure or wishes.compensation else ("mean",)
-    return [
-        Candidate(shape, kind, _assemble(statistics, wishes, layers, kind), None)
-        for shape, layers in shapes
-        for kind in kinds
-    ]
 
-
-def _assemble(statistics: Statistics, wishes: Wishes, layers: Layers, compensation: str) -> Plan:
-    plan = Plan(
-        model=statistics.model,
-        workload=statistics.workload,
-        layers=layers,
-        budget=Budget(wishes.budget, 0.0),
-        compensation=compensation,
-        bidirectional=wishes.bidirectional,
-        tensors=UNWRITTEN,
-        measured=statistics.measured,
-        provenance={"yopo": __version__, **statistics.provenance, **_asked(wishes)},
-    )
-    return replace(plan, budget=Budget(wishes.budget, visual_budget(plan)))
-
-
-def _asked(wishes: Wishes) -> dict[str, object]:
-    names = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
-    asked = {name: getattr(wishes, name) for name in names if getattr(wishes, name) is not None}
-    return asked | ({"kv_groups": True} if wishes.kv_groups else {})
+    def _asked(self) -> dict[str, object]:
+        names = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
+        values = {name: getattr(self.wishes, name) for name in names}
+        asked = {name: value for name, value in values.items() if value is not None}
+        return asked | ({"kv_groups": True} if self.wishes.kv_groups else {})

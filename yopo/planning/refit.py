@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from yopo.calibration.prompts import Batch
 from yopo.families.family import Backbone
 from yopo.plan import LayerPlan, ModelShape, Plan
-from yopo.plan_tensors import PlanTensors, refit_sizes
+from yopo.plan_tensors import refit_sizes
 from yopo.planning.least_squares import (
     Gram,
     Moments,
@@ -211,8 +211,3 @@ def neurons_and_map(gram: Gram, own: torch.Tensor, rank: int) -> Weights:
 
 def _without_bottleneck(layer: LayerPlan) -> LayerPlan:
     return LayerPlan(layer.heads, layer.attend, layer.radius, layer.neurons)
-
-
-def with_refit(tensors: PlanTensors, fitted: dict[int, Weights]) -> PlanTensors:
-    """The same tensors with fitted weights."""
-    return PlanTensors(tensors.neuron_order, tensors.neuron_mean, tensors.head_mean, fitted)

@@ -9,13 +9,14 @@ kept only if the measured KL falls again (moves are not additive). Sweeps repeat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from yopo import console
 from yopo.plan import LayerPlan
 from yopo.planning.paper import kept_heads
-from yopo.planning.shapes import Layers, Shaper, trim
+from yopo.planning.shapes import Layers, Shaper
 from yopo.strategies.heads import select_top
 from yopo.strategies.neighbors import PAPER_RADIUS
 
@@ -25,8 +26,13 @@ WIDTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 MARGIN = 0.005
 """A move must lower the KL by this share: less is noise of the pairs that it is measured on."""
 
+Resolved = tuple[Layers, str]
+"""Layers and compensation."""
+
 Measure = Callable[[Layers, str], float]
 """(layers, compensation) -> logit KL."""
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -56,18 +62,19 @@ class State:
 def state_of(layers: Layers, compensation: str) -> State:
     """The work of a plan's layers."""
     work = tuple(
-        Work(bool(layer.heads), layer.attend, layer.radius, layer.neurons) for layer in layers
+        Work(bool(layer.heads), bool(layer.attend), layer.radius, layer.neurons) for layer in layers
     )
     return State(work, compensation)
 
 
-def resolve(state: State, shaper: Shaper) -> Layers | None:
+def resolve(state: State, shaper: Shaper) -> Resolved | None:
     """Buy reading heads with what the work leaves of the budget, then neurons with the rest.
 
     Heads under one KV head share its visual keys, so whole groups are bought.
 
     Returns:
-        The layers; None if the work alone exceeds the budget, or nothing could be read.
+        The layers and the state's compensation; None if the work alone exceeds the budget, or
+        nothing could be read.
     """
     shape, effect = shaper.shape, shaper.statistics.head_effect.clone()
     groups = max(shape.group, shaper.groups)
@@ -88,7 +95,9 @@ def resolve(state: State, shaper: Shaper) -> Layers | None:
         )
 
     layers = shaper.fill(shaper.scale(build))
-    return layers if layers and any(layer.heads for layer in layers) else None
+    if layers is None or not any(layer.heads for layer in layers):
+        return None
+    return layers, state.compensation
 
 
 def moves(state: State, shaper: Shaper) -> Iterator[tuple[str, State]]:
@@ -114,63 +123,75 @@ def moves(state: State, shaper: Shaper) -> Iterator[tuple[str, State]]:
     yield f"compensation {other}", replace(state, compensation=other)
 
 
-class Search:
-    """A local search from some plan at the shaper's budget.
+class Search(Generic[S]):
+    """A local search over states that resolve to plans at a budget.
 
     Args:
-        shaper: Knows the model, the statistics and the budget.
-        measure: Measures layers; called at most ``max_runs`` times.
+        moves: Every single step away from a state, as (what changes, new state).
+        resolve: The layers and compensation of a state; None if it does not fit the budget.
+        measure: Measures them; called at most ``max_runs`` times, never twice for the same.
         max_runs: Measured plans at most.
+        known: What was measured before.
 
     Attributes:
         runs: Plans measured so far.
     """
 
-    def __init__(self, shaper: Shaper, measure: Measure, max_runs: int):
-        self.shaper, self.max_runs, self.runs = shaper, max_runs, 0
-        self._measure = measure
-        self._seen: dict[tuple[Layers, str], float] = {}
+    def __init__(
+        self,
+        moves: Callable[[S], Iterator[tuple[str, S]]],
+        resolve: Callable[[S], Resolved | None],
+        measure: Measure,
+        max_runs: int,
+        known: Mapping[Resolved, float] | None = None,
+    ):
+        self.max_runs, self.runs = max_runs, 0
+        self._moves, self._resolve, self._measure = moves, resolve, measure
+        self._seen: dict[Resolved, float] = dict(known or {})
 
-    def run(self, layers: Layers, compensation: str, kl: float) -> tuple[Layers, str, float]:
-        """Search from a measured plan.
+    def run(self, state: S, found: Resolved, kl: float) -> tuple[Resolved, float]:
+        """Search from a state.
+
+        Args:
+            state: Where to start.
+            found: The best layers and compensation so far: the state's own, or near them.
+            kl: Measured of ``found``.
 
         Returns:
-            (layers, compensation, kl) of the best plan found: the given one if nothing is better.
+            ((layers, compensation), kl) of the best plan: the given one if nothing is better.
         """
-        best = (trim(layers), compensation, kl)
-        state = state_of(layers, compensation)
+        best = (found, kl)
         own = self.measure(state)
         if own is not None and own[1] < kl:
-            best = (own[0], compensation, own[1])
-        current = best[2] if own is None else own[1]
+            best = own
+        current = kl if own is None else own[1]
         improved = True
         while improved and self.runs < self.max_runs:
             improved = False
-            found = []
-            for name, changed in moves(state, self.shaper):
+            good = []
+            for name, changed in self._moves(state):
                 measured = self.measure(changed)
                 if measured is not None and measured[1] < current * (1 - MARGIN):
-                    found.append((measured[1], name))
-            for _, name in sorted(found):
-                changed = dict(moves(state, self.shaper)).get(name)
+                    good.append((measured[1], name))
+            for _, name in sorted(good):
+                changed = dict(self._moves(state)).get(name)
                 measured = None if changed is None else self.measure(changed)
                 if measured is None or measured[1] >= current * (1 - MARGIN):
                     continue
                 state, current, improved = changed, measured[1], True
                 console.note(f"search: {name}, logit KL {current:.3g} ({self.runs} runs)")
-                if current < best[2]:
-                    best = (measured[0], changed.compensation, current)
+                if current < best[1]:
+                    best = measured
         return best
 
-    def measure(self, state: State) -> tuple[Layers, float] | None:
+    def measure(self, state: S) -> tuple[Resolved, float] | None:
         """Resolve and measure a state; None if it does not fit or the runs are used up."""
-        layers = resolve(state, self.shaper)
-        if layers is None:
+        resolved = self._resolve(state)
+        if resolved is None:
             return None
-        key = (layers, state.compensation)
-        if key not in self._seen:
+        if resolved not in self._seen:
             if self.runs >= self.max_runs:
                 return None
             self.runs += 1
-            self._seen[key] = self._measure(layers, state.compensation)
-        return layers, self._seen[key]
+            self._seen[resolved] = self._measure(*resolved)
+        return resolved, self._seen[resolved]

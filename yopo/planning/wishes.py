@@ -28,7 +28,8 @@ class Wishes:
             preset, else all.
         radius: Chebyshev radius of visual attention; None: 2 under a preset, else no limit.
         alpha: Select heads by the authors' vote at this activity, not by ratio.
-        compensation: ``none`` or ``mean``; None: the paper's shape has none, a budget measures.
+        compensation: ``none``, ``mean`` or ``refit``; None: the paper's shape has none, a budget
+            measures.
         bidirectional: Whether visual tokens attend neighbors behind them (fine-tuned models).
         shape: Name of the candidate shape to scale to the budget; None: the best is measured.
         search: Measure at most so many more plans to improve the best shape layer by layer;
@@ -65,8 +66,8 @@ class Wishes:
             if value is not None and not 0 <= value <= 1:
                 raise PlanError(f"{name} must lie in [0, 1], found {value}.")
         if self.compensation is not None and self.compensation not in COMPENSATIONS:
-            known = " or ".join(COMPENSATIONS)
-            raise PlanError(f"compensation must be {known}, found '{self.compensation}'.")
+            known = ", ".join(COMPENSATIONS)
+            raise PlanError(f"compensation must be one of {known}; found '{self.compensation}'.")
         for name in ("radius", "visual_layers"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -1,0 +1,232 @@
+"""Spend a visual budget where it prevents most damage: heads, bottlenecks, maps and neurons.
+
+Damage is estimated in one currency, the share of the text's residual stream that changes:
+
+* a layer's head that may not read costs its head effect e (capped: ``e / (1 + e)``);
+* a bottleneck loses its share of what is read through it;
+* an error of the visual stream - attention that does not happen, an update that no map stands for -
+  costs its relative energy times what later layers read, times an exchange rate.
+
+The estimate is additive over layers, so for a price per FLOP every layer has its best choice, found
+by going through all of them; bisecting the price meets the budget. What the estimate cannot know is
+the exchange rate: how much an error of visual states matters beside an error of reading. So the
+planner tries a few and measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from yopo.flops import visual_flops_of_layer
+from yopo.plan import LayerPlan, full_layer
+from yopo.planning.paper import EMPTY
+from yopo.planning.profile import Profile
+from yopo.planning.shapes import Layers, Shaper, trim
+from yopo.strategies.neighbors import PAPER_RADIUS
+
+RANKS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+"""Bottlenecks tried, as shares of the hidden width; beside none."""
+
+MAPS = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
+"""Ranks of the linear map tried, likewise."""
+
+WIDTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+"""Shares of the FFN tried."""
+
+STEPS = 60
+"""Bisections of the price."""
+
+RATES = (0.1, 1.0, 10.0, 100.0)
+"""Exchange rates tried first."""
+
+FACTOR = 3.0
+"""By which a move changes a worth."""
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What the estimate cannot know: how much things matter beside one another.
+
+    Attributes:
+        rate: Exchange rate: damage of visual states over damage of reading.
+        radius: Neighborhood in which visual tokens attend.
+        reading: (layers,) factors on what reading is worth in a layer.
+        visual: (layers,) factors on what visual states are worth behind a layer.
+    """
+
+    rate: float
+    radius: int | None
+    reading: tuple[float, ...]
+    visual: tuple[float, ...]
+
+    @classmethod
+    def even(cls, rate: float, radius: int | None, layers: int) -> Worth:
+        """Every layer alike."""
+        return cls(rate, radius, (1.0,) * layers, (1.0,) * layers)
+
+    def __str__(self) -> str:
+        where = "" if self.radius is None else f", radius {self.radius}"
+        return f"rate {self.rate:.3g}{where}"
+
+
+def worth_moves(worth: Worth) -> Iterator[tuple[str, Worth]]:
+    """Every single step away from a worth, as (what changes, new worth)."""
+    for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
+        yield f"visual states count {verb}", replace(worth, rate=worth.rate * factor)
+    other = PAPER_RADIUS if worth.radius is None else None
+    yield f"radius {other}", replace(worth, radius=other)
+    for name in ("visual", "reading"):
+        values = getattr(worth, name)
+        for layer in range(len(values)):
+            for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
+                changed = (*values[:layer], values[layer] * factor, *values[layer + 1 :])
+                yield f"{name} counts {verb} in layer {layer}", replace(worth, **{name: changed})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer could do, and what it would cost and spoil."""
+
+    layer: LayerPlan
+    flops: int
+    damage: float
+
+
+class Allocator:
+    """Allocates a budget for one model.
+
+    Args:
+        shaper: Knows the model, the scores and the budget.
+        profile: Energies of what could be left out.
+        worth: How they count beside one another.
+    """
+
+    def __init__(self, shaper: Shaper, profile: Profile, worth: Worth):
+        self.shaper, self.profile, self.radius = shaper, profile, worth.radius
+        self.shape, self.workload = shaper.shape, shaper.workload
+        effect = shaper.statistics.head_effect
+        reading = effect / (1 + effect)
+        behind = reading.sum(dim=1).flip(0).cumsum(0).flip(0)
+        # What later layers read is what an error of the visual stream can spoil.
+        later = torch.cat([behind[1:], behind.new_zeros(1)])
+        self.later = worth.rate * later * torch.tensor(worth.visual, dtype=later.dtype)
+        self.reading = reading * torch.tensor(worth.reading, dtype=later.dtype)[:, None]
+
+    def allocate(self) -> Layers | None:
+        """Layers within the budget; None if nothing that reads fits."""
+        low, high = 0.0, 1.0
+        while self._layers(high) is None:
+            high *= 4.0
+            if high > 1e12:
+                return None
+        best = self._layers(high)
+        for _ in range(STEPS):
+            price = (low + high) / 2
+            found = self._layers(price)
+            if found is None:
+                low = price
+            else:
+                high, best = price, found
+        return best if any(layer.heads for layer in best) else None
+
+    def _layers(self, price: float) -> Layers | None:
+        """Every layer's best choice at a price (per dense visual FLOPs); None if over budget."""
+        layers = trim(tuple(self._best(number, price) for number in range(self.shape.layers)))
+        return layers if self.shaper.cost(layers) <= self.shaper.budget else None
+
+    def _best(self, number: int, price: float) -> LayerPlan:
+        price = price / self._dense
+        attention = min(
+            self._attention_choices(number, price),
+            key=lambda each: each.damage + price * each.flops,
+        )
+        ffn = min(self._ffn_choices[number], key=lambda each: each.damage + price * each.flops)
+        return replace(attention.layer, neurons=ffn.layer.neurons, linear=ffn.layer.linear)
+
+    @cached_property
+    def _dense(self) -> int:
+        return self.shape.layers * self._flops(full_layer(self.shape))
+
+    def _flops(self, layer: LayerPlan) -> int:
+        return visual_flops_of_layer(layer, self.shape, self.workload)
+
+    def _attention_choices(self, number: int, price: float) -> Iterator[Choice]:
+        """For every bottleneck the heads that are worth their price through it."""
+        reading = self.reading[number]
+        mixing = self.later[number] * self.profile.mixing[number]
+        missed = float(reading.sum() + mixing.sum())
+        yield Choice(EMPTY, 0, missed)
+        for rank in self._ranks:
+            lost = float(self.profile.lost[number][self.shape.hidden if rank is None else rank])
+            kv_flops, attend_flops = self._head_flops(rank)
+            start = self._flops(self._reading((0,), (), rank)) - kv_flops
+            heads, attend = [], []
+            for group in range(self.shape.kv_heads):
+                members = range(group * self.shape.group, (group + 1) * self.shape.group)
+                busy = [h for h in members if (1 - lost) * mixing[h] > price * attend_flops]
+                gain = (1 - lost) * float(reading[list(members)].sum() + mixing[busy].sum())
+                if gain > price * (kv_flops + len(busy) * attend_flops):
+                    heads += members
+                    attend += busy
+            if heads:
+                gain = (1 - lost) * float(reading[heads].sum() + mixing[attend].sum())
+                groups = len(heads) // self.shape.group
+                flops = start + groups * kv_flops + len(attend) * attend_flops
+                layer = self._reading(tuple(heads), tuple(attend), rank)
+                yield Choice(layer, flops, missed - gain)
+
+    def _reading(
+        self, heads: tuple[int, ...], attend: tuple[int, ...], rank: int | None
+    ) -> LayerPlan:
+        return LayerPlan(heads, attend, self.radius if attend else None, 0, rank)
+
+    def _head_flops(self, rank: int | None) -> tuple[int, int]:
+        """FLOPs of one more KV head that is read, and of one more head that attends."""
+        cached = self._head_flops_of.get(rank)
+        if cached is None:
+            group = self.shape.group
+            all_kv = tuple(range(self.shape.heads))
+            most = self._flops(self._reading(all_kv, (), rank))
+            kv = 0
+            if self.shape.kv_heads > 1:
+                kv = most - self._flops(self._reading(all_kv[group:], (), rank))
+            one = self._flops(self._reading(all_kv, (0,), rank)) - most
+            cached = self._head_flops_of[rank] = (kv, one)
+        return cached
+
+    @cached_property
+    def _head_flops_of(self) -> dict[int | None, tuple[int, int]]:
+        return {}
+
+    @cached_property
+    def _ranks(self) -> list[int | None]:
+        hidden = self.shape.hidden
+        return [None, *sorted({max(1, round(share * hidden)) for share in RANKS})]
+
+    @cached_property
+    def _ffn_choices(self) -> list[list[Choice]]:
+        """Neurons and maps of every layer, with what they cost and leave undone."""
+        shape = self.shape
+        maps = sorted({round(share * shape.hidden) for share in MAPS})
+        widths = sorted({round(share * shape.ffn) for share in WIDTHS})
+        ordered = self.shaper.statistics.importance.sort(dim=1, descending=True).values
+        shares = torch.cat([ordered.new_zeros(len(ordered), 1), ordered.cumsum(dim=1)], dim=1)
+        shares = shares / shares[:, -1:].clamp(min=1e-30)
+        choices = []
+        for number in range(shape.layers):
+            worth, found = float(self.later[number]), []
+            bent, unmapped = float(self.profile.bent[number]), self.profile.unmapped[number]
+            for width in widths:
+                share = float(shares[number, width])
+                for rank in maps if width < shape.ffn else (0,):
+                    # Neurons bear the update in their share, maps what is straight of the rest.
+                    straight = max(float(unmapped[rank]) - bent, 0.0)
+                    left = (1 - share) * (bent + straight)
+                    layer = replace(EMPTY, neurons=width, linear=rank)
+                    found.append(Choice(layer, self._flops(layer), worth * left))
+            choices.append(found)
+        return choices

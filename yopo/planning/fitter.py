@@ -1,0 +1,46 @@
+"""The model at hand, for what only it can tell: what things are worth, and fitted weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+from transformers import PreTrainedModel
+
+from yopo.calibration.prompts import Batch
+from yopo.families.family import shape_of
+from yopo.plan import Plan
+from yopo.plan_tensors import PlanTensors
+from yopo.planning.profile import Profile, profile
+from yopo.planning.refit import refit
+
+
+class Fitter:
+    """Profiles a dense model and fits plans to it.
+
+    Args:
+        model: In memory.
+        encode: Encodes the calibration prompts; called once, when they are first needed.
+    """
+
+    def __init__(self, model: PreTrainedModel, encode: Callable[[], Sequence[Batch]]):
+        self._model, self._encode = model, encode
+
+    @cached_property
+    def _batches(self) -> Sequence[Batch]:
+        return self._encode()
+
+    @cached_property
+    def profile(self) -> Profile:
+        """Walks the dense model once.
+
+        Raises:
+            DataError: No pair holds an image.
+        """
+        return profile(self._model, self._batches, shape_of(self._model.config))
+
+    def tensors(self, plan: Plan, tensors: PlanTensors) -> PlanTensors:
+        """The tensors with the weights that a plan with ``compensation: refit`` needs."""
+        fitted = refit(self._model, self._batches, plan, tensors.neuron_order)
+        return replace(tensors, refit=fitted)
