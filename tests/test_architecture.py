@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("conversion", "planning"),
     ("evaluation",),
     ("serving",),
-    ("verification",),
+    ("tuning", "verification"),
     ("workflow",),
     ("report",),
     ("cli",),

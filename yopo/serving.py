@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from yopo.checkpoint.companions import PLAN_FILE
+from yopo.checkpoint.companions import PLAN_FILE, PLAN_FILES
 from yopo.checkpoint.reader import fetch
 from yopo.errors import CheckpointError, ModelError
 from yopo.families.registry import ModelSource, family_of, resolve
@@ -19,31 +19,35 @@ from yopo.plan_tensors import PlanTensors, read_tensors
 from yopo.runtime.install import install
 
 
-def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(path: str | Path, *, budget: float | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a baked checkpoint as a model that skips the pruned work.
 
     Args:
         path: A directory that ``yopo apply`` wrote.
+        budget: Of the plans that were baked together, take the one with the largest visual budget
+            that is not above this one; None: the first.
         **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Returns:
         A transformers model of the checkpoint's own class.
 
     Raises:
-        CheckpointError: Not a baked checkpoint, or a tensor is missing.
+        CheckpointError: Not a baked checkpoint, a tensor is missing, or no plan within the budget.
         ModelError: The weights are not the ones that the plan was baked into.
     """
-    plan, tensors = read_baked_plan(path)
+    plan, tensors = read_baked_plan(path, budget)
     model = load_dense(resolve(str(path)), **kwargs)
     install(model, plan, tensors)
     return model
 
 
-def read_baked_plan(path: str | Path) -> tuple[Plan, PlanTensors | None]:
-    """The plan inside a baked checkpoint, and its tensors.
+def read_baked_plan(
+    path: str | Path, budget: float | None = None
+) -> tuple[Plan, PlanTensors | None]:
+    """The plan inside a baked checkpoint (see :func:`load`), and its tensors.
 
     Raises:
-        CheckpointError: The directory holds no plan.
+        CheckpointError: The directory holds no plan, or none within the budget.
     """
     file = Path(path) / PLAN_FILE
     if not file.is_file():
@@ -52,7 +56,21 @@ def read_baked_plan(path: str | Path) -> tuple[Plan, PlanTensors | None]:
             remedy="Make one with `yopo apply plan.yaml`.",
         )
     plan = read_plan(file)
+    if budget is not None:
+        plan = _largest_within(budget, Path(path))
     return plan, None if plan.tensors is None else read_tensors(plan, Path(path))
+
+
+def _largest_within(budget: float, folder: Path) -> Plan:
+    plans = [read_plan(file) for file in sorted(folder.glob(PLAN_FILES))]
+    within = [plan for plan in plans if plan.budget.reached <= budget + 1e-9]
+    if not within:
+        known = ", ".join(f"{plan.budget.reached:.3g}" for plan in plans)
+        raise CheckpointError(
+            f"{folder}: has no plan within a visual budget of {budget}; it has {known}.",
+            remedy="Ask for one of these, or bake another plan with the others.",
+        )
+    return max(within, key=lambda plan: plan.budget.reached)
 
 
 def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
@@ -97,8 +115,8 @@ class PrunedForConditionalGeneration:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Load the stock model of the checkpoint and install its plan."""
-        plan, tensors = read_baked_plan(path)
+        """Load the stock model of the checkpoint, install its plan; ``budget`` as for ``load``."""
+        plan, tensors = read_baked_plan(path, kwargs.pop("budget", None))
         for name in ("trust_remote_code", "code_revision"):
             kwargs.pop(name, None)
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)

@@ -2,75 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from yopo import __version__
-from yopo.calibration.pairs import Pairs
-from yopo.calibration.prompts import Batch, batches, encode, load_processor
-from yopo.calibration.run import measure
-from yopo.calibration.sources import open_pairs
-from yopo.calibration.statistics import Statistics, load_statistics
+from yopo.calibration.prompts import load_processor
+from yopo.calibration.statistics import load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
 from yopo.checkpoint.reader import fetch
-from yopo.console import note
 from yopo.errors import ModelError
 from yopo.evaluation.evaluate import Evaluation, evaluate
-from yopo.evaluation.fidelity import compare, record_dense
 from yopo.families.registry import ModelSource, resolve
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
-from yopo.planning.fitter import Fitter
-from yopo.planning.planner import Candidate, make_plan
+from yopo.planning.planner import make_plan
 from yopo.planning.wishes import Wishes
-from yopo.runtime.install import pruned
 from yopo.serving import load_dense, read_baked_plan, torch_dtype
+from yopo.tuning import Calibrated, Effort, RunOptions, Session, open_calibration_pairs
 from yopo.verification import Verification, verify
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How a model is run over pairs.
-
-    Attributes:
-        data: Pairs (see ``open_pairs``); None: the package's own.
-        samples: How many; None: all.
-        seed: Decides which pairs are drawn.
-        batch_size: Pairs per forward.
-        device: Where the model runs (``cpu``, ``cuda``, ``cuda:1``, ``mps``).
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16``, ``float16``.
-        max_new_tokens: Longest answer generated.
-    """
-
-    data: str | None = None
-    samples: int | None = None
-    seed: int = 0
-    batch_size: int = 8
-    device: str = "cpu"
-    dtype: str = "auto"
-    max_new_tokens: int = 32
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """What a calibration makes: the plan, its tensors, the statistics and the candidates."""
-
-    plan: Plan
-    tensors: PlanTensors
-    statistics: Statistics
-    candidates: list[Candidate] = field(default_factory=list)
-
-
 def calibrate(
-    model_name: str,
-    wishes: Wishes,
-    options: RunOptions,
-    *,
-    queries: str = "text",
-    measure_pairs: int = 64,
-    fit_pairs: int = 256,
+    model_name: str, wishes: Wishes, options: RunOptions, effort: Effort | None = None
 ) -> Calibrated:
     """Measure a model on pairs and plan its pruning.
 
@@ -78,35 +31,33 @@ def calibrate(
         model_name: Alias, directory or hub id.
         wishes: What the plan should look like.
         options: Data and how to run it.
-        queries: Which queries head activity sums over.
-        measure_pairs: Calibration pairs on which candidate plans are compared.
-        fit_pairs: Calibration pairs on which visual weights are fitted.
+        effort: On what plans are measured and fitted.
 
     Raises:
         YopoError: Unknown model, unreadable data, wishes that cannot be met, ...
     """
-    source = resolve(model_name)
-    pairs = _open(options)
-    processor = load_processor(str(fetch(source)))
-    model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
-    about = {"yopo": __version__, "pairs": pairs.name, "seed": options.seed}
-    if pairs.digest:
-        about["pairs_digest"] = pairs.digest
-    statistics = measure(
-        model,
-        processor,
-        pairs,
-        name=source.name,
-        total=pairs.total,
-        batch_size=options.batch_size,
-        queries=queries,
-        provenance=about,
-    )
-    judge = None
-    if wishes.budget is not None:
-        judge = _judge(model, processor, pairs, options, measure_pairs)
-    fitter = _fitter(model, processor, pairs, options, fit_pairs)
-    return Calibrated(*_arrange(statistics, wishes, judge, fitter))
+    sets_aside = wishes.tolerance is not None
+    session = Session(model_name, options, effort or Effort(), sets_aside=sets_aside)
+    return session.within(wishes) if sets_aside else session.make(wishes)
+
+
+def calibrate_front(
+    model_name: str,
+    budgets: Sequence[float],
+    wishes: Wishes,
+    options: RunOptions,
+    effort: Effort | None = None,
+) -> list[Calibrated]:
+    """Measure a model once and make a plan for every budget, largest first.
+
+    The plans share their neuron order, so one baked checkpoint serves them all.
+
+    Raises:
+        YopoError: As for ``calibrate``.
+    """
+    session = Session(model_name, options, effort or Effort())
+    ordered = sorted(set(budgets), reverse=True)
+    return [session.make(replace(wishes, budget=budget)) for budget in ordered]
 
 
 def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:
@@ -115,57 +66,9 @@ def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:
     Raises:
         YopoError: The file holds no statistics, or the wishes cannot be met.
     """
-    return Calibrated(*_arrange(load_statistics(path), wishes))
-
-
-def _arrange(
-    statistics: Statistics,
-    wishes: Wishes,
-    judge: Callable | None = None,
-    fitter: Fitter | None = None,
-) -> tuple:
-    plan, tensors, candidates = make_plan(statistics, wishes, judge, fitter)
-    return plan, tensors, statistics, candidates
-
-
-def _open(options: RunOptions) -> Pairs:
-    if options.data is None:
-        note(
-            "Using the demo pairs that come with yopo (shapes on a plane): "
-            "your own pairs (--data) give a better plan."
-        )
-    return open_pairs(options.data, samples=options.samples, seed=options.seed)
-
-
-def _judge(model, processor, pairs: Pairs, options: RunOptions, count: int) -> Callable:
-    """A function that measures a plan's logit KL to the dense model on the first pairs."""
-    records = record_dense(
-        model,
-        processor,
-        islice(pairs, count),
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        total=min(count, pairs.total or count),
-    )
-
-    def judge(plan: Plan, tensors: PlanTensors) -> float:
-        with pruned(model, plan, tensors, check=False):
-            return compare(model, records).kl
-
-    return judge
-
-
-def _fitter(model, processor, pairs: Pairs, options: RunOptions, count: int) -> Fitter:
-    """Fits visual weights on the first pairs; encodes them when it is first asked."""
-    token = model.config.image_token_id
-
-    def encoded() -> list[Batch]:
-        return [
-            encode(processor, group, image_token_id=token, device=model.device, dtype=model.dtype)
-            for group in batches(islice(pairs, count), options.batch_size)
-        ]
-
-    return Fitter(model, encoded)
+    statistics = load_statistics(path)
+    plan, tensors, candidates = make_plan(statistics, wishes)
+    return Calibrated(plan, tensors, statistics, candidates)
 
 
 def evaluate_target(
@@ -184,7 +87,7 @@ def evaluate_target(
     """
     plan, tensors = read_target(target)
     source = source_of_target(target, plan, model_name)
-    pairs = _open(options)
+    pairs = open_calibration_pairs(options)
     processor = load_processor(str(fetch(source)))
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
     return evaluate(
@@ -227,17 +130,18 @@ class Applied:
 
 def apply_plan(
     target: str,
+    *others: str,
     output: str | Path | None = None,
-    *,
     model_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     check: bool = False,
 ) -> Applied:
-    """Bake a plan into a copy of its model's checkpoint.
+    """Bake a plan, or several for one model, into a copy of the model's checkpoint.
 
     Args:
         target: A plan file, or ``-``.
+        others: Plan files of other budgets, for ``yopo.load(directory, budget=...)``.
         output: The directory to make; None: ``NAME-yopo`` in the working directory.
         model_name: The checkpoint, if it is elsewhere than the plan says.
         force: Whether a checkpoint in ``output`` may be replaced.
@@ -251,7 +155,8 @@ def apply_plan(
     source = fetch(_source_of(plan, model_name))
     if output is None:
         output = f"{plan.model.name.partition('@')[0].rpartition('/')[2]}-yopo"
-    report = bake(plan, tensors, source, output, force=force, dry_run=dry_run)
+    also = [read_plan_with_tensors(each) for each in others]
+    report = bake(plan, tensors, source, output, also=also, force=force, dry_run=dry_run)
     verification = verify(output, source, plan, tensors) if check and not dry_run else None
     return Applied(plan, report, verification)
 

@@ -9,7 +9,7 @@ import pytest
 from command_line import Run, Yopo
 
 from yopo.planning.wishes import Wishes
-from yopo.workflow import RunOptions
+from yopo.tuning import RunOptions
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from yopo import console
 from yopo.checkpoint.card import model_card
@@ -26,6 +27,7 @@ from yopo.checkpoint.companions import (
     TENSORS_FILE,
     config_json,
     files_to_copy,
+    numbered,
 )
 from yopo.checkpoint.decoder import HEADS, KV_HEADS, NEURONS, UNITS, axes_of
 from yopo.checkpoint.order import BakedLayer, baked_plan, baked_tensors, order_layers
@@ -68,6 +70,7 @@ def bake(
     source_dir: str | Path,
     output: str | Path,
     *,
+    also: Sequence[tuple[Plan, PlanTensors | None]] = (),
     force: bool = False,
     dry_run: bool = False,
 ) -> BakeReport:
@@ -78,29 +81,35 @@ def bake(
         tensors: The plan's tensors, or None if it names none.
         source_dir: The checkpoint directory; only read.
         output: The directory to make.
+        also: Other plans for the same model, and their tensors: other budgets that the checkpoint
+            can be loaded at. Heads and neurons stand in the first plan's order.
         force: Whether a checkpoint in ``output`` may be replaced.
         dry_run: Validate everything, write nothing.
 
     Raises:
-        PlanError: The plan is baked already or its tensors are incomplete.
+        PlanError: A plan is baked already, its tensors are incomplete, or the plans' neuron orders
+            differ.
         ModelError: The plan was made for another model.
         CheckpointError: The source is incomplete, damaged or unsuitable.
         OutputError: The output exists, overlaps with the source or cannot be written.
     """
     started = time.perf_counter()
-    _check_plan(plan, tensors)
+    plans = [(plan, tensors or PlanTensors())]
+    plans += [(each, given or PlanTensors()) for each, given in also]
     checkpoint = Checkpoint.open(source_dir)
-    _check_same_model(plan, checkpoint)
-    orders = order_layers(plan, tensors)
+    for each, given in plans:
+        _check_plan(each, given, plans[0][1])
+        _check_same_model(each, checkpoint)
+    orders = order_layers(*plans[0])
     reorders = find_reorders(checkpoint, orders)
-    tensors = baked_tensors(plan, tensors or PlanTensors(), orders)
-    side = None if tensors is None else tensors.to_bytes()
+    sides = [baked_tensors(each, given, orders) for each, given in plans]
+    sides = [None if side is None else side.to_bytes() for side in sides]
     copies = files_to_copy(checkpoint)
     num_bytes = checkpoint.num_bytes + sum(path.stat().st_size for path in copies.values())
     target = OutputDirectory(
         output,
         source=source_dir,
-        num_bytes=num_bytes + len(side or b"") + _ROOM,
+        num_bytes=num_bytes + sum(len(side or b"") for side in sides) + _ROOM,
         force=force,
     )
     target.check()
@@ -113,8 +122,7 @@ def bake(
                 shutil.copyfile(path, folder / name)
             # Read back from what was written: same layout, other bytes.
             written = fingerprint(replace(checkpoint, path=folder))
-            named = None if side is None else _write_tensors(folder, side)
-            baked = baked_plan(plan, orders, named, written)
+            baked = _write_plans([each for each, _ in plans], orders, sides, written, folder)
             _write_documents(baked, checkpoint, folder, target.target.name, copies)
     return BakeReport(
         output=Path(output),
@@ -168,16 +176,23 @@ def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folde
         pass
 
 
-def _check_plan(plan: Plan, tensors: PlanTensors | None) -> None:
+def _check_plan(plan: Plan, tensors: PlanTensors, first: PlanTensors) -> None:
     if plan.baked:
         raise PlanError(
             "The plan is baked already: its checkpoint stands in this order.",
             remedy="Apply the plan that `yopo calibrate` wrote.",
         )
-    if plan.needs_order and (tensors is None or tensors.neuron_order is None):
+    if plan.needs_order and tensors.neuron_order is None:
         raise PlanError("The plan prunes neurons, but its neuron order is missing.")
     if plan.compensation != "none":
-        check_tensors(plan, tensors or PlanTensors(), "The plan")
+        check_tensors(plan, tensors, "The plan")
+    if plan.needs_order and (
+        first.neuron_order is None or not torch.equal(tensors.neuron_order, first.neuron_order)
+    ):
+        raise PlanError(
+            "The plans have different neuron orders, so no one checkpoint can serve them all.",
+            remedy="Bake plans of one calibration together: `yopo calibrate --budgets`.",
+        )
 
 
 def _check_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -206,16 +221,30 @@ def _check_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
         )
 
 
-def _write_tensors(folder: Path, data: bytes) -> TensorsFile:
-    (folder / TENSORS_FILE).write_bytes(data)
-    return TensorsFile(TENSORS_FILE, hashlib.sha256(data).hexdigest())
+def _write_plans(
+    plans: Sequence[Plan],
+    orders: Sequence[BakedLayer],
+    sides: Sequence[bytes | None],
+    fingerprint: str,
+    folder: Path,
+) -> Plan:
+    """Write every plan and its tensors; returns the first as baked."""
+    baked = []
+    for number, (plan, side) in enumerate(zip(plans, sides, strict=True)):
+        named = None
+        if side is not None:
+            named = TensorsFile(numbered(TENSORS_FILE, number), hashlib.sha256(side).hexdigest())
+            (folder / named.file).write_bytes(side)
+        baked.append(baked_plan(plan, orders, named, fingerprint))
+        path = folder / numbered(PLAN_FILE, number)
+        path.write_text(to_yaml(baked[-1]), encoding="utf-8")
+    return baked[0]
 
 
 def _write_documents(
     plan: Plan, checkpoint: Checkpoint, folder: Path, name: str, copies: Mapping[str, Path]
 ) -> None:
     card = model_card(plan, name, original_card=copies.get(ORIGINAL_CARD_FILE))
-    (folder / PLAN_FILE).write_text(to_yaml(plan), encoding="utf-8")
     (folder / CODE_FILE).write_text(MODELING_CODE, encoding="utf-8")
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     # Last: without it the directory is no checkpoint, whatever happens before the rename.

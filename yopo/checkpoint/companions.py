@@ -11,6 +11,8 @@ from yopo.checkpoint.reader import INDEX_FILE, Checkpoint
 
 PLAN_FILE = "yopo_plan.yaml"
 TENSORS_FILE = "yopo.safetensors"
+PLAN_FILES = "yopo_plan*.yaml"
+"""Every plan of a checkpoint: the first one and those that were baked with it."""
 CODE_FILE = "modeling_yopo.py"
 CARD_FILE = "README.md"
 ORIGINAL_CARD_FILE = "README.original.md"
@@ -37,6 +39,12 @@ except ImportError as error:
 class {CLASS_NAME}(PrunedForConditionalGeneration):
     """The stock model, with the visual computation that {PLAN_FILE} prunes left out."""
 '''
+
+
+def numbered(name: str, number: int) -> str:
+    """Name of a checkpoint's plan or tensors file: as it is for the first, numbered behind."""
+    stem, dot, suffix = name.partition(".")
+    return name if number == 0 else f"{stem}-{number}{dot}{suffix}"
 
 
 def is_baked(checkpoint: Checkpoint) -> bool:
@@ -74,6 +82,8 @@ def files_to_copy(checkpoint: Checkpoint) -> dict[str, Path]:
 
 def _is_companion(path: Path, checkpoint: Checkpoint) -> bool:
     if not path.is_file() or path.name.startswith(".") or path.name in _OURS:
+        return False
+    if path.match(PLAN_FILES):
         return False
     if path.suffix in _WEIGHT_SUFFIXES:
         return False

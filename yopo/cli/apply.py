@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("plan")
+@click.argument("plans", nargs=-1, required=True, metavar="PLAN...")
 @click.option(
     "-o",
     "--output",
@@ -28,17 +28,19 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--verify", is_flag=True, help="Open the result and compare it with the original.")
 @force_option
-def command(plan: str, dry_run: bool, verify: bool, **values: Any) -> None:
+def command(plans: tuple[str, ...], dry_run: bool, verify: bool, **values: Any) -> None:
     """Bake PLAN (a file, or - for stdin) into a copy of its model's checkpoint.
 
     The copy loads in stock transformers as the original model, and with yopo.load as the pruned
-    one. It appears complete or not at all. Prints its path.
+    one. It appears complete or not at all. Prints its path. Several plans of one calibration are
+    baked together: the first is what yopo.load(DIR) takes, yopo.load(DIR, budget=0.12) the
+    largest within a budget.
     """
     if dry_run and verify:
         raise click.UsageError("--dry-run and --verify exclude one another.")
     done: Applied = load("yopo.workflow").apply_plan(
-        plan,
-        values["output"],
+        *plans,
+        output=values["output"],
         model_name=values["model"],
         force=values["force"],
         dry_run=dry_run,

@@ -20,7 +20,29 @@ from yopo.cli.options import (
 from yopo.cli.results import check_outputs, save
 
 if TYPE_CHECKING:
-    from yopo.workflow import Calibrated
+    from yopo.tuning import Calibrated
+
+
+def _numbers(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    """Numbers between commas."""
+    if value is None or not isinstance(value, str):
+        return value
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected numbers between commas, found '{value}'.") from None
+
+
+def _named(output: str, budget: float | None) -> str:
+    """The plan file of one of several budgets."""
+    if budget is None:
+        return output
+    if output == "-":
+        raise click.UsageError("--budgets writes several plans: name a file with -o.")
+    path = Path(output)
+    return str(path.with_name(f"{path.stem}-{budget:g}{path.suffix}"))
 
 
 @click.command(cls=Command)
@@ -60,6 +82,12 @@ if TYPE_CHECKING:
     help="The plan; - for stdout.",
 )
 @click.option(
+    "--budgets",
+    metavar="F,F,...",
+    callback=_numbers,
+    help="A plan for each of several budgets: FILE-0.12.yaml, ... for one `yopo apply` together.",
+)
+@click.option(
     "--stats", type=click.Path(path_type=Path), metavar="FILE", help="Save the statistics here."
 )
 @config_option()
@@ -71,13 +99,17 @@ def command(context: click.Context, **values: Any) -> None:
     The plan either meets a visual budget (--budget: several plan shapes are measured, the best
     one wins), or has the paper's shape (--preset, or its knobs, from --head-ratio to --alpha).
     """
-    check_outputs(values["output"], values["stats"], force=values["force"])
-    made: Calibrated = load("yopo.workflow").calibrate(
-        values["model"],
-        wishes(context),
-        run_settings(context),
-        queries=values["queries"],
-        measure_pairs=values["measure_pairs"],
-        fit_pairs=values["fit_pairs"],
-    )
-    save(made, values["output"], stats=values["stats"], force=values["force"])
+    output, stats, force = values["output"], values["stats"], values["force"]
+    outputs = {budget: _named(output, budget) for budget in values["budgets"] or (None,)}
+    for path in outputs.values():
+        check_outputs(path, stats, force=force)
+    workflow, tuning = load("yopo.workflow"), load("yopo.tuning")
+    effort = tuning.Effort(values["queries"], values["measure_pairs"], values["fit_pairs"])
+    asked = (wishes(context), run_settings(context), effort)
+    if not values["budgets"]:
+        made: Calibrated = workflow.calibrate(values["model"], *asked)
+        save(made, output, stats=stats, force=force)
+        return
+    for each in workflow.calibrate_front(values["model"], values["budgets"], *asked):
+        save(each, outputs[each.plan.budget.asked], stats=stats, force=force)
+        stats = None  # once

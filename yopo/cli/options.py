@@ -12,14 +12,14 @@ from yopo.cli.config import drop_overruled
 
 if TYPE_CHECKING:
     from yopo.planning.wishes import Wishes
-    from yopo.workflow import RunOptions
+    from yopo.tuning import RunOptions
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 DEFAULT_BUDGET = 0.25
 SEARCH_RUNS = 200
 
-_BUDGET = ("budget", "shape", "search")
+_BUDGET = ("budget", "shape", "search", "tolerance")
 _RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
 
 
@@ -38,6 +38,13 @@ wish_options = _chain(
         type=float,
         metavar="F",
         help=f"Solve for this share of the visual FLOPs, in (0, 1].  [default: {DEFAULT_BUDGET}]",
+    ),
+    click.option(
+        "--tolerance",
+        type=float,
+        metavar="F",
+        help="Instead: the smallest budget that agrees with the dense model within F (0.01), on "
+        "pairs set aside.",
     ),
     click.option("--shape", metavar="NAME", help="Plan shape for the budget, not the best one."),
     click.option(
@@ -132,7 +139,7 @@ def wishes(context: click.Context) -> Wishes:
     from yopo.planning.wishes import Wishes
 
     values = {each.name: context.params[each.name] for each in fields(Wishes)}
-    if all(values[name] is None for name in ("budget", *_RATIOS)):
+    if all(values[name] is None for name in ("budget", "tolerance", *_RATIOS)):
         values["budget"] = DEFAULT_BUDGET
     return Wishes(**values)
 
@@ -140,7 +147,7 @@ def wishes(context: click.Context) -> Wishes:
 def run_settings(context: click.Context) -> RunOptions:
     """The run options of a command with ``run_options``, its device checked."""
     from yopo.serving import torch_device
-    from yopo.workflow import RunOptions
+    from yopo.tuning import RunOptions
 
     values = {each.name: context.params[each.name] for each in fields(RunOptions)}
     return RunOptions(**values | {"device": torch_device(values["device"])})

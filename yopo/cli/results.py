@@ -11,7 +11,7 @@ from yopo.files import check_writable, write_file
 
 if TYPE_CHECKING:
     from yopo.plan import Plan
-    from yopo.workflow import Calibrated
+    from yopo.tuning import Calibrated
 
 
 def check_outputs(output: str, stats: Path | None, *, force: bool) -> None:

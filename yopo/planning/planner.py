@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from yopo import __version__
@@ -75,7 +75,10 @@ def make_plan(
 
 
 class Planner:
-    """Makes one plan; arguments as for :func:`make_plan`."""
+    """Makes one plan; arguments as for :func:`make_plan`.
+
+    ``tried``: measure allocations by these worths, and no other candidate.
+    """
 
     def __init__(
         self,
@@ -83,7 +86,9 @@ class Planner:
         wishes: Wishes,
         measure: Measure | None,
         fitter: Fitter | None,
+        tried: Sequence[Worth] = (),
     ):
+        self.tried = tuple(tried)
         self.statistics, self.wishes = statistics, wishes
         self.measure, self.fitter = measure, fitter
         self.tensors = statistics.plan_tensors()
@@ -129,7 +134,7 @@ class Planner:
         kinds = (asked,) if asked else ("mean", "none")
         kinds = kinds if self.measure or asked else ("mean",)
         allocates = asked in (None, "refit") and not self.wishes.shape
-        if asked != "refit" or self.wishes.shape:
+        if not self.tried and (asked != "refit" or self.wishes.shape):
             for shape, layers in self._shapes():
                 for kind in kinds:
                     yield self.candidate(shape, layers, kind)
@@ -148,13 +153,15 @@ class Planner:
         """Allocations at a few exchange rates, then around the best of them."""
         found: list[Candidate] = []
         layers = self.statistics.model.shape.layers
-        tried = [
+        tried = self.tried or [
             Worth.even(rate, radius, layers) for radius in (None, PAPER_RADIUS) for rate in RATES
         ]
         for worth in tried:
             yield from self._new_allocation(worth, found)
         if not found:
             raise self._unaffordable("")
+        if self.tried:
+            return
         best = min(found, key=lambda each: each.kl).worth
         for factor in (FACTOR, 1 / FACTOR):
             yield from self._new_allocation(replace(best, rate=best.rate * factor), found)

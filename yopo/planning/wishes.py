@@ -21,6 +21,8 @@ class Wishes:
 
     Attributes:
         budget: Visual budget to solve for, in (0, 1].
+        tolerance: Instead of a budget: take the smallest one whose agreement with the dense model
+            stays within this, on pairs set aside.
         preset: Name in ``PRESETS``; explicit knobs override its values.
         head_ratio: Share of the query heads of visual layers that are kept.
         neuron_ratio: Share of the FFN neurons of visual layers that are kept.
@@ -53,10 +55,13 @@ class Wishes:
     shape: str | None = None
     search: int | None = None
     kv_groups: bool = False
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 < self.budget <= 1:
             raise PlanError(f"budget must lie in (0, 1], found {self.budget}.")
+        if self.tolerance is not None:
+            self._check_tolerance()
         if self.preset is not None and self.preset not in PRESETS:
             raise PlanError(
                 f"Unknown preset '{self.preset}'.", remedy=suggest(self.preset, PRESETS)
@@ -85,6 +90,18 @@ class Wishes:
                 f"budget and {knobs[0]} exclude one another.",
                 remedy="Ask for a budget and let it be solved, or give the shape yourself.",
             )
+
+    def _check_tolerance(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise PlanError(f"tolerance must lie in (0, 1), found {self.tolerance}.")
+        for name in ("budget", "shape", "search", *_SHAPE_KNOBS):
+            if getattr(self, name) is not None:
+                raise PlanError(
+                    f"tolerance and {name} exclude one another.",
+                    remedy="A tolerance finds the budget, and allocates it.",
+                )
+        if self.compensation not in (None, "refit"):
+            raise PlanError("A tolerance is met with fitted weights: compensation must be refit.")
 
     @property
     def asks_for_shape(self) -> bool:

@@ -1,0 +1,259 @@
+"""One calibration pass, then as many plans as are wanted: at a budget, at several, in a tolerance.
+
+A session keeps the model, the statistics and the dense model's answers, so that every further plan
+costs only what has to be fitted and measured for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+
+from yopo import __version__
+from yopo.calibration.pairs import Pairs
+from yopo.calibration.prompts import Batch, batches, encode, load_processor
+from yopo.calibration.run import measure
+from yopo.calibration.sources import open_pairs
+from yopo.calibration.statistics import Statistics
+from yopo.checkpoint.reader import fetch
+from yopo.console import note
+from yopo.errors import DataError, PlanError
+from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
+from yopo.families.registry import resolve
+from yopo.plan import Budget, Plan, full_plan
+from yopo.plan_tensors import PlanTensors
+from yopo.planning.allocate import FACTOR, Worth
+from yopo.planning.fitter import Fitter
+from yopo.planning.planner import Candidate, Planner
+from yopo.planning.wishes import Wishes
+from yopo.runtime.install import pruned
+from yopo.serving import load_dense, torch_dtype
+
+SMALLEST = 0.01
+"""Visual budget below which a tolerance is not tried."""
+
+PRECISION = 1.15
+"""Ratio of two budgets between which a tolerance looks no closer."""
+
+MAX_ASIDE = 256
+"""Pairs set aside for a tolerance at most; a quarter of all if that is less."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run over pairs.
+
+    Attributes:
+        data: Pairs (see ``open_pairs``); None: the package's own.
+        samples: How many; None: all.
+        seed: Decides which pairs are drawn.
+        batch_size: Pairs per forward.
+        device: Where the model runs (``cpu``, ``cuda``, ``cuda:1``, ``mps``).
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16``, ``float16``.
+        max_new_tokens: Longest answer generated.
+    """
+
+    data: str | None = None
+    samples: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Effort:
+    """On what plans are measured and fitted.
+
+    Attributes:
+        queries: Which queries head activity sums over.
+        measure_pairs: Calibration pairs on which candidate plans are compared.
+        fit_pairs: Calibration pairs on which visual weights are fitted.
+    """
+
+    queries: str = "text"
+    measure_pairs: int = 64
+    fit_pairs: int = 256
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration makes: the plan, its tensors, the statistics and the candidates."""
+
+    plan: Plan
+    tensors: PlanTensors
+    statistics: Statistics
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+class Session:
+    """A model, measured once on pairs.
+
+    Args:
+        model_name: Alias, directory or hub id.
+        options: Data and how to run it.
+        effort: On what plans are measured and fitted.
+        sets_aside: Whether a quarter of the pairs is kept out of everything but ``agreement``.
+
+    Raises:
+        YopoError: Unknown model, unreadable data, ...
+    """
+
+    def __init__(
+        self, model_name: str, options: RunOptions, effort: Effort, *, sets_aside: bool = False
+    ):
+        self.options, self.effort = options, effort
+        source = resolve(model_name)
+        self._pairs = open_calibration_pairs(options)
+        self._aside = self._count_aside() if sets_aside else 0
+        self.processor = load_processor(str(fetch(source)))
+        self.model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
+        about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
+        if self._pairs.digest:
+            about["pairs_digest"] = self._pairs.digest
+        total = self._pairs.total
+        self.statistics = measure(
+            self.model,
+            self.processor,
+            islice(self._pairs, self._aside, None),
+            name=source.name,
+            total=None if total is None else total - self._aside,
+            batch_size=options.batch_size,
+            queries=effort.queries,
+            provenance=about,
+        )
+        self.fitter = Fitter(self.model, self._encoded)
+
+    def _count_aside(self) -> int:
+        total = self._pairs.total or sum(1 for _ in self._pairs)
+        if total < 4:
+            raise DataError(
+                f"{total} pairs are too few to set some aside for a tolerance, expected at least 4."
+            )
+        return min(total // 4, MAX_ASIDE)
+
+    def make(self, wishes: Wishes, tried: Sequence[Worth] = ()) -> Calibrated:
+        """Make one plan; ``tried``: measure allocations by these worths alone.
+
+        Raises:
+            PlanError: The wishes cannot be met.
+        """
+        judge = None if wishes.budget is None else self.kl
+        planner = Planner(self.statistics, wishes, judge, self.fitter, tried)
+        plan, tensors, candidates = planner.make()
+        return Calibrated(plan, tensors, self.statistics, candidates)
+
+    def kl(self, plan: Plan, tensors: PlanTensors) -> float:
+        """Logit KL of a plan to the dense model on the measured pairs."""
+        return self._compare(plan, tensors, self._judged).kl
+
+    def agreement(self, plan: Plan, tensors: PlanTensors) -> float:
+        """Share of answer tokens that a plan predicts as the dense model does, on pairs aside."""
+        return self._compare(plan, tensors, self._set_aside).agreement
+
+    def within(self, wishes: Wishes) -> Calibrated:
+        """The plan of the smallest budget whose agreement stays within ``wishes.tolerance``.
+
+        Raises:
+            PlanError: The wishes cannot be met.
+        """
+        asked, low, high = wishes.tolerance, SMALLEST, 1.0
+        best, tried, agreement = self._unpruned(), (), 1.0
+        while high / low > PRECISION:
+            budget = round((low * high) ** 0.5, 4)
+            found = self._at(replace(wishes, budget=budget, tolerance=None), tried)
+            share = 0.0 if found is None else self.agreement(found.plan, found.tensors)
+            note(f"budget {budget:.1%}: agreement {share:.2%} on the pairs set aside")
+            if found is None or share < 1 - asked:
+                low = budget
+            else:
+                best, high, agreement = found, budget, share
+            if found is not None:
+                tried = _around(found.candidates[0].worth)
+        pairs = sum(len(record.answers) for record in self._set_aside)
+        about = {"asked": asked, "agreement": round(agreement, 6), "pairs": pairs}
+        plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": about})
+        _tell(plan, asked, agreement, pairs)
+        return replace(best, plan=plan)
+
+    def _at(self, wishes: Wishes, tried: Sequence[Worth]) -> Calibrated | None:
+        try:
+            return self.make(wishes, tried)
+        except PlanError:
+            return None
+
+    def _unpruned(self) -> Calibrated:
+        statistics = self.statistics
+        plan = full_plan(statistics.model, statistics.workload)
+        provenance = {"yopo": __version__, **statistics.provenance, "shape": "everything is kept"}
+        plan = replace(
+            plan, budget=Budget(None, 1.0), measured=statistics.measured, provenance=provenance
+        )
+        return Calibrated(plan, PlanTensors(), statistics)
+
+    def _compare(self, plan: Plan, tensors: PlanTensors, records: list[Recorded]) -> Fidelity:
+        with pruned(self.model, plan, tensors, check=False):
+            return compare(self.model, records)
+
+    @cached_property
+    def _judged(self) -> list[Recorded]:
+        return self._record(self._aside, self._aside + self.effort.measure_pairs)
+
+    @cached_property
+    def _set_aside(self) -> list[Recorded]:
+        return self._record(0, self._aside)
+
+    def _record(self, start: int, stop: int) -> list[Recorded]:
+        total = min(stop, self._pairs.total or stop) - start
+        return record_dense(
+            self.model,
+            self.processor,
+            islice(self._pairs, start, stop),
+            batch_size=self.options.batch_size,
+            max_new_tokens=self.options.max_new_tokens,
+            total=total,
+        )
+
+    def _encoded(self) -> list[Batch]:
+        """The prompts that visual weights are fitted on."""
+        pairs = islice(self._pairs, self._aside, self._aside + self.effort.fit_pairs)
+        return [
+            encode(
+                self.processor,
+                group,
+                image_token_id=self.model.config.image_token_id,
+                device=self.model.device,
+                dtype=self.model.dtype,
+            )
+            for group in batches(pairs, self.options.batch_size)
+        ]
+
+
+def open_calibration_pairs(options: RunOptions) -> Pairs:
+    """The pairs that are asked for, or the package's own."""
+    if options.data is None:
+        note(
+            "Using the demo pairs that come with yopo (shapes on a plane): "
+            "your own pairs (--data) give a better plan."
+        )
+    return open_pairs(options.data, samples=options.samples, seed=options.seed)
+
+
+def _around(worth: Worth | None) -> tuple[Worth, ...]:
+    if worth is None:
+        return ()
+    rates = (worth.rate, worth.rate * FACTOR, worth.rate / FACTOR)
+    return tuple(replace(worth, rate=rate) for rate in rates)
+
+
+def _tell(plan: Plan, asked: float, agreement: float, pairs: int) -> None:
+    if plan.budget.reached >= 1.0:
+        note(f"No budget keeps the agreement within {asked:.1%}: nothing is pruned.")
+        return
+    note(
+        f"The smallest budget within a tolerance of {asked:.1%} is {plan.budget.reached:.1%}: "
+        f"agreement {agreement:.2%} on {pairs} pairs set aside."
+    )
