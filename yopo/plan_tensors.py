@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -81,6 +81,14 @@ class PlanTensors:
             head_mean=stored.get("head_mean"),
             refit=dict(sorted(refit.items())),
         )
+
+    def of_layers(self, indices: Sequence[int]) -> PlanTensors:
+        """The tensors of some layers, numbered anew."""
+        rows = list(indices)
+        parts = {name: getattr(self, name) for name in _DTYPES}
+        parts = {name: None if each is None else each[rows] for name, each in parts.items()}
+        refit = {new: self.refit[old] for new, old in enumerate(rows) if old in self.refit}
+        return PlanTensors(**parts, refit=refit)
 
     def for_plan(self, plan: Plan) -> PlanTensors:
         """Those of the tensors that a plan uses."""

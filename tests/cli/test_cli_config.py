@@ -9,7 +9,7 @@ import pytest
 from command_line import Run, Yopo
 
 from yopo.planning.wishes import Wishes
-from yopo.tuning import RunOptions
+from yopo.tuning import Effort, RunOptions
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     got: dict[str, Any] = {}
 
-    def calibrate(model: str, wishes: Wishes, options: Any, **others: Any) -> None:
-        got.update(model=model, wishes=wishes, options=options, **others)
+    def calibrate(model: str, wishes: Wishes, options: Any, effort: Any) -> None:
+        got.update(model=model, wishes=wishes, options=options, effort=effort)
         raise Called
 
     monkeypatch.setattr("yopo.workflow.calibrate", calibrate)
@@ -42,18 +42,18 @@ def test_defaults(called) -> None:
     got, _ = called(None, "--model", "m", "--device", "cpu")
     assert got["wishes"] == Wishes(budget=0.25)
     assert got["options"] == RunOptions(device="cpu")
-    assert (got["queries"], got["measure_pairs"]) == ("text", 64)
+    assert got["effort"] == Effort("text", measure_pairs=64, fit_pairs=256)
 
 
 def test_file_overrides_defaults_and_flags_override_the_file(called) -> None:
     text = "model: a\nsamples: 7\nbatch_size: 3\ndtype: bfloat16\nbudget: 0.5\nqueries: last\n"
     got, _ = called(text)
     assert (got["model"], got["options"].samples, got["options"].batch_size) == ("a", 7, 3)
-    assert got["wishes"] == Wishes(budget=0.5) and got["queries"] == "last"
+    assert got["wishes"] == Wishes(budget=0.5) and got["effort"].queries == "last"
     flags = ("--model", "b", "--samples", 9, "--budget", 0.75, "--queries", "all")
     got, _ = called(text, *flags)
     assert (got["model"], got["options"].samples, got["options"].batch_size) == ("b", 9, 3)
-    assert got["wishes"] == Wishes(budget=0.75) and got["queries"] == "all"
+    assert got["wishes"] == Wishes(budget=0.75) and got["effort"].queries == "all"
 
 
 def test_null_means_unset_and_whole_numbers_are_numbers(called) -> None:

@@ -76,7 +76,7 @@ def look(plan: Plan, index: int) -> tuple[object, ...]:
     layer = plan.layers[index]
     neurons = 2 if layer.neurons == plan.model.shape.ffn else int(layer.neurons > 0)
     gone = index >= plan.visual_depth
-    return bool(layer.heads), layer.attend, layer.radius, neurons, gone
+    return bool(layer.heads), bool(layer.attend), layer.radius, neurons, gone
 
 
 @pytest.mark.parametrize("name", PRESETS)

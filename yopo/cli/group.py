@@ -18,6 +18,7 @@ from yopo.errors import YopoError
 
 COMMANDS = {
     "calibrate": ("yopo.cli.calibrate", "Measure a model on pairs and write a plan."),
+    "search": ("yopo.cli.search", "Calibrate, and improve the plan layer by layer."),
     "plan": ("yopo.cli.plan", "Make another plan from saved statistics."),
     "inspect": ("yopo.cli.inspect", "Show what a plan prunes and what that saves."),
     "apply": ("yopo.cli.apply", "Bake a plan into a checkpoint."),

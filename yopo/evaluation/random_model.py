@@ -9,7 +9,7 @@ layer has weights of its own in memory: sharing them would let caches lie.
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -126,13 +126,7 @@ def fitted(
     model = replace(plan.model, family=FAMILY, fingerprint=MADE_UP)
     if tensors is None:
         return replace(plan, model=model), None
-    rows = list(used)
-    parts = {
-        each.name: None if value is None else value[rows]
-        for each in fields(PlanTensors)
-        for value in (getattr(tensors, each.name),)
-    }
-    return replace(plan, model=model), PlanTensors(**parts)
+    return replace(plan, model=model), tensors.of_layers(used)
 
 
 def grids_of(plan: Plan) -> GridsOf:

@@ -88,6 +88,23 @@ def worth_moves(worth: Worth) -> Iterator[tuple[str, Worth]]:
 
 
 @dataclass(frozen=True)
+class Levers:
+    """What an allocation may use; all of it unless an ablation asks what one thing brings.
+
+    Attributes:
+        ranks: Bottlenecks tried beside none, as shares of the hidden width.
+        maps: Ranks of the linear map tried, likewise.
+        widths: Shares of the FFN tried.
+        attend: Whether visual tokens may attend.
+    """
+
+    ranks: tuple[float, ...] = RANKS
+    maps: tuple[float, ...] = MAPS
+    widths: tuple[float, ...] = WIDTHS
+    attend: bool = True
+
+
+@dataclass(frozen=True)
 class Choice:
     """What a layer could do, and what it would cost and spoil."""
 
@@ -103,9 +120,13 @@ class Allocator:
         shaper: Knows the model, the scores and the budget.
         profile: Energies of what could be left out.
         worth: How they count beside one another.
+        levers: What may be used.
     """
 
-    def __init__(self, shaper: Shaper, profile: Profile, worth: Worth):
+    def __init__(
+        self, shaper: Shaper, profile: Profile, worth: Worth, levers: Levers | None = None
+    ):
+        self.levers = levers or Levers()
         self.shaper, self.profile, self.radius = shaper, profile, worth.radius
         self.shape, self.workload = shaper.shape, shaper.workload
         effect = shaper.statistics.head_effect
@@ -167,7 +188,8 @@ class Allocator:
             heads, attend = [], []
             for group in range(self.shape.kv_heads):
                 members = range(group * self.shape.group, (group + 1) * self.shape.group)
-                busy = [h for h in members if (1 - lost) * mixing[h] > price * attend_flops]
+                gains = {head: (1 - lost) * mixing[head] for head in members if self.levers.attend}
+                busy = [head for head, each in gains.items() if each > price * attend_flops]
                 gain = (1 - lost) * float(reading[list(members)].sum() + mixing[busy].sum())
                 if gain > price * (kv_flops + len(busy) * attend_flops):
                     heads += members
@@ -205,14 +227,14 @@ class Allocator:
     @cached_property
     def _ranks(self) -> list[int | None]:
         hidden = self.shape.hidden
-        return [None, *sorted({max(1, round(share * hidden)) for share in RANKS})]
+        return [None, *sorted({max(1, round(share * hidden)) for share in self.levers.ranks})]
 
     @cached_property
     def _ffn_choices(self) -> list[list[Choice]]:
         """Neurons and maps of every layer, with what they cost and leave undone."""
         shape = self.shape
-        maps = sorted({round(share * shape.hidden) for share in MAPS})
-        widths = sorted({round(share * shape.ffn) for share in WIDTHS})
+        maps = sorted({round(share * shape.hidden) for share in self.levers.maps})
+        widths = sorted({round(share * shape.ffn) for share in self.levers.widths})
         ordered = self.shaper.statistics.importance.sort(dim=1, descending=True).values
         shares = torch.cat([ordered.new_zeros(len(ordered), 1), ordered.cumsum(dim=1)], dim=1)
         shares = shares / shares[:, -1:].clamp(min=1e-30)

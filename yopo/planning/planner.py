@@ -11,7 +11,7 @@ from yopo.errors import PlanError, suggest
 from yopo.flops import visual_budget
 from yopo.plan import Budget, Plan, TensorsFile
 from yopo.plan_tensors import PlanTensors
-from yopo.planning.allocate import FACTOR, RATES, Allocator, Worth, worth_moves
+from yopo.planning.allocate import FACTOR, RATES, Allocator, Levers, Worth, worth_moves
 from yopo.planning.fitter import Fitter
 from yopo.planning.paper import paper_layers
 from yopo.planning.search import Search, moves, resolve, state_of
@@ -78,6 +78,9 @@ class Planner:
     """Makes one plan; arguments as for :func:`make_plan`.
 
     ``tried``: measure allocations by these worths, and no other candidate.
+
+    Attributes:
+        levers: What allocations may use.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Planner:
         tried: Sequence[Worth] = (),
     ):
         self.tried = tuple(tried)
+        self.levers = Levers()
         self.statistics, self.wishes = statistics, wishes
         self.measure, self.fitter = measure, fitter
         self.tensors = statistics.plan_tensors()
@@ -173,7 +177,7 @@ class Planner:
             yield found[-1]
 
     def _allocate(self, worth: Worth) -> Layers | None:
-        return Allocator(self._shaper(), self.fitter.profile, worth).allocate()
+        return Allocator(self._shaper(), self.fitter.profile, worth, self.levers).allocate()
 
     def improved(self, start: Candidate) -> Candidate:
         """Improve a candidate layer by layer; ``start`` itself if nothing is better."""

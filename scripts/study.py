@@ -1,0 +1,336 @@
+"""What a visual budget keeps, by which method: over calibration seeds, on pairs held out.
+
+Every result is appended to a JSON-lines file as soon as it is there, and what the file holds is not
+run again; `scripts/study_report.py` makes tables and a picture of it.
+
+    python scripts/study.py methods --model llava-tiny --output study.jsonl
+    python scripts/study.py ablation --model llava-tiny --output study.jsonl
+    python scripts/study.py sizes --model llava-tiny --output study.jsonl
+    python scripts/study.py shift --model llava-tiny --calibration demo:glyphs-calibration ...
+    python scripts/study.py long --model llava-tiny --heldout demo:heldout --kind description
+
+Methods, all at the same visual FLOPs (the nearest below that a method can reach):
+
+* ``authors``: the rules of the paper's released code: half of the layers, heads by threshold and
+  vote, the first neurons, radius 2.
+* ``paper``: the same shape with heads by mean activity and neurons by importance.
+* ``paper+refit``: and with output and down projections fitted for visual tokens.
+* ``search``: the best of ten shapes, improved layer by layer by measured KL; no weights fitted.
+* ``allocated``: what `yopo calibrate --budget` does: measured worths, fitted weights.
+* ``vtw``, ``fastv``, ``downsample``: rivals, which need no calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from yopo.calibration.sources import open_pairs
+from yopo.errors import YopoError
+from yopo.evaluation.evaluate import measure_kept
+from yopo.evaluation.fidelity import record_dense
+from yopo.evaluation.rivals.install import rival
+from yopo.evaluation.rivals.settings import NAMES, SIMULATED, reached, solve
+from yopo.flops import visual_budget
+from yopo.plan import Plan
+from yopo.plan_tensors import PlanTensors
+from yopo.planning.allocate import Levers
+from yopo.planning.paper import paper_layers
+from yopo.planning.planner import Planner
+from yopo.planning.shapes import Layers, Shaper
+from yopo.planning.wishes import Wishes
+from yopo.runtime.install import pruned
+from yopo.strategies.neighbors import PAPER_RADIUS
+from yopo.tuning import Effort, RunOptions, Session
+
+BUDGETS = (0.05, 0.12, 0.25, 0.5)
+SEEDS = (0, 1, 2)
+SEARCH_RUNS = 100
+SIZES = (8, 32, 128, 512)
+
+ABLATIONS = {
+    "everything": Levers(),
+    "no bottleneck": Levers(ranks=()),
+    "no linear map": Levers(maps=(0.0,)),
+    "no partial FFN": Levers(widths=(0.0, 1.0)),
+    "no visual attention": Levers(attend=False),
+    "bottleneck alone": Levers(maps=(0.0,), widths=(0.0, 1.0), attend=False),
+}
+"""What an allocation may use."""
+
+Change = Callable[[], AbstractContextManager[object]]
+Made = tuple[Plan, PlanTensors]
+
+
+class Results:
+    """A JSON-lines file of results, one per key."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known = {json.dumps(json.loads(line)["key"]) for line in lines}
+
+    def has(self, key: dict) -> bool:
+        """Whether a result is there already."""
+        return json.dumps(key) in self._known
+
+    def add(self, key: dict, result: dict) -> None:
+        """Append a result."""
+        self._known.add(json.dumps(key))
+        with self._path.open("a") as file:
+            file.write(json.dumps({"key": key, **result}) + "\n")
+        print(json.dumps(key), json.dumps(result.get("summary", result)), flush=True)
+
+
+class Study:
+    """One model, its held-out pairs, and a session per calibration seed."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.results = Results(options.output)
+        self._sessions: dict[tuple, Session] = {}
+        self._records = None
+
+    def session(self, seed: int, samples: int | None = None, data: str | None = None) -> Session:
+        """Calibrated once per seed, number of pairs and data."""
+        samples = samples or self.options.samples
+        key = (seed, samples, data)
+        if key not in self._sessions:
+            run = RunOptions(
+                data=data or self.options.calibration,
+                samples=samples,
+                seed=seed,
+                batch_size=32,
+                max_new_tokens=self.options.max_new_tokens,
+            )
+            effort = Effort(measure_pairs=min(64, samples), fit_pairs=samples)
+            self._sessions[key] = Session(self.options.model, run, effort)
+        return self._sessions[key]
+
+    def records(self, session: Session):
+        """The dense model's answers on the held-out pairs."""
+        if self._records is None:
+            count = self.options.pairs
+            pairs = open_pairs(self.options.heldout, samples=None if self.options.kind else count)
+            if self.options.kind:
+                pairs = islice((each for each in pairs if each.kind == self.options.kind), count)
+            self._records = record_dense(
+                session.model,
+                session.processor,
+                pairs,
+                batch_size=32,
+                max_new_tokens=self.options.max_new_tokens,
+            )
+        return self._records
+
+    def measure(self, key: dict, session: Session, change: Change, budget: float) -> None:
+        """Evaluate a changed model on the held-out pairs and keep the result."""
+        kept = measure_kept(
+            session.model,
+            session.processor,
+            self.records(session),
+            change,
+            max_new_tokens=self.options.max_new_tokens,
+        )
+        accuracy = kept.accuracy
+        summary = {
+            "reached": round(budget, 4),
+            "accuracy": accuracy.pruned / accuracy.total,
+            "of_dense": accuracy.pruned / accuracy.dense,
+            "same": kept.same_answers / kept.pairs,
+            "agreement": kept.fidelity.agreement,
+            "kl": kept.fidelity.kl,
+        }
+        kinds = {kind: asdict(each) for kind, each in kept.by_kind.items()}
+        self.results.add(key, {"summary": summary, "kinds": kinds, "pairs": kept.pairs})
+
+    def plan(self, key: dict, session: Session, make: Callable[[], Made]) -> None:
+        """Make a plan and measure it; a budget that cannot be met is a result too."""
+        if self.results.has(key):
+            return
+        try:
+            plan, tensors = make()
+        except YopoError as error:
+            self.results.add(key, {"missing": error.message})
+            return
+        change = partial(pruned, session.model, plan, tensors, check=False)
+        self.measure(key, session, change, visual_budget(plan))
+
+    def key(self, study: str, method: str, budget: float, seed: int, **more: object) -> dict:
+        """What names a result."""
+        model = {"study": study, "model": self.options.model}
+        return {**model, "method": method, "budget": budget, "seed": seed, **more}
+
+
+def methods(study: Study) -> None:
+    """Every method at every budget, over seeds."""
+    for seed in SEEDS:
+        session = study.session(seed)
+        for budget in study.options.budgets:
+            for name, make in METHODS.items():
+                key = study.key("methods", name, budget, seed)
+                study.plan(key, session, partial(make, session, budget))
+            for name in NAMES if seed == SEEDS[0] else ():
+                if name != SIMULATED:
+                    measure_rival(study, session, name, budget)
+
+
+def measure_rival(study: Study, session: Session, name: str, budget: float) -> None:
+    """Measure a rival at a budget; they know no calibration, so no seed."""
+    key = study.key("methods", name, budget, 0)
+    if study.results.has(key):
+        return
+    model, workload = session.statistics.model, session.statistics.workload
+    try:
+        setting = solve(name, model.shape, workload, budget)
+        change = partial(rival, session.model, setting)
+        study.measure(key, session, change, reached(setting, model.shape, workload))
+    except YopoError as error:
+        study.results.add(key, {"missing": error.message})
+
+
+def ablation(study: Study) -> None:
+    """Allocations that may not use one lever or another."""
+    for seed in SEEDS:
+        session = study.session(seed)
+        for budget in study.options.budgets:
+            for name, levers in ABLATIONS.items():
+                key = study.key("ablation", name, budget, seed)
+                study.plan(key, session, partial(allocated, session, budget, levers))
+
+
+def sizes(study: Study) -> None:
+    """How few calibration pairs suffice."""
+    for seed in SEEDS:
+        for samples in SIZES:
+            for budget in study.options.budgets:
+                key = study.key("sizes", "allocated", budget, seed, samples=samples)
+                if not study.results.has(key):
+                    session = study.session(seed, samples)
+                    study.plan(key, session, partial(allocated, session, budget))
+
+
+def shift(study: Study) -> None:
+    """Calibration pairs of another distribution than the held-out ones."""
+    for seed in SEEDS:
+        session = study.session(seed, data=study.options.calibration)
+        for budget in study.options.budgets:
+            more = {"calibration": study.options.calibration, "heldout": study.options.heldout}
+            key = study.key("shift", "allocated", budget, seed, **more)
+            study.plan(key, session, partial(allocated, session, budget))
+
+
+def long(study: Study) -> None:
+    """One kind of pairs alone, long answers: do they stay the dense model's to the end?"""
+    for seed in SEEDS:
+        session = study.session(seed)
+        for budget in study.options.budgets:
+            for name in ("paper", "search", "allocated"):
+                key = study.key("long", name, budget, seed, kind=study.options.kind)
+                study.plan(key, session, partial(METHODS[name], session, budget))
+
+
+def authors(session: Session, budget: float) -> Made:
+    """The released rules, scaled to a budget by one ratio for heads and neurons."""
+    statistics, shape = session.statistics, session.statistics.model.shape
+    shaper = Shaper(statistics, budget)
+    half = shape.layers // 2
+    seen = statistics.rho[:, :half].flatten(1)
+
+    def build(ratio: float) -> Layers:
+        # The threshold at which a share of the heads wins its vote (40 % of the samples).
+        winning = seen.quantile(0.6, dim=0)
+        alpha = float(winning.quantile(1 - ratio)) if ratio < 1 else 0.0
+        return paper_layers(
+            shape,
+            statistics.rho,
+            visual_layers=half,
+            head_ratio=1.0,
+            neuron_ratio=ratio,
+            radius=PAPER_RADIUS,
+            alpha=alpha,
+        )
+
+    layers = shaper.scale(build)
+    if layers is None:
+        raise YopoError(f"The authors' shape does not fit a budget of {budget}.")
+    plan, tensors = planner(session, Wishes(budget=budget)).assemble(layers, "none")
+    identity = torch.arange(shape.ffn).expand(shape.layers, -1).clone()
+    return plan, replace(tensors, neuron_order=identity)
+
+
+def paper(session: Session, budget: float, compensation: str = "none") -> Made:
+    """The paper's shape, by scores."""
+    made = session.make(Wishes(budget=budget, shape="paper", compensation=compensation))
+    return made.plan, made.tensors
+
+
+def search(session: Session, budget: float) -> Made:
+    """The best shape without compensation, searched on."""
+    wishes = Wishes(budget=budget, compensation="none", search=SEARCH_RUNS)
+    made = session.make(wishes)
+    return made.plan, made.tensors
+
+
+def allocated(session: Session, budget: float, levers: Levers | None = None) -> Made:
+    """Measured worths, fitted weights."""
+    chosen = planner(session, Wishes(budget=budget, compensation="refit"))
+    chosen.levers = levers or Levers()
+    plan, tensors, _ = chosen.make()
+    return plan, tensors
+
+
+def planner(session: Session, wishes: Wishes) -> Planner:
+    """A planner of a session."""
+    return Planner(session.statistics, wishes, session.kl, session.fitter)
+
+
+METHODS: dict[str, Callable[[Session, float], Made]] = {
+    "authors": authors,
+    "paper": paper,
+    "paper+refit": partial(paper, compensation="refit"),
+    "search": search,
+    "allocated": allocated,
+}
+
+STUDIES: dict[str, Callable[[Study], None]] = {
+    "methods": methods,
+    "ablation": ablation,
+    "sizes": sizes,
+    "shift": shift,
+    "long": long,
+}
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--model", default="llava-tiny")
+    parser.add_argument("--calibration", default="demo:calibration")
+    parser.add_argument("--heldout", default="demo:heldout")
+    parser.add_argument("--kind", help="held-out pairs of this kind alone")
+    parser.add_argument("--samples", type=int, default=256, help="calibration pairs")
+    parser.add_argument("--pairs", type=int, default=512, help="held-out pairs")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path("study.jsonl"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run a study."""
+    options = arguments()
+    STUDIES[options.study](Study(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Tables and the picture of what `scripts/study.py` found.
+
+    python scripts/study_report.py study.jsonl                        # markdown tables
+    python scripts/study_report.py study.jsonl --picture front.png    # and the front, per model
+
+Figures are means over calibration seeds; the largest distance of a seed from its mean stands
+behind. Rivals know no calibration, so they have one figure. A budget that a method cannot meet
+stays empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+METHODS = {
+    "authors": "authors' rules",
+    "paper": "paper's shape, scores",
+    "paper+refit": "paper's shape, refit",
+    "search": "shapes, searched",
+    "allocated": "**allocated, refit**",
+    "vtw": "VTW",
+    "fastv": "FastV",
+    "downsample": "downsampling",
+}
+COLORS = {
+    "authors": "#8c564b",
+    "paper": "#d62728",
+    "paper+refit": "#ff7f0e",
+    "search": "#9467bd",
+    "allocated": "#1f77b4",
+    "vtw": "#7f7f7f",
+    "fastv": "#2ca02c",
+    "downsample": "#bcbd22",
+}
+
+
+def read(path: Path) -> dict[tuple[str, str], list[dict]]:
+    """Results by (study, model)."""
+    results = defaultdict(list)
+    for line in path.read_text().splitlines():
+        result = json.loads(line)
+        results[result["key"]["study"], result["key"]["model"]].append(result)
+    return results
+
+
+def grouped(results: list[dict], *more: str) -> dict[tuple, list[dict]]:
+    """Summaries by (method, budget, further entries of the key); missing ones are left out."""
+    groups = defaultdict(list)
+    for result in results:
+        key = result["key"]
+        if "summary" in result:
+            names = ("method", "budget", *more)
+            groups[tuple(key[name] for name in names)].append(result["summary"])
+    return groups
+
+
+def cell(found: list[dict] | None, name: str, form: str) -> str:
+    """Mean over seeds and the largest distance from it."""
+    if not found:
+        return ""
+    values = [each[name] for each in found]
+    middle = mean(values)
+    if len(values) == 1:
+        return form.format(middle)
+    spread = max(abs(value - middle) for value in values)
+    return f"{form.format(middle)} ± {form.format(spread)}"
+
+
+def table(groups: dict[tuple, list[dict]], rows: dict[str, str], title: str) -> None:
+    """One row per method; accuracy over dense, agreement and KL for every budget."""
+    budgets = sorted({key[1] for key in groups})
+    print(f"\n{title}\n")
+    print("| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |")
+    print("|---|" + "---:|" * len(budgets))
+    columns = (("of_dense", "{:.1%}"), ("agreement", "{:.1%}"), ("kl", "{:.4f}"))
+    for method, label in rows.items():
+        cells = []
+        for budget in budgets:
+            found = groups.get((method, budget))
+            shown = [cell(found, name, form) for name, form in columns]
+            cells.append(" / ".join(shown) if found else "")
+        if any(cells):
+            print(f"| {label} | " + " | ".join(cells) + " |")
+
+
+def report(results: dict[tuple[str, str], list[dict]]) -> None:
+    """Print all tables."""
+    legend = "accuracy of dense / top-1 agreement / logit KL"
+    for (study, model), found in sorted(results.items()):
+        if study == "methods":
+            table(grouped(found), METHODS, f"{model}: {legend}")
+        elif study == "long":
+            long_table(found, model)
+        elif study == "ablation":
+            rows = {key[0]: key[0] for key in grouped(found)}
+            table(grouped(found), rows, f"{model}, what an allocation may use: {legend}")
+        else:
+            name = {"sizes": "samples", "shift": "calibration"}[study]
+            groups = {(str(key[2]), key[1]): each for key, each in grouped(found, name).items()}
+            rows = {key[0]: key[0] for key in groups}
+            table(groups, rows, f"{model}, {name}: {legend}")
+
+
+def long_table(found: list[dict], model: str) -> None:
+    """Whole answers that stay the same, and tokens."""
+    groups = grouped(found)
+    budgets = sorted({key[1] for key in groups})
+    kinds = {result["key"]["kind"] for result in found}
+    print(f"\n{model}, {', '.join(map(str, kinds))}: same answer to the end / top-1 agreement\n")
+    print("| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |")
+    print("|---|" + "---:|" * len(budgets))
+    for method, label in METHODS.items():
+        cells = [
+            f"{cell(each, 'same', '{:.1%}')} / {cell(each, 'agreement', '{:.1%}')}" if each else ""
+            for each in (groups.get((method, budget)) for budget in budgets)
+        ]
+        if any(cells):
+            print(f"| {label} | " + " | ".join(cells) + " |")
+
+
+def draw(results: dict[tuple[str, str], list[dict]], path: Path) -> None:
+    """Accuracy and KL over the visual budget, a column per model."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("A picture needs matplotlib: pip install 'yopo[pictures]'")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = sorted(model for study, model in results if study == "methods")
+    figure, axes = pyplot.subplots(
+        2, len(models), figsize=(5.4 * len(models), 7.2), squeeze=False, sharex=True
+    )
+    for column, model in enumerate(models):
+        groups = grouped(results["methods", model])
+        for row, (name, label) in enumerate(
+            (("of_dense", "accuracy of dense"), ("kl", "logit KL"))
+        ):
+            axis = axes[row][column]
+            for method in METHODS:
+                points = sorted(
+                    (mean(each["reached"] for each in found), mean(each[name] for each in found))
+                    for (each_method, _), found in groups.items()
+                    if each_method == method
+                )
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        marker="o",
+                        color=COLORS[method],
+                        linewidth=2.5 if method == "allocated" else 1.3,
+                        label=METHODS[method].strip("*"),
+                    )
+            axis.set_xscale("log")
+            axis.set_xticks([0.05, 0.12, 0.25, 0.5], ["5 %", "12 %", "25 %", "50 %"])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.set_ylabel(label)
+        axes[0][column].set_title(model)
+        axes[1][column].set_yscale("log")
+        axes[1][column].set_xlabel("visual FLOPs of dense")
+    axes[0][0].legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Print tables; draw if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    results = read(options.results)
+    report(results)
+    if options.picture:
+        draw(results, options.picture)
+
+
+if __name__ == "__main__":
+    main()
