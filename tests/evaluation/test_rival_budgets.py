@@ -149,7 +149,7 @@ def test_what_a_setting_is_called() -> None:
     def called(name: str) -> str:
         return solve(name, SEVEN_B, WORKLOAD, 0.25).describe(SEVEN_B, WORKLOAD)
 
-    assert called("vtw") == "K = 8 of 32"
-    assert called("fastv").startswith("K = 2, R = 20.")
+    assert called("vtw") == "K = 8 of 32 layers"
+    assert called("fastv").startswith("K = 2 of 32 layers, R = 2")
     assert called("downsample") == "24x24 to 12x12"
-    assert called("masked") == "nothing is skipped"
+    assert called("masked") == "the plan as masks, nothing is skipped"

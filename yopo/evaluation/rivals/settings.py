@@ -19,7 +19,8 @@ from yopo.flops import (
 from yopo.grid import Grid
 from yopo.plan import ModelShape, Plan, Workload
 
-NAMES = ("vtw", "fastv", "downsample", "masked")
+SIMULATED = "masked"
+NAMES = ("vtw", "fastv", "downsample", SIMULATED)
 
 FASTV_LAYERS = 2
 """Layers in front of FastV's drop (its K), of which the last one's attention ranks the tokens."""
@@ -68,16 +69,16 @@ class Setting:
     def describe(self, shape: ModelShape, workload: Workload) -> str:
         """The parameter, as papers write it."""
         if self.name == "vtw":
-            return f"K = {self.layers} of {shape.layers}"
+            return f"K = {self.layers} of {shape.layers} layers"
         if self.name == "fastv":
-            return f"K = {self.layers}, R = {100 * self.share:.1f} %"
+            return f"K = {self.layers} of {shape.layers} layers, R = {100 * self.share:.1f} %"
         if self.name == "downsample":
             sizes = dict.fromkeys(workload.grids)
             pairs = ((each, self.grid(each)) for each in sizes)
             return ", ".join(
                 f"{old.rows}x{old.cols} to {new.rows}x{new.cols}" for old, new in pairs
             )
-        return "nothing is skipped"
+        return "the plan as masks, nothing is skipped"
 
 
 def solve(name: str, shape: ModelShape, workload: Workload, budget: float) -> Setting:
@@ -96,7 +97,7 @@ def solve(name: str, shape: ModelShape, workload: Workload, budget: float) -> Se
         raise PlanError(f"Unknown rival '{name}'.", remedy=suggest(name, NAMES))
     if not 0 < budget <= 1:
         raise PlanError(f"A visual budget lies in (0, 1], found {budget:g}.")
-    if name == "masked":
+    if name == SIMULATED:
         return Setting(name, shape.layers)
     fitting = [
         each for each in _choices(name, shape, workload) if _fits(each, shape, workload, budget)
