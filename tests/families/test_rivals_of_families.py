@@ -10,10 +10,12 @@ import torch
 from zoo import Row, Specimen
 
 from yopo.errors import ModelError
+from yopo.evaluation.bench import Sizes, bench_model
+from yopo.evaluation.bench_result import BenchOptions
 from yopo.evaluation.rivals.downsample import pool
 from yopo.evaluation.rivals.install import rival
-from yopo.evaluation.rivals.settings import Setting
-from yopo.plan import LayerPlan
+from yopo.evaluation.rivals.settings import NAMES, Setting
+from yopo.plan import LayerPlan, full_layer
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 
@@ -177,3 +179,17 @@ def test_pooling_is_a_mean_over_areas() -> None:
     smaller = tiny.fixed_grids([(1, 2)])()[0]
     cells = features.reshape(3, 2, 2, 2)  # rows, halves, columns of a half, width
     assert torch.allclose(pool(features, grids, smaller)[0], cells.mean(dim=(0, 2)))
+
+
+def test_rivals_are_timed_on_the_models_own_images(specimen: Specimen) -> None:
+    plan, tensors = specimen.plan(3, workload=specimen.workload([1, 5, 6, "L", 7, 8, 9]))
+    options = BenchOptions(
+        runs=1, warmup=0, decode_steps=1, rivals=NAMES, may_leave_out=True, contexts=(300,)
+    )
+    plan = plan.with_layers([full_layer(plan.model.shape)] * 3 + [plan.layers[0]])
+    found = bench_model(specimen.model, plan, tensors, Sizes(), options)
+    assert list(found.left_out) == ([] if pools(specimen) else ["downsample"])
+    for name, measured in found.measured.items():
+        assert measured.visual_kv == found.planned_kv_of(name), name
+    (at,) = found.contexts
+    assert all(each.ratio.median > 0 for each in at.decode.values())

@@ -69,11 +69,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Compared:
-    """Times of both models, pair by pair.
+    """Times of the dense model and of another contender, round by round.
 
     Attributes:
-        dense, pruned: Milliseconds.
-        ratio: Pruned over dense.
+        dense, pruned: Milliseconds; ``pruned`` are the other contender's.
+        ratio: The other's over the dense model's.
     """
 
     dense: Spread

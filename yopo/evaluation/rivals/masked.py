@@ -91,7 +91,9 @@ class Masks:
         self, module: nn.Module, mean: torch.Tensor | None, is_pruned: torch.Tensor, is_on: bool
     ) -> None:
         """Replace pruned inputs of visual tokens by their mean (or 0); outputs too if all are."""
-        instead = torch.zeros(()) if mean is None else mean.flatten()
+        device = module.weight.device
+        instead = torch.zeros((), device=device) if mean is None else mean.flatten().to(device)
+        is_pruned = is_pruned.to(device)
         self._handles.append(module.register_forward_pre_hook(self._inputs(is_pruned, instead)))
         if not is_on and mean is None:
             self._handles.append(module.register_forward_hook(self._outputs()))
@@ -101,7 +103,7 @@ class Masks:
             if self._is_visual is None:
                 return None
             (values,) = args
-            chosen = self._is_visual[..., None] & is_pruned.to(values.device)
+            chosen = self._is_visual[..., None] & is_pruned
             return (torch.where(chosen, instead.to(values), values),)
 
         return replace
