@@ -296,6 +296,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "none": (lambda m: forward(m, [ONE[0], [1, 2, 3]]), "equally many"),
     "beams": (lambda m: generated(m, tiny.batch(ONE), num_beams=2), "only grows"),
     "end": (lambda m: forward(m, [[1, 5, *PICTURE]]), "ends in an image"),
+    "end, right-padded": (
+        lambda m: m(**tiny.batch([[1, 5, *PICTURE], [1, 5, *PICTURE, 3]], pad="right")),
+        "ends in an image",
+    ),
     "attentions": (lambda m: forward(m, ONE, output_attentions=True), "attentions"),
     "turns": (lambda m: second_image(m), "first turn"),
 }

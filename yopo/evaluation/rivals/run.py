@@ -116,11 +116,9 @@ class Run:
             for each in record.stretches:
                 each.places = torch.cat([each.places, places], dim=1)
         else:
-            visual, features = (
-                layout.visual.index,
-                [layout.visual.unflatten(each) for each in stack],
-            )
-            self._refuse_image_at_the_end()
+            visual = layout.visual.index
+            features = [layout.visual.unflatten(each) for each in stack]
+            self._refuse_image_at_the_end(self._ends(places))
             record.visual = places.gather(1, visual)
             if self.state.masks is not None:
                 self.state.masks.show(visual, length)
@@ -187,10 +185,9 @@ class Run:
             return self.state.ends
         return places[:, -1] if self.real is None else (places * self.real).amax(dim=1)
 
-    def _refuse_image_at_the_end(self) -> None:
-        visual = self.layout.visual.index
-        last = torch.maximum(visual[:, -1], self.layout.text.index[:, -1])
-        if self.state.masks is None and bool((visual[:, -1] == last).any()):
+    def _refuse_image_at_the_end(self, ends: torch.Tensor) -> None:
+        is_visual = (self.layout.visual.index == ends[:, None]).any()
+        if self.state.masks is None and bool(is_visual):
             raise ModelError(
                 "A prompt ends in an image, whose last token a rival may drop.",
                 remedy="Put text behind the image.",
