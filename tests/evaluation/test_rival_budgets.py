@@ -80,6 +80,15 @@ def test_what_runs_is_what_is_predicted(large: Subject, setting: Setting) -> Non
     assert predicted < dense_prefill_flops(large.shape, PROMPT)
 
 
+def test_ranking_is_counted_to_the_last_product(large: Subject) -> None:
+    """One more query projection and one row of logits, beside what the layers multiply."""
+    setting, dense = Setting("fastv", 2, share=0.3), executed(large)
+    with rival(large.model, setting):
+        saved = dense - executed(large)
+    predicted = dense_prefill_flops(large.shape, PROMPT)
+    assert saved == predicted - prefill_flops(setting, large.shape, PROMPT)
+
+
 def test_the_simulation_runs_everything(large: Subject) -> None:
     plan, tensors = large.random_plan(3, workload=PROMPT)
     setting, shape = solve_for("masked", plan), large.shape

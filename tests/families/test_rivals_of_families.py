@@ -24,6 +24,7 @@ PROMPTS: dict[str, list[Row]] = {
     "two images": [[1, 5, "A", 6, "B", 7, 8, 9]],
     "padded": [[1, 5, 6, "B", 7, 8], [1, 5, 6, 4, 9, "B", 7, 8, 3]],
 }
+MIXED: Row = (1, 5, "L", 6, "C", 7, 8, 9)
 NOTHING = (
     Setting("vtw", LAYERS),
     Setting("fastv", 2, share=1.0),
@@ -121,7 +122,7 @@ def test_pooled_images_stand_where_smaller_ones_would(specimen: Specimen) -> Non
     model = specimen.model.base_model
     if not hasattr(model, "get_rope_index"):
         pytest.skip("positions are one number per token")
-    inputs = specimen.inputs([[1, 5, "L", 6, "B", 7, 8, 9]])
+    inputs = specimen.inputs([MIXED])
     setting = Setting("downsample", LAYERS, scale=(0.5, 0.67))
     seen = []
     handle = model.language_model.rotary_emb.register_forward_pre_hook(
@@ -144,7 +145,7 @@ def shortened(specimen: Specimen, inputs: dict[str, Any], setting: Setting) -> t
     """Ids, kinds and sizes of a prompt whose images had the smaller grids from the start."""
     ids, kinds = inputs["input_ids"][0].tolist(), inputs["mm_token_type_ids"][0].tolist()
     merge = specimen.model.config.vision_config.spatial_merge_size
-    grids = specimen.workload([1, 5, "L", 6, "B", 7, 8, 9]).grids
+    grids = specimen.workload(MIXED).grids
     smaller = [setting.grid(grid) for grid in grids]
     short_ids, short_kinds, place = [], [], 0
     images = iter(zip(grids, smaller, strict=True))
