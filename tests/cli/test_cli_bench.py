@@ -70,6 +70,9 @@ def test_the_table_for_people(yopo: Yopo) -> None:
     ):
         assert expected in done.out
     assert "speed" not in done.out
+    reached = [line for line in done.out.splitlines() if line.startswith("  bound reached")]
+    assert len(reached) == 3  # prefill, decode, and the cache, which is exact
+    assert reached[2].split()[-2:] == ["100.0", "%"]
 
 
 RIVALS = ("bench", "--preset", "yopo-25", "--visual-tokens", 64, *FAST, "--context", 200)

@@ -41,6 +41,9 @@ def bench_report(found: Benchmark) -> RenderableType:
     if found.peak_memory is not None:
         table.add_row("peak memory", *_bytes(*found.peak_memory))
     table.add_row("visual KV", *_bytes(*found.visual_kv))
+    if found.visual_kv[1]:
+        kept = found.planned_kv / found.visual_kv[1]
+        table.add_row("  bound reached", "", "", units.share(kept))
     parts = [Text(_title(found), "bold"), _subtitle(found), "", table]
     if found.settings:
         parts += ["", prefill_table(found), "", memory_table(found)]
@@ -148,7 +151,8 @@ def _notes(found: Benchmark) -> list[str]:
     )
     lines.append("time / FLOPs: 1.00x if all the saved work is saved time")
     lines.append("bound reached: FLOPs ratio over time ratio in prefill; in decode the ratio of")
-    lines.append("  bytes that a step reads (weights and KV cache) over the time ratio")
+    lines.append("  bytes that a step reads (weights and KV cache) over the time ratio; of visual")
+    lines.append("  KV the planned bytes over those found")
     if found.memory_by is None:
         lines.append(f"peak memory: not measured on {found.device}")
     else:
