@@ -349,3 +349,48 @@ def test_a_name_needs_a_plan(mha: Subject) -> None:
         with rival(mha.model, "fastvv", tiny.whole(mha)):
             pass
     assert "fastv" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_forwards_are_one(subject: Subject, name: str) -> None:
+    """Steps of one and of several tokens, padded rows: as if all had been in one prompt."""
+    turns = [PROMPTS["padded"], [[40, 41, 42], [50, 51]], [[43], [52]], [[44, 45], [53, 54]]]
+    parts = [tiny.batch(rows) for rows in turns]
+    plan, tensors = subject.random_plan(1)
+    with torch.no_grad(), rival(subject.model, SOME.get(name, name), plan, tensors):
+        cache, found, mask = None, [], []
+        for part in parts:
+            mask.append(part.pop("attention_mask"))
+            done = subject.model(
+                **part, attention_mask=torch.cat(mask, 1), past_key_values=cache, use_cache=True
+            )
+            cache = done.past_key_values
+            found.append(done.logits)
+        whole = torch.cat([part["input_ids"] for part in parts], dim=1)
+        real, length = torch.cat(mask, dim=1), parts[0]["input_ids"].shape[1]
+        behind = torch.arange(whole.shape[1])[None] >= length
+        inputs = {"input_ids": whole, "pixel_values": parts[0]["pixel_values"]}
+        with teacher_forced(subject.model, behind.expand_as(whole)):
+            once = subject.model(**inputs, attention_mask=real).logits
+    where = real.bool() & (whole != IMAGE)
+    assert torch.allclose(torch.cat(found, dim=1)[where], once[where], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_turn_of_text_continues_the_first(mha: Subject, name: str) -> None:
+    """``generate`` over a used cache says what it says when it prefills everything."""
+    model, inputs = mha.model, inputs_of("one image")
+    plan, tensors = mha.random_plan(1)
+    with rival(model, SOME.get(name, name), plan, tensors):
+        first = generated(model, inputs, return_dict_in_generate=True)
+        more = torch.tensor([[30, 31, 32]])
+        ids = torch.cat([first.sequences, more], dim=1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        second = generated(model, turn, past_key_values=first.past_key_values)
+        forced = torch.zeros_like(second, dtype=torch.bool)
+        forced[:, inputs["input_ids"].shape[1] :] = True
+        with torch.no_grad(), teacher_forced(model, forced):
+            logits = model(input_ids=second, pixel_values=inputs["pixel_values"]).logits
+    logits[..., [IMAGE, EOS]] = float("-inf")
+    start = ids.shape[1]
+    assert torch.equal(logits[:, start - 1 : -1].argmax(dim=-1), second[:, start:])
