@@ -6,21 +6,29 @@ Prints one markdown table, the README's, for the demo model:
 
 Every plan is calibrated on the calibration split and evaluated on held-out pairs. *Random* replaces
 head activity and neuron importance by random scores under the very same shape; its accuracy is the
-mean over seeds.
+mean over seeds. With ``--rivals``, what else visual FLOPs can be saved by stands behind each plan,
+at its budget or the nearest one below.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import astuple
+from functools import partial
 from statistics import mean
 
 from yopo.calibration.prompts import load_processor
 from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
 from yopo.calibration.statistics import Statistics
-from yopo.evaluation.evaluate import Evaluation, evaluate
+from yopo.errors import YopoError
+from yopo.evaluation.evaluate import Evaluation, evaluate, measure_kept
 from yopo.evaluation.fidelity import compare, record_dense
+from yopo.evaluation.rivals.install import rival
+from yopo.evaluation.rivals.settings import NAMES, SIMULATED, reached, solve
+from yopo.evaluation.rivals.settings import visual_kv_bytes as visual_kv_of
+from yopo.evaluation.timing import time_prefill
 from yopo.families.registry import resolve
 from yopo.flops import dense_visual_kv_bytes, visual_kv_bytes
 from yopo.plan import Plan
@@ -42,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=256, help="pairs to calibrate on")
     parser.add_argument("--heldout", type=int, default=1024, help="pairs to evaluate on")
     parser.add_argument("--search", type=int, default=0, help="also search with so many runs")
+    parser.add_argument("--rivals", action="store_true", help="also vtw, fastv, downsample")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=8)
     return parser.parse_args()
@@ -97,10 +106,44 @@ class Comparison:
                 flag = " --search" if search else ""
                 name = f"`--budget {budget:g}{flag}` ({plan.provenance['shape']})"
                 yield self.row(name, [self.evaluate(plan, tensors)])
+            if self.options.rivals:
+                yield from self.rival_rows(budget)
         for wishes, name in self.paper_shapes():
             for statistics, kind in ((self.statistics, "scores"), (None, "random")):
                 found = self.evaluate_shape(wishes, statistics)
                 yield self.row(f"{name}, {kind}", found)
+
+    def rival_rows(self, budget: float) -> Iterator[list[str]]:
+        """What rivals keep at a budget; those that need more of it are named all the same."""
+        shape, workload = self.statistics.model.shape, self.statistics.workload
+        for name in (each for each in NAMES if each != SIMULATED):
+            try:
+                setting = solve(name, shape, workload, budget)
+            except YopoError as error:
+                yield [f"{name}: {error.message}", *[""] * (len(HEADER) - 1)]
+                continue
+            kept = measure_kept(
+                self.model,
+                self.processor,
+                self.records,
+                partial(rival, self.model, setting),
+                max_new_tokens=self.options.max_new_tokens,
+                label=f"{name} answers",
+            )
+            largest = max((record.batch for record in self.records), key=len)
+            time = time_prefill(self.model, largest, partial(rival, self.model, setting))
+            before, after = (each / kept.accuracy.total for each in astuple(kept.accuracy)[:2])
+            bytes_left = visual_kv_of(setting, shape, workload)
+            yield [
+                f"{name} at {budget:g} ({setting.describe(shape, workload)})",
+                f"{reached(setting, shape, workload):.1%}",
+                f"{after:.1%}",
+                f"{after / before:.1%}",
+                f"{kept.fidelity.agreement:.1%}",
+                f"{kept.fidelity.kl:.3f}",
+                f"{time.ratio:.2f}",
+                f"{bytes_left / dense_visual_kv_bytes(shape, workload):.0%}",
+            ]
 
     def paper_shapes(self) -> Iterator[tuple[Wishes, str]]:
         """The presets, and the paper's shape at the largest budget."""

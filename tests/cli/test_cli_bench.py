@@ -34,7 +34,7 @@ def test_the_document_for_machines(yopo: Yopo) -> None:
         *("model", "weights", "stand_in", "plan", "visual_budget", "shape", "layers", "prompt"),
         *("device", "dtype", "threads", "options", "prefill_ms", "prefill_flops"),
         *("time_ratio_over_flops_ratio", "decode_ms_per_token", "peak_bytes_above_weights"),
-        "visual_kv_bytes",
+        *("visual_kv_bytes", "contenders", "left_out", "contexts"),
     }
     for what in ("prefill_ms", "decode_ms_per_token"):
         assert set(found[what]) == COMPARED
@@ -51,6 +51,8 @@ def test_the_document_for_machines(yopo: Yopo) -> None:
     assert found["time_ratio_over_flops_ratio"] == pytest.approx(quotient)
     kept = found["visual_kv_bytes"]
     assert kept["pruned"] == kept["planned"] < kept["dense"]
+    assert list(found["contenders"]) == ["dense", "pruned"]
+    assert found["contexts"] == [] and found["left_out"] == {}
 
 
 def test_the_table_for_people(yopo: Yopo) -> None:
@@ -68,6 +70,44 @@ def test_the_table_for_people(yopo: Yopo) -> None:
     ):
         assert expected in done.out
     assert "speed" not in done.out
+    reached = [line for line in done.out.splitlines() if line.startswith("  bound reached")]
+    assert len(reached) == 3  # prefill, decode, and the cache, which is exact
+    assert reached[2].split()[-2:] == ["100.0", "%"]
+
+
+RIVALS = ("bench", "--preset", "yopo-25", "--visual-tokens", 64, *FAST, "--context", 200)
+
+
+def test_rivals_for_machines(yopo: Yopo) -> None:
+    done = yopo(*RIVALS, "--rivals", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    contenders = found["contenders"]
+    assert list(contenders) == ["dense", "pruned", "vtw", "downsample", "masked"]
+    assert list(found["left_out"]) == ["fastv"]  # two of six layers are more than the budget
+    for name, each in contenders.items():
+        assert each["visual_kv_bytes"] == each["planned_visual_kv_bytes"]
+        ratio, bound = each["prefill_time_ratio"]["median"], each["prefill_share_of_bound"]
+        assert bound == pytest.approx(each["prefill_flops_ratio"] / ratio)
+        assert (each["setting"] is None) == (name in ("dense", "pruned"))
+        assert each["visual_budget"] <= found["visual_budget"] or name in ("dense", "masked")
+    assert contenders["dense"]["prefill_time_ratio"]["median"] == 1
+    assert contenders["masked"]["prefill_flops_ratio"] == 1
+    (at,) = found["contexts"]
+    assert at["context"] == 200 and list(at["decode"]) == ["dense", "pruned", "vtw", "downsample"]
+    assert 0 < at["decode"]["pruned"]["bytes_ratio"] < at["decode"]["dense"]["bytes_ratio"] == 1
+
+
+def test_rivals_for_people(yopo: Yopo) -> None:
+    done = yopo(*RIVALS, "--rival", "vtw", "--rival", "masked")
+    assert (done.code, done.err) == (0, "")
+    lines = [line.split() for line in done.out.splitlines()]
+    firsts = [line[0] for line in lines if line]
+    for name in ("yopo", "vtw", "masked"):
+        assert firsts.count(name) == 2  # prefill; decode and memory
+    assert ["200", "tokens"] in [line[:2] for line in lines]
+    assert "vtw: K = 1 of 6 layers" in done.out and "nothing is skipped" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80 and "speed" not in done.out
 
 
 def test_the_printed_flops_are_those_of_the_plan(yopo: Yopo, plan: Path, model: Path) -> None:
@@ -107,6 +147,7 @@ def test_a_baked_directory(yopo: Yopo, plan: Path, model: Path) -> None:
         (("plan.yaml", "--layers", 2), "--random-weights"),
         (("plan.yaml", "--random-weights", "--model", "m"), "--model"),
         (("--preset", "yopo-25", "--runs", 0), "--runs"),
+        (("--preset", "yopo-25", "--context", 99, "--decode-steps", 0), "--decode-steps"),
     ],
 )
 def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: tuple, expected: str) -> None:
@@ -121,6 +162,9 @@ def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: tuple, expected: str) -
         (("--preset", "yopo-25", "--shape-of", "llava-1.5-8b"), "llava-1.5-7b"),
         (("--preset", "yopo-25", "--visual-tokens", 7), "7 visual tokens form no whole images"),
         (("--preset", "yopo-25", "--layers", 7), "7 layers of a plan of 6"),
+        (("--preset", "yopo-25", "--rival", "fastvv"), "fastv"),
+        (("--preset", "yopo-25", "--rival", "fastv"), "fastv needs at least"),
+        (("--preset", "yopo-25", "--context", 9), "context of 9 tokens"),
         (("nowhere.yaml",), "nowhere.yaml"),
         (("--preset", "yopo-25", "--dtype", "float33"), "float33"),
     ],

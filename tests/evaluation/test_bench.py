@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from yopo.errors import ModelError, PlanError
 from yopo.evaluation import bench as benching
-from yopo.evaluation.bench import Bench, Sample, Sizes, bench_model, bench_random, run_pairs
+from yopo.evaluation.bench import Bench, Sample, Sizes, bench_model, bench_random, run_rounds
 from yopo.evaluation.bench_memory import peak_bytes
 from yopo.evaluation.bench_plan import (
     MADE_UP,
@@ -27,8 +27,10 @@ from yopo.evaluation.bench_plan import (
     with_prompt,
 )
 from yopo.evaluation.bench_prompt import made_up_prompt
-from yopo.evaluation.bench_result import BenchOptions, Compared
+from yopo.evaluation.bench_result import DENSE, PRUNED, BenchOptions, Compared, step_bytes
 from yopo.evaluation.random_model import WORKLOAD, grids_of, published_model, random_model
+from yopo.evaluation.rivals import settings as rivals
+from yopo.evaluation.rivals.settings import NAMES, Setting
 from yopo.families.family import shape_of
 from yopo.flops import (
     dense_prefill_flops,
@@ -153,7 +155,7 @@ def test_made_up_images_reach_the_decoder() -> None:
     subject = subject_of(whole)
     with torch.no_grad():
         dense = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
-        with subject.switch(True):
+        with subject.switch(PRUNED):
             same = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
         with pruned(subject.model, plan, grids_of=subject.grids_of, check=False):
             other = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
@@ -166,9 +168,9 @@ def test_the_flops_beside_the_time_are_those_that_ran(name: str) -> None:
     plan = preset_plan(name, MODEL, Workload((Grid(12, 14),), text=20, text_before=3))
     subject = subject_of(with_layers(plan, sampled_layers(plan, 5)))
     counts = []
-    for is_pruned in (False, True):
+    for name in (DENSE, PRUNED):
         counter = FlopCounterMode(display=False)
-        with subject.switch(is_pruned), counter, sdpa_kernel(SDPBackend.MATH):
+        with subject.switch(name), counter, sdpa_kernel(SDPBackend.MATH):
             subject.prefill()
         counts.append(counter.get_total_flops())
     found = bench_random(plan, None, Sizes(batch=2), QUICK, num_layers=5)
@@ -192,18 +194,24 @@ def test_the_ratio_is_that_of_flops_py(name: str) -> None:
     assert 0 < pruned_peak < dense_peak
 
 
-def test_pairs_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
 
-    def measure(self: Bench, is_pruned: bool, decode_steps: int) -> Sample:
-        order.append(is_pruned)
+    def measure(self: Bench, name: str, decode_steps: int) -> Sample:
+        order.append(name)
         return Sample(float(len(order)), None)
 
     monkeypatch.setattr(Bench, "measure", measure)
-    pairs = run_pairs(subject_of(plan_for()), replace(QUICK, runs=3, warmup=2))
-    assert order == [False, True, True, False] * 2 + [False, True]
-    assert [each.prefill for each in pairs.dense] == [5.0, 8.0, 9.0]
-    assert [each.prefill for each in pairs.pruned] == [6.0, 7.0, 10.0]
+    rounds = run_rounds(subject_of(plan_for()), replace(QUICK, runs=3, warmup=2))
+    forth, back = [DENSE, PRUNED], [PRUNED, DENSE]
+    assert order == [*forth, *back, *forth, *back, *forth]
+    assert [each.prefill for each in rounds.samples[DENSE]] == [5.0, 8.0, 9.0]
+    assert [each.prefill for each in rounds.samples[PRUNED]] == [6.0, 7.0, 10.0]
+    assert rounds.compared(PRUNED, "decode") is None
+    rivals = {"vtw": Setting("vtw", 1)}
+    order.clear()
+    run_rounds(replace(subject_of(plan_for()), rivals=rivals), replace(QUICK, runs=2, warmup=0))
+    assert order == [DENSE, PRUNED, "vtw", "vtw", PRUNED, DENSE]
 
 
 def test_ratios_are_medians_of_the_pairs_own() -> None:
@@ -276,3 +284,74 @@ def test_one_run_has_no_spread() -> None:
     found = benching.bench_random(plan_for(), None, Sizes(), replace(QUICK, runs=1))
     ratio = found.prefill.ratio
     assert ratio.low == ratio.median == ratio.high > 0
+
+
+def test_rivals_are_measured_at_the_plans_budget() -> None:
+    plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
+    options = replace(QUICK, rivals=NAMES, may_leave_out=True)
+    found = bench_random(plan, None, Sizes(batch=2), options)
+    assert list(found.measured) == [DENSE, PRUNED, "vtw", "downsample", "masked"]
+    assert list(found.left_out) == ["fastv"] and "25.0 %" in found.left_out["fastv"]
+    shape, workload = found.plan.model.shape, found.plan.workload
+    for name, setting in found.settings.items():
+        measured = found.measured[name]
+        assert name == "masked" or found.visual_budget_of(name) <= visual_budget(plan)
+        assert measured.visual_kv == found.planned_kv_of(name)
+        assert found.flops_of(name) == 2 * rivals.prefill_flops(setting, shape, workload)
+        assert measured.prefill.dense == found.prefill.dense
+        ratio = measured.prefill.ratio.median
+        assert found.prefill_bound_of(name) == pytest.approx(found.flops_ratio_of(name) / ratio)
+        assert measured.peak_memory > 0 and measured.decode.ratio.median > 0
+    assert found.measured[DENSE].prefill.ratio.median == 1.0
+
+
+def test_the_flops_beside_a_rivals_time_are_those_that_ran() -> None:
+    plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
+    plan = with_layers(plan, (0, 1, 2, 3, 4))
+    model = random_model(plan.model.shape)
+    settings = {name: rivals.solve_for(name, plan, 0.6) for name in NAMES}
+    prompt, where = made_up_prompt(model, plan, 2), grids_of(plan)
+    subject = Bench(model, plan, None, prompt, where, settings)
+    for name, setting in settings.items():
+        counter = FlopCounterMode(display=False)
+        with subject.switch(name), counter, sdpa_kernel(SDPBackend.MATH):
+            subject.prefill()
+        expected = 2 * rivals.prefill_flops(setting, plan.model.shape, plan.workload)
+        assert counter.get_total_flops() == pytest.approx(expected, rel=0.01), name
+
+
+def test_a_rival_that_is_asked_for_must_run() -> None:
+    with pytest.raises(PlanError, match="fastv needs"):
+        bench_random(plan_for("yopo-12"), None, Sizes(), replace(QUICK, rivals=("fastv",)))
+
+
+def test_decode_steps_at_contexts() -> None:
+    options = replace(QUICK, rivals=("vtw", "masked"), contexts=(40, 64))
+    found = bench_random(plan_for(), None, Sizes(), options)
+    assert [each.context for each in found.contexts] == [40, 64]
+    shape = found.plan.model.shape
+    for at in found.contexts:
+        assert list(at.decode) == [DENSE, PRUNED, "vtw"]
+        assert at.plan.workload == Workload((Grid(3, 5),), at.context - 15, 2)
+        assert all(each.pruned.median > 0 for each in at.decode.values())
+        fixed = step_bytes(shape, at.plan.workload.text, 1, 4)
+        dense = fixed + dense_visual_kv_bytes(shape, at.plan.workload, 4)
+        kept = fixed + visual_kv_bytes(at.plan, 4)
+        assert found.bytes_ratio_of(PRUNED, at.plan) == pytest.approx(kept / dense)
+    with pytest.raises(PlanError, match="does not hold the prompt of 24"):
+        bench_random(plan_for(), None, Sizes(), replace(QUICK, contexts=(23,)))
+
+
+def test_longer_prompts_reach_the_cache() -> None:
+    subject = subject_of(plan_for()).lengthened(50)
+    for name in (DENSE, PRUNED):
+        with subject.switch(name):
+            assert subject.prefill().get_seq_length() == 50
+
+
+def test_a_steps_bytes_are_weights_and_text() -> None:
+    model = random_model(SHAPE)
+    layers = model.get_decoder().layers
+    weights = sum(each.nbytes for each in layers.parameters() if each.dim() == 2)
+    cached = 2 * 3 * 7 * SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim * 4
+    assert step_bytes(SHAPE, 7, 3, 4) == weights + cached

@@ -36,7 +36,7 @@ def _count(name: str, text: str, **settings: Any) -> Any:
 @_count("--layers", "Random layers, each kind of the plan's in its share.  [default: all]")
 @_count("--batch", "Prompts per forward.", default=1, show_default=True)
 @_count("--visual-tokens", "Per prompt: whole images, or a square.  [default: the plan's]")
-@_count("--text-tokens", "Per prompt.  [default: the plan's]")
+@_count("--text-tokens", "Per prompt; also grows the context.  [default: the plan's]")
 @_count("--runs", "Counted pairs of dense and pruned.", default=7, show_default=True)
 @click.option(
     "--decode-steps",
@@ -46,6 +46,22 @@ def _count(name: str, text: str, **settings: Any) -> Any:
     show_default=True,
     help="Tokens decoded behind each prefill; 0 skips decoding.",
 )
+@click.option(
+    "--context",
+    "contexts",
+    type=_COUNT,
+    metavar="N",
+    multiple=True,
+    help="Also time decode steps behind prompts of N tokens; repeatable.",
+)
+@click.option(
+    "--rival",
+    "rivals",
+    metavar="NAME",
+    multiple=True,
+    help="Also time vtw, fastv, downsample or masked at the same visual FLOPs; repeatable.",
+)
+@click.option("--rivals", "all_rivals", is_flag=True, help="All of them that can run here.")
 @_count("--threads", "CPU threads.  [default: torch's own]")
 @click.option(
     "--device",
@@ -92,14 +108,22 @@ def _check_usage(values: dict[str, Any]) -> None:
         raise click.UsageError("--model and random weights exclude one another.")
     if values["layers"] and not is_random:
         raise click.UsageError("--layers goes with --random-weights.")
+    if values["contexts"] and not values["decode_steps"]:
+        raise click.UsageError("--context times decode steps: --decode-steps must not be 0.")
 
 
 def _measure(values: dict[str, Any]) -> Benchmark:
     bench, serving = load("yopo.evaluation.bench"), load("yopo.serving")
     workflow = load("yopo.workflow")
     sizes = bench.Sizes(values["batch"], values["visual_tokens"], values["text_tokens"])
+    settings, is_all = load("yopo.evaluation.rivals.settings"), values["all_rivals"]
     options = bench.BenchOptions(
-        runs=values["runs"], decode_steps=values["decode_steps"], threads=values["threads"]
+        runs=values["runs"],
+        decode_steps=values["decode_steps"],
+        threads=values["threads"],
+        rivals=settings.NAMES if is_all else tuple(dict.fromkeys(values["rivals"])),
+        may_leave_out=is_all,
+        contexts=values["contexts"],
     )
     device, dtype = serving.torch_device(values["device"]), serving.torch_dtype(values["dtype"])
     if values["preset"]:

@@ -1,8 +1,9 @@
 """``yopo bench``: does time follow the FLOPs? Dense against pruned, paired, in one process.
 
-Each pair prefills the same prompt with both models, one right behind the other and the order
-swapped from pair to pair, then decodes a few tokens with each. Medians with quartiles; ratios are
-medians of the pairs' own ratios, so that a machine that slows down half-way does not bend them.
+Each round prefills the same prompt with both models - and with rivals at the same visual budget -
+one right behind the other and the order reversed from round to round, then decodes a few tokens
+with each. Medians with quartiles; ratios are medians of the rounds' own ratios to the dense model,
+so that a machine that slows down half-way does not bend them.
 Beside the prefill ratio stands the ratio of the FLOPs that ``flops.py`` predicts for the very
 prompt and layers that ran: their quotient is 1.0 where all the saved work is saved time.
 """
@@ -10,9 +11,9 @@ prompt and layers that ran: their quotient is 1.0 where all the saved work is sa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -20,11 +21,23 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from yopo.console import track
+from yopo.errors import YopoError
 from yopo.evaluation.bench_memory import measured_by, peak_bytes
 from yopo.evaluation.bench_plan import sampled_layers, with_layers, with_prompt
 from yopo.evaluation.bench_prompt import Prompt, made_up_prompt, noise_prompt
-from yopo.evaluation.bench_result import Benchmark, BenchOptions, Compared, Layers
+from yopo.evaluation.bench_result import (
+    DENSE,
+    PRUNED,
+    AtContext,
+    Benchmark,
+    BenchOptions,
+    Compared,
+    Contender,
+    Layers,
+)
 from yopo.evaluation.random_model import fitted, grids_of, random_model
+from yopo.evaluation.rivals.install import rival
+from yopo.evaluation.rivals.settings import SIMULATED, Setting, solve_for
 from yopo.evaluation.timing import Switch
 from yopo.families.family import GridsOf
 from yopo.flops import dense_prefill_flops, prefill_flops
@@ -57,6 +70,7 @@ class Bench:
         tensors: The plan's.
         prompt: What is prefilled.
         grids_of: Locates images where the model's own rule does not (made-up features).
+        rivals: What else is measured, by name.
     """
 
     model: PreTrainedModel
@@ -64,12 +78,21 @@ class Bench:
     tensors: PlanTensors | None
     prompt: Prompt
     grids_of: GridsOf | None = None
+    rivals: Mapping[str, Setting] = field(default_factory=dict)
 
-    def switch(self, is_pruned: bool) -> Switch:
-        """The context in which one of the two models runs."""
-        if not is_pruned:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is timed, in the order of the first round."""
+        return (DENSE, PRUNED, *self.rivals)
+
+    def switch(self, name: str) -> Switch:
+        """The context in which one of the ``names`` runs."""
+        if name == DENSE:
             return nullcontext()
-        return pruned(self.model, self.plan, self.tensors, grids_of=self.grids_of, check=False)
+        if name == PRUNED:
+            return pruned(self.model, self.plan, self.tensors, grids_of=self.grids_of, check=False)
+        setting, where = self.rivals[name], self.grids_of
+        return rival(self.model, setting, self.plan, self.tensors, grids_of=where)
 
     @torch.no_grad()
     def prefill(self) -> Cache:
@@ -82,9 +105,9 @@ class Bench:
             torch.cuda.synchronize(self.model.device)
         return 1e3 * time.perf_counter()
 
-    def measure(self, is_pruned: bool, decode_steps: int) -> Sample:
-        """One prefill and its decode steps with one of the two models."""
-        with self.switch(is_pruned):
+    def measure(self, name: str, decode_steps: int) -> Sample:
+        """One prefill and its decode steps with one of the ``names``."""
+        with self.switch(name):
             started = self.now()
             cache = self.prefill()
             prefill_ms = self.now() - started
@@ -101,19 +124,30 @@ class Bench:
             times.append(self.now() - started)
         return median(times) if times else None
 
-    def peak(self, is_pruned: bool) -> int | None:
+    def peak(self, name: str) -> int | None:
         """Peak bytes of a prefill above what is allocated before."""
-        with self.switch(is_pruned):
+        with self.switch(name):
             return peak_bytes(self.prefill, str(self.model.device))
 
-    def visual_kv(self) -> tuple[int, int]:
-        """Bytes of visual keys and values in the caches, (dense, pruned)."""
-        cache, visual = self.prefill(), self.plan.workload.visual
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        del cache
-        with self.switch(True):
-            after = sum(layer.visual_bytes() for layer in self.prefill().layers)
-        return held * visual // self.prompt.length, after
+    def visual_kv(self, name: str) -> int:
+        """Bytes of visual keys and values in the cache of a prefill."""
+        with self.switch(name):
+            layers = self.prefill().layers
+        if name != DENSE:
+            return sum(layer.visual_bytes() for layer in layers)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return held * self.plan.workload.visual // self.prompt.length
+
+    def lengthened(self, context: int) -> Bench:
+        """The same with so many tokens in the prompt, text behind the rest.
+
+        Raises:
+            PlanError: The prompt is longer already.
+        """
+        prompt = self.prompt.lengthened(context)
+        plan = with_prompt(self.plan, text=context - self.plan.workload.visual)
+        rivals = {name: each for name, each in self.rivals.items() if name != SIMULATED}
+        return replace(self, plan=plan, prompt=prompt, rivals=rivals)
 
 
 @dataclass(frozen=True)
@@ -125,28 +159,29 @@ class Sample:
 
 
 @dataclass
-class Pairs:
-    """Samples of both models, pair by pair."""
+class Rounds:
+    """Samples of everything that is timed, round by round."""
 
-    dense: list[Sample] = field(default_factory=list)
-    pruned: list[Sample] = field(default_factory=list)
+    samples: dict[str, list[Sample]]
 
-    def compared(self, what: str) -> Compared:
-        """Summarise ``prefill`` or ``decode``."""
-        columns = ([getattr(each, what) for each in side] for side in (self.dense, self.pruned))
-        return Compared.of(*columns)
+    def compared(self, name: str, what: str) -> Compared | None:
+        """Summarise ``prefill`` or ``decode`` of one of the names against the dense model."""
+        dense, other = (
+            [getattr(each, what) for each in self.samples[side]] for side in (DENSE, name)
+        )
+        return None if None in dense else Compared.of(dense, other)
 
 
-def run_pairs(subject: Bench, options: BenchOptions) -> Pairs:
-    """Measure pairs; which model comes first alternates."""
-    pairs = Pairs()
+def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") -> Rounds:
+    """Measure rounds; the order of a round is that of the round before, reversed."""
+    samples: dict[str, list[Sample]] = {name: [] for name in subject.names}
     numbers = range(-options.warmup, options.runs)
-    for number in track(numbers, label="pairs", total=len(numbers), unit="pairs"):
-        for is_pruned in (False, True) if number % 2 == 0 else (True, False):
-            sample = subject.measure(is_pruned, options.decode_steps)
+    for number in track(numbers, label=label, total=len(numbers), unit="rounds"):
+        for name in subject.names if number % 2 == 0 else reversed(subject.names):
+            sample = subject.measure(name, options.decode_steps)
             if number >= 0:
-                (pairs.pruned if is_pruned else pairs.dense).append(sample)
-    return pairs
+                samples[name].append(sample)
+    return Rounds(samples)
 
 
 def bench_random(
@@ -183,6 +218,7 @@ def bench_random(
     return _bench(
         subject,
         options,
+        asked=moved,
         layers=Layers(len(plan.layers), used, _flops_ratio(moved)),
         weights="random",
         stand_in=few.model.family != plan.model.family,
@@ -206,7 +242,9 @@ def bench_model(
     prompt, moved = noise_prompt(model, moved, sizes.batch, visual=sizes.visual)
     layers = Layers(len(plan.layers), tuple(range(len(plan.layers))), _flops_ratio(moved))
     subject = Bench(model, moved, tensors, prompt)
-    return _bench(subject, options, layers=layers, weights="checkpoint", stand_in=False)
+    return _bench(
+        subject, options, asked=moved, layers=layers, weights="checkpoint", stand_in=False
+    )
 
 
 def _flops_ratio(plan: Plan) -> float:
@@ -214,12 +252,27 @@ def _flops_ratio(plan: Plan) -> float:
 
 
 def _bench(
-    subject: Bench, options: BenchOptions, *, layers: Layers, weights: str, stand_in: bool
+    subject: Bench,
+    options: BenchOptions,
+    *,
+    asked: Plan,
+    layers: Layers,
+    weights: str,
+    stand_in: bool,
 ) -> Benchmark:
+    subject, left_out = _with_rivals(subject, options, asked, layers.used)
     model, device = subject.model, str(subject.model.device)
     with _threads(options.threads):
-        pairs = run_pairs(subject, options)
-        peaks = (subject.peak(False), subject.peak(True))
+        rounds = run_rounds(subject, options)
+        measured = {
+            name: Contender(
+                prefill=rounds.compared(name, "prefill"),
+                decode=rounds.compared(name, "decode"),
+                peak_memory=subject.peak(name),
+                visual_kv=subject.visual_kv(name),
+            )
+            for name in subject.names
+        }
         return Benchmark(
             plan=subject.plan,
             layers=layers,
@@ -230,12 +283,38 @@ def _bench(
             device=device,
             dtype=str(model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
-            prefill=pairs.compared("prefill"),
-            decode=pairs.compared("decode") if options.decode_steps else None,
-            peak_memory=None if None in peaks else peaks,
+            measured=measured,
+            settings=dict(subject.rivals),
+            left_out=left_out,
+            contexts=tuple(_at_context(subject, options, each) for each in options.contexts),
             memory_by=measured_by(device),
-            visual_kv=subject.visual_kv(),
         )
+
+
+def _with_rivals(
+    subject: Bench, options: BenchOptions, asked: Plan, used: Sequence[int]
+) -> tuple[Bench, dict[str, str]]:
+    """Add the rivals at the plan's visual budget; and why some are left out."""
+    rivals: dict[str, Setting] = {}
+    left_out: dict[str, str] = {}
+    for name in options.rivals:
+        try:
+            setting = solve_for(name, asked).on_layers(used)
+            with replace(subject, rivals={name: setting}).switch(name):
+                rivals[name] = setting
+        except YopoError as error:
+            if not options.may_leave_out:
+                raise
+            left_out[name] = error.message
+    return replace(subject, rivals=rivals), left_out
+
+
+def _at_context(subject: Bench, options: BenchOptions, context: int) -> AtContext:
+    longer = subject.lengthened(context)
+    rounds = run_rounds(longer, options, label=f"context {context}")
+    return AtContext(
+        context, {name: rounds.compared(name, "decode") for name in longer.names}, longer.plan
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from yopo.errors import ModelError
+from yopo.errors import ModelError, PlanError
 from yopo.families.registry import family_of
 from yopo.plan import Plan, Workload
 
@@ -44,6 +44,25 @@ class Prompt:
     def arguments(self) -> dict[str, Any]:
         """Arguments of one forward, safe to be changed by it."""
         return {**self.inputs, "mm_encoder_outputs": {"image": self.encoded}}
+
+    def lengthened(self, length: int) -> Prompt:
+        """The same prompt with ordinary text behind it, so many tokens long.
+
+        Raises:
+            PlanError: It is longer already.
+        """
+        if length < self.length:
+            raise PlanError(
+                f"A context of {length} tokens does not hold the prompt of {self.length}.",
+                remedy=f"Use --context {self.length} or more.",
+            )
+        fill = {"input_ids": self.next_token, "attention_mask": 1, "mm_token_type_ids": 0}
+        grown = {
+            name: torch.cat([old, old.new_full((len(old), length - self.length), fill[name])], 1)
+            for name, old in self.inputs.items()
+            if name in fill
+        }
+        return replace(self, inputs={**self.inputs, **grown})
 
 
 def made_up_prompt(model: PreTrainedModel, plan: Plan, batch: int) -> Prompt:

@@ -1,9 +1,13 @@
-"""One evaluation of a plan: the dense and the pruned model on the same pairs, in one process."""
+"""One evaluation of a plan: the dense and the pruned model on the same pairs, in one process.
+
+What a plan keeps is measured like what any other change of the model keeps: ``measure_kept`` takes
+the context manager that makes the change, ``pruned`` or a rival.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +17,7 @@ from yopo.calibration.pairs import Pair
 from yopo.console import track
 from yopo.evaluation.accuracy import is_correct
 from yopo.evaluation.fidelity import Fidelity, Recorded, compare, generate_answers, record_dense
-from yopo.evaluation.timing import PrefillTime, time_prefill
+from yopo.evaluation.timing import PrefillTime, Switch, time_prefill
 from yopo.flops import (
     dense_prefill_flops,
     dense_visual_kv_bytes,
@@ -33,6 +37,17 @@ class Accuracy:
     dense: int
     pruned: int
     total: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a changed model keeps of the dense one; attributes as in :class:`Evaluation`."""
+
+    pairs: int
+    accuracy: Accuracy | None
+    by_kind: dict[str, Accuracy]
+    same_answers: int
+    fidelity: Fidelity
 
 
 @dataclass(frozen=True)
@@ -120,12 +135,48 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             total=total,
         )
+    kept = measure_kept(
+        model,
+        processor,
+        records,
+        lambda: pruned(model, plan, tensors),
+        max_new_tokens=max_new_tokens,
+    )
+    prefill = None
+    if timing_runs:
+        largest = max((record.batch for record in records), key=len)
+        prefill = time_prefill(
+            model, largest, lambda: pruned(model, plan, tensors, check=False), runs=timing_runs
+        )
+    fields = (kept.pairs, kept.accuracy, kept.by_kind, kept.same_answers, kept.fidelity)
+    return Evaluation(plan, *fields, prefill)
+
+
+def measure_kept(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    records: list[Recorded],
+    switch: Callable[[], Switch],
+    *,
+    max_new_tokens: int = 32,
+    label: str = "pruned answers",
+) -> Kept:
+    """Measure a changed model against the recorded dense one.
+
+    Args:
+        model: The dense model in memory.
+        processor: Its processor.
+        records: The dense model's answers, from ``record_dense``.
+        switch: Makes the context manager under which the model is changed (``pruned``, ``rival``).
+        max_new_tokens: Longest answer.
+        label: Of the progress bar.
+    """
     tokenizer = processor.tokenizer
     seen: list[tuple[Pair, str, str]] = []
-    with pruned(model, plan, tensors):
+    with switch():
         fidelity = compare(model, records)
         groups = (record for record in records)
-        for record in track(groups, label="pruned answers", total=len(records), unit="batches"):
+        for record in track(groups, label=label, total=len(records), unit="batches"):
             group = record.batch.pairs
             ours = generate_answers(model, processor, group, max_new_tokens)
             texts = (
@@ -133,15 +184,8 @@ def evaluate(
                 for ids in (record.answers, ours)
             )
             seen += zip(group, *texts, strict=True)
-    prefill = None
-    if timing_runs:
-        largest = max((record.batch for record in records), key=len)
-        prefill = time_prefill(
-            model, largest, lambda: pruned(model, plan, tensors, check=False), runs=timing_runs
-        )
     counts, kinds = _count(seen)
-    same = sum(dense == ours for _, dense, ours in seen)
-    return Evaluation(plan, len(seen), counts, kinds, same, fidelity, prefill)
+    return Kept(len(seen), counts, kinds, sum(dense == ours for _, dense, ours in seen), fidelity)
 
 
 def _count(

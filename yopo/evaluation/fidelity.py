@@ -17,6 +17,7 @@ from yopo.calibration.pairs import Pair
 from yopo.calibration.prompts import Batch, batches, encode
 from yopo.console import track
 from yopo.errors import DataError
+from yopo.evaluation.rivals.install import teacher_forced
 from yopo.families.registry import family_of
 
 
@@ -79,13 +80,14 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Log-probabilities with which a model predicts the answers' tokens.
 
     Args:
-        model: Dense, or inside a ``pruned`` block.
+        model: Dense, or inside a ``pruned`` or ``rival`` block.
         batch: A batch with an answer mask.
 
     Returns:
         (answer tokens of the batch, vocabulary) float32, row by row.
     """
-    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    with teacher_forced(model, batch.answer_mask):
+        hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     # The token at position p is predicted from position p - 1.
     chosen = hidden[:, :-1][batch.answer_mask[:, 1:]]
     return model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
@@ -125,7 +127,7 @@ def record_dense(
 
 
 def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
-    """Compare a pruned model (inside a ``pruned`` block) with the recorded dense one."""
+    """Compare a model inside a ``pruned`` or ``rival`` block with the recorded dense one."""
     kl, agree, tokens = 0.0, 0, 0
     for record in records:
         ours = answer_log_probs(model, record.batch).cpu()

@@ -1,10 +1,11 @@
-"""A benchmark as one table: times with quartiles, and the bound that the FLOPs allow."""
+"""A benchmark as tables: times with quartiles, and the bound that FLOPs and bytes allow."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from yopo.flops import visual_budget
@@ -13,6 +14,8 @@ from yopo.report.tables import plain_table
 
 if TYPE_CHECKING:  # the measuring needs torch, its table does not
     from yopo.evaluation.bench_result import Benchmark, Compared, Spread
+
+DENSE, PRUNED = "dense", "pruned"
 
 
 def bench_report(found: Benchmark) -> RenderableType:
@@ -27,15 +30,90 @@ def bench_report(found: Benchmark) -> RenderableType:
     )
     for row in _times("prefill time", found.prefill):
         table.add_row(*row)
+    reached = units.share(found.prefill_bound_of(PRUNED))
     table.add_row("  time / FLOPs", "", "", Text(f"{found.over_bound:.2f}x", "bold"))
+    table.add_row("  bound reached", "", "", reached)
     if found.decode is not None:
         for row in _times("decode, per token", found.decode):
             table.add_row(*row)
+        table.add_row("  bytes per step", "", "", units.share(found.bytes_ratio_of(PRUNED)))
+        table.add_row("  bound reached", "", "", units.share(found.decode_bound_of(PRUNED)))
     if found.peak_memory is not None:
         table.add_row("peak memory", *_bytes(*found.peak_memory))
     table.add_row("visual KV", *_bytes(*found.visual_kv))
-    notes = [Text(line, "dim") for line in _notes(found)]
-    return Group(Text(_title(found), "bold"), _subtitle(found), "", table, "", *notes)
+    if found.visual_kv[1]:
+        kept = found.planned_kv / found.visual_kv[1]
+        table.add_row("  bound reached", "", "", units.share(kept))
+    parts = [Text(_title(found), "bold"), _subtitle(found), "", table]
+    if found.settings:
+        parts += ["", prefill_table(found), "", memory_table(found)]
+    if found.contexts:
+        parts += ["", context_table(found)]
+    return Group(*parts, "", *(Text(line, "dim") for line in _notes(found)))
+
+
+def prefill_table(found: Benchmark) -> Table:
+    """A row per contender: what its prefill takes, and what its FLOPs would allow."""
+    table = _table("prefill", "visual FLOPs", "FLOPs", "time", "/ dense", "/ FLOPs", "bound")
+    for name, measured in found.measured.items():
+        times, digits = measured.prefill, _digits(measured.prefill.pruned)
+        ratio = found.flops_ratio_of(name)
+        is_dense = name == DENSE
+        table.add_row(
+            _label(name),
+            units.share(found.visual_budget_of(name)),
+            units.share(ratio),
+            f"{times.pruned.median:.{digits}f} ms",
+            "" if is_dense else units.share(times.ratio.median),
+            "" if is_dense else f"{times.ratio.median / ratio:.2f}x",
+            "" if is_dense else units.share(found.prefill_bound_of(name)),
+        )
+        low, high = (f"{100 * each:.1f}" for each in (times.ratio.low, times.ratio.high))
+        span = f"{times.pruned.low:.{digits}f}-{times.pruned.high:.{digits}f}"
+        cells = ("", "", "", span, "" if is_dense else f"{low}-{high}")
+        table.add_row(*(Text(cell, "dim") for cell in cells))
+    return table
+
+
+def memory_table(found: Benchmark) -> Table:
+    """A row per contender: a decode step and its bound, peak memory, cache."""
+    table = _table("decode, memory", "per token", "/ dense", "bound", "peak", "visual KV")
+    for name, measured in found.measured.items():
+        decode, peak = measured.decode, measured.peak_memory
+        is_plain = decode is None or name == DENSE
+        table.add_row(
+            _label(name),
+            "-" if decode is None else _ms(decode.pruned),
+            "" if is_plain else units.share(decode.ratio.median),
+            "" if is_plain else units.share(found.decode_bound_of(name)),
+            "-" if peak is None else units.num_bytes(peak),
+            units.num_bytes(measured.visual_kv),
+        )
+    return table
+
+
+def context_table(found: Benchmark) -> Table:
+    """A row per context: decode steps over the dense one's, and below what bytes allow."""
+    names = [name for name in found.contexts[0].decode if name != DENSE]
+    table = _table("decode / dense", "dense", *map(_label, names))
+    for at in found.contexts:
+        cells = [units.share(at.decode[name].ratio.median) for name in names]
+        table.add_row(f"{at.context} tokens", _ms(at.decode[DENSE].pruned), *cells)
+        bounds = [units.share(found.bytes_ratio_of(name, at.plan)) for name in names]
+        table.add_row(*(Text(cell, "dim") for cell in ("  bytes", "", *bounds)))
+    return table
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = plain_table()
+    table.add_column(first)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _label(name: str) -> str:
+    return "yopo" if name == PRUNED else name
 
 
 def _title(found: Benchmark) -> str:
@@ -72,12 +150,30 @@ def _notes(found: Benchmark) -> list[str]:
         "images encoded before, no LM head"
     )
     lines.append("time / FLOPs: 1.00x if all the saved work is saved time")
+    lines.append("bound reached: FLOPs ratio over time ratio in prefill; in decode the ratio of")
+    lines.append("  bytes that a step reads (weights and KV cache) over the time ratio; of visual")
+    lines.append("  KV the planned bytes over those found")
     if found.memory_by is None:
         lines.append(f"peak memory: not measured on {found.device}")
     else:
         lines.append(f"peak memory: of prefill, above the weights; {found.memory_by}")
     if found.visual_kv[1] != found.planned_kv:
         lines.append(f"visual KV: the plan predicts {units.num_bytes(found.planned_kv)}")
+    return lines + _rival_notes(found)
+
+
+def _rival_notes(found: Benchmark) -> list[str]:
+    lines = []
+    if found.settings or found.left_out:
+        where = ""
+        if len(found.layers.used) < found.layers.total:
+            where = f", solved on all {found.layers.total} layers"
+        lines.append(f"rivals: at the plan's visual FLOPs or below{where}")
+    shape, workload = found.plan.model.shape, found.plan.workload
+    lines += [
+        f"{name}: {setting.describe(shape, workload)}" for name, setting in found.settings.items()
+    ]
+    lines += [f"left out: {reason}" for reason in found.left_out.values()]
     return lines
 
 

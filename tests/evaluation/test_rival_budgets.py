@@ -1,0 +1,164 @@
+"""The same visual FLOPs: settings meet budgets from below, and run what the closed forms say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from tiny import IMAGE, Subject
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from yopo.errors import PlanError
+from yopo.evaluation.bench_plan import preset_plan
+from yopo.evaluation.random_model import WORKLOAD, published_model
+from yopo.evaluation.rivals.install import rival
+from yopo.evaluation.rivals.settings import (
+    NAMES,
+    Setting,
+    prefill_flops,
+    reached,
+    solve,
+    solve_for,
+    visual_flops,
+    visual_kv_bytes,
+)
+from yopo.flops import (
+    dense_prefill_flops,
+    dense_visual_flops,
+    dense_visual_kv_bytes,
+    visual_budget,
+)
+from yopo.grid import Grid
+from yopo.plan import ModelShape, Workload
+
+SIDE = 12
+INPUTS = tiny.batch([[1, 5, 6, *[IMAGE] * SIDE**2, *range(7, 24)]], side=SIDE)
+PROMPT = tiny.workload(side=SIDE, text=20, text_before=3)
+SEVEN_B = published_model("llava-1.5-7b").shape
+GROUPED = ModelShape(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, ffn=18944)
+WIDE = Workload((Grid(24, 24), Grid(30, 17)), text=80, text_before=5)
+RANKED = ("vtw", "fastv", "downsample")
+
+
+@pytest.fixture(scope="module", params=tiny.BACKBONES)
+def large(request: pytest.FixtureRequest) -> Subject:
+    return tiny.make_subject(request.param, side=SIDE)
+
+
+def executed(subject: Subject) -> int:
+    """Matrix-product FLOPs of one forward's text decoder."""
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        tiny.logits(subject.model, INPUTS)
+    counts = counter.get_flop_counts()
+    (decoder,) = (name for name in counts if name.endswith("model.language_model"))
+    return sum(counts[decoder].values())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting("vtw", 0),
+        Setting("vtw", 3),
+        Setting("fastv", 2, share=0.3),
+        Setting("fastv", 2, share=0.0),
+        Setting("downsample", 4, scale=(0.5, 0.75)),
+    ],
+    ids=str,
+)
+def test_what_runs_is_what_is_predicted(large: Subject, setting: Setting) -> None:
+    predicted = prefill_flops(setting, large.shape, PROMPT)
+    with rival(large.model, setting):
+        assert executed(large) == pytest.approx(predicted, rel=0.01)
+        with torch.no_grad():
+            cache = large.model(**INPUTS, use_cache=True).past_key_values
+    held = sum(layer.visual_bytes() for layer in cache.layers)
+    assert held == visual_kv_bytes(setting, large.shape, PROMPT, itemsize=4)
+    assert predicted < dense_prefill_flops(large.shape, PROMPT)
+
+
+def test_ranking_is_counted_to_the_last_product(large: Subject) -> None:
+    """One more query projection and one row of logits, beside what the layers multiply."""
+    setting, dense = Setting("fastv", 2, share=0.3), executed(large)
+    with rival(large.model, setting):
+        saved = dense - executed(large)
+    predicted = dense_prefill_flops(large.shape, PROMPT)
+    assert saved == predicted - prefill_flops(setting, large.shape, PROMPT)
+
+
+def test_the_simulation_runs_everything(large: Subject) -> None:
+    plan, tensors = large.random_plan(3, workload=PROMPT)
+    setting, shape = solve_for("masked", plan), large.shape
+    with rival(large.model, setting, plan, tensors):
+        count = executed(large)
+    dense = dense_prefill_flops(shape, PROMPT)
+    assert count == pytest.approx(dense, rel=0.01)
+    assert prefill_flops(setting, shape, PROMPT) == dense
+    assert reached(setting, shape, PROMPT) == 1
+    kept = dense_visual_kv_bytes(shape, PROMPT)
+    assert visual_kv_bytes(setting, shape, PROMPT) == kept
+
+
+@pytest.mark.parametrize("budget", [0.12, 0.25, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("workload", [WORKLOAD, WIDE], ids=["square", "two sizes"])
+@pytest.mark.parametrize("shape", [SEVEN_B, GROUPED], ids=["7b", "grouped"])
+@pytest.mark.parametrize("name", RANKED)
+def test_budgets_are_met_from_below_and_nearly(
+    name: str, shape: ModelShape, workload: Workload, budget: float
+) -> None:
+    found = reached(solve(name, shape, workload, budget), shape, workload)
+    coarse = {"vtw": 1 / shape.layers, "fastv": 0.005, "downsample": 0.1 * budget}
+    assert budget - coarse[name] <= found <= budget * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_the_whole_budget_drops_nothing(name: str) -> None:
+    setting = solve(name, SEVEN_B, WIDE, 1.0)
+    assert setting.tokens(SEVEN_B, WIDE.grids) == (WIDE.visual,) * SEVEN_B.layers
+    assert visual_flops(setting, SEVEN_B, WIDE) == dense_visual_flops(SEVEN_B, WIDE)
+
+
+def test_settings_are_those_of_hand_arithmetic() -> None:
+    """A quarter of 32 layers is 8; behind two whole ones, 18.75 % of the budget is left for 30."""
+    assert solve("vtw", SEVEN_B, WORKLOAD, 0.25).layers == 8
+    setting = solve("fastv", SEVEN_B, WORKLOAD, 0.25)
+    assert setting.layers == 2 and 0.19 < setting.share < 0.21
+    assert solve("downsample", SEVEN_B, WORKLOAD, 0.25).grid(Grid(24, 24)) == Grid(12, 12)
+    count = setting.kept(576)
+    more = replace(setting, share=(count + 1) / 576)
+    assert reached(more, SEVEN_B, WORKLOAD) > 0.25
+
+
+def test_two_whole_layers_are_the_least_of_fastv() -> None:
+    with pytest.raises(PlanError, match=r"fastv needs at least 6\.2 %"):
+        solve("fastv", SEVEN_B, WORKLOAD, 0.06)
+    assert solve("vtw", SEVEN_B, WORKLOAD, 0.01).layers == 0
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5])
+def test_budgets_are_shares(budget: float) -> None:
+    with pytest.raises(PlanError, match="budget"):
+        solve("vtw", SEVEN_B, WORKLOAD, budget)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_follow_a_sample_of_layers(name: str) -> None:
+    plan = preset_plan("yopo-25", published_model("llava-1.5-7b"), WORKLOAD)
+    setting = solve_for(name, plan)
+    assert name == "masked" or reached(setting, SEVEN_B, WORKLOAD) <= visual_budget(plan)
+    few = setting.on_layers((4, 12, 20, 28))
+    assert few.layers == {"vtw": 1, "fastv": 1, "downsample": 4, "masked": 4}[name]
+    assert replace(few, layers=setting.layers) == setting
+
+
+def test_what_a_setting_is_called() -> None:
+    def called(name: str) -> str:
+        return solve(name, SEVEN_B, WORKLOAD, 0.25).describe(SEVEN_B, WORKLOAD)
+
+    assert called("vtw") == "K = 8 of 32 layers"
+    assert called("fastv").startswith("K = 2 of 32 layers, R = 2")
+    assert called("downsample") == "24x24 to 12x12"
+    assert called("masked") == "the plan as masks, nothing is skipped"

@@ -1,0 +1,110 @@
+"""Rivals are evaluated as plans are: same pairs, same records, answers generated and compared."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from tiny import PICTURE, Subject
+
+from yopo.calibration.prompts import Batch, load_processor
+from yopo.calibration.sources import open_pairs
+from yopo.evaluation.evaluate import evaluate, measure_kept
+from yopo.evaluation.fidelity import Recorded, answer_log_probs, compare, record_dense
+from yopo.evaluation.rivals.install import rival, teacher_forced
+from yopo.evaluation.rivals.settings import Setting
+from yopo.families.family import shape_of
+from yopo.families.fingerprint import fingerprint_of_decoder
+from yopo.families.registry import resolve
+from yopo.plan import ModelIdentity, full_plan
+from yopo.serving import load_dense
+
+SOME = {
+    "vtw": Setting("vtw", 2),
+    "fastv": Setting("fastv", 2, share=0.4),
+    "downsample": Setting("downsample", 4, scale=(0.5, 0.5)),
+}
+PROMPTS = [[1, 5, 6, *PICTURE, 7, 8, 9], [1, *PICTURE, 3, 4]]
+ANSWERS = [[10, 11, 12], [9, 13]]
+
+
+def answered() -> Batch:
+    inputs = tiny.batch([row + said for row, said in zip(PROMPTS, ANSWERS, strict=True)])
+    mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    for row, said in enumerate(ANSWERS):
+        mask[row, -len(said) :] = True
+    return Batch(inputs, mask, (None, None))
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_answers_are_predicted_as_in_decoding(subject: Subject, name: str) -> None:
+    """Token by token behind the prefilled prompt: FastV may not look at the answer to rank."""
+    batch = answered()
+    with torch.no_grad(), rival(subject.model, SOME[name]):
+        found = answer_log_probs(subject.model, batch)
+        expected = []
+        for row, (prompt, said) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+            inputs = tiny.batch([prompt])
+            inputs["pixel_values"] = batch.inputs["pixel_values"][row : row + 1]
+            out = subject.model(**inputs, use_cache=True)
+            for token in said:
+                expected.append(out.logits[0, -1].log_softmax(dim=-1))
+                step, cache = torch.tensor([[token]]), out.past_key_values
+                out = subject.model(input_ids=step, past_key_values=cache)
+    assert torch.allclose(found, torch.stack(expected), atol=1e-4)
+
+
+def test_an_answer_would_change_the_ranking(mha: Subject) -> None:
+    """What ``teacher_forced`` is there for."""
+    batch = answered()
+    with torch.no_grad(), rival(mha.model, SOME["fastv"]):
+        plain = mha.model(**batch.inputs).logits
+        with teacher_forced(mha.model, batch.answer_mask):
+            forced = mha.model(**batch.inputs).logits
+        again = mha.model(**batch.inputs).logits
+    assert torch.equal(plain, again) and not torch.allclose(plain, forced, atol=1e-3)
+
+
+def test_a_rival_that_drops_nothing_strays_nowhere(subject: Subject) -> None:
+    batch = answered()
+    records = [Recorded(batch, ANSWERS, answer_log_probs(subject.model, batch))]
+    with rival(subject.model, Setting("fastv", 2, share=1.0)):
+        same = compare(subject.model, records)
+    with rival(subject.model, Setting("vtw", 1)):
+        other = compare(subject.model, records)
+    assert abs(same.kl) < 1e-6 and same.agreement == 1 and other.kl > 0.01
+
+
+def test_rivals_answer_the_demo_pairs() -> None:
+    """The trained model: nothing dropped, nothing lost; nothing seen, no better than a guess."""
+    source = resolve("llava-tiny")
+    model, processor = load_dense(source), load_processor(source.location)
+    pairs = list(open_pairs("demo:heldout", samples=48, seed=0))
+    records = record_dense(model, processor, pairs, batch_size=24, max_new_tokens=8)
+    layers = model.config.text_config.num_hidden_layers
+    measure = partial(measure_kept, model, processor, records, max_new_tokens=8)
+    whole = measure(lambda: rival(model, Setting("downsample", layers)))
+    assert whole.pairs == whole.same_answers == 48
+    assert whole.accuracy.dense == whole.accuracy.pruned > 40
+    assert sum(each.total for each in whole.by_kind.values()) == 48
+    blind = measure(lambda: rival(model, Setting("vtw", 0)))
+    assert blind.accuracy.dense == whole.accuracy.dense
+    assert blind.accuracy.pruned < 0.8 * whole.accuracy.dense
+    assert blind.fidelity.kl > 100 * max(whole.fidelity.kl, 1e-6)
+
+
+def test_a_plan_that_drops_nothing_is_evaluated_the_same_way() -> None:
+    source = resolve("llava-tiny")
+    model, processor = load_dense(source), load_processor(source.location)
+    fingerprint = fingerprint_of_decoder(model.get_decoder())
+    identity = ModelIdentity("llava-tiny", "llava", shape_of(model.config), fingerprint)
+    plan = full_plan(identity, tiny.workload(side=8))
+    pairs = list(open_pairs("demo:heldout", samples=8, seed=0))
+    found = evaluate(
+        model, processor, plan, None, pairs, batch_size=8, max_new_tokens=8, timing_runs=0
+    )
+    assert found.pairs == found.same_answers == 8 and found.prefill is None
+    assert found.accuracy.dense == found.accuracy.pruned > 0
+    assert found.fidelity.agreement == 1 and abs(found.fidelity.kl) < 1e-6

@@ -1,0 +1,396 @@
+"""Rivals: the stock model where they drop nothing, independent oracles where they do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import EOS, IMAGE, PICTURE, Subject
+from torch.nn.functional import adaptive_avg_pool2d
+from transformers import DynamicCache
+
+from yopo.errors import ModelError, PlanError
+from yopo.evaluation.rivals.install import rival, teacher_forced
+from yopo.evaluation.rivals.settings import NAMES, Setting
+from yopo.plan import LayerPlan
+from yopo.runtime.install import pruned
+from yopo.runtime.reference import reference
+
+LAYERS, VISUAL = 4, tiny.SIDE**2
+ONE = [[1, 5, 6, *PICTURE, 7, 8, 9, 10]]
+PROMPTS = {
+    "one image": ONE,
+    "two images": [[1, 5, *PICTURE, 6, *PICTURE, 7, 8]],
+    "padded": [[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 3, 4, 9, 11, 12, 13, 14]],
+}
+SOME = {
+    "vtw": Setting("vtw", 2),
+    "fastv": Setting("fastv", 2, share=0.4),
+    "downsample": Setting("downsample", LAYERS, scale=(0.5, 0.75)),
+}
+NOTHING = {
+    "vtw": Setting("vtw", LAYERS),
+    "fastv": Setting("fastv", 2, share=1.0),
+    "downsample": Setting("downsample", LAYERS),
+}
+
+
+def inputs_of(name: str) -> dict[str, torch.Tensor]:
+    return tiny.batch(PROMPTS[name])
+
+
+def generated(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    return model.generate(**inputs, suppress_tokens=[IMAGE], **settings)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("name", NOTHING)
+def test_dropping_nothing_is_the_stock_model(subject: Subject, name: str, prompt: str) -> None:
+    inputs = inputs_of(prompt)
+    usual, oracle = (tiny.logits(each, inputs) for each in (subject.model, subject.oracle))
+    said = generated(subject.model, inputs)
+    with rival(subject.model, NOTHING[name]):
+        found = tiny.logits(subject.model, inputs)
+        assert torch.equal(generated(subject.model, inputs), said)
+    tiny.assert_close(found, usual, oracle, tiny.real(inputs))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("layers", range(LAYERS))
+def test_withdrawal_is_the_plan_of_whole_then_empty_layers(
+    subject: Subject, layers: int, prompt: str
+) -> None:
+    shape, inputs = subject.shape, inputs_of(prompt)
+    whole = LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
+    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    layer_plans = (whole,) * layers + (none,) * (LAYERS - layers)
+    plan, tensors = subject.random_plan(
+        0, layers=layer_plans, compensation="none", bidirectional=False
+    )
+    with pruned(subject.model, plan, tensors):
+        usual, said = tiny.logits(subject.model, inputs), generated(subject.model, inputs)
+    with pruned(subject.oracle, plan, tensors, check=False):
+        oracle = tiny.logits(subject.oracle, inputs)
+    with rival(subject.model, Setting("vtw", layers)):
+        found = tiny.logits(subject.model, inputs)
+        assert torch.equal(generated(subject.model, inputs), said)
+    tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
+
+
+@torch.no_grad()
+def brute_fastv(model: Any, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+    """Logits by eager attention of the whole sequence; dropped tokens are masked out as keys."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    shown = eager(**inputs, output_attentions=True)
+    last = shown.attentions[1][:, :, -1].mean(dim=1)  # (batch, keys): rows are left-padded
+    ids, length = inputs["input_ids"], inputs["input_ids"].shape[1]
+    score = last.masked_fill(ids != IMAGE, -1.0)
+    gone = (ids == IMAGE).scatter(1, score.topk(count, dim=1).indices, False)
+    real = inputs["attention_mask"].bool()
+    masks = []
+    for number in range(LAYERS):
+        keys = real & ~gone if number >= 2 else real
+        allowed = torch.ones(length, length, dtype=torch.bool).tril() & keys[:, None]
+        allowed = allowed | torch.eye(length, dtype=torch.bool)
+        lowest = torch.zeros(allowed.shape, dtype=eager.dtype)
+        masks.append(lowest.masked_fill(~allowed, torch.finfo(eager.dtype).min)[:, None])
+    for layer, mask in zip(eager.get_decoder().layers, masks, strict=True):
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}),
+            with_kwargs=True,
+        )
+    return eager(**inputs).logits
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.7])
+def test_fastv_is_eager_attention_without_the_dropped_keys(
+    subject: Subject, share: float, prompt: str
+) -> None:
+    inputs = inputs_of(prompt)
+    count = int(share * (inputs["input_ids"][0] == IMAGE).sum())
+    usual = brute_fastv(subject.model, inputs, count)
+    oracle = brute_fastv(subject.oracle, tiny.as_dtype(inputs, torch.float64), count)
+    with rival(subject.model, Setting("fastv", 2, share=share)):
+        found = tiny.logits(subject.model, inputs)
+    tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
+
+
+def test_fastv_ranks_each_sample_by_its_own_question(mha: Subject) -> None:
+    """The same image under two questions: other tokens stay."""
+    rows = [[1, 5, *PICTURE, 7, 8, 9, 10], [1, 5, *PICTURE, 40, 41, 42, 43]]
+    inputs = tiny.batch(rows)
+    inputs["pixel_values"] = tiny.pictures(1).repeat(2, 1, 1, 1)
+    with torch.no_grad(), rival(mha.model, Setting("fastv", 2, share=0.25)):
+        cache = mha.model(**inputs, use_cache=True).past_key_values
+    places = cache.layers[2].record.stretch(2).places
+    assert places.shape == (2, 6 + VISUAL // 4)
+    assert not torch.equal(*places)
+
+
+@torch.no_grad()
+def hand_shortened(model: Any, inputs: dict[str, torch.Tensor], side: int, smaller: tuple) -> Any:
+    """The stock decoder over embeddings whose image was pooled by hand; one image, one row."""
+    ids = inputs["input_ids"][0]
+    features = model.base_model.get_image_features(
+        inputs["pixel_values"].to(model.dtype), return_dict=True
+    ).pooler_output[0]
+    picture = features.reshape(side, side, -1).permute(2, 0, 1)[None]
+    pooled = adaptive_avg_pool2d(picture, smaller)[0].flatten(1).T
+    words = model.get_input_embeddings()(ids)
+    start = int((ids == IMAGE).nonzero()[0])
+    parts = [words[:start], pooled, words[start + side**2 :]]
+    embeds = torch.cat(parts)[None]
+    hidden = model.get_decoder()(inputs_embeds=embeds).last_hidden_state
+    return model.lm_head(hidden)[0, start + smaller[0] * smaller[1] :]
+
+
+def test_downsampling_is_the_stock_model_on_a_shorter_prompt(subject: Subject) -> None:
+    inputs = tiny.batch(ONE)
+    sizes = (inputs, tiny.SIDE, (2, 3))
+    usual, oracle = hand_shortened(subject.model, *sizes), hand_shortened(subject.oracle, *sizes)
+    with rival(subject.model, SOME["downsample"]):
+        found = tiny.logits(subject.model, inputs)[:, -4:]
+        with torch.no_grad():
+            cache = subject.model(**inputs, use_cache=True).past_key_values
+    everywhere = torch.ones(1, 4, dtype=torch.bool)
+    tiny.assert_close(found, usual[None], oracle[None], everywhere)
+    assert {layer.keys.shape[2] for layer in cache.layers} == {7 + 2 * 3}
+    assert cache.get_seq_length() == len(ONE[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_simulation_means_what_the_reference_means(
+    subject: Subject, prompt: str, seed: int
+) -> None:
+    plan, tensors = subject.random_plan(seed)
+    inputs = inputs_of(prompt)
+    with reference(subject.model, plan, tensors):
+        usual = tiny.logits(subject.model, inputs)
+        said = generated(subject.model, inputs, use_cache=False)
+    with reference(subject.oracle, plan, tensors, check=False):
+        oracle = tiny.logits(subject.oracle, inputs)
+    with rival(subject.model, "masked", plan, tensors):
+        found = tiny.logits(subject.model, inputs)
+        assert torch.equal(generated(subject.model, inputs), said)
+    tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_is_teacher_forcing(subject: Subject, name: str, prompt: str) -> None:
+    """Decode steps see what one forward of prompt and answer sees."""
+    model, inputs = subject.model, inputs_of(prompt)
+    plan, tensors = subject.random_plan(1)
+    with torch.no_grad(), rival(model, SOME.get(name, name), plan, tensors):
+        length = inputs["input_ids"].shape[1]
+        whole = generated(model, inputs)
+        more = torch.ones(len(whole), whole.shape[1] - length, dtype=torch.int64)
+        mask = torch.cat([inputs["attention_mask"], more], dim=1)
+        answers = torch.zeros_like(whole, dtype=torch.bool)
+        answers[:, length:] = True
+        with teacher_forced(model, answers):
+            forced = model(**{**inputs, "input_ids": whole, "attention_mask": mask}).logits
+    forced[..., [IMAGE, EOS]] = float("-inf")  # both are suppressed
+    assert torch.equal(forced[:, length - 1 : -1].argmax(dim=-1), whole[:, length:])
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_padding_changes_nothing(subject: Subject, name: str) -> None:
+    """A row alone is a row of a padded batch; the cache, too, holds nothing of its padding."""
+    inputs, rows = inputs_of("padded"), PROMPTS["padded"]
+    with rival(subject.model, SOME[name]):
+        together, said = tiny.logits(subject.model, inputs), generated(subject.model, inputs)
+        for number, row in enumerate(rows):
+            alone = tiny.batch([row])
+            alone["pixel_values"] = inputs["pixel_values"][number : number + 1]
+            found = tiny.logits(subject.model, alone)[0, -2:]
+            assert torch.allclose(together[number, -2:], found, atol=1e-4)
+            assert torch.equal(said[number, -6:], generated(subject.model, alone)[0, -6:])
+
+
+def test_dropped_tokens_are_in_no_later_cache(subject: Subject) -> None:
+    inputs, shape = tiny.batch(ONE), subject.shape
+    token = 2 * shape.kv_heads * shape.head_dim * 4
+    expected = {
+        "vtw": [VISUAL, VISUAL, 0, 0],
+        "fastv": [VISUAL, VISUAL, int(0.4 * VISUAL), int(0.4 * VISUAL)],
+        "downsample": [6] * 4,
+    }
+    for name, counts in expected.items():
+        with torch.no_grad(), rival(subject.model, SOME[name]):
+            cache = subject.model(**inputs, use_cache=True).past_key_values
+            assert [layer.visual_bytes() for layer in cache.layers] == [n * token for n in counts]
+            assert [layer.keys.shape[2] for layer in cache.layers] == [7 + n for n in counts]
+            step = torch.tensor([[9]])
+            cache = subject.model(input_ids=step, past_key_values=cache).past_key_values
+            assert [layer.visual_bytes() for layer in cache.layers] == [n * token for n in counts]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_is_restored_bit_for_bit(mha: Subject, name: str, fails: bool) -> None:
+    model, inputs = mha.model, inputs_of("two images")
+    plan, tensors = mha.random_plan(2)
+    before, state = tiny.logits(model, inputs), trace(model)
+    with pytest.raises(ZeroDivisionError) if fails else torch.no_grad():
+        with rival(model, SOME.get(name, name), plan, tensors):
+            assert not torch.equal(tiny.logits(model, inputs), before)
+            if fails:
+                raise ZeroDivisionError
+    assert torch.equal(tiny.logits(model, inputs), before)
+    assert trace(model) == state
+
+
+def trace(model: Any) -> tuple[object, ...]:
+    """Everything that a rival might leave behind."""
+    modules = list(model.modules())
+    hooks = [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in modules]
+    attributes = [set(vars(each)) for each in (model.base_model, model.get_decoder())]
+    return [type(each) for each in modules], hooks, attributes, list(model.state_dict())
+
+
+def test_text_alone_is_the_stock_model(mha: Subject) -> None:
+    inputs = tiny.batch([[1, 5, 6, 7], [2, 3]])
+    usual, said = tiny.logits(mha.model, inputs), generated(mha.model, inputs)
+    plan, tensors = mha.random_plan(2)
+    for name in NAMES:
+        with rival(mha.model, SOME.get(name, name), plan, tensors):
+            found = tiny.logits(mha.model, inputs)
+            assert torch.equal(generated(mha.model, inputs), said)
+        assert torch.allclose(found[tiny.real(inputs)], usual[tiny.real(inputs)], atol=1e-4)
+
+
+def test_eager_attention_gets_masks_that_it_adds(mha: Subject) -> None:
+    inputs, eager = inputs_of("padded"), copy.deepcopy(mha.model)
+    eager.set_attn_implementation("eager")
+    plan, tensors = mha.random_plan(1)
+    for name in NAMES:
+        found = []
+        for model in (mha.model, eager):
+            with rival(model, SOME.get(name, name), plan, tensors):
+                found.append(tiny.logits(model, inputs)[tiny.real_text(inputs)])
+                said = generated(model, inputs)
+        assert torch.allclose(*found, atol=1e-4) and said.shape[1] > inputs["input_ids"].shape[1]
+
+
+def forward(model: Any, rows: list[list[int]], **more: Any) -> None:
+    with torch.no_grad():
+        model(**tiny.batch(rows), **more)
+
+
+def used_cache(model: Any) -> DynamicCache:
+    with torch.no_grad():
+        return model(**tiny.batch(ONE), use_cache=True).past_key_values
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "counts": (lambda m: forward(m, [ONE[0], [1, *PICTURE, *PICTURE, 3]]), "equally many"),
+    "none": (lambda m: forward(m, [ONE[0], [1, 2, 3]]), "equally many"),
+    "beams": (lambda m: generated(m, tiny.batch(ONE), num_beams=2), "only grows"),
+    "end": (lambda m: forward(m, [[1, 5, *PICTURE]]), "ends in an image"),
+    "end, right-padded": (
+        lambda m: m(**tiny.batch([[1, 5, *PICTURE], [1, 5, *PICTURE, 3]], pad="right")),
+        "ends in an image",
+    ),
+    "attentions": (lambda m: forward(m, ONE, output_attentions=True), "attentions"),
+    "turns": (lambda m: second_image(m), "first turn"),
+}
+
+
+def second_image(model: Any) -> None:
+    cache, turn = used_cache(model), tiny.batch([[3, *PICTURE, 4]])
+    with torch.no_grad():
+        model(input_ids=turn["input_ids"], pixel_values=turn["pixel_values"], past_key_values=cache)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_rival_cannot_do_it_says(mha: Subject, case: str) -> None:
+    call, expected = REFUSED[case]
+    with rival(mha.model, SOME["fastv"]), pytest.raises(ModelError, match=expected):
+        call(mha.model)
+
+
+def test_caches_do_not_change_hands(mha: Subject) -> None:
+    model, step = mha.model, torch.tensor([[9]])
+    dense = used_cache(model)
+    with torch.no_grad(), rival(model, SOME["vtw"]):
+        theirs = used_cache(model)
+        with pytest.raises(ModelError, match="another model"):
+            model(input_ids=step, past_key_values=dense)
+    with torch.no_grad(), pytest.raises(ModelError, match="another model"):
+        model(input_ids=step, past_key_values=theirs)
+    with torch.no_grad(), rival(model, SOME["vtw"]), pytest.raises(ModelError, match="another"):
+        model(input_ids=step, past_key_values=theirs)
+
+
+def test_one_change_at_a_time(mha: Subject) -> None:
+    with rival(mha.model, SOME["vtw"]), pytest.raises(ModelError, match="already"):
+        with rival(mha.model, SOME["fastv"]):
+            pass
+    plan, tensors = mha.random_plan(2)
+    with pruned(mha.model, plan, tensors), pytest.raises(ModelError, match="already"):
+        with rival(mha.model, SOME["fastv"]):
+            pass
+
+
+def test_a_name_needs_a_plan(mha: Subject) -> None:
+    for which in ("vtw", Setting("masked", LAYERS)):
+        with pytest.raises(PlanError, match="plan"), rival(mha.model, which):
+            pass
+    with pytest.raises(PlanError, match="fastvv") as caught:
+        with rival(mha.model, "fastvv", tiny.whole(mha)):
+            pass
+    assert "fastv" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_forwards_are_one(subject: Subject, name: str) -> None:
+    """Steps of one and of several tokens, padded rows: as if all had been in one prompt."""
+    turns = [PROMPTS["padded"], [[40, 41, 42], [50, 51]], [[43], [52]], [[44, 45], [53, 54]]]
+    parts = [tiny.batch(rows) for rows in turns]
+    plan, tensors = subject.random_plan(1)
+    with torch.no_grad(), rival(subject.model, SOME.get(name, name), plan, tensors):
+        cache, found, mask = None, [], []
+        for part in parts:
+            mask.append(part.pop("attention_mask"))
+            done = subject.model(
+                **part, attention_mask=torch.cat(mask, 1), past_key_values=cache, use_cache=True
+            )
+            cache = done.past_key_values
+            found.append(done.logits)
+        whole = torch.cat([part["input_ids"] for part in parts], dim=1)
+        real, length = torch.cat(mask, dim=1), parts[0]["input_ids"].shape[1]
+        behind = torch.arange(whole.shape[1])[None] >= length
+        inputs = {"input_ids": whole, "pixel_values": parts[0]["pixel_values"]}
+        with teacher_forced(subject.model, behind.expand_as(whole)):
+            once = subject.model(**inputs, attention_mask=real).logits
+    where = real.bool() & (whole != IMAGE)
+    assert torch.allclose(torch.cat(found, dim=1)[where], once[where], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_turn_of_text_continues_the_first(mha: Subject, name: str) -> None:
+    """``generate`` over a used cache says what it says when it prefills everything."""
+    model, inputs = mha.model, inputs_of("one image")
+    plan, tensors = mha.random_plan(1)
+    with rival(model, SOME.get(name, name), plan, tensors):
+        first = generated(model, inputs, return_dict_in_generate=True)
+        more = torch.tensor([[30, 31, 32]])
+        ids = torch.cat([first.sequences, more], dim=1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        second = generated(model, turn, past_key_values=first.past_key_values)
+        forced = torch.zeros_like(second, dtype=torch.bool)
+        forced[:, inputs["input_ids"].shape[1] :] = True
+        with torch.no_grad(), teacher_forced(model, forced):
+            logits = model(input_ids=second, pixel_values=inputs["pixel_values"]).logits
+    logits[..., [IMAGE, EOS]] = float("-inf")
+    start = ids.shape[1]
+    assert torch.equal(logits[:, start - 1 : -1].argmax(dim=-1), second[:, start:])
