@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from yopo.errors import PlanError
 from yopo.families.family import Backbone
 from yopo.layout import TokenLayout
 from yopo.plan import Plan
@@ -28,16 +29,21 @@ class Masks:
         tensors: Its tensors.
         decoder: Whose projections are watched, until ``remove``.
         names: Of the decoder's modules.
+
+    Raises:
+        PlanError: The plan has fitted weights, which masks cannot stand for.
     """
 
     def __init__(self, plan: Plan, tensors: PlanTensors, decoder: nn.Module, names: Backbone):
+        if plan.compensation == "refit":
+            raise PlanError("Masks simulate pruning alone, and the plan has fitted weights.")
         self.plan, self.tensors = plan, tensors
         self._is_visual: torch.Tensor | None = None
         self._handles = []
         for number, layer in enumerate(decoder.layers):
             spec = LayerSpec(plan, tensors, number, None, None)
             output, down = getattr(layer.self_attn, names.output), getattr(layer.mlp, names.down)
-            self._watch(output, spec.head_mean, _pruned_heads(spec), spec.layer.attend)
+            self._watch(output, spec.head_mean, _pruned_heads(spec), bool(spec.layer.attend))
             self._watch(down, spec.neuron_mean, _pruned_neurons(spec), spec.layer.neurons > 0)
 
     def remove(self) -> None:
@@ -120,8 +126,7 @@ class Masks:
 def _pruned_heads(spec: LayerSpec) -> torch.Tensor:
     """(heads * head_dim,) bool: what visual tokens' attention does not output."""
     is_silent = torch.ones(spec.shape.heads, dtype=torch.bool)
-    if spec.layer.attend:
-        is_silent[list(spec.layer.heads)] = False
+    is_silent[list(spec.layer.attend)] = False
     return is_silent.repeat_interleave(spec.shape.head_dim)
 
 
