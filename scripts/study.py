@@ -55,6 +55,8 @@ BUDGETS = (0.05, 0.12, 0.25, 0.5)
 SEEDS = (0, 1, 2)
 SEARCH_RUNS = 100
 SIZES = (8, 32, 128, 512)
+KIND_SAMPLES = 8192
+"""Pairs drawn to find those of one kind."""
 
 ABLATIONS = {
     "everything": Levers(),
@@ -119,7 +121,8 @@ class Study:
         """The dense model's answers on the held-out pairs."""
         if self._records is None:
             count = self.options.pairs
-            pairs = open_pairs(self.options.heldout, samples=None if self.options.kind else count)
+            samples = KIND_SAMPLES if self.options.kind else count
+            pairs = open_pairs(self.options.heldout, samples=samples, seed=1)
             if self.options.kind:
                 pairs = islice((each for each in pairs if each.kind == self.options.kind), count)
             self._records = record_dense(
