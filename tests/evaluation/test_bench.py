@@ -74,6 +74,18 @@ def test_the_reader_preset_freezes_visual_tokens() -> None:
     assert sum(len(layer.heads) == 32 for layer in plan.layers) > 16
 
 
+def test_the_fitted_preset_meets_its_budget_and_runs_with_made_up_weights() -> None:
+    plan = preset_plan("fitted-12", published_model("llava-1.5-7b"), WORKLOAD)
+    assert 0.119 < visual_budget(plan) <= 0.12
+    assert all(0 < len(layer.attend) < len(layer.heads) == 32 for layer in plan.layers)
+    shape = replace(SHAPE, layers=2, hidden=128, heads=8, kv_heads=8, head_dim=16, ffn=352)
+    model = replace(MODEL, shape=shape)
+    small = preset_plan("fitted-12", model, Workload((Grid(6, 6),), text=20, text_before=3))
+    options = BenchOptions(runs=1, warmup=0, decode_steps=1, threads=1)
+    found = bench_random(small, None, Sizes(), options)
+    assert found.plan.compensation == "refit" and found.prefill.ratio.median > 0
+
+
 def look(plan: Plan, index: int) -> tuple[object, ...]:
     layer = plan.layers[index]
     neurons = 2 if layer.neurons == plan.model.shape.ffn else int(layer.neurons > 0)

@@ -23,7 +23,9 @@ def _count(name: str, text: str, **settings: Any) -> Any:
 
 @click.command(cls=Command)
 @click.argument("target", required=False)
-@click.option("--preset", metavar="NAME", help="No TARGET: yopo-25, yopo-12 or reader-12.")
+@click.option(
+    "--preset", metavar="NAME", help="No TARGET: yopo-25, yopo-12, reader-12 or fitted-12."
+)
 @click.option(
     "--shape-of",
     metavar="NAME",

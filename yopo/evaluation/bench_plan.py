@@ -19,6 +19,7 @@ from yopo.errors import PlanError, suggest
 from yopo.flops import visual_budget
 from yopo.grid import Grid
 from yopo.plan import Budget, LayerPlan, ModelIdentity, Plan, Workload
+from yopo.plan_tensors import PlanTensors, refit_sizes
 from yopo.planning.planner import make_plan
 from yopo.planning.wishes import Wishes
 
@@ -29,6 +30,9 @@ PRESETS: dict[str, Wishes] = {
 }
 """The paper's two shapes, and frozen visual tokens that the text reads in most layers."""
 
+FITTED, FITTED_BUDGET = "fitted-12", 0.12
+"""A uniform plan with fitted weights, at the budget of its name: see :func:`fitted_plan`."""
+
 MADE_UP = "0" * 64
 """Fingerprint of models that no checkpoint stands behind."""
 
@@ -37,7 +41,7 @@ def preset_plan(name: str, model: ModelIdentity, workload: Workload, *, seed: in
     """A preset on a model's shape, with made-up scores, as baking would leave it.
 
     Args:
-        name: Key in ``PRESETS``.
+        name: Key in ``PRESETS``, or ``FITTED``.
         model: Whose shape to plan for.
         workload: The prompt that budgets are solved for.
         seed: Of the scores.
@@ -45,12 +49,71 @@ def preset_plan(name: str, model: ModelIdentity, workload: Workload, *, seed: in
     Raises:
         PlanError: No such preset, or it does not fit the shape.
     """
+    if name == FITTED:
+        return fitted_plan(model, workload)
     if name not in PRESETS:
-        raise PlanError(f"Unknown preset '{name}'.", remedy=suggest(name, PRESETS))
+        known = (*PRESETS, FITTED)
+        raise PlanError(f"Unknown preset '{name}'.", remedy=suggest(name, known))
     statistics = made_up_statistics(model, workload, seed=seed)
     plan, tensors, _ = make_plan(statistics, PRESETS[name])
     plan = baked_plan(plan, order_layers(plan, tensors), None, model.fingerprint)
     return replace(plan, measured=None, provenance={"preset": name, "scores": "made up"})
+
+
+def fitted_plan(model: ModelIdentity, workload: Workload) -> Plan:
+    """What allocations look like, evened out over the layers, as wide as the budget allows.
+
+    Text reads all heads; visual tokens attend in a quarter of them, go through one bottleneck, and
+    have a linear map of a 32nd of the width and a 32nd of the neurons in place of the FFN.
+
+    Raises:
+        PlanError: It does not fit the shape.
+    """
+    shape = model.shape
+    heads = tuple(range(shape.heads))
+    attend = tuple(head for head in heads if head % shape.group < max(1, shape.group // 4))
+    if shape.group < 4:
+        attend = heads[: max(1, shape.heads // 4)]
+
+    def plan_of(rank: int) -> Plan:
+        layer = LayerPlan(
+            heads, attend, None, shape.ffn // 32, rank, linear=max(1, shape.hidden // 32)
+        )
+        plan = Plan(
+            model=model,
+            workload=workload,
+            layers=(layer,) * shape.layers,
+            budget=Budget(None, 1.0),
+            compensation="refit",
+            baked=True,
+            provenance={"preset": FITTED, "weights": "made up"},
+        )
+        return replace(plan, budget=Budget(None, visual_budget(plan)))
+
+    low, high = 0, shape.hidden
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_of(middle).budget.reached <= FITTED_BUDGET:
+            low = middle
+        else:
+            high = middle - 1
+    if low == 0:
+        raise PlanError(f"The preset {FITTED} does not fit the shape of {model.name}.")
+    return plan_of(low)
+
+
+def made_up_refit(plan: Plan) -> PlanTensors:
+    """Random weights of the sizes that a plan with ``compensation: refit`` wants."""
+    generator = torch.Generator().manual_seed(0)
+    shape = plan.model.shape
+    refit = {
+        index: {
+            name: torch.randn(size, generator=generator) / shape.hidden**0.5
+            for name, size in refit_sizes(layer, shape).items()
+        }
+        for index, layer in enumerate(plan.layers[: plan.visual_depth])
+    }
+    return PlanTensors(refit=refit)
 
 
 def made_up_statistics(model: ModelIdentity, workload: Workload, *, seed: int) -> Statistics:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from yopo.errors import ModelError, suggest
-from yopo.evaluation.bench_plan import MADE_UP
+from yopo.evaluation.bench_plan import MADE_UP, made_up_refit
 from yopo.families.family import GridsOf
 from yopo.grid import Grid
 from yopo.plan import ModelIdentity, ModelShape, Plan, Workload
@@ -122,11 +122,15 @@ def _fill(model: nn.Module) -> None:
 def fitted(
     plan: Plan, tensors: PlanTensors | None, used: tuple[int, ...]
 ) -> tuple[Plan, PlanTensors | None]:
-    """A plan of some layers as the random model wears it: of its family, with their tensors."""
+    """A plan of some layers as the random model wears it: of its family, with their tensors.
+
+    Fitted weights that are not at hand are made up, as the model's are.
+    """
     model = replace(plan.model, family=FAMILY, fingerprint=MADE_UP)
-    if tensors is None:
-        return replace(plan, model=model), None
-    return replace(plan, model=model), tensors.of_layers(used)
+    plan = replace(plan, model=model)
+    if tensors is not None:
+        return plan, tensors.of_layers(used)
+    return plan, made_up_refit(plan) if plan.compensation == "refit" else None
 
 
 def grids_of(plan: Plan) -> GridsOf:
