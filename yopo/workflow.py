@@ -10,7 +10,7 @@ from yopo.calibration.prompts import load_processor
 from yopo.calibration.statistics import load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
 from yopo.checkpoint.reader import fetch
-from yopo.errors import ModelError
+from yopo.errors import ModelError, PlanError
 from yopo.evaluation.evaluate import Evaluation, evaluate
 from yopo.families.registry import ModelSource, resolve
 from yopo.plan import Plan
@@ -72,7 +72,12 @@ def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:
 
 
 def evaluate_target(
-    target: str, options: RunOptions, *, model_name: str | None = None, timing_runs: int = 15
+    target: str,
+    options: RunOptions,
+    *,
+    model_name: str | None = None,
+    timing_runs: int = 15,
+    budget: float | None = None,
 ) -> Evaluation:
     """Evaluate a baked checkpoint, or a plan on the model that it was made for.
 
@@ -81,11 +86,12 @@ def evaluate_target(
         options: Data and how to run it.
         model_name: The dense model, if it is elsewhere than the plan says.
         timing_runs: Paired prefill runs; 0 skips timing.
+        budget: Which of a checkpoint's plans (see ``yopo.load``); None: the first.
 
     Raises:
         YopoError: Anything that the model, the plan or the data lack.
     """
-    plan, tensors = read_target(target)
+    plan, tensors = read_target(target, budget)
     source = source_of_target(target, plan, model_name)
     pairs = open_calibration_pairs(options)
     processor = load_processor(str(fetch(source)))
@@ -103,10 +109,16 @@ def evaluate_target(
     )
 
 
-def read_target(target: str) -> tuple[Plan, PlanTensors | None]:
-    """The plan of a baked checkpoint's directory, of a plan file, or of stdin for ``-``."""
+def read_target(target: str, budget: float | None = None) -> tuple[Plan, PlanTensors | None]:
+    """The plan of a baked checkpoint's directory, of a plan file, or of stdin for ``-``.
+
+    Raises:
+        PlanError: A budget for what is no checkpoint.
+    """
     if _is_checkpoint(target):
-        return read_baked_plan(target)
+        return read_baked_plan(target, budget)
+    if budget is not None:
+        raise PlanError(f"{target}: is one plan; a budget chooses among a checkpoint's.")
     return read_plan_with_tensors(target)
 
 

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Paired prefill runs; 0 skips timing.",
 )
+@click.option(
+    "--budget",
+    type=float,
+    metavar="F",
+    help="Of the plans baked into TARGET, the largest within F.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 @click.pass_context
 def command(context: click.Context, target: str, as_json: bool, **values: Any) -> None:
@@ -42,6 +48,7 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
         run_settings(context),
         model_name=values["model"],
         timing_runs=values["timing_runs"],
+        budget=values["budget"],
     )
     if as_json:
         print_json(found.to_dict())

@@ -1,0 +1,100 @@
+"""Several budgets in one go: plans that share a checkpoint, loaded at the budget asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Yopo
+
+import yopo as package
+from yopo.errors import CheckpointError
+from yopo.plan_file import read_plan
+
+QUICK = ("--model", "llava-tiny", "--samples", 8, "--measure-pairs", 4, "--fit-pairs", 8)
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("front")
+
+
+@pytest.fixture
+def baked(yopo: Yopo, front: Path) -> Path:
+    """Two budgets, calibrated and baked together, once."""
+    target = front / "both"
+    if not target.exists():
+        asked = ("--budgets", "0.1,0.3", "--compensation", "refit", "-o", front / "plan.yaml")
+        done = yopo("calibrate", *QUICK, *asked)
+        assert done.code == 0 and sorted(path.name for path in front.iterdir()) == [
+            "plan-0.1.safetensors",
+            "plan-0.1.yaml",
+            "plan-0.3.safetensors",
+            "plan-0.3.yaml",
+        ]
+        plans = (front / "plan-0.3.yaml", front / "plan-0.1.yaml")
+        done = yopo("apply", *plans, "-o", target)
+        assert done.code == 0 and done.out.strip() == str(target)
+    return target
+
+
+def test_one_checkpoint_serves_every_budget(baked: Path) -> None:
+    for budget, asked in ((None, 0.3), (0.3, 0.3), (0.29, 0.1), (0.1, 0.1)):
+        model = package.load(baked, budget=budget)
+        plan = model.get_decoder().yopo.plan
+        assert plan.budget.asked == asked and plan.baked
+    with pytest.raises(CheckpointError, match="no plan within a visual budget of 0.05; it has 0.0"):
+        package.load(baked, budget=0.05)
+
+
+def test_each_baked_plan_is_the_plan_in_memory(yopo: Yopo, front: Path, baked: Path) -> None:
+    fast = ("--samples", 8, "--timing-runs", 0, "--max-new-tokens", 4, "--json")
+    for name, budget in (("plan-0.1.yaml", 0.1), ("plan-0.3.yaml", 0.3)):
+        alone = json.loads(yopo("eval", front / name, *fast).out)
+        together = json.loads(yopo("eval", baked, "--budget", budget, *fast).out)
+        assert together["visual_budget"] == alone["visual_budget"]
+        assert together["same_answers"] == alone["same_answers"]
+        assert together["kl"] == pytest.approx(alone["kl"], rel=1e-3, abs=1e-6)
+
+
+def test_plans_of_other_calibrations_cannot_share(yopo: Yopo, front: Path, baked: Path) -> None:
+    other = front / "other.yaml"
+    if not other.exists():
+        asked = ("--head-ratio", 0.5, "--neuron-ratio", 0.5, "--seed", 3, "-o", other)
+        assert yopo("calibrate", *QUICK, *asked).code == 0
+    done = yopo("apply", front / "plan-0.3.yaml", other, "-o", front / "never")
+    assert done.is_sentence and "different neuron orders" in done.err
+    assert not (front / "never").exists()
+
+
+def test_a_tolerance_finds_its_budget(yopo: Yopo, tmp_path: Path) -> None:
+    """Loose: something is pruned; a plan that meets it says how closely."""
+    output = tmp_path / "plan.yaml"
+    done = yopo("calibrate", *QUICK, "--tolerance", 0.5, "-o", output)
+    assert done.code == 0 and "The smallest budget within a tolerance of 50.0% is" in done.err
+    plan = read_plan(output)
+    found = plan.provenance["tolerance"]
+    assert found["asked"] == 0.5 and found["agreement"] >= 0.5 and found["pairs"] == 2
+    assert 0 < plan.budget.reached < 0.9
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--tolerance", 0.1, "--budget", 0.2), "tolerance and budget exclude one another"),
+        (("--tolerance", 1.5), "tolerance must lie in (0, 1), found 1.5"),
+        (("--tolerance", 0.1, "--compensation", "mean"), "compensation must be refit"),
+        (("--budgets", "0.1,many"), "expected numbers between commas, found '0.1,many'"),
+        (("--budgets", "0.1,0.2", "-o", "-"), "--budgets writes several plans"),
+        (("--tolerance", 0.1, "--samples", 3), "too few to set some aside"),
+    ],
+)
+def test_what_cannot_be_asked_is_a_sentence(yopo: Yopo, flags: tuple, sentence: str) -> None:
+    done = yopo("calibrate", "--model", "llava-tiny", *flags)
+    assert done.code in (1, 2) and sentence in " ".join(done.err.split())
+
+
+def test_a_budget_chooses_among_a_checkpoint_s_plans_only(yopo: Yopo, front: Path, baked) -> None:
+    done = yopo("eval", front / "plan-0.1.yaml", "--budget", 0.1)
+    assert done.is_sentence and "is one plan" in done.err
