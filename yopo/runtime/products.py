@@ -1,17 +1,17 @@
 """Matrix products of few rows, by the kernel that is fast at them.
 
-Pruning leaves products of few rows: the text's own, and visual ones in small prompts. MKL's float32
-product, which torch's ``linear`` takes, packs the weight anew in every call, and few rows do not
-pay for that; oneDNN's multiplies a plain weight as it lies. GFLOP/s on one thread of an AMD EPYC with
-AVX-512, medians of alternating runs, MKL / oneDNN:
+Pruning leaves products of few rows: the text's own, and visual ones in small prompts. MKL's
+float32 product, which torch's ``linear`` takes, packs the weight anew in every call, and few rows
+do not pay for that; oneDNN's multiplies a plain weight as it lies. MKL / oneDNN in GFLOP/s on one
+thread of an AMD EPYC with AVX-512, medians of alternating runs:
 
-| weight | 1 row | 4 | 16 | 64 | 128 | 256 | 512 | 640 |
-|---|---|---|---|---|---|---|---|---|
-| 11008 x 4096 | 12 / 12 | 16 / 28 | 43 / 66 | 75 / 98 | 87 / 106 | 95 / 108 | 100 / 110 | 101 / 107 |
-| 4096 x 11008 | 13 / 11 | 20 / 26 | 50 / 63 | 82 / 96 | 92 / 105 | 99 / 110 | 101 / 110 | 102 / 107 |
-| 4096 x 4096 | 12 / 13 | 20 / 28 | 50 / 65 | 82 / 98 | 92 / 106 | 97 / 111 | 101 / 111 | 102 / 108 |
-| 896 x 896 | 25 / 24 | 40 / 41 | 74 / 79 | 94 / 103 | 99 / 107 | 102 / 110 | 104 / 111 | 104 / 110 |
-| 128 x 128 | 6 / 2 | 18 / 7 | 46 / 22 | 75 / 54 | 87 / 71 | 93 / 87 | 96 / 98 | 97 / 100 |
+| weight | 1 row | 4 | 16 | 64 | 128 | 256 | 640 |
+|---|---|---|---|---|---|---|---|
+| 11008 x 4096 | 12 / 12 | 16 / 28 | 43 / 66 | 75 / 98 | 87 / 106 | 95 / 108 | 101 / 107 |
+| 4096 x 11008 | 13 / 11 | 20 / 26 | 50 / 63 | 82 / 96 | 92 / 105 | 99 / 110 | 102 / 107 |
+| 4096 x 4096 | 12 / 13 | 20 / 28 | 50 / 65 | 82 / 98 | 92 / 106 | 97 / 111 | 102 / 108 |
+| 896 x 896 | 25 / 24 | 40 / 41 | 74 / 79 | 94 / 103 | 99 / 107 | 102 / 110 | 104 / 110 |
+| 128 x 128 | 6 / 2 | 18 / 7 | 46 / 22 | 75 / 54 | 87 / 71 | 93 / 87 | 97 / 100 |
 
 So one row (a decode step) and small weights stay with MKL, and so do many rows, where the two are
 close and pruned and dense models are better compared on one kernel. Weights that are no
