@@ -201,7 +201,7 @@ class Calibration:
         yield Row(f"{name}, peak memory", size(shown), size(used), shown / used, ">= 5")
         matrix = self.options.batch * self.shape.heads * self.length**2 * self.model.dtype.itemsize
         shown += (all_layers - self.shape.layers) * matrix
-        name = f"{name}, with the matrices of all {all_layers} layers (computed)"
+        name = f"{name}, peak memory with the matrices of all {all_layers} layers (computed)"
         yield Row(name, size(shown), size(used), shown / used, ">= 5")
 
 
