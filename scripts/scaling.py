@@ -185,6 +185,8 @@ def _apart(heights: dict[str, float], step: float = 1.22) -> dict[str, float]:
 
 def _furnish(axes: Any, counts: Sequence[int], about: dict[str, Any]) -> None:
     """Titles, ticks at what was measured, a quiet grid."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_title(
         f"Prefill time, {about['layers']} layers of {about['shape']}", color=INK, loc="left"
     )
@@ -192,6 +194,7 @@ def _furnish(axes: Any, counts: Sequence[int], about: dict[str, Any]) -> None:
     axes.set_ylabel("seconds", color=INK)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
