@@ -1,4 +1,4 @@
-"""Few rows run on the other kernel, to rounding the same; everything else stays where it was."""
+"""Products that gain run on the other kernel, to rounding the same; the others stay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from yopo.runtime import products
 from yopo.runtime.install import pruned
-from yopo.runtime.products import MAX_ROWS, few_row_products
+from yopo.runtime.products import fast_products
 
 needs_kernel = pytest.mark.skipif(
     products._kernel() is None, reason="this torch has no oneDNN product on plain weights"
@@ -75,7 +75,7 @@ def test_equals_linear(
     bias = bias if has_bias else None
     exact = linear(inputs.double(), rows.double(), None if bias is None else bias.double())
     usual = linear(inputs, rows, bias)
-    with few_row_products(layers(), torch.randn(1, 33, 96)):
+    with fast_products(layers(), torch.randn(1, 33, 96)):
         found = linear(inputs, rows, bias)
     assert calls == [(40, 96)]
     assert found.shape == usual.shape
@@ -87,11 +87,10 @@ def test_equals_linear(
 def test_only_what_gains_is_sent(calls: list[tuple[int, ...]], monkeypatch) -> None:
     monkeypatch.setattr(products, "MIN_WEIGHT", 96 * 40)
     weight, inputs = torch.randn(40, 96), torch.randn(1, 33, 96)
-    with few_row_products(layers(), inputs):
+    with fast_products(layers(), inputs):
         linear(inputs, weight)
         linear(input=inputs, weight=weight)  # no module calls it so
         linear(inputs[:, :1], weight)
-        linear(torch.randn(MAX_ROWS + 1, 96), weight)
         linear(inputs, weight[:39])
         linear(inputs, torch.randn(40, 97)[:, :96])
         linear(inputs.double(), weight.double())
@@ -108,7 +107,7 @@ def autocast() -> AbstractContextManager[object]:
 def test_off_where_others_look_on(small: None, around: Callable) -> None:
     context = around(display=False) if around is FlopCounterMode else around()
     with context:
-        assert isinstance(few_row_products(layers(), torch.randn(1, 33, 96)), nullcontext)
+        assert isinstance(fast_products(layers(), torch.randn(1, 33, 96)), nullcontext)
 
 
 @pytest.mark.parametrize(
@@ -122,17 +121,17 @@ def test_off_where_others_look_on(small: None, around: Callable) -> None:
     ids=["a decode step", "float64", "bfloat16", "another device"],
 )
 def test_off_for(small: None, hidden: torch.Tensor) -> None:
-    assert isinstance(few_row_products(layers(dtype=hidden.dtype), hidden), nullcontext)
+    assert isinstance(fast_products(layers(dtype=hidden.dtype), hidden), nullcontext)
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
 def test_off_for_small_models_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = torch.randn(1, 33, 96)
-    assert isinstance(few_row_products(layers(), hidden), nullcontext)
+    assert isinstance(fast_products(layers(), hidden), nullcontext)
     monkeypatch.setattr(products, "MIN_WEIGHT", 1)
-    assert isinstance(few_row_products(nn.ModuleList(), hidden), nullcontext)
+    assert isinstance(fast_products(nn.ModuleList(), hidden), nullcontext)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert isinstance(few_row_products(layers(), hidden), nullcontext)
+        assert isinstance(fast_products(layers(), hidden), nullcontext)
 
 
 def modes() -> int:
@@ -143,7 +142,7 @@ def modes() -> int:
 def test_left_behind_also_after_an_exception(small: None) -> None:
     before = modes()
     with pytest.raises(RuntimeError, match="on purpose"):
-        with few_row_products(layers(), torch.randn(1, 33, 96)) as mode:
+        with fast_products(layers(), torch.randn(1, 33, 96)) as mode:
             assert isinstance(mode, TorchFunctionMode) and modes() == before + 1
             raise RuntimeError("on purpose")
     assert modes() == before

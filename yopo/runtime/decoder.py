@@ -25,7 +25,7 @@ from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.layer import LayerRun, Rotary
-from yopo.runtime.products import few_row_products
+from yopo.runtime.products import fast_products
 
 
 class PrunedState(nn.Module):
@@ -162,7 +162,7 @@ def run_layers(
         text, visual = geometry.text.gather(embeds), geometry.visual.gather(embeds)
         text_rotary = tuple(geometry.text.gather(each) for each in rotary)
         visual_rotary = tuple(geometry.visual.gather(each) for each in rotary)
-    with few_row_products(decoder.layers, text):
+    with fast_products(decoder.layers, text):
         for number, layer in enumerate(decoder.layers):
             if number == state.plan.visual_depth:
                 visual = None
