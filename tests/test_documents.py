@@ -146,3 +146,9 @@ def test_dump_keeps_order_and_writes_leaves_on_one_line() -> None:
 def test_descriptions_are_short() -> None:
     assert describe(None) == "null" and describe("a") == "'a'"
     assert len(describe("x" * 1000)) == 60
+
+
+def test_merged_keys_are_known_by_their_own_lines() -> None:
+    document = Document("plan.yaml", "one: &one\n  rows: 3\ntwo:\n  <<: *one\n  cols: 4\n")
+    assert document.data["two"] == {"rows": 3, "cols": 4}
+    assert str(document.error(("two", "cols"), "is odd")) == "plan.yaml:5: two.cols is odd."

@@ -16,6 +16,11 @@ from yopo.errors import PlanError, suggest
 
 Key = str | int
 
+MAX_DEPTH = 100
+"""Collections inside one another: libyaml's loader would overflow the stack on very many."""
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 class Document:
     """A parsed YAML mapping that remembers the line of every key.
@@ -29,10 +34,12 @@ class Document:
         self.name = name
         self._lines: dict[tuple[Key, ...], int] = {}
         try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            self.data = yaml.safe_load(text)
+            _check_depth(text)
+            loader = _Loader(text)
+            root = loader.get_single_node()
             if root is not None:
-                self._index(root, ())
+                self._index(root, ())  # first: constructing merges keys
+            self.data = None if root is None else loader.construct_document(root)
         except yaml.YAMLError as error:
             problem = " ".join(str(error).split())
             raise PlanError(f"{name}: not valid YAML: {problem}") from error
@@ -49,6 +56,8 @@ class Document:
                 self._index(child, (*path, index))
         elif isinstance(node, yaml.MappingNode):
             for key, child in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue  # refused by the constructor
                 here = (*path, key.value)
                 if here in self._lines:
                     first = self._lines[here]
@@ -95,6 +104,17 @@ class Document:
             return value
         wanted = " or ".join(_NAMES.get(each, each.__name__) for each in kinds)
         raise self.error(path, f"must be {wanted}, found {describe(value)}")
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise RecursionError
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 _NAMES = {

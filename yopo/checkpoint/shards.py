@@ -2,7 +2,8 @@
 
 Headers, names, dtypes and offsets stay byte for byte: a permutation does not change a size. What is
 not reordered is copied by the kernel; what is, passes through memory one tensor at a time (columns
-a few rows at a time). Values are moved as opaque bytes, so every dtype is exact.
+a few rows at a time), always the same memory: fresh pages would cost as much as reading into them.
+Values are moved as opaque bytes, so every dtype is exact.
 """
 
 from __future__ import annotations
@@ -55,6 +56,28 @@ class Step:
         return self.num_tensors
 
 
+class Scratch:
+    """Two pieces of memory that grow to what is needed and are used again and again."""
+
+    def __init__(self) -> None:
+        self._pieces = {"read": np.empty(0, np.uint8), "moved": np.empty(0, np.uint8)}
+
+    def piece(self, name: str, num_bytes: int) -> np.ndarray:
+        """(num_bytes,) uint8, overwritten by the next call of this name (``read``, ``moved``)."""
+        if len(self._pieces[name]) < num_bytes:
+            self._pieces[name] = np.empty(0, np.uint8)  # give back before taking more
+            self._pieces[name] = np.empty(num_bytes, np.uint8)
+        return self._pieces[name][:num_bytes]
+
+    def take(self, units: np.ndarray, order: np.ndarray, axis: int) -> np.ndarray:
+        """The units of an axis in another order."""
+        shape = (*units.shape[:axis], len(order), *units.shape[axis + 1 :])
+        size = units.itemsize * int(np.prod(shape))
+        moved = self.piece("moved", size).view(units.dtype).reshape(shape)
+        # Any mode but "raise", whose result numpy buffers once more.
+        return units.take(order, axis=axis, out=moved, mode="clip")
+
+
 def plan_steps(shard: Shard, reorders: Mapping[str, Reorder]) -> list[Step]:
     """Cut a shard into steps that cover it once, from first to last byte."""
     steps = []
@@ -87,15 +110,16 @@ def write_shard(
         CheckpointError: The source became shorter than it was.
         OSError: The target cannot be written.
     """
+    scratch = Scratch()
     read_from = os.open(source, os.O_RDONLY)
     try:
         write_to = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for step in plan_steps(shard, reorders):
                 if step.entry is None:
-                    _copy(read_from, write_to, step.start, step.stop)
+                    _copy(read_from, write_to, step.start, step.stop, scratch)
                 else:
-                    _reorder(read_from, write_to, step.entry, reorders[step.entry.name])
+                    _reorder(read_from, write_to, step.entry, reorders[step.entry.name], scratch)
                 yield step
         finally:
             os.close(write_to)
@@ -103,14 +127,16 @@ def write_shard(
         os.close(read_from)
 
 
-def _reorder(read_from: int, write_to: int, entry: TensorEntry, reorder: Reorder) -> None:
+def _reorder(
+    read_from: int, write_to: int, entry: TensorEntry, reorder: Reorder, scratch: Scratch
+) -> None:
     units = len(reorder.order)
     if reorder.axis == 0:  # any row may come first: the whole tensor is needed
-        rows = _as_units(_read(read_from, entry.start, entry.stop), 1, units)[0]
+        rows = _as_units(_read(read_from, entry.start, entry.stop, scratch), 1, units)[0]
         step = max(1, CHUNK * units // entry.num_bytes)
         position = entry.start
         for first in range(0, units, step):
-            part = rows.take(reorder.order[first : first + step], axis=0)
+            part = scratch.take(rows, reorder.order[first : first + step], axis=0)
             position = _write(write_to, part, position)
         return
     num_rows = entry.shape[0]
@@ -119,8 +145,8 @@ def _reorder(read_from: int, write_to: int, entry: TensorEntry, reorder: Reorder
     for first in range(0, num_rows, step):
         last = min(num_rows, first + step)
         start, stop = entry.start + first * row_bytes, entry.start + last * row_bytes
-        columns = _as_units(_read(read_from, start, stop), last - first, units)
-        _write(write_to, columns.take(reorder.order, axis=1), start)
+        columns = _as_units(_read(read_from, start, stop, scratch), last - first, units)
+        _write(write_to, scratch.take(columns, reorder.order, axis=1), start)
 
 
 def _as_units(data: np.ndarray, rows: int, units: int) -> np.ndarray:
@@ -132,8 +158,8 @@ def _as_units(data: np.ndarray, rows: int, units: int) -> np.ndarray:
     return words.reshape((rows, units, -1) if unit_bytes > width else (rows, units))
 
 
-def _read(file: int, start: int, stop: int) -> np.ndarray:
-    data = np.empty(stop - start, dtype=np.uint8)
+def _read(file: int, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+    data = scratch.piece("read", stop - start)
     view, done = memoryview(data), 0
     while done < len(view):
         count = os.preadv(file, [view[done : done + CHUNK]], start + done)
@@ -151,7 +177,7 @@ def _write(file: int, values: np.ndarray, position: int) -> int:
     return position
 
 
-def _copy(read_from: int, write_to: int, start: int, stop: int) -> None:
+def _copy(read_from: int, write_to: int, start: int, stop: int, scratch: Scratch) -> None:
     in_kernel = hasattr(os, "copy_file_range")
     while start < stop:
         size = min(CHUNK, stop - start)
@@ -167,7 +193,7 @@ def _copy(read_from: int, write_to: int, start: int, stop: int) -> None:
                 raise _cut_off()
             start += count
         else:
-            start = _write(write_to, _read(read_from, start, start + size), start)
+            start = _write(write_to, _read(read_from, start, start + size, scratch), start)
 
 
 def _cut_off() -> CheckpointError:

@@ -25,6 +25,7 @@ from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.layer import LayerRun, Rotary
+from yopo.runtime.products import fast_products
 
 
 class PrunedState(nn.Module):
@@ -161,14 +162,15 @@ def run_layers(
         text, visual = geometry.text.gather(embeds), geometry.visual.gather(embeds)
         text_rotary = tuple(geometry.text.gather(each) for each in rotary)
         visual_rotary = tuple(geometry.visual.gather(each) for each in rotary)
-    for number, layer in enumerate(decoder.layers):
-        if number == state.plan.visual_depth:
-            visual = None
-        part = state.visual[number] if visual is not None else None
-        run = LayerRun(layer, part, state.names, geometry, cache[number])
-        text, visual = run(text, visual, text_rotary, visual_rotary)
-        if visual is not None and number < len(stack):
-            visual = visual + geometry.visual.unflatten(stack[number].to(visual))
+    with fast_products(decoder.layers, text):
+        for number, layer in enumerate(decoder.layers):
+            if number == state.plan.visual_depth:
+                visual = None
+            part = state.visual[number] if visual is not None else None
+            run = LayerRun(layer, part, state.names, geometry, cache[number])
+            text, visual = run(text, visual, text_rotary, visual_rotary)
+            if visual is not None and number < len(stack):
+                visual = visual + geometry.visual.unflatten(stack[number].to(visual))
     text = decoder.norm(text)
     if geometry.visual is None:
         return text

@@ -1,0 +1,310 @@
+"""What `yopo bench` does not time: calibration, `apply` and loading, each beside its floor.
+
+Calibration is compared with a plain forward of the same batch and with the usual way to see
+attention (eager, ``output_attentions=True``, every layer's matrix kept); `apply` with `cp -r` of
+the same files on the same disk; loading a baked checkpoint with loading the original. Everything
+runs on random weights at the widths of a published model, offline. Prints markdown rows:
+
+    python scripts/limits.py --layers 4 --threads 1
+    python scripts/limits.py --parts apply load --layers 6 --folder /var/tmp
+    python scripts/limits.py --parts calibration --visual-tokens 2880 --layers 2
+
+Ratios are medians over runs of one process in which the two sides take turns, first and second in
+turn. File caches are as the runs leave them: what fits into memory is read from there, by both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from yopo.calibration.observers import observing
+from yopo.calibration.run import identify
+from yopo.checkpoint.bake import bake
+from yopo.evaluation.bench_memory import peak_bytes
+from yopo.evaluation.bench_plan import PRESETS, made_up_statistics, preset_plan, with_prompt
+from yopo.evaluation.bench_prompt import made_up_prompt
+from yopo.evaluation.random_model import (
+    SHAPES,
+    WORKLOAD,
+    fitted,
+    grids_of,
+    published_model,
+    random_model,
+)
+from yopo.families.registry import family_of
+from yopo.plan_tensors import write_plan
+from yopo.planning.planner import make_plan
+from yopo.serving import load
+
+PARTS = ("calibration", "apply", "load")
+ROOM = 300e6
+"""Bytes of memory allowed to `apply` beside two of the largest tensors: Python, torch, buffers."""
+
+APPLY = """
+import sys
+from yopo.workflow import apply_plan
+apply_plan(sys.argv[1], sys.argv[2], model_name=sys.argv[3])
+for line in open("/proc/self/status"):
+    if line.startswith("VmHWM"):
+        print(1024 * int(line.split()[1]))
+"""
+"""Prints its own peak: ``ru_maxrss`` of a child starts with its parent's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        what: What is compared with what.
+        value, floor: The two sides, with units.
+        ratio: The first over the second.
+        target: What is wanted of it.
+    """
+
+    what: str
+    value: str
+    floor: str
+    ratio: float
+    target: str
+
+    def __str__(self) -> str:
+        cells = (self.what, self.value, self.floor, f"{self.ratio:.2f}", self.target)
+        return f"| {' | '.join(cells)} |"
+
+
+HEADER = "| what | measured | beside | ratio | target |\n|---|---:|---:|---:|---:|"
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--shape-of", choices=sorted(SHAPES), default="llava-1.5-7b")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers of the models")
+    parser.add_argument("--visual-tokens", type=int, default=WORKLOAD.visual)
+    parser.add_argument("--text-tokens", type=int, default=WORKLOAD.text)
+    parser.add_argument("--batch", type=int, default=1, help="prompts per forward")
+    parser.add_argument("--dtype", default="float32", help="of weights and checkpoints")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="yopo-25", help="what to bake")
+    parser.add_argument("--shard-size", default="2GB")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="where checkpoints are written for the while")
+    return parser.parse_args(words)
+
+
+def take_turns(
+    first: Callable[[], object], second: Callable[[], object], runs: int
+) -> tuple[float, float, float]:
+    """Median seconds of both, and the median of the pairs' ratios, first over second.
+
+    One pair in front is not counted; which of the two comes first alternates.
+    """
+
+    def seconds(call: Callable[[], object]) -> float:
+        gc.collect()
+        os.sync()  # nobody pays for what the other has left to be written
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    pairs = []
+    for number in range(runs + 1):
+        if number % 2:
+            pairs.append((seconds(first), seconds(second)))
+        else:
+            behind = seconds(second)
+            pairs.append((seconds(first), behind))
+    counted = pairs[1:]
+    ratio = median(one / other for one, other in counted)
+    return median(one for one, _ in counted), median(other for _, other in counted), ratio
+
+
+@contextmanager
+def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Run the decoder with another attention implementation."""
+    decoder = model.get_decoder()
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
+class Calibration:
+    """A calibration pass over one batch, a plain forward of it, and one that shows attention."""
+
+    def __init__(self, options: argparse.Namespace):
+        shape = replace(SHAPES[options.shape_of], layers=options.layers)
+        identity = replace(published_model(options.shape_of), shape=shape)
+        plan = preset_plan("yopo-25", identity, WORKLOAD)
+        plan = with_prompt(plan, visual=options.visual_tokens, text=options.text_tokens)
+        plan, _ = fitted(plan, None, tuple(range(options.layers)))
+        self.shape, self.length = shape, plan.workload.visual + plan.workload.text
+        self.model = random_model(shape, dtype=getattr(torch, options.dtype))
+        self.prompt = made_up_prompt(self.model, plan, options.batch)
+        self.family = replace(family_of(self.model.config), grids_of=grids_of(plan))
+        self.options = options
+
+    @torch.no_grad()
+    def forward(self, **more: object) -> object:
+        """A forward without a cache."""
+        return self.model.base_model(**self.prompt.arguments(), use_cache=False, **more)
+
+    def calibrate(self) -> None:
+        """One pass, everything that is computed once included."""
+        with observing(self.model, self.shape, self.family) as observer:
+            observer.begin(self.prompt.inputs["attention_mask"])
+            self.forward()
+            observer.finish()
+
+    def show_attention(self) -> list[torch.Tensor]:
+        """What a script has to do that wants attention weights from transformers: keep them all."""
+        with attention(self.model, "eager"):
+            return self.forward(output_attentions=True).attentions
+
+    def rows(self) -> Iterator[Row]:
+        """Time and memory beside both."""
+        runs, all_layers = self.options.runs, SHAPES[self.options.shape_of].layers
+        mine, plain, ratio = take_turns(self.calibrate, self.forward, runs)
+        name = "calibration pass over plain forward"
+        yield Row(f"{name}, time", seconds(mine), seconds(plain), ratio, "<= 1.25")
+        peaks = [
+            peak_bytes(call, "cpu") for call in (self.calibrate, self.forward, self.show_attention)
+        ]
+        used, plain_bytes, shown = peaks
+        ratio = used / plain_bytes
+        yield Row(f"{name}, peak memory", size(used), size(plain_bytes), ratio, "<= 1.10")
+        eager, mine, ratio = take_turns(self.show_attention, self.calibrate, runs)
+        name = "`output_attentions=True` over calibration pass"
+        yield Row(f"{name}, time", seconds(eager), seconds(mine), ratio, ">= 3")
+        yield Row(f"{name}, peak memory", size(shown), size(used), shown / used, ">= 5")
+        matrix = self.options.batch * self.shape.heads * self.length**2 * self.model.dtype.itemsize
+        shown += (all_layers - self.shape.layers) * matrix
+        name = f"{name}, peak memory with the matrices of all {all_layers} layers (computed)"
+        yield Row(name, size(shown), size(used), shown / used, ">= 5")
+
+
+class Checkpoints:
+    """An original of random weights, its plan, and what is made of them, for a while."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.options = options
+        self.original, self.baked = folder / "original", folder / "baked"
+        self.copy, self.plan_file = folder / "copy", folder / "plan.yaml"
+        shape = replace(SHAPES[options.shape_of], layers=options.layers)
+        model = random_model(shape, dtype=getattr(torch, options.dtype))
+        self.largest = max(weight.nbytes for weight in model.parameters())
+        model.save_pretrained(self.original, max_shard_size=options.shard_size)
+        statistics = made_up_statistics(identify(model, str(self.original)), WORKLOAD, seed=0)
+        self.plan, self.tensors, _ = make_plan(statistics, PRESETS[options.preset])
+        write_plan(self.plan, self.tensors, str(self.plan_file), force=False)
+
+    def apply(self) -> None:
+        """Bake the plan, without the seconds that Python takes to start."""
+        shutil.rmtree(self.baked, ignore_errors=True)
+        bake(self.plan, self.tensors, self.original, self.baked)
+
+    def copy_files(self) -> None:
+        """The system's copy of the original."""
+        shutil.rmtree(self.copy, ignore_errors=True)
+        subprocess.run(["cp", "-r", self.original, self.copy], check=True)
+
+    def peak_of_apply(self) -> int:
+        """Peak resident bytes of `yopo apply` in a process of its own."""
+        shutil.rmtree(self.baked, ignore_errors=True)
+        command = [sys.executable, "-c", APPLY, self.plan_file, self.baked, self.original]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    def apply_rows(self) -> Iterator[Row]:
+        """Time beside a copy, memory beside its bound."""
+        mine, copied, ratio = take_turns(self.apply, self.copy_files, self.options.runs)
+        yield Row("`apply` over `cp -r`, time", seconds(mine), seconds(copied), ratio, "<= 1.5")
+        if Path("/proc/self/status").is_file():
+            peak, bound = self.peak_of_apply(), 2 * self.largest + ROOM
+            name = "`apply`, peak resident memory over two of the largest tensors + 300 MB"
+            yield Row(name, size(peak), size(bound), peak / bound, "< 1")
+
+    def load_rows(self) -> Iterator[Row]:
+        """Loading beside loading."""
+        if not self.baked.is_dir():
+            self.apply()
+
+        stock = AutoModelForImageTextToText.from_pretrained
+        name = "`yopo.load` of the baked checkpoint over transformers' of the original"
+        for what, finish in (("until it returns", bool), ("until all weights are read", read)):
+            mine, beside, ratio = take_turns(
+                lambda finish=finish: finish(load(self.baked)),
+                lambda finish=finish: finish(stock(self.original, dtype="auto")),
+                self.options.runs,
+            )
+            yield Row(f"{name}, {what}", seconds(mine), seconds(beside), ratio, "<= 1.2")
+
+
+def read(model: PreTrainedModel) -> None:
+    """Touch every page of the weights: until then they are a mapped file."""
+    for weight in model.parameters():
+        weight.detach().view(-1)[::1024].sum()
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Measure the parts that are asked for."""
+    if "calibration" in options.parts:
+        yield from Calibration(options).rows()
+    if {"apply", "load"}.intersection(options.parts):
+        with tempfile.TemporaryDirectory(dir=options.folder, prefix="yopo-limits-") as folder:
+            files = Checkpoints(options, Path(folder))
+            if "apply" in options.parts:
+                yield from files.apply_rows()
+            if "load" in options.parts:
+                yield from files.load_rows()
+
+
+def seconds(value: float) -> str:
+    """Seconds for people."""
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
+
+
+def size(value: float) -> str:
+    """Bytes for people."""
+    return f"{value / 1e6:.0f} MB" if value >= 1e7 else f"{value / 1e3:.0f} kB"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the table, row by row as it is measured."""
+    options = arguments(words)
+    torch.set_num_threads(options.threads)
+    transformers_logging.disable_progress_bar()
+    prompt = f"{options.visual_tokens} visual + {options.text_tokens} text tokens"
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    print(
+        f"{options.layers} layers of {options.shape_of}, {options.batch} x ({prompt}), "
+        f"{options.dtype}, {threads}, medians of {options.runs} pairs\n\n{HEADER}",
+        flush=True,
+    )
+    for row in rows(options):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

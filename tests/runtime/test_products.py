@@ -1,0 +1,174 @@
+"""Products that gain run on the other kernel, to rounding the same; the others stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import tiny
+import torch
+from test_prefill import check_plan
+from tiny import PICTURE, Subject
+from torch import nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from yopo.runtime import products
+from yopo.runtime.install import pruned
+from yopo.runtime.products import fast_products
+
+needs_kernel = pytest.mark.skipif(
+    products._kernel() is None, reason="this torch has no oneDNN product on plain weights"
+)
+
+INPUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "2-D": lambda: torch.randn(33, 96),
+    "3-D": lambda: torch.randn(2, 33, 96),
+    "transposed": lambda: torch.randn(33, 2, 96).transpose(0, 1),
+    "every other column": lambda: torch.randn(2, 33, 192)[..., ::2],
+    "left half": lambda: torch.randn(2, 33, 192)[..., :96],
+    "expanded": lambda: torch.randn(33, 96).expand(2, 33, 96),
+}
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny weights take the other kernel too."""
+    monkeypatch.setattr(products, "MIN_WEIGHT", 1)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the weights that went to the other kernel."""
+    kernel, seen = products._kernel(), []
+
+    def spy(inputs, weight, *rest):
+        seen.append(tuple(weight.shape))
+        return kernel(inputs, weight, *rest)
+
+    monkeypatch.setattr(products, "_kernel", lambda: spy)
+    return seen
+
+
+def layers(width: int = 96, dtype: torch.dtype = torch.float32) -> nn.ModuleList:
+    return nn.ModuleList([nn.Linear(width, 40).to(dtype)])
+
+
+@needs_kernel
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("weight", ["whole", "rows"])
+@pytest.mark.parametrize("name", INPUTS)
+def test_equals_linear(
+    small: None, calls: list[tuple[int, ...]], name: str, weight: str, has_bias: bool
+) -> None:
+    torch.manual_seed(0)
+    inputs, full, bias = INPUTS[name](), torch.randn(60, 96), torch.randn(40)
+    rows = full[10:50] if weight == "rows" else full[:40].clone()
+    bias = bias if has_bias else None
+    exact = linear(inputs.double(), rows.double(), None if bias is None else bias.double())
+    usual = linear(inputs, rows, bias)
+    with fast_products(layers(), torch.randn(1, 33, 96)):
+        found = linear(inputs, rows, bias)
+    assert calls == [(40, 96)]
+    assert found.shape == usual.shape
+    rounding = (usual - exact).abs().max()
+    assert (found - exact).abs().max() <= tiny.ROUNDING_FACTOR * rounding
+
+
+@needs_kernel
+def test_only_what_gains_is_sent(calls: list[tuple[int, ...]], monkeypatch) -> None:
+    monkeypatch.setattr(products, "MIN_WEIGHT", 96 * 40)
+    weight, inputs = torch.randn(40, 96), torch.randn(1, 33, 96)
+    with fast_products(layers(), inputs):
+        linear(inputs, weight)
+        linear(input=inputs, weight=weight)  # no module calls it so
+        linear(inputs[:, :1], weight)
+        linear(inputs, weight[:39])
+        linear(inputs, torch.randn(40, 97)[:, :96])
+        linear(inputs.double(), weight.double())
+    assert calls == [(40, 96)]
+    linear(inputs, weight)
+    assert len(calls) == 1
+
+
+def autocast() -> AbstractContextManager[object]:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("around", [torch.enable_grad, FlopCounterMode, autocast])
+def test_off_where_others_look_on(small: None, around: Callable) -> None:
+    context = around(display=False) if around is FlopCounterMode else around()
+    with context:
+        assert isinstance(fast_products(layers(), torch.randn(1, 33, 96)), nullcontext)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        torch.randn(1, 1, 96),
+        torch.randn(1, 33, 96, dtype=torch.float64),
+        torch.randn(1, 33, 96, dtype=torch.bfloat16),
+        torch.empty(1, 33, 96, device="meta"),
+    ],
+    ids=["a decode step", "float64", "bfloat16", "another device"],
+)
+def test_off_for(small: None, hidden: torch.Tensor) -> None:
+    assert isinstance(fast_products(layers(dtype=hidden.dtype), hidden), nullcontext)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_off_for_small_models_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.randn(1, 33, 96)
+    assert isinstance(fast_products(layers(), hidden), nullcontext)
+    monkeypatch.setattr(products, "MIN_WEIGHT", 1)
+    assert isinstance(fast_products(nn.ModuleList(), hidden), nullcontext)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert isinstance(fast_products(layers(), hidden), nullcontext)
+
+
+def modes() -> int:
+    return torch._C._len_torch_function_stack()
+
+
+@needs_kernel
+def test_left_behind_also_after_an_exception(small: None) -> None:
+    before = modes()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        with fast_products(layers(), torch.randn(1, 33, 96)) as mode:
+            assert isinstance(mode, TorchFunctionMode) and modes() == before + 1
+            raise RuntimeError("on purpose")
+    assert modes() == before
+
+
+@needs_kernel
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "rows", [[[1, 5, 6, *PICTURE, 7, 8, 9]], [[1, 5, *PICTURE, 7], [1, *PICTURE, 3]]]
+)
+def test_any_plan_is_the_reference(
+    subject: Subject, small: None, calls: list[tuple[int, ...]], rows: list[list[int]], seed: int
+) -> None:
+    check_plan(subject, 1000 + seed, tiny.batch(rows))
+    assert calls
+
+
+@needs_kernel
+def test_a_counter_sees_every_product(mha: Subject, small: None) -> None:
+    """It does not know the other kernel, so it must not meet it."""
+    counts = []
+    for threshold in (1, 1 << 40):
+        with pytest.MonkeyPatch.context() as patch, pruned(mha.model, tiny.whole(mha)):
+            patch.setattr(products, "MIN_WEIGHT", threshold)
+            counter = FlopCounterMode(display=False)
+            with counter:
+                tiny.logits(mha.model, tiny.batch([[1, 5, *PICTURE, 7]]))
+            counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

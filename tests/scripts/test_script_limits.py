@@ -1,0 +1,55 @@
+"""``scripts/limits.py``: every row is measured, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def same_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sync", lambda: None)  # a busy disk would keep the test waiting
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def table(text: str) -> dict[str, list[str]]:
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return {cells[0]: cells[1:] for cells in lines[2:]}
+
+
+def test_every_part_is_measured(script, tiny_shape: str, tmp_path: Path, capsys) -> None:
+    small = ["--layers", "2", "--runs", "1", "--visual-tokens", "64", "--text-tokens", "9"]
+    script("limits").main(["--shape-of", tiny_shape, "--folder", str(tmp_path), *small])
+    rows = table(capsys.readouterr().out)
+    assert len(rows) == 9
+    for what, (*_, ratio, target) in rows.items():
+        assert float(ratio) > 0 and target[0] in "<>", what
+    # Two layers' matrices of 4 heads, 73 x 73 float32, against all eight layers'.
+    (shown, *_), (all_shown, *_) = (
+        cells for what, cells in rows.items() if what.startswith("`output") and "memory" in what
+    )
+    more = int(all_shown.removesuffix(" kB")) - int(shown.removesuffix(" kB"))
+    assert more == pytest.approx(6 * 4 * 73**2 * 4 / 1e3, abs=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_turns_alternate_and_the_first_pair_is_not_counted(script) -> None:
+    order = []
+    script("limits").take_turns(lambda: order.append("a"), lambda: order.append("b"), 3)
+    assert "".join(order) == "baabbaab"
+
+
+def test_calibration_is_the_same_pass_that_a_plain_forward_is(script, tiny_shape: str) -> None:
+    limits = script("limits")
+    options = limits.arguments(["--shape-of", tiny_shape, "--layers", "2"])
+    subject = limits.Calibration(options)
+    plain = subject.forward().last_hidden_state
+    shown = subject.show_attention()
+    subject.calibrate()
+    assert [tuple(each.shape) for each in shown] == [(1, 4, 640, 640)] * 2
+    assert torch.equal(subject.forward().last_hidden_state, plain)  # nothing stayed switched on
