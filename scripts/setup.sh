@@ -15,7 +15,7 @@ if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.yopo-setup 2>/dev/null)" != "$wa
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     # torch first and exact: a looser request would fetch gigabytes of another build.
     .venv/bin/python -m pip install --quiet "$(grep '^torch==' scripts/constraints.txt)" >&2
-    .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[test]' >&2
+    .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[test,pictures]' >&2
     echo "$wanted" > .venv/.yopo-setup
 fi
 export PATH="$root/.venv/bin:$PATH"
