@@ -59,7 +59,7 @@ ROOM = 300e6
 APPLY = """
 import sys
 from yopo.workflow import apply_plan
-apply_plan(sys.argv[1], sys.argv[2], model_name=sys.argv[3])
+apply_plan(sys.argv[1], output=sys.argv[2], model_name=sys.argv[3])
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM"):
         print(1024 * int(line.split()[1]))

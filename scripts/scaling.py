@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from yopo.evaluation.bench_result import DENSE, PRUNED
+
 COUNTS = (64, 144, 256, 576, 1024, 2304, 4096)
 COLORS = {"dense": "#57606a", "yopo-25": "#0969da", "yopo-12": "#8250df", "reader-12": "#bc4c00"}
 INK, PAPER, GRID = "#1f2328", "#ffffff", "#d8dee4"
@@ -78,10 +80,10 @@ def measure(options: argparse.Namespace) -> Points:
         for name, plan in plans.items():
             plan = with_prompt(plan, visual=visual, text=options.text_tokens)
             used = sampled_layers(plan, options.layers)
-            few, _ = fitted(with_layers(plan, used), None, used)
+            few, tensors = fitted(with_layers(plan, used), None, used)
             model = model or random_model(shape)  # one for all: time depends on its shape alone
             prompt = made_up_prompt(model, few, 1)
-            subjects[name] = Bench(model, few, None, prompt, grids_of(few))
+            subjects[name] = Bench(model, few, tensors, prompt, grids_of(few))
         times = take_turns(subjects, options.runs)
         flops = {name: prefill_flops(each.plan) for name, each in subjects.items()}
         flops["dense"] = dense_prefill_flops(shape, few.workload)
@@ -104,9 +106,9 @@ def take_turns(subjects: dict[str, Any], runs: int) -> dict[str, list[float]]:
     One round in front is not counted; the order turns around from round to round.
     """
     some = next(iter(subjects.values()))
-    calls = {"dense": lambda: some.measure(False, 0).prefill}
+    calls = {"dense": lambda: some.measure(DENSE, 0).prefill}
     for name, subject in subjects.items():
-        calls[name] = lambda subject=subject: subject.measure(True, 0).prefill
+        calls[name] = lambda subject=subject: subject.measure(PRUNED, 0).prefill
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(-1, runs):
         for name in list(calls) if number % 2 else reversed(list(calls)):
