@@ -139,7 +139,9 @@ def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
             raise _Entered
 
     def at_layer(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs.pop("hidden_states"))
+        kwargs = dict(kwargs)  # the layer's own call must not lose anything
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        states.extend([] if states else [hidden])
         layers.append(kwargs)
 
     handles = [decoder.register_forward_pre_hook(at_decoder, with_kwargs=True)]
