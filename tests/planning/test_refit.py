@@ -120,6 +120,26 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> list[PrunedBatch]:
     return seen
 
 
+@pytest.mark.parametrize("where", ["middle", "behind"])
+def test_a_fit_makes_up_for_the_layers_in_front(
+    specimen: Specimen, batches: list[Batch], carried: list[PrunedBatch], where: str
+) -> None:
+    """Least squares with a bias bring the mean of visual states to the dense one, whatever error
+    the layers in front made: the target starts from the pruned states."""
+    shape = specimen.identity.shape
+    total, heads = shape.layers, tuple(range(shape.heads))
+    spoiled = LayerPlan(heads, False, None, 0)
+    mended = LayerPlan(heads, heads[1:], None, 0)
+    if where == "behind":
+        mended = LayerPlan(heads, False, None, shape.ffn // 3)
+    plan = plan_of(specimen, *(spoiled,) * (total - 1), mended)
+    refit.refit(specimen.model, batches, plan, orders(shape))
+    found = torch.cat([each.real(each.visual) for each in carried])
+    dense = torch.cat(dense_ends(specimen, batches, where))
+    torch.testing.assert_close(found.mean(dim=0), dense.mean(dim=0), rtol=1e-3, atol=1e-3)
+    assert (found - dense).abs().max() > 0.1  # the mean is all that is exact
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_fit_sees_what_the_runtime_computes(
     specimen: Specimen,
@@ -178,12 +198,14 @@ def test_a_refit_brings_visual_states_nearer(
     assert errors[1] < 0.7 * errors[0] and errors[2] < errors[1], errors
 
 
-def dense_ends(specimen: Specimen, batches: list[Batch]) -> list[torch.Tensor]:
-    """Visual states of the dense model behind its last layer."""
+def dense_ends(
+    specimen: Specimen, batches: list[Batch], where: str = "behind"
+) -> list[torch.Tensor]:
+    """Visual states of the dense model in or behind its last layer."""
     walk = refit.DenseWalk(specimen.model, batches)
     for number in range(specimen.identity.shape.layers):
-        behind = [each.behind for each in walk.step(number)]
-    return behind
+        states = [getattr(each, where) for each in walk.step(number)]
+    return states
 
 
 def unfitted_error(
