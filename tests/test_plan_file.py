@@ -107,6 +107,31 @@ def test_the_same_plan_gives_the_same_bytes() -> None:
     assert len(texts) == 1
 
 
+def test_fits_and_attending_heads_are_written_where_a_layer_has_them() -> None:
+    layers = (
+        LayerPlan((0, 1, 4), (1, 4), 2, 20, rank=7, linear=3),
+        LayerPlan((0, 1), True, None, 50),
+        LayerPlan((3,), False, None, 0, linear=2),
+    )
+    plan = replace(some_plan(random.Random(5)), layers=layers, compensation="refit")
+    text = to_yaml(plan)
+    assert "attend: [1, 4]" in text and text.count("attend: true") == 1
+    assert text.count("attend: false") == 1
+    assert text.count("rank: ") == text.count("linear: ") == 2
+    assert "rank: 7" in text and "rank: null" in text
+    assert parse_plan("plan.yaml", text).layers == layers
+    plain = replace(plan, layers=(layers[1],) * 3)
+    assert "rank" not in to_yaml(plain) and "linear" not in to_yaml(plain)
+
+
+def test_attending_heads_may_be_a_list_or_a_switch() -> None:
+    listed = parse_plan("plan.yaml", GOOD.replace("attend: true", "attend: [5]"))
+    assert listed.layers[0].attend == (5,)
+    assert parse_plan("plan.yaml", GOOD).layers[0].attend == (0, 5)
+    nobody = parse_plan("plan.yaml", GOOD.replace("attend: true", "attend: []"))
+    assert nobody.layers[0].attend == ()
+
+
 def test_numbers_for_people_are_short() -> None:
     rho = ((1 / 3,) * SHAPE.heads,) * SHAPE.layers
     thirds = Measured(rho, (2 / 3,) * 3, (1 / 3,) * 3, (1,) * 3)
@@ -214,6 +239,39 @@ def test_mistakes_name_line_and_key(name: str) -> None:
     assert f"plan.yaml:{message}" in str(caught.value)
     if remedy:
         assert remedy in caught.value.remedy
+
+
+FITTED = GOOD.replace("layers:\n", "compensation: refit\nlayers:\n")
+
+FITTED_MISTAKES = {
+    "a head that does not read": ("attend: true", "attend: [1]", "layers[0].attend must name hea"),
+    "a head twice": ("attend: true", "attend: [5, 5]", "layers[0].attend must be ascending"),
+    "a head that is text": ("attend: true", "attend: [x]", "layers[0].attend[0] must be a whole"),
+    "a rank of nothing": ("neurons: 7", "neurons: 7\n  rank: 0", "layers[0].rank must lie betwe"),
+    "a rank too wide": ("neurons: 7", "neurons: 7\n  rank: 61", "layers[0].rank must lie between"),
+    "a rank nobody reads": ("neurons: 0", "neurons: 0, rank: 3", "layers[2].rank must lie betwe"),
+    "a rank of text": ("neurons: 7", "neurons: 7\n  rank: x", "layers[0].rank must be a whole"),
+    "a negative map": ("neurons: 7", "neurons: 7\n  linear: -1", "layers[0].linear must lie betw"),
+    "a map too wide": ("neurons: 7", "neurons: 7\n  linear: 61", "layers[0].linear must lie betw"),
+    "a map beside all": ("neurons: 50", "neurons: 50, linear: 2", "layers[1].linear must be 0 whe"),
+}
+
+
+@pytest.mark.parametrize("name", FITTED_MISTAKES)
+def test_mistakes_in_fits_name_line_and_key(name: str) -> None:
+    old, new, message = FITTED_MISTAKES[name]
+    assert parse_plan("plan.yaml", FITTED).compensation == "refit" and old in FITTED
+    with pytest.raises(PlanError, match=rf"plan.yaml:\d+: {re.escape(message)}"):
+        parse_plan("plan.yaml", FITTED.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("key", ["rank", "linear"])
+def test_fits_need_the_compensation_that_makes_them(key: str) -> None:
+    text = FITTED.replace("neurons: 7", f"neurons: 7\n  {key}: 3")
+    parse_plan("plan.yaml", text)
+    for other in ("none", "mean"):
+        with pytest.raises(PlanError, match=rf"layers\[0\].{key} needs 'compensation: refit'"):
+            parse_plan("plan.yaml", text.replace("refit", other))
 
 
 @pytest.mark.parametrize(

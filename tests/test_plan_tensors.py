@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from yopo.errors import OutputError, PlanError
-from yopo.plan import ModelIdentity, ModelShape, Plan, TensorsFile
+from yopo.plan import LayerPlan, ModelIdentity, ModelShape, Plan, TensorsFile
 from yopo.plan_file import read_plan, to_yaml
 from yopo.plan_tensors import (
     PlanTensors,
@@ -234,3 +234,94 @@ def test_a_side_file_that_does_not_fit_is_refused(
     save_file(stored, tmp_path / "odd.safetensors")
     with pytest.raises(PlanError, match=f"odd.safetensors: {message}"):
         read_plan_with_tensors(rename_in(plan, tmp_path))
+
+
+@pytest.fixture
+def fitted() -> tuple[Plan, PlanTensors]:
+    """A plan with bottlenecks, maps and subsets of attending heads, and its fitted weights."""
+    layers = (
+        LayerPlan((0, 1, 4), (1, 4), 2, 20, rank=7, linear=3),
+        LayerPlan(tuple(range(6)), True, None, 50),  # nothing is fitted here
+        LayerPlan((3,), False, None, 0, linear=2),
+    )
+    plan = tiny.random_plan(
+        IDENTITY, random.Random(2), layers=layers, compensation="refit", baked=False
+    )
+    return plan, tiny.random_tensors(plan, 1)
+
+
+def assert_same_refit(one: PlanTensors, other: PlanTensors) -> None:
+    mine, yours = ({k: v for k, v in each.refit.items() if v} for each in (one, other))
+    assert list(mine) == list(yours) == [0, 2]
+    for index, weights in mine.items():
+        assert weights.keys() == yours[index].keys()
+        for name, weight in weights.items():
+            assert weight.dtype == yours[index][name].dtype, name
+            assert torch.equal(weight, yours[index][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fitted_weights_round_trip(
+    fitted: tuple[Plan, PlanTensors], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    plan, tensors = fitted
+    weights = {
+        index: {name: each.to(dtype) for name, each in layer.items()}
+        for index, layer in tensors.refit.items()
+    }
+    tensors = replace(tensors, refit=weights)
+    again = PlanTensors.from_bytes(tensors.to_bytes())
+    assert_same(again, tensors)
+    assert_same_refit(again, tensors)
+    assert again.to_bytes() == tensors.to_bytes()
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    read, found = read_plan_with_tensors(tmp_path / "plan.yaml")
+    assert read.layers == plan.layers
+    assert_same_refit(found, tensors)
+
+
+def test_a_plan_takes_the_tensors_of_its_own_compensation(
+    fitted: tuple[Plan, PlanTensors], plan: Plan, tensors: PlanTensors
+) -> None:
+    refit_plan, weights = fitted
+    both = replace(tensors, refit=weights.refit)
+    assert both.for_plan(refit_plan).refit is weights.refit
+    assert both.for_plan(refit_plan).neuron_mean is None
+    assert both.for_plan(plan).refit == {} and both.for_plan(plan).neuron_mean is not None
+
+
+SPOILED = {
+    "layer 0's fitted 'down' has shape None, expected (60, 20)": (0, "down", None),
+    "layer 0's fitted 'reduce' has shape (7, 59), expected (7, 60)": (0, "reduce", (7, 59)),
+    "layer 0's fitted 'key' has shape (16, 7), expected (32, 7)": (0, "key", (16, 7)),
+    "layer 0's fitted 'output' has shape (60, 48), expected (60, 32)": (0, "output", (60, 48)),
+    "layer 1's fitted 'down' has shape (60, 50), expected None": (1, "down", (60, 50)),
+    "layer 2's fitted 'map_out' has shape (60, 3), expected (60, 2)": (2, "map_out", (60, 3)),
+}
+
+
+@pytest.mark.parametrize("message", SPOILED)
+def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
+    fitted: tuple[Plan, PlanTensors], tmp_path: Path, message: str
+) -> None:
+    plan, tensors = fitted
+    index, name, size = SPOILED[message]
+    layers = {number: dict(weights) for number, weights in tensors.refit.items()}
+    layers[index].pop(name, None)
+    if size is not None:
+        layers[index][name] = torch.zeros(size)
+    wrong = replace(tensors, refit=layers)
+    write_plan(plan, wrong, str(tmp_path / "plan.yaml"), force=False)
+    with pytest.raises(PlanError) as caught:
+        read_plan_with_tensors(tmp_path / "plan.yaml")
+    assert f"plan.safetensors: {message}" in str(caught.value)
+    assert "calibrate again" in caught.value.remedy
+
+
+def test_a_refit_plan_without_any_weight_is_refused(
+    fitted: tuple[Plan, PlanTensors], tmp_path: Path
+) -> None:
+    plan, tensors = fitted
+    write_plan(plan, replace(tensors, refit={}), str(tmp_path / "plan.yaml"), force=False)
+    with pytest.raises(PlanError, match="layer 0's fitted '.*' has shape None"):
+        read_plan_with_tensors(tmp_path / "plan.yaml")

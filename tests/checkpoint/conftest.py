@@ -20,8 +20,17 @@ from yopo import console
 from yopo.families.family import shape_of
 from yopo.families.fingerprint import fingerprint_of_decoder
 from yopo.grid import Grid
-from yopo.plan import Budget, LayerPlan, Measured, ModelIdentity, Plan, TensorsFile, Workload
-from yopo.plan_tensors import PlanTensors
+from yopo.plan import (
+    Budget,
+    LayerPlan,
+    Measured,
+    ModelIdentity,
+    ModelShape,
+    Plan,
+    TensorsFile,
+    Workload,
+)
+from yopo.plan_tensors import PlanTensors, refit_sizes
 
 IMAGE_TOKEN = 63
 LAYERS = 3
@@ -78,6 +87,19 @@ def build_model(kind: str) -> LlavaForConditionalGeneration:
             if parameter.dim() == 2 or name.endswith(".bias"):
                 parameter.normal_(std=0.3)
     return model
+
+
+def random_refit(
+    layers: tuple[LayerPlan, ...], shape: ModelShape, generator: torch.Generator
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Fitted weights of the right sizes, any two rows and columns of which differ."""
+    return {
+        index: {
+            name: torch.randn(size, generator=generator)
+            for name, size in refit_sizes(layer, shape).items()
+        }
+        for index, layer in enumerate(layers)
+    }
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -137,6 +159,12 @@ def make_plan() -> Callable[..., tuple[Plan, PlanTensors]]:
             LayerPlan((1, 3), attend=True, radius=1, neurons=20),
             LayerPlan((2,), attend=False, radius=None, neurons=7),
         )
+        if compensation == "refit":  # heads that read but do not attend stand among the others
+            layers = (
+                LayerPlan((0, 1, 2, 3), (1, 2), None, shape.ffn, rank=9),
+                LayerPlan((0, 1, 3), (0, 3), 1, 20, rank=5, linear=3),
+                LayerPlan((2,), (2,), None, 0, linear=4),
+            )
         order = torch.stack(
             [torch.randperm(shape.ffn, generator=generator) for _ in range(shape.layers)]
         )
@@ -149,6 +177,8 @@ def make_plan() -> Callable[..., tuple[Plan, PlanTensors]]:
                     shape.layers, shape.heads, shape.head_dim, generator=generator
                 ),
             )
+        if compensation == "refit":
+            tensors = PlanTensors(neuron_order=order, refit=random_refit(layers, shape, generator))
         fingerprint = fingerprint_of_decoder(model.get_decoder())
         plan = Plan(
             model=ModelIdentity("llava-1.5-7b", "llava", shape, fingerprint),

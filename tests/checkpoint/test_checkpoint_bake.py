@@ -18,15 +18,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+import yopo
 from yopo.checkpoint import shards
 from yopo.checkpoint.bake import bake
 from yopo.checkpoint.order import order_layers
 from yopo.checkpoint.reader import Checkpoint, fingerprint
+from yopo.checkpoint.writer import format_bytes
 from yopo.errors import CheckpointError, ModelError, OutputError, PlanError
 from yopo.families.fingerprint import fingerprint_of_decoder
 from yopo.plan import LayerPlan
 from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
+from yopo.runtime.install import pruned
 from yopo.serving import PrunedForConditionalGeneration
+
+IMAGE_TOKEN = 63
 
 CASES = [
     (kind, hub, sharded)
@@ -77,11 +82,13 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*.*")}
 
 
+@pytest.mark.parametrize("compensation", ["none", "refit"])
 @pytest.mark.parametrize(("kind", "hub_layout", "sharded"), CASES)
 def test_stock_transformers_loads_the_original_function(
-    baked, inputs, kind, hub_layout, sharded
+    baked, inputs, kind, hub_layout, sharded, compensation
 ) -> None:
-    source, _, _, report = baked(kind, hub_layout=hub_layout, sharded=sharded)
+    layout = {"hub_layout": hub_layout, "sharded": sharded}
+    source, _, _, report = baked(kind, compensation=compensation, **layout)
     original, reordered = load(source.path), load(report.output)
     before, after = logits(original, inputs), logits(reordered, inputs)
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
@@ -211,6 +218,35 @@ def test_means_travel_in_a_side_file(baked) -> None:
     load(report.output)  # stock transformers does not see it
 
 
+@pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
+@pytest.mark.parametrize("compensation", ["none", "mean", "refit"])
+def test_baked_and_loaded_is_the_pruned_model_in_memory(baked, inputs, kind, compensation) -> None:
+    source, plan, tensors, report = baked(kind, compensation=compensation)
+    found_plan, found_tensors = read_plan_with_tensors(report.output / "yopo_plan.yaml")
+    original, reordered = load(source.path), load(report.output)
+    with pruned(original, plan, tensors, check=False):
+        expected = logits(original, inputs)
+    with pruned(reordered, found_plan, found_tensors, check=False):
+        found = logits(reordered, inputs)
+    text = inputs["input_ids"] != IMAGE_TOKEN
+    torch.testing.assert_close(found[text], expected[text], rtol=1e-10, atol=1e-9)
+    assert (expected - logits(original, inputs))[text].abs().max() > 1e-2  # pruning does something
+    with_yopo = yopo.load(str(report.output))
+    usual = with_yopo(**inputs).logits[text].double()
+    torch.testing.assert_close(usual, expected[text], rtol=1e-3, atol=1e-3)
+
+
+def test_fitted_weights_travel_in_a_side_file(baked) -> None:
+    _, _, tensors, report = baked("gqa", compensation="refit")
+    found, own = read_plan_with_tensors(report.output / "yopo_plan.yaml")
+    assert found.tensors.file == "yopo.safetensors" and own.neuron_order is None
+    assert {index: set(weights) for index, weights in own.refit.items()} == {
+        index: set(weights) for index, weights in tensors.refit.items()
+    }
+    assert torch.equal(own.refit[1]["map_in"], tensors.refit[1]["map_in"])
+    load(report.output)  # stock transformers does not see it
+
+
 def test_companions(baked) -> None:
     source, _, _, report = baked()
     found = {path.name for path in report.output.iterdir()}
@@ -239,6 +275,22 @@ def test_model_card(baked) -> None:
     assert str(report.output.parent) not in card
 
 
+@pytest.mark.parametrize("compensation", ["mean", "refit"])
+def test_model_card_of_a_compensated_plan(baked, compensation) -> None:
+    _, _, _, report = baked(compensation=compensation)
+    card = (report.output / "README.md").read_text()
+    size = format_bytes((report.output / "yopo.safetensors").stat().st_size)
+    words = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
+    assert f"Compensation: {words[compensation]} ({size} in `yopo.safetensors`)." in card
+    rows = [line for line in card.splitlines() if line.startswith("| layers |")]
+    assert ("bottleneck" in rows[0]) == ("rank of the linear map" in rows[0])
+    assert ("bottleneck" in rows[0]) == (compensation == "refit")
+    if compensation == "refit":
+        assert "| 0 | 4 | in 2 heads | everything | 44 | 9 | - |" in card
+        assert "| 1 | 3 | in 2 heads | radius 1 | 20 | 5 | 3 |" in card
+        assert "| 2 | 1 | yes | everything | 0 | - | 4 |" in card
+
+
 def test_no_license_is_invented(saved, make_plan, tmp_path) -> None:
     plan, tensors = make_plan(saved().model)
     source = tmp_path / "source"
@@ -252,16 +304,20 @@ def test_no_license_is_invented(saved, make_plan, tmp_path) -> None:
     assert "license" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_same_input_gives_the_same_bytes(saved, make_plan, tmp_path) -> None:
-    plan, tensors = make_plan(saved().model, compensation="mean")
+@pytest.mark.parametrize("compensation", ["mean", "refit"])
+def test_the_same_input_gives_the_same_bytes(saved, make_plan, tmp_path, compensation) -> None:
+    plan, tensors = make_plan(saved().model, compensation=compensation)
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
         bake(plan, tensors, saved().path, folder / "model")
     assert contents(tmp_path / "a" / "model") == contents(tmp_path / "b" / "model")
 
 
-def test_a_baked_checkpoint_can_be_baked_again(baked, make_plan, inputs, tmp_path) -> None:
-    source, _, _, first = baked("gqa", compensation="mean")
+@pytest.mark.parametrize("compensation", ["mean", "refit"])
+def test_a_baked_checkpoint_can_be_baked_again(
+    baked, make_plan, inputs, tmp_path, compensation
+) -> None:
+    source, _, _, first = baked("gqa", compensation=compensation)
     plan, tensors = make_plan(load(first.output, torch.float32))
     second = bake(plan, tensors, first.output, tmp_path / "again")
     before, after = logits(load(source.path), inputs), logits(load(second.output), inputs)
@@ -377,7 +433,28 @@ def test_refuses_a_plan_without_its_neuron_order(refused) -> None:
 
 
 def test_refuses_compensation_without_means(refused) -> None:
-    refused(PlanError, "its means are missing", lambda p, t: (replace(p, compensation="mean"), t))
+    refused(PlanError, "lacks the means", lambda p, t: (replace(p, compensation="mean"), t))
+
+
+def test_refuses_fitted_weights_that_are_missing_or_another_plans(refused, make_plan) -> None:
+    refused(
+        PlanError,
+        "layer 0's fitted 'output' has shape None",
+        lambda plan, t: (_refitted(plan), t),
+    )
+
+    def other(plan, tensors):
+        plan = _refitted(plan)
+        weights = {"output": torch.zeros(1, 2), "output_bias": torch.zeros(32)}
+        return plan, replace(tensors, refit={0: weights})
+
+    refused(PlanError, r"fitted 'output' has shape \(1, 2\), expected \(32, 16\)", other)
+
+
+def _refitted(plan):
+    """The plan with two of four heads attending in its first layer."""
+    first = replace(plan.layers[0], attend=(1, 2))
+    return replace(plan.with_layers((first, *plan.layers[1:])), compensation="refit")
 
 
 def test_refuses_another_checkpoint_and_names_both(refused) -> None:

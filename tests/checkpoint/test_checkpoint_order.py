@@ -10,6 +10,7 @@ import torch
 from yopo.checkpoint.order import baked_plan, baked_tensors, order_heads, order_layers
 from yopo.plan import LayerPlan, ModelShape, TensorsFile
 from yopo.plan_file import parse_plan, to_yaml
+from yopo.plan_tensors import check_tensors
 
 MHA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=6, head_dim=2, ffn=4)
 GQA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=2, head_dim=2, ffn=4)
@@ -43,27 +44,36 @@ def test_gqa_keeps_groups_whole(kept, heads, kv_heads) -> None:
     assert order_heads(keep(*kept), GQA, activity) == (heads, kv_heads)
 
 
+@pytest.mark.parametrize("compensation", ["mean", "refit"])
 @pytest.mark.parametrize("kind", ["mha", "gqa"])
-def test_baked_plan_keeps_the_same_heads_under_new_names(kind, saved, make_plan) -> None:
-    plan, tensors = make_plan(saved(kind).model, compensation="mean")
+def test_baked_plan_keeps_the_same_heads_under_new_names(
+    kind, compensation, saved, make_plan
+) -> None:
+    plan, tensors = make_plan(saved(kind).model, compensation=compensation)
     orders = order_layers(plan, tensors)
     baked = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab"), "new fingerprint")
     for old, new, order in zip(plan.layers, baked.layers, orders, strict=True):
         assert {order.head_order[head] for head in new.heads} == set(old.heads)
+        assert {order.head_order[head] for head in new.attend} == set(old.attend)
         assert len(new.kept_kv(plan.model.shape)) == len(old.kept_kv(plan.model.shape))
-        assert (new.attend, new.radius, new.neurons) == (old.attend, old.radius, old.neurons)
+        assert (new.radius, new.neurons) == (old.radius, old.neurons)
+        assert (new.rank, new.linear) == (old.rank, old.linear)
         if kind == "mha":
             assert new.heads == tuple(range(len(old.heads)))
+            assert new.attend == tuple(range(len(old.attend)))
     assert baked.baked and baked.model.fingerprint == "new fingerprint"
     assert baked.provenance == {**plan.provenance, "baked_from": plan.model.fingerprint}
-    assert baked.measured.rho[0] == tuple(sorted(plan.measured.rho[0], reverse=True))
+    rho = [plan.measured.rho[0][old] for old in orders[0].head_order]
+    assert baked.measured.rho[0] == tuple(rho)
+    if compensation == "mean":  # all heads of this layer attend, so activity alone decides
+        assert rho == sorted(rho, reverse=True)
     assert parse_plan("again", to_yaml(baked)).layers == baked.layers
 
 
 def test_baked_tensors_follow_the_order(saved, make_plan) -> None:
     plan, tensors = make_plan(saved().model, compensation="mean")
     orders = order_layers(plan, tensors)
-    baked = baked_tensors(tensors, orders)
+    baked = baked_tensors(plan, tensors, orders)
     assert baked.neuron_order is None
     for layer, order in enumerate(orders):
         assert torch.equal(order.neuron_order, tensors.neuron_order[layer])
@@ -71,6 +81,44 @@ def test_baked_tensors_follow_the_order(saved, make_plan) -> None:
             assert baked.neuron_mean[layer, new] == tensors.neuron_mean[layer, old]
         for new, old in enumerate(order.head_order):
             assert torch.equal(baked.head_mean[layer, new], tensors.head_mean[layer, old])
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa"])
+def test_fitted_weights_follow_the_heads(kind, saved, make_plan) -> None:
+    plan, tensors = make_plan(saved(kind).model, compensation="refit")
+    orders = order_layers(plan, tensors)
+    baked = baked_tensors(plan, tensors, orders)
+    renamed = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab"), "new")
+    assert baked.neuron_order is None
+    check_tensors(renamed, baked, "The baked plan")
+    shape, moved = plan.model.shape, 0
+    for index, (old, new, order) in enumerate(
+        zip(plan.layers, renamed.layers, orders, strict=True)
+    ):
+        before, after = tensors.refit[index], baked.refit[index]
+        assert before.keys() == after.keys()
+        kv_pairs = (new.kept_kv(shape), old.kept_kv(shape), order.kv_order)
+        pairs = {"query": (new.attend, old.attend, order.head_order)}
+        pairs |= {"key": kv_pairs, "value": kv_pairs, "output": pairs["query"]}
+        for name in before:
+            kind_of = name.removesuffix("_bias")
+            if kind_of not in pairs or name == "output_bias":
+                assert torch.equal(after[name], before[name]), name
+                continue
+            found, expected = (
+                (each[name].T if name == "output" else each[name]).split(shape.head_dim)
+                for each in (after, before)
+            )
+            now, then, was = pairs[kind_of]
+            for place, head in enumerate(now):
+                assert torch.equal(found[place], expected[then.index(was[head])]), name
+            moved += not torch.equal(after[name], before[name])
+    assert moved > 2
+
+
+def test_plans_without_compensation_bake_no_tensors(saved, make_plan) -> None:
+    plan, tensors = make_plan(saved().model)
+    assert baked_tensors(plan, tensors, order_layers(plan, tensors)) is None
 
 
 def test_no_tensors_leave_the_neurons_alone(saved, make_plan) -> None:

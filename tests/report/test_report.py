@@ -28,7 +28,7 @@ from yopo.report.heatmap import DROPPED, KEPT, Heatmap
 from yopo.report.json import plan_document
 from yopo.report.profile import LEVELS, Profile, pooled, sparkline
 from yopo.report.summary import plan_report
-from yopo.report.tables import bar, candidate_table, runs, savings_table
+from yopo.report.tables import LayerTable, bar, candidate_table, runs, savings_table
 
 GONE = LayerPlan((), attend=False, radius=None, neurons=0)
 
@@ -95,6 +95,69 @@ def test_equal_layers_are_one_row() -> None:
     assert found == [(0, 0), (1, 1), (2, 2), (3, 7)]
     row = next(line for line in text_of(plan_report(plan)) if line.lstrip().startswith("3-7"))
     assert row.split() == ["3-7"] + ["-"] * 5
+
+
+def make_fitted(layers: int = 8, heads: int = 8, **kinds: int) -> Plan:
+    """A refit plan: subsets of attending heads, bottlenecks and maps."""
+    plan = make_plan(layers, heads, **kinds)
+    every = tuple(range(heads))
+    first = (
+        LayerPlan(every, every[::2], None, 88, rank=12, linear=4),
+        LayerPlan(every[::2], every[2::2], 2, 88, rank=64),
+        LayerPlan(every[::2], True, 2, 88, rank=64),
+        LayerPlan(every[:1], False, None, 0, linear=16),
+    )
+    return replace(plan, layers=(*first, *(GONE,) * (layers - 4)), compensation="refit")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize(("layers", "heads"), [(8, 8), (40, 40), (64, 128)])
+def test_a_fitted_plan_fits_the_width(width: int, layers: int, heads: int) -> None:
+    lines = text_of(plan_report(make_fitted(layers, heads)), width)
+    assert max(map(len, lines)) <= width and "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_fitted_layer_rows(width: int) -> None:
+    lines = text_of(LayerTable(make_fitted()), width)
+    assert lines[1].split() == "layer heads /8 attends neurons /352 rank map FLOPs KV".split()
+    rows = [line.split() for line in lines[2:]]
+    assert rows[0][:7] == ["0", "8", "in", "4", "88", "12", "4"]
+    assert rows[1][:8] == ["1", "4", "in", "3,", "radius", "2", "88", "64"] and rows[1][8] == "-"
+    assert rows[2][:7] == ["2", "4", "radius", "2", "88", "64", "-"]
+    assert rows[3][:6] == ["3", "1", "-", "-", "-", "16"]
+    assert rows[4] == ["4-7"] + ["-"] * 7
+    assert any(glyph in "".join(lines) for glyph in "▏▎▍▌▋▊▉") == (width == 120)
+
+
+def test_only_the_columns_of_what_a_plan_has() -> None:
+    head = text_of(LayerTable(make_plan()))[1]
+    assert "rank" not in head and "map" not in head
+    fitted = make_fitted()
+    straight = replace(fitted, layers=tuple(replace(each, rank=None) for each in fitted.layers))
+    head = text_of(LayerTable(straight))[1]
+    assert "rank" not in head and "map" in head
+
+
+@pytest.mark.parametrize("change", [{"attend": (0,)}, {"rank": 3}, {"linear": 3}])
+def test_layers_that_differ_in_a_fit_alone_are_two_rows(change: dict[str, object]) -> None:
+    layer = LayerPlan((0, 1, 2), (1,), None, 5, rank=2, linear=2)
+    found = [span for *span, _ in runs((layer, layer, replace(layer, **change)))]
+    assert found == [[0, 1], [2, 2]]
+
+
+def test_json_holds_the_fits() -> None:
+    plan = make_fitted()
+    document = json.loads(json.dumps(plan_document(plan)))
+    first, _, third, last = document["layers"][:4]
+    assert document["compensation"] == "refit"
+    assert (first["rank"], first["linear"], first["attend"]) == (12, 4, [0, 2, 4, 6])
+    assert (third["rank"], third["linear"], third["attend"]) == (64, 0, [0, 2, 4, 6])
+    assert (last["rank"], last["linear"], last["attend"]) == (None, 16, [])
+    assert (
+        sum(layer["visual_flops"] for layer in document["layers"])
+        == (document["visual_flops"]["pruned"])
+    )
 
 
 def test_layer_rows() -> None:

@@ -244,7 +244,9 @@ def _write_plans(
 def _write_documents(
     plan: Plan, checkpoint: Checkpoint, folder: Path, name: str, copies: Mapping[str, Path]
 ) -> None:
-    card = model_card(plan, name, original_card=copies.get(ORIGINAL_CARD_FILE))
+    size = 0 if plan.tensors is None else (folder / TENSORS_FILE).stat().st_size
+    original = copies.get(ORIGINAL_CARD_FILE)
+    card = model_card(plan, name, original_card=original, tensors_bytes=size)
     (folder / CODE_FILE).write_text(MODELING_CODE, encoding="utf-8")
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     # Last: without it the directory is no checkpoint, whatever happens before the rename.

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 import yopo
-from yopo.checkpoint.companions import ORIGINAL_CARD_FILE, PLAN_FILE
+from yopo.checkpoint.companions import ORIGINAL_CARD_FILE, PLAN_FILE, TENSORS_FILE
 from yopo.checkpoint.writer import format_bytes
 from yopo.families.registry import ALIASES
 from yopo.flops import (
@@ -26,19 +26,20 @@ from yopo.plan import LayerPlan, Plan
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
 
 
-def model_card(plan: Plan, name: str, *, original_card: Path | None) -> str:
+def model_card(plan: Plan, name: str, *, original_card: Path | None, tensors_bytes: int = 0) -> str:
     """Write the model card of a baked checkpoint.
 
     Args:
         plan: The baked plan.
         name: The directory's own name.
         original_card: The source's README.md, whose license entries are carried over, or None.
+        tensors_bytes: Size of the side file with means or fitted weights; 0: there is none.
     """
     sections = (
         _front_matter(plan, original_card),
         _introduction(plan, name, has_original_card=original_card is not None),
         _savings(plan),
-        _layers(plan),
+        _layers(plan, tensors_bytes),
         _loading(name),
         _provenance(plan),
     )
@@ -118,30 +119,51 @@ def _flops(count: int) -> str:
     return str(count)
 
 
-def _layers(plan: Plan) -> str:
+def _layers(plan: Plan, tensors_bytes: int) -> str:
     shape = plan.model.shape
+    fitted = [each for each in _FITTED if any(getattr(layer, each[0]) for layer in plan.layers)]
+    titles = "".join(f" {title} |" for _, title in fitted)
     lines = [
         "## What visual tokens still do",
         "",
         f"| layers | read by heads (of {shape.heads}) | attend | neighborhood "
-        f"| FFN neurons (of {shape.ffn}) |",
-        "|---|---:|---|---|---:|",
+        f"| FFN neurons (of {shape.ffn}) |{titles}",
+        "|---|---:|---|---|---:|" + "---:|" * len(fitted),
     ]
     for first, last, layer in _runs(plan.layers):
         label = f"{first}" if first == last else f"{first} to {last}"
         radius = "everything" if layer.radius is None else f"radius {layer.radius}"
-        attend, reach = ("yes", radius) if layer.attend else ("no", "-")
-        lines.append(f"| {label} | {len(layer.heads)} | {attend} | {reach} | {layer.neurons} |")
-    compensation = " Compensation: means." if plan.compensation == "mean" else ""
+        attend, reach = (_attend(layer), radius) if layer.attend else ("no", "-")
+        more = "".join(f" {getattr(layer, name) or '-'} |" for name, _ in fitted)
+        row = f"| {label} | {len(layer.heads)} | {attend} | {reach} | {layer.neurons} |{more}"
+        lines.append(row)
     direction = "both directions" if plan.bidirectional else "causal"
+    compensation = _compensation(plan, tensors_bytes)
     lines += ["", f"Attention among visual tokens: {direction}.{compensation}", ""]
     return "\n".join(lines)
+
+
+_FITTED = (("rank", "bottleneck of queries, keys, values"), ("linear", "rank of the linear map"))
+"""Fields of a layer plan that only some plans have, and their columns."""
+
+
+def _attend(layer: LayerPlan) -> str:
+    return "yes" if layer.attend == layer.heads else f"in {len(layer.attend)} heads"
+
+
+def _compensation(plan: Plan, tensors_bytes: int) -> str:
+    kinds = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
+    if plan.compensation not in kinds or not tensors_bytes:
+        return ""
+    kind = kinds[plan.compensation]
+    return f" Compensation: {kind} ({format_bytes(tensors_bytes)} in `{TENSORS_FILE}`)."
 
 
 def _runs(layers: tuple[LayerPlan, ...]) -> Iterator[tuple[int, int, LayerPlan]]:
     def look(indexed: tuple[int, LayerPlan]) -> tuple[Any, ...]:
         layer = indexed[1]
-        return len(layer.heads), layer.attend, layer.radius, layer.neurons
+        width = len(layer.heads), len(layer.attend), layer.radius
+        return *width, layer.neurons, layer.rank, layer.linear
 
     for _, run in groupby(enumerate(layers), key=look):
         members = list(run)

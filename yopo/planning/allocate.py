@@ -177,25 +177,25 @@ class Allocator:
 
     def _attention_choices(self, number: int, price: float) -> Iterator[Choice]:
         """For every bottleneck the heads that are worth their price through it."""
-        reading = self.reading[number]
-        mixing = self.later[number] * self.profile.mixing[number]
-        missed = float(reading.sum() + mixing.sum())
+        reading, mixing = self._worths[number]
+        missed = sum(reading) + sum(mixing)
         yield Choice(EMPTY, 0, missed)
         for rank in self._ranks:
             lost = float(self.profile.lost[number][self.shape.hidden if rank is None else rank])
-            kv_flops, attend_flops = self._head_flops(rank)
-            start = self._flops(self._reading((0,), (), rank)) - kv_flops
+            start, kv_flops, attend_flops = self._head_flops(rank)
             heads, attend = [], []
             for group in range(self.shape.kv_heads):
                 members = range(group * self.shape.group, (group + 1) * self.shape.group)
-                gains = {head: (1 - lost) * mixing[head] for head in members if self.levers.attend}
+                gains = {h: (1 - lost) * mixing[h] for h in members if self.levers.attend}
                 busy = [head for head, each in gains.items() if each > price * attend_flops]
-                gain = (1 - lost) * float(reading[list(members)].sum() + mixing[busy].sum())
+                gain = sum(reading[h] for h in members) + sum(mixing[h] for h in busy)
+                gain *= 1 - lost
                 if gain > price * (kv_flops + len(busy) * attend_flops):
                     heads += members
                     attend += busy
             if heads:
-                gain = (1 - lost) * float(reading[heads].sum() + mixing[attend].sum())
+                gain = sum(reading[h] for h in heads) + sum(mixing[h] for h in attend)
+                gain *= 1 - lost
                 groups = len(heads) // self.shape.group
                 flops = start + groups * kv_flops + len(attend) * attend_flops
                 layer = self._reading(tuple(heads), tuple(attend), rank)
@@ -206,8 +206,14 @@ class Allocator:
     ) -> LayerPlan:
         return LayerPlan(heads, attend, self.radius if attend else None, 0, rank)
 
-    def _head_flops(self, rank: int | None) -> tuple[int, int]:
-        """FLOPs of one more KV head that is read, and of one more head that attends."""
+    @cached_property
+    def _worths(self) -> list[tuple[list[float], list[float]]]:
+        """What reading and attending in each head are worth, layer by layer."""
+        mixing = self.later[:, None] * self.profile.mixing
+        return list(zip(self.reading.tolist(), mixing.tolist(), strict=True))
+
+    def _head_flops(self, rank: int | None) -> tuple[int, int, int]:
+        """FLOPs of reading at all, of one more KV head that is read, one more head that attends."""
         cached = self._head_flops_of.get(rank)
         if cached is None:
             group = self.shape.group
@@ -217,11 +223,12 @@ class Allocator:
             if self.shape.kv_heads > 1:
                 kv = most - self._flops(self._reading(all_kv[group:], (), rank))
             one = self._flops(self._reading(all_kv, (0,), rank)) - most
-            cached = self._head_flops_of[rank] = (kv, one)
+            start = self._flops(self._reading((0,), (), rank)) - kv
+            cached = self._head_flops_of[rank] = (start, kv, one)
         return cached
 
     @cached_property
-    def _head_flops_of(self) -> dict[int | None, tuple[int, int]]:
+    def _head_flops_of(self) -> dict[int | None, tuple[int, int, int]]:
         return {}
 
     @cached_property

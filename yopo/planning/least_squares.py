@@ -16,6 +16,10 @@ import torch
 DAMPING = 1e-3
 """Ridge term over the mean diagonal of the covariance."""
 
+FLOOR = 1e-9
+"""Least ridge term over the mean square of the means: where inputs hardly vary, their covariance is
+rounding noise."""
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -35,7 +39,8 @@ class Gram:
     @cached_property
     def damped(self) -> torch.Tensor:
         """The covariance with ``DAMPING`` times its mean diagonal on the diagonal."""
-        ridge = DAMPING * self.covariance.diagonal().mean() + 1e-30
+        ridge = DAMPING * self.covariance.diagonal().mean().clamp(min=0)
+        ridge = ridge + FLOOR * self.input_mean.square().mean() + 1e-30
         return self.covariance + ridge * torch.eye(len(self.covariance)).to(self.covariance)
 
     @cached_property
@@ -59,6 +64,9 @@ class Gram:
 class Moments:
     """Running sums of inputs x and targets y over rows.
 
+    They are sums of differences from the first rows' mean: products are multiplied in float32, in
+    which large means would drown small variances.
+
     Args:
         inputs, targets: Widths of x and y (0 targets: of x alone).
         device: Where sums are kept.
@@ -67,6 +75,7 @@ class Moments:
     def __init__(self, inputs: int, targets: int = 0, device: torch.device | str = "cpu"):
         precise = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.count, self._inputs = 0, inputs
+        self._origin = torch.zeros(inputs + targets, device=device)
         self._sum = torch.zeros(inputs + targets, dtype=precise, device=device)
         self._products = torch.zeros(inputs, inputs + targets, dtype=precise, device=device)
 
@@ -74,14 +83,22 @@ class Moments:
         """Add rows: (rows, inputs) and (rows, targets)."""
         inputs = inputs.float()
         both = inputs if targets is None else torch.cat([inputs, targets.float()], dim=1)
-        self.count += len(inputs)
+        if not self.count:
+            self._origin = both.mean(dim=0)
+        both = both - self._origin
+        self.count += len(both)
         self._sum += both.sum(dim=0, dtype=self._sum.dtype)
-        self._products += inputs.T @ both
+        self._products += both[:, : self._inputs].T @ both
 
     def gram(self) -> Gram:
         """The centred moments."""
-        mean, width = self._sum.double() / self.count, self._inputs
-        centred = self._products.double() / self.count - mean[:width, None] * mean[None]
+        home = "cpu" if self._sum.device.type == "mps" else self._sum.device  # has no float64
+        shift, products, origin = (
+            each.to(home).double() for each in (self._sum, self._products, self._origin)
+        )
+        shift, width = shift / self.count, self._inputs
+        centred = products / self.count - shift[:width, None] * shift[None]
+        mean = origin + shift
         return Gram(centred[:, :width], centred[:, width:], mean[:width], mean[width:])
 
 

@@ -114,11 +114,12 @@ class Planner:
             plan, tensors = self.assemble(self._paper_layers(), kind)
             return plan, tensors, []
         found = list(self.candidates())
+        if not found:
+            raise self._unaffordable()
         if self.measure is not None:
             found.sort(key=lambda each: each.kl)
             if self.wishes.search:
-                better = self.improved(found[0])
-                found.insert(0, better)
+                found.insert(0, self.improved(found))
         best = found[0]
         table = [
             {
@@ -162,9 +163,7 @@ class Planner:
         ]
         for worth in tried:
             yield from self._new_allocation(worth, found)
-        if not found:
-            raise self._unaffordable("")
-        if self.tried:
+        if not found or self.tried:
             return
         best = min(found, key=lambda each: each.kl).worth
         for factor in (FACTOR, 1 / FACTOR):
@@ -179,16 +178,18 @@ class Planner:
     def _allocate(self, worth: Worth) -> Layers | None:
         return Allocator(self._shaper(), self.fitter.profile, worth, self.levers).allocate()
 
-    def improved(self, start: Candidate) -> Candidate:
-        """Improve a candidate layer by layer; ``start`` itself if nothing is better."""
+    def improved(self, found: list[Candidate]) -> Candidate:
+        """Improve the first of the measured candidates; itself if nothing is better."""
+        start = found[0]
         first = (start.plan.layers, start.compensation)
+        known = {(each.plan.layers, each.compensation): each.kl for each in found}
         if start.worth is not None:
 
             def allocated(worth: Worth) -> tuple[Layers, str] | None:
                 layers = self._allocate(worth)
                 return None if layers is None else (layers, "refit")
 
-            search = Search(worth_moves, allocated, self._kl, self.wishes.search, {first: start.kl})
+            search = Search(worth_moves, allocated, self._kl, self.wishes.search, known)
             (layers, kind), kl = search.run(start.worth, first, start.kl)
         else:
             shaper = self._shaper()
@@ -197,7 +198,7 @@ class Planner:
                 lambda state: resolve(state, shaper),
                 self._kl,
                 self.wishes.search,
-                {first: start.kl},
+                known,
             )
             (layers, kind), kl = search.run(state_of(*first), first, start.kl)
         if layers == start.plan.layers and kind == start.compensation:
@@ -254,12 +255,12 @@ class Planner:
             layers = shaper.build(name)
             is_read = layers is not None and any(layer.heads for layer in layers)
             shapes = [(name, layers)] if is_read else []
-        if not shapes and self.fitter is None:
-            raise self._unaffordable(f"of shape {name} " if name else "")
         return shapes
 
-    def _unaffordable(self, kind: str) -> PlanError:
+    def _unaffordable(self) -> PlanError:
         shaper = self._shaper()
+        name = self.wishes.shape or (None if self.measure else DEFAULT_SHAPE)
+        kind = f"of shape {name} " if name else ""
         return PlanError(
             f"No plan {kind}fits a visual budget of {self.wishes.budget}: one layer that reads "
             f"the image costs {shaper.cost((shaper.reader_layer,)):.4f}.",

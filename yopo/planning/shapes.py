@@ -224,10 +224,10 @@ SHAPES: dict[str, Callable[[Shaper], Layers | None]] = {
 
 
 def trim(layers: Layers) -> Layers:
-    """Drop what nobody would read: visual queries and FFNs from the last reading layer on."""
+    """Drop what nobody would read: visual queries, FFNs and maps from the last reading layer on."""
     last = _last_reader(layers)
     return tuple(
-        layer if index < last else replace(layer, attend=False, radius=None, neurons=0)
+        layer if index < last else replace(layer, attend=False, radius=None, neurons=0, linear=0)
         for index, layer in enumerate(layers)
     )
 

@@ -24,7 +24,7 @@ from yopo.runtime.cache import PrunedCacheLayer, TokenIndex
 from yopo.runtime.decoder import rotary_positions
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.layer import LayerRun, Rotary
-from yopo.runtime.weights import VisualLayer
+from yopo.runtime.weights import VisualLayer, check_plain
 
 
 @dataclass
@@ -79,11 +79,13 @@ class DenseWalk:
 
     Raises:
         DataError: No batch holds an image.
+        ModelError: A layer's weights cannot be read (see ``check_plain``).
     """
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Batch]):
         self.decoder = model.get_decoder()
         self.names: Backbone = family_of(model.config).backbone(model.config)
+        check_plain(self.decoder, len(self.decoder.layers), self.names)
         found = (_enter(model, batch) for batch in batches)
         self.batches = [batch for batch in found if batch is not None]
         if not self.batches:
@@ -139,7 +141,9 @@ def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
             raise _Entered
 
     def at_layer(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        states.append(args[0] if args else kwargs.pop("hidden_states"))
+        kwargs = dict(kwargs)  # the layer's own call must not lose anything
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        states.extend([] if states else [hidden])
         layers.append(kwargs)
 
     handles = [decoder.register_forward_pre_hook(at_decoder, with_kwargs=True)]

@@ -26,7 +26,13 @@ _BAR = 8
 """Characters of a bar that stands for a whole layer."""
 
 _WIDE = 70
-"""From this console width on the layer table has bars."""
+"""From this console width on the layer table has bars; every fitted column asks for more."""
+
+_FITTED_WIDTH = 6
+"""Characters that a column of ``_FITTED`` takes."""
+
+_FITTED = (("rank", "rank"), ("linear", "map"))
+"""Fields of a layer plan that only some plans have, and their columns."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -96,12 +102,17 @@ class LayerTable:
         shape, workload = self.plan.model.shape, self.plan.workload
         dense = visual_flops_of_layer(full_layer(shape), shape, workload)
         kv_bytes = 4 * shape.head_dim * workload.visual
-        has_bars = options.max_width >= _WIDE
+        fitted = [each for each in _FITTED if any(getattr(it, each[0]) for it in self.plan.layers)]
+        has_bars = options.max_width >= _WIDE + _FITTED_WIDTH * len(fitted)
         table = plain_table()
+        if fitted and options.max_width < _WIDE:
+            table.padding = (0, 1, 0, 0)
         table.add_column("layer", justify="right")
         table.add_column(f"heads /{shape.heads}", justify="right")
         table.add_column("attends")
         table.add_column(f"neurons /{shape.ffn}", justify="right")
+        for _, title in fitted:
+            table.add_column(title, justify="right")
         table.add_column("FLOPs", justify="right")
         table.add_column("KV", justify="right")
         for first, last, layer in runs(self.plan.layers):
@@ -114,6 +125,7 @@ class LayerTable:
                 _count(len(layer.heads)),
                 _reach(layer),
                 _count(layer.neurons),
+                *(_count(getattr(layer, name)) for name, _ in fitted),
                 flops,
                 _kv(layer, shape, kv_bytes),
                 style="dim" if layer.is_empty else "",
@@ -127,7 +139,7 @@ def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
 
     def look(entry: tuple[int, LayerPlan]) -> tuple[object, ...]:
         layer = entry[1]
-        return layer.heads, _reach(layer), layer.neurons
+        return layer.heads, layer.attend, _reach(layer), layer.neurons, layer.rank, layer.linear
 
     for _, run in groupby(enumerate(layers), key=look):
         members = list(run)
@@ -166,14 +178,17 @@ def bar(ratio: float, width: int) -> str:
     return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
 
 
-def _count(number: int) -> str:
+def _count(number: int | None) -> str:
     return str(number) if number else "-"
 
 
 def _reach(layer: LayerPlan) -> str:
     if not layer.attend:
         return "-"
-    return "all" if layer.radius is None else f"radius {layer.radius}"
+    reach = [] if layer.radius is None else [f"radius {layer.radius}"]
+    if layer.attend != layer.heads:
+        return ", ".join([f"in {len(layer.attend)}", *reach])
+    return ", ".join(reach) or "all"
 
 
 def _kv(layer: LayerPlan, shape: ModelShape, bytes_per_head: int) -> str:

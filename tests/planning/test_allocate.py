@@ -1,0 +1,306 @@
+"""Budgets spent by worth: kept, spent, whole KV groups, and no work that nobody would read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import statistics_maker
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yopo.calibration.statistics import Statistics
+from yopo.errors import PlanError
+from yopo.flops import visual_budget, visual_flops_of_layer
+from yopo.plan import LayerPlan, Plan, full_layer
+from yopo.plan_tensors import PlanTensors
+from yopo.planning import planner
+from yopo.planning.allocate import FACTOR, Allocator, Worth, worth_moves
+from yopo.planning.planner import Candidate, make_plan
+from yopo.planning.profile import Profile
+from yopo.planning.shapes import Layers, Shaper, trim
+from yopo.planning.wishes import Wishes
+
+LAYERS, HEADS = 6, 4
+
+
+def make_profile(statistics: Statistics, seed: int = 0) -> Profile:
+    """Random energies of the right shapes: losses fall from 1 to 0, what is unmapped to a rest."""
+    shape, generator = statistics.model.shape, torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, dtype=torch.float64)
+
+    def falling(rows: int) -> torch.Tensor:
+        steps = draw(rows, shape.hidden) ** 4
+        kept = torch.cat([torch.zeros(rows, 1).double(), steps.cumsum(dim=1)], dim=1)
+        return 1 - kept / kept[:, -1:]
+
+    bent = draw(shape.layers) * 0.1
+    unmapped = bent[:, None] + draw(shape.layers)[:, None] * falling(shape.layers)
+    mixing = draw(shape.layers, shape.heads) * 0.1
+    return Profile(mixing, falling(shape.layers), unmapped, bent)
+
+
+def make_statistics(kv_heads: int = HEADS, seed: int = 0) -> Statistics:
+    return statistics_maker.make(seed, layers=LAYERS, heads=HEADS, kv_heads=kv_heads)
+
+
+def make_allocator(
+    budget: float, rate: float = 1.0, *, kv_heads: int = HEADS, radius: int | None = None
+) -> Allocator:
+    statistics = make_statistics(kv_heads)
+    worth = Worth.even(rate, radius, LAYERS)
+    return Allocator(Shaper(statistics, budget), make_profile(statistics), worth)
+
+
+def damage(layers: Layers, allocator: Allocator) -> float:
+    """The estimate, written down once more from the words of the module."""
+    statistics, profile = allocator.shaper.statistics, allocator.profile
+    shape, rate = statistics.model.shape, allocator_rate(allocator)
+    effect = statistics.head_effect
+    reading = effect / (1 + effect)
+    total = 0.0
+    for number, layer in enumerate(layers):
+        later = rate * float(reading[number + 1 :].sum())
+        lost = float(profile.lost[number][shape.hidden if layer.rank is None else layer.rank])
+        for head in range(shape.heads):
+            whole = float(reading[number, head])
+            total += whole * lost if head in layer.heads else whole
+            mixed = later * float(profile.mixing[number, head])
+            total += mixed * lost if head in layer.attend else mixed
+        ranked = statistics.importance[number].sort(descending=True).values
+        share = float(ranked[: layer.neurons].sum() / ranked.sum())
+        bent = float(profile.bent[number])
+        straight = max(float(profile.unmapped[number, layer.linear]) - bent, 0.0)
+        total += later * (1 - share) * (bent + straight)
+    return total
+
+
+def allocator_rate(allocator: Allocator) -> float:
+    """The rate that the allocator was made with; its ``later`` is that times later reading."""
+    effect = allocator.shaper.statistics.head_effect
+    reading = (effect / (1 + effect)).sum(dim=1)
+    return float(allocator.later[0] / reading[1:].sum())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("rate", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("radius", [None, 1])
+def test_budgets_are_kept_and_spent(kv_heads: int, rate: float, radius: int | None) -> None:
+    reached = []
+    for budget in (0.02, 0.05, 0.12, 0.25, 0.5, 0.75, 1.0):
+        allocator = make_allocator(budget, rate, kv_heads=kv_heads, radius=radius)
+        layers = allocator.allocate()
+        if rate > 1 and layers is None:
+            continue  # what visual states are made of is worth more than anybody's reading them
+        cost = allocator.shaper.cost(layers)
+        assert cost <= budget and len(layers) == LAYERS and layers == trim(layers)
+        reached.append(cost / budget)
+        for layer in layers:
+            assert layer.radius in ((None, radius) if layer.attend else (None,))
+            assert not (layer.linear and layer.neurons == allocator.shape.ffn)
+            group = allocator.shape.group
+            assert len(layer.heads) == group * len(layer.kept_kv(allocator.shape))  # whole groups
+    assert len(reached) >= 4 and min(reached) > 0.5, reached
+
+
+@settings(max_examples=25)
+@given(first=st.floats(0.02, 1.0), second=st.floats(0.02, 1.0), rate=st.sampled_from([0.1, 1, 2]))
+def test_a_larger_budget_never_means_more_damage(first: float, second: float, rate: float) -> None:
+    allocators = [make_allocator(budget, rate) for budget in sorted((first, second))]
+    less, more = (damage(each.allocate(), each) for each in allocators)
+    assert more <= less * (1 + 1e-9) + 1e-12
+
+
+def test_no_single_change_is_a_bargain() -> None:
+    """Random other layers at no higher cost do not beat the allocation by the estimate."""
+    allocator = make_allocator(0.3)
+    layers = allocator.allocate()
+    cost, best = allocator.shaper.cost(layers), damage(layers, allocator)
+    generator = torch.Generator().manual_seed(0)
+    tried = 0
+    for _ in range(400):
+        number = int(torch.randint(LAYERS, (), generator=generator))
+        choices = allocator._ffn_choices[number]
+        work = choices[int(torch.randint(len(choices), (), generator=generator))].layer
+        other = replace(layers[number], neurons=work.neurons, linear=work.linear)
+        changed = (*layers[:number], other, *layers[number + 1 :])
+        if allocator.shaper.cost(changed) <= cost:
+            tried += 1
+            assert damage(changed, allocator) >= best * (1 - 1e-9)
+    assert tried > 50
+
+
+def test_a_tiny_rate_reads_and_a_huge_one_computes() -> None:
+    reads, computes = (make_allocator(0.1, rate).allocate() for rate in (1e-6, 3.0))
+    assert not any(layer.attend or layer.has_ffn for layer in reads)
+    assert any(layer.attend for layer in computes) and any(layer.has_ffn for layer in computes)
+    heads = [sum(len(layer.heads) for layer in layers) for layers in (reads, computes)]
+    assert heads[1] < heads[0]
+
+
+def test_at_the_full_budget_everything_is_done_that_is_read() -> None:
+    """A budget of 1 prunes only what no later layer reads."""
+    allocator = make_allocator(1.0)
+    layers = allocator.allocate()
+    assert all(len(layer.heads) == HEADS and layer.rank is None for layer in layers)
+    assert all(layer.is_full(allocator.shape) for layer in layers[:-1])
+    assert not layers[-1].attend and not layers[-1].has_ffn
+
+
+def test_where_nothing_fits_there_is_none() -> None:
+    assert make_allocator(1e-6).allocate() is None
+    statistics = make_statistics()
+    unread = replace(statistics, head_effect_sum=torch.zeros_like(statistics.head_effect_sum))
+    worth = Worth.even(1.0, None, LAYERS)
+    assert Allocator(Shaper(unread, 0.5), make_profile(unread), worth).allocate() is None
+
+
+def test_unread_layers_do_nothing_at_the_end() -> None:
+    """``trim`` takes maps, too: nobody reads what stands behind the last reader."""
+    reader = LayerPlan((0, 1), True, 2, 7, rank=3, linear=2)
+    trimmed = trim((reader, reader, LayerPlan((), False, None, 5, linear=2)))
+    assert trimmed == (
+        reader,
+        LayerPlan((0, 1), False, None, 0, rank=3),
+        LayerPlan((), False, None, 0),
+    )
+
+
+def test_worth_of_single_layers_counts() -> None:
+    statistics = make_statistics()
+    profile, shaper = make_profile(statistics), Shaper(statistics, 0.1)
+    even = Worth.even(1.0, None, LAYERS)
+    favoured = replace(even, reading=(1e-3,) * 2 + (1e3,) + (1e-3,) * (LAYERS - 3))
+    layers = Allocator(shaper, profile, favoured).allocate()
+    assert len(layers[2].heads) == HEADS
+    usual = Allocator(shaper, profile, even).allocate()
+    assert layers != usual
+
+
+@pytest.mark.parametrize("radius", [None, 2])
+def test_a_move_changes_exactly_one_thing(radius: int | None) -> None:
+    start = Worth.even(2.0, radius, 3)
+    moves = list(worth_moves(start))
+    assert len(moves) == 3 + 2 * 2 * 3
+    assert len({name for name, _ in moves}) == len({worth for _, worth in moves}) == len(moves)
+    for name, worth in moves:
+        changed = [field for field in vars(start) if getattr(worth, field) != getattr(start, field)]
+        assert len(changed) == 1, name
+        if changed[0] in ("reading", "visual"):
+            before, after = getattr(start, changed[0]), getattr(worth, changed[0])
+            ratios = [new / old for new, old in zip(after, before, strict=True)]
+            (ratio,) = (each for each in ratios if each != 1)
+            assert ratio in (FACTOR, 1 / FACTOR) and f"layer {ratios.index(ratio)}" in name
+
+
+class FakeFitter:
+    """A fitter that fits nothing and counts."""
+
+    def __init__(self, statistics: Statistics):
+        self.profile = make_profile(statistics)
+        self.fitted: list[Layers] = []
+
+    def tensors(self, plan: Plan, tensors: PlanTensors) -> PlanTensors:
+        self.fitted.append(plan.layers)
+        return tensors
+
+
+def counting(kl: Callable[[Plan], float]) -> tuple[Callable, list[tuple[Layers, str]]]:
+    """A measure, and what it was asked for."""
+    seen: list[tuple[Layers, str]] = []
+
+    def measure(plan: Plan, tensors: PlanTensors) -> float:
+        seen.append((plan.layers, plan.compensation))
+        return kl(plan)
+
+    return measure, seen
+
+
+def wants_rank(plan: Plan) -> float:
+    """A made-up KL: reading heads are good, attending ones and neurons too, at other prices."""
+    heads = sum(len(layer.heads) + 2 * len(layer.attend) for layer in plan.layers)
+    return 10.0 / (1 + heads) + (plan.compensation == "none") + 0.1 * plan.budget.reached
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("asked", [None, "refit", "mean"])
+def test_the_best_candidate_wins(kv_heads: int, asked: str | None) -> None:
+    statistics = make_statistics(kv_heads)
+    measure, seen = counting(wants_rank)
+    fitter = FakeFitter(statistics)
+    wishes = Wishes(budget=0.3, compensation=asked)
+    plan, _, candidates = make_plan(statistics, wishes, measure, fitter)
+    assert candidates[0].kl == min(each.kl for each in candidates) == wants_rank(plan)
+    assert plan.layers == candidates[0].plan.layers
+    assert len(seen) == len(set(seen)) == len(candidates)
+    kinds = {each.compensation for each in candidates}
+    assert kinds == ({"refit", "mean", "none"} if asked is None else {asked})
+    allocated = [each for each in candidates if each.worth is not None]
+    assert (len(allocated) >= 4) == (asked != "mean")
+    assert [each.compensation for each in allocated] == ["refit"] * len(allocated)
+    assert len(fitter.fitted) == len(allocated)
+    for each in candidates:
+        assert each.plan.budget.reached == visual_budget(each.plan) <= 0.3
+    assert plan.provenance["candidates"][0]["shape"] == candidates[0].shape
+
+
+def test_a_search_from_an_allocation_keeps_the_budget() -> None:
+    statistics = make_statistics(2)
+
+    def kl(plan: Plan) -> float:  # the less happens in the first layer, the better
+        shape, workload = statistics.model.shape, statistics.workload
+        dense = visual_flops_of_layer(full_layer(shape), shape, workload)
+        return 0.01 + visual_flops_of_layer(plan.layers[0], shape, workload) / dense
+
+    measure, seen = counting(kl)
+    wishes = Wishes(budget=0.12, compensation="refit", search=40)
+    plan, _, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
+    assert plan.provenance["shape"].startswith("search from allocated, rate ")
+    assert candidates[0].kl == kl(plan) < candidates[1].kl
+    assert plan.budget.reached <= 0.12 and plan.compensation == "refit"
+    assert len(seen) == len(set(seen)), "a plan was measured twice"
+    assert len(seen) <= len(candidates) - 1 + 40
+
+
+def test_a_search_that_finds_nothing_keeps_the_best_candidate() -> None:
+    statistics = make_statistics()
+    measure, seen = counting(lambda plan: 1.0)
+    wishes = Wishes(budget=0.3, compensation="refit", search=10)
+    plan, _, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
+    assert plan.provenance["shape"].startswith("allocated, rate ")
+    assert candidates[0] is candidates[1] and len(seen) == len(set(seen))
+
+
+def test_a_refit_needs_the_model() -> None:
+    for wishes in (Wishes(preset="yopo-25", compensation="refit"), Wishes(compensation="refit")):
+        with pytest.raises(PlanError, match="fitted on the model, and there is none") as caught:
+            make_plan(make_statistics(), wishes)
+        assert caught.value.remedy == "Use `yopo calibrate --compensation refit`."
+
+
+@pytest.mark.parametrize("asked", [None, "refit", "mean", "none"])
+@pytest.mark.parametrize("shape", [None, "reader"])
+def test_what_no_budget_pays_for_is_a_sentence(asked: str | None, shape: str | None) -> None:
+    statistics = make_statistics()
+    measure, seen = counting(wants_rank)
+    wishes = Wishes(budget=1e-6, compensation=asked, shape=shape)
+    with pytest.raises(PlanError, match="fits a visual budget of 1e-06"):
+        make_plan(statistics, wishes, measure, FakeFitter(statistics))
+    assert seen == []
+
+
+def test_shapes_are_candidates_where_nothing_can_be_allocated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    statistics = make_statistics()
+    monkeypatch.setattr(planner.Allocator, "allocate", lambda self: None)
+    measure, _ = counting(wants_rank)
+    _, _, found = make_plan(statistics, Wishes(budget=0.3), measure, FakeFitter(statistics))
+    assert found and all(isinstance(each, Candidate) and each.worth is None for each in found)
+    with pytest.raises(PlanError, match="fits a visual budget"):
+        wishes = Wishes(budget=0.3, compensation="refit")
+        make_plan(statistics, wishes, measure, FakeFitter(statistics))

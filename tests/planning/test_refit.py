@@ -1,0 +1,330 @@
+"""Fitted weights: what a plan asks for, exact where they can be, better than none, reproducible."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import specimens
+import tiny
+import torch
+from torch import nn
+from zoo import PROMPTS, Specimen
+
+from yopo.calibration.prompts import Batch
+from yopo.errors import DataError
+from yopo.plan import LayerPlan, ModelShape, Plan
+from yopo.plan_tensors import PlanTensors, check_tensors, refit_sizes
+from yopo.planning import least_squares, refit
+from yopo.planning.least_squares import Moments
+from yopo.planning.refit import neurons_and_map
+from yopo.planning.stepping import PrunedBatch, pruned_batches
+from yopo.runtime.install import pruned
+
+
+def orders(shape: ModelShape, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(shape.ffn, generator=generator) for _ in range(shape.layers)]
+    return torch.stack(rows)
+
+
+def plan_of(specimen: Specimen, *layers: LayerPlan, **fixed: Any) -> Plan:
+    """A plan whose layers repeat the given ones."""
+    total = specimen.identity.shape.layers
+    chosen = tuple(layers[index % len(layers)] for index in range(total))
+    return tiny.random_plan(
+        specimen.identity,
+        random.Random(0),
+        **({"layers": chosen, "compensation": "refit", "bidirectional": False} | fixed),
+        baked=False,
+    )
+
+
+def everything(shape: ModelShape) -> LayerPlan:
+    """A layer with all that a plan can say: part of the heads, fewer attending, both fits."""
+    heads = tuple(range(1, shape.heads))
+    return LayerPlan(heads, heads[1:], 1, shape.ffn // 3, rank=shape.hidden // 2, linear=5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fit_is_what_the_plan_asks_for(
+    specimen: Specimen, batches: list[Batch], seed: int
+) -> None:
+    shape = specimen.identity.shape
+    plan, _ = specimen.plan(seed, compensation="refit", baked=False)
+    order = orders(shape, seed)
+    fitted = refit.refit(specimen.model, batches, plan, order)
+    for index, layer in enumerate(plan.layers[: plan.visual_depth]):
+        found = {name: tuple(each.shape) for name, each in fitted.get(index, {}).items()}
+        assert found == refit_sizes(layer, shape), index
+    assert set(fitted) <= set(range(plan.visual_depth))
+    for weights in fitted.values():
+        for each in weights.values():
+            assert each.dtype == torch.float32 and each.device.type == "cpu"
+            assert torch.isfinite(each).all() and each.abs().max() > 0
+    tensors = PlanTensors(order, refit=fitted)
+    check_tensors(plan, tensors, "The plan")
+    check_tensors(plan, PlanTensors.from_bytes(tensors.to_bytes()), "The plan")
+    with pruned(specimen.model, plan, tensors):
+        assert torch.isfinite(tiny.logits(specimen.model, batches[1].inputs)).all()
+
+
+def test_random_plans_ask_for_every_weight(specimen: Specimen) -> None:
+    """Guards the test above."""
+    asked = set()
+    for seed in range(4):
+        plan, _ = specimen.plan(seed, compensation="refit", baked=False)
+        for layer in plan.layers[: plan.visual_depth]:
+            asked |= set(refit_sizes(layer, plan.model.shape))
+    assert {"reduce", "query", "key", "value", "output", "down", "map_in", "ffn_bias"} <= asked
+
+
+def test_a_bottleneck_as_wide_as_the_model_is_the_dense_model(
+    specimen: Specimen, batches: list[Batch]
+) -> None:
+    """In float64, where what the fit rounds away is far below what a mistake would change."""
+    shape = specimen.identity.shape
+    every = tuple(range(shape.heads))
+    plan = plan_of(specimen, LayerPlan(every, True, None, shape.ffn, rank=shape.hidden))
+    oracle = specimen.oracle
+    precise = [Batch(tiny.as_dtype(each.inputs, torch.float64), None, ()) for each in batches]
+    weights = refit.refit(oracle, precise, plan, None)
+    assert {each.dtype for each in weights[0].values()} == {torch.float64}
+    for batch in precise:
+        dense, real = tiny.logits(oracle, batch.inputs), tiny.real(batch.inputs)
+        with pruned(oracle, plan, PlanTensors(refit=weights), check=False):
+            found = tiny.logits(oracle, batch.inputs)
+        torch.testing.assert_close(found[real], dense[real], rtol=1e-8, atol=1e-8)
+    # The tolerance can fail: one dimension less is far outside it.
+    narrow = replace(plan.layers[0], rank=shape.hidden // 2)
+    less = plan.with_layers((narrow,) * shape.layers)
+    with pruned(
+        oracle, less, PlanTensors(refit=refit.refit(oracle, precise, less, None)), check=False
+    ):
+        found = tiny.logits(oracle, precise[0].inputs)
+    assert (found - tiny.logits(oracle, precise[0].inputs)).abs().max() > 1e-3
+
+
+@pytest.fixture
+def carried(monkeypatch: pytest.MonkeyPatch) -> list[PrunedBatch]:
+    """The batches that the latest fit carried along, as it left them."""
+    seen: list[PrunedBatch] = []
+
+    def split(*arguments: Any) -> list[PrunedBatch]:
+        seen[:] = pruned_batches(*arguments)
+        return seen
+
+    monkeypatch.setattr(refit, "pruned_batches", split)
+    return seen
+
+
+@pytest.mark.parametrize("where", ["middle", "behind"])
+def test_a_fit_makes_up_for_the_layers_in_front(
+    specimen: Specimen, batches: list[Batch], carried: list[PrunedBatch], where: str
+) -> None:
+    """Least squares with a bias bring the mean of visual states to the dense one, whatever error
+    the layers in front made: the target starts from the pruned states."""
+    shape = specimen.identity.shape
+    total, heads = shape.layers, tuple(range(shape.heads))
+    spoiled = LayerPlan(heads, False, None, 0)
+    mended = LayerPlan(heads, heads[1:], None, 0)
+    if where == "behind":
+        mended = LayerPlan(heads, False, None, shape.ffn // 3)
+    plan = plan_of(specimen, *(spoiled,) * (total - 1), mended)
+    refit.refit(specimen.model, batches, plan, orders(shape))
+    found = torch.cat([each.real(each.visual) for each in carried])
+    dense = torch.cat(dense_ends(specimen, batches, where))
+    torch.testing.assert_close(found.mean(dim=0), dense.mean(dim=0), rtol=1e-3, atol=1e-3)
+    assert (found - dense).abs().max() > 0.1  # the mean is all that is exact
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_fit_sees_what_the_runtime_computes(
+    specimen: Specimen,
+    batches: list[Batch],
+    carried: list[PrunedBatch],
+    bidirectional: bool,
+) -> None:
+    """Both streams behind the last layer of a plan with everything, DeepStack included."""
+    shape = specimen.identity.shape
+    frozen = LayerPlan(tuple(range(shape.heads)), False, None, 0, linear=4)
+    plan = plan_of(specimen, everything(shape), frozen, bidirectional=bidirectional)
+    order = orders(shape)
+    fitted = refit.refit(specimen.model, batches, plan, order)
+    decoder = specimen.model.get_decoder()
+    for batch, found in zip(batches, carried, strict=True):
+        layout = found.dense.layout
+        with pruned(specimen.model, plan, PlanTensors(order, refit=fitted)), torch.no_grad():
+            states = specimen.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+            visual, text = decoder.norm(found.real(found.visual)), decoder.norm(found.text)
+        expected = found.real(layout.visual.gather(states))
+        assert len(expected) > 5 and expected.abs().max() > 0.1
+        torch.testing.assert_close(visual, expected, rtol=1e-3, atol=1e-4)
+        mask = layout.text.gather(batch.inputs["attention_mask"][..., None])[..., 0].bool()
+        if layout.text.mask is not None:
+            mask &= layout.text.mask
+        torch.testing.assert_close(
+            text[mask], layout.text.gather(states)[mask], rtol=1e-3, atol=1e-4
+        )
+
+
+def visual_error(dense: list[torch.Tensor], found: list[PrunedBatch]) -> float:
+    """Squared error of final visual states."""
+    pairs = zip(dense, found, strict=True)
+    return sum(float((each.real(each.visual) - truth).square().sum()) for truth, each in pairs)
+
+
+def test_a_refit_brings_visual_states_nearer(
+    specimen: Specimen, batches: list[Batch], carried: list[PrunedBatch]
+) -> None:
+    shape = specimen.identity.shape
+    heads = tuple(range(shape.heads))
+    partly = LayerPlan(heads, heads[1:], None, shape.ffn // 2)
+    order = orders(shape)
+    errors = []
+    for layers, compensation in (
+        ((partly,), "none"),
+        ((partly,), "refit"),
+        ((replace(partly, linear=8),), "refit"),
+    ):
+        plan = plan_of(specimen, *layers, compensation=compensation)
+        if compensation == "refit":
+            refit.refit(specimen.model, batches, plan, order)
+            errors.append(visual_error(dense_ends(specimen, batches), carried))
+        else:
+            errors.append(unfitted_error(specimen, batches, plan, order))
+    assert errors[1] < 0.7 * errors[0] and errors[2] < errors[1], errors
+
+
+def dense_ends(
+    specimen: Specimen, batches: list[Batch], where: str = "behind"
+) -> list[torch.Tensor]:
+    """Visual states of the dense model in or behind its last layer."""
+    walk = refit.DenseWalk(specimen.model, batches)
+    for number in range(specimen.identity.shape.layers):
+        states = [getattr(each, where) for each in walk.step(number)]
+    return states
+
+
+def unfitted_error(
+    specimen: Specimen, batches: list[Batch], plan: Plan, order: torch.Tensor
+) -> float:
+    """The error of the plan without compensation: visual states in front of the final norm."""
+    total, masks = 0.0, []
+    walk = refit.DenseWalk(specimen.model, batches)
+    masks = [batch.layout for batch in walk.batches]
+    decoder = specimen.model.get_decoder()
+    for batch, layout, truth in zip(batches, masks, dense_ends(specimen, batches), strict=True):
+        given: list[torch.Tensor] = []
+        handle = decoder.norm.register_forward_pre_hook(
+            lambda module, args, given=given: given.append(args[0])
+        )
+        try:
+            with pruned(specimen.model, plan, PlanTensors(order)), torch.no_grad():
+                specimen.model.base_model(**batch.inputs, use_cache=False)
+        finally:
+            handle.remove()
+        visual = given[1] if layout.visual.mask is None else given[1][layout.visual.mask]
+        total += float((visual.reshape(truth.shape) - truth).square().sum())
+    return total
+
+
+def test_two_fits_give_the_same_bytes(specimen: Specimen, batches: list[Batch]) -> None:
+    shape = specimen.identity.shape
+    plan, order = plan_of(specimen, everything(shape)), orders(specimen.identity.shape)
+    first, again = (
+        PlanTensors(order, refit=refit.refit(specimen.model, batches, plan, order)).to_bytes()
+        for _ in range(2)
+    )
+    assert first == again
+
+
+def test_data_without_any_image_is_a_sentence(specimen: Specimen) -> None:
+    inputs = specimen.inputs(PROMPTS["text"])
+    plan = plan_of(specimen, everything(specimen.identity.shape))
+    with pytest.raises(DataError, match="No calibration pair holds an image"):
+        refit.refit(specimen.model, [Batch(inputs, None, (None, None))], plan, None)
+
+
+@pytest.fixture
+def undamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(least_squares, "DAMPING", 1e-10)
+    monkeypatch.setattr(least_squares, "FLOOR", 0.0)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_neurons_and_map_recover_what_they_can_say(undamped: None, rank: int) -> None:
+    """A target that is a down projection and an affine map of rank 3: known from rank 3 on."""
+    generator = torch.Generator().manual_seed(0)
+    neurons, inputs = (torch.randn(400, width, generator=generator) for width in (5, 7))
+    own, left, right = (
+        torch.randn(*size, generator=generator) for size in ((6, 5), (6, 3), (3, 7))
+    )
+    target = neurons @ own.T + inputs @ right.T @ left.T + 3
+    moments = Moments(12, 6)
+    moments.add(torch.cat([neurons, inputs], dim=1), target)
+    weights = neurons_and_map(moments.gram(), own, rank)
+    assert weights["map_in"].shape == (rank, 7) and weights["map_out"].shape == (6, rank)
+    through = inputs.double() @ weights["map_in"].T @ weights["map_out"].T
+    found = neurons.double() @ weights["down"].T + through + weights["ffn_bias"]
+    off = (found - target).abs().max().item()
+    assert off < 1e-3 if rank >= 3 else off > 0.1
+    if rank >= 3:
+        both = weights["map_out"] @ weights["map_in"]
+        torch.testing.assert_close(both, (left @ right).double(), rtol=0, atol=1e-3)
+
+
+def test_without_a_map_the_down_projection_is_ridge() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, target = (torch.randn(60, width, generator=generator) for width in (9, 4))
+    own = torch.randn(4, 5, generator=generator)
+    moments = Moments(9, 4)
+    moments.add(inputs, target)
+    weights = neurons_and_map(moments.gram(), own, 0)
+    assert sorted(weights) == ["down", "ffn_bias"]
+    alone = Moments(5, 4)
+    alone.add(inputs[:, :5], target)
+    weight, bias = least_squares.ridge(alone.gram(), own)
+    torch.testing.assert_close(weights["down"], weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights["ffn_bias"], bias, rtol=1e-4, atol=1e-4)
+
+
+class Affine(nn.Module):
+    """Stands for an FFN that a linear map of rank 2 can replace; keeps the real one's parts."""
+
+    def __init__(self, mlp: nn.Module, hidden: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.__dict__["_real"] = mlp
+        self.out = torch.randn(hidden, 2, generator=generator)
+        self.inner = torch.randn(2, hidden, generator=generator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        return normed @ self.inner.T @ self.out.T + 0.5
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_map_recovers_an_affine_ffn(
+    specimen: Specimen, carried: list[PrunedBatch], undamped: None, rank: int
+) -> None:
+    shape, last = specimen.identity.shape, specimen.identity.shape.layers - 1
+    prompts = [PROMPTS["padded, different images"]] * 6
+    batches = specimens.make_batches(specimen, prompts)
+    full = LayerPlan(tuple(range(shape.heads)), True, None, shape.ffn)
+    layers = (*(full,) * last, replace(full, neurons=0, linear=rank))
+    plan = plan_of(specimen, *layers)
+    layer = specimen.model.get_decoder().layers[last]
+    mlp = layer.mlp
+    layer.mlp = Affine(mlp, shape.hidden)
+    try:
+        refit.refit(specimen.model, batches, plan, None)
+        truth = dense_ends(specimen, batches)
+    finally:
+        layer.mlp = mlp
+    error = visual_error(truth, carried) / sum(float(each.square().sum()) for each in truth)
+    assert error < 1e-6 if rank == 2 else error > 1e-3, error
