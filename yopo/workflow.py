@@ -16,6 +16,7 @@ from yopo.calibration.statistics import Statistics, load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
 from yopo.checkpoint.reader import fetch
 from yopo.console import note
+from yopo.demo import demo_data
 from yopo.errors import ModelError
 from yopo.evaluation.evaluate import Evaluation, evaluate
 from yopo.evaluation.fidelity import compare, record_dense
@@ -34,7 +35,8 @@ class RunOptions:
     """How a model is run over pairs.
 
     Attributes:
-        data: Pairs (see ``open_pairs``); None: the package's own.
+        data: Pairs (see ``open_pairs``); None: the package's own, as `yopo.demo` has them for the
+            model: its calibration set to calibrate, its held-out set to evaluate.
         samples: How many; None: all.
         seed: Decides which pairs are drawn.
         batch_size: Pairs per forward.
@@ -83,7 +85,7 @@ def calibrate(
         YopoError: Unknown model, unreadable data, wishes that cannot be met, ...
     """
     source = resolve(model_name)
-    pairs = _open(options)
+    pairs = _open(options, source.name, "calibration")
     processor = load_processor(str(fetch(source)))
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
     about = {"yopo": __version__, "pairs": pairs.name, "seed": options.seed}
@@ -119,13 +121,14 @@ def _arrange(statistics: Statistics, wishes: Wishes, judge: Callable | None) -> 
     return plan, tensors, statistics, candidates
 
 
-def _open(options: RunOptions) -> Pairs:
-    if options.data is None:
+def _open(options: RunOptions, model_name: str, split: str) -> Pairs:
+    data = options.data
+    if data is None:
+        data = demo_data(model_name, split)
         note(
-            "Using the demo pairs that come with yopo (shapes on a plane): "
-            "your own pairs (--data) give a better plan."
+            f"Using pairs that come with yopo ({data}): your own (--data) say more of your images."
         )
-    return open_pairs(options.data, samples=options.samples, seed=options.seed)
+    return open_pairs(data, samples=options.samples, seed=options.seed)
 
 
 def _judge(model, processor, pairs: Pairs, options: RunOptions, count: int) -> Callable:
@@ -162,7 +165,7 @@ def evaluate_target(
     """
     plan, tensors = read_target(target)
     source = source_of_target(target, plan, model_name)
-    pairs = _open(options)
+    pairs = _open(options, plan.model.name, "heldout")
     processor = load_processor(str(fetch(source)))
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
     return evaluate(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
-@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration]")
+@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration, or glyphs]")
 @run_options
 @wish_options
 @click.option(
