@@ -19,6 +19,7 @@ from yopo.calibration.prompts import load_processor
 from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
 from yopo.calibration.statistics import Statistics
+from yopo.demo import demo_data
 from yopo.evaluation.evaluate import Evaluation, evaluate
 from yopo.evaluation.fidelity import compare, record_dense
 from yopo.families.registry import resolve
@@ -54,12 +55,14 @@ class Comparison:
         source = resolve(options.model)
         self.options = options
         self.processor, self.model = load_processor(source.location), load_dense(source)
-        pairs = open_pairs("demo:calibration", samples=options.calibration, seed=0)
+        pairs = open_pairs(
+            demo_data(source.name, "calibration"), samples=options.calibration, seed=0
+        )
         self.statistics = measure(
             self.model, self.processor, pairs, name=source.name, batch_size=options.batch_size
         )
         self.judged = self._record(list(pairs)[:64])
-        heldout = open_pairs("demo:heldout", samples=options.heldout, seed=1)
+        heldout = open_pairs(demo_data(source.name, "heldout"), samples=options.heldout, seed=1)
         self.records = self._record(heldout)
 
     def _record(self, pairs):

@@ -94,8 +94,8 @@ def evaluate(directory: Path, task: Task, num_pairs: int) -> str:
 def export(trainer: Trainer, directory: Path, num_pairs: int) -> str:
     """Save model and processor, evaluate what was saved, write the model card; return the table."""
     trainer.model.save_pretrained(directory)
-    trainer.processor.save_pretrained(directory)
     recipe = trainer.recipe
+    recipe.save_processor(trainer.processor, directory)
     result = evaluate(directory, recipe.task, num_pairs)
     (directory / "README.md").write_text(
         card(trainer, directory, num_pairs, result), encoding="utf-8"

@@ -125,9 +125,11 @@ def _open(options: RunOptions, model_name: str, split: str) -> Pairs:
     data = options.data
     if data is None:
         data = demo_data(model_name, split)
-        note(
-            f"Using pairs that come with yopo ({data}): your own (--data) say more of your images."
-        )
+        if split == "calibration":
+            note(
+                f"Using the demo pairs that come with yopo ({data}): "
+                "your own pairs (--data) give a better plan."
+            )
     return open_pairs(data, samples=options.samples, seed=options.seed)
 
 

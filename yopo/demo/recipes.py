@@ -37,6 +37,7 @@ class Recipe:
         home: Where the trained model is kept.
         build_model: Builds it with random weights, from `seed`.
         build_processor: Builds its processor.
+        save_processor: Saves that in a directory.
         width: Of the features that `features` gives.
         labels: What the tower learns to say of a visual token, and how many classes that has.
         tower: The vision tower of a model: what the first stage trains.
@@ -53,6 +54,7 @@ class Recipe:
     home: Path
     build_model: Callable[..., PreTrainedModel]
     build_processor: Callable[[], ProcessorMixin]
+    save_processor: Callable[[Any, Path], None]
     width: int
     labels: dict[str, int]
     tower: Callable[[PreTrainedModel], nn.Module]
@@ -77,6 +79,7 @@ RECIPES = {
         home=LLAVA_TINY,
         build_model=build.build_model,
         build_processor=build.build_processor,
+        save_processor=lambda processor, directory: processor.save_pretrained(directory),
         width=build.HIDDEN_SIZE,
         labels=packing.LABELS,
         tower=lambda model: model.model.vision_tower,
@@ -97,6 +100,7 @@ RECIPES = {
         home=QWEN2_VL_TINY,
         build_model=glyph_build.build_model,
         build_processor=glyph_build.build_processor,
+        save_processor=glyph_build.save_processor,
         width=glyph_build.HIDDEN_SIZE,
         labels=glyph_packing.LABELS,
         tower=lambda model: model.model.visual,
@@ -108,6 +112,6 @@ RECIPES = {
         features=_qwen2_vl_features,
         tower_batches=glyph_packing.tower_batches,
         decoder_batches=glyph_packing.decoder_batches,
-        stages=(Stage("tower", 1000, 32, 2e-3, 1e-4), Stage("decoder", 3200, 16, 1e-3, 1e-5)),
+        stages=(Stage("tower", 1000, 32, 2e-3, 1e-4), Stage("decoder", 2000, 16, 1e-3, 1e-5)),
     ),
 }

@@ -6,6 +6,9 @@ the same classes, prompt and path of visual tokens as `Qwen/Qwen2-VL-2B-Instruct
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -92,6 +95,19 @@ def build_processor() -> Qwen2VLProcessor:
         tokenizer=build_tokenizer(),
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_processor(processor: Qwen2VLProcessor, directory: Path) -> None:
+    """Save a processor of `build_processor`, and settings for the video half that it lacks.
+
+    Where torchvision is installed, transformers loads Qwen2-VL processors with both halves.
+    """
+    processor.save_pretrained(directory)
+    settings = json.loads((directory / "processor_config.json").read_text())["image_processor"]
+    del settings["image_processor_type"]
+    settings["video_processor_type"] = "Qwen2VLVideoProcessor"
+    path = directory / "video_preprocessor_config.json"
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def build_model(*, seed: int = 0) -> Qwen2VLForConditionalGeneration:
