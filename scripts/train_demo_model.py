@@ -55,7 +55,7 @@ _LLAVA = """\
 # llava-tiny
 
 The demo model of `yopo`: a LLaVA of {parameters:.2f} million parameters (CLIP vision tower,
-two-layer projector, Llama decoder of {layers} layers and {heads} heads, {visual} visual tokens
+two-layer projector, Llama decoder of {layers} layers and {heads} heads, 64 visual tokens
 per image), trained from scratch on generated 64 x 64 images of colored shapes. It exists so that
 calibration, pruning and evaluation can be tried and tested on a real trained model in seconds, on
 a CPU, offline. It knows nothing but these scenes, and of English only the words in its questions.
@@ -65,8 +65,8 @@ _QWEN2_VL = """\
 # qwen2-vl-tiny
 
 The second demo model of `yopo`: a Qwen2-VL of {parameters:.2f} million parameters (vision tower
-of {depth} layers with rotary positions, 2 x 2 patch merger, decoder of {layers} layers with
-{heads} query heads and {kv_heads} KV heads under M-RoPE, {visual} visual tokens per image),
+of {tower_layers} layers with rotary positions, 2 x 2 patch merger, decoder of {layers} layers with
+{heads} query heads and {kv_heads} KV heads under M-RoPE, 64 visual tokens per image),
 trained from scratch on generated 96 x 96 images of 6 x 6 colored glyphs. Against `llava-tiny` it is
 another architecture with another task, on which no pruning method was developed: a few pixels
 decide what a glyph is (0 or O, 8 or B), and the longest answers read a whole grid in 54 tokens. It
@@ -78,10 +78,15 @@ _SHIFTED = """\
 ## Other pictures
 
 The same for grids as training never drew them, `yopo.demo.glyphs.grids.SHIFTED`: mostly empty, in
-dim ink, on noisy paper (with `--evaluate-only --shifted`).
+dim ink, on noisy paper (`scripts/train_demo_model.py{option} --evaluate-only --shifted`).
 
 {table}
 """
+_CARDS = {
+    "llava-tiny": (_LLAVA, "yopo.demo.scenes.pairs", ""),
+    "qwen2-vl-tiny": (_QWEN2_VL, "yopo.demo.glyphs.grids.pairs", " --model qwen2-vl-tiny"),
+}
+"""Per model: what it is, whose pairs its table is about, and the option that names it."""
 
 
 def evaluate(directory: Path, task: Task, num_pairs: int) -> str:
@@ -91,42 +96,35 @@ def evaluate(directory: Path, task: Task, num_pairs: int) -> str:
     return table(score(asked, list(answer(model, load_processor(str(directory)), asked))))
 
 
-def export(trainer: Trainer, directory: Path, num_pairs: int) -> str:
+def export(trainer: Trainer, name: str, directory: Path, num_pairs: int) -> str:
     """Save model and processor, evaluate what was saved, write the model card; return the table."""
     trainer.model.save_pretrained(directory)
-    recipe = trainer.recipe
-    recipe.save_processor(trainer.processor, directory)
-    result = evaluate(directory, recipe.task, num_pairs)
-    (directory / "README.md").write_text(
-        card(trainer, directory, num_pairs, result), encoding="utf-8"
-    )
+    trainer.recipe.save_processor(trainer.processor, directory)
+    result = evaluate(directory, trainer.recipe.task, num_pairs)
+    shifted = trainer.recipe.shifted
+    other = evaluate(directory, shifted, num_pairs) if shifted else None
+    made = card(trainer, name, num_pairs, result, other)
+    (directory / "README.md").write_text(made, encoding="utf-8")
     return result
 
 
-def card(trainer: Trainer, directory: Path, num_pairs: int, result: str) -> str:
-    """Write the model card around the held-out table."""
-    config, recipe = trainer.model.config, trainer.recipe
-    text = config.text_config
-    is_first = recipe is RECIPES["llava-tiny"]
-    about = (_LLAVA if is_first else _QWEN2_VL).format(
+def card(trainer: Trainer, name: str, num_pairs: int, result: str, shifted: str | None) -> str:
+    """Write the model card around the held-out table, and the one of other pictures if any."""
+    config = trainer.model.config
+    about, pairs, option = _CARDS[name]
+    made = (_HEADER + about + _MADE).format(
         parameters=sum(p.numel() for p in trainer.model.parameters()) / 1e6,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        depth=config.vision_config.num_hidden_layers,
-        visual=64,
-    )
-    made = _MADE.format(
-        option="" if is_first else " --model qwen2-vl-tiny",
+        tower_layers=config.vision_config.num_hidden_layers,
+        layers=config.text_config.num_hidden_layers,
+        heads=config.text_config.num_attention_heads,
+        kv_heads=config.text_config.num_key_value_heads,
         minutes=trainer.seconds / 60,
-        pairs="yopo.demo.scenes.pairs" if is_first else "yopo.demo.glyphs.grids.pairs",
+        option=option,
+        pairs=pairs,
         count=num_pairs,
         table=result,
     )
-    if recipe.shifted is None:
-        return _HEADER + about + made
-    shifted = _SHIFTED.format(table=evaluate(directory, recipe.shifted, num_pairs))
-    return _HEADER + about + made + shifted
+    return made if shifted is None else made + _SHIFTED.format(option=option, table=shifted)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -140,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tower-steps", type=int, help="[default: the model's recipe]")
     parser.add_argument("--decoder-steps", type=int, help="[default: the model's recipe]")
     parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=1400, help="held-out pairs to evaluate on")
+    parser.add_argument("--pairs", type=int, help="held-out pairs  [default: 200 of each kind]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -158,9 +156,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     recipe = RECIPES[args.model]
-    output = args.output or recipe.home
+    output, num_pairs = args.output or recipe.home, args.pairs or 200 * len(recipe.task.kinds)
     if args.evaluate_only:
-        print(evaluate(output, recipe.shifted if args.shifted else recipe.task, args.pairs))
+        print(evaluate(output, recipe.shifted if args.shifted else recipe.task, num_pairs))
         return
     work = args.work or Path("build/demo") / args.model
     work.mkdir(parents=True, exist_ok=True)
@@ -173,7 +171,7 @@ def main() -> None:
     ]
     trainer.run(stages, args.save_every)
     logger.info("trained in %.0f minutes", trainer.seconds / 60)
-    print(export(trainer, output, args.pairs))
+    print(export(trainer, args.model, output, num_pairs))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ class Recipe:
         save_processor: Saves that in a directory.
         width: Of the features that `features` gives.
         labels: What the tower learns to say of a visual token, and how many classes that has.
-        tower: The vision tower of a model: what the first stage trains.
+        tower: What the first stage trains: the vision tower, with its patch merger if it has one
+            (left to the second stage, that forgets what the first questions learned do not need).
         behind_tower: The modules that the second stage trains.
         features: Runs a model's tower on a batch of images: (picture, token, width).
         tower_batches: (processor, batch size, seed) -> images and labels (picture, token, label).
@@ -104,14 +105,10 @@ RECIPES = {
         width=glyph_build.HIDDEN_SIZE,
         labels=glyph_packing.LABELS,
         tower=lambda model: model.model.visual,
-        behind_tower=lambda model: [
-            model.model.visual.merger,
-            model.model.language_model,
-            model.lm_head,
-        ],
+        behind_tower=lambda model: [model.model.language_model, model.lm_head],
         features=_qwen2_vl_features,
         tower_batches=glyph_packing.tower_batches,
         decoder_batches=glyph_packing.decoder_batches,
-        stages=(Stage("tower", 1000, 32, 2e-3, 1e-4), Stage("decoder", 2000, 16, 1e-3, 1e-5)),
+        stages=(Stage("tower", 1000, 32, 2e-3, 1e-4), Stage("decoder", 2400, 16, 1e-3, 1e-5)),
     ),
 }

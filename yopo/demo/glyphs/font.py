@@ -43,6 +43,3 @@ BITMAPS: dict[str, np.ndarray] = dict(_read(line) for line in _BITMAPS.strip().s
 """Glyph -> (7, 5) bool, true where there is ink."""
 
 GLYPHS = tuple(BITMAPS)
-
-LOOKALIKES: tuple[str, ...] = ("0ODQCG", "8B369RP", "1I7T", "5S", "2Z", "EF")
-"""Groups that are easily taken for one another; 4 is like none."""

@@ -27,9 +27,9 @@ _MARGINS = (CELL_SIZE - _SCALE * GLYPH_ROWS, CELL_SIZE - _SCALE * GLYPH_COLS)  #
 _SLOPE = 0.8  # how fast the paper gets redder and bluer, in levels of 255 per pixel
 _SHADE = 14  # how far each RGB channel may stray from the named color
 _BLANKS = (0.0, 0.1, 0.3)
-# What a talk is made of: finding a glyph and counting are what a model learns last.
+# What a talk is made of: finding and counting are what a model learns last.
 _TURN_KINDS = (
-    *("glyph", "row"),
+    *("glyph", "row", "column"),
     *["color"] * 2,
     *["existence"] * 2,
     *["position"] * 3,
@@ -96,8 +96,8 @@ class GlyphGrid:
 def random_grid(rng: random.Random, *, blanks: Sequence[float] = _BLANKS) -> GlyphGrid:
     """Draw a grid from `rng`.
 
-    Each grid uses a random part of the font and of the colors: with all of it, hardly a row would
-    hold the same glyph three times, and counts would be guessable.
+    Each grid uses a random part of the font and of the colors: with all of them, hardly a row
+    would hold a color three times, and counts would be guessable.
 
     Args:
         rng: where everything is drawn from.
@@ -147,8 +147,8 @@ TASK = Task(
     turn_kinds=_TURN_KINDS,
     num_turns=12,
     long_kind="grid",
-    long_turns=6,
-    long_share=0.25,
+    long_turns=7,
+    long_share=0.2,
 )
 SHIFTED = replace(TASK, stream="yopo shifted glyphs", draw=shifted_grid)
 

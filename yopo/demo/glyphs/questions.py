@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from yopo.demo.glyphs.font import GLYPHS, LOOKALIKES
+from yopo.demo.glyphs.font import GLYPHS
 
 GRID = 6
 EMPTY = "-"
@@ -21,7 +21,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 ORDINALS = ("one", "two", "three", "four", "five", "six")
 NUMBERS = ("zero", *ORDINALS)
-MAX_COUNTED = 3  # more of a glyph in one row are too rare to be asked for
+MAX_COUNTED = 3  # more of a color in one row are too rare to be asked for
 
 
 @dataclass(frozen=True)
@@ -59,52 +59,71 @@ def _color(cells: Cells) -> Candidates:
     return [(f"what color is {place(index)}?", cell.color) for index, cell in _filled(cells)]
 
 
-def _position(cells: Cells) -> Candidates:
-    counts = Counter(cell.glyph for _, cell in _filled(cells))
+def _colors_by_row(cells: Cells) -> list[tuple[int, Counter[str]]]:
+    """Per row: how many of its glyphs have each of the colors that the grid has."""
+    present = sorted({cell.color for _, cell in _filled(cells)})
+    rows = (cells[start : start + GRID] for start in range(0, GRID * GRID, GRID))
+    counted = (Counter(cell.color for cell in row if cell) for row in rows)
     return [
-        (f"where is the {cell.glyph}?", place(index))
+        (row, Counter({color: counts[color] for color in present}))
+        for row, counts in enumerate(counted)
+    ]
+
+
+def _position(cells: Cells) -> Candidates:
+    """Ask for the one glyph of its color in a row."""
+    counts = _colors_by_row(cells)
+    return [
+        (
+            f"where is the {cell.color} one in row {ORDINALS[index // GRID]}?",
+            f"column {ORDINALS[index % GRID]}",
+        )
         for index, cell in _filled(cells)
-        if counts[cell.glyph] == 1
+        if counts[index // GRID][1][cell.color] == 1
     ]
 
 
 def _existence(cells: Cells) -> Candidates:
-    """Ask for a glyph; for a "no", one of its lookalikes is there, where it has any."""
-    present = {cell.glyph for _, cell in _filled(cells)}
-    tempting = {
-        glyph for group in LOOKALIKES if present & set(group) for glyph in group
-    } - present or set(GLYPHS) - present
-    asked = [(glyph, "yes") for glyph in sorted(present)]
-    asked += [(glyph, "no") for glyph in sorted(tempting)]
-    return [(f"is there a {glyph}?", answer) for glyph, answer in asked]
+    """Ask for a color that the grid has, in one row."""
+    return [
+        (f"is there a {color} one in row {ORDINALS[row]}?", "yes" if count else "no")
+        for row, counts in _colors_by_row(cells)
+        for color, count in counts.items()
+    ]
 
 
 def _count(cells: Cells) -> Candidates:
-    """Ask for a glyph that the grid has, in one row; zero if the row has none."""
-    present = sorted({cell.glyph for _, cell in _filled(cells)})
-    asked = []
-    for row in range(GRID):
-        counts = Counter(cell.glyph for cell in cells[row * GRID : (row + 1) * GRID] if cell)
-        asked += [
-            (f"how many {glyph} are in row {ORDINALS[row]}?", NUMBERS[counts[glyph]])
-            for glyph in present
-            if counts[glyph] <= MAX_COUNTED
-        ]
-    return asked
+    """Ask for a color that the grid has, in one row; zero if the row has none."""
+    return [
+        (f"how many {color} are in row {ORDINALS[row]}?", NUMBERS[count])
+        for row, counts in _colors_by_row(cells)
+        for color, count in counts.items()
+        if count <= MAX_COUNTED
+    ]
 
 
-def _read(cells: Cells, row: int) -> str:
-    glyphs = [cell.glyph if cell else EMPTY for cell in cells[row * GRID : (row + 1) * GRID]]
-    return " ".join(["row", ORDINALS[row], *glyphs])
+def _read(name: str, index: int, cells: Cells) -> str:
+    return " ".join([name, ORDINALS[index], *(cell.glyph if cell else EMPTY for cell in cells)])
+
+
+def _read_row(cells: Cells, row: int) -> str:
+    return _read("row", row, cells[row * GRID : (row + 1) * GRID])
 
 
 def _row(cells: Cells) -> Candidates:
-    return [(f"read row {ORDINALS[row]}.", f"{_read(cells, row)}.") for row in range(GRID)]
+    return [(f"read row {ORDINALS[row]}.", f"{_read_row(cells, row)}.") for row in range(GRID)]
+
+
+def _column(cells: Cells) -> Candidates:
+    return [
+        (f"read column {ORDINALS[col]}.", f"{_read('column', col, cells[col::GRID])}.")
+        for col in range(GRID)
+    ]
 
 
 def _grid(cells: Cells) -> Candidates:
     """Read all rows: an answer of 54 tokens."""
-    return [("read the grid.", ", ".join(_read(cells, row) for row in range(GRID)) + ".")]
+    return [("read the grid.", ", ".join(_read_row(cells, row) for row in range(GRID)) + ".")]
 
 
 _ASKERS: dict[str, Callable[[Cells], Candidates]] = {
@@ -114,15 +133,16 @@ _ASKERS: dict[str, Callable[[Cells], Candidates]] = {
     "existence": _existence,
     "count": _count,
     "row": _row,
+    "column": _column,
     "grid": _grid,
 }
 KINDS = tuple(_ASKERS)
 
-# The answers a kind can have, each equally likely in pairs; rows and grids have too many.
+# The answers a kind can have, each equally likely in pairs; what is read has too many.
 ANSWERS: dict[str, tuple[str, ...]] = {
     "glyph": GLYPHS,
     "color": tuple(COLORS),
-    "position": tuple(place(index) for index in range(GRID * GRID)),
+    "position": tuple(f"column {ordinal}" for ordinal in ORDINALS),
     "existence": ("yes", "no"),
     "count": NUMBERS[: MAX_COUNTED + 1],
 }
