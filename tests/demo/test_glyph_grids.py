@@ -19,7 +19,6 @@ from yopo.demo.glyphs.questions import (
     EMPTY,
     GRID,
     KINDS,
-    MAX_COUNTED,
     NUMBERS,
     ORDINALS,
     Cell,
@@ -44,14 +43,13 @@ def solve(rows: Rows, question: str) -> str:
     if match := re.fullmatch(r"what (is at|color is) row (\w+) column (\w+)\?", question):
         cell = rows[ORDINALS.index(match[2])][ORDINALS.index(match[3])]
         return cell.glyph if match[1] == "is at" else cell.color
-    if match := re.fullmatch(r"where is the (\w+) one in row (\w+)\?", question):
-        row = rows[ORDINALS.index(match[2])]
-        (col,) = [c for c, cell in enumerate(row) if cell and cell.color == match[1]]
-        return f"column {ORDINALS[col]}"
-    if match := re.fullmatch(r"(is there a|how many) (\w+) (one|are) in row (\w+)\?", question):
-        colors = [cell.color for cell in rows[ORDINALS.index(match[4])] if cell]
-        count = colors.count(match[2])
-        return NUMBERS[count] if match[1] == "how many" else ("yes" if count else "no")
+    if match := re.fullmatch(r"is there a (\w+) one at row (\w+) column (\w+)\?", question):
+        cell = rows[ORDINALS.index(match[2])][ORDINALS.index(match[3])]
+        return "yes" if cell and cell.color == match[1] else "no"
+    if match := re.fullmatch(r"how many are in row (\w+)\?", question):
+        return NUMBERS[sum(cell is not None for cell in rows[ORDINALS.index(match[1])])]
+    if match := re.fullmatch(r"what color is row (\w+)\?", question):
+        return line("row", match[1], rows[ORDINALS.index(match[1])], "color") + "."
     if match := re.fullmatch(r"read column (\w+)\.", question):
         return line("column", match[1], [row[ORDINALS.index(match[1])] for row in rows]) + "."
     if match := re.fullmatch(r"read row (\w+)\.", question):
@@ -61,8 +59,8 @@ def solve(rows: Rows, question: str) -> str:
     return ", ".join(lines) + "."
 
 
-def line(name: str, ordinal: str, cells: list[Cell | None]) -> str:
-    return f"{name} {ordinal} {' '.join(cell.glyph if cell else EMPTY for cell in cells)}"
+def line(name: str, ordinal: str, cells: list[Cell | None], part: str = "glyph") -> str:
+    return " ".join([name, ordinal, *(getattr(cell, part) if cell else EMPTY for cell in cells)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +134,6 @@ def test_pairs_repeat_are_balanced_and_do_not_depend_on_the_count() -> None:
         counts = Counter(p.answer for p in one if p.kind == kind)
         assert sum(counts.values()) == 80 and set(counts) <= set(answers)
         assert max(counts.values()) / 80 < 1 / len(answers) + 0.15
-    assert set(ANSWERS["count"]) == set(NUMBERS[: MAX_COUNTED + 1])
 
 
 def test_turns_ask_each_question_once_and_read_the_grid_last() -> None:
@@ -157,7 +154,7 @@ def test_shifted_grids_are_emptier_dimmer_and_noisy() -> None:
         shifted = list(itertools.islice(SHIFTED.split_pictures(split), 30))
         assert {grid.split() for grid in shifted} == {split}
         filled = [cell is not None for grid in shifted for cell in grid.cells]
-        assert 0.2 < sum(filled) / len(filled) < 0.45
+        assert 0.15 < sum(filled) / len(filled) < 0.3
         for grid in shifted:
             inks = [i for cell, i in zip(grid.cells, grid.look.inks, strict=True) if cell]
             assert all(max(ink) <= 0.8 * 255 for ink in inks)

@@ -5,7 +5,6 @@ One function per kind lists all of a grid's (question, answer) candidates; the c
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 ORDINALS = ("one", "two", "three", "four", "five", "six")
 NUMBERS = ("zero", *ORDINALS)
-MAX_COUNTED = 3  # more of a color in one row are too rare to be asked for
 
 
 @dataclass(frozen=True)
@@ -59,81 +57,75 @@ def _color(cells: Cells) -> Candidates:
     return [(f"what color is {place(index)}?", cell.color) for index, cell in _filled(cells)]
 
 
-def _colors_by_row(cells: Cells) -> list[tuple[int, Counter[str]]]:
-    """Per row: how many of its glyphs have each of the colors that the grid has."""
+def _existence(cells: Cells) -> Candidates:
+    """Ask whether a cell has a color; for a "no", another one that the grid has, or it is empty."""
     present = sorted({cell.color for _, cell in _filled(cells)})
-    rows = (cells[start : start + GRID] for start in range(0, GRID * GRID, GRID))
-    counted = (Counter(cell.color for cell in row if cell) for row in rows)
-    return [
-        (row, Counter({color: counts[color] for color in present}))
-        for row, counts in enumerate(counted)
-    ]
-
-
-def _position(cells: Cells) -> Candidates:
-    """Ask for the one glyph of its color in a row."""
-    counts = _colors_by_row(cells)
     return [
         (
-            f"where is the {cell.color} one in row {ORDINALS[index // GRID]}?",
-            f"column {ORDINALS[index % GRID]}",
+            f"is there a {color} one at {place(index)}?",
+            "yes" if cell and cell.color == color else "no",
         )
-        for index, cell in _filled(cells)
-        if counts[index // GRID][1][cell.color] == 1
-    ]
-
-
-def _existence(cells: Cells) -> Candidates:
-    """Ask for a color that the grid has, in one row."""
-    return [
-        (f"is there a {color} one in row {ORDINALS[row]}?", "yes" if count else "no")
-        for row, counts in _colors_by_row(cells)
-        for color, count in counts.items()
+        for index, cell in enumerate(cells)
+        for color in present
     ]
 
 
 def _count(cells: Cells) -> Candidates:
-    """Ask for a color that the grid has, in one row; zero if the row has none."""
+    """Ask how many of a row's cells are not empty."""
     return [
-        (f"how many {color} are in row {ORDINALS[row]}?", NUMBERS[count])
-        for row, counts in _colors_by_row(cells)
-        for color, count in counts.items()
-        if count <= MAX_COUNTED
+        (f"how many are in row {ORDINALS[row]}?", NUMBERS[sum(map(bool, _row_of(cells, row)))])
+        for row in range(GRID)
     ]
 
 
-def _read(name: str, index: int, cells: Cells) -> str:
-    return " ".join([name, ORDINALS[index], *(cell.glyph if cell else EMPTY for cell in cells)])
+def _row_of(cells: Cells, row: int) -> Cells:
+    return cells[row * GRID : (row + 1) * GRID]
 
 
-def _read_row(cells: Cells, row: int) -> str:
-    return _read("row", row, cells[row * GRID : (row + 1) * GRID])
+def _read(name: str, index: int, cells: Cells, part: str = "glyph") -> str:
+    """Name a row or column and read the glyphs or colors of its cells."""
+    parts = (getattr(cell, part) if cell else EMPTY for cell in cells)
+    return " ".join([name, ORDINALS[index], *parts])
 
 
 def _row(cells: Cells) -> Candidates:
-    return [(f"read row {ORDINALS[row]}.", f"{_read_row(cells, row)}.") for row in range(GRID)]
+    return [
+        (f"read row {ORDINALS[row]}.", _read("row", row, _row_of(cells, row)) + ".")
+        for row in range(GRID)
+    ]
 
 
 def _column(cells: Cells) -> Candidates:
     return [
-        (f"read column {ORDINALS[col]}.", f"{_read('column', col, cells[col::GRID])}.")
+        (f"read column {ORDINALS[col]}.", _read("column", col, cells[col::GRID]) + ".")
         for col in range(GRID)
+    ]
+
+
+def _colors(cells: Cells) -> Candidates:
+    return [
+        (
+            f"what color is row {ORDINALS[row]}?",
+            _read("row", row, _row_of(cells, row), "color") + ".",
+        )
+        for row in range(GRID)
     ]
 
 
 def _grid(cells: Cells) -> Candidates:
     """Read all rows: an answer of 54 tokens."""
-    return [("read the grid.", ", ".join(_read_row(cells, row) for row in range(GRID)) + ".")]
+    rows = (_read("row", row, _row_of(cells, row)) for row in range(GRID))
+    return [("read the grid.", ", ".join(rows) + ".")]
 
 
 _ASKERS: dict[str, Callable[[Cells], Candidates]] = {
     "glyph": _glyph,
     "color": _color,
-    "position": _position,
     "existence": _existence,
     "count": _count,
     "row": _row,
     "column": _column,
+    "colors": _colors,
     "grid": _grid,
 }
 KINDS = tuple(_ASKERS)
@@ -142,7 +134,6 @@ KINDS = tuple(_ASKERS)
 ANSWERS: dict[str, tuple[str, ...]] = {
     "glyph": GLYPHS,
     "color": tuple(COLORS),
-    "position": tuple(f"column {ordinal}" for ordinal in ORDINALS),
     "existence": ("yes", "no"),
-    "count": NUMBERS[: MAX_COUNTED + 1],
+    "count": NUMBERS,
 }
