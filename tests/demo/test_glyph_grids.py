@@ -43,9 +43,8 @@ def solve(rows: Rows, question: str) -> str:
     if match := re.fullmatch(r"what (is at|color is) row (\w+) column (\w+)\?", question):
         cell = rows[ORDINALS.index(match[2])][ORDINALS.index(match[3])]
         return cell.glyph if match[1] == "is at" else cell.color
-    if match := re.fullmatch(r"is there a (\w+) one at row (\w+) column (\w+)\?", question):
-        cell = rows[ORDINALS.index(match[2])][ORDINALS.index(match[3])]
-        return "yes" if cell and cell.color == match[1] else "no"
+    if match := re.fullmatch(r"is there one at row (\w+) column (\w+)\?", question):
+        return "yes" if rows[ORDINALS.index(match[1])][ORDINALS.index(match[2])] else "no"
     if match := re.fullmatch(r"how many are in row (\w+)\?", question):
         return NUMBERS[sum(cell is not None for cell in rows[ORDINALS.index(match[1])])]
     if match := re.fullmatch(r"what color is row (\w+)\?", question):

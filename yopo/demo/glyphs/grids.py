@@ -27,8 +27,8 @@ _MARGINS = (CELL_SIZE - _SCALE * GLYPH_ROWS, CELL_SIZE - _SCALE * GLYPH_COLS)  #
 _SLOPE = 0.8  # how fast the paper gets redder and bluer, in levels of 255 per pixel
 _SHADE = 14  # how far each RGB channel may stray from the named color
 _BLANKS = (0.0, 0.1, 0.3, 0.5)
-# What a talk is made of: comparing and counting are what a model learns last.
-_TURN_KINDS = ("glyph", "color", "row", "column", "colors", *["existence"] * 3, *["count"] * 3)
+# What a talk is made of: counting is what a model learns last.
+_TURN_KINDS = ("glyph", "color", "row", "column", "colors", *["existence"] * 2, *["count"] * 4)
 
 
 @dataclass(frozen=True)

@@ -58,15 +58,9 @@ def _color(cells: Cells) -> Candidates:
 
 
 def _existence(cells: Cells) -> Candidates:
-    """Ask whether a cell has a color; for a "no", another one that the grid has, or it is empty."""
-    present = sorted({cell.color for _, cell in _filled(cells)})
     return [
-        (
-            f"is there a {color} one at {place(index)}?",
-            "yes" if cell and cell.color == color else "no",
-        )
+        (f"is there one at {place(index)}?", "yes" if cell else "no")
         for index, cell in enumerate(cells)
-        for color in present
     ]
 
 
