@@ -11,6 +11,7 @@ run again; `scripts/study_report.py` makes tables and a picture of it.
 
 Methods, all at the same visual FLOPs (the nearest below that a method can reach):
 
+* ``random``: the paper's shape with random heads and neurons.
 * ``authors``: the rules of the paper's released code: half of the layers, heads by threshold and
   vote, the first neurons, radius 2.
 * ``paper``: the same shape with heads by mean activity and neurons by importance.
@@ -45,7 +46,7 @@ from yopo.plan_tensors import PlanTensors
 from yopo.planning.allocate import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.planner import Planner
-from yopo.planning.shapes import Layers, Shaper
+from yopo.planning.shapes import Layers, Shaper, random_rho
 from yopo.planning.wishes import Wishes
 from yopo.runtime.install import pruned
 from yopo.strategies.neighbors import PAPER_RADIUS
@@ -296,7 +297,16 @@ def planner(session: Session, wishes: Wishes) -> Planner:
     return Planner(session.statistics, wishes, session.kl, session.fitter)
 
 
+def random(session: Session, budget: float) -> Made:
+    """The paper's shape, by random scores."""
+    shuffled = random_rho(session.statistics, session.options.seed)
+    wishes = Wishes(budget=budget, shape="paper", compensation="none")
+    plan, tensors, _ = Planner(shuffled, wishes, None, None).make()
+    return plan, tensors
+
+
 METHODS: dict[str, Callable[[Session, float], Made]] = {
+    "random": random,
     "authors": authors,
     "paper": paper,
     "paper+refit": partial(paper, compensation="refit"),

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 METHODS = {
+    "random": "paper's shape, random",
     "authors": "authors' rules",
     "paper": "paper's shape, scores",
     "paper+refit": "paper's shape, refit",
@@ -28,6 +29,7 @@ METHODS = {
     "downsample": "downsampling",
 }
 COLORS = {
+    "random": "#e377c2",
     "authors": "#8c564b",
     "paper": "#d62728",
     "paper+refit": "#ff7f0e",

@@ -43,6 +43,15 @@ def test_the_demo_models_table_is_its_cards() -> None:
     assert table in README
 
 
+def test_the_second_demo_models_figures_are_its_cards() -> None:
+    card = (ROOT / "yopo" / "demo" / "qwen2_vl_tiny" / "README.md").read_text(encoding="utf-8")
+    card = card[: card.index("## Other pictures")]
+    (short,) = re.findall(r"all short answers\*\* \| \d+ \| \*\*([\d.]+)%", card)
+    (grid,) = re.findall(r"^\| grid \| \d+ \| ([\d.]+)%", card, re.M)
+    text = " ".join(README.split())
+    assert f"{short} % of held-out short questions, and {grid} % of the requests" in text
+
+
 @pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```\n\nprints `(.*?)`", README, re.S))
 def test_pipelines_run_as_printed(block: tuple[str, str], tmp_path: Path) -> None:
     command, printed = block

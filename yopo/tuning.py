@@ -19,6 +19,7 @@ from yopo.calibration.sources import open_pairs
 from yopo.calibration.statistics import Statistics
 from yopo.checkpoint.reader import fetch
 from yopo.console import note
+from yopo.demo import demo_data
 from yopo.errors import DataError, PlanError
 from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
 from yopo.families.registry import resolve
@@ -46,7 +47,8 @@ class RunOptions:
     """How a model is run over pairs.
 
     Attributes:
-        data: Pairs (see ``open_pairs``); None: the package's own.
+        data: Pairs (see ``open_pairs``); None: the package's own, as ``yopo.demo`` has them for the
+            model: its calibration set to calibrate, its held-out set to evaluate.
         samples: How many; None: all.
         seed: Decides which pairs are drawn.
         batch_size: Pairs per forward.
@@ -107,7 +109,7 @@ class Session:
     ):
         self.options, self.effort = options, effort
         source = resolve(model_name)
-        self._pairs = open_calibration_pairs(options)
+        self._pairs = open_demo_or(options, source.name, "calibration")
         self._aside = self._count_aside() if sets_aside else 0
         self.processor = load_processor(str(fetch(source)))
         self.model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
@@ -232,14 +234,23 @@ class Session:
         ]
 
 
-def open_calibration_pairs(options: RunOptions) -> Pairs:
-    """The pairs that are asked for, or the package's own."""
-    if options.data is None:
-        note(
-            "Using the demo pairs that come with yopo (shapes on a plane): "
-            "your own pairs (--data) give a better plan."
-        )
-    return open_pairs(options.data, samples=options.samples, seed=options.seed)
+def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
+    """The pairs that are asked for, or the package's own for a model.
+
+    Args:
+        options: Say what is asked for.
+        model_name: What plans call the model.
+        split: ``calibration`` or ``heldout``.
+    """
+    data = options.data
+    if data is None:
+        data = demo_data(model_name, split)
+        if split == "calibration":
+            note(
+                f"Using the demo pairs that come with yopo ({data}): "
+                "your own pairs (--data) give a better plan."
+            )
+    return open_pairs(data, samples=options.samples, seed=options.seed)
 
 
 def _around(worth: Worth | None) -> tuple[Worth, ...]:

@@ -18,7 +18,7 @@ from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
 from yopo.planning.planner import make_plan
 from yopo.planning.wishes import Wishes
 from yopo.serving import load_dense, read_baked_plan, torch_dtype
-from yopo.tuning import Calibrated, Effort, RunOptions, Session, open_calibration_pairs
+from yopo.tuning import Calibrated, Effort, RunOptions, Session, open_demo_or
 from yopo.verification import Verification, verify
 
 
@@ -93,7 +93,7 @@ def evaluate_target(
     """
     plan, tensors = read_target(target, budget)
     source = source_of_target(target, plan, model_name)
-    pairs = open_calibration_pairs(options)
+    pairs = open_demo_or(options, plan.model.name, "heldout")
     processor = load_processor(str(fetch(source)))
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
     return evaluate(

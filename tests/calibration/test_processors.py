@@ -13,7 +13,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
 from yopo.calibration.pairs import ImageRef, Pair
-from yopo.calibration.processors import image_class, load_without_videos
 from yopo.calibration.prompts import encode, load_processor
 from yopo.calibration.run import measure
 from yopo.errors import ModelError
@@ -22,6 +21,7 @@ from yopo.flops import visual_budget
 from yopo.grid import Grid
 from yopo.planning.planner import make_plan
 from yopo.planning.wishes import Wishes
+from yopo.processors import image_class, load_without_videos
 from yopo.runtime.install import pruned
 
 KINDS = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")

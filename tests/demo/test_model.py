@@ -13,9 +13,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 
 from yopo.demo import LLAVA_TINY
 from yopo.demo.build import MAX_NEW_TOKENS, build_model, build_processor
-from yopo.demo.packing import IGNORED, Packer, Pixels, patch_labels
-from yopo.demo.scenes import KINDS, Turn, pairs, split_scenes, turns
+from yopo.demo.packing import Packer, Pixels, patch_labels
+from yopo.demo.rows import IGNORED
+from yopo.demo.scenes import KINDS, pairs, split_scenes, turns
 from yopo.demo.score import answer, overall, score, table
+from yopo.demo.task import Turn
 from yopo.demo.vocabulary import COLORS, GRID, SHAPES
 
 NUM_VISUAL = 64

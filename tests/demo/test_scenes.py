@@ -12,7 +12,6 @@ import pytest
 from yopo.demo.questions import ANSWERS, KINDS, SHORT_KINDS, candidates
 from yopo.demo.scenes import (
     IMAGE_SIZE,
-    SPLITS,
     Scene,
     SceneObject,
     pairs,
@@ -20,6 +19,7 @@ from yopo.demo.scenes import (
     split_scenes,
     turns,
 )
+from yopo.demo.task import SPLITS
 from yopo.demo.vocabulary import COLORS, COLUMNS, NUMBERS, PLURALS, ROWS, SHAPES
 
 SINGULARS = {plural: shape for shape, plural in PLURALS.items()}

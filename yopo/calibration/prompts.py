@@ -63,7 +63,7 @@ def load_processor(location: str, revision: str | None = None) -> ProcessorMixin
     """
     from transformers import AutoProcessor
 
-    from yopo.calibration.processors import load_without_videos
+    from yopo.processors import load_without_videos
 
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     unreachable = None

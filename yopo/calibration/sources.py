@@ -13,11 +13,11 @@ from typing import Any
 from yopo.calibration.pairs import ImageRef, Pair, Pairs
 from yopo.calibration.rows import pair_from_row
 from yopo.calibration.sampling import check_samples, chosen
+from yopo.demo import SETS
 from yopo.errors import DataError, suggest
 
 DEFAULT_DEMO_PAIRS = 256
 _SUFFIXES = (".jsonl", ".json", ".parquet")
-_DEMO_SPLITS = ("calibration", "heldout", "train")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^:/]+){0,2}")
 _FORMS = (
     "Give a .jsonl, .json or .parquet file, a directory (parquet, image folder with metadata, "
@@ -34,9 +34,10 @@ def open_pairs(
     table or stream the first row, the others when they are read. Images are decoded when used.
 
     Args:
-        data: ``None`` (the package's demo pairs), ``demo:SPLIT``, a ``.jsonl``, ``.json`` or
-            ``.parquet`` file, a directory, or a hub id ``org/name[:split]`` or
-            ``org/name:config:split``. A directory may carry its split as ``DIR:split``.
+        data: ``None`` (demo pairs about scenes), ``demo:SET`` (one of ``yopo.demo.SETS``), a
+            ``.jsonl``, ``.json`` or ``.parquet`` file, a directory, or a hub id
+            ``org/name[:split]`` or ``org/name:config:split``. A directory may carry its split as
+            ``DIR:split``.
         samples: How many pairs to draw; None means all (256 of the demo pairs).
         seed: Decides which are drawn.
         split: Which split, where ``data`` does not name it.
@@ -81,22 +82,20 @@ def _open_hub(data: str, samples: int | None, seed: int, split: str | None) -> P
     return open_hub(repository, config, rest[-1] if rest else split, samples=samples, seed=seed)
 
 
-def _open_demo(split: str | None, samples: int | None, seed: int) -> Pairs:
-    split = split or "calibration"
-    if split not in _DEMO_SPLITS:
-        raise DataError(
-            f"The demo pairs have no split '{split}'.", remedy=suggest(split, _DEMO_SPLITS)
-        )
+def _open_demo(name: str | None, samples: int | None, seed: int) -> Pairs:
+    name = name or "calibration"
+    if name not in SETS:
+        raise DataError(f"The demo pairs have no split '{name}'.", remedy=suggest(name, SETS))
     count = samples or DEFAULT_DEMO_PAIRS
-    read = partial(_read_demo, split, count, seed)
-    return Pairs(name=f"demo:{split}", total=count, digest=None, read=read)
+    read = partial(_read_demo, name, count, seed)
+    return Pairs(name=f"demo:{name}", total=count, digest=None, read=read)
 
 
-def _read_demo(split: str, count: int, seed: int) -> Iterator[Pair]:
-    from yopo.demo.scenes import pairs
+def _read_demo(name: str, count: int, seed: int) -> Iterator[Pair]:
+    from yopo.demo.pairs import pairs_of
 
-    for index, pair in enumerate(pairs(split, count, seed=seed)):
-        where = f"demo:{split} pair {index}"
+    for index, pair in enumerate(pairs_of(name, count, seed=seed)):
+        where = f"demo:{name} pair {index}"
         image = ImageRef(pair.image, f"{where}: image {pair.id}")
         yield Pair((image,), pair.question, (pair.answer,), pair.kind, pair.id, where)
 

@@ -47,7 +47,7 @@ def _named(output: str, budget: float | None) -> str:
 
 @click.command(cls=Command)
 @click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
-@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration]")
+@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration, or glyphs]")
 @run_options
 @wish_options
 @click.option(

@@ -9,6 +9,7 @@ import click
 
 from yopo.cli.command import Command, load
 from yopo.cli.options import DATA_FORMS, run_options, run_settings
+from yopo.demo import demo_data
 
 if TYPE_CHECKING:
     from yopo.evaluation.evaluate import Evaluation
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("target")
-@click.option("--data", default="demo:heldout", show_default=True, help=f"Pairs: {DATA_FORMS}")
+@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:heldout, or glyphs]")
 @run_options
 @click.option("--model", help="The dense model, if it is elsewhere than the plan says.")
 @click.option(
@@ -55,5 +56,5 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
     else:
         from yopo.report.evaluation import evaluation_report
 
-        data = Path(values["data"])
-        print_report(evaluation_report(found, data.name if data.exists() else values["data"]))
+        data = values["data"] or demo_data(found.plan.model.name, "heldout")
+        print_report(evaluation_report(found, Path(data).name if Path(data).exists() else data))

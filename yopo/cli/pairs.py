@@ -10,6 +10,7 @@ import click
 
 from yopo.cli.command import Command
 from yopo.console import note
+from yopo.demo import SETS
 from yopo.errors import OutputError
 
 
@@ -17,10 +18,10 @@ from yopo.errors import OutputError
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--split",
-    type=click.Choice(("train", "calibration", "heldout")),
+    type=click.Choice(SETS),
     default="heldout",
     show_default=True,
-    help="No image is in two splits.",
+    help="Scenes of shapes, or grids of glyphs; no image is in two splits.",
 )
 @click.option(
     "--count", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Pairs."

@@ -1,8 +1,4 @@
-"""Training batches for the demo model: scenes and turns as tensors.
-
-The visual tokens are by far the longest part of a prompt, so a row holds a dozen turns behind one
-copy of them: an image is worth many questions.
-"""
+"""Training batches for the model that sees scenes: scenes and turns as tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +10,12 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from yopo.demo.build import PATCH_SIZE
-from yopo.demo.scenes import IMAGE_SIZE, Scene, Turn, split_scenes, turns
+from yopo.demo.rows import ChatForm, RowPacker
+from yopo.demo.scenes import IMAGE_SIZE, Scene, split_scenes, turns
 from yopo.demo.vocabulary import COLORS, GRID, SHAPES
 
-IGNORED = -100  # the label that the loss leaves out
+LABELS = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "cell": 1 + GRID * GRID}
+"""What `patch_labels` says of a patch, and how many classes that has; 0 is the background."""
 
 _GRID_PATCHES = IMAGE_SIZE // PATCH_SIZE
 _NUM_VISUAL = _GRID_PATCHES**2
@@ -54,77 +52,33 @@ def patch_labels(scene: Scene) -> Tensor:
     return torch.from_numpy(np.array(names)[pixels.argmax(1)] * covered[:, None])
 
 
-def tower_batches(pixels: Pixels, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def tower_batches(
+    processor: LlavaProcessor, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield pixel values (scene, 3, 64, 64) and labels (scene, patch, 3)."""
-    scenes = split_scenes("train", seed=seed)
+    pixels, scenes = Pixels(processor), split_scenes("train", seed=seed)
     while True:
         batch = [next(scenes) for _ in range(batch_size)]
         yield pixels(batch), torch.stack([patch_labels(scene) for scene in batch])
 
 
-class Packer:
-    """Packs several turns about one image into one training sequence.
-
-    Three rows in four are packed so that a turn sees the image and itself only, at the positions
-    that it would have alone: many single-question prompts for the price of one image. Otherwise
-    earlier answers would give later ones away. The fourth is a plain conversation, as the chat
-    template writes it.
-    """
+class Packer(RowPacker):
+    """Packs turns behind one image's visual tokens in the form of LLaVA's chat template."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
         """Take tokenizer and image token from the processor."""
-        self.tokenizer = processor.tokenizer
-        self.image_id = processor.image_token_id
-        self.user, self.assistant = (self._ids(text)[0] for text in ("USER:", "ASSISTANT:"))
-        self.known: dict[str, list[int]] = {}
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def _cached(self, text: str) -> list[int]:
-        if text not in self.known:
-            self.known[text] = self._ids(text)
-        return self.known[text]
-
-    def row(self, asked: tuple[Turn, ...], is_isolated: bool) -> tuple[Tensor, ...]:
-        """Pack one row.
-
-        Returns:
-            ids, labels, positions and owner, each (token,) int64. A token sees the earlier ones
-            whose owner is 0 (the image prefix) or its own.
-        """
-        prefix = [self.tokenizer.bos_token_id, self.user, *[self.image_id] * _NUM_VISUAL]
-        ids, labels = list(prefix), [IGNORED] * len(prefix)
-        positions, owner = list(range(len(prefix))), [0] * len(prefix)
-        for index, turn in enumerate(asked):
-            question = [*self._cached(turn.question), self.assistant]
-            if index and not is_isolated:
-                question.insert(0, self.user)
-            answer = [*self._cached(turn.answer), self.tokenizer.eos_token_id]
-            start = len(prefix) if is_isolated else len(ids)
-            length = len(question) + len(answer)
-            if len(ids) + length > _ROW_LENGTH:
-                break
-            ids += question + answer
-            labels += [IGNORED] * len(question) + answer
-            positions += range(start, start + length)
-            owner += [1 + index if is_isolated else 0] * length
-        fills = (self.tokenizer.pad_token_id, IGNORED, 0, 0)
-        missing = _ROW_LENGTH - len(ids)
-        columns = zip((ids, labels, positions, owner), fills, strict=True)
-        return tuple(torch.tensor(column + [fill] * missing) for column, fill in columns)
-
-    def batch(self, batch: list[tuple[Turn, ...]]) -> dict[str, Tensor]:
-        """Return input_ids, labels, position_ids (row, token) and the mask (row, 1, query, key)."""
-        rows = [self.row(asked, index % 4 != 3) for index, asked in enumerate(batch)]
-        ids, labels, positions, owner = (torch.stack(column) for column in zip(*rows, strict=True))
-        same = (owner[:, :, None] == owner[:, None]) | (owner[:, None] == 0)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "position_ids": positions,
-            "attention_mask": same.tril()[:, None],  # bool, True where query sees key
-        }
+        tokenizer = processor.tokenizer
+        user, assistant = tokenizer.convert_tokens_to_ids(["USER:", "ASSISTANT:"])
+        prefix = (tokenizer.bos_token_id, user, *[processor.image_token_id] * _NUM_VISUAL)
+        form = ChatForm(
+            prefix=prefix,
+            next_position=len(prefix),
+            turn=(user,),
+            reply=(assistant,),
+            end=tokenizer.eos_token_id,
+            row_length=_ROW_LENGTH,
+        )
+        super().__init__(tokenizer, form)
 
 
 def decoder_batches(
@@ -135,4 +89,4 @@ def decoder_batches(
     talks = turns("train", seed=seed)
     while True:
         scenes, asked = zip(*(next(talks) for _ in range(batch_size)), strict=True)
-        yield {"pixel_values": pixels(list(scenes)), **packer.batch(list(asked))}
+        yield {"pixel_values": pixels(list(scenes)), **packer.batch(asked)}

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from yopo.demo.scenes import pairs
+from yopo.demo import SETS
+from yopo.demo.glyphs import grids
+from yopo.demo.scenes import TASK
+from yopo.demo.task import DemoPair
 
 PAIRS_NAME = "pairs.jsonl"
 IMAGES_NAME = "images"
 
 
+def pairs_of(
+    name: str, count: int, *, seed: int = 0, kinds: Sequence[str] | None = None
+) -> Iterator[DemoPair]:
+    """Yield pairs of a set.
+
+    Args:
+        name: one of `yopo.demo.SETS`.
+        count: how many pairs.
+        seed: another seed, other pairs.
+        kinds: see `yopo.demo.task.Task.pairs`.
+
+    Raises:
+        ValueError: for an unknown set or kind.
+    """
+    if name not in SETS:
+        raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
+    if name == "glyphs-shifted":
+        return grids.SHIFTED.pairs("heldout", count, seed=seed, kinds=kinds)
+    task = grids.TASK if name.startswith("glyphs-") else TASK
+    return task.pairs(name.removeprefix("glyphs-"), count, seed=seed, kinds=kinds)
+
+
 def write_pairs(
     directory: Path | str,
-    split: str,
+    name: str,
     count: int,
     *,
     seed: int = 0,
@@ -26,23 +51,23 @@ def write_pairs(
 
     Args:
         directory: where to write; made where it is missing.
-        split: "train", "calibration" or "heldout".
+        name: one of `yopo.demo.SETS`.
         count: how many pairs.
         seed: another seed, other pairs.
-        kinds: see `yopo.demo.scenes.pairs`.
+        kinds: see `yopo.demo.task.Task.pairs`.
 
     Returns:
         The path of `pairs.jsonl`. It is written last, so where it exists all images do.
     """
     directory = Path(directory)
-    found = list(pairs(split, count, seed=seed, kinds=kinds))
+    found = list(pairs_of(name, count, seed=seed, kinds=kinds))
     (directory / IMAGES_NAME).mkdir(parents=True, exist_ok=True)
     lines = []
     for pair in found:
-        name = f"{IMAGES_NAME}/{pair.id}.png"
-        pair.image.save(directory / name)
+        file = f"{IMAGES_NAME}/{pair.id}.png"
+        pair.image.save(directory / file)
         line = {
-            "image": name,
+            "image": file,
             "question": pair.question,
             "answer": pair.answer,
             "kind": pair.kind,

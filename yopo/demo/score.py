@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from yopo.demo.scenes import DemoPair
+from yopo.demo.task import DemoPair
+
+_LONG_KINDS = ("description", "grid")
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ def score(pairs: Sequence[DemoPair], answers: Sequence[str]) -> list[KindScore]:
 
 def overall(scores: Sequence[KindScore]) -> float:
     """Return the share of right answers over all pairs of the short kinds."""
-    short = [s for s in scores if s.kind != "description"]
+    short = [s for s in scores if s.kind not in _LONG_KINDS]
     return sum(s.accuracy * s.num_pairs for s in short) / sum(s.num_pairs for s in short)
 
 
 def table(scores: Sequence[KindScore]) -> str:
-    """Format scores as a Markdown table; "all short answers" leaves descriptions out."""
+    """Format scores as a Markdown table; "all short answers" leaves long ones out."""
     lines = [
         "| kind | pairs | accuracy | majority guess | token accuracy | tokens per answer |",
         "|---|---:|---:|---:|---:|---:|",
@@ -87,7 +89,7 @@ def table(scores: Sequence[KindScore]) -> str:
             f"| {s.kind} | {s.num_pairs} | {s.accuracy:.1%} | {s.majority:.1%} "
             f"| {s.token_accuracy:.1%} | {s.mean_tokens:.1f} |"
         )
-    num_short = sum(s.num_pairs for s in scores if s.kind != "description")
+    num_short = sum(s.num_pairs for s in scores if s.kind not in _LONG_KINDS)
     lines.append(f"| **all short answers** | {num_short} | **{overall(scores):.1%}** | | | |")
     return "\n".join(lines)
 
@@ -98,5 +100,5 @@ def _chat(pair: DemoPair) -> list[dict]:
 
 
 def _tokens(text: str) -> list[str]:
-    """Split into words, commas and periods, as the demo model's tokenizer does."""
+    """Split into words, commas and periods, as the demo models' tokenizers do."""
     return text.replace(",", " ,").replace(".", " .").split()

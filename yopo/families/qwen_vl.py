@@ -98,6 +98,7 @@ QWEN2_VL = _family(
     {
         "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
         "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+        "qwen2-vl-tiny": "package:demo/qwen2_vl_tiny",
     },
     "Qwen2VLForConditionalGeneration",
 )

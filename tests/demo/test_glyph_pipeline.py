@@ -1,0 +1,73 @@
+"""The glyph reader in the library: calibrated, pruned, baked and evaluated on its own pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from yopo.calibration.prompts import encode, load_processor
+from yopo.calibration.sources import open_pairs
+from yopo.checkpoint.bake import bake
+from yopo.checkpoint.reader import fetch
+from yopo.demo.glyphs.grids import TASK
+from yopo.families.registry import resolve
+from yopo.flops import visual_budget
+from yopo.grid import Grid
+from yopo.plan import full_plan
+from yopo.planning.wishes import Wishes
+from yopo.runtime.install import pruned
+from yopo.serving import load_dense
+from yopo.workflow import Calibrated, RunOptions, calibrate, evaluate_target
+
+NAME = "qwen2-vl-tiny"
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Calibrated:
+    options = RunOptions(samples=32, batch_size=16, max_new_tokens=12)
+    return calibrate(NAME, Wishes(budget=0.5), options, measure_pairs=12)
+
+
+def test_calibration_takes_the_models_own_pairs(calibrated: Calibrated) -> None:
+    plan = calibrated.plan
+    assert plan.model.name == NAME and plan.provenance["pairs"] == "demo:glyphs-calibration"
+    assert plan.workload.grids == (Grid(8, 8),)
+    assert 0.4 < visual_budget(plan) <= 0.5
+    assert (plan.model.shape.heads, plan.model.shape.kv_heads) == (8, 2)
+
+
+def test_the_plan_that_prunes_nothing_is_the_dense_model(calibrated: Calibrated) -> None:
+    source = resolve(NAME)
+    model, processor = load_dense(source), load_processor(source.location)
+    pairs = list(open_pairs("demo:glyphs-heldout", samples=7, seed=3))
+    inputs = encode(
+        processor,
+        pairs,
+        image_token_id=model.config.image_token_id,
+        device="cpu",
+        dtype=torch.float32,
+        answers=[pair.answers[0] for pair in pairs],
+    ).inputs
+    assert (inputs["attention_mask"] == 0).any()  # rows of different lengths
+    plan = full_plan(calibrated.plan.model, calibrated.plan.workload)
+    with torch.inference_mode():
+        dense = model(**inputs).logits
+        with pruned(model, plan):
+            empty = model(**inputs).logits
+        with pruned(model, calibrated.plan, calibrated.tensors):
+            half = model(**inputs).logits
+    is_text = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != model.config.image_token_id)
+    torch.testing.assert_close(empty[is_text], dense[is_text], atol=1e-4, rtol=1e-4)
+    assert (half[is_text] - dense[is_text]).abs().max() > 1e-3
+
+
+def test_baked_and_evaluated_on_held_out_grids(calibrated: Calibrated, tmp_path: Path) -> None:
+    target = tmp_path / "smaller"
+    bake(calibrated.plan, calibrated.tensors, fetch(resolve(NAME)), target)
+    options = RunOptions(samples=36, batch_size=18, max_new_tokens=12)
+    found = evaluate_target(str(target), options, timing_runs=0)
+    assert set(found.by_kind) == set(TASK.short_kinds)
+    assert found.accuracy.total == 36 and found.accuracy.dense >= 32
+    assert found.accuracy.pruned >= 0.7 * found.accuracy.dense

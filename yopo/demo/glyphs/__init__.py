@@ -1,0 +1,1 @@
+"""The second demo task: grids of colored glyphs, whose fine detail decides what they are."""

@@ -1,0 +1,178 @@
+"""What every demo task has in common: pictures in disjoint splits, questions of several kinds.
+
+Everything follows from the seed. Train, calibration and held-out pictures are disjoint by
+construction: a digest of what a picture shows (not of how it is drawn) decides its split, so a
+held-out arrangement is never seen in training, not even drawn a little differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from PIL import Image
+
+SPLITS = ("heldout", "calibration", "train")
+Candidates = list[tuple[str, str]]
+
+
+class Picture(Protocol):
+    """What a task needs of its pictures."""
+
+    def split(self) -> str:
+        """Return the split that the picture belongs to."""
+
+    def render(self) -> Image.Image:
+        """Draw it."""
+
+
+P = TypeVar("P", bound=Picture)
+
+
+@dataclass(frozen=True)
+class DemoPair:
+    """An image, a question about it and its only right answer."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    kind: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and answer of a longer talk about the same picture."""
+
+    question: str
+    answer: str
+    kind: str
+
+
+def digest(text: str) -> str:
+    """Return a stable hex digest of what a picture shows."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def split_of(hex_digest: str) -> str:
+    """Return "heldout", "calibration" or "train": digest modulo 10 is 0, 1 or the rest."""
+    return SPLITS[min(int(hex_digest, 16) % 10, 2)]
+
+
+@dataclass(frozen=True)
+class Task(Generic[P]):
+    """A kind of pictures and the questions about them.
+
+    Attributes:
+        stream: Begins the names of all random streams; another name, other pictures.
+        pictures: What the pictures are called in the name of their stream.
+        draw: Draws a picture of any split.
+        candidates: Lists all (question, answer) of one kind that a picture allows; may be empty.
+        kinds: All kinds; ``long_kind`` is the last.
+        answers: The answers that a kind can have, each equally likely in ``pairs``; kinds that are
+            not named here have too many to balance.
+        turn_kinds: What a talk is made of: kinds, some several times.
+        num_turns: How many turns a talk has.
+        long_kind: The kind with long answers, which means something else (every token must be
+            right) and comes only where it is named.
+        long_turns: How many turns a long one counts as, so that talks are of about one length.
+        long_share: The share of the talks that end with a long one.
+    """
+
+    stream: str
+    pictures: str
+    draw: Callable[[random.Random], P]
+    candidates: Callable[[P, str], Candidates]
+    kinds: tuple[str, ...]
+    answers: Mapping[str, tuple[str, ...]]
+    turn_kinds: tuple[str, ...]
+    num_turns: int
+    long_kind: str
+    long_turns: int
+    long_share: float
+
+    @property
+    def short_kinds(self) -> tuple[str, ...]:
+        """All kinds but the long one."""
+        return tuple(kind for kind in self.kinds if kind != self.long_kind)
+
+    def split_pictures(self, split: str, *, seed: int = 0) -> Iterator[P]:
+        """Yield pictures of one split without end."""
+        check_split(split)
+        rng = random.Random(f"{self.stream} {self.pictures}/{split}/{seed}")
+        while True:
+            picture = self.draw(rng)
+            if picture.split() == split:
+                yield picture
+
+    def pairs(
+        self, split: str, count: int, *, seed: int = 0, kinds: Sequence[str] | None = None
+    ) -> Iterator[DemoPair]:
+        """Yield `count` question-answer pairs, one picture each, the kinds in turn.
+
+        The wanted answer is drawn first, uniformly, and pictures are drawn until one has a question
+        with that answer: guessing the commonest answer gains nothing. Pair `i` does not depend on
+        `count`.
+
+        Args:
+            split: "train", "calibration" or "heldout".
+            count: how many pairs.
+            seed: another seed, other pairs.
+            kinds: which kinds to cycle through. None means the short kinds.
+
+        Raises:
+            ValueError: for an unknown split or kind.
+        """
+        check_split(split)
+        wanted = tuple(kinds) if kinds is not None else self.short_kinds
+        if not wanted or not set(wanted) <= set(self.kinds):
+            raise ValueError(f"kinds must be some of {', '.join(self.kinds)}; got {wanted!r}")
+        for index in range(count):
+            kind = wanted[index % len(wanted)]
+            rng = random.Random(f"{self.stream} pairs/{split}/{seed}/{kind}/{index}")
+            picture, question, answer = self._ask(split, kind, rng)
+            name = f"{split}-{seed}-{index:05d}-{kind}"
+            yield DemoPair(picture.render(), question, answer, kind, name)
+
+    def turns(self, split: str, *, seed: int = 0) -> Iterator[tuple[P, tuple[Turn, ...]]]:
+        """Yield pictures with several questions each, without end: what a model is trained on.
+
+        A long answer stands last, where it gives no other answer away.
+        """
+        rng = random.Random(f"{self.stream} turns/{split}/{seed}")
+        for picture in self.split_pictures(split, seed=seed):
+            is_long = rng.random() < self.long_share
+            long = self.candidates(picture, self.long_kind) if is_long else []
+            kinds = list(self.turn_kinds) * 2  # more than are asked: some find no new question
+            rng.shuffle(kinds)
+            asked: dict[str, Turn] = {}
+            for kind in kinds:
+                if len(asked) == self.num_turns - self.long_turns * len(long):
+                    break
+                found = self.candidates(picture, kind)
+                if found:
+                    answer = rng.choice(sorted({answer for _, answer in found}))
+                    question = rng.choice([q for q, a in found if a == answer])
+                    asked[question] = Turn(question, answer, kind)
+            final = [Turn(q, a, self.long_kind) for q, a in long]
+            yield picture, (*asked.values(), *final)
+
+    def _ask(self, split: str, kind: str, rng: random.Random) -> tuple[P, str, str]:
+        """Find a picture of the split with a question of this kind, its answer drawn uniformly."""
+        wanted = rng.choice(self.answers[kind]) if kind in self.answers else None
+        while True:
+            picture = self.draw(rng)
+            if picture.split() != split:
+                continue
+            found = [c for c in self.candidates(picture, kind) if wanted in (None, c[1])]
+            if found:
+                return picture, *rng.choice(found)
+
+
+def check_split(split: str) -> None:
+    """Raise a ValueError for an unknown split."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
