@@ -19,7 +19,8 @@ from yopo.plan import full_plan
 from yopo.planning.wishes import Wishes
 from yopo.runtime.install import pruned
 from yopo.serving import load_dense
-from yopo.workflow import Calibrated, RunOptions, calibrate, evaluate_target
+from yopo.tuning import Calibrated, Effort, RunOptions
+from yopo.workflow import calibrate, evaluate_target
 
 NAME = "qwen2-vl-tiny"
 
@@ -27,7 +28,7 @@ NAME = "qwen2-vl-tiny"
 @pytest.fixture(scope="module")
 def calibrated() -> Calibrated:
     options = RunOptions(samples=32, batch_size=16, max_new_tokens=12)
-    return calibrate(NAME, Wishes(budget=0.5), options, measure_pairs=12)
+    return calibrate(NAME, Wishes(budget=0.5), options, Effort(measure_pairs=12))
 
 
 def test_calibration_takes_the_models_own_pairs(calibrated: Calibrated) -> None:
