@@ -28,7 +28,13 @@ from yopo.evaluation.bench_plan import (
 )
 from yopo.evaluation.bench_prompt import made_up_prompt
 from yopo.evaluation.bench_result import BenchOptions, Compared
-from yopo.evaluation.random_model import WORKLOAD, grids_of, published_model, random_model
+from yopo.evaluation.random_model import (
+    WORKLOAD,
+    fitted,
+    grids_of,
+    published_model,
+    random_model,
+)
 from yopo.families.family import shape_of
 from yopo.flops import (
     dense_prefill_flops,
@@ -39,6 +45,7 @@ from yopo.flops import (
 )
 from yopo.grid import Grid
 from yopo.plan import LayerPlan, ModelIdentity, ModelShape, Plan, Workload
+from yopo.plan_tensors import check_tensors
 from yopo.runtime.install import pruned
 
 SHAPE = ModelShape(layers=8, hidden=48, heads=4, kv_heads=2, head_dim=12, ffn=80)
@@ -76,7 +83,7 @@ def look(plan: Plan, index: int) -> tuple[object, ...]:
     layer = plan.layers[index]
     neurons = 2 if layer.neurons == plan.model.shape.ffn else int(layer.neurons > 0)
     gone = index >= plan.visual_depth
-    return bool(layer.heads), layer.attend, layer.radius, neurons, gone
+    return bool(layer.heads), bool(layer.attend), layer.radius, neurons, gone
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -276,3 +283,31 @@ def test_one_run_has_no_spread() -> None:
     found = benching.bench_random(plan_for(), None, Sizes(), replace(QUICK, runs=1))
     ratio = found.prefill.ratio
     assert ratio.low == ratio.median == ratio.high > 0
+
+
+def test_some_layers_of_a_refit_plan_take_their_weights_along(mha: Subject) -> None:
+    heads = tuple(range(mha.shape.heads))
+    layers = (
+        LayerPlan(heads, heads[:1], None, 20, rank=7),
+        LayerPlan(heads, heads[:2], None, 20, rank=9, linear=2),
+        LayerPlan(heads, True, None, mha.shape.ffn),
+        LayerPlan(heads, False, None, 0, linear=3),
+    )
+    plan, tensors = mha.random_plan(1, layers=layers, compensation="refit", baked=False)
+    used = (1, 3)
+    few, parts = fitted(with_layers(plan, used), tensors, used)
+    check_tensors(few, parts, "The plan")
+    assert torch.equal(parts.refit[1]["map_in"], tensors.refit[3]["map_in"])
+    assert torch.equal(parts.neuron_order, tensors.neuron_order[[1, 3]])
+
+
+def test_layers_of_other_fits_are_of_other_kinds(mha: Subject) -> None:
+    """One layer in four is asked for: each kind has its share, heads do not make kinds."""
+    heads = tuple(range(mha.shape.heads))
+    plain, same = (LayerPlan(heads, heads[:count], None, 20) for count in (2, 3))
+    mapped = LayerPlan(heads, heads[:2], None, 20, rank=5, linear=2)
+    plan, _ = mha.random_plan(
+        1, layers=(plain, same, mapped, mapped), compensation="refit", baked=False
+    )
+    first, second = sampled_layers(plan, 2)
+    assert first in (0, 1) and second in (2, 3)

@@ -119,7 +119,8 @@ def sampled_layers(plan: Plan, count: int) -> tuple[int, ...]:
     """Which layers stand for the plan: each kind of layer in its share, evenly spaced in it.
 
     A kind is what decides a layer's cost: whether it reads, whether it attends and how far, whether
-    the visual FFN runs on none, a part or all of its neurons, whether visual tokens are gone.
+    the visual FFN runs on none, a part or all of its neurons, whether it has a bottleneck or a map,
+    whether visual tokens are gone.
 
     Args:
         plan: A plan.
@@ -155,7 +156,8 @@ def sampled_layers(plan: Plan, count: int) -> tuple[int, ...]:
 def _kind(layer: LayerPlan, plan: Plan, index: int) -> tuple[object, ...]:
     neurons = (layer.neurons > 0) + (layer.neurons == plan.model.shape.ffn)
     gone = index >= plan.visual_depth
-    return bool(layer.heads), layer.attend, layer.radius, neurons, gone
+    fitted = layer.rank is not None, layer.linear > 0
+    return bool(layer.heads), bool(layer.attend), layer.radius, neurons, fitted, gone
 
 
 def with_layers(plan: Plan, indices: tuple[int, ...]) -> Plan:

@@ -130,9 +130,13 @@ def fitted(
     parts = {
         each.name: None if value is None else value[rows]
         for each in fields(PlanTensors)
+        if each.name != "refit"
         for value in (getattr(tensors, each.name),)
     }
-    return replace(plan, model=model), PlanTensors(**parts)
+    refit = {
+        place: tensors.refit[index] for place, index in enumerate(used) if index in tensors.refit
+    }
+    return replace(plan, model=model), PlanTensors(**parts, refit=refit)
 
 
 def grids_of(plan: Plan) -> GridsOf:
