@@ -28,7 +28,13 @@ from yopo.evaluation.bench_plan import (
 )
 from yopo.evaluation.bench_prompt import made_up_prompt
 from yopo.evaluation.bench_result import DENSE, PRUNED, BenchOptions, Compared, step_bytes
-from yopo.evaluation.random_model import WORKLOAD, grids_of, published_model, random_model
+from yopo.evaluation.random_model import (
+    WORKLOAD,
+    fitted,
+    grids_of,
+    published_model,
+    random_model,
+)
 from yopo.evaluation.rivals import settings as rivals
 from yopo.evaluation.rivals.settings import NAMES, Setting
 from yopo.families.family import shape_of
@@ -41,6 +47,7 @@ from yopo.flops import (
 )
 from yopo.grid import Grid
 from yopo.plan import LayerPlan, ModelIdentity, ModelShape, Plan, Workload
+from yopo.plan_tensors import check_tensors
 from yopo.runtime.install import pruned
 
 SHAPE = ModelShape(layers=8, hidden=48, heads=4, kv_heads=2, head_dim=12, ffn=80)
@@ -367,3 +374,31 @@ def test_a_steps_bytes_are_weights_and_text() -> None:
     weights = sum(each.nbytes for each in layers.parameters() if each.dim() == 2)
     cached = 2 * 3 * 7 * SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim * 4
     assert step_bytes(SHAPE, 7, 3, 4) == weights + cached
+
+
+def test_some_layers_of_a_refit_plan_take_their_weights_along(mha: Subject) -> None:
+    heads = tuple(range(mha.shape.heads))
+    layers = (
+        LayerPlan(heads, heads[:1], None, 20, rank=7),
+        LayerPlan(heads, heads[:2], None, 20, rank=9, linear=2),
+        LayerPlan(heads, True, None, mha.shape.ffn),
+        LayerPlan(heads, False, None, 0, linear=3),
+    )
+    plan, tensors = mha.random_plan(1, layers=layers, compensation="refit", baked=False)
+    used = (1, 3)
+    few, parts = fitted(with_layers(plan, used), tensors, used)
+    check_tensors(few, parts, "The plan")
+    assert torch.equal(parts.refit[1]["map_in"], tensors.refit[3]["map_in"])
+    assert torch.equal(parts.neuron_order, tensors.neuron_order[[1, 3]])
+
+
+def test_layers_of_other_fits_are_of_other_kinds(mha: Subject) -> None:
+    """One layer in four is asked for: each kind has its share, heads do not make kinds."""
+    heads = tuple(range(mha.shape.heads))
+    plain, same = (LayerPlan(heads, heads[:count], None, 20) for count in (2, 3))
+    mapped = LayerPlan(heads, heads[:2], None, 20, rank=5, linear=2)
+    plan, _ = mha.random_plan(
+        1, layers=(plain, same, mapped, mapped), compensation="refit", baked=False
+    )
+    first, second = sampled_layers(plan, 2)
+    assert first in (0, 1) and second in (2, 3)

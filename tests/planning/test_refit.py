@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,22 @@ def test_a_fit_is_what_the_plan_asks_for(
     check_tensors(plan, PlanTensors.from_bytes(tensors.to_bytes()), "The plan")
     with pruned(specimen.model, plan, tensors):
         assert torch.isfinite(tiny.logits(specimen.model, batches[1].inputs)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fitted_weights_are_in_the_models_precision(
+    specimen: Specimen, batches: list[Batch], dtype: torch.dtype
+) -> None:
+    model, shape = copy.deepcopy(specimen.model).to(dtype), specimen.identity.shape
+    half = [Batch(tiny.as_dtype(each.inputs, dtype), None, ()) for each in batches]
+    plan, order = plan_of(specimen, everything(shape)), orders(shape)
+    fitted = refit.refit(model, half, plan, order)
+    for weights in fitted.values():
+        assert {each.dtype for each in weights.values()} == {dtype}
+        assert all(torch.isfinite(each).all() for each in weights.values())
+    with pruned(model, plan, PlanTensors(order, refit=fitted), check=False):
+        found = tiny.logits(model, half[0].inputs)
+    assert found.dtype == dtype and torch.isfinite(found).all()
 
 
 def test_random_plans_ask_for_every_weight(specimen: Specimen) -> None:

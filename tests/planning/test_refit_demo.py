@@ -1,0 +1,109 @@
+"""What a refit is worth on the trained demo model, and plans with it from pairs to answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+from transformers import PreTrainedModel
+
+from yopo.calibration.prompts import batches, encode, load_processor
+from yopo.calibration.run import measure
+from yopo.calibration.sources import open_pairs
+from yopo.calibration.statistics import Statistics
+from yopo.evaluation.fidelity import Recorded, compare, record_dense
+from yopo.families.registry import resolve
+from yopo.flops import visual_budget
+from yopo.plan import LayerPlan, Plan
+from yopo.plan_file import to_yaml
+from yopo.plan_tensors import PlanTensors, check_tensors
+from yopo.planning.fitter import Fitter
+from yopo.planning.planner import make_plan
+from yopo.planning.wishes import Wishes
+from yopo.runtime.install import pruned
+from yopo.serving import load_dense
+
+PAIRS = 24
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo model with everything that a planner wants of it, on the same few pairs."""
+
+    model: PreTrainedModel
+    statistics: Statistics
+    fitter: Fitter
+    records: list[Recorded]
+
+    def kl(self, plan: Plan, tensors: PlanTensors) -> float:
+        with pruned(self.model, plan, tensors):
+            return compare(self.model, self.records).kl
+
+    def plan(self, layers: tuple[LayerPlan, ...], compensation: str) -> tuple[Plan, PlanTensors]:
+        """A plan of some layers, fitted if it asks for that."""
+        made, tensors, _ = make_plan(self.statistics, Wishes(preset="yopo-25"))
+        plan = replace(made, layers=layers, compensation=compensation)
+        return plan, self.fitter.tensors(plan, tensors) if compensation == "refit" else tensors
+
+
+@pytest.fixture(scope="module")
+def demo() -> Demo:
+    source = resolve("llava-tiny")
+    processor, model = load_processor(source.location), load_dense(source)
+    pairs = list(open_pairs("demo:calibration", samples=PAIRS, seed=0))
+    statistics = measure(model, processor, pairs, name=source.name, batch_size=PAIRS)
+    records = record_dense(model, processor, pairs, batch_size=PAIRS, max_new_tokens=6)
+    calls = []
+
+    def encoded() -> list:
+        calls.append(1)
+        assert len(calls) == 1, "prompts are encoded once"
+        token = model.config.image_token_id
+        options = {"image_token_id": token, "device": "cpu", "dtype": model.dtype}
+        return [encode(processor, group, **options) for group in batches(pairs, PAIRS // 2)]
+
+    return Demo(model, statistics, Fitter(model, encoded), records)
+
+
+def test_a_refit_lowers_the_kl(demo: Demo) -> None:
+    """Half of the heads attend, an eighth of the neurons is used; then maps in their place."""
+    shape = demo.statistics.model.shape
+    heads = tuple(range(shape.heads))
+    layer = LayerPlan(heads, heads[::2], None, shape.ffn // 8)
+    kl = {
+        kind: demo.kl(*demo.plan((layer,) * shape.layers, kind))
+        for kind in ("none", "mean", "refit")
+    }
+    mapped = replace(layer, linear=shape.hidden // 8)
+    kl["map"] = demo.kl(*demo.plan((mapped,) * shape.layers, "refit"))
+    narrow = replace(mapped, rank=shape.hidden // 2)
+    kl["rank"] = demo.kl(*demo.plan((narrow,) * shape.layers, "refit"))
+    print(", ".join(f"logit KL {value:.3g} with {kind}" for kind, value in kl.items()))
+    assert kl["refit"] < 0.2 * min(kl["none"], kl["mean"])
+    assert kl["map"] < 0.8 * kl["refit"]
+    assert kl["rank"] < 0.2 * min(kl["none"], kl["mean"])
+
+
+def test_a_preset_with_a_refit(demo: Demo) -> None:
+    wishes = Wishes(preset="yopo-25", compensation="refit")
+    plan, tensors, candidates = make_plan(demo.statistics, wishes, None, demo.fitter)
+    bare, _, _ = make_plan(demo.statistics, Wishes(preset="yopo-25"))
+    assert plan.compensation == "refit" and plan.layers == bare.layers and candidates == []
+    check_tensors(plan, tensors, "The plan")
+    assert set(tensors.refit) <= set(range(plan.visual_depth)) and tensors.refit
+    assert demo.kl(plan, tensors) < demo.kl(bare, tensors)
+
+
+def test_a_budget_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("yopo.planning.planner.RATES", (1.0, 10.0))
+    wishes = Wishes(budget=0.2, compensation="refit")
+    plan, tensors, found = make_plan(demo.statistics, wishes, demo.kl, demo.fitter)
+    assert 0.15 < plan.budget.reached == visual_budget(plan) <= 0.2
+    assert found[0].kl == demo.kl(plan, tensors) == min(each.kl for each in found)
+    assert any(layer.is_fitted for layer in plan.layers)
+    shapes, _, others = make_plan(
+        demo.statistics, Wishes(budget=0.2, compensation="mean", shape="reader-heads"), demo.kl
+    )
+    assert found[0].kl < others[0].kl and shapes.compensation == "mean"
+    again, same, _ = make_plan(demo.statistics, wishes, demo.kl, demo.fitter)
+    assert to_yaml(again) == to_yaml(plan) and same.to_bytes() == tensors.to_bytes()
