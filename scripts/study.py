@@ -176,13 +176,13 @@ class Study:
 
 def methods(study: Study) -> None:
     """Every method at every budget, over seeds."""
-    for seed in SEEDS:
+    for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
             for name, make in METHODS.items():
                 key = study.key("methods", name, budget, seed)
                 study.plan(key, session, partial(make, session, budget))
-            for name in NAMES if seed == SEEDS[0] else ():
+            for name in NAMES if seed == study.options.seeds[0] else ():
                 if name != SIMULATED:
                     measure_rival(study, session, name, budget)
 
@@ -203,7 +203,7 @@ def measure_rival(study: Study, session: Session, name: str, budget: float) -> N
 
 def ablation(study: Study) -> None:
     """Allocations that may not use one lever or another."""
-    for seed in SEEDS:
+    for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
             for name, levers in ABLATIONS.items():
@@ -213,7 +213,7 @@ def ablation(study: Study) -> None:
 
 def sizes(study: Study) -> None:
     """How few calibration pairs suffice."""
-    for seed in SEEDS:
+    for seed in study.options.seeds:
         for samples in SIZES:
             for budget in study.options.budgets:
                 key = study.key("sizes", "allocated", budget, seed, samples=samples)
@@ -224,7 +224,7 @@ def sizes(study: Study) -> None:
 
 def shift(study: Study) -> None:
     """Calibration pairs of another distribution than the held-out ones."""
-    for seed in SEEDS:
+    for seed in study.options.seeds:
         session = study.session(seed, data=study.options.calibration)
         for budget in study.options.budgets:
             more = {"calibration": study.options.calibration, "heldout": study.options.heldout}
@@ -234,7 +234,7 @@ def shift(study: Study) -> None:
 
 def long(study: Study) -> None:
     """One kind of pairs alone, long answers: do they stay the dense model's to the end?"""
-    for seed in SEEDS:
+    for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
             for name in ("paper", "search", "allocated"):
@@ -333,6 +333,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kind", help="held-out pairs of this kind alone")
     parser.add_argument("--samples", type=int, default=256, help="calibration pairs")
     parser.add_argument("--pairs", type=int, default=512, help="held-out pairs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--max-new-tokens", type=int, default=8)
     parser.add_argument("--output", type=Path, default=Path("study.jsonl"))

@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_study(path: Path) -> ModuleType:
     study = script("study")
-    study.SEEDS, study.SEARCH_RUNS = (0,), 4
+    study.SEARCH_RUNS = 4
     options = Namespace(
         model="llava-tiny",
         calibration="demo:calibration",
@@ -39,6 +39,7 @@ def run_study(path: Path) -> ModuleType:
         kind=None,
         samples=8,
         pairs=6,
+        seeds=[0],
         budgets=[0.3],
         max_new_tokens=4,
         output=path,
