@@ -25,16 +25,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 
+from yopo.calibration.pairs import Pairs
 from yopo.calibration.sources import open_pairs
+from yopo.demo.pairs import write_pairs
 from yopo.errors import YopoError
 from yopo.evaluation.evaluate import measure_kept
 from yopo.evaluation.fidelity import record_dense
@@ -56,8 +58,6 @@ BUDGETS = (0.05, 0.12, 0.25, 0.5)
 SEEDS = (0, 1, 2)
 SEARCH_RUNS = 100
 SIZES = (8, 32, 128, 512)
-KIND_SAMPLES = 8192
-"""Pairs drawn to find those of one kind."""
 
 ABLATIONS = {
     "everything": Levers(),
@@ -122,10 +122,7 @@ class Study:
         """The dense model's answers on the held-out pairs."""
         if self._records is None:
             count = self.options.pairs
-            samples = KIND_SAMPLES if self.options.kind else count
-            pairs = open_pairs(self.options.heldout, samples=samples, seed=1)
-            if self.options.kind:
-                pairs = islice((each for each in pairs if each.kind == self.options.kind), count)
+            pairs = self._heldout()
             self._records = record_dense(
                 session.model,
                 session.processor,
@@ -134,6 +131,14 @@ class Study:
                 max_new_tokens=self.options.max_new_tokens,
             )
         return self._records
+
+    def _heldout(self) -> Pairs:
+        heldout, count, kind = self.options.heldout, self.options.pairs, self.options.kind
+        if kind:
+            folder = Path(tempfile.mkdtemp())
+            name = heldout.removeprefix("demo:")
+            heldout = str(write_pairs(folder, name, count, seed=1, kinds=(kind,)))
+        return open_pairs(heldout, samples=count, seed=1)
 
     def measure(self, key: dict, session: Session, change: Change, budget: float) -> None:
         """Evaluate a changed model on the held-out pairs and keep the result."""
@@ -330,7 +335,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="llava-tiny")
     parser.add_argument("--calibration", default="demo:calibration")
     parser.add_argument("--heldout", default="demo:heldout")
-    parser.add_argument("--kind", help="held-out pairs of this kind alone")
+    parser.add_argument("--kind", help="demo pairs of this kind alone")
     parser.add_argument("--samples", type=int, default=256, help="calibration pairs")
     parser.add_argument("--pairs", type=int, default=512, help="held-out pairs")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
