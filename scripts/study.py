@@ -121,7 +121,6 @@ class Study:
     def records(self, session: Session):
         """The dense model's answers on the held-out pairs."""
         if self._records is None:
-            count = self.options.pairs
             pairs = self._heldout()
             self._records = record_dense(
                 session.model,
