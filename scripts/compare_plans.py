@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heldout", type=int, default=1024, help="pairs to evaluate on")
     parser.add_argument("--search", type=int, default=0, help="also search with so many runs")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=16)
     return parser.parse_args()
 
 
