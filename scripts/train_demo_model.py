@@ -147,7 +147,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--shifted", action="store_true", help="evaluate on pictures unlike those of the training"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.shifted and not (args.evaluate_only and RECIPES[args.model].shifted):
+        parser.error("--shifted needs --evaluate-only and a model that has such pictures")
+    return args
 
 
 def main() -> None:
