@@ -61,11 +61,11 @@ def grouped(results: list[dict], *more: str) -> dict[tuple, list[dict]]:
     return groups
 
 
-def cell(found: list[dict] | None, name: str, form: str) -> str:
+def cell(found: list[dict] | None, name: str, form: str, scale: float = 1) -> str:
     """Mean over seeds and the largest distance from it."""
     if not found:
         return ""
-    values = [each[name] for each in found]
+    values = [scale * each[name] for each in found]
     middle = mean(values)
     if len(values) == 1:
         return form.format(middle)
@@ -79,12 +79,12 @@ def table(groups: dict[tuple, list[dict]], rows: dict[str, str], title: str) -> 
     print(f"\n{title}\n")
     print("| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |")
     print("|---|" + "---:|" * len(budgets))
-    columns = (("of_dense", "{:.1%}"), ("agreement", "{:.1%}"), ("kl", "{:.4f}"))
+    columns = (("of_dense", "{:.1f}", 100), ("agreement", "{:.1f}", 100), ("kl", "{:.4f}", 1))
     for method, label in rows.items():
         cells = []
         for budget in budgets:
             found = groups.get((method, budget))
-            shown = [cell(found, name, form) for name, form in columns]
+            shown = [cell(found, *column) for column in columns]
             cells.append(" / ".join(shown) if found else "")
         if any(cells):
             print(f"| {label} | " + " | ".join(cells) + " |")
@@ -92,7 +92,7 @@ def table(groups: dict[tuple, list[dict]], rows: dict[str, str], title: str) -> 
 
 def report(results: dict[tuple[str, str], list[dict]]) -> None:
     """Print all tables."""
-    legend = "accuracy of dense / top-1 agreement / logit KL"
+    legend = "accuracy of dense, % / top-1 agreement, % / logit KL"
     for (study, model), found in sorted(results.items()):
         if study == "methods":
             table(grouped(found), METHODS, f"{model}: {legend}")
@@ -113,12 +113,16 @@ def long_table(found: list[dict], model: str) -> None:
     groups = grouped(found)
     budgets = sorted({key[1] for key in groups})
     kinds = {result["key"]["kind"] for result in found}
-    print(f"\n{model}, {', '.join(map(str, kinds))}: same answer to the end / top-1 agreement\n")
+    print(
+        f"\n{model}, {', '.join(map(str, kinds))}: same answer to the end, % / top-1 agreement, %\n"
+    )
     print("| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |")
     print("|---|" + "---:|" * len(budgets))
     for method, label in METHODS.items():
         cells = [
-            f"{cell(each, 'same', '{:.1%}')} / {cell(each, 'agreement', '{:.1%}')}" if each else ""
+            " / ".join(cell(each, name, "{:.1f}", 100) for name in ("same", "agreement"))
+            if each
+            else ""
             for each in (groups.get((method, budget)) for budget in budgets)
         ]
         if any(cells):
