@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 _quiet = False
+_bar_is_up = False
 
 
 def set_quiet(quiet: bool) -> None:
@@ -50,6 +51,8 @@ def show(renderable: RenderableType) -> None:
 def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) -> Iterator[Item]:
     """Yield ``items`` behind a progress bar with rate and ETA on stderr, if that is a terminal.
 
+    There is one bar at a time: what is tracked inside of something tracked shows none.
+
     Args:
         items: What to iterate over; an item may be a sized batch (its ``len`` advances the bar).
         label: What is being done.
@@ -59,7 +62,8 @@ def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) ->
     Yields:
         The items, unchanged and in order.
     """
-    if _quiet or not sys.stderr.isatty():  # a log file wants no bars
+    global _bar_is_up
+    if _quiet or _bar_is_up or not sys.stderr.isatty():  # a log file wants no bars
         yield from items
         return
     from rich.progress import (
@@ -71,12 +75,22 @@ def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) ->
     )
 
     rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn(label), BarColumn(20), TextColumn("{task.completed:.0f}/{task.total}"))
+    columns = (
+        TextColumn(label),
+        BarColumn(20),
+        TextColumn("{task.completed:.0f}/{task.fields[of]}"),
+    )
     columns = (*columns, rate, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr(), transient=True) as progress:
-        task = progress.add_task(label, total=total, rate="")
-        for item in items:
-            yield item
-            progress.advance(task, len(item) if hasattr(item, "__len__") else 1)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "")
+    _bar_is_up = True
+    try:
+        with Progress(*columns, console=_stderr(), transient=True) as progress:
+            task = progress.add_task(
+                label, total=total, rate="", of="?" if total is None else total
+            )
+            for item in items:
+                yield item
+                progress.advance(task, len(item) if hasattr(item, "__len__") else 1)
+                speed = progress.tasks[0].speed
+                progress.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "")
+    finally:
+        _bar_is_up = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from yopo import __version__
 from yopo.calibration.statistics import Statistics
+from yopo.console import track
 from yopo.errors import PlanError, suggest
 from yopo.flops import visual_budget
 from yopo.plan import Budget, Plan, TensorsFile
@@ -113,7 +114,7 @@ class Planner:
             kind = self.wishes.compensation or "none"
             plan, tensors = self.assemble(self._paper_layers(), kind)
             return plan, tensors, []
-        found = list(self.candidates())
+        found = list(track(self.candidates(), label="plans", total=None, unit="plans"))
         if not found:
             raise self._unaffordable()
         if self.measure is not None:
