@@ -1,0 +1,54 @@
+"""Progress bars: on a terminal alone, one at a time, and the items come through unchanged."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from yopo import console
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def open_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Inside the test: pytest puts its own stderr in place behind the fixtures."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(console, "_quiet", False)
+    return stream
+
+
+def bar(label: str, items: range) -> list[int]:
+    return list(console.track(items, label=label, total=None, unit="things"))
+
+
+def test_what_is_tracked_inside_shows_no_bar_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = open_terminal(monkeypatch)
+    found = [bar("inner", range(each)) for each in console.track([2, 3], **OUTER)]
+    assert found == [[0, 1], [0, 1, 2]]
+    shown = terminal.getvalue()
+    assert "outer" in shown and "2/2" in shown and "inner" not in shown
+
+
+def test_a_bar_behind_a_failure_shows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = open_terminal(monkeypatch)
+    bars = console.track([0, 1], **OUTER)
+    next(bars)
+    bars.close()  # what leaving a loop by an exception comes to
+    assert bar("later", range(3)) == [0, 1, 2] and "3/?" in terminal.getvalue()
+
+
+def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(console.track([1, 2], **OUTER)) == [1, 2]
+    assert capsys.readouterr().err == ""
+
+
+OUTER = {"label": "outer", "total": 2, "unit": "things"}
