@@ -54,7 +54,7 @@ def interrupted(
                     break
             meanwhile = os.listdir(folder)
             process.send_signal(number)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=120)
         finally:
             process.kill()
     return process.returncode, out, err, meanwhile
