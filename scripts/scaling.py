@@ -190,7 +190,9 @@ def _furnish(axes: Any, counts: Sequence[int], about: dict[str, Any]) -> None:
     from matplotlib.ticker import LogLocator
 
     axes.set_title(
-        f"Prefill time, {about['layers']} layers of {about['shape']}", color=INK, loc="left"
+        f"Prefill time, {about['layers']} layer{'s' * (about['layers'] > 1)} of {about['shape']}",
+        color=INK,
+        loc="left",
     )
     axes.set_xlabel(f"visual tokens (beside {about['text']} text tokens)", color=INK)
     axes.set_ylabel("seconds", color=INK)

@@ -152,7 +152,7 @@ def draw(results: dict[tuple[str, str], list[dict]], path: Path) -> None:
                 points = sorted(
                     (mean(each["reached"] for each in found), mean(each[name] for each in found))
                     for (each_method, _), found in groups.items()
-                    if each_method == method
+                    if each_method == method and found[0]["reached"] > 0  # the axis is logarithmic
                 )
                 if points:
                     axis.plot(
@@ -170,7 +170,7 @@ def draw(results: dict[tuple[str, str], list[dict]], path: Path) -> None:
         axes[0][column].set_title(model)
         axes[1][column].set_yscale("log")
         axes[1][column].set_xlabel("visual FLOPs of dense")
-    axes[0][0].legend(fontsize=8, loc="lower right")
+    axes[0][-1].legend(fontsize=8, loc="center left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
