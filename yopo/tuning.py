@@ -21,6 +21,7 @@ from yopo.checkpoint.reader import fetch
 from yopo.console import note
 from yopo.demo import demo_data
 from yopo.errors import DataError, PlanError
+from yopo.evaluation.costs import read_costs
 from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
 from yopo.families.registry import resolve
 from yopo.plan import Budget, Plan, full_plan
@@ -74,11 +75,13 @@ class Effort:
         queries: Which queries head activity sums over.
         measure_pairs: Calibration pairs on which candidate plans are compared.
         fit_pairs: Calibration pairs on which visual weights are fitted.
+        costs: What `yopo bench --json` printed, for a budget in milliseconds.
     """
 
     queries: str = "text"
     measure_pairs: int = 64
     fit_pairs: int = 256
+    costs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,22 @@ class Session:
         Raises:
             PlanError: The wishes cannot be met.
         """
+        wishes = self._in_flops(wishes)
         judge = None if wishes.budget is None else self.kl
         planner = Planner(self.statistics, wishes, judge, self.fitter, tried)
         plan, tensors, candidates = planner.make()
         return Calibrated(plan, tensors, self.statistics, candidates)
+
+    def _in_flops(self, wishes: Wishes) -> Wishes:
+        """The wishes with a budget in milliseconds, if that is what they are, as one in FLOPs."""
+        if wishes.milliseconds is None:
+            return wishes
+        model, workload = self.statistics.model, self.statistics.workload
+        costs = read_costs(self.effort.costs, model.shape)
+        budget = costs.budget(wishes.milliseconds, model.shape, workload)
+        asked = f"{wishes.milliseconds:g} ms"
+        note(f"{asked} are a visual budget of {budget:.1%} by {self.effort.costs}.")
+        return replace(wishes, budget=budget, milliseconds=None)
 
     def kl(self, plan: Plan, tensors: PlanTensors) -> float:
         """Logit KL of a plan to the dense model on the measured pairs."""

@@ -66,6 +66,11 @@ def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:
     Raises:
         YopoError: The file holds no statistics, or the wishes cannot be met.
     """
+    if wishes.tolerance is not None or wishes.milliseconds is not None:
+        raise PlanError(
+            "A tolerance and a budget in milliseconds need the model.",
+            remedy="Use `yopo calibrate`.",
+        )
     statistics = load_statistics(path)
     plan, tensors, candidates = make_plan(statistics, wishes)
     return Calibrated(plan, tensors, statistics, candidates)

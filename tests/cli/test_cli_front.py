@@ -95,6 +95,23 @@ def test_what_cannot_be_asked_is_a_sentence(yopo: Yopo, flags: tuple, sentence: 
     assert done.code in (1, 2) and sentence in " ".join(done.err.split())
 
 
+def test_milliseconds_by_a_benchmark_of_the_same_shape(yopo: Yopo, tmp_path: Path) -> None:
+    plan, costs = tmp_path / "plan.yaml", tmp_path / "costs.json"
+    done = yopo("calibrate", *QUICK, "--preset", "yopo-25", "-o", plan)
+    timed = yopo("bench", plan, "--random-weights", "--runs", 3, "--decode-steps", 0, "--json")
+    assert done.code == timed.code == 0
+    costs.write_text(timed.out)
+    asked = ("--milliseconds", 1e6, "--costs", costs, "--compensation", "none", "--shape", "thin")
+    done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "slow.yaml")
+    assert done.code == 0 and "1e+06 ms are a visual budget of 100.0%" in done.err
+    done = yopo(
+        "calibrate", *QUICK, "--milliseconds", 1e-6, "--costs", costs, "--force", "-o", plan
+    )
+    assert done.is_sentence and "out of reach" in done.err
+    done = yopo("calibrate", *QUICK, "--milliseconds", 5)
+    assert done.code == 2 and "--milliseconds and --costs go together" in done.err
+
+
 def test_a_budget_chooses_among_a_checkpoint_s_plans_only(yopo: Yopo, front: Path, baked) -> None:
     done = yopo("eval", front / "plan-0.1.yaml", "--budget", 0.1)
     assert done.is_sentence and "is one plan" in done.err

@@ -82,6 +82,9 @@ def _named(output: str, budget: float | None) -> str:
     help="The plan; - for stdout.",
 )
 @click.option(
+    "--costs", metavar="FILE", help="What `yopo bench --json` printed, for --milliseconds."
+)
+@click.option(
     "--budgets",
     metavar="F,F,...",
     callback=_numbers,
@@ -104,7 +107,10 @@ def command(context: click.Context, **values: Any) -> None:
     for path in outputs.values():
         check_outputs(path, stats, force=force)
     workflow, tuning = load("yopo.workflow"), load("yopo.tuning")
-    effort = tuning.Effort(values["queries"], values["measure_pairs"], values["fit_pairs"])
+    if (values["milliseconds"] is None) != (values["costs"] is None):
+        raise click.UsageError("--milliseconds and --costs go together.")
+    counts = (values["measure_pairs"], values["fit_pairs"])
+    effort = tuning.Effort(values["queries"], *counts, values["costs"])
     asked = (wishes(context), run_settings(context), effort)
     if not values["budgets"]:
         made: Calibrated = workflow.calibrate(values["model"], *asked)

@@ -19,7 +19,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DEFAULT_BUDGET = 0.25
 SEARCH_RUNS = 200
 
-_BUDGET = ("budget", "shape", "search", "tolerance")
+_BUDGET = ("budget", "shape", "search", "tolerance", "milliseconds")
 _RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
 
 
@@ -45,6 +45,12 @@ wish_options = _chain(
         metavar="F",
         help="Instead: the smallest budget that agrees with the dense model within F (0.01), on "
         "pairs set aside.",
+    ),
+    click.option(
+        "--milliseconds",
+        type=float,
+        metavar="F",
+        help="Instead: prefill time of one prompt, by the --costs of this machine.",
     ),
     click.option("--shape", metavar="NAME", help="Plan shape for the budget, not the best one."),
     click.option(
@@ -139,7 +145,8 @@ def wishes(context: click.Context) -> Wishes:
     from yopo.planning.wishes import Wishes
 
     values = {each.name: context.params[each.name] for each in fields(Wishes)}
-    if all(values[name] is None for name in ("budget", "tolerance", *_RATIOS)):
+    ways = ("budget", "tolerance", "milliseconds", *_RATIOS)
+    if all(values[name] is None for name in ways):
         values["budget"] = DEFAULT_BUDGET
     return Wishes(**values)
 

@@ -21,6 +21,7 @@ class Wishes:
 
     Attributes:
         budget: Visual budget to solve for, in (0, 1].
+        milliseconds: Instead of a budget: prefill time of the workload's prompt, by a cost table.
         tolerance: Instead of a budget: take the smallest one whose agreement with the dense model
             stays within this, on pairs set aside.
         preset: Name in ``PRESETS``; explicit knobs override its values.
@@ -56,6 +57,7 @@ class Wishes:
     search: int | None = None
     kv_groups: bool = False
     tolerance: float | None = None
+    milliseconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -81,8 +83,10 @@ class Wishes:
             raise PlanError(f"alpha must be at least 0, found {self.alpha}.")
         if self.alpha is not None and self.head_ratio is not None:
             raise PlanError("head_ratio and alpha exclude one another: both select heads.")
+        if self.milliseconds is not None:
+            self._check_milliseconds()
         for name in ("shape", "search"):
-            if getattr(self, name) and self.budget is None:
+            if getattr(self, name) and self.budget is None and self.milliseconds is None:
                 raise PlanError(f"{name} needs a budget to keep to.")
         knobs = [name for name in _SHAPE_KNOBS if getattr(self, name) is not None]
         if self.budget is not None and knobs:
@@ -90,6 +94,13 @@ class Wishes:
                 f"budget and {knobs[0]} exclude one another.",
                 remedy="Ask for a budget and let it be solved, or give the shape yourself.",
             )
+
+    def _check_milliseconds(self) -> None:
+        if not self.milliseconds > 0:
+            raise PlanError(f"milliseconds must be positive, found {self.milliseconds}.")
+        for name in ("budget", "tolerance", *_SHAPE_KNOBS):
+            if getattr(self, name) is not None:
+                raise PlanError(f"milliseconds and {name} exclude one another.")
 
     def _check_tolerance(self) -> None:
         if not 0 < self.tolerance < 1:
