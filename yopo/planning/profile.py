@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from yopo.calibration.prompts import Batch
 from yopo.plan import ModelShape, full_layer
-from yopo.planning.least_squares import Moments, Projections, explained, ridge
+from yopo.planning.least_squares import Gram, Moments, Projections, explained, ridge
 from yopo.planning.stepping import DenseWalk
 from yopo.runtime.weights import Extras, VisualLayer
 
@@ -85,33 +85,26 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
         bend += float((each.behind - each.middle).float().square().sum(dtype=torch.float64))
         count += len(each.before)
     energy, change, bend = energy / count, change / count, bend / count
-    mixing = _mixing(heads, outputs, _stock(walk, number, shape), shape)
-    lost = _lost(heads, _stock(walk, number, shape))
-    left = change - float(update.gram().target_mean.square().sum())
-    unmapped = _tail(left, explained(update.gram()), shape.hidden)
-    straight = float(ffn.gram().target_mean.square().sum()) + float(explained(ffn.gram()).sum())
+    stock = VisualLayer(layer, full_layer(shape), shape, names, Extras())  # its own projections
+    inputs, updated, fed = heads.gram(), update.gram(), ffn.gram()
+    mixing = _mixing(inputs, outputs.gram(), stock, shape)
+    lost = _lost(inputs, stock)
+    left = change - float(updated.target_mean.square().sum())
+    unmapped = _tail(left, explained(updated), shape.hidden)
+    straight = float(fed.target_mean.square().sum()) + float(explained(fed).sum())
     bent = torch.tensor(max(bend - straight, 0.0), dtype=torch.float64)
     return mixing / energy, lost, unmapped / energy, bent / energy
 
 
-def _stock(walk: DenseWalk, number: int, shape: ModelShape) -> VisualLayer:
-    """The layer's own projections under their common names, fused or not."""
-    layer, names = walk.decoder.layers[number], walk.names
-    return VisualLayer(layer, full_layer(shape), shape, names, Extras())
-
-
-def _lost(heads: Moments, stock: VisualLayer) -> torch.Tensor:
+def _lost(inputs: Gram, stock: VisualLayer) -> torch.Tensor:
     weights = [getattr(stock, name).matrix()[0] for name in ("query", "key", "value")]
-    return Projections(heads.gram(), weights).lost()
+    return Projections(inputs, weights).lost()
 
 
-def _mixing(
-    heads: Moments, outputs: Moments, stock: VisualLayer, shape: ModelShape
-) -> torch.Tensor:
+def _mixing(inputs: Gram, outputs: Gram, stock: VisualLayer, shape: ModelShape) -> torch.Tensor:
     """(heads,) energy behind the output projection that the token's own state does not predict."""
-    gram = heads.gram()
-    weight, _ = ridge(gram)
-    rest = outputs.gram().covariance - weight @ gram.cross
+    weight, _ = ridge(inputs)
+    rest = outputs.covariance - weight @ inputs.cross
     out = stock.output.matrix()[0].to(rest).unflatten(1, (shape.heads, shape.head_dim))
     blocks = rest.unflatten(0, (shape.heads, shape.head_dim))
     blocks = blocks.unflatten(2, (shape.heads, shape.head_dim))
