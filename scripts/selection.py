@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from yopo.calibration.prompts import Batch, batches, encode
+from yopo.calibration.prompts import Batch, batches, encode_for
 from yopo.calibration.sources import open_pairs
 from yopo.families.registry import family_of
 from yopo.plan import ModelShape, full_layer
@@ -108,17 +108,8 @@ def error(fitted: Gram, seen: Gram, kept: torch.Tensor, down: torch.Tensor) -> f
 
 def encoded(session: Session, data: str, samples: int, seed: int) -> list[Batch]:
     """Prompts as model inputs."""
-    model = session.model
-    return [
-        encode(
-            session.processor,
-            group,
-            image_token_id=model.config.image_token_id,
-            device=model.device,
-            dtype=model.dtype,
-        )
-        for group in batches(open_pairs(data, samples=samples, seed=seed), 32)
-    ]
+    groups = batches(open_pairs(data, samples=samples, seed=seed), 32)
+    return [encode_for(session.model, session.processor, group) for group in groups]
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from itertools import islice
 
 from yopo import __version__
 from yopo.calibration.pairs import Pairs
-from yopo.calibration.prompts import Batch, batches, encode, load_processor
+from yopo.calibration.prompts import Batch, batches, encode_for, load_processor
 from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
 from yopo.calibration.statistics import Statistics
@@ -237,16 +237,8 @@ class Session:
     def _encoded(self) -> list[Batch]:
         """The prompts that visual weights are fitted on."""
         pairs = islice(self._pairs, self._aside, self._aside + self.effort.fit_pairs)
-        return [
-            encode(
-                self.processor,
-                group,
-                image_token_id=self.model.config.image_token_id,
-                device=self.model.device,
-                dtype=self.model.dtype,
-            )
-            for group in batches(pairs, self.options.batch_size)
-        ]
+        groups = batches(pairs, self.options.batch_size)
+        return [encode_for(self.model, self.processor, group) for group in groups]
 
 
 def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:

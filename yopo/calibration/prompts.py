@@ -14,7 +14,7 @@ from yopo.hub import probe
 
 if TYPE_CHECKING:
     import torch
-    from transformers import ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
 Answer = str | Sequence[int]
 """An answer's text, or its token ids (a generated continuation, say)."""
@@ -158,6 +158,23 @@ def answer_ids(processor: ProcessorMixin, prompt: str, answer: str) -> list[int]
     )
     follows = both[: len(head)] == head and len(both) > len(head)
     return both[len(head) :] if follows else alone
+
+
+def encode_for(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pairs: Sequence[Pair],
+    answers: Sequence[Answer] | None = None,
+) -> Batch:
+    """:func:`encode` with a model's image token, device and precision."""
+    return encode(
+        processor,
+        pairs,
+        image_token_id=model.config.image_token_id,
+        device=model.device,
+        dtype=model.dtype,
+        answers=answers,
+    )
 
 
 def encode(

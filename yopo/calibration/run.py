@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.calibration.observers import Observer, observing
 from yopo.calibration.pairs import Pair
-from yopo.calibration.prompts import batches, encode
+from yopo.calibration.prompts import batches, encode_for
 from yopo.calibration.statistics import Statistics
 from yopo.console import track
 from yopo.errors import DataError, YopoError
@@ -75,8 +75,7 @@ def measure(
 def _observe(
     model: PreTrainedModel, processor: ProcessorMixin, group: tuple[Pair, ...], observer: Observer
 ) -> None:
-    token = model.config.image_token_id
-    batch = encode(processor, group, image_token_id=token, device=model.device, dtype=model.dtype)
+    batch = encode_for(model, processor, group)
     observer.begin(batch.inputs["attention_mask"])
     try:
         model.base_model(**batch.inputs, use_cache=False)

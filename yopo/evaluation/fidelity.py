@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.calibration.pairs import Pair
-from yopo.calibration.prompts import Batch, batches, encode
+from yopo.calibration.prompts import Batch, batches, encode_for
 from yopo.console import track
 from yopo.errors import DataError
 from yopo.evaluation.rivals.install import teacher_forced
@@ -56,8 +56,7 @@ def generate_answers(
     model: PreTrainedModel, processor: ProcessorMixin, pairs: tuple[Pair, ...], max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers as token ids, up to and including the end token."""
-    token = model.config.image_token_id
-    batch = encode(processor, pairs, image_token_id=token, device=model.device, dtype=model.dtype)
+    batch = encode_for(model, processor, pairs)
     length = batch.inputs["input_ids"].shape[1]
     output = model.generate(
         **batch.inputs,
@@ -111,15 +110,7 @@ def record_dense(
     records = []
     for group in track(batches(pairs, batch_size), label=label, total=total, unit="pairs"):
         answers = generate_answers(model, processor, group, max_new_tokens)
-        token = model.config.image_token_id
-        batch = encode(
-            processor,
-            group,
-            image_token_id=token,
-            device=model.device,
-            dtype=model.dtype,
-            answers=answers,
-        )
+        batch = encode_for(model, processor, group, answers)
         records.append(Recorded(batch, answers, answer_log_probs(model, batch).cpu()))
     if not records:
         raise DataError("There are no pairs to evaluate on.")

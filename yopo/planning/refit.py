@@ -19,6 +19,7 @@ SparseGPT (sequential inputs); formulas in their centred form, on visual tokens 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -132,7 +133,7 @@ class LayerFit:
     def projections(self, batches: list[PrunedBatch]) -> Weights:
         """Queries, keys and values through the bottleneck."""
         stock = VisualLayer(
-            self.module, _without_bottleneck(self.layer), self.shape, self.names, Extras()
+            self.module, replace(self.layer, rank=None), self.shape, self.names, Extras()
         )
         norm = getattr(self.module, self.names.attention_norm)
         moments = self._moments(0)
@@ -207,7 +208,3 @@ def neurons_and_map(gram: Gram, own: torch.Tensor, rank: int) -> Weights:
     out, inner = low_rank(joint[:, neurons:], root, rank)
     weight, bias = ridge(gram.without(neurons, out @ inner), toward=own)
     return {"down": weight, "map_out": out, "map_in": inner, "ffn_bias": bias}
-
-
-def _without_bottleneck(layer: LayerPlan) -> LayerPlan:
-    return LayerPlan(layer.heads, layer.attend, layer.radius, layer.neurons)
