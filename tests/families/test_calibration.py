@@ -136,7 +136,7 @@ def test_observing_does_not_change_the_model(specimen: Specimen) -> None:
 def measured(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> Statistics:
     """Statistics of prompts of the zoo; they stand in for pairs, and for what a processor makes."""
     monkeypatch.setattr(
-        run, "encode", lambda _, group, **__: Batch(specimen.inputs(group), None, group)
+        run, "encode_for", lambda _, __, group: Batch(specimen.inputs(group), None, group)
     )
     pairs = [*ROWS, *PROMPTS["two images"], *PROMPTS["one image"]]
     return run.measure(specimen.model, None, pairs, name="tiny", batch_size=2)
