@@ -75,28 +75,28 @@ def visual_attention(
         scale: Factor on the logits.
 
     Returns:
-        (batch, attending heads, visual, head_dim).
+        (batch, visual, attending heads * head_dim).
     """
     split = cache.split
     padded = queries if split.rectangle is None else take(queries, split.rectangle)
     keys, values = cache.kept
     if split.attending_kv is not None:
         keys, values = (take(each, split.attending_kv) for each in (keys, values))
-    outputs = []
+    batch, heads, length, head_dim = queries.shape
+    mixed = queries.new_empty(batch, length, heads, head_dim)
     for block in geometry.visual_blocks(radius):
         span = (block.key_start, block.key_stop, cache.num_visual, block.num_text)
-        outputs.append(
-            _attend(
-                padded[:, :, block.start : block.stop],
-                _pick(keys, *span),
-                _pick(values, *span),
-                block.mask,
-                width=split.attending_width,
-                scale=scale,
-            )
+        found = _attend(
+            padded[:, :, block.start : block.stop],
+            _pick(keys, *span),
+            _pick(values, *span),
+            block.mask,
+            width=split.attending_width,
+            scale=scale,
         )
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return joined if split.places is None else take(joined, split.places)
+        found = found if split.places is None else take(found, split.places)
+        mixed[:, block.start : block.stop] = found.transpose(1, 2)
+    return mixed.flatten(2)
 
 
 def _pick(buffer: torch.Tensor, start: int, stop: int, visual: int, num_text: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 )
 
 from yopo.errors import ModelError
-from yopo.runtime.heads import HeadSplit, take
+from yopo.runtime.heads import HeadSplit, Index, take
 
 HEADROOM = 64
 """Positions allocated ahead when a decode step outgrows a buffer (an eighth of it if more)."""
@@ -50,10 +50,14 @@ class GrowingBuffer:
         self._data[:, :, self._length : end] = values
         self._length = end
 
-    def insert(self, position: int, values: torch.Tensor) -> None:
-        """Put values before ``position`` (visual keys of a later image); copies once."""
-        before, behind = self.view[:, :, :position], self.view[:, :, position:]
-        self.replace(torch.cat([before, values, behind], dim=2))
+    def open(self, position: int, count: int) -> torch.Tensor:
+        """Make room for ``count`` entries before ``position``, to be written; copies once."""
+        batch, heads, _, head_dim = self._data.shape
+        grown = self._data.new_empty(batch, heads, self._length + count, head_dim)
+        grown[:, :, :position] = self.view[:, :, :position]
+        grown[:, :, position + count :] = self.view[:, :, position:]
+        self.replace(grown)
+        return grown.narrow(2, position, count)
 
     def replace(self, data: torch.Tensor) -> None:
         """Hold other data."""
@@ -135,41 +139,26 @@ class PrunedCacheLayer(CacheLayerMixin):
         self._kept: tuple[GrowingBuffer, GrowingBuffer] | None = None
         self._other: tuple[GrowingBuffer, GrowingBuffer] | None = None
 
-    def append(
-        self,
-        text: tuple[torch.Tensor, torch.Tensor],
-        visual: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> None:
-        """Add a forward's keys and values.
-
-        Args:
-            text: Keys and values of the text stream, (batch, kv_heads, text, head_dim) each.
-            visual: Those of the visual stream for kept KV heads, (batch, kept, visual, head_dim)
-                each; None if there are no visual tokens (left).
-        """
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add a forward's text: (batch, kv_heads, text, head_dim) keys and values."""
         split = self.split
         if split.num_kept_kv:
-            kept = [take(each, split.kept_kv) for each in text]
-            if self._kept is None:
-                parts = kept
-                if visual is not None:
-                    parts = [torch.cat(pair, dim=2) for pair in zip(visual, kept, strict=True)]
-                self._kept = tuple(GrowingBuffer(each) for each in parts)
-            else:
-                for buffer, values in zip(self._kept, kept, strict=True):
-                    buffer.append(values)
-                if visual is not None:
-                    for buffer, values in zip(self._kept, visual, strict=True):
-                        buffer.insert(self.num_visual, values)
-            self.num_visual += 0 if visual is None else visual[0].shape[2]
+            self._kept = _extended(self._kept, keys, values, split.kept_kv)
         if split.other_width:
-            other = [take(each, split.other_kv) for each in text]
-            if self._other is None:
-                self._other = tuple(GrowingBuffer(each) for each in other)
-            else:
-                for buffer, values in zip(self._other, other, strict=True):
-                    buffer.append(values)
+            self._other = _extended(self._other, keys, values, split.other_kv)
         self.is_initialized = True
+
+    def make_room(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make room for a forward's visual tokens, behind those of earlier ones.
+
+        Call it after ``append``, on a layer that keeps KV heads.
+
+        Returns:
+            Keys and values, (batch, kept, count, head_dim) each, for the caller to write.
+        """
+        keys, values = (buffer.open(self.num_visual, count) for buffer in self._kept)
+        self.num_visual += count
+        return keys, values
 
     @property
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,6 +241,21 @@ class PrunedCacheLayer(CacheLayerMixin):
             self.index.select(rows)
         for buffer in self._buffers():
             buffer.replace(buffer.view.index_select(0, rows.to(buffer.view.device)))
+
+
+def _extended(
+    buffers: tuple[GrowingBuffer, GrowingBuffer] | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    heads: Index,
+) -> tuple[GrowingBuffer, GrowingBuffer]:
+    """Add some heads' keys and values at the end of their buffers, if there are any yet."""
+    added = [take(each, heads) for each in (keys, values)]
+    if buffers is None:
+        return GrowingBuffer(added[0]), GrowingBuffer(added[1])
+    for buffer, entries in zip(buffers, added, strict=True):
+        buffer.append(entries)
+    return buffers
 
 
 def new_layers(splits: list[HeadSplit]) -> list[PrunedCacheLayer]:

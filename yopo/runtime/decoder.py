@@ -21,6 +21,7 @@ from yopo.errors import ModelError
 from yopo.families.family import Backbone
 from yopo.layout import LayoutProbe
 from yopo.plan import Plan
+from yopo.runtime import rows
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import HeadSplit, split_heads
@@ -177,7 +178,7 @@ def run_layers(
     hidden = torch.zeros_like(embeds)
     geometry.text.scatter(hidden, text)
     if visual is not None:
-        geometry.visual.scatter(hidden, decoder.norm(visual))
+        geometry.visual.scatter(hidden, rows.replace(visual, decoder.norm))
     elif bool((geometry.visual.index == embeds.shape[1] - 1).any()):
         warnings.warn(
             "A prompt ends in an image whose visual tokens the plan drops: its next-token logits "

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from yopo.families.family import Backbone
+from yopo.runtime import rows
 from yopo.runtime.attention import text_attention, visual_attention
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.geometry import Geometry
@@ -48,7 +49,10 @@ class LayerRun:
         text_rotary: Rotary,
         visual_rotary: Rotary | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run both streams, (batch, text, hidden) and (batch, visual, hidden) or None."""
+        """Run both streams, (batch, text, hidden) and (batch, visual, hidden) or None.
+
+        Visual states are changed in place where no gradient is recorded, here and in the steps.
+        """
         text, mixed = self.attend(text, visual, text_rotary, visual_rotary)
         if visual is not None:
             visual = self.add_attention(visual, mixed)
@@ -69,10 +73,10 @@ class LayerRun:
         """
         norm = getattr(self.layer, self.names.attention_norm)
         queries, keys, values = self._project_text(norm(text), text_rotary)
-        visual_queries, visual_kv = None, None
+        self.cache.append(keys, values)
+        visual_queries = None
         if visual is not None and self.part.plan.heads:
-            visual_queries, visual_kv = self._project_visual(norm(visual), visual_rotary)
-        self.cache.append((keys, values), visual_kv)
+            visual_queries = self._project_visual(visual, visual_rotary)
         scale = self.attention.scaling
         mixed = text_attention(queries, self.cache, self.geometry, scale)
         text = text + getattr(self.attention, self.names.output)(_join_heads(mixed))
@@ -80,14 +84,14 @@ class LayerRun:
             return text, None
         radius = self.part.plan.radius
         gathered = visual_attention(visual_queries, self.cache, self.geometry, radius, scale)
-        return text, _join_heads(gathered)
+        return text, gathered
 
     def add_attention(self, visual: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
         """Visual states behind attention, from what ``attend`` gathered."""
         if mixed is not None:
-            return visual + self.part.output(mixed)
+            return rows.add(visual, lambda _, place: self.part.output(mixed[place]))
         bias = self.part.attention_bias
-        return visual if bias is None else visual + bias
+        return visual if bias is None else rows.add(visual, lambda *_: bias)
 
     def feed(
         self, text: torch.Tensor, visual: torch.Tensor | None
@@ -97,9 +101,9 @@ class LayerRun:
         text = text + self.layer.mlp(norm(text))
         if visual is not None:
             if self.part.plan.has_ffn:
-                visual = visual + self.part.ffn(norm(visual))
+                visual = rows.add(visual, lambda block, _: self.part.ffn(norm(block)))
             elif self.part.ffn_bias is not None:
-                visual = visual + self.part.ffn_bias
+                visual = rows.add(visual, lambda *_: self.part.ffn_bias)
         return text, visual
 
     def _project_text(
@@ -127,19 +131,33 @@ class LayerRun:
             queries, keys = self.attention.q_norm(queries), self.attention.k_norm(keys)
         return self._rotate(queries, keys, *rotary)
 
-    def _project_visual(
-        self, normed: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]]:
+    def _project_visual(self, visual: torch.Tensor, rotary: Rotary) -> torch.Tensor | None:
+        """Fill the cache with visual keys and values.
+
+        Returns:
+            (batch, attending heads, visual, head_dim) queries; None where no head attends.
+        """
         part, head_dim = self.part, self.attention.head_dim
-        inputs = part.reduced(normed)
-        keys = _split_heads(part.key(inputs), head_dim)
-        values = _split_heads(part.value(inputs), head_dim)
-        if not part.plan.attend:
-            _, keys = self._place(keys[:, :1], keys, rotary)
-            return None, (keys, values)
-        queries = _split_heads(part.query(inputs), head_dim)
-        queries, keys = self._place(queries, keys, rotary)
-        return queries, (keys, values)
+        norm = getattr(self.layer, self.names.attention_norm)
+        batch, length, _ = visual.shape
+        all_keys, all_values = self.cache.make_room(length)
+        all_queries = None
+        if part.plan.attend:
+            size = (batch, len(part.plan.attend), length, head_dim)
+            all_queries = visual.new_empty(size)
+        for place in rows.blocks(visual):
+            inputs = part.reduced(norm(visual[place]))
+            keys = _split_heads(part.key(inputs), head_dim)
+            cells = (place[0], slice(None), place[1])
+            all_values[cells] = _split_heads(part.value(inputs), head_dim)
+            queries = keys[:, :1]  # the rotary embedding wants some
+            if all_queries is not None:
+                queries = _split_heads(part.query(inputs), head_dim)
+            queries, keys = self._place(queries, keys, tuple(each[place] for each in rotary))
+            all_keys[cells] = keys
+            if all_queries is not None:
+                all_queries[cells] = queries
+        return all_queries
 
 
 def _split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
