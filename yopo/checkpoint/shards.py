@@ -1,16 +1,20 @@
 """Copying a safetensors file with some of its tensors reordered, at nearly the speed of a copy.
 
 Headers, names, dtypes and offsets stay byte for byte: a permutation does not change a size. What is
-not reordered is copied by the kernel; what is, passes through memory one tensor at a time (columns
-a few rows at a time), always the same memory: fresh pages would cost as much as reading into them.
-Values are moved as opaque bytes, so every dtype is exact.
+not reordered is copied by the kernel. Rows that change places are read from where they lie into
+where they belong, columns are permuted a few rows at a time; both pass through a few megabytes of
+memory, always the same: fresh pages would cost as much as reading into them. A second worker reads
+while the first one writes. Values are moved as opaque bytes, so every dtype is exact.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,12 @@ from yopo.errors import CheckpointError
 
 CHUNK = 16 * 2**20
 """Bytes per read or write."""
+
+MIN_READ = 1024
+"""Bytes of a row from which on it is read by itself; tensors of shorter rows are read whole."""
+
+WORKERS = 2
+"""Threads per shard. Writes to one file wait for one another, so more would not help."""
 
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -56,8 +66,8 @@ class Step:
         return self.num_tensors
 
 
-class Scratch:
-    """Two pieces of memory that grow to what is needed and are used again and again."""
+class Scratch(threading.local):
+    """Two pieces of memory per thread that grow to what is needed and are used again and again."""
 
     def __init__(self) -> None:
         self._pieces = {"read": np.empty(0, np.uint8), "moved": np.empty(0, np.uint8)}
@@ -68,14 +78,6 @@ class Scratch:
             self._pieces[name] = np.empty(0, np.uint8)  # give back before taking more
             self._pieces[name] = np.empty(num_bytes, np.uint8)
         return self._pieces[name][:num_bytes]
-
-    def take(self, units: np.ndarray, order: np.ndarray, axis: int) -> np.ndarray:
-        """The units of an axis in another order."""
-        shape = (*units.shape[:axis], len(order), *units.shape[axis + 1 :])
-        size = units.itemsize * int(np.prod(shape))
-        moved = self.piece("moved", size).view(units.dtype).reshape(shape)
-        # Any mode but "raise", whose result numpy buffers once more.
-        return units.take(order, axis=axis, out=moved, mode="clip")
 
 
 def plan_steps(shard: Shard, reorders: Mapping[str, Reorder]) -> list[Step]:
@@ -98,7 +100,7 @@ def plan_steps(shard: Shard, reorders: Mapping[str, Reorder]) -> list[Step]:
 def write_shard(
     source: Path, target: Path, shard: Shard, reorders: Mapping[str, Reorder]
 ) -> Iterator[Step]:
-    """Write a shard's reordered copy, yielding every step when it is done.
+    """Write a shard's reordered copy, yielding every step when it is done, in any order.
 
     Args:
         source: The shard's file.
@@ -110,43 +112,102 @@ def write_shard(
         CheckpointError: The source became shorter than it was.
         OSError: The target cannot be written.
     """
-    scratch = Scratch()
-    read_from = os.open(source, os.O_RDONLY)
-    try:
+    with ExitStack() as files:
+        read_from = os.open(source, os.O_RDONLY)
+        files.callback(os.close, read_from)
         write_to = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            for step in plan_steps(shard, reorders):
-                if step.entry is None:
-                    _copy(read_from, write_to, step.start, step.stop, scratch)
-                else:
-                    _reorder(read_from, write_to, step.entry, reorders[step.entry.name], scratch)
-                yield step
-        finally:
-            os.close(write_to)
-    finally:
-        os.close(read_from)
+        files.callback(os.close, write_to)
+        work = _Work(read_from, write_to, reorders)
+        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="yopo-bake")
+        files.callback(pool.shutdown, cancel_futures=True)
+        for done in as_completed(
+            [pool.submit(work.do, step) for step in plan_steps(shard, reorders)]
+        ):
+            yield done.result()
 
 
-def _reorder(
-    read_from: int, write_to: int, entry: TensorEntry, reorder: Reorder, scratch: Scratch
-) -> None:
-    units = len(reorder.order)
-    if reorder.axis == 0:  # any row may come first: the whole tensor is needed
-        rows = _as_units(_read(read_from, entry.start, entry.stop, scratch), 1, units)[0]
-        step = max(1, CHUNK * units // entry.num_bytes)
-        position = entry.start
-        for first in range(0, units, step):
-            part = scratch.take(rows, reorder.order[first : first + step], axis=0)
-            position = _write(write_to, part, position)
-        return
-    num_rows = entry.shape[0]
-    row_bytes = entry.num_bytes // num_rows
-    step = max(1, CHUNK // row_bytes)
-    for first in range(0, num_rows, step):
-        last = min(num_rows, first + step)
-        start, stop = entry.start + first * row_bytes, entry.start + last * row_bytes
-        columns = _as_units(_read(read_from, start, stop, scratch), last - first, units)
-        _write(write_to, scratch.take(columns, reorder.order, axis=1), start)
+class _Work:
+    """What the workers of a shard share: two files that they read and write by position."""
+
+    def __init__(self, read_from: int, write_to: int, reorders: Mapping[str, Reorder]):
+        self._source, self._target = read_from, write_to
+        self._reorders = reorders
+        self._scratch = Scratch()
+
+    def do(self, step: Step) -> Step:
+        """Do a step."""
+        if step.entry is None:
+            self._copy(step.start, step.stop)
+            return step
+        entry, reorder = step.entry, self._reorders[step.entry.name]
+        if reorder.axis == 0 and entry.num_bytes >= MIN_READ * len(reorder.order):
+            self._move_rows(entry, reorder.order)
+        else:
+            # Short rows, biases above all: like columns of one long row.
+            self._move_columns(entry, reorder.order, entry.shape[0] if reorder.axis else 1)
+        return step
+
+    def _move_rows(self, entry: TensorEntry, order: np.ndarray) -> None:
+        """Read rows (or heads of rows) in their new order, write them one behind the other."""
+        size = entry.num_bytes // len(order)
+        count = max(1, CHUNK // size)
+        for first in range(0, len(order), count):
+            wanted = order[first : first + count].tolist()
+            piece = self._scratch.piece("moved", len(wanted) * size)
+            view = memoryview(piece)
+            for place, row in enumerate(wanted):
+                self._read(entry.start + row * size, view[place * size : (place + 1) * size])
+            self._write(piece, entry.start + first * size)
+
+    def _move_columns(self, entry: TensorEntry, order: np.ndarray, num_rows: int) -> None:
+        """Read, permute and write some rows at a time."""
+        row_bytes = entry.num_bytes // num_rows
+        step = max(1, CHUNK // row_bytes)
+        for first in range(0, num_rows, step):
+            rows, start = min(step, num_rows - first), entry.start + first * row_bytes
+            data = self._scratch.piece("read", rows * row_bytes)
+            self._read(start, memoryview(data))
+            moved = self._scratch.piece("moved", data.size)
+            units = _as_units(data, rows, len(order))
+            # Any mode but "raise", whose result numpy buffers once more.
+            units.take(order, axis=1, out=_as_units(moved, rows, len(order)), mode="clip")
+            self._write(moved, start)
+
+    def _copy(self, start: int, stop: int) -> None:
+        in_kernel = hasattr(os, "copy_file_range")
+        while start < stop:
+            size = min(CHUNK, stop - start)
+            if in_kernel:
+                try:
+                    count = os.copy_file_range(self._source, self._target, size, start, start)
+                except OSError as error:
+                    if error.errno not in _NO_KERNEL_COPY:
+                        raise
+                    in_kernel = False
+                    continue
+                if count == 0:
+                    raise _cut_off()
+                start += count
+            else:
+                data = self._scratch.piece("read", size)
+                self._read(start, memoryview(data))
+                self._write(data, start)
+                start += size
+
+    def _read(self, start: int, into: memoryview) -> None:
+        """Fill ``into`` from the source."""
+        while len(into):
+            count = os.preadv(self._source, [into], start)
+            if count == 0:
+                raise _cut_off()
+            into, start = into[count:], start + count
+
+    def _write(self, data: np.ndarray, start: int) -> None:
+        """Write (bytes,) uint8 to the target."""
+        view = memoryview(data)
+        while len(view):
+            count = os.pwrite(self._target, view, start)
+            view, start = view[count:], start + count
 
 
 def _as_units(data: np.ndarray, rows: int, units: int) -> np.ndarray:
@@ -156,44 +217,6 @@ def _as_units(data: np.ndarray, rows: int, units: int) -> np.ndarray:
     words = data.view(f"u{width}")
     # Without the last axis where it is 1: numpy takes single elements twice as fast.
     return words.reshape((rows, units, -1) if unit_bytes > width else (rows, units))
-
-
-def _read(file: int, start: int, stop: int, scratch: Scratch) -> np.ndarray:
-    data = scratch.piece("read", stop - start)
-    view, done = memoryview(data), 0
-    while done < len(view):
-        count = os.preadv(file, [view[done : done + CHUNK]], start + done)
-        if count == 0:
-            raise _cut_off()
-        done += count
-    return data
-
-
-def _write(file: int, values: np.ndarray, position: int) -> int:
-    view = memoryview(values.reshape(-1).view(np.uint8))
-    while len(view):
-        count = os.pwrite(file, view[:CHUNK], position)
-        view, position = view[count:], position + count
-    return position
-
-
-def _copy(read_from: int, write_to: int, start: int, stop: int, scratch: Scratch) -> None:
-    in_kernel = hasattr(os, "copy_file_range")
-    while start < stop:
-        size = min(CHUNK, stop - start)
-        if in_kernel:
-            try:
-                count = os.copy_file_range(read_from, write_to, size, start, start)
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-                in_kernel = False
-                continue
-            if count == 0:
-                raise _cut_off()
-            start += count
-        else:
-            start = _write(write_to, _read(read_from, start, start + size, scratch), start)
 
 
 def _cut_off() -> CheckpointError:
