@@ -30,6 +30,10 @@ QUERIES = ("text", "all", "last")
 """Which queries head activity sums over: text behind the image, all, or the last prompt token."""
 
 
+_FLOAT_BYTES = 8 << 20
+"""Of weights or activations, in float32, at a time."""
+
+
 class Observer:
     """Running sums of one calibration pass (see ``Statistics`` for what they mean).
 
@@ -57,7 +61,6 @@ class Observer:
         self.text_before = 0
         self.grids: Counter[tuple[Grid, ...]] = Counter()
         self._output = output
-        self._grams: dict[int, torch.Tensor] = {}
         self._rho_of_batch: list[torch.Tensor] = []
         self._batch: BatchView | None = None
 
@@ -118,13 +121,16 @@ class Observer:
             self.text_norm_sum[layer] += (norms * chunk.behind).sum().double().cpu()
 
     def _gram(self, module: nn.Module) -> torch.Tensor:
-        """(heads, head_dim, head_dim) float32: W_o^T W_o of every head, computed once."""
-        if module.layer_idx not in self._grams:
-            weight = getattr(module, self._output).weight.detach().float()
-            by_head = weight.unflatten(1, (self.shape.heads, self.shape.head_dim))
-            gram = torch.einsum("dhi,dhj->hij", by_head, by_head)
-            self._grams[module.layer_idx] = gram
-        return self._grams[module.layer_idx]
+        """(heads, head_dim, head_dim) float32: W_o^T W_o of every head.
+
+        Computed anew for every batch: that is 1-2 % of a layer's work on a single prompt, while all
+        layers' matrices would need as much memory as a whole forward.
+        """
+        weight = getattr(module, self._output).weight.detach()
+        by_head = weight.unflatten(1, (self.shape.heads, self.shape.head_dim)).transpose(0, 1)
+        few = max(1, _FLOAT_BYTES // (4 * weight.shape[0] * self.shape.head_dim))
+        parts = (part.float() for part in by_head.split(few))  # (few heads, hidden, head_dim)
+        return torch.cat([part.transpose(1, 2) @ part for part in parts])
 
     def on_heads(self, layer: int, outputs: torch.Tensor) -> None:
         """Add attention outputs (batch, sequence, heads * head_dim) of visual tokens."""
@@ -134,12 +140,16 @@ class Observer:
 
     def on_neurons(self, layer: int, activations: torch.Tensor) -> None:
         """Add FFN activations (batch, sequence, neurons) of visual tokens."""
+        few = max(1, _FLOAT_BYTES // (4 * activations.shape[-1]))
         for row, positions in enumerate(self.view().visual_positions):
-            picked = activations[row].index_select(0, positions)
-            precise = torch.promote_types(picked.dtype, torch.float32)
-            norm = torch.linalg.vector_norm(picked, dim=0, dtype=precise)
-            self.neuron_square[layer] += norm.double().square().cpu()
-            self.neuron_sum[layer] += picked.sum(dim=0, dtype=torch.float32).double().cpu()
+            norms, sums = [], []
+            for part in positions.split(few):
+                picked = activations[row].index_select(0, part)
+                precise = torch.promote_types(picked.dtype, torch.float32)
+                norms.append(torch.linalg.vector_norm(picked, dim=0, dtype=precise))
+                sums.append(picked.sum(dim=0, dtype=torch.float32))
+            self.neuron_square[layer] += torch.stack(norms).cpu().double().square().sum(dim=0)
+            self.neuron_sum[layer] += torch.stack(sums).cpu().double().sum(dim=0)
 
 
 def _softmax(
