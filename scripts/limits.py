@@ -9,6 +9,7 @@ runs on random weights at the widths of a published model, offline. Prints markd
     python scripts/limits.py --parts apply load --layers 6 --folder /var/tmp
     python scripts/limits.py --parts calibration --visual-tokens 2880 --layers 2
     python scripts/limits.py --parts memory --layers 32 --dtype bfloat16
+    python scripts/limits.py --parts fit --layers 1 --batch 8 --threads 2 --runs 1
 
 Ratios are medians over runs of one process in which the two sides take turns, first and second in
 turn. File caches are as the runs leave them: what fits into memory is read from there, by both.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import shutil
 import subprocess
@@ -35,10 +37,17 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from yopo.calibration.observers import observing
+from yopo.calibration.prompts import Batch
 from yopo.calibration.run import identify
 from yopo.checkpoint.bake import bake
 from yopo.evaluation.bench_memory import peak_bytes
-from yopo.evaluation.bench_plan import PRESETS, made_up_statistics, preset_plan, with_prompt
+from yopo.evaluation.bench_plan import (
+    FITTED,
+    PRESETS,
+    made_up_statistics,
+    preset_plan,
+    with_prompt,
+)
 from yopo.evaluation.bench_prompt import made_up_prompt
 from yopo.evaluation.random_model import (
     SHAPES,
@@ -49,11 +58,14 @@ from yopo.evaluation.random_model import (
     random_model,
 )
 from yopo.families.registry import family_of
+from yopo.grid import Grid
 from yopo.plan_tensors import write_plan
 from yopo.planning.planner import make_plan
+from yopo.planning.profile import profile
+from yopo.planning.refit import refit
 from yopo.serving import load
 
-PARTS = ("calibration", "memory", "apply", "load")
+PARTS = ("calibration", "memory", "apply", "load", "fit")
 ROOM = 300e6
 """Bytes of memory allowed to `apply` beside two of the largest tensors: Python, torch, buffers."""
 
@@ -98,7 +110,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:4])
     parser.add_argument("--shape-of", choices=sorted(SHAPES), default="llava-1.5-7b")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the models")
     parser.add_argument("--visual-tokens", type=int, default=WORKLOAD.visual)
@@ -205,6 +217,48 @@ class Calibration:
         yield Row(name, size(shown), size(used), shown / used, ">= 5")
 
 
+class Fit:
+    """What fitted weights cost beside a plain forward of the same prompts: moments and solves."""
+
+    def __init__(self, options: argparse.Namespace):
+        side = math.isqrt(options.visual_tokens)
+        if side**2 != options.visual_tokens:
+            raise SystemExit(f"--visual-tokens {options.visual_tokens}: a fit wants a square.")
+        self.shape = replace(SHAPES[options.shape_of], layers=options.layers)
+        identity = replace(published_model(options.shape_of), shape=self.shape)
+        workload = replace(WORKLOAD, grids=(Grid(side, side),), text=options.text_tokens)
+        self.plan = preset_plan(FITTED, identity, workload)
+        self.model = random_model(self.shape, dtype=getattr(torch, options.dtype), side=side)
+        inputs = made_up_prompt(self.model, self.plan, options.batch).inputs
+        pixels = torch.randn(options.batch, 3, 8 * side, 8 * side, dtype=self.model.dtype)
+        self.batches = [Batch({**inputs, "pixel_values": pixels}, None, (None,) * options.batch)]
+        self.options = options
+
+    @torch.no_grad()
+    def forward(self) -> object:
+        """A forward of all prompts without a cache."""
+        return self.model.base_model(**self.batches[0].inputs, use_cache=False)
+
+    def profile(self) -> object:
+        """The dense walk in which an allocation learns what things are worth."""
+        return profile(self.model, self.batches, self.shape)
+
+    def fit(self) -> object:
+        """The fit of one plan."""
+        return refit(self.model, self.batches, self.plan, None)
+
+    def rows(self) -> Iterator[Row]:
+        """Time and memory of both."""
+        prompts = f"{self.options.batch} prompts, {self.shape.layers} layers"
+        plain = peak_bytes(self.forward, "cpu")
+        for name, call in (("profile", self.profile), (f"fit of {FITTED}", self.fit)):
+            name = f"{name} over plain forward, {prompts}"
+            mine, floor, ratio = take_turns(call, self.forward, self.options.runs)
+            yield Row(f"{name}, time", seconds(mine), seconds(floor), ratio, "-")
+            used = peak_bytes(call, "cpu")
+            yield Row(f"{name}, peak memory", size(used), size(plain), used / plain, "-")
+
+
 class Checkpoints:
     """An original of random weights, its plan, and what is made of them, for a while."""
 
@@ -276,6 +330,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         if "memory" in options.parts:
             yield from calibration.memory_rows()
         del calibration
+    if "fit" in options.parts:
+        yield from Fit(options).rows()
     if {"apply", "load"}.intersection(options.parts):
         with tempfile.TemporaryDirectory(dir=options.folder, prefix="yopo-limits-") as folder:
             files = Checkpoints(options, Path(folder))

@@ -13,6 +13,7 @@ from yopo.planning.least_squares import (
     Moments,
     Projections,
     explained,
+    explained_in_all,
     low_rank,
     reduced_rank,
     ridge,
@@ -266,6 +267,7 @@ def test_explained_sums_to_the_explained_variance(undamped: None) -> None:
     fitted = ones @ torch.linalg.lstsq(ones, y.double()).solution
     expected = centred(fitted).square().sum(dim=1).mean()
     torch.testing.assert_close(explained(gram_of(x, y)).sum(), expected, rtol=1e-5, atol=0)
+    assert explained_in_all(gram_of(x, y)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_low_rank_is_the_best_one_in_its_metric() -> None:

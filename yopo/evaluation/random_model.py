@@ -63,9 +63,19 @@ def published_model(name: str) -> ModelIdentity:
 
 
 def random_model(
-    shape: ModelShape, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    side: int = 1,
 ) -> PreTrainedModel:
     """A LLaVA on a Llama decoder of this shape, with random weights.
+
+    Args:
+        shape: The decoder's dimensions.
+        dtype: Of the weights.
+        device: Where they are.
+        side: Visual tokens per row and column of an image, for prompts with pixels.
 
     Raises:
         ModelError: The weights would not fit into the device's free memory.
@@ -73,7 +83,9 @@ def random_model(
     _check_memory(shape, dtype, device)
     tiny = {"num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(num_hidden_layers=1, image_size=8, patch_size=8, **tiny),
+        vision_config=CLIPVisionConfig(
+            num_hidden_layers=1, image_size=8 * side, patch_size=8, **tiny
+        ),
         text_config=LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=shape.hidden,
@@ -87,6 +99,7 @@ def random_model(
             pad_token_id=0,
         ),
         image_token_id=IMAGE_TOKEN,
+        image_seq_length=side**2,
         vision_feature_layer=-1,
     )
     with no_init_weights(), torch.device("meta"):
@@ -98,9 +111,12 @@ def random_model(
 
 
 def _restore_buffers(model: PreTrainedModel, config: LlavaConfig, device: str) -> None:
-    """Compute what ``to_empty`` lost of the decoder: its rotary frequencies."""
+    """Compute what ``to_empty`` lost: rotary frequencies, and the vision tower's positions."""
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config.text_config).to(device)
+    for module in model.model.vision_tower.modules():
+        if hasattr(module, "position_ids"):
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[1]))
 
 
 @torch.no_grad()

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 from yopo.calibration.prompts import Batch
 from yopo.plan import ModelShape, full_layer
-from yopo.planning.least_squares import Gram, Moments, Projections, explained, ridge
+from yopo.planning.least_squares import (
+    Gram,
+    Moments,
+    Projections,
+    explained,
+    explained_in_all,
+    ridge,
+)
 from yopo.planning.stepping import DenseWalk
 from yopo.runtime.weights import Extras, VisualLayer
 
@@ -91,7 +98,7 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
     lost = _lost(inputs, stock)
     left = change - float(updated.target_mean.square().sum())
     unmapped = _tail(left, explained(updated), shape.hidden)
-    straight = float(fed.target_mean.square().sum()) + float(explained(fed).sum())
+    straight = float(fed.target_mean.square().sum()) + explained_in_all(fed)
     bent = torch.tensor(max(bend - straight, 0.0), dtype=torch.float64)
     return mixing / energy, lost, unmapped / energy, bent / energy
 
