@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
+import torch
 from transformers import PreTrainedModel
 
 from yopo.calibration.prompts import Batch
+from yopo.errors import YopoError
 from yopo.families.family import shape_of
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors
@@ -37,10 +40,24 @@ class Fitter:
 
         Raises:
             DataError: No pair holds an image.
+            YopoError: Out of memory; names the lever to pull.
         """
-        return profile(self._model, self._batches, shape_of(self._model.config))
+        with self._in_memory():
+            return profile(self._model, self._batches, shape_of(self._model.config))
 
     def tensors(self, plan: Plan, tensors: PlanTensors) -> PlanTensors:
         """The tensors with the weights that a plan with ``compensation: refit`` needs."""
-        fitted = refit(self._model, self._batches, plan, tensors.neuron_order)
+        with self._in_memory():
+            fitted = refit(self._model, self._batches, plan, tensors.neuron_order)
         return replace(tensors, refit=fitted)
+
+    @contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            pairs = sum(len(batch) for batch in self._batches)
+            raise YopoError(
+                f"Out of memory: the states of {pairs} pairs are kept while weights are fitted.",
+                remedy="Use fewer --fit-pairs, --dtype bfloat16, or --compensation none.",
+            ) from error

@@ -1,0 +1,30 @@
+"""What a fit says when memory does not suffice."""
+
+from __future__ import annotations
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from yopo.calibration.prompts import Batch
+from yopo.errors import YopoError
+from yopo.plan_tensors import PlanTensors
+from yopo.planning import fitter as module
+from yopo.planning.fitter import Fitter
+
+
+@pytest.mark.parametrize("what", ["profile", "refit"])
+def test_out_of_memory_names_the_pairs_and_the_lever(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, what, fail)
+    monkeypatch.setattr(module, "shape_of", lambda config: None)
+    batches = [Batch({}, None, (None,) * size) for size in (8, 3)]
+    fitter = Fitter(Mock(), lambda: batches)
+    with pytest.raises(YopoError, match="of 11 pairs") as caught:
+        fitter.profile if what == "profile" else fitter.tensors(Mock(), PlanTensors())  # noqa: B018
+    assert "--fit-pairs" in caught.value.remedy
