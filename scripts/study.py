@@ -7,6 +7,7 @@ run again; `scripts/study_report.py` makes tables and a picture of it.
     python scripts/study.py ablation --model llava-tiny --output study.jsonl
     python scripts/study.py sizes --model llava-tiny --output study.jsonl
     python scripts/study.py shift --model llava-tiny --calibration demo:glyphs-calibration ...
+    python scripts/study.py deeper --model llava-tiny --budgets 0.05 --output study.jsonl
     python scripts/study.py long --model llava-tiny --heldout demo:heldout --kind description
 
 Methods, all at the same visual FLOPs (the nearest below that a method can reach):
@@ -18,6 +19,7 @@ Methods, all at the same visual FLOPs (the nearest below that a method can reach
 * ``paper+refit``: and with output and down projections fitted for visual tokens.
 * ``search``: the best of ten shapes, improved layer by layer by measured KL; no weights fitted.
 * ``allocated``: what `yopo calibrate --budget` does: measured worths, fitted weights.
+* ``allocated+search``: what `yopo search` makes of it (study ``deeper``).
 * ``vtw``, ``fastv``, ``downsample``: rivals, which need no calibration.
 """
 
@@ -236,6 +238,15 @@ def shift(study: Study) -> None:
             study.plan(key, session, partial(allocated, session, budget))
 
 
+def deeper(study: Study) -> None:
+    """What a search makes of an allocation, on the pairs of ``methods``."""
+    for seed in study.options.seeds:
+        session = study.session(seed)
+        for budget in study.options.budgets:
+            key = study.key("deeper", "allocated+search", budget, seed)
+            study.plan(key, session, partial(searched, session, budget))
+
+
 def long(study: Study) -> None:
     """One kind of pairs alone, long answers: do they stay the dense model's to the end?"""
     for seed in study.options.seeds:
@@ -296,6 +307,13 @@ def allocated(session: Session, budget: float, levers: Levers | None = None) -> 
     return plan, tensors
 
 
+def searched(session: Session, budget: float) -> Made:
+    """An allocation, searched on as far as the shapes are."""
+    wishes = Wishes(budget=budget, compensation="refit", search=SEARCH_RUNS)
+    made = session.make(wishes)
+    return made.plan, made.tensors
+
+
 def planner(session: Session, wishes: Wishes) -> Planner:
     """A planner of a session."""
     return Planner(session.statistics, wishes, session.kl, session.fitter)
@@ -323,6 +341,7 @@ STUDIES: dict[str, Callable[[Study], None]] = {
     "ablation": ablation,
     "sizes": sizes,
     "shift": shift,
+    "deeper": deeper,
     "long": long,
 }
 

@@ -24,6 +24,7 @@ METHODS = {
     "paper+refit": "paper's shape, refit",
     "search": "shapes, searched",
     "allocated": "**allocated, refit**",
+    "allocated+search": "allocated, refit, searched",
     "vtw": "VTW",
     "fastv": "FastV",
     "downsample": "downsampling",
@@ -35,6 +36,7 @@ COLORS = {
     "paper+refit": "#ff7f0e",
     "search": "#9467bd",
     "allocated": "#1f77b4",
+    "allocated+search": "#17becf",
     "vtw": "#7f7f7f",
     "fastv": "#2ca02c",
     "downsample": "#bcbd22",
@@ -95,7 +97,11 @@ def report(results: dict[tuple[str, str], list[dict]]) -> None:
     legend = "accuracy of dense, % / top-1 agreement, % / logit KL"
     for (study, model), found in sorted(results.items()):
         if study == "methods":
+            # What a search makes of allocations stands with them, where it was run.
+            found = [*found, *results.get(("deeper", model), [])]
             table(grouped(found), METHODS, f"{model}: {legend}")
+        elif study == "deeper":
+            continue
         elif study == "long":
             long_table(found, model)
         elif study == "ablation":

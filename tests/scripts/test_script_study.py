@@ -45,6 +45,7 @@ def run_study(path: Path) -> ModuleType:
         output=path,
     )
     study.methods(study.Study(options))
+    study.deeper(study.Study(options))
     return study
 
 
@@ -53,7 +54,7 @@ def test_every_method_keeps_the_budget(results: Path) -> None:
     for line in results.read_text().splitlines():
         result = json.loads(line)
         found[result["key"]["method"]] = result
-    assert set(found) == {*study.METHODS, "vtw", "fastv", "downsample"}
+    assert set(found) == {*study.METHODS, "allocated+search", "vtw", "fastv", "downsample"}
     for name, result in found.items():
         summary = result["summary"]
         assert 0 < summary["reached"] <= 0.3, name
