@@ -8,6 +8,7 @@ run again; `scripts/study_report.py` makes tables and a picture of it.
     python scripts/study.py sizes --model llava-tiny --output study.jsonl
     python scripts/study.py shift --model llava-tiny --calibration demo:glyphs-calibration ...
     python scripts/study.py deeper --model llava-tiny --budgets 0.05 --output study.jsonl
+    python scripts/study.py kv --model llava-tiny --budgets 0.12 --output study.jsonl
     python scripts/study.py long --model llava-tiny --heldout demo:heldout --kind description
 
 Methods, all at the same visual FLOPs (the nearest below that a method can reach):
@@ -60,6 +61,7 @@ BUDGETS = (0.05, 0.12, 0.25, 0.5)
 SEEDS = (0, 1, 2)
 SEARCH_RUNS = 100
 SIZES = (8, 32, 128, 512)
+KV_BUDGETS = (1.0, 0.5, 0.25, 0.12)
 
 ABLATIONS = {
     "everything": Levers(),
@@ -238,6 +240,17 @@ def shift(study: Study) -> None:
             study.plan(key, session, partial(allocated, session, budget))
 
 
+def kv(study: Study) -> None:
+    """Allocations that may keep a part of the visual KV cache alone."""
+    for seed in study.options.seeds:
+        session = study.session(seed)
+        for budget in study.options.budgets:
+            for share in KV_BUDGETS:
+                key = study.key("kv", "allocated", budget, seed, kv_budget=f"{share:.0%} of the KV")
+                make = partial(allocated, session, budget, kv_budget=share)
+                study.plan(key, session, make)
+
+
 def deeper(study: Study) -> None:
     """What a search makes of an allocation, on the pairs of ``methods``."""
     for seed in study.options.seeds:
@@ -299,9 +312,12 @@ def search(session: Session, budget: float) -> Made:
     return made.plan, made.tensors
 
 
-def allocated(session: Session, budget: float, levers: Levers | None = None) -> Made:
+def allocated(
+    session: Session, budget: float, levers: Levers | None = None, kv_budget: float | None = None
+) -> Made:
     """Measured worths, fitted weights."""
-    chosen = planner(session, Wishes(budget=budget, compensation="refit"))
+    wishes = Wishes(budget=budget, compensation="refit", kv_budget=kv_budget)
+    chosen = planner(session, wishes)
     chosen.levers = levers or Levers()
     plan, tensors, _ = chosen.make()
     return plan, tensors
@@ -342,6 +358,7 @@ STUDIES: dict[str, Callable[[Study], None]] = {
     "sizes": sizes,
     "shift": shift,
     "deeper": deeper,
+    "kv": kv,
     "long": long,
 }
 

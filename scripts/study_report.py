@@ -108,7 +108,7 @@ def report(results: dict[tuple[str, str], list[dict]]) -> None:
             rows = {key[0]: key[0] for key in grouped(found)}
             table(grouped(found), rows, f"{model}, what an allocation may use: {legend}")
         else:
-            name = {"sizes": "samples", "shift": "calibration"}[study]
+            name = {"sizes": "samples", "shift": "calibration", "kv": "kv_budget"}[study]
             groups = {(str(key[2]), key[1]): each for key, each in grouped(found, name).items()}
             rows = {key[0]: key[0] for key in groups}
             table(groups, rows, f"{model}, {name}: {legend}")

@@ -190,6 +190,12 @@ class Session:
                 best, high, agreement = found, budget, share
             if found is not None:
                 tried = _around(found.candidates[0].worth)
+        if wishes.kv_budget is not None and best.plan.budget.reached >= 1.0:
+            raise PlanError(
+                f"No plan within a KV budget of {wishes.kv_budget} agrees with the dense model "
+                f"within {asked:.1%}.",
+                remedy="Allow more of either.",
+            )
         pairs = sum(len(record.answers) for record in self._set_aside)
         about = {"asked": asked, "agreement": round(agreement, 6), "pairs": pairs}
         plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": about})

@@ -115,3 +115,17 @@ def test_milliseconds_by_a_benchmark_of_the_same_shape(yopo: Yopo, tmp_path: Pat
 def test_a_budget_chooses_among_a_checkpoint_s_plans_only(yopo: Yopo, front: Path, baked) -> None:
     done = yopo("eval", front / "plan-0.1.yaml", "--budget", 0.1)
     assert done.is_sentence and "is one plan" in done.err
+
+
+def test_a_kv_budget_stands_beside_a_budget(yopo: Yopo, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    done = yopo("calibrate", *QUICK, "--budget", 0.3, "--kv-budget", 0.4, "-o", plan)
+    assert done.code == 0
+    kept = json.loads(yopo("inspect", "--json", plan).out)["visual_kv_bytes"]["ratio"]
+    assert 0.2 < kept <= 0.4
+    asked = ("--preset", "yopo-25", "--kv-budget", 0.4)
+    done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "none.yaml")
+    assert done.code == 1 and "kv_budget stands beside a budget" in done.err
+    asked = ("--tolerance", 1e-6, "--kv-budget", 0.01)
+    done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "none.yaml")
+    assert done.code == 1 and "No plan within a KV budget of 0.01 agrees" in done.err

@@ -19,7 +19,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DEFAULT_BUDGET = 0.25
 SEARCH_RUNS = 200
 
-_BUDGET = ("budget", "shape", "search", "tolerance", "milliseconds")
+_BUDGET = ("budget", "shape", "search", "tolerance", "milliseconds", "kv_budget")
 _RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
 
 
@@ -51,6 +51,12 @@ wish_options = _chain(
         type=float,
         metavar="F",
         help="Instead: prefill time of one prompt, by the --costs of this machine.",
+    ),
+    click.option(
+        "--kv-budget",
+        type=float,
+        metavar="F",
+        help="Beside one of these: keep at most this share of the visual KV cache.",
     ),
     click.option("--shape", metavar="NAME", help="Plan shape for the budget, not the best one."),
     click.option(

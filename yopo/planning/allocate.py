@@ -8,7 +8,8 @@ Damage is estimated in one currency, the share of the text's residual stream tha
   costs its relative energy times what later layers read, times an exchange rate.
 
 The estimate is additive over layers, so for a price per FLOP every layer has its best choice, found
-by going through all of them; bisecting the price meets the budget. What the estimate cannot know is
+by going through all of them; bisecting the price meets the budget. Where KV bytes are limited too,
+they have a price of their own, bisected around it. What the estimate cannot know is
 the exchange rate: how much an error of visual states matters beside an error of reading. So the
 planner tries a few and measures.
 """
@@ -40,8 +41,14 @@ WIDTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 STEPS = 60
 """Bisections of the price."""
 
+KV_STEPS = 24
+"""Bisections of the price of KV bytes, where they are limited."""
+
 RATES = (0.1, 1.0, 10.0, 100.0)
 """Exchange rates tried first."""
+
+MOST = 1e12
+"""Highest price tried."""
 
 FACTOR = 3.0
 """By which a move changes a worth."""
@@ -106,11 +113,19 @@ class Levers:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer could do, and what it would cost and spoil."""
+    """What a layer could do, and what it would cost and spoil.
+
+    Attributes:
+        layer: What it does.
+        flops: Of visual tokens.
+        damage: Estimated.
+        kv: Share of the dense model's visual KV bytes.
+    """
 
     layer: LayerPlan
     flops: int
     damage: float
+    kv: float = 0.0
 
 
 class Allocator:
@@ -138,32 +153,63 @@ class Allocator:
         self.reading = reading * torch.tensor(worth.reading, dtype=later.dtype)[:, None]
 
     def allocate(self) -> Layers | None:
-        """Layers within the budget; None if nothing that reads fits."""
-        low, high = 0.0, 1.0
-        while self._layers(high) is None:
-            high *= 4.0
-            if high > 1e12:
-                return None
-        best = self._layers(high)
-        for _ in range(STEPS):
+        """Layers within the budgets; None if nothing that reads fits."""
+        best = self._at_kv_price(0.0)
+        if best is not None and not self.shaper.keeps_kv(best):
+            best = self._within_kv()
+        return best if best and any(layer.heads for layer in best) else None
+
+    def _within_kv(self) -> Layers | None:
+        """The least price of KV bytes at which they keep to their budget."""
+
+        def at(price: float) -> Layers | None:
+            layers = self._at_kv_price(price)
+            return layers if layers is not None and self.shaper.keeps_kv(layers) else None
+
+        low, high, best = 0.0, 1.0, at(1.0)
+        while best is None and high < MOST:
+            low, high = high, high * 4.0
+            best = at(high)
+        for _ in range(KV_STEPS if best is not None else 0):
             price = (low + high) / 2
-            found = self._layers(price)
+            found = at(price)
             if found is None:
                 low = price
             else:
                 high, best = price, found
-        return best if any(layer.heads for layer in best) else None
+        return best
 
-    def _layers(self, price: float) -> Layers | None:
-        """Every layer's best choice at a price (per dense visual FLOPs); None if over budget."""
-        layers = trim(tuple(self._best(number, price) for number in range(self.shape.layers)))
+    def _at_kv_price(self, kv_price: float) -> Layers | None:
+        """The least price of FLOPs at which they keep to their budget."""
+        low, high = 0.0, 1.0
+        best = self._layers(high, kv_price)
+        while best is None:
+            high *= 4.0
+            if high > MOST:
+                return None
+            best = self._layers(high, kv_price)
+        for _ in range(STEPS):
+            price = (low + high) / 2
+            found = self._layers(price, kv_price)
+            if found is None:
+                low = price
+            else:
+                high, best = price, found
+        return best
+
+    def _layers(self, price: float, kv_price: float) -> Layers | None:
+        """Every layer's best choice at prices (per dense visual FLOPs, and per dense visual KV
+        bytes); None if over the budget of FLOPs."""
+        layers = trim(
+            tuple(self._best(number, price, kv_price) for number in range(self.shape.layers))
+        )
         return layers if self.shaper.cost(layers) <= self.shaper.budget else None
 
-    def _best(self, number: int, price: float) -> LayerPlan:
+    def _best(self, number: int, price: float, kv_price: float) -> LayerPlan:
         price = price / self._dense
         attention = min(
-            self._attention_choices(number, price),
-            key=lambda each: each.damage + price * each.flops,
+            self._attention_choices(number, price, kv_price),
+            key=lambda each: each.damage + price * each.flops + kv_price * each.kv,
         )
         ffn = min(self._ffn_choices[number], key=lambda each: each.damage + price * each.flops)
         return replace(attention.layer, neurons=ffn.layer.neurons, linear=ffn.layer.linear)
@@ -175,10 +221,11 @@ class Allocator:
     def _flops(self, layer: LayerPlan) -> int:
         return visual_flops_of_layer(layer, self.shape, self.workload)
 
-    def _attention_choices(self, number: int, price: float) -> Iterator[Choice]:
+    def _attention_choices(self, number: int, price: float, kv_price: float) -> Iterator[Choice]:
         """For every bottleneck the heads that are worth their price through it."""
         reading, mixing = self._worths[number]
         missed = sum(reading) + sum(mixing)
+        kv_share = 1 / (self.shape.layers * self.shape.kv_heads)
         yield Choice(EMPTY, 0, missed)
         for rank in self._ranks:
             lost = float(self.profile.lost[number][self.shape.hidden if rank is None else rank])
@@ -190,7 +237,7 @@ class Allocator:
                 busy = [head for head, each in gains.items() if each > price * attend_flops]
                 gain = sum(reading[h] for h in members) + sum(mixing[h] for h in busy)
                 gain *= 1 - lost
-                if gain > price * (kv_flops + len(busy) * attend_flops):
+                if gain > price * (kv_flops + len(busy) * attend_flops) + kv_price * kv_share:
                     heads += members
                     attend += busy
             if heads:
@@ -199,7 +246,7 @@ class Allocator:
                 groups = len(heads) // self.shape.group
                 flops = start + groups * kv_flops + len(attend) * attend_flops
                 layer = self._reading(tuple(heads), tuple(attend), rank)
-                yield Choice(layer, flops, missed - gain)
+                yield Choice(layer, flops, missed - gain, groups * kv_share)
 
     def _reading(
         self, heads: tuple[int, ...], attend: tuple[int, ...], rank: int | None

@@ -230,7 +230,8 @@ class Planner:
 
     def _shaper(self) -> Shaper:
         groups = self.wishes.groups(self.statistics.model.shape)
-        return Shaper(self.statistics, self.wishes.budget, groups=groups)
+        kv_budget = 1.0 if self.wishes.kv_budget is None else self.wishes.kv_budget
+        return Shaper(self.statistics, self.wishes.budget, groups=groups, kv_budget=kv_budget)
 
     def _paper_layers(self) -> Layers:
         wishes, shape = self.wishes, self.statistics.model.shape
@@ -262,14 +263,20 @@ class Planner:
         shaper = self._shaper()
         name = self.wishes.shape or (None if self.measure else DEFAULT_SHAPE)
         kind = f"of shape {name} " if name else ""
+        costs = f"costs {shaper.cost((shaper.reader_layer,)):.4f}"
+        cached = ""
+        if self.wishes.kv_budget is not None:
+            cached = f" and a KV budget of {self.wishes.kv_budget}"
+            costs += f" and caches {shaper.kv_share((shaper.reader_layer,)):.4f}"
         return PlanError(
-            f"No plan {kind}fits a visual budget of {self.wishes.budget}: one layer that reads "
-            f"the image costs {shaper.cost((shaper.reader_layer,)):.4f}.",
+            f"No plan {kind}fits a visual budget of {self.wishes.budget}{cached}: one layer that "
+            f"reads the image {costs}.",
             remedy="Ask for a larger budget.",
         )
 
     def _asked(self) -> dict[str, object]:
         names = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
+        names += ("kv_budget",)
         values = {name: getattr(self.wishes, name) for name in names}
         asked = {name: value for name, value in values.items() if value is not None}
         return asked | ({"kv_groups": True} if self.wishes.kv_groups else {})

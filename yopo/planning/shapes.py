@@ -50,10 +50,14 @@ class Shaper:
         statistics: What calibration measured.
         budget: Visual FLOPs over dense visual FLOPs, in (0, 1].
         groups: Query heads that are kept or dropped together (a KV head's, or 1).
+        kv_budget: Visual KV bytes over the dense model's that are allowed, in (0, 1].
     """
 
-    def __init__(self, statistics: Statistics, budget: float, *, groups: int = 1):
+    def __init__(
+        self, statistics: Statistics, budget: float, *, groups: int = 1, kv_budget: float = 1.0
+    ):
         self.statistics, self.budget, self.groups = statistics, budget, groups
+        self.kv_budget = kv_budget
         self.shape, self.workload = statistics.model.shape, statistics.workload
         self._dense = dense_visual_flops(self.shape, self.workload)
         self._all_heads = tuple(range(self.shape.heads))
@@ -64,12 +68,25 @@ class Shaper:
         each = (visual_flops_of_layer(layer, self.shape, self.workload) for layer in layers)
         return sum(each) / self._dense
 
+    def kv_share(self, layers: Layers) -> float:
+        """Visual KV bytes of some layers over the dense model's."""
+        kept = sum(len(layer.kept_kv(self.shape)) for layer in layers)
+        return kept / (self.shape.layers * self.shape.kv_heads)
+
+    def fits(self, layers: Layers) -> bool:
+        """Whether layers keep to both budgets."""
+        return self.cost(layers) <= self.budget and self.keeps_kv(layers)
+
+    def keeps_kv(self, layers: Layers) -> bool:
+        """Whether layers keep to the budget of KV bytes."""
+        return self.kv_share(layers) <= self.kv_budget + 1e-9
+
     def candidates(self) -> Iterator[tuple[str, Layers]]:
         """Yield (name, layers) of every shape that fits, fullest first scaling, without doubles."""
         seen: set[Layers] = set()
         for name, build in SHAPES.items():
             layers = build(self)
-            if layers is None or self.cost(layers) > self.budget or layers in seen:
+            if layers is None or not self.fits(layers) or layers in seen:
                 continue
             if any(layer.heads for layer in layers):
                 seen.add(layers)
@@ -80,17 +97,17 @@ class Shaper:
         return SHAPES[name](self)
 
     def scale(self, build: Build) -> Layers | None:
-        """The largest form of a shape within the budget; None if its smallest exceeds it.
+        """The largest form of a shape within the budgets; None if its smallest exceeds one.
 
         Args:
-            build: Scale in [0, 1] -> layers, of non-decreasing cost.
+            build: Scale in [0, 1] -> layers, of non-decreasing cost and KV bytes.
         """
-        if self.cost(trim(build(0.0))) > self.budget:
+        if not self.fits(trim(build(0.0))):
             return None
         low, high = 0, STEPS
         while low < high:
             middle = (low + high + 1) // 2
-            if self.cost(trim(build(middle / STEPS))) <= self.budget:
+            if self.fits(trim(build(middle / STEPS))):
                 low = middle
             else:
                 high = middle - 1
@@ -181,7 +198,8 @@ class Shaper:
         return self._attending(self.shape.layers)
 
     def _affordable_readers(self) -> int:
-        return min(self.shape.layers, int(self.budget / self.cost((self.reader_layer,)) + 1e-9))
+        by_flops = int(self.budget / self.cost((self.reader_layer,)) + 1e-9)
+        return min(self.shape.layers, by_flops, int(self.kv_budget * self.shape.layers + 1e-9))
 
     def _read_in(self, readers: list[int]) -> Layers | None:
         total = self.shape.layers

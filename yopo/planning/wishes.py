@@ -39,6 +39,8 @@ class Wishes:
             None: do not.
         kv_groups: Whether the query heads of one KV head are kept or dropped together: then every
             dropped head shrinks the KV cache. Single query heads are a finer choice.
+        kv_budget: Beside a budget: share of the dense model's visual KV bytes that is allowed, in
+            (0, 1].
 
     Raises:
         PlanError: A value is out of range, or two exclude one another.
@@ -58,6 +60,7 @@ class Wishes:
     kv_groups: bool = False
     tolerance: float | None = None
     milliseconds: float | None = None
+    kv_budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -85,6 +88,8 @@ class Wishes:
             raise PlanError("head_ratio and alpha exclude one another: both select heads.")
         if self.milliseconds is not None:
             self._check_milliseconds()
+        if self.kv_budget is not None:
+            self._check_kv_budget()
         for name in ("shape", "search"):
             if getattr(self, name) and self.budget is None and self.milliseconds is None:
                 raise PlanError(f"{name} needs a budget to keep to.")
@@ -101,6 +106,15 @@ class Wishes:
         for name in ("budget", "tolerance", *_SHAPE_KNOBS):
             if getattr(self, name) is not None:
                 raise PlanError(f"milliseconds and {name} exclude one another.")
+
+    def _check_kv_budget(self) -> None:
+        if not 0 < self.kv_budget <= 1:
+            raise PlanError(f"kv_budget must lie in (0, 1], found {self.kv_budget}.")
+        if self.budget is None and self.tolerance is None and self.milliseconds is None:
+            raise PlanError(
+                "kv_budget stands beside a budget, and there is none.",
+                remedy="A shape of your own decides what is cached: give --budget instead.",
+            )
 
     def _check_tolerance(self) -> None:
         if not 0 < self.tolerance < 1:

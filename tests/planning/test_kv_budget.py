@@ -1,0 +1,92 @@
+"""A budget of KV bytes beside the one of FLOPs: every planner keeps both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_allocate import LAYERS, damage, make_allocator, make_profile, make_statistics
+
+from yopo.errors import PlanError
+from yopo.flops import dense_visual_kv_bytes, visual_budget, visual_kv_bytes
+from yopo.plan import Plan
+from yopo.plan_tensors import PlanTensors
+from yopo.planning.allocate import Allocator, Worth
+from yopo.planning.planner import make_plan
+from yopo.planning.shapes import SHAPES, Shaper
+from yopo.planning.wishes import Wishes
+
+SHARES = (0.1, 0.25, 0.5, 0.75)
+
+
+def limited(kv_budget: float, kv_heads: int, budget: float = 0.3) -> Allocator:
+    statistics = make_statistics(kv_heads)
+    shaper = Shaper(statistics, budget, kv_budget=kv_budget)
+    return Allocator(shaper, make_profile(statistics), Worth.even(1.0, None, LAYERS))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_allocations_keep_both_and_spend_the_scarce_one(kv_heads: int) -> None:
+    free = make_allocator(0.3, kv_heads=kv_heads)
+    assert free.shaper.kv_share(free.allocate()) > max(SHARES)  # else nothing is limited below
+    spoiled = []
+    for share in SHARES:
+        allocator = limited(share, kv_heads)
+        layers = allocator.allocate()
+        group = 1 / (LAYERS * kv_heads)
+        assert share - 2 * group < allocator.shaper.kv_share(layers) <= share
+        assert allocator.shaper.cost(layers) <= 0.3
+        spoiled.append(damage(layers, allocator))
+    assert spoiled == sorted(spoiled, reverse=True)  # more cache, less damage
+    assert limited(1.0, kv_heads).allocate() == free.allocate()
+
+
+def test_the_heads_that_are_left_are_those_that_read_most() -> None:
+    """With nothing but reading to lose, a KV budget is a threshold on what reading is worth."""
+    statistics = make_statistics()
+    profile = make_profile(statistics)
+    profile.mixing.zero_(), profile.bent.zero_(), profile.unmapped.zero_()
+    shaper = Shaper(statistics, 1.0, kv_budget=0.5)
+    layers = Allocator(shaper, profile, Worth.even(1.0, None, LAYERS)).allocate()
+    effect = statistics.head_effect
+    kept = torch.zeros_like(effect, dtype=torch.bool)
+    for number, layer in enumerate(layers):
+        kept[number, list(layer.heads)] = True
+    assert kept.sum() == effect.numel() // 2
+    assert effect[kept].min() > effect[~kept].max()
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_shapes_keep_it(share: float) -> None:
+    shaper = Shaper(make_statistics(), 0.4, kv_budget=share)
+    found = dict(shaper.candidates())
+    expected = {"reader-heads", "paper"}
+    if share >= 1 / LAYERS:  # these read with all heads of a layer
+        expected |= {"reader", "reader-prefix"}
+    assert expected <= set(found) <= set(SHAPES)
+    for layers in found.values():
+        assert shaper.cost(layers) <= 0.4 and shaper.kv_share(layers) <= share
+
+
+@pytest.mark.parametrize("search", [None, 20])
+def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
+    seen: list[Plan] = []
+
+    def measure(plan: Plan, tensors: PlanTensors) -> float:
+        seen.append(plan)
+        return 1 / (1 + sum(len(layer.heads) for layer in plan.layers))
+
+    wishes = Wishes(budget=0.4, kv_budget=0.3, search=search)
+    plan, _, _ = make_plan(make_statistics(2), wishes, measure)
+    assert plan.provenance["kv_budget"] == 0.3
+    for each in (plan, *seen):
+        dense = dense_visual_kv_bytes(each.model.shape, each.workload)
+        assert visual_kv_bytes(each) <= 0.3 * dense and visual_budget(each) <= 0.4
+
+
+def test_what_cannot_be_had_is_a_sentence() -> None:
+    with pytest.raises(PlanError, match=r"a KV budget of 0.01: one layer .* caches 0.1667"):
+        make_plan(make_statistics(), Wishes(budget=0.5, kv_budget=0.01, shape="reader"))
+    with pytest.raises(PlanError, match=r"kv_budget must lie in \(0, 1\], found 2"):
+        Wishes(budget=0.5, kv_budget=2)
+    with pytest.raises(PlanError, match="kv_budget stands beside a budget"):
+        Wishes(preset="yopo-25", kv_budget=0.5)
