@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat import user
 from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2VLProcessor
 
@@ -35,16 +36,6 @@ TOKEN = 12
 @pytest.fixture(scope="module")
 def processor() -> Qwen2VLProcessor:
     return build_processor()
-
-
-def user(*parts: Image.Image | str) -> dict:
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return {"role": "user", "content": content}
 
 
 def test_the_prompt_has_qwens_form(processor: Qwen2VLProcessor) -> None:

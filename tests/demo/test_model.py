@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from chat import user
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
 from yopo.demo import LLAVA_TINY
@@ -26,16 +26,6 @@ NUM_VISUAL = 64
 @pytest.fixture(scope="module")
 def processor() -> LlavaProcessor:
     return build_processor()
-
-
-def user(*parts: Image.Image | str) -> dict:
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return {"role": "user", "content": content}
 
 
 def test_the_prompt_has_llavas_form(processor: LlavaProcessor) -> None:

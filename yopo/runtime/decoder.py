@@ -83,7 +83,7 @@ class PrunedDecoder:
                 exist for visual tokens; or the cache or attention mask is of an unusable kind;
                 or the tokens outgrow a sliding window.
         """
-        _refuse_captures(self.config, kwargs)
+        refuse_captures(self.config, kwargs, "A pruned model")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -94,7 +94,7 @@ class PrunedDecoder:
         cache = adopt(past_key_values, splits) if keep else new_layers(splits)
         batch, length, _ = embeds.shape
         index = cache[0].index
-        _refuse_window(self.config, index.length + length)
+        refuse_window(self.config, index.length + length, "a pruned model")
         if position_ids is None:
             place = torch.arange(length, device=embeds.device) + index.length
             position_ids = place.expand(batch, -1)
@@ -188,21 +188,23 @@ def run_layers(
     return hidden
 
 
-def _refuse_captures(config: object, kwargs: dict[str, object]) -> None:
+def refuse_captures(config: object, kwargs: dict[str, object], who: str) -> None:
+    """Raise ModelError if all layers' hidden states or attentions are asked of ``who``."""
     for what in ("hidden_states", "attentions"):
         flag = f"output_{what}"
         if kwargs.get(flag) or getattr(config, flag, False):
             raise ModelError(
-                f"A pruned model has no {what} of all tokens in all layers.",
+                f"{who} has no {what} of all tokens in all layers.",
                 remedy=f"Drop {flag}, or ask the dense model.",
             )
 
 
-def _refuse_window(config: object, length: int) -> None:
+def refuse_window(config: object, length: int, who: str) -> None:
+    """Raise ModelError if so many tokens outgrow a sliding window, which ``who`` does not have."""
     window = getattr(config, "sliding_window", None)
     if window is not None and length > window:
         raise ModelError(
-            f"{length} tokens outgrow the model's sliding attention window of {window}, which a "
-            "pruned model does not have.",
+            f"{length} tokens outgrow the model's sliding attention window of {window}, which "
+            f"{who} does not have.",
             remedy="Shorten the prompt or the answer, or ask the dense model.",
         )

@@ -12,6 +12,7 @@ from yopo.errors import ModelError
 from yopo.evaluation.rivals.cache import Record, adopt
 from yopo.evaluation.rivals.run import RivalState, Run
 from yopo.layout import TokenLayout
+from yopo.runtime.decoder import refuse_captures, refuse_window
 
 
 class RivalDecoder:
@@ -68,24 +69,13 @@ class RivalDecoder:
 
 
 def _check_config(config: object, kwargs: dict[str, object], length: int) -> None:
-    for what in ("hidden_states", "attentions"):
-        if kwargs.get(f"output_{what}") or getattr(config, f"output_{what}", False):
-            raise ModelError(
-                f"A rival has no {what} of all tokens in all layers.",
-                remedy=f"Drop output_{what}, or ask the dense model.",
-            )
+    refuse_captures(config, kwargs, "A rival")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(
             f"A rival runs on sdpa or eager attention, found {config._attn_implementation}.",
             remedy="Load the model with attn_implementation='sdpa'.",
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and length > window:
-        raise ModelError(
-            f"{length} tokens outgrow the model's sliding attention window of {window}, which a "
-            "rival does not have.",
-            remedy="Shorten the prompt or the answer.",
-        )
+    refuse_window(config, length, "a rival")
 
 
 def _check_layout(layout: TokenLayout | None, record: Record) -> None:
