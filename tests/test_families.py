@@ -99,6 +99,10 @@ def test_names_resolve_without_the_network(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "mine").mkdir()
     alias = resolve("llava-1.5-7b")
     assert alias.location == "llava-hf/llava-1.5-7b-hf" and not alias.is_local
+    (tmp_path / "llava-1.5-7b").mkdir()
+    assert resolve("llava-1.5-7b") == alias  # an empty directory is no checkpoint
+    (tmp_path / "llava-1.5-7b" / "config.json").touch()
+    assert resolve("llava-1.5-7b").is_local
     assert resolve("llava-tiny").is_local and resolve("llava-tiny").name == "llava-tiny"
     local = resolve(str(tmp_path / "mine"))
     assert local.is_local and local.name == "mine"  # plans name no machine path

@@ -85,19 +85,21 @@ def family_named(name: str) -> Family:
 def resolve(name: str) -> ModelSource:
     """Turn what a user calls a model into a place to load it from. Touches no network.
 
+    A checkpoint directory of that name comes first, as everywhere in transformers.
+
     Args:
-        name: An alias, a directory, or a hub id ``org/name[@revision]``.
+        name: A directory, an alias, or a hub id ``org/name[@revision]``.
 
     Raises:
         ModelError: Neither; suggests the closest alias.
     """
-    if name in ALIASES:
+    path = Path(name).expanduser()
+    if name in ALIASES and not (path / "config.json").is_file():
         target = ALIASES[name]
         if target.startswith("package:"):
             inside = files("yopo").joinpath(target.removeprefix("package:"))
             return ModelSource(name, str(inside), None, is_local=True)
         return ModelSource(name, target, None, is_local=False)
-    path = Path(name).expanduser()
     if path.is_dir():
         return ModelSource(path.resolve().name, str(path), None, is_local=True)
     repository, _, revision = name.partition("@")
