@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -110,6 +111,16 @@ def test_a_source_that_shrinks_is_noticed(tmp_path, changes) -> None:
     os.truncate(source, shard.size - 900)
     with pytest.raises(CheckpointError, match="became shorter"):
         list(write_shard(source, target, shard, changes))
+
+
+def test_no_worker_goes_on_when_nobody_asks_for_more(tmp_path) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(make_tensors(torch.float32, BLOCK), source)
+    steps = write_shard(source, target, read_shard(source), reorders())
+    next(steps)
+    assert any(thread.name.startswith("yopo-bake") for thread in threading.enumerate())
+    steps.close()
+    assert not any(thread.name.startswith("yopo-bake") for thread in threading.enumerate())
 
 
 def test_holds_a_few_chunks_per_worker(tmp_path, monkeypatch) -> None:

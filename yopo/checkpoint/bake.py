@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -172,8 +173,9 @@ def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folde
             )
 
     total = len(checkpoint.tensors)
-    for _ in console.track(steps(), label="baking", total=total, unit="tensors"):
-        pass
+    with closing(steps()) as work:  # whatever happens: no worker writes on behind it
+        for _ in console.track(work, label="baking", total=total, unit="tensors"):
+            pass
 
 
 def _check_plan(plan: Plan, tensors: PlanTensors, first: PlanTensors) -> None:
