@@ -82,9 +82,12 @@ def visual_attention(
     keys, values = cache.kept
     if split.attending_kv is not None:
         keys, values = (take(each, split.attending_kv) for each in (keys, values))
+    blocks = geometry.visual_blocks(radius)
+    if blocks[0].in_sequence:
+        keys, values = (each.index_select(2, geometry.sequence) for each in (keys, values))
     batch, heads, length, head_dim = queries.shape
     mixed = queries.new_empty(batch, length, heads, head_dim)
-    for block in geometry.visual_blocks(radius):
+    for block in blocks:
         span = (block.key_start, block.key_stop, cache.num_visual, block.num_text)
         found = _attend(
             padded[:, :, block.start : block.stop],

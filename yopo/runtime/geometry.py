@@ -25,8 +25,9 @@ class VisualBlock:
 
     Attributes:
         start, stop: Queries along this forward's visual stream.
-        key_start, key_stop: Visual keys along the cached visual stream.
-        num_text: The first so many text keys take part.
+        key_start, key_stop: Visual keys along the cached visual stream; or, ``in_sequence``, keys
+            of both kinds in the order of the prompt.
+        num_text: The first so many text keys take part as well.
         mask: (1 or batch, 1, queries, visual keys + text keys) bool; None: everything allowed.
     """
 
@@ -36,6 +37,7 @@ class VisualBlock:
     key_stop: int
     num_text: int
     mask: torch.Tensor | None
+    in_sequence: bool = False
 
 
 class Geometry:
@@ -170,8 +172,28 @@ class Geometry:
     def visual_blocks(self, radius: int | None) -> list[VisualBlock]:
         """Blocks of the visual self-attention at this radius, computed once per forward."""
         if radius not in self._blocks:
-            self._blocks[radius] = [self._block(cut, radius) for cut in self._cuts(radius)]
+            cuts = self._cuts(radius)
+            is_causal = radius is None and not self._bidirectional
+            if is_causal and len(cuts) > 1 and self._rows_agree and not self.past:
+                self._blocks[radius] = [self._prefix(cut) for cut in cuts]
+            else:
+                self._blocks[radius] = [self._block(cut, radius) for cut in cuts]
         return self._blocks[radius]
+
+    @cached_property
+    def sequence(self) -> torch.Tensor:
+        """Where cached keys, visual ones first, stand in the prompt up to its last visual token.
+
+        (keys,) int64. In this order what a causal block attends is a prefix, which no block copies.
+        """
+        visual, text = self.visual.index[0], self.text.index[0]
+        return torch.cat([visual, text]).argsort()[: int(visual[-1]) + 1]
+
+    def _prefix(self, cut: Block) -> VisualBlock:
+        places = self.visual.index[:1, cut.start : cut.stop]
+        stop = int(places[0, -1]) + 1
+        mask = torch.arange(stop, device=places.device) <= places[..., None]
+        return VisualBlock(cut.start, cut.stop, 0, stop, 0, mask[:, None], in_sequence=True)
 
     def _cuts(self, radius: int | None) -> list[Block]:
         if self.layout.has_uniform_grids:
