@@ -93,12 +93,13 @@ class Observer:
         view, layer = self.view(), module.layer_idx
         masses = torch.zeros(queries.shape[0], self.shape.heads, 2, device=queries.device)
         cross_modal = torch.zeros((), device=queries.device)
+        gram = self._gram(module)
         for chunk in view.text_chunks:
             weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
             mass = weights @ view.kinds[:, None].to(weights.dtype)  # (batch, heads, queries, 2)
             masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             cross_modal += (mass[..., 0].mean(dim=1) * chunk.behind).sum()
-            effect = _reading_effect(weights, mass, values, view.kinds, self._gram(module))
+            effect = _reading_effect(weights, mass, values, view.kinds, gram)
             self.head_effect_sum[layer] += (
                 (effect * chunk.behind[:, None]).sum((0, 2)).double().cpu()
             )

@@ -16,7 +16,7 @@ planner tries a few and measures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -170,14 +170,7 @@ class Allocator:
         while best is None and high < MOST:
             low, high = high, high * 4.0
             best = at(high)
-        for _ in range(KV_STEPS if best is not None else 0):
-            price = (low + high) / 2
-            found = at(price)
-            if found is None:
-                low = price
-            else:
-                high, best = price, found
-        return best
+        return None if best is None else _cheapest(at, low, high, best, KV_STEPS)
 
     def _at_kv_price(self, kv_price: float) -> Layers | None:
         """The least price of FLOPs at which they keep to their budget."""
@@ -188,14 +181,7 @@ class Allocator:
             if high > MOST:
                 return None
             best = self._layers(high, kv_price)
-        for _ in range(STEPS):
-            price = (low + high) / 2
-            found = self._layers(price, kv_price)
-            if found is None:
-                low = price
-            else:
-                high, best = price, found
-        return best
+        return _cheapest(lambda price: self._layers(price, kv_price), low, high, best, STEPS)
 
     def _layers(self, price: float, kv_price: float) -> Layers | None:
         """Every layer's best choice at prices (per dense visual FLOPs, and per dense visual KV
@@ -306,3 +292,17 @@ class Allocator:
                     found.append(Choice(layer, self._flops(layer), worth * left))
             choices.append(found)
         return choices
+
+
+def _cheapest(
+    at: Callable[[float], Layers | None], low: float, high: float, best: Layers, steps: int
+) -> Layers:
+    """Bisect the least price at which something fits: nothing at ``low``, ``best`` at ``high``."""
+    for _ in range(steps):
+        price = (low + high) / 2
+        found = at(price)
+        if found is None:
+            low = price
+        else:
+            high, best = price, found
+    return best
