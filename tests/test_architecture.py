@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 70
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("console", "documents", "files", "grid", "hub", "processors"),
+    ("console", "context", "documents", "files", "grid", "hub", "processors"),
     ("plan",),
     ("demo", "families", "flops", "plan_file"),
     ("layout", "plan_tensors"),

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from yopo.context import PerContext
+from yopo.errors import ModelError
 from yopo.families.family import GridsOf, Run
 from yopo.grid import Grid
 
@@ -128,23 +130,39 @@ def _stream(member: torch.Tensor) -> Stream:
     return Stream(index.masked_fill(~mask, 0), mask, shared=False)
 
 
+@dataclass
+class Call:
+    """One forward of the base model, as the probe saw it begin.
+
+    Attributes:
+        layout: Where its visual tokens are; None if it has none.
+        has_embeds: Whether the caller gave embeddings instead of token ids.
+        must_be_read: Whether somebody has to ask for the layout before the forward ends.
+        is_read: Whether somebody did.
+    """
+
+    layout: TokenLayout | None
+    has_embeds: bool
+    must_be_read: bool = False
+    is_read: bool = False
+
+
 class LayoutProbe:
     """Finds the layout of every forward of a multimodal model, with hooks that it can remove.
 
     A pre-hook on the base model (the module that merges image features into the embeddings) sees
     ``input_ids`` in prefill, decode and ``generate`` alike. ``generate`` encodes images before the
     first forward and drops what the processor said of them, so the encoding methods are watched
-    as well.
-
-    Attributes:
-        layout: The layout of the forward in progress; None outside, and for prompts and decode
-            steps without a visual token.
+    as well. What is found belongs to the call: threads that share the model do not see one
+    another's.
     """
 
     def __init__(
         self, base_model: nn.Module, grids_of: GridsOf, token_ids: Sequence[int] | None = None
     ):
-        self.layout: TokenLayout | None = None
+        self.must_be_read = False
+        """Whether a forward with visual tokens fails if nobody asked for its layout by
+        :meth:`read`: then something kept the decoder from being reached."""
         self._config: PreTrainedConfig = base_model.config
         self._grids_of = grids_of
         self._token_ids = tuple(token_ids or (base_model.config.image_token_id,))
@@ -158,31 +176,59 @@ class LayoutProbe:
             if hasattr(base_model, name):
                 setattr(base_model, name, MethodType(_watched(type(base_model), name), base_model))
 
+    @property
+    def layout(self) -> TokenLayout | None:
+        """The layout of this thread's forward in progress.
+
+        None outside, and for prompts and decode steps without a visual token.
+        """
+        call = _CALLS.get(self)
+        return None if call is None else call.layout
+
+    def read(self) -> Call | None:
+        """This thread's forward in progress, noting that its layout will be heeded."""
+        call = _CALLS.get(self)
+        if call is not None:
+            call.is_read = True
+        return call
+
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for name in (*_ENCODERS, _IMAGE_INFO):
+        for name in _ENCODERS:
             self._base_model.__dict__.pop(name, None)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         bound = self._signature.bind_partial(module, *args, **kwargs).arguments
-        self.layout, found = None, None
+        embeds = bound.get("inputs_embeds")
+        call = Call(None, embeds is not None, self.must_be_read)
+        _CALLS.set(self, call)
         tokens = [
             token
             for token, modality in zip(self._token_ids, _PIXELS, strict=False)
             if _brings(bound, modality)
         ]
-        if tokens:
-            found = self._find(module, bound.get("input_ids"), bound.get("inputs_embeds"), tokens)
+        found = self._find(module, bound.get("input_ids"), embeds, tokens) if tokens else None
         if found is not None and bool((found >= 0).any()):
-            info = {**getattr(module, _IMAGE_INFO, {}), **_image_info(bound)}
+            info = {**(_IMAGE_INFO.get(module) or {}), **_image_info(bound)}
             grids = self._grids_of(self._config, _runs(found), info)
-            self.layout = build_layout(found >= 0, grids)
+            call.layout = build_layout(found >= 0, grids)
 
     def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
-        self.layout = None
+        call = _CALLS.get(self)
+        _CALLS.set(self, None)
+        if output is None or call is None or call.layout is None or call.is_read:
+            return  # no output: the forward failed for a reason of its own
+        # Both: a block may have been entered or left, by another thread, since the call began.
+        if call.must_be_read and self.must_be_read:
+            raise ModelError(
+                "The pruned decoder was not reached: something runs in its place, and what it "
+                "computed is the dense model's answer.",
+                remedy="Look for what replaces the decoder's forward (a compiled or wrapped one), "
+                "and prune before you compile or wrap.",
+            )
 
     def _find(
         self,
@@ -193,7 +239,7 @@ class LayoutProbe:
     ) -> torch.Tensor | None:
         """(batch, sequence) int64: the placeholder id of visual tokens, -1 elsewhere."""
         tokens = input_ids if input_ids is not None else embeds
-        if tokens is None or tokens.shape[1] == 1:
+        if tokens is None:
             return None
         found = torch.full(tokens.shape[:2], -1, dtype=torch.int64, device=tokens.device)
         for token in placeholders:
@@ -211,7 +257,10 @@ _ENCODERS = ("get_image_features", "get_video_features")
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Modality -> the argument that brings it; families name their placeholders in this order."""
 
-_IMAGE_INFO = "_yopo_image_info"
+_CALLS: PerContext[LayoutProbe, Call] = PerContext("yopo_calls")
+
+_IMAGE_INFO: PerContext[nn.Module, dict[str, torch.Tensor]] = PerContext("yopo_image_info")
+"""What a base model's encoding methods were told of the images that they encoded last."""
 
 
 def _image_info(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -225,17 +274,17 @@ def _image_info(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _watched(owner: type[nn.Module], name: str) -> Callable[..., Any]:
-    """The owner's encoding method, noting on the module what it is told of the images."""
+    """The owner's encoding method, noting what it is told of the images."""
     original = getattr(owner, name)
     signature = inspect.signature(original)
 
     @wraps(original)
     def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         told = _image_info(signature.bind_partial(module, *args, **kwargs).arguments)
-        known = getattr(module, _IMAGE_INFO, {})
+        known = _IMAGE_INFO.get(module) or {}
         encoded = original(module, *args, **kwargs)
         # Behind the call: Qwen3-VL encodes videos as images, which must not count as such.
-        object.__setattr__(module, _IMAGE_INFO, {**known, **told})
+        _IMAGE_INFO.set(module, {**known, **told})
         return encoded
 
     return encode

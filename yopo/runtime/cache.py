@@ -214,8 +214,17 @@ class PrunedCacheLayer(CacheLayerMixin):
             self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens (text only)."""
-        count = abs(tokens_to_remove)
+        """Forget the last ``-tokens_to_remove`` tokens (text only).
+
+        Raises:
+            ModelError: A positive number, which once meant the length to keep, or an image's token.
+        """
+        if tokens_to_remove > 0:
+            raise ModelError(
+                f"crop({tokens_to_remove}): a cache is cropped by a negative number of tokens.",
+                remedy=f"Remove {tokens_to_remove} tokens by crop(-{tokens_to_remove}).",
+            )
+        count = -tokens_to_remove
         if not count or not self.is_initialized:
             return
         if self._is_first:

@@ -19,28 +19,39 @@ from transformers.utils.output_capturing import capture_outputs
 
 from yopo.errors import ModelError
 from yopo.families.family import Backbone
-from yopo.layout import LayoutProbe
+from yopo.layout import LayoutProbe, TokenLayout
 from yopo.plan import Plan
 from yopo.runtime import rows
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import HeadSplit, split_heads
+from yopo.runtime.inputs import packed_segments, warn_of_features
+from yopo.runtime.labels import LabelProbe
 from yopo.runtime.layer import LayerRun, Rotary
 from yopo.runtime.products import fast_products
 
 
 class PrunedState(nn.Module):
-    """What a pruned decoder carries: the plan, the visual parts of its layers, the layout probe.
+    """What a pruned decoder carries: the plan, the visual parts of its layers, the probes.
 
-    A module, so that its buffers follow ``model.to``; nothing in it enters a state dict.
+    A module, so that its buffers follow ``model.to``; nothing in it enters a state dict. Nothing
+    in it belongs to one forward either: threads share it.
     """
 
-    def __init__(self, plan: Plan, layers: nn.ModuleList, names: Backbone, probe: LayoutProbe):
+    def __init__(
+        self,
+        plan: Plan,
+        layers: nn.ModuleList,
+        names: Backbone,
+        probe: LayoutProbe,
+        labels: LabelProbe,
+    ):
         super().__init__()
         self.plan = plan
         self.visual = layers
         self.names = names
         self.probe = probe
+        self.labels = labels
         shape = plan.model.shape
         self._splits = [split_heads(layer, shape) for layer in plan.layers]
         self._splits_on: dict[torch.device, list[HeadSplit]] = {}
@@ -83,39 +94,65 @@ class PrunedDecoder:
                 exist for visual tokens; or the cache or attention mask is of an unusable kind;
                 or the tokens outgrow a sliding window.
         """
+        state: PrunedState | None = self._modules.get("yopo")
+        if state is None:  # another thread left the block since this call began: dense from here
+            return type(self).forward(
+                self,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
         refuse_captures(self.config, kwargs, "A pruned model")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        layout = _layout(self, state, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        splits = self.yopo.splits(embeds.device)
+        splits = state.splits(embeds.device)
         keep = past_key_values is not None
         cache = adopt(past_key_values, splits) if keep else new_layers(splits)
         batch, length, _ = embeds.shape
         index = cache[0].index
         refuse_window(self.config, index.length + length, "a pruned model")
+        segments = packed_segments(
+            position_ids, attention_mask, embeds.shape[:2], kwargs, has_cache=keep
+        )
         if position_ids is None:
             place = torch.arange(length, device=embeds.device) + index.length
             position_ids = place.expand(batch, -1)
-        layout = self.yopo.probe.layout
-        bidirectional = self.yopo.plan.bidirectional
         geometry = Geometry(
             layout,
             batch,
             length,
             attention_mask,
             index,
-            bidirectional=bidirectional,
+            bidirectional=state.plan.bidirectional,
             device=embeds.device,
+            segments=segments,
         )
-        positions = rotary_positions(position_ids, self.yopo.names.position_axes)
+        positions = rotary_positions(position_ids, state.names.position_axes)
         rotary = self.rotary_emb(embeds, position_ids=positions)
         stack = kwargs.get("deepstack_visual_embeds") or ()
-        hidden = run_layers(self, embeds, rotary, geometry, cache, stack)
+        hidden = run_layers(self, state, embeds, rotary, geometry, cache, stack)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values if keep else None
         )
+
+
+def _layout(
+    decoder: nn.Module, state: PrunedState, inputs_embeds: torch.Tensor | None
+) -> TokenLayout | None:
+    """The layout of this forward; embeddings of the caller's own may hide visual tokens from it."""
+    call = state.probe.read()
+    layout = None if call is None else call.layout
+    if inputs_embeds is not None and (call is None or call.has_embeds):
+        warn_of_features(inputs_embeds, decoder.embed_tokens, layout)
+    return layout
 
 
 def rotary_positions(position_ids: torch.Tensor, axes: int) -> torch.Tensor:
@@ -136,6 +173,7 @@ def rotary_positions(position_ids: torch.Tensor, axes: int) -> torch.Tensor:
 
 def run_layers(
     decoder: nn.Module,
+    state: PrunedState,
     embeds: torch.Tensor,
     rotary: Rotary,
     geometry: Geometry,
@@ -145,7 +183,8 @@ def run_layers(
     """Carry both streams through the layers.
 
     Args:
-        decoder: A decoder with ``yopo`` state.
+        decoder: The stock decoder's modules.
+        state: What the plan makes of them.
         embeds: (batch, sequence, hidden), image features merged in.
         rotary: Cosines and sines, (1 or batch, sequence, head_dim).
         geometry: Positions and masks of this forward.
@@ -155,7 +194,6 @@ def run_layers(
     Returns:
         (batch, sequence, hidden) after the final norm.
     """
-    state: PrunedState = decoder.yopo
     text, visual = embeds, None
     text_rotary, visual_rotary = rotary, None
     if geometry.visual is not None:
@@ -179,7 +217,9 @@ def run_layers(
     geometry.text.scatter(hidden, text)
     if visual is not None:
         geometry.visual.scatter(hidden, rows.replace(visual, decoder.norm))
-    elif bool((geometry.visual.index == embeds.shape[1] - 1).any()):
+        return hidden
+    state.labels.warn_of_dropped(geometry.visual.index, geometry.visual.mask)
+    if bool((geometry.visual.index == embeds.shape[1] - 1).any()):
         warnings.warn(
             "A prompt ends in an image whose visual tokens the plan drops: its next-token logits "
             "mean nothing. Put text behind the image.",

@@ -50,6 +50,8 @@ class Geometry:
         index: The cache's token index; extended by this forward's tokens here.
         bidirectional: Whether visual tokens attend neighbors behind them.
         device: Where masks are needed.
+        segments: (batch, length) int64, the sample that each token of a packed row belongs to:
+            tokens attend their own sample alone. None: every row is one sample.
 
     Raises:
         ModelError: A 4-D attention mask, or one of another length.
@@ -65,12 +67,14 @@ class Geometry:
         *,
         bidirectional: bool,
         device: torch.device,
+        segments: torch.Tensor | None = None,
     ):
         self.layout = layout
         self.past = index.length
         self.past_text = 0 if index.text is None else index.text.shape[1]
         self.past_visual = index.num_visual
         self._bidirectional = bidirectional
+        self._segments = segments
         self._blocks: dict[int | None, list[VisualBlock]] = {}
         if layout is None:
             everything = torch.arange(length, device=device).expand(batch, length)
@@ -113,7 +117,8 @@ class Geometry:
     @cached_property
     def text_is_causal(self) -> bool:
         """Whether text over text is plain causal attention: no padding, nothing cached."""
-        return self.past == 0 and self.text.length > 1 and self.text_keys_ok is None
+        is_plain = self.text_keys_ok is None and self._segments is None
+        return self.past == 0 and self.text.length > 1 and is_plain
 
     @cached_property
     def text_mask(self) -> torch.Tensor | None:
@@ -156,12 +161,12 @@ class Geometry:
         self, keys: torch.Tensor, real: torch.Tensor | None, own: int | None
     ) -> torch.Tensor | None:
         """Text queries over ``keys``; ``own``: where the queries' own keys start (text only)."""
-        if self.text.length == 1:  # a decode step: every key is earlier
+        if self.text.length == 1 and self.visual is None:  # a decode step: every key is earlier
             return None if real is None else real[:, None, None, :]
         queries = self._absolute(self.text)
-        if real is None and self.text.shared:
+        if real is None and self.text.shared and self._segments is None:
             queries, keys = queries[:1], keys[:1]
-        allowed = keys[:, None, :] <= queries[:, :, None]
+        allowed = (keys[:, None, :] <= queries[:, :, None]) & self._together(queries, keys)
         if real is not None:
             allowed = allowed & real[:, None, :]
         if own is not None:  # padding attends itself, so that it stays finite
@@ -204,21 +209,36 @@ class Geometry:
     def _cells(self) -> torch.Tensor:
         return self.layout.coordinates()
 
+    def _together(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
+        """(rows, queries, keys) bool: whether both are of one sample, from their positions."""
+        if self._segments is None:
+            return True
+        of_queries, of_keys = (
+            self._segments.gather(1, each.clamp(min=0)) for each in (queries, keys)
+        )
+        return of_queries[:, :, None] == of_keys[:, None, :]
+
     @cached_property
     def _rows_agree(self) -> bool:
         shared = self.text.shared and self.visual.shared and self.layout.has_uniform_grids
-        return shared and self.text_keys_ok is None and self.visual_keys_ok is None
+        is_plain = self.text_keys_ok is None and self.visual_keys_ok is None
+        return shared and is_plain and self._segments is None
 
     def _block(self, cut: Block, radius: int | None) -> VisualBlock:
         rows = slice(0, 1) if self._rows_agree else slice(None)
         queries = self._absolute(self.visual)[rows, cut.start : cut.stop]
         text_keys = self._text_keys[rows]
         before = text_keys[:, None, :] < queries[:, :, None]  # (rows, queries, text keys)
+        before = before & self._together(queries, text_keys)
         if self.text_keys_ok is not None:
             before = before & self.text_keys_ok[rows, None, :]
         used = before.any(dim=0).any(dim=0).nonzero()
         num_text = int(used[-1]) + 1 if len(used) else 0
         near = self._near(cut, radius, rows)
+        if self._segments is not None:
+            near = near & self._together(
+                queries, self._visual_keys[:, cut.key_start : cut.key_stop]
+            )
         key_start = self.past_visual + cut.key_start
         if radius is None and self.past_visual:  # images of earlier turns
             key_start = 0
@@ -264,8 +284,13 @@ class Geometry:
 def _check_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     if mask is None:
         return None
-    if mask.dim() != 2:
-        raise ModelError(f"A pruned model takes a 2-D attention mask, found {mask.dim()}-D.")
+    found = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+    if found != "2-D":
+        raise ModelError(
+            f"A pruned model takes a 2-D attention mask, found {found}.",
+            remedy="Give the mask of padding that the processor makes; packed rows need none, but "
+            "positions that restart.",
+        )
     if tuple(mask.shape) != (batch, length):
         found = tuple(mask.shape)
         raise ModelError(f"The attention mask has shape {found}, expected {(batch, length)}.")

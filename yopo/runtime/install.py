@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MethodType
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,8 @@ from yopo.layout import LayoutProbe
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors, check_tensors, read_plan_with_tensors
 from yopo.runtime.decoder import PrunedDecoder, PrunedState
+from yopo.runtime.labels import LabelProbe
+from yopo.runtime.swap import restore_class, swap_class
 from yopo.runtime.weights import check_plain, visual_layers
 
 
@@ -31,6 +34,11 @@ def pruned(
     check: bool = True,
 ) -> Iterator[PreTrainedModel]:
     """Run a model under a plan inside a ``with`` block; the model is restored bit for bit behind.
+
+    The plan is the model's, not a thread's: all threads that use the model are under it, so that a
+    streamer's thread is. A forward under way when another thread enters or leaves the block ends
+    as it began, or is dense throughout. A ``generate`` under way is refused at its next step: its
+    cache is of the other model.
 
     Args:
         model: A multimodal model of a supported family, weights in memory.
@@ -71,17 +79,43 @@ def install(
     check_tensors(plan, tensors or PlanTensors(), "The plan")
     layers = visual_layers(decoder, plan, tensors, names)
     tokens = family.token_ids(model.config)
+    # Other threads may be using the model: first what the pruned forward needs, then the forward.
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
-    decoder.yopo = PrunedState(plan, layers, names, probe)
-    decoder.__class__ = pruned_class(type(decoder))
+    decoder.yopo = PrunedState(plan, layers, names, probe, LabelProbe(model))
+    try:
+        swap_class(decoder, pruned_class(type(decoder)))
+    except ModelError:
+        _remove_probes(decoder)
+        raise
+    vars(model)[_CONTINUOUS_BATCHING] = MethodType(_refuse_continuous_batching, model)
+    probe.must_be_read = True
 
 
 def uninstall(model: PreTrainedModel) -> None:
     """Make a pruned model dense again."""
     decoder = model.get_decoder()
-    decoder.yopo.probe.remove()
-    decoder.__class__ = type(decoder).__mro__[2]
+    decoder.yopo.probe.must_be_read = False
+    restore_class(decoder, type(decoder).__mro__[2])
+    vars(model).pop(_CONTINUOUS_BATCHING, None)
+    _remove_probes(decoder)
+
+
+def _remove_probes(decoder: nn.Module) -> None:
+    state: PrunedState = decoder.yopo
+    state.probe.remove()
+    state.labels.remove()
     del decoder.yopo
+
+
+_CONTINUOUS_BATCHING = "init_continuous_batching"
+"""The method by which transformers' ``generate_batch`` and ``serve`` begin."""
+
+
+def _refuse_continuous_batching(model: PreTrainedModel, *args: object, **kwargs: object) -> None:
+    raise ModelError(
+        "A pruned model has no paged attention, which continuous batching (generate_batch) needs.",
+        remedy="Use generate, with padded batches, or ask the dense model.",
+    )
 
 
 @cache

@@ -20,6 +20,7 @@ from yopo.families.family import Backbone
 from yopo.plan import LayerPlan, ModelShape, Plan
 from yopo.plan_tensors import PlanTensors, Refit
 from yopo.runtime.heads import split_heads
+from yopo.runtime.offload import parameter
 
 
 class Part(nn.Module):
@@ -69,12 +70,12 @@ class Part(nn.Module):
         """The weight, (outputs, inputs), and the bias, (outputs,) or None."""
         source, weight, bias = self._source[0], self.weight, self.bias
         if weight is None and self._columns:
-            weight = source.weight[:, self._span]
+            weight = parameter(source, "weight")[:, self._span]
         elif weight is None:
-            weight = source.weight[self._span]
-            bias = None if source.bias is None else source.bias[self._span]
+            weight, bias = parameter(source, "weight")[self._span], parameter(source, "bias")
+            bias = None if bias is None else bias[self._span]
         if self._columns and bias is None:
-            bias = source.bias
+            bias = parameter(source, "bias")
         return weight, bias
 
 
