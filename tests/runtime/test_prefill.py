@@ -17,6 +17,8 @@ PROMPTS = {
     "one image": [[1, 5, 6, *PICTURE, 7, 8, 9, 10]],
     "image first": [[*PICTURE, 7, 8]],
     "image last": [[1, 5, *PICTURE]],
+    "one text token in front": [[1, *PICTURE]],
+    "one text token between": [[*PICTURE, 1, *PICTURE]],
     "two images apart": [[1, 5, *PICTURE, 6, 7, *PICTURE, 8, 9]],
     "two images adjacent": [[1, 5, *PICTURE, *PICTURE, 8, 9]],
     "same places, other images": [[1, *PICTURE, 7, 8], [2, *PICTURE, 9, 3]],

@@ -119,9 +119,8 @@ class PrunedDecoder:
         batch, length, _ = embeds.shape
         index = cache[0].index
         refuse_window(self.config, index.length + length, "a pruned model")
-        segments = packed_segments(
-            position_ids, attention_mask, embeds.shape[:2], kwargs, has_cache=keep
-        )
+        past, size = index.length if keep else None, (batch, length)
+        segments = packed_segments(position_ids, attention_mask, size, kwargs, cached=past)
         if position_ids is None:
             place = torch.arange(length, device=embeds.device) + index.length
             position_ids = place.expand(batch, -1)

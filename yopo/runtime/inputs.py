@@ -29,7 +29,7 @@ def packed_segments(
     shape: tuple[int, int],
     kwargs: Mapping[str, object],
     *,
-    has_cache: bool,
+    cached: int | None,
 ) -> torch.Tensor | None:
     """The sample of every token, where rows hold several samples behind one another.
 
@@ -42,13 +42,14 @@ def packed_segments(
         attention_mask: The caller's, or None.
         shape: (batch, sequence).
         kwargs: What else the decoder was given.
-        has_cache: Whether keys and values are kept.
+        cached: How many tokens are cached; None if keys and values are not kept.
 
     Returns:
         (batch, sequence) int64, or None if every row is one sample.
 
     Raises:
-        ModelError: Paged attention is asked for, or samples begin where no token is.
+        ModelError: Paged attention is asked for, or samples begin where no token is, or behind
+            cached ones.
     """
     if any(kwargs.get(name) is not None for name in _PAGED):
         raise ModelError(
@@ -57,8 +58,14 @@ def packed_segments(
         )
     starts = next((kwargs[name] for name in _PACKED if kwargs.get(name) is not None), None)
     if starts is not None:
-        return _between(starts, shape)
-    if position_ids is None or attention_mask is not None or has_cache:
+        segments = _between(starts, shape)
+        if segments is not None and cached:
+            raise ModelError(
+                f"A packed row of several samples cannot continue a cache of {cached} tokens.",
+                remedy="Pack without a cache, or continue one sample per row.",
+            )
+        return segments
+    if position_ids is None or attention_mask is not None or cached is not None:
         return None
     if position_ids.dim() == 3:
         if position_ids.shape[0] != 4:

@@ -1,0 +1,213 @@
+"""What callers hand over beside a prompt: embeddings, labels, other ways to prefill."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import IMAGE, PICTURE, Subject
+from transformers import DynamicCache
+
+from yopo.errors import ModelError
+from yopo.plan import LayerPlan, Plan
+from yopo.runtime.install import pruned
+
+ROWS = [[1, 5, 6, *PICTURE, 7, 8]]
+NO_TOKEN = "embeddings of no token"
+CONSTANT = "part of the loss is a constant"
+
+
+def said(found: list[Any], what: str) -> bool:
+    return any(what in str(each.message) for each in found)
+
+
+@torch.no_grad()
+def merged(subject: Subject, inputs: dict[str, Any]) -> torch.Tensor:
+    """Embeddings with the image's features in their places."""
+    model = subject.model
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    features = torch.cat(model.get_image_features(inputs["pixel_values"]).pooler_output)
+    return embeds.masked_scatter((inputs["input_ids"] == IMAGE)[..., None], features)
+
+
+@pytest.mark.parametrize("how", ["forward", "generate", "decoder"])
+def test_features_that_are_merged_already_are_not_dense_without_a_word(
+    mha: Subject, how: str
+) -> None:
+    plan, tensors = mha.random_plan(3)
+    embeds = merged(mha, tiny.batch(ROWS))
+    with pruned(mha.model, plan, tensors), torch.no_grad():
+        with pytest.warns(UserWarning, match=f"16 {NO_TOKEN}"):
+            if how == "forward":
+                mha.model(inputs_embeds=embeds)
+            elif how == "generate":
+                mha.model.generate(inputs_embeds=embeds, max_new_tokens=2, do_sample=False)
+            else:
+                mha.model.get_decoder()(inputs_embeds=embeds)
+
+
+def test_a_second_image_that_is_merged_already_is_noticed(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(3)
+    both = tiny.batch([[*ROWS[0], *PICTURE, 9]])
+    embeds = merged(mha, both)
+    marker = mha.model.get_input_embeddings()(torch.tensor(IMAGE)).detach()
+    embeds[:, 3:19] = marker
+    with pruned(mha.model, plan, tensors), pytest.warns(UserWarning, match=f"16 {NO_TOKEN}"):
+        tiny.logits(mha.model, {"inputs_embeds": embeds, "pixel_values": both["pixel_values"][:1]})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_of_tokens_are_no_features(subject: Subject, dtype: torch.dtype) -> None:
+    """A prompt of text, placeholders whose pixels come along, and single steps."""
+    model = copy.deepcopy(subject.model).to(dtype)
+    plan, tensors = subject.random_plan(3, layers=tiny.whole(subject).layers)
+    embed = model.get_input_embeddings()
+    text = {"inputs_embeds": embed(torch.tensor([[1, 2, 3, 0, 4]])).detach()}
+    inputs = tiny.as_dtype(tiny.batch(ROWS), dtype)
+    image = {
+        "inputs_embeds": embed(inputs["input_ids"]).detach(),
+        "pixel_values": inputs["pixel_values"],
+    }
+    with pruned(model, plan, tensors, check=False), torch.no_grad():
+        by_ids = model(**inputs).logits
+        for each in (text, image):
+            model.generate(**each, max_new_tokens=2, do_sample=False)
+        assert torch.equal(model(**image).logits, by_ids)
+        cache = model(**inputs).past_key_values
+        step = torch.randn(1, 1, embed.embedding_dim, dtype=dtype)
+        model(inputs_embeds=step, past_key_values=cache)
+
+
+def test_the_remedy_is_one(mha: Subject) -> None:
+    """Images that are encoded already come along as encoder outputs."""
+    plan, tensors = mha.random_plan(3)
+    inputs = tiny.batch(ROWS)
+    with pruned(mha.model, plan, tensors), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = tiny.logits(mha.model, inputs)
+        encoded = mha.model.get_image_features(inputs.pop("pixel_values"))
+        found = tiny.logits(mha.model, inputs | {"mm_encoder_outputs": {"image": encoded}})
+    assert torch.equal(found, expected)
+
+
+# Labels.
+
+
+def dropping(subject: Subject) -> Plan:
+    """A plan under which visual tokens are gone before the last layer."""
+    full, none = tiny.whole(subject).layers[0], LayerPlan((), (), None, 0)
+    plan, _ = subject.random_plan(1, compensation="none", baked=True, tensors=None)
+    return Plan(**{**vars(plan), "layers": (full, full, none, none)})
+
+
+LABELS = {
+    "the whole prompt": ([1, 5, 6, *PICTURE, 7, 8], True),
+    "right behind the image": ([-100] * 19 + [7, 8], True),
+    "on the image": ([-100] * 5 + [98] + [-100] * 15, True),
+    "later": ([-100] * 20 + [8], False),
+    "in front, its first token too": ([-100, 5, 6, 98] + [-100] * 17, False),
+    "none": ([-100] * 21, False),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("is_dropped", [True, False])
+def test_labels_behind_dropped_tokens_are_noticed(
+    mha: Subject, name: str, is_dropped: bool
+) -> None:
+    labels, asks = LABELS[name]
+    plan = dropping(mha) if is_dropped else tiny.whole(mha)
+    inputs = tiny.batch(ROWS) | {"labels": torch.tensor([labels])}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with pruned(mha.model, plan), torch.no_grad():
+            mha.model(**inputs)
+            assert said(found, CONSTANT) is (asks and is_dropped)
+            count = len(found)
+            mha.model(**tiny.batch(ROWS))  # what one forward asked for is not the next one's
+            assert len(found) == count
+
+
+def test_labels_that_are_shifted_already_and_padded_rows(mha: Subject) -> None:
+    inputs = tiny.batch([*ROWS, [1, *PICTURE, *PICTURE, 4, 5]], pad="right")
+    labels = inputs["input_ids"].masked_fill(~tiny.real_text(inputs), -100)
+    labels[0, 19] = labels[1, 33] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    with pruned(mha.model, dropping(mha)), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mha.model(**inputs, labels=labels)
+        mha.model(**inputs, labels=labels, shift_labels=shifted)
+        shifted[1, 32] = 4
+        with pytest.raises(UserWarning, match=CONSTANT):
+            mha.model(**inputs, labels=labels, shift_labels=shifted)
+
+
+# Other ways to prefill and to continue.
+
+
+@pytest.mark.parametrize("size", [1, 2, 10, 18])
+def test_chunks_that_cut_an_image_are_refused(mha: Subject, size: int) -> None:
+    plan, tensors = mha.random_plan(3)
+    two = tiny.batch([[1, 5, *PICTURE, *PICTURE, 7, 8]])
+    with pruned(mha.model, plan, tensors):
+        if size == 18:  # between the images: nothing is cut
+            options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
+            expected = mha.model.generate(**two, **options)
+            found = mha.model.generate(**two, **options, prefill_chunk_size=size)
+            assert torch.equal(found, expected)
+            return
+        with pytest.raises(ModelError, match="whole number of images"):
+            mha.model.generate(**two, max_new_tokens=2, prefill_chunk_size=size)
+
+
+def test_continuous_batching_is_refused_at_once_and_only_while_pruned(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(3)
+    before = sorted(vars(mha.model))
+    with pruned(mha.model, plan, tensors):
+        for call in (mha.model.generate_batch, lambda _: mha.model.init_continuous_batching()):
+            with pytest.raises(ModelError, match="no paged attention"):
+                call([[1, 2, 3]])
+        paged = {"input_ids": torch.tensor([[1, 2]]), "read_index": [torch.tensor([0])]}
+        with pytest.raises(ModelError, match="no paged attention"):
+            tiny.logits(mha.model, paged)
+    assert sorted(vars(mha.model)) == before
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way(subject: Subject) -> None:
+    plan, tensors = subject.random_plan(2)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "suppress_tokens": [IMAGE]}
+    prompt = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 7, 8, 9, 10]])
+    with pruned(subject.model, plan, tensors):
+        cache = DynamicCache()
+        subject.model(**prompt, past_key_values=cache)
+        found = []
+        for question in ([20, 21], [30, 31]):
+            ids = torch.cat([prompt["input_ids"], torch.tensor([question] * 2)], dim=1)
+            mask = torch.cat([prompt["attention_mask"], torch.ones(2, 2).long()], dim=1)
+            turn = {"input_ids": ids, "attention_mask": mask}
+            mine = copy.deepcopy(cache)
+            found.append(
+                subject.model.generate(**turn, past_key_values=mine, do_sample=False, **options)
+            )
+            assert cache.get_seq_length() == prompt["input_ids"].shape[1]
+            assert mine.get_seq_length() == found[-1].shape[1] - 1
+            whole = turn | {"pixel_values": prompt["pixel_values"]}
+            expected = subject.model.generate(**whole, do_sample=False, **options)
+            assert torch.equal(found[-1], expected)
+    assert not torch.equal(*found)
+
+
+@torch.no_grad()
+def test_cropping_by_a_length_is_refused_as_in_stock(mha: Subject) -> None:
+    plan, tensors = mha.random_plan(2)
+    with pruned(mha.model, plan, tensors):
+        cache = mha.model(**tiny.batch(ROWS)).past_key_values
+        with pytest.raises(ModelError, match=r"crop\(2\)"):
+            cache.crop(2)
+        assert cache.get_seq_length() == 21
