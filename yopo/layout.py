@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
 
 from yopo.context import PerContext
 from yopo.errors import ModelError
@@ -172,9 +173,13 @@ class LayoutProbe:
             base_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             base_model.register_forward_hook(self._leave, always_call=True),
         ]
+        # What was told of images while another probe watched is not this one's. A class, not an
+        # object: a copy of the model copies the probe, but not what its encoding methods hold.
+        self._key = type("Key", (), {})
         for name in _ENCODERS:
             if hasattr(base_model, name):
-                setattr(base_model, name, MethodType(_watched(type(base_model), name), base_model))
+                encode = _watched(type(base_model), name, self._key)
+                setattr(base_model, name, MethodType(encode, base_model))
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -212,7 +217,7 @@ class LayoutProbe:
         ]
         found = self._find(module, bound.get("input_ids"), embeds, tokens) if tokens else None
         if found is not None and bool((found >= 0).any()):
-            info = {**(_IMAGE_INFO.get(module) or {}), **_image_info(bound)}
+            info = _known(module, self._key) | _told_with(bound) | _image_info(bound)
             grids = self._grids_of(self._config, _runs(found), info)
             call.layout = build_layout(found >= 0, grids)
 
@@ -259,11 +264,17 @@ _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 _CALLS: PerContext[LayoutProbe, Call] = PerContext("yopo_calls")
 
-_IMAGE_INFO: PerContext[nn.Module, dict[str, torch.Tensor]] = PerContext("yopo_image_info")
-"""What a base model's encoding methods were told of the images that they encoded last."""
+_Info = dict[str, torch.Tensor]
+
+_IMAGE_INFO: PerContext[nn.Module, tuple[type, _Info]] = PerContext("yopo_image_info")
+"""What a base model's encoding methods were told of the images that they encoded last, and the
+key of the probe that watched them."""
+
+_NOTE = "_yopo_image_info"
+"""Where an encoding method's output carries the same. Copies of the output (for beams) lose it."""
 
 
-def _image_info(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _image_info(arguments: dict[str, Any]) -> _Info:
     """What arguments say of images beside their pixels."""
     about = ("image_", "video_")
     return {
@@ -273,7 +284,21 @@ def _image_info(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def _watched(owner: type[nn.Module], name: str) -> Callable[..., Any]:
+def _known(module: nn.Module, key: type) -> _Info:
+    """What was told of the images that were encoded last, while this probe watched."""
+    of, info = _IMAGE_INFO.get(module) or (None, {})
+    return info if of is key else {}
+
+
+def _told_with(arguments: dict[str, Any]) -> _Info:
+    """What encoded images among a forward's arguments carry along."""
+    info: _Info = {}
+    for output in (arguments.get("mm_encoder_outputs") or {}).values():
+        info |= getattr(output, _NOTE, {})
+    return info
+
+
+def _watched(owner: type[nn.Module], name: str, key: type) -> Callable[..., Any]:
     """The owner's encoding method, noting what it is told of the images."""
     original = getattr(owner, name)
     signature = inspect.signature(original)
@@ -281,10 +306,12 @@ def _watched(owner: type[nn.Module], name: str) -> Callable[..., Any]:
     @wraps(original)
     def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         told = _image_info(signature.bind_partial(module, *args, **kwargs).arguments)
-        known = _IMAGE_INFO.get(module) or {}
+        known = _known(module, key)
         encoded = original(module, *args, **kwargs)
         # Behind the call: Qwen3-VL encodes videos as images, which must not count as such.
-        _IMAGE_INFO.set(module, {**known, **told})
+        _IMAGE_INFO.set(module, (key, known | told))
+        if isinstance(encoded, ModelOutput):
+            setattr(encoded, _NOTE, told)
         return encoded
 
     return encode

@@ -156,6 +156,37 @@ def test_images_encoded_by_hand_before_pruning_are_refused_not_guessed(qwen: Spe
         qwen.model.generate(**inputs, max_new_tokens=1)
 
 
+def test_images_encoded_before_others_are_not_taken_for_those(qwen: Specimen) -> None:
+    """Two images of as many tokens, on other grids: what was said of each stays with it."""
+    pixels = {name: qwen.inputs([[1, 5, name, 7]]) for name in "AB"}
+    pixels["B"]["image_grid_thw"] = pixels["A"]["image_grid_thw"][:, [0, 2, 1]]
+    pixels["B"]["pixel_values"] = pixels["A"]["pixel_values"].flip(0)
+    pixels["B"]["input_ids"] = pixels["A"]["input_ids"]
+    seen: list[object] = []
+    with pruned(qwen.model, *qwen.plan(0)):
+        probe = qwen.model.get_decoder().yopo.probe
+        encoded = {
+            name: qwen.model.base_model.get_image_features(
+                each["pixel_values"], each["image_grid_thw"], return_dict=True
+            )
+            for name, each in pixels.items()
+        }
+        handle = qwen.model.get_decoder().register_forward_pre_hook(
+            lambda *_: seen.append(probe.layout.grids[0][0])
+        )
+        for name in "AB":
+            outputs = {"image": encoded[name]}
+            ids = pixels[name]["input_ids"]
+            positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
+            tiny.logits(
+                qwen.model,
+                {"input_ids": ids, "position_ids": positions, "mm_encoder_outputs": outputs},
+            )
+        handle.remove()
+    first, second = seen
+    assert (first.rows, first.cols) == (second.cols, second.rows) and first.rows != first.cols
+
+
 def test_the_three_differ_in_data_alone() -> None:
     assert QWEN2_VL.grids_of is grids_of
     assert QWEN2_VL.backbones[0].position_axes == 3

@@ -21,6 +21,7 @@ from yopo.layout import LayoutProbe
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors, check_tensors
 from yopo.runtime.install import check_model
+from yopo.runtime.swap import restore_class, swap_class
 
 
 @contextmanager
@@ -77,8 +78,9 @@ def rival(
         model.base_model, grids_of or family.grids_of, family.token_ids(model.config)
     )
     state = RivalState(setting, names, probe)
-    decoder.rival, decoder.__class__ = state, rival_class(type(decoder))
+    stock, decoder.rival = type(decoder), state
     try:
+        swap_class(decoder, rival_class(stock))
         if setting.name == "masked":
             state.masks = Masks(plan, tensors or PlanTensors(), decoder, names)
         yield model
@@ -86,7 +88,8 @@ def rival(
         if state.masks is not None:
             state.masks.remove()
         probe.remove()
-        decoder.__class__ = type(decoder).__mro__[2]
+        if type(decoder) is not stock:
+            restore_class(decoder, stock)
         del decoder.rival
 
 
