@@ -17,6 +17,7 @@ from yopo.errors import ModelError
 from yopo.families.qwen_vl import QWEN2_VL, grids_of
 from yopo.grid import Grid
 from yopo.layout import LayoutProbe, TokenLayout
+from yopo.plan import full_plan
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 
@@ -185,6 +186,22 @@ def test_images_encoded_before_others_are_not_taken_for_those(qwen: Specimen) ->
         handle.remove()
     first, second = seen
     assert (first.rows, first.cols) == (second.cols, second.rows) and first.rows != first.cols
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_packed_samples_are_told_apart_by_their_text_positions(qwen: Specimen, rows: int) -> None:
+    """As in stock: a fourth row of positions counts tokens; three rows say nothing of samples."""
+    samples = [[1, 5, "A", 7, 8], [1, 2, "B", 9], [1, 3, 4]]
+    inputs = qwen.inputs([[piece for sample in samples for piece in sample]])
+    del inputs["attention_mask"]
+    lengths = [qwen.inputs([sample])["input_ids"].shape[1] for sample in samples]
+    counted = torch.cat([torch.arange(length) for length in lengths])
+    inputs |= {"position_ids": counted.expand(rows, 1, -1), "use_cache": False}
+    usual, oracle = (tiny.logits(each, inputs) for each in (qwen.model, qwen.oracle))
+    whole = full_plan(qwen.identity, qwen.workload(samples[0]))
+    with pruned(qwen.model, whole):
+        found = tiny.logits(qwen.model, inputs)
+    tiny.assert_close(found, usual, oracle, torch.ones_like(inputs["input_ids"]).bool())
 
 
 def test_the_three_differ_in_data_alone() -> None:

@@ -22,6 +22,9 @@ _PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q")
 _HASHED = 64
 """Components of an embedding that tell it from all others."""
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number -> integers of as many."""
+
 
 def packed_segments(
     position_ids: torch.Tensor | None,
@@ -98,8 +101,10 @@ def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout
         table: The embedding module.
         layout: Visual tokens that are known, or None.
     """
+    if embeds.shape[1] == 1 or type(table) is not nn.Embedding:
+        return  # a single step; or embeddings that are more than rows of a table
     weight = parameter(table, "weight")
-    if embeds.shape[1] == 1 or weight is None:
+    if type(weight.data) is not torch.Tensor or weight.dtype.itemsize not in _INTEGERS:
         return
     known = torch.isin(_hashes(embeds.detach().to(weight)), _hashes(weight.detach()))
     if layout is not None:
@@ -121,8 +126,7 @@ def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout
 def _hashes(rows: torch.Tensor) -> torch.Tensor:
     """A number per row of (..., width) floating-point rows, the same for the same bits."""
     rows = rows[..., :_HASHED].contiguous()
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    bits = rows.view(integer).to(torch.int64)
+    bits = rows.view(_INTEGERS[rows.element_size()]).to(torch.int64)
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(1 << 62, (rows.shape[-1],), generator=generator) | 1
     return (bits * factors.to(bits.device)).sum(dim=-1)
