@@ -32,7 +32,7 @@ MAX_NODES = 250_000
 """Keys, values and collections of a document, those that aliases repeat counted every time."""
 
 MAX_DIGITS = 100
-"""Characters of a number: converting thousands of digits takes time that grows with their square."""
+"""Characters of a number: the time to convert digits grows with the square of their count."""
 
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
 """What a terminal may take as a command, in a name say; line breaks and tabs are text."""

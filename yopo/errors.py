@@ -13,10 +13,8 @@ from collections.abc import Iterable
 MAX_SENTENCE = 1000
 """Characters of a message; what quotes an endless name is cut in the middle."""
 
-_COMMANDS = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-"""What a terminal obeys instead of showing it: control characters, text direction, no characters."""
+_COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it: control characters, marks of text direction."""
 
 
 class YopoError(Exception):

@@ -108,7 +108,7 @@ class ImageRef:
     def _unreadable(self, problem: str) -> DataError:
         return DataError(
             f"{self.label}: cannot be decoded: {problem}.",
-            remedy="Replace or shrink the file, or take the pair out of the data.",
+            remedy="Replace the file, or take the pair out of the data.",
         )
 
 
