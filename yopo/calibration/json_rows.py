@@ -25,6 +25,7 @@ CHUNK = 1 << 20
 """Bytes of a JSON list that are read at a time."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_BEHIND = tuple(",] \t\n\r")
 _FORMS = "Write one object per line, or all of them in one list."
 
 
@@ -156,6 +157,7 @@ class _Window:
         self._rows, self._file = rows, file
         self._text, self._place = "", 0
         self._offset, self._line, self._column = offset, 1, 1  # of the text's first character
+        self._counted, self._lines_before = 0, 0  # characters in which lines were counted
         self._is_last = False
         self._decoder = json.JSONDecoder()
 
@@ -180,19 +182,21 @@ class _Window:
             start = self._place
             try:
                 value, stop = self._decoder.raw_decode(self._text, start)
-                if stop < len(self._text) or self._is_last:  # else a number may go on
-                    break
+                if self._is_last or self._text[stop : stop + 1] in _BEHIND:
+                    break  # else a number may go on
+                problem = ("Expecting ',' delimiter", stop)
             except json.JSONDecodeError as error:
-                if self._is_last or len(self._text) - start > MAX_ROW:
-                    raise self.error(error.msg, error.pos) from error
+                problem = (error.msg, error.pos)
             except (RecursionError, ValueError) as error:
                 raise self.error(_beyond(error)) from error
+            if self._is_last or len(self._text) - start > MAX_ROW:
+                raise self.error(*problem)
             self._grow()
         if stop - start > MAX_ROW:
             raise self.error(f"an item longer than {MAX_ROW:,} bytes")
-        line = self._line + self._text.count("\n", 0, start)
-        self._place = stop
-        return line, self._offset + start, self._text[start:stop], value
+        self._lines_before += self._text.count("\n", self._counted, start)
+        self._counted, self._place = start, stop
+        return self._line + self._lines_before, self._offset + start, self._text[start:stop], value
 
     def error(self, problem: str, place: int | None = None) -> DataError:
         """What is wrong here, or elsewhere in the window."""
@@ -208,7 +212,7 @@ class _Window:
         self._column = len(before) - newline if newline >= 0 else self._column + len(before)
         self._line += before.count("\n")
         self._offset += len(before)
-        self._place = 0
+        self._place = self._counted = self._lines_before = 0
         more = self._rows.read_more(self._file)
         self._is_last = not more
         self._text += more
