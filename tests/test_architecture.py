@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 70
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("console", "files", "grid", "hub", "processors", "reading"),
+    ("console", "files", "finite", "grid", "hub", "processors", "reading"),
     ("documents", "plan"),
     ("demo", "families", "flops"),
     ("plan_file",),

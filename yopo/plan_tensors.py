@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 
 from yopo.errors import OutputError, PlanError
 from yopo.files import check_writable, write_file
+from yopo.finite import is_finite
 from yopo.plan import LayerPlan, ModelShape, Plan, TensorsFile
 from yopo.plan_file import read_plan, to_yaml
 from yopo.reading import read_bytes
@@ -284,14 +285,6 @@ def check_tensors(plan: Plan, tensors: PlanTensors, where: str) -> None:
             raise PlanError(
                 f"{where}: {name} holds values that are not finite.", remedy="Calibrate again."
             )
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value of a floating-point tensor is NaN or infinite; one pass, nothing copied."""
-    if not tensor.numel():
-        return True
-    least, most = tensor.detach().aminmax()
-    return bool(torch.isfinite(least) & torch.isfinite(most))
 
 
 def _floats(tensors: PlanTensors) -> Iterator[tuple[str, torch.Tensor]]:
