@@ -123,7 +123,7 @@ class JsonRows:
 
     def _value(self, line: int, content: bytes) -> Any:
         try:
-            return json.loads(content.decode("utf-8"))
+            return json.loads(content.decode("utf-8").rstrip("\n"))
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path}:{line}: is not UTF-8 text.") from error
         except json.JSONDecodeError as error:
