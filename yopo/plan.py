@@ -248,7 +248,14 @@ def full_layer(shape: ModelShape) -> LayerPlan:
 
 
 def full_plan(model: ModelIdentity, workload: Workload) -> Plan:
-    """The plan that prunes nothing: the dense model."""
+    """The plan that prunes nothing: the dense model.
+
+    Raises:
+        InvalidPlan: The model has impossible dimensions, or the workload sizes.
+    """
+    problem = shape_problem(model.shape)
+    if problem is not None:  # now: the layers are as large as the shape says
+        raise InvalidPlan(*problem)
     layers = (full_layer(model.shape),) * model.shape.layers
     return Plan(model, workload, layers, Budget(None, 1.0))
 
@@ -260,7 +267,7 @@ def first_problem(plan: Plan) -> tuple[tuple[str | int, ...], str] | None:
         (path of keys from the document's root, the problem as the rest of a sentence), or None.
     """
     shape = plan.model.shape
-    problem = shape_problem(shape) or _workload_problem(plan.workload)
+    problem = shape_problem(shape) or workload_problem(plan.workload)
     if problem is not None:
         return problem
     if plan.compensation not in COMPENSATIONS:
@@ -299,7 +306,8 @@ def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
     return None
 
 
-def _workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
+def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
+    """What is wrong with a workload, as for :func:`first_problem`."""
     grids = ("workload", "grids")
     if not workload.grids or any(min(each.rows, each.cols) < 1 for each in workload.grids):
         return grids, "must hold at least one image of at least one token"

@@ -30,10 +30,20 @@ from safetensors.torch import save
 from yopo.errors import DataError
 from yopo.finite import first_layer_not_finite
 from yopo.grid import Grid
-from yopo.plan import InvalidPlan, Measured, ModelIdentity, ModelShape, Workload, full_plan
+from yopo.plan import (
+    Measured,
+    ModelIdentity,
+    ModelShape,
+    Workload,
+    shape_problem,
+    workload_problem,
+)
 from yopo.plan_tensors import PlanTensors
 
 FORMAT = "yopo-statistics-2"
+
+MAX_COUNT = 1 << 53
+"""Tokens or queries that a sum may be over: all whole numbers up to here are floats, too."""
 
 MAX_DISTANCE = 64
 """Chebyshev distances 0..64 are told apart (farther ones count as 64)."""
@@ -270,12 +280,11 @@ def _first_problem(found: Statistics) -> str | None:
     numbers += [found.visual_tokens, found.text_queries]
     if not all(isinstance(each, str) for each in texts) or not isinstance(found.provenance, dict):
         return "its model has no name, family or fingerprint"
-    if not all(type(each) is int and each >= 0 for each in numbers):
+    if not all(type(each) is int and 0 <= each <= MAX_COUNT for each in numbers):
         return "it holds a size or count that is none"
-    try:
-        full_plan(model, workload)
-    except InvalidPlan as error:
-        return f"{'.'.join(map(str, error.path))} {error.problem}"
+    wrong = shape_problem(model.shape) or workload_problem(workload)
+    if wrong is not None:
+        return f"{'.'.join(wrong[0])} {wrong[1]}"
     shape = model.shape
     per_layer = {
         "neuron_square": (shape.ffn,),
