@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import FAST, Yopo
+from command_line import Yopo
 from safetensors.torch import load_file, save_file
 
 import yopo as package
