@@ -19,9 +19,10 @@ MAX_FUNCTION_LINES = 70
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("console", "context", "documents", "files", "grid", "hub", "processors"),
-    ("plan",),
-    ("demo", "families", "flops", "plan_file"),
+    ("console", "context", "finite", "grid", "hub", "processors", "reading"),
+    ("documents", "files", "plan"),
+    ("demo", "families", "flops"),
+    ("plan_file",),
     ("layout", "plan_tensors"),
     ("strategies",),
     ("calibration", "checkpoint", "runtime"),  # siblings: none imports another
@@ -44,6 +45,7 @@ WITHOUT_TORCH = (
     "yopo.flops",
     "yopo.grid",
     "yopo.documents",
+    "yopo.reading",
     "yopo.errors",
     "yopo.console",
     "yopo.families.registry",

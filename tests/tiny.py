@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from transformers import (
 
 from yopo.families.family import GridsOf, shape_of
 from yopo.families.fingerprint import fingerprint_of_decoder
+from yopo.flops import visual_budget
 from yopo.grid import Grid
 from yopo.plan import (
     Budget,
@@ -188,7 +189,8 @@ def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> Pl
         "baked": rng.random() < 0.3,
         "tensors": TensorsFile("plan.safetensors", "0" * 64),
     }
-    return Plan(identity, **(drawn | fixed))
+    plan = Plan(identity, **(drawn | fixed))
+    return replace(plan, budget=Budget(plan.budget.asked, round(visual_budget(plan), 6)))
 
 
 def random_tensors(plan: Plan, seed: int) -> PlanTensors:

@@ -1,25 +1,76 @@
 """Strict YAML documents: unknown keys, wrong types and duplicates are errors that name the line.
 
 Plans and configurations are edited by hand, so a typo must be a sentence, not a silent default.
+They also come from others, so what a few bytes could blow up (aliases, numbers, depth) is bounded.
 """
 
 from __future__ import annotations
 
+import math
+import re
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from yopo.errors import PlanError, suggest
+from yopo.reading import read_bytes
 
 Key = str | int
 
 MAX_DEPTH = 100
 """Collections inside one another: libyaml's loader would overflow the stack on very many."""
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MAX_BYTES = 8 << 20
+"""Of a document; a plan of 128 layers of 128 heads takes a tenth of a megabyte."""
+
+MAX_NODES = 250_000
+"""Keys, values and collections of a document, those that aliases repeat counted every time."""
+
+MAX_DIGITS = 100
+"""Characters of a number: the time to convert digits grows with the square of their count."""
+
+_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
+"""What a terminal may take as a command, in a name say; line breaks and tabs are text."""
+
+_DATE, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float"))
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """The safe loader, but 2026-01-01 is text and not a date, and numbers are short and finite."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Construct an int or a float."""
+        try:
+            if len(node.value) > MAX_DIGITS:
+                raise ValueError(f"a number of {len(node.value)} characters")
+            if node.tag == _INT:
+                return self.construct_yaml_int(node)
+            number = self.construct_yaml_float(node)
+            if not math.isfinite(number):
+                raise ValueError("a number that is not finite")
+            return number
+        except (ValueError, ArithmeticError) as error:  # 0b, say, which YAML's pattern lets through
+            raise ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+_Loader.add_constructor(_INT, _Loader.construct_number)
+_Loader.add_constructor(_FLOAT, _Loader.construct_number)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATE]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, but what occurs twice is written twice: no anchors, no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class Document:
@@ -33,8 +84,9 @@ class Document:
     def __init__(self, name: str, text: str):
         self.name = name
         self._lines: dict[tuple[Key, ...], int] = {}
+        self._num_nodes = 0
         try:
-            _check_depth(text)
+            _check_events(name, text)
             loader = _Loader(text)
             root = loader.get_single_node()
             if root is not None:
@@ -51,6 +103,13 @@ class Document:
 
     def _index(self, node: yaml.Node, path: tuple[Key, ...]) -> None:
         self._lines[path] = node.start_mark.line + 1
+        self._num_nodes += 1
+        if self._num_nodes > MAX_NODES:
+            raise _too_many(self.name)
+        if len(path) > MAX_DEPTH:
+            raise RecursionError
+        if isinstance(node, yaml.ScalarNode) and _CONTROLS.search(node.value):
+            raise self.error(path, "holds a control character")
         if isinstance(node, yaml.SequenceNode):
             for index, child in enumerate(node.value):
                 self._index(child, (*path, index))
@@ -106,15 +165,28 @@ class Document:
         raise self.error(path, f"must be {wanted}, found {describe(value)}")
 
 
-def _check_depth(text: str) -> None:
+def _check_events(name: str, text: str) -> None:
+    """Look through a document before anything is built of it."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        if number > 2 * MAX_NODES:  # a collection has two
+            raise _too_many(name)
+        if getattr(event, "tag", None) is not None:
+            raise PlanError(
+                f"{name}:{event.start_mark.line + 1}: not valid YAML here: no tags ({event.tag})."
+            )
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
                 raise RecursionError
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+
+
+def _too_many(name: str) -> PlanError:
+    return PlanError(
+        f"{name}: holds more than {MAX_NODES:,} values (what aliases repeat counts every time)."
+    )
 
 
 _NAMES = {
@@ -130,8 +202,14 @@ _NAMES = {
 
 def describe(value: Any) -> str:
     """How a message shows a wrong value: short, as YAML would write it."""
-    text = "null" if value is None else repr(value)
+    text = "null" if value is None else _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+"""``repr`` of as much as a message shows, whatever the value's size or depth."""
 
 
 def read_text(source: str | Path) -> tuple[str, str]:
@@ -141,28 +219,30 @@ def read_text(source: str | Path) -> tuple[str, str]:
         (name for messages, content).
 
     Raises:
-        PlanError: The file is missing, a directory, unreadable or not UTF-8.
+        PlanError: The file is missing, no regular file, too long, unreadable or not UTF-8.
     """
     if str(source) == "-":
         try:
-            return "<stdin>", sys.stdin.read()
+            text = sys.stdin.read(MAX_BYTES + 1)
         except UnicodeDecodeError as error:
             raise PlanError("<stdin>: is not UTF-8 text.") from error
+        if len(text) > MAX_BYTES:
+            raise PlanError(f"<stdin>: has more than the {MAX_BYTES:,} characters that are read.")
+        return "<stdin>", text
     path = Path(source)
     try:
-        return str(path), path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise PlanError(f"{path}: no such file.") from error
-    except IsADirectoryError as error:
-        raise PlanError(f"{path}: is a directory, expected a file.") from error
+        return str(path), read_bytes(path, limit=MAX_BYTES, error=PlanError).decode("utf-8")
     except UnicodeDecodeError as error:
         raise PlanError(f"{path}: is not UTF-8 text.") from error
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def dump(data: Mapping[str, Any]) -> str:
     """Write a mapping as YAML: keys in their given order, leaf collections on one line."""
-    return yaml.safe_dump(
-        dict(data), sort_keys=False, default_flow_style=None, width=100, allow_unicode=True
+    return yaml.dump(
+        dict(data),
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=None,
+        width=100,
+        allow_unicode=True,
     )

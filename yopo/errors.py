@@ -7,7 +7,14 @@ Library code raises these for bad input; the command line prints them on stderr 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+MAX_SENTENCE = 1000
+"""Characters of a message; what quotes an endless name is cut in the middle."""
+
+_COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it: control characters, marks of text direction."""
 
 
 class YopoError(Exception):
@@ -22,8 +29,8 @@ class YopoError(Exception):
 
     def __init__(self, message: str, *, remedy: str | None = None):
         super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+        self.message = printable(message)
+        self.remedy = None if remedy is None else printable(remedy)
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.remedy}" if self.remedy else self.message
@@ -49,6 +56,17 @@ class OutputError(YopoError):
     """A result that cannot be written where it was asked for."""
 
 
+def printable(text: str) -> str:
+    """Text that is safe to print: control characters (a terminal's commands) shown as escapes.
+
+    Names in files that others wrote may hold any of them; a line break could forge a message.
+    """
+    if len(text) > MAX_SENTENCE:
+        half = MAX_SENTENCE // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return _COMMANDS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Remedy for an unknown name: the closest known ones, or all of them.
 
@@ -56,7 +74,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
         ``Did you mean 'a' or 'b'?`` or ``Known: a, b, c.``
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(repr(match) for match in close)}?"
     return f"Known: {', '.join(names)}."

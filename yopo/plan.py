@@ -22,6 +22,21 @@ from yopo.grid import Grid
 
 COMPENSATIONS = ("none", "mean", "refit")
 
+LARGEST_SHAPE = {
+    "layers": 512,
+    "hidden": 1 << 17,
+    "heads": 1024,
+    "kv_heads": 1024,
+    "head_dim": 1 << 13,
+    "ffn": 1 << 20,
+}
+"""Several times the largest published decoders: beyond, a plan is damaged or means harm."""
+
+MAX_IMAGES, MAX_VISUAL, MAX_TEXT = 1 << 10, 1 << 17, 1 << 24
+"""Images, visual tokens and text tokens of a workload."""
+
+MAX_RADIUS = 1 << 20
+
 
 class InvalidPlan(PlanError):
     """A plan whose parts do not fit together; ``path`` leads to the offending key."""
@@ -233,7 +248,14 @@ def full_layer(shape: ModelShape) -> LayerPlan:
 
 
 def full_plan(model: ModelIdentity, workload: Workload) -> Plan:
-    """The plan that prunes nothing: the dense model."""
+    """The plan that prunes nothing: the dense model.
+
+    Raises:
+        InvalidPlan: The model has impossible dimensions, or the workload sizes.
+    """
+    problem = shape_problem(model.shape)
+    if problem is not None:  # now: the layers are as large as the shape says
+        raise InvalidPlan(*problem)
     layers = (full_layer(model.shape),) * model.shape.layers
     return Plan(model, workload, layers, Budget(None, 1.0))
 
@@ -245,14 +267,9 @@ def first_problem(plan: Plan) -> tuple[tuple[str | int, ...], str] | None:
         (path of keys from the document's root, the problem as the rest of a sentence), or None.
     """
     shape = plan.model.shape
-    if min(shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn) < 1:
-        return ("model", "shape"), "must hold positive dimensions"
-    if shape.heads % shape.kv_heads:
-        return ("model", "shape", "kv_heads"), f"must divide the {shape.heads} query heads"
-    if not plan.workload.grids or any(min(g.rows, g.cols) < 1 for g in plan.workload.grids):
-        return ("workload", "grids"), "must hold at least one image of at least one token"
-    if not 0 <= plan.workload.text_before <= plan.workload.text:
-        return ("workload", "text_before"), "must lie between 0 and workload.text"
+    problem = shape_problem(shape) or workload_problem(plan.workload)
+    if problem is not None:
+        return problem
     if plan.compensation not in COMPENSATIONS:
         return ("compensation",), f"must be one of {', '.join(COMPENSATIONS)}"
     if plan.budget.asked is not None and not 0 < plan.budget.asked <= 1:
@@ -272,6 +289,39 @@ def first_problem(plan: Plan) -> tuple[tuple[str | int, ...], str] | None:
     return None
 
 
+def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
+    """What is wrong with a decoder's dimensions, as for :func:`first_problem`.
+
+    To be asked before anything of their size is made: they may come from a file.
+    """
+    path = ("model", "shape")
+    sizes = vars(shape)
+    if min(sizes.values()) < 1:
+        return path, "must hold positive dimensions"
+    for name, largest in LARGEST_SHAPE.items():
+        if sizes[name] > largest:
+            return (*path, name), f"must be at most {largest}, found {sizes[name]}"
+    if shape.heads % shape.kv_heads:
+        return (*path, "kv_heads"), f"must divide the {shape.heads} query heads"
+    return None
+
+
+def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
+    """What is wrong with a workload, as for :func:`first_problem`."""
+    grids = ("workload", "grids")
+    if not workload.grids or any(min(each.rows, each.cols) < 1 for each in workload.grids):
+        return grids, "must hold at least one image of at least one token"
+    if len(workload.grids) > MAX_IMAGES:
+        return grids, f"must hold at most {MAX_IMAGES} images, found {len(workload.grids)}"
+    if workload.visual > MAX_VISUAL:
+        return grids, f"must hold at most {MAX_VISUAL} visual tokens, found {workload.visual}"
+    if workload.text > MAX_TEXT:
+        return ("workload", "text"), f"must be at most {MAX_TEXT}, found {workload.text}"
+    if not 0 <= workload.text_before <= workload.text:
+        return ("workload", "text_before"), "must lie between 0 and workload.text"
+    return None
+
+
 def _layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
     outside = [head for head in layer.heads if not 0 <= head < shape.heads]
     if outside:
@@ -284,6 +334,8 @@ def _layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | Non
         return "attend", "must be ascending and without repetition"
     if layer.radius is not None and layer.radius < 0:
         return "radius", f"must be null or at least 0, found {layer.radius}"
+    if layer.radius is not None and layer.radius > MAX_RADIUS:
+        return "radius", f"must be null (no limit) or at most {MAX_RADIUS}, found {layer.radius}"
     if not 0 <= layer.neurons <= shape.ffn:
         return "neurons", f"must lie between 0 and {shape.ffn}, found {layer.neurons}"
     if layer.rank is not None and not (layer.heads and 1 <= layer.rank <= shape.hidden):

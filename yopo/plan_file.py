@@ -6,12 +6,15 @@ Long orders live in a safetensors file beside it, named with its sha256.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from yopo import console
 from yopo.documents import Document, Key, describe, dump, read_text
 from yopo.errors import PlanError
+from yopo.flops import visual_budget
 from yopo.grid import Grid
 from yopo.plan import (
     Budget,
@@ -24,9 +27,13 @@ from yopo.plan import (
     TensorsFile,
     Workload,
     full_layer,
+    shape_problem,
 )
 
 FORMAT_VERSION = 1
+
+BUDGET_DIGITS = 6
+"""Decimals to which a visual budget is written."""
 
 _SHAPE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")
 _LAYER_KEYS = ("heads", "attend", "radius", "neurons", "rank", "linear")
@@ -47,7 +54,7 @@ _KEYS = (
 
 def to_yaml(plan: Plan) -> str:
     """Serialise a plan; the same plan gives the same bytes."""
-    budget = {"asked": plan.budget.asked, "reached": round(plan.budget.reached, 6)}
+    budget = {"asked": plan.budget.asked, "reached": round(plan.budget.reached, BUDGET_DIGITS)}
     data: dict[str, Any] = {
         "yopo_plan": FORMAT_VERSION,
         "model": asdict(plan.model),
@@ -104,7 +111,7 @@ def parse_plan(name: str, text: str) -> Plan:
             raise document.error((), f"lacks the key '{key}'")
     model = _read_model(document)
     try:
-        return Plan(
+        plan = Plan(
             model=model,
             workload=_read_workload(document),
             layers=_read_layers(document, model.shape),
@@ -120,6 +127,23 @@ def parse_plan(name: str, text: str) -> Plan:
         )
     except InvalidPlan as invalid:
         raise document.error(invalid.path, invalid.problem) from None
+    return _with_true_budget(plan, data.get("budget") or {}, name)
+
+
+def _with_true_budget(plan: Plan, said: dict[str, Any], name: str) -> Plan:
+    """The plan with the visual budget that its layers come to, whatever the file says.
+
+    Layers are edited by hand, and their budget is easily forgotten; commands choose by it.
+    """
+    true = visual_budget(plan)
+    if abs(true - plan.budget.reached) <= 10**-BUDGET_DIGITS:
+        return plan
+    if "reached" in said:
+        console.note(
+            f"{name}: says that it reaches a visual budget of {plan.budget.reached:.4g}, its "
+            f"layers come to {true:.4g}; that is what counts."
+        )
+    return replace(plan, budget=replace(plan.budget, reached=round(true, BUDGET_DIGITS)))
 
 
 def _layer_to_dict(layer: LayerPlan, shape: ModelShape) -> dict[str, Any]:
@@ -153,6 +177,9 @@ def _read_model(document: Document) -> ModelIdentity:
     shape = _required(document, path, data, "shape", dict)
     document.check_keys(shape_path, shape, _SHAPE_KEYS)
     sizes = {key: _required(document, shape_path, shape, key, int) for key in _SHAPE_KEYS}
+    problem = shape_problem(ModelShape(**sizes))
+    if problem is not None:  # now: "heads: all" makes as many as it says
+        raise document.error(*problem)
     return ModelIdentity(shape=ModelShape(**sizes), **texts)
 
 
@@ -213,8 +240,19 @@ def _read_tensors(document: Document) -> TensorsFile | None:
     if document.data.get("tensors") is None:
         return None
     data = document.check_keys(path, document.data["tensors"], ("file", "sha256"))
-    keys = ("file", "sha256")
-    return TensorsFile(**{key: _required(document, path, data, key, str) for key in keys})
+    file, sha256 = (_required(document, path, data, key, str) for key in ("file", "sha256"))
+    if not _is_file_name(file):
+        raise document.error(
+            (*path, "file"), f"must be the name of a file beside the plan, found {describe(file)}"
+        )
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise document.error((*path, "sha256"), f"must be 64 hex digits, found {describe(sha256)}")
+    return TensorsFile(file, sha256)
+
+
+def _is_file_name(name: str) -> bool:
+    is_special = name in ("", ".", "..") or len(name.encode()) > 255
+    return not is_special and not re.search(r"[/\\\x00-\x1f]", name)
 
 
 def _read_measured(document: Document, shape: ModelShape) -> Measured | None:

@@ -7,9 +7,10 @@ goes to stdout leaves them in a content-addressed cache, so that a pipeline can 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from safetensors.torch import load, save
 
 from yopo.errors import OutputError, PlanError
 from yopo.files import check_writable, write_file
+from yopo.finite import is_finite
 from yopo.plan import LayerPlan, ModelShape, Plan, TensorsFile
 from yopo.plan_file import read_plan, to_yaml
+from yopo.reading import read_bytes
 
 Refit = Mapping[str, torch.Tensor]
 """One layer's fitted weights for visual tokens, by name: see :func:`refit_sizes`."""
@@ -66,14 +69,25 @@ class PlanTensors:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> PlanTensors:
-        """Inverse of ``to_bytes``; raises SafetensorError for anything else."""
-        stored = load(data)
+        """Inverse of ``to_bytes``.
+
+        Raises:
+            SafetensorError: Not safetensors, or tensors of a kind that torch or a plan lacks.
+        """
+        try:
+            stored = load(data)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:  # a dtype torch lacks, say
+            raise SafetensorError(f"{type(error).__name__}: {error}") from error
+        for name, tensor in stored.items():
+            if tensor.is_complex() or tensor.is_floating_point() == (name == "neuron_order"):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise SafetensorError(f"'{name}' holds values of type {kind}")
         order = stored.get("neuron_order")
         refit: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in stored.items():
             kind, _, rest = name.partition(".")
             layer, _, weight = rest.partition(".")
-            if kind == "refit" and layer.isdecimal():
+            if kind == "refit" and layer.isdecimal() and len(layer) < 6:
                 refit.setdefault(int(layer), {})[weight] = tensor
         return cls(
             neuron_order=None if order is None else order.long(),
@@ -190,13 +204,14 @@ def read_tensors(plan: Plan, folder: Path) -> PlanTensors:
     """Read and check a plan's side file from ``folder``, or else from the cache."""
     named = plan.tensors
     candidates = [folder / named.file, cache_directory() / f"{named.sha256}.safetensors"]
-    path = next((each for each in candidates if each.is_file()), None)
-    if path is None:
+    path = next((each for each in candidates if os.path.lexists(each)), None)
+    if path is None or not path.exists():
         raise PlanError(
             f"{candidates[0]}: the plan's tensors are missing.",
             remedy="Keep the .safetensors file beside the plan, or calibrate again.",
         )
-    data = path.read_bytes()
+    _check_inside(path)
+    data = read_bytes(path, limit=_most_bytes(plan), error=PlanError)
     found = hashlib.sha256(data).hexdigest()
     if found != named.sha256:
         raise PlanError(
@@ -212,6 +227,27 @@ def read_tensors(plan: Plan, folder: Path) -> PlanTensors:
     return tensors
 
 
+def _check_inside(path: Path) -> None:
+    """Refuse a link that leads out of its folder, other than into the hub's cache of blobs."""
+    folder, real = path.parent.resolve(), path.resolve()
+    blobs = [each.parent / "blobs" for each in folder.parents if each.name == "snapshots"]
+    blobs += [folder.parent / "blobs"] if folder.name == "snapshots" else []
+    if real.parent not in (folder, *blobs):
+        raise PlanError(
+            f"{path}: is a link that leads out of its folder.",
+            remedy="Put the file itself beside the plan.",
+        )
+
+
+def _most_bytes(plan: Plan) -> int:
+    """What a side file of this plan may hold at most: 8 bytes a value, and some for its header."""
+    shape = plan.model.shape
+    values = shape.layers * (2 * shape.ffn + shape.heads * shape.head_dim)
+    for layer in plan.layers:
+        values += sum(math.prod(size) for size in refit_sizes(layer, shape).values())
+    return 8 * values + (1 << 20)
+
+
 def check_tensors(plan: Plan, tensors: PlanTensors, where: str) -> None:
     """Check that tensors are all that a plan needs, and of its model's shape.
 
@@ -221,7 +257,7 @@ def check_tensors(plan: Plan, tensors: PlanTensors, where: str) -> None:
         where: What messages call them: the side file's path, or the plan's name in memory.
 
     Raises:
-        PlanError: One is missing or misshapen, or an order is no permutation.
+        PlanError: One is missing, misshapen or not finite, or an order is no permutation.
     """
     shape = plan.model.shape
     expected = {
@@ -244,6 +280,21 @@ def check_tensors(plan: Plan, tensors: PlanTensors, where: str) -> None:
         raise PlanError(f"{where}: lacks the means that 'compensation: mean' needs.")
     if plan.compensation == "refit":
         _check_refit(plan, tensors.refit, where)
+    for name, tensor in _floats(tensors):
+        if not is_finite(tensor):
+            raise PlanError(
+                f"{where}: {name} holds values that are not finite.", remedy="Calibrate again."
+            )
+
+
+def _floats(tensors: PlanTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """(what messages call it, tensor) of all that is not an order."""
+    for name in ("neuron_mean", "head_mean"):
+        if getattr(tensors, name) is not None:
+            yield name, getattr(tensors, name)
+    for layer, weights in tensors.refit.items():
+        for name, tensor in weights.items():
+            yield f"layer {layer}'s fitted '{name}'", tensor
 
 
 def _check_refit(plan: Plan, refit: Mapping[int, Refit], where: str) -> None:

@@ -13,6 +13,7 @@ from yopo.checkpoint.companions import PLAN_FILE, PLAN_FILES
 from yopo.checkpoint.reader import fetch
 from yopo.errors import CheckpointError, ModelError
 from yopo.families.registry import ModelSource, family_of, resolve
+from yopo.finite import check_weights
 from yopo.plan import Plan
 from yopo.plan_file import read_plan
 from yopo.plan_tensors import PlanTensors, read_tensors
@@ -81,7 +82,8 @@ def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
         **kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to the checkpoint's.
 
     Raises:
-        ModelError: The model cannot be reached, is of no supported family, or is no model.
+        ModelError: The model cannot be reached, is of no supported family, or is no model; or a
+            weight is not finite.
         CheckpointError: A weight is missing from the checkpoint (transformers would make one up).
     """
     folder = fetch(source)
@@ -101,6 +103,7 @@ def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
             f"{source.location}: {len(missing)} weights are missing, {missing[0]} among them.",
             remedy="The checkpoint is incomplete or of another architecture.",
         )
+    check_weights(model, source.location)
     return model.eval()
 
 
@@ -125,6 +128,7 @@ class PrunedForConditionalGeneration:
         stock = getattr(transformers, family_of(config).architecture)
         loaded = stock.from_pretrained(path, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_weights(model, str(path))
         install(model.eval(), plan, tensors)
         return loaded
 

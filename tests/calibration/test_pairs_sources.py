@@ -148,7 +148,7 @@ def test_bad_json_names_the_line(tmp_path: Path) -> None:
     expect_error(str(lines), f"{lines}:2: not JSON: ", "one object per line")
     expect_error(str(listed), f"{listed}:3: not JSON: ", "one object per line")
     lines.write_bytes(b"\xff\xfe\x00")
-    expect_error(str(lines), f"{lines}: is not UTF-8 text.")
+    expect_error(str(lines), f"{lines}:1: is not UTF-8 text.")
     for text in ("", "\n\n", "[]"):
         lines.write_text(text)
         expect_error(str(lines), f"{lines}: holds no pairs.")

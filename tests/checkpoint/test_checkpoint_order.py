@@ -51,7 +51,7 @@ def test_baked_plan_keeps_the_same_heads_under_new_names(
 ) -> None:
     plan, tensors = make_plan(saved(kind).model, compensation=compensation)
     orders = order_layers(plan, tensors)
-    baked = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab"), "new fingerprint")
+    baked = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab" * 32), "new fingerprint")
     for old, new, order in zip(plan.layers, baked.layers, orders, strict=True):
         assert {order.head_order[head] for head in new.heads} == set(old.heads)
         assert {order.head_order[head] for head in new.attend} == set(old.attend)
@@ -88,7 +88,7 @@ def test_fitted_weights_follow_the_heads(kind, saved, make_plan) -> None:
     plan, tensors = make_plan(saved(kind).model, compensation="refit")
     orders = order_layers(plan, tensors)
     baked = baked_tensors(plan, tensors, orders)
-    renamed = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab"), "new")
+    renamed = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab" * 32), "new")
     assert baked.neuron_order is None
     check_tensors(renamed, baked, "The baked plan")
     shape, moved = plan.model.shape, 0

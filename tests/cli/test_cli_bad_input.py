@@ -144,6 +144,17 @@ def test_missing_and_corrupt_image(calibrate, data, tmp_path: Path) -> None:
     assert "pairs.jsonl:2: image cut.png: cannot be decoded" in calibrate("--data", whole)
 
 
+def test_question_longer_than_the_context(calibrate, data) -> None:
+    long = {**GOOD, "question": "what color is the circle? " * 500}
+    said = calibrate("--data", data(GOOD, long))
+    assert "pairs.jsonl:2: the prompt has " in said and "context of 2,048" in said
+
+
+def test_names_in_data_cannot_command_the_terminal(calibrate, data) -> None:
+    said = calibrate("--data", data({**GOOD, "image": "\x1b[31m[red].png"}))
+    assert "\x1b[31m[red]" not in said and "\\x1b[31m[red].png" in said
+
+
 def test_prompt_without_visual_token(calibrate, model: Path, tmp_path: Path) -> None:
     blind = shutil.copytree(model, tmp_path / "blind")
     processor = build_processor()

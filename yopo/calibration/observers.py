@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
-from yopo.calibration.statistics import MAX_DISTANCE
+from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite
 from yopo.families.family import Family
 from yopo.grid import Grid
 from yopo.layout import LayoutProbe
@@ -71,7 +71,11 @@ class Observer:
         self._real = attention_mask.bool()
 
     def finish(self) -> None:
-        """Take the batch's sums over."""
+        """Take the batch's sums over.
+
+        Raises:
+            DataError: They are not finite.
+        """
         view = self._batch
         self.rho.append(torch.stack(self._rho_of_batch, dim=1))  # (batch, layers, heads)
         self.visual_tokens += view.num_visual
@@ -79,6 +83,10 @@ class Observer:
         self.text_tokens += int(self._real.sum()) - view.num_visual
         self.text_before += view.num_before
         self.grids.update(view.layout.grids)
+        refuse_not_finite(
+            [self.head_sum, self.neuron_square, self.text_norm_sum, self.head_effect_sum]
+            + [self.rho[-1].transpose(0, 1)]
+        )
 
     def view(self) -> BatchView:
         """The batch in progress."""

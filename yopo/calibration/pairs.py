@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from yopo.errors import DataError
+from yopo.errors import DataError, YopoError
+from yopo.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+MAX_IMAGE_BYTES = 256 << 20
+"""Of an image file."""
+
+MAX_PIXELS = 64 << 20
+"""Of an image: decoded, upright and as RGB it takes some 600 MB. A file of 2 MB can hold more."""
+
+MAX_ASPECT = 200
+"""Longer side over shorter one: processors scale the shorter one up to hundreds of pixels."""
+
+_PROGRAMS = ("EPS", "WMF")
+"""Formats that are programs, which Pillow has other software run."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,11 @@ class ImageRef:
         Raises:
             DataError: There is no such file.
         """
-        if isinstance(self.source, Path) and not self.source.is_file():
+        try:
+            is_missing = isinstance(self.source, Path) and not self.source.is_file()
+        except (OSError, ValueError):  # too long, or with a zero byte in it
+            is_missing = True
+        if is_missing:
             raise DataError(
                 f"{self.label}: there is no file {self.source}.",
                 remedy="Image paths are relative to the folder of the file that names them.",
@@ -43,23 +62,48 @@ class ImageRef:
         """Decode the image, upright as its EXIF tag says, as RGB.
 
         Raises:
-            DataError: The file is missing, cut off, or no image.
+            DataError: The file is missing, cut off, too large, or no image.
         """
         from PIL import Image, UnidentifiedImageError
 
         self.check()
         try:
             if isinstance(self.source, Image.Image):
-                return _upright_rgb(self.source)
+                return self._upright(self.source)
             if isinstance(self.source, str):
-                return _upright_rgb(_read_remote(self.source))
-            is_bytes = isinstance(self.source, bytes)
-            with Image.open(BytesIO(self.source) if is_bytes else self.source) as image:
-                return _upright_rgb(image)
+                return self._upright(_read_remote(self.source))
+            file, size = self._opened()
+            with file:
+                if size > MAX_IMAGE_BYTES:
+                    raise self._unreadable(f"it has {size:,} bytes; {MAX_IMAGE_BYTES:,} are read")
+                with warnings.catch_warnings():
+                    # Pillow's own limits are wider than ours.
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    image = Image.open(file)
+                with image:
+                    return self._upright(image)
         except UnidentifiedImageError as error:
             raise self._unreadable("not an image in a format that Pillow knows") from error
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        except (YopoError, MemoryError):
+            raise
+        except Exception as error:  # decoders and the EXIF reader raise whatever they stumble on
             raise self._unreadable(str(error) or type(error).__name__) from error
+
+    def _opened(self) -> tuple[BinaryIO, int]:
+        if isinstance(self.source, bytes):
+            return BytesIO(self.source), len(self.source)
+        return open_regular(self.source, error=DataError)
+
+    def _upright(self, image: Image) -> Image:
+        """Decode an image after a look at what it claims to be; nothing is decoded before."""
+        width, height = image.size
+        if image.format in _PROGRAMS:
+            raise self._unreadable(f"{image.format} files are programs, which are not run")
+        if width * height > MAX_PIXELS:
+            raise self._unreadable(f"it has {width} x {height} pixels; {MAX_PIXELS:,} are decoded")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise self._unreadable(f"it is a line of {width} x {height} pixels")
+        return _upright_rgb(image)
 
     def _unreadable(self, problem: str) -> DataError:
         return DataError(

@@ -166,8 +166,12 @@ def encode_for(
     pairs: Sequence[Pair],
     answers: Sequence[Answer] | None = None,
 ) -> Batch:
-    """:func:`encode` with a model's image token, device and precision."""
-    return encode(
+    """:func:`encode` with a model's image token, device, precision and context.
+
+    Raises:
+        DataError: As for :func:`encode`, or a prompt is longer than the model's context.
+    """
+    batch = encode(
         processor,
         pairs,
         image_token_id=model.config.image_token_id,
@@ -175,6 +179,16 @@ def encode_for(
         dtype=model.dtype,
         answers=answers,
     )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and batch.inputs["input_ids"].shape[1] > context:
+        lengths = batch.inputs["attention_mask"].sum(dim=1).tolist()
+        pair, length = max(zip(pairs, lengths, strict=True), key=lambda each: each[1])
+        raise DataError(
+            f"{pair.where}: the prompt has {length:,} tokens, more than the model's context of "
+            f"{context:,}.",
+            remedy="Shorten the question, or take the pair out of the data.",
+        )
+    return batch
 
 
 def encode(

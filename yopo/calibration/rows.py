@@ -1,7 +1,8 @@
 """A row of data, in any of the usual forms, as a pair.
 
 Forms: plain columns (``image``, ``question``, ``answer``), LLaVA conversations, chat messages, and
-the ``texts`` turns of The Cauldron. Of a conversation the first question and answer count.
+the ``texts`` turns of The Cauldron. Of a conversation the first question and answer count. What a
+question needs beside images, a video say, cannot be left out of it: such rows are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from yopo.calibration.pairs import ImageRef, Pair
 from yopo.documents import describe
-from yopo.errors import DataError
+from yopo.errors import DataError, printable
 
 IMAGE_NAMES = ("images", "image", "image_path", "image_paths", "file_name", "file_names")
 QUESTION_NAMES = ("question", "query", "prompt", "text")
@@ -22,6 +23,25 @@ KIND_NAMES = ("kind", "question_type", "category")
 ID_NAMES = ("id", "question_id", "questionid", "sample_id")
 _USER_ROLES = ("human", "user")
 _ASSISTANT_ROLES = ("gpt", "assistant")
+OTHER_MEDIA = {
+    "video": ("video", "videos", "video_path", "video_paths", "video_url"),
+    "audio": ("audio", "audios", "audio_path", "audio_paths", "audio_url", "input_audio"),
+}
+"""Columns, and types of a chat message's parts, that hold neither images nor text."""
+
+MAX_ANSWER_DEPTH = 4
+"""Lists inside lists of answers."""
+
+MAX_LABEL = 80
+"""Characters of a kind or a column's name, which tables and messages show."""
+
+MAX_NAMES = 20
+"""Columns that a message lists."""
+
+MAX_QUESTION = 1 << 20
+"""Characters: more than any model's context holds, and tokenizing takes memory."""
+
+_MEDIA_MARK = re.compile(r"<(video|audio)>", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\s*<image>\s*")
 
 
@@ -48,6 +68,7 @@ def pair_from_row(row: Any, *, where: str, number: int, folder: Path | None) -> 
             f"found {describe(row)}."
         )
     columns = {str(name).lower(): value for name, value in row.items()}
+    _refuse_other_media(columns, where)
     question, answer, inline = _question_and_answer(columns, where)
     values = _as_list(_first(columns, IMAGE_NAMES)) or inline
     if not values:
@@ -60,9 +81,23 @@ def pair_from_row(row: Any, *, where: str, number: int, folder: Path | None) -> 
         images=tuple(_image(value, where, folder) for value in values),
         question=question,
         answers=tuple(_answers(answer, where)),
-        kind=kind if isinstance(kind, str) else None,
-        id=str(own_id) if isinstance(own_id, str | int) else str(number),
+        kind=printable(kind[:MAX_LABEL]) if isinstance(kind, str) else None,
+        id=printable(str(own_id)) if isinstance(own_id, str | int) else str(number),
         where=where,
+    )
+
+
+def _refuse_other_media(columns: dict[str, Any], where: str) -> None:
+    for kind, names in OTHER_MEDIA.items():
+        if _first(columns, names) is not None:
+            raise _other_media(kind, where)
+
+
+def _other_media(kind: str, where: str) -> DataError:
+    return DataError(
+        f"{where}: the question is about {'a video' if kind == 'video' else 'audio'} too, and only "
+        "images are measured.",
+        remedy="Take the pair out of the data, or name the video's frames as images.",
     )
 
 
@@ -84,10 +119,18 @@ def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any,
         turns.append(("assistant", _first(columns, ANSWER_NAMES)))
     question, answer = _first_exchange(turns)
     if isinstance(question, list) and not is_flat:
-        inline = list(_inline_images(question))
+        inline = list(_inline_images(question, where))
         question = _joined_text(question)
     if question is not None and not isinstance(question, str):
         raise DataError(f"{where}: the question must be text, found {describe(question)}.")
+    mark = _MEDIA_MARK.search(question or "")
+    if mark is not None:
+        raise _other_media(mark[1].lower(), where)
+    if len(question or "") > MAX_QUESTION:
+        raise DataError(
+            f"{where}: the question has {len(question):,} characters; at most {MAX_QUESTION:,} are "
+            "read."
+        )
     text = without_placeholders(question or "")
     if not text:
         raise DataError(
@@ -127,10 +170,17 @@ def _joined_text(parts: list[Any]) -> str | None:
     return " ".join(text for text in texts if isinstance(text, str)) or None
 
 
-def _inline_images(parts: list[Any]) -> Iterator[Any]:
+def _inline_images(parts: list[Any], where: str) -> Iterator[Any]:
     for part in parts:
-        if isinstance(part, Mapping) and part.get("type") == "image":
-            value = _first(part, ("image", "path", "url"))
+        if not isinstance(part, Mapping):
+            continue
+        for kind, names in OTHER_MEDIA.items():
+            if part.get("type") in names:
+                raise _other_media(kind, where)
+        if part.get("type") in ("image", "image_url"):
+            value = _first(part, ("image", "path", "url", "image_url"))
+            if isinstance(value, Mapping) and "url" in value:
+                value = value["url"]
             if value is not None:
                 yield value
 
@@ -141,9 +191,11 @@ def _image(value: Any, where: str, folder: Path | None) -> ImageRef:
 
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
         held, path = value.get("bytes"), value.get("path")
-        if held is not None:
-            name = Path(path).name if path else f"of {len(held)} bytes"
+        if isinstance(held, bytes | bytearray | memoryview):
+            name = Path(path).name if isinstance(path, str) else f"of {len(held)} bytes"
             return ImageRef(bytes(held), f"{where}: image {name}")
+        if held is not None:
+            raise DataError(f"{where}: an image's bytes must be bytes, found {describe(held)}.")
         value = path
     if isinstance(value, bytes):
         return ImageRef(value, f"{where}: image of {len(value)} bytes")
@@ -156,14 +208,17 @@ def _image(value: Any, where: str, folder: Path | None) -> ImageRef:
 
 def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:
     label = f"{where}: image {address}"
-    if address.startswith(("http://", "https://", "data:")):
+    if any(part.startswith(("http:", "https:", "data:")) for part in address.split("::")):
         raise DataError(
             f"{where}: the image is an address ({describe(address)}), not a file.",
             remedy="Download the images and name the files.",
         )
     if "://" in address:
         return ImageRef(address, label)
-    path = Path(address).expanduser()
+    try:
+        path = Path(address).expanduser()
+    except RuntimeError:  # there is no such user: then it is a name that starts like that
+        path = Path(address)
     if not path.is_absolute():
         if folder is None:
             raise DataError(
@@ -174,7 +229,7 @@ def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:
     return ImageRef(path, label)
 
 
-def _answers(value: Any, where: str) -> Iterator[str]:
+def _answers(value: Any, where: str, depth: int = 0) -> Iterator[str]:
     """Yield the answers of a text, a number, a list of them, or VQA's ``[{"answer": ...}]``."""
     if isinstance(value, Mapping) and "answer" in value:
         value = value["answer"]
@@ -182,9 +237,9 @@ def _answers(value: Any, where: str) -> Iterator[str]:
         return
     if isinstance(value, str | int | float):
         yield str(value)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and depth < MAX_ANSWER_DEPTH:
         for each in value:
-            yield from _answers(each, where)
+            yield from _answers(each, where, depth + 1)
     else:
         raise DataError(
             f"{where}: an answer must be text or a list of texts, found {describe(value)}."
@@ -207,4 +262,6 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _names(columns: Mapping[str, Any]) -> str:
-    return ", ".join(str(name) for name in columns) or "none"
+    names = [str(name)[:MAX_LABEL] for name in columns]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return (", ".join(names[:MAX_NAMES]) or "none") + more

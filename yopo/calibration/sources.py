@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from yopo.calibration.json_rows import JsonRows
 from yopo.calibration.pairs import ImageRef, Pair, Pairs
 from yopo.calibration.rows import pair_from_row
 from yopo.calibration.sampling import check_samples, chosen
 from yopo.demo import SETS
-from yopo.errors import DataError, suggest
+from yopo.errors import DataError, printable, suggest
 
 DEFAULT_DEMO_PAIRS = 256
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -115,70 +113,21 @@ def _open_file(path: Path, samples: int | None, seed: int, split: str | None) ->
 
 
 def _open_json(path: Path, samples: int | None, seed: int) -> Pairs:
-    """Read every row of a JSON or JSONL file, and look for the images of the chosen ones."""
-    text, digest = _read_text(path)
+    """Check every row of a JSON or JSONL file, and look for the images of the chosen ones."""
+    rows = JsonRows(path)
     folder = path.parent.resolve()
-    pairs = [
+    for number, (line, row) in enumerate(rows.scan()):
         pair_from_row(row, where=f"{path}:{line}", number=number, folder=folder)
-        for number, (line, row) in enumerate(_json_rows(text, path))
-    ]
-    if not pairs:
+    if not rows:
         raise DataError(f"{path}: holds no pairs.")
-    kept = [pairs[number] for number in chosen(len(pairs), samples, seed, where=str(path))]
-    for pair in kept:
+    kept = chosen(len(rows), samples, seed, where=str(path))
+    read = partial(_read_json, rows, kept, folder)
+    for pair in read():
         for image in pair.images:
             image.check()
-    return Pairs(name=path.name, total=len(kept), digest=digest, read=partial(iter, kept))
+    return Pairs(name=printable(path.name), total=len(kept), digest=rows.digest, read=read)
 
 
-def _read_text(path: Path) -> tuple[str, str]:
-    """Return a file's text and the SHA-256 of its bytes."""
-    try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-
-
-def _json_rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value): the items of one JSON list, or one value per line."""
-    if text.lstrip().startswith("["):
-        yield from _list_items(text, path)
-        return
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                value = json.loads(content)
-            except json.JSONDecodeError as error:
-                raise _not_json(path, line, error) from error
-            yield line, value
-
-
-def _list_items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield a JSON list's items, each with the line that it starts on."""
-    space = re.compile(r"\s*")
-    try:
-        json.loads(text)  # one strict pass: the loop below may then rely on the commas
-    except json.JSONDecodeError as error:
-        raise _not_json(path, error.lineno, error) from error
-    decoder = json.JSONDecoder()
-    position, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        position = space.match(text, position).end()
-        if text[position] == "]":
-            return
-        line += text.count("\n", counted, position)
-        counted = position
-        value, position = decoder.raw_decode(text, position)
-        yield line, value
-        position = space.match(text, position).end()
-        position += text[position] == ","
-
-
-def _not_json(path: Path, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(
-        f"{path}:{line}: not JSON: {error.msg} (column {error.colno}).",
-        remedy="Write one object per line, or all of them in one list.",
-    )
+def _read_json(rows: JsonRows, numbers: list[int], folder: Path) -> Iterator[Pair]:
+    for number, line, row in rows.read(numbers):
+        yield pair_from_row(row, where=f"{rows.path}:{line}", number=number, folder=folder)

@@ -17,7 +17,7 @@ a lot and say little.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,11 +28,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from yopo.errors import DataError
+from yopo.finite import first_layer_not_finite
 from yopo.grid import Grid
-from yopo.plan import Measured, ModelIdentity, ModelShape, Workload
+from yopo.plan import (
+    Measured,
+    ModelIdentity,
+    ModelShape,
+    Workload,
+    shape_problem,
+    workload_problem,
+)
 from yopo.plan_tensors import PlanTensors
 
 FORMAT = "yopo-statistics-2"
+
+MAX_COUNT = 1 << 53
+"""Tokens or queries that a sum may be over: all whole numbers up to here are floats, too."""
 
 MAX_DISTANCE = 64
 """Chebyshev distances 0..64 are told apart (farther ones count as 64)."""
@@ -126,6 +137,15 @@ class Statistics:
             raise DataError("No visual token was measured.")
         return self.visual_tokens
 
+    def check_finite(self) -> None:
+        """Refuse what a model with a NaN or an infinity in it leaves behind.
+
+        Raises:
+            DataError: A sum is not finite; names the layer.
+        """
+        by_layer = [getattr(self, name) for name in (*_SUMS, "down_norm")]
+        refuse_not_finite([*by_layer, self.rho.transpose(0, 1)])
+
     def merge(self, other: Statistics) -> Statistics:
         """Add another pass over the same model (other samples, another machine).
 
@@ -186,26 +206,60 @@ class Statistics:
         return save(tensors, metadata={"yopo": json.dumps(about)})
 
 
+def refuse_not_finite(sums: Iterable[torch.Tensor]) -> None:
+    """Refuse sums, (layers, ...) each, of which any is NaN or infinite.
+
+    Raises:
+        DataError: Names the first layer that has one.
+    """
+    layer = first_layer_not_finite(sums)
+    if layer is not None:
+        raise DataError(
+            f"What was measured in layer {layer} is not finite (NaN or infinity).",
+            remedy="A weight of the model is not finite, or its activations do not fit the dtype: "
+            "try --dtype bfloat16 or float32.",
+        )
+
+
 def load_statistics(path: str | Path) -> Statistics:
     """Read statistics that ``calibrate --stats`` wrote.
 
     Raises:
-        DataError: Missing, not safetensors, or not statistics of this version.
+        DataError: Missing, not safetensors, not statistics of this version, damaged, or holding
+            values that are not finite.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise DataError(f"{path}: no such statistics file.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            about = json.loads((file.metadata() or {}).get("yopo", "{}"))
+            is_ours = isinstance(about, dict) and about.pop("format", None) == FORMAT
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if is_ours else {}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: is not a safetensors file: {error}.") from error
-    about = json.loads(metadata.get("yopo", "{}"))
-    if about.pop("format", None) != FORMAT:
+    except (ValueError, KeyError, RuntimeError, RecursionError) as error:
+        raise _damaged(path, type(error).__name__) from error
+    if not is_ours:
         raise DataError(
             f"{path}: holds no yopo statistics of this version.",
             remedy="Write them with `yopo calibrate --stats FILE`.",
         )
+    try:
+        found = _from_document(about, tensors)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    problem = _first_problem(found)
+    if problem is not None:
+        raise _damaged(path, problem)
+    try:
+        found.check_finite()
+    except DataError as error:
+        raise DataError(f"{path}: {error.message}", remedy=error.remedy) from error
+    return found
+
+
+def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Statistics:
     identity, workload = about.pop("model"), about.pop("workload")
     shape = ModelShape(**identity.pop("shape"))
     grids = tuple(Grid(**grid) for grid in workload.pop("grids"))
@@ -214,4 +268,46 @@ def load_statistics(path: str | Path) -> Statistics:
         workload=Workload(grids=grids, **workload),
         **tensors,
         **about,
+    )
+
+
+def _first_problem(found: Statistics) -> str | None:
+    """What is wrong with statistics from a file: a type, a size, a count."""
+    model, workload = found.model, found.workload
+    texts = (model.name, model.family, model.fingerprint)
+    numbers = [*vars(model.shape).values(), workload.text, workload.text_before]
+    numbers += [size for grid in workload.grids for size in (grid.rows, grid.cols)]
+    numbers += [found.visual_tokens, found.text_queries]
+    if not all(isinstance(each, str) for each in texts) or not isinstance(found.provenance, dict):
+        return "its model has no name, family or fingerprint"
+    if not all(type(each) is int and 0 <= each <= MAX_COUNT for each in numbers):
+        return "it holds a size or count that is none"
+    wrong = shape_problem(model.shape) or workload_problem(workload)
+    if wrong is not None:
+        return f"{'.'.join(wrong[0])} {wrong[1]}"
+    shape = model.shape
+    per_layer = {
+        "neuron_square": (shape.ffn,),
+        "neuron_sum": (shape.ffn,),
+        "head_sum": (shape.heads, shape.head_dim),
+        "head_effect_sum": (shape.heads,),
+        "text_norm_sum": (),
+        "cross_modal_sum": (),
+        "locality_sum": (MAX_DISTANCE + 2,),
+        "down_norm": (shape.ffn,),
+    }
+    expected = {name: (shape.layers, *size) for name, size in per_layer.items()}
+    samples = found.rho.shape[:1]
+    expected["rho"] = (max(1, *samples) if samples else 1, shape.layers, shape.heads)
+    for name, size in expected.items():
+        tensor = getattr(found, name)
+        if tuple(tensor.shape) != size or not tensor.is_floating_point():
+            return f"{name} is of shape {tuple(tensor.shape)}, expected {size}"
+    return None
+
+
+def _damaged(path: Path, problem: str) -> DataError:
+    return DataError(
+        f"{path}: is damaged: {problem}.",
+        remedy="Write it anew with `yopo calibrate --stats FILE`.",
     )

@@ -34,6 +34,7 @@ from yopo.checkpoint.decoder import HEADS, KV_HEADS, NEURONS, UNITS, axes_of
 from yopo.checkpoint.order import BakedLayer, baked_plan, baked_tensors, order_layers
 from yopo.checkpoint.reader import Checkpoint, fingerprint
 from yopo.checkpoint.shards import Reorder, Step, write_shard
+from yopo.checkpoint.values import FiniteCheck
 from yopo.checkpoint.writer import OutputDirectory
 from yopo.errors import ModelError, PlanError
 from yopo.plan import Plan, TensorsFile
@@ -164,13 +165,22 @@ def _concatenate(orders: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folder: Path) -> None:
-    """Write all shards to ``folder``, with progress."""
+    """Write all shards to ``folder``, with progress.
+
+    Raises:
+        CheckpointError: A tensor is not finite, or the source became shorter.
+    """
 
     def steps() -> Iterator[Step]:
         for shard in checkpoint.shards:
-            yield from write_shard(
-                checkpoint.path / shard.file, folder / shard.file, shard, reorders
-            )
+            source = checkpoint.path / shard.file
+            values = FiniteCheck(source)
+            for step in write_shard(source, folder / shard.file, shard, reorders):
+                # Here, while the workers write on; what was just copied is still in memory.
+                values.check(
+                    entry for entry in shard.tensors if step.start <= entry.start < step.stop
+                )
+                yield step
 
     total = len(checkpoint.tensors)
     with closing(steps()) as work:  # whatever happens: no worker writes on behind it

@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from yopo.errors import CheckpointError
+from yopo.reading import open_regular
 
-MAX_HEADER = 100_000_000
-"""The safetensors library refuses longer headers, too."""
+MAX_HEADER = 16 << 20
+"""Bytes of a header: a hundred thousand tensors. Parsed it takes twenty times as much memory."""
+
+MAX_SIZE = 1 << 48
+"""Of a dimension or an offset; beyond, products of sizes would grow without bound."""
+
+MAX_DIMENSIONS = 16
 
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
@@ -66,12 +72,10 @@ def read_shard(path: Path) -> Shard:
         CheckpointError: Missing, unreadable, not safetensors, or shorter or longer than its
             header says.
     """
+    file, size = open_regular(path, error=CheckpointError)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with file:
             length, header = _read_json(path, file, size)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file.", remedy=_RETRY) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     data_start = 8 + length
@@ -110,6 +114,8 @@ def _read_json(path: Path, file: BinaryIO, size: int) -> tuple[int, dict[str, An
         header = json.loads(file.read(length))
     except ValueError as error:
         raise _corrupt(path, f"its header is not JSON ({error})") from error
+    except RecursionError as error:
+        raise _corrupt(path, "its header nests too deeply") from error
     if not isinstance(header, dict):
         raise _corrupt(path, "its header is not a JSON object")
     return length, header
@@ -117,8 +123,11 @@ def _read_json(path: Path, file: BinaryIO, size: int) -> tuple[int, dict[str, An
 
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
-        dtype, shape = str(value["dtype"]), tuple(int(size) for size in value["shape"])
-        start, stop = (int(offset) for offset in value["data_offsets"])
+        dtype, shape = str(value["dtype"]), tuple(value["shape"])
+        start, stop = value["data_offsets"]
+        numbers = (start, stop, *shape)
+        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n < MAX_SIZE for n in numbers):
+            raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise _corrupt(path, f"tensor '{name}' lacks dtype, shape or offsets") from error
     bits = _BITS.get(dtype)

@@ -6,6 +6,7 @@ Nothing here loads the model. ``fetch`` turns a model's name into such a directo
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +22,16 @@ from yopo.families.family import Backbone, Family, shape_of
 from yopo.families.fingerprint import SAMPLE, digest, sample
 from yopo.families.registry import ModelSource, family_of, refuse_original
 from yopo.plan import ModelShape
+from yopo.reading import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+MAX_JSON = 64 << 20
+"""Bytes of config.json or of an index; those of a thousand shards have a tenth."""
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 _HUB_FILES += ("LICENSE*", "NOTICE*", "README.md")
@@ -151,8 +156,8 @@ def fetch(source: ModelSource, *, takes_original: bool = False) -> Path:
 def _model_type(folder: Path) -> str | None:
     """What config.json says; None where there is none that could say it (others complain)."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        return _read_json(folder / "config.json").get("model_type")
+    except CheckpointError:
         return None
 
 
@@ -238,11 +243,11 @@ def _parse_config(path: Path) -> PreTrainedConfig:
 
 def _read_json(path: Path, *, remedy: str | None = None) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file.", remedy=remedy) from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+        data = json.loads(read_bytes(path, limit=MAX_JSON, error=CheckpointError))
+    except CheckpointError as error:
+        raise CheckpointError(error.message, remedy=remedy or error.remedy) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: nests too deeply.") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is not valid JSON: {error}.") from error
     if not isinstance(data, dict):
@@ -284,9 +289,11 @@ def read_shards(path: Path) -> tuple[tuple[Shard, ...], bool]:
 
 
 def _named_shard(path: Path, file: str) -> Shard:
-    if Path(file).name != file:  # a path would let the copy write outside its directory
+    if (
+        Path(file).name != file or not file.isprintable()
+    ):  # a path would let the copy write outside its directory
         raise CheckpointError(f"{path / INDEX_FILE}: '{file}' is not a plain file name.")
-    if not (path / file).exists():
+    if len(os.fsencode(file)) > 255 or not (path / file).exists():
         raise CheckpointError(
             f"{path / file}: this shard is missing, but {INDEX_FILE} names it.",
             remedy="Download the checkpoint again; the download was not complete.",

@@ -14,7 +14,7 @@ from yopo import __version__
 from yopo.cli import interrupts
 from yopo.cli.command import LazyGroup
 from yopo.cli.verbosity import Verbosity
-from yopo.errors import YopoError
+from yopo.errors import YopoError, printable
 
 COMMANDS = {
     "calibrate": ("yopo.cli.calibrate", "Measure a model on pairs and write a plan."),
@@ -78,7 +78,7 @@ def run(arguments: Sequence[str] | None) -> int:
 
 def _explain(error: Exception) -> int:
     message, remedy, code = _sentence(error)
-    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    click.echo(click.style("error: ", fg="red", bold=True) + printable(message), err=True)
     if remedy:
         click.echo(f"  {remedy}", err=True)
     return code

@@ -17,7 +17,7 @@ def print_report(report: RenderableType) -> None:
     """Print a rich renderable as wide as the terminal (80 columns in a pipe)."""
     from rich.console import Console
 
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:  # rich would turn a closed pipe into an exit of its own
         console.print(report)
     text = capture.get()
@@ -34,11 +34,19 @@ def print_json(document: dict[str, Any]) -> None:
 def html(report: RenderableType, *, title: str) -> str:
     """The same report as a self-contained HTML page."""
     import io
+    from html import escape
 
     from rich.console import Console
     from rich.terminal_theme import MONOKAI
 
-    console = Console(file=io.StringIO(), record=True, width=_HTML_WIDTH, highlight=False)
+    console = Console(
+        file=io.StringIO(),
+        record=True,
+        width=_HTML_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
     console.print(report)
     page = console.export_html(theme=MONOKAI)
-    return page.replace("<head>", f"<head>\n<title>{Path(title).name}</title>", 1)
+    return page.replace("<head>", f"<head>\n<title>{escape(Path(title).name)}</title>", 1)

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from yopo.calibration.pairs import Pair
 from yopo.calibration.prompts import Batch, batches, encode_for
 from yopo.console import track
-from yopo.errors import DataError
+from yopo.errors import DataError, ModelError
 from yopo.evaluation.rivals.install import teacher_forced
 from yopo.families.registry import family_of
+from yopo.finite import is_finite
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,21 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
     Returns:
         (answer tokens of the batch, vocabulary) float32, row by row.
+
+    Raises:
+        ModelError: They are not finite.
     """
     with teacher_forced(model, batch.answer_mask):
         hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     # The token at position p is predicted from position p - 1.
     chosen = hidden[:, :-1][batch.answer_mask[:, 1:]]
-    return model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
+    log_probs = model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
+    if not is_finite(log_probs):
+        raise ModelError(
+            f"{batch.pairs[0].where}: the model's predictions for this batch are not finite.",
+            remedy="Its activations do not fit the dtype: try --dtype bfloat16 or float32.",
+        )
+    return log_probs
 
 
 def record_dense(

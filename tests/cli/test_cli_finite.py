@@ -1,0 +1,116 @@
+"""A NaN or an infinity anywhere ends in a sentence: at calibrate, plan, apply, load and eval."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import Yopo
+from safetensors.torch import load_file, save_file
+
+import yopo as package
+from yopo.calibration.prompts import load_processor
+from yopo.calibration.run import measure
+from yopo.calibration.sources import open_pairs
+from yopo.calibration.statistics import load_statistics
+from yopo.errors import DataError, ModelError
+from yopo.evaluation.fidelity import record_dense
+from yopo.families.registry import resolve
+from yopo.finite import first_layer_not_finite, is_finite
+from yopo.serving import load_dense
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def poisoned(source: Path, target: Path, part: str, value: float, dtype: torch.dtype) -> str:
+    """Copy a checkpoint with one value replaced; returns the tensor's name."""
+    shutil.copytree(source, target)
+    file = target / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    name = next(name for name in tensors if part in name)
+    flat = tensors[name].view(-1)
+    flat[len(flat) // 2] = value  # not among those that the fingerprint is made of
+    save_file(tensors, file, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+def test_one_value_is_seen(dtype: torch.dtype, value: float) -> None:
+    tensor = torch.full((3, 1001), 3.0, dtype=dtype)
+    tensor[0, 0] = torch.finfo(dtype).max
+    assert is_finite(tensor) and is_finite(tensor[:0]) and is_finite(tensor.long())
+    for place in (0, 17, 1000):
+        changed = tensor.clone()
+        changed[2, place] = value
+        assert not is_finite(changed) and first_layer_not_finite([tensor, changed]) == 2
+    assert first_layer_not_finite([tensor]) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "dtype"),
+    [
+        ("layers.1.mlp.up_proj", NAN, torch.float32),
+        ("lm_head", INFINITY, torch.bfloat16),
+        ("multi_modal_projector", -INFINITY, torch.float32),
+    ],
+)
+def test_weights(
+    yopo: Yopo, model: Path, plan: Path, tmp_path: Path, part: str, value: float, dtype: torch.dtype
+) -> None:
+    name = poisoned(model, tmp_path / "bad", part, value, dtype)
+    done = yopo("apply", plan, "--model", tmp_path / "bad")
+    assert done.is_sentence and f"tensor '{name}' holds values that are not finite" in done.err
+    for command in (("calibrate",), ("eval", plan)):
+        done = yopo(*command, "--model", tmp_path / "bad", "--samples", 2, "--max-new-tokens", 2)
+        assert done.is_sentence and part in done.err and "not finite" in done.err
+    assert not os.listdir()
+
+
+def test_weights_of_a_baked_checkpoint(yopo: Yopo, model: Path, plan: Path, tmp_path: Path) -> None:
+    assert yopo("apply", plan, "--model", model, "-o", "baked").code == 0
+    poisoned(Path("baked"), tmp_path / "bad", "layers.2.self_attn.o_proj", NAN, torch.float32)
+    with pytest.raises(ModelError, match="o_proj.weight' holds values that are not finite"):
+        package.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("part", "layer"), [("layers.1.mlp.gate_proj", 1), ("layers.2.self_attn.v_proj", 2)]
+)
+def test_activations_name_their_layer(model: Path, part: str, layer: int) -> None:
+    dense = load_dense(resolve(str(model)))
+    weight = next(each for name, each in dense.named_parameters() if part in name)
+    with torch.no_grad():
+        weight.view(-1)[0] = INFINITY
+    pairs = open_pairs("demo:calibration", samples=2, seed=0)
+    with pytest.raises(DataError, match=f"measured in layer {layer} is not finite"):
+        measure(dense, load_processor(str(model)), pairs, name="bad")
+
+
+def test_statistics(yopo: Yopo, calibrated: Path, tmp_path: Path) -> None:
+    good = load_statistics(calibrated / "stats.safetensors")
+    path = tmp_path / "bad.safetensors"
+    for each in fields(good):
+        tensor = getattr(good, each.name)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        changed = tensor.clone()
+        changed.view(-1)[-1] = NAN
+        path.write_bytes(replace(good, **{each.name: changed}).to_bytes())
+        done = yopo("plan", path, "--preset", "yopo-25")
+        assert done.is_sentence and "in layer 2 is not finite" in done.err and not os.listdir()
+
+
+def test_predictions(model: Path) -> None:
+    """Weights that are finite, and too large for what is made of them."""
+    dense = load_dense(resolve(str(model)))
+    with torch.no_grad():
+        weight = dense.get_output_embeddings().weight
+        weight.mul_(3e38 / weight.abs().max())
+    pairs = open_pairs("demo:calibration", samples=2, seed=0)
+    with pytest.raises(ModelError, match="pair 0: the model's predictions .* are not finite"):
+        record_dense(dense, load_processor(str(model)), pairs, batch_size=2, max_new_tokens=2)

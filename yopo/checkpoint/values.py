@@ -1,0 +1,60 @@
+"""A look at the values of a checkpoint's tensors while they are copied: none may be NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from yopo.checkpoint.headers import TensorEntry
+from yopo.errors import CheckpointError
+from yopo.finite import is_finite
+
+CHUNK = 4 << 20
+"""Bytes that are looked at together; larger ones would leave the processor's cache."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class FiniteCheck:
+    """Looks through tensors of one shard, always in the same piece of memory.
+
+    Args:
+        path: The shard's file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._piece = bytearray(CHUNK)
+
+    def check(self, entries: Iterable[TensorEntry]) -> None:
+        """Read tensors and refuse the first that is not finite; what is no float passes.
+
+        Raises:
+            CheckpointError: Names the tensor.
+        """
+        with self._path.open("rb", buffering=0) as file:
+            for entry in entries:
+                if entry.dtype not in _DTYPES:
+                    continue
+                file.seek(entry.start)
+                left = entry.num_bytes
+                while left:
+                    piece = memoryview(self._piece)[: min(CHUNK, left)]
+                    count = file.readinto(piece)
+                    if count != len(piece):
+                        raise CheckpointError(f"{self._path}: became shorter while it was read.")
+                    if not is_finite(torch.frombuffer(piece, dtype=_DTYPES[entry.dtype])):
+                        raise CheckpointError(
+                            f"{self._path}: tensor '{entry.name}' holds values that are not finite "
+                            "(NaN or infinity).",
+                            remedy="The checkpoint is damaged, or its training diverged; no plan "
+                            "mends that.",
+                        )
+                    left -= count
