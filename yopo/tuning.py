@@ -125,6 +125,7 @@ class Session:
         self.options, self.effort = options, effort
         source = resolve(model_name)
         self._pairs = open_demo_or(options, source.name, "calibration")
+        self.processor = load_processor(str(fetch(source)))
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,
@@ -135,7 +136,6 @@ class Session:
         if sets_aside:
             self._check_enough_for_a_tolerance()
         warn_if_few(self.split)
-        self.processor = load_processor(str(fetch(source)))
         self.model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
         about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
         if self._pairs.digest:
