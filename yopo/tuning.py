@@ -15,7 +15,7 @@ from yopo.calibration.pairs import Pairs
 from yopo.calibration.prompts import Batch, batches, encode_for, load_processor
 from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
-from yopo.calibration.split import MIN_FITTED, describe, pick, split_pairs, warn_if_few
+from yopo.calibration.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
 from yopo.calibration.statistics import Statistics
 from yopo.checkpoint.reader import fetch
 from yopo.console import note, warn
@@ -133,8 +133,8 @@ class Session:
             held_out=effort.measure_pairs if compares else 0,
             aside=MAX_ASIDE if sets_aside else 0,
         )
-        if sets_aside:
-            self._check_enough_for_a_tolerance()
+        if sets_aside and not self.split.aside:
+            raise _too_few(self.split, "to set some aside for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
         self.model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
         about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
@@ -152,19 +152,11 @@ class Session:
         )
         self.fitter = Fitter(self.model, self._encoded)
 
-    def _check_enough_for_a_tolerance(self) -> None:
-        if not (self.split.aside and self.split.held_out and self.split.can_fit):
-            raise DataError(
-                f"{describe(self.split)}: too few to set some aside for a tolerance, "
-                "expected at least 8 of different images.",
-                remedy="Give more pairs (--data, --samples), or a --budget.",
-            )
-
     def make(self, wishes: Wishes, tried: Sequence[Worth] = ()) -> Calibrated:
         """Make one plan; ``tried``: measure allocations by these worths alone.
 
-        With too few pairs to fit weights on, the plan keeps the original ones; with too few to
-        hold any out, it has the default shape, and nothing is measured.
+        With too few pairs to hold any out nothing is fitted: the plan for a budget then has the
+        default shape and the original weights, unmeasured.
 
         Raises:
             PlanError: The wishes cannot be met.
@@ -172,9 +164,9 @@ class Session:
         """
         wishes = self._with_few_pairs(self._in_flops(wishes))
         judge = self.kl if wishes.budget is not None and self.split.held_out else None
-        fitter = self.fitter if self.split.can_fit else None
-        planner = Planner(self.statistics, wishes, judge, fitter, tried)
-        plan, tensors, candidates = planner.make()
+        plan, tensors, candidates = Planner(
+            self.statistics, wishes, judge, self.fitter, tried
+        ).make()
         plan = replace(plan, provenance={**plan.provenance, "split": self.split.summary})
         return Calibrated(plan, tensors, self.statistics, candidates)
 
@@ -184,25 +176,22 @@ class Session:
         Raises:
             DataError: A fit or a search is asked for, and there are too few pairs.
         """
-        split, about = self.split, describe(self.split)
-        remedy = "Give more pairs (--data, --samples)."
-        is_compared = wishes.budget is not None
-        if wishes.compensation == "refit" and not split.can_fit:
-            raise DataError(
-                f"{about}: {len(split.fit)} of them to fit visual weights on, expected at least "
-                f"{MIN_FITTED}.",
-                remedy=remedy,
-            )
-        if is_compared and wishes.search and not split.held_out:
-            raise DataError(
-                f"{about}: none is left to compare plans on in a search.", remedy=remedy
-            )
-        if not is_compared or split.can_fit or wishes.compensation is not None:
+        split = self.split
+        can_fit = len(split.fit) >= MIN_SIDE
+        if wishes.budget is not None:
+            can_fit = bool(split.held_out)
+        if can_fit:
             return wishes
-        warn(f"{about}: too few to fit weights on, so the plan keeps the original ones.")
-        if not split.held_out:
-            warn("None is left to compare plans on: the plan has the default shape, unmeasured.")
-        return replace(wishes, compensation="none")
+        if wishes.compensation == "refit" or wishes.search:
+            what = "to search" if wishes.search else "to fit visual weights"
+            raise _too_few(split, what, MIN_SIDE if wishes.budget is None else 2 * MIN_SIDE)
+        if wishes.budget is None:
+            return wishes
+        warn(
+            f"{describe(split)}: too few to hold any out, so nothing is fitted or compared: the "
+            "plan has the default shape and the original weights."
+        )
+        return replace(wishes, compensation=wishes.compensation or "none")
 
     def _in_flops(self, wishes: Wishes) -> Wishes:
         """The wishes with a budget in milliseconds, if that is what they are, as one in FLOPs."""
@@ -322,6 +311,13 @@ def _around(worth: Worth | None) -> tuple[Worth, ...]:
         return ()
     rates = (worth.rate, worth.rate * FACTOR, worth.rate / FACTOR)
     return tuple(replace(worth, rate=rate) for rate in rates)
+
+
+def _too_few(split: Split, what: str, least: int) -> DataError:
+    return DataError(
+        f"{describe(split)}: too few {what}, expected at least {least} of different images.",
+        remedy="Give more pairs (--data, --samples).",
+    )
 
 
 def _tell(plan: Plan, asked: float, agreement: float, pairs: int) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from yopo.calibration.pairs import ImageRef, Pair
 from yopo.calibration.split import (
     FEW,
-    MIN_FITTED,
+    MIN_SIDE,
     group_by_image,
     image_digest,
     pick,
@@ -31,8 +31,8 @@ def different(count: int) -> list[Pair]:
     return [pair(f"image {number}".encode()) for number in range(count)]
 
 
-SIZES = {1: (1, 0, 0), 2: (1, 1, 0), 4: (2, 2, 0), 8: (4, 4, 0), 32: (24, 8, 0), 256: (192, 64, 0)}
-WITH_ASIDE = {8: (4, 2, 2), 32: (16, 8, 8), 256: (128, 64, 64), 2048: (1728, 64, 256)}
+SIZES = {1: (1, 0), 8: (8, 0), 15: (15, 0), 16: (8, 8), 32: (24, 8), 256: (192, 64)}
+WITH_ASIDE = {16: (16, 0, 0), 24: (8, 8, 8), 256: (128, 64, 64), 2048: (1728, 64, 256)}
 
 
 @pytest.mark.parametrize("aside", [False, True])
@@ -40,11 +40,11 @@ def test_the_sides_are_disjoint_and_sane(aside: bool) -> None:
     for total, sizes in (WITH_ASIDE if aside else SIZES).items():
         wanted = {"fit": 256, "held_out": 64, "aside": 256 if aside else 0}
         found = split_pairs(different(total), seed=0, **wanted)
-        assert (len(found.statistics), len(found.held_out), len(found.aside)) == sizes
+        assert tuple(map(len, (found.statistics, found.held_out, found.aside))) == (*sizes, 0)[:3]
         assert found.fit <= found.statistics and len(found.fit) == min(256, sizes[0])
         sides = (found.statistics, found.held_out, found.aside)
         assert sum(map(len, sides)) == total and frozenset().union(*sides) == set(range(total))
-        assert found.can_fit == (sizes[0] >= MIN_FITTED)
+        assert not found.held_out or min(len(found.fit), len(found.held_out)) >= MIN_SIDE
 
 
 def test_all_pairs_are_measured_where_nothing_is_compared() -> None:

@@ -20,11 +20,8 @@ from yopo.console import warn
 FEW = 32
 """Pairs below which a warning is given."""
 
-MIN_FITTED = 4
-"""Pairs below which no weights are fitted."""
-
-MIN_HELD_OUT = 8
-"""Pairs that are held out where a quarter would be fewer; half of the pairs if there are fewer."""
+MIN_SIDE = 8
+"""Pairs that fitting, comparing and a tolerance need each: what fewer say of plans is chance."""
 
 Group = list[int]
 """Numbers of pairs that have to stay together."""
@@ -37,8 +34,9 @@ class Split:
     Attributes:
         statistics: Scores and means are taken from these.
         fit: Visual weights are fitted on these: some or all of ``statistics``.
-        held_out: Candidate plans are compared on these, and nothing else is done with them.
-        aside: A tolerance is met on these, and nothing else is done with them.
+        held_out: Candidate plans are compared on these, and nothing else is done with them. Empty
+            if that is not wanted, or there are too few pairs.
+        aside: A tolerance is met on these, and nothing else is done with them; as ``held_out``.
         total: Pairs of the source.
         images: Pairs that share an image count once here.
     """
@@ -49,11 +47,6 @@ class Split:
     aside: frozenset[int]
     total: int
     images: int
-
-    @property
-    def can_fit(self) -> bool:
-        """Whether there are enough pairs to fit weights on."""
-        return len(self.fit) >= MIN_FITTED
 
     @property
     def summary(self) -> dict[str, int]:
@@ -68,8 +61,9 @@ def split_pairs(
 ) -> Split:
     """Divide pairs, at random but always alike for a seed.
 
-    Held-out pairs and pairs aside are a quarter of all each, but at least ``MIN_HELD_OUT``, or an
-    equal part of too few for that; and never more than is asked for.
+    Held-out pairs and pairs aside are a quarter of all each, but at least ``MIN_SIDE``, and never
+    more than is asked for. If that leaves less than ``MIN_SIDE`` to any purpose, nothing is held
+    out or set aside.
 
     Args:
         pairs: Read once; images are digested, not decoded.
@@ -82,15 +76,18 @@ def split_pairs(
         DataError: A pair or its image cannot be read.
     """
     groups = group_by_image(pairs)
-    total, images = sum(map(len, groups)), len(groups)
-    parts = 1 + bool(held_out) + bool(aside)
-    share = max(total // 4, min(MIN_HELD_OUT, total // parts))
     random.Random(seed).shuffle(groups)
-    apart, groups = _take(groups, min(aside, share))
-    judged, groups = _take(groups, min(held_out, share))
-    rest = [number for group in groups for number in group]
+    everything = [number for group in groups for number in group]
+    total = len(everything)
+    share = max(total // 4, MIN_SIDE)
+    apart, left = _take(groups, min(aside, share))
+    judged, left = _take(left, min(held_out, share))
+    rest = [number for group in left for number in group]
+    needed = [rest] + [judged] * bool(held_out) + [apart] * bool(aside)
+    if min(map(len, needed)) < MIN_SIDE:
+        rest, judged, apart = everything, [], []
     sides = (frozenset(numbers) for numbers in (rest, rest[:fit], judged, apart))
-    return Split(*sides, total, images)
+    return Split(*sides, total, len(groups))
 
 
 def pick(pairs: Iterable[Pair], numbers: frozenset[int]) -> Iterator[Pair]:

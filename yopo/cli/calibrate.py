@@ -59,7 +59,7 @@ def _named(output: str, budget: float | None) -> str:
 )
 @click.option(
     "--measure-pairs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=8),
     metavar="N",
     default=64,
     show_default=True,
@@ -67,7 +67,7 @@ def _named(output: str, budget: float | None) -> str:
 )
 @click.option(
     "--fit-pairs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=8),
     metavar="N",
     default=256,
     show_default=True,
