@@ -99,6 +99,11 @@ def accept(config: PreTrainedConfig) -> None:
     """Refuse nothing."""
 
 
+def never(config: PreTrainedConfig) -> bool:
+    """The rows of an image follow one another."""
+    return False
+
+
 def no_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of processors that know by themselves what they need."""
     return {}
@@ -120,6 +125,7 @@ class Family:
         originals: ``model_type`` of checkpoints that ``yopo convert`` makes ones of this family of.
         check_vision: Raises a ``ModelError`` for a configuration whose visual tokens cannot be
             located.
+        ends_rows: Whether the rows of an image end with tokens of their own.
         processor_settings: What the processor must know of the model, by its attributes' names.
     """
 
@@ -133,6 +139,7 @@ class Family:
     noise: NoiseOf = square_noise
     originals: tuple[str, ...] = ()
     check_vision: Callable[[PreTrainedConfig], None] = accept
+    ends_rows: Callable[[PreTrainedConfig], bool] = never
     processor_settings: Callable[[PreTrainedConfig], dict[str, Any]] = no_settings
 
     def backbone(self, config: PreTrainedConfig) -> Backbone:

@@ -24,6 +24,7 @@ from yopo.families.family import (
 from yopo.families.towers import (
     check_tower,
     class_tokens,
+    ends_rows,
     patch_grid,
     patch_sides,
     processor_settings,
@@ -85,5 +86,6 @@ LLAVA = Family(
     grids_of=grids_of,
     noise=noise,
     check_vision=check_tower,
+    ends_rows=ends_rows,
     processor_settings=processor_settings,
 )

@@ -97,5 +97,6 @@ LLAVA_NEXT = Family(
     grids_of=grids_of,
     noise=noise,
     check_vision=check_vision,
+    ends_rows=lambda config: True,
     processor_settings=processor_settings,
 )

@@ -54,6 +54,11 @@ def tower_of(config: PreTrainedConfig) -> Tower:
     return TOWERS[found]
 
 
+def ends_rows(config: PreTrainedConfig) -> bool:
+    """Whether the prompt tells where a row of an image ends, as it must where they have sizes."""
+    return TOWERS.get(config.vision_config.model_type, Tower()).keeps_sizes
+
+
 def check_tower(config: PreTrainedConfig) -> None:
     """Refuse a model whose visual tokens are no whole image.
 
