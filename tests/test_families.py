@@ -53,7 +53,7 @@ def test_llavas_grids_come_from_its_tower() -> None:
         (Grid(24, 24),) * 2,
     ]
     config.vision_feature_select_strategy = "full"
-    assert LLAVA.grids_of(config, [[(7, 577)]], {}) == [(Grid(1, 577),)]
+    assert LLAVA.grids_of(config, [[(7, 577)]], {}) == [(Grid(1, 1), Grid(24, 24))]
     with pytest.raises(ModelError, match="576 visual tokens are not a whole number of images"):
         LLAVA.grids_of(config, [[(7, 576)]], {})
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 
 from yopo import __version__
 from yopo.calibration.pairs import Pairs
 from yopo.calibration.prompts import Batch, batches, encode_for, load_processor
 from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
+from yopo.calibration.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
 from yopo.calibration.statistics import Statistics
 from yopo.checkpoint.reader import fetch
-from yopo.console import note
+from yopo.console import note, warn
 from yopo.demo import demo_data
 from yopo.errors import DataError, PlanError
 from yopo.evaluation.costs import read_costs
@@ -40,7 +40,7 @@ PRECISION = 1.15
 """Ratio of two budgets between which a tolerance looks no closer."""
 
 MAX_ASIDE = 256
-"""Pairs set aside for a tolerance at most; a quarter of all if that is less."""
+"""Pairs set aside for a tolerance at most."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Effort:
 
     Attributes:
         queries: Which queries head activity sums over.
-        measure_pairs: Calibration pairs on which candidate plans are compared.
-        fit_pairs: Calibration pairs on which visual weights are fitted.
+        measure_pairs: Calibration pairs that are held out to compare candidate plans on, at most;
+            never more than a quarter (see ``split_pairs``).
+        fit_pairs: Of the others, those on which visual weights are fitted, at most.
         costs: What `yopo bench --json` printed, for a budget in milliseconds.
     """
 
@@ -102,55 +103,95 @@ class Session:
         options: Data and how to run it.
         effort: On what plans are measured and fitted.
         sets_aside: Whether a quarter of the pairs is kept out of everything but ``agreement``.
+        compares: Whether pairs are held out to compare plans on. Without it ``make`` knows no
+            budget, and all pairs are measured.
+
+    Attributes:
+        split: Which pairs serve which purpose.
 
     Raises:
         YopoError: Unknown model, unreadable data, ...
     """
 
     def __init__(
-        self, model_name: str, options: RunOptions, effort: Effort, *, sets_aside: bool = False
+        self,
+        model_name: str,
+        options: RunOptions,
+        effort: Effort,
+        *,
+        sets_aside: bool = False,
+        compares: bool = True,
     ):
         self.options, self.effort = options, effort
         source = resolve(model_name)
         self._pairs = open_demo_or(options, source.name, "calibration")
-        self._aside = self._count_aside() if sets_aside else 0
         self.processor = load_processor(str(fetch(source)))
+        self.split = split_pairs(
+            self._pairs,
+            seed=options.seed,
+            fit=effort.fit_pairs,
+            held_out=effort.measure_pairs if compares else 0,
+            aside=MAX_ASIDE if sets_aside else 0,
+        )
+        if sets_aside and not self.split.aside:
+            raise _too_few(self.split, "to set some aside for a tolerance", 3 * MIN_SIDE)
+        warn_if_few(self.split)
         self.model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
         about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
-        total = self._pairs.total
         self.statistics = measure(
             self.model,
             self.processor,
-            islice(self._pairs, self._aside, None),
+            pick(self._pairs, self.split.statistics),
             name=source.name,
-            total=None if total is None else total - self._aside,
+            total=len(self.split.statistics),
             batch_size=options.batch_size,
             queries=effort.queries,
             provenance=about,
         )
         self.fitter = Fitter(self.model, self._encoded)
 
-    def _count_aside(self) -> int:
-        total = self._pairs.total or sum(1 for _ in self._pairs)
-        if total < 4:
-            raise DataError(
-                f"{total} pairs are too few to set some aside for a tolerance, expected at least 4."
-            )
-        return min(total // 4, MAX_ASIDE)
-
     def make(self, wishes: Wishes, tried: Sequence[Worth] = ()) -> Calibrated:
         """Make one plan; ``tried``: measure allocations by these worths alone.
 
+        With too few pairs to hold any out nothing is fitted: the plan for a budget then has the
+        default shape and the original weights, unmeasured.
+
         Raises:
             PlanError: The wishes cannot be met.
+            DataError: They cannot be met with so few pairs.
         """
-        wishes = self._in_flops(wishes)
-        judge = None if wishes.budget is None else self.kl
-        planner = Planner(self.statistics, wishes, judge, self.fitter, tried)
-        plan, tensors, candidates = planner.make()
+        wishes = self._with_few_pairs(self._in_flops(wishes))
+        judge = self.kl if wishes.budget is not None and self.split.held_out else None
+        plan, tensors, candidates = Planner(
+            self.statistics, wishes, judge, self.fitter, tried
+        ).make()
+        plan = replace(plan, provenance={**plan.provenance, "split": self.split.summary})
         return Calibrated(plan, tensors, self.statistics, candidates)
+
+    def _with_few_pairs(self, wishes: Wishes) -> Wishes:
+        """The wishes as the number of pairs allows them.
+
+        Raises:
+            DataError: A fit or a search is asked for, and there are too few pairs.
+        """
+        split = self.split
+        can_fit = len(split.fit) >= MIN_SIDE
+        if wishes.budget is not None:
+            can_fit = bool(split.held_out)
+        if can_fit:
+            return wishes
+        if wishes.compensation == "refit" or wishes.search:
+            what = "to search" if wishes.search else "to fit visual weights"
+            raise _too_few(split, what, MIN_SIDE if wishes.budget is None else 2 * MIN_SIDE)
+        if wishes.budget is None:
+            return wishes
+        warn(
+            f"{describe(split)}: too few to hold any out, so nothing is fitted or compared: the "
+            "plan has the default shape and the original weights."
+        )
+        return replace(wishes, compensation=wishes.compensation or "none")
 
     def _in_flops(self, wishes: Wishes) -> Wishes:
         """The wishes with a budget in milliseconds, if that is what they are, as one in FLOPs."""
@@ -164,7 +205,7 @@ class Session:
         return replace(wishes, budget=budget, milliseconds=None)
 
     def kl(self, plan: Plan, tensors: PlanTensors) -> float:
-        """Logit KL of a plan to the dense model on the measured pairs."""
+        """Logit KL of a plan to the dense model on the held-out pairs."""
         return self._compare(plan, tensors, self._judged).kl
 
     def agreement(self, plan: Plan, tensors: PlanTensors) -> float:
@@ -212,6 +253,7 @@ class Session:
         statistics = self.statistics
         plan = full_plan(statistics.model, statistics.workload)
         provenance = {"yopo": __version__, **statistics.provenance, "shape": "everything is kept"}
+        provenance["split"] = self.split.summary
         plan = replace(
             plan, budget=Budget(None, 1.0), measured=statistics.measured, provenance=provenance
         )
@@ -223,27 +265,25 @@ class Session:
 
     @cached_property
     def _judged(self) -> list[Recorded]:
-        return self._record(self._aside, self._aside + self.effort.measure_pairs)
+        return self._record(self.split.held_out)
 
     @cached_property
     def _set_aside(self) -> list[Recorded]:
-        return self._record(0, self._aside)
+        return self._record(self.split.aside)
 
-    def _record(self, start: int, stop: int) -> list[Recorded]:
-        total = min(stop, self._pairs.total or stop) - start
+    def _record(self, numbers: frozenset[int]) -> list[Recorded]:
         return record_dense(
             self.model,
             self.processor,
-            islice(self._pairs, start, stop),
+            pick(self._pairs, numbers),
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
-            total=total,
+            total=len(numbers),
         )
 
     def _encoded(self) -> list[Batch]:
         """The prompts that visual weights are fitted on."""
-        pairs = islice(self._pairs, self._aside, self._aside + self.effort.fit_pairs)
-        groups = batches(pairs, self.options.batch_size)
+        groups = batches(pick(self._pairs, self.split.fit), self.options.batch_size)
         return [encode_for(self.model, self.processor, group) for group in groups]
 
 
@@ -271,6 +311,13 @@ def _around(worth: Worth | None) -> tuple[Worth, ...]:
         return ()
     rates = (worth.rate, worth.rate * FACTOR, worth.rate / FACTOR)
     return tuple(replace(worth, rate=rate) for rate in rates)
+
+
+def _too_few(split: Split, what: str, least: int) -> DataError:
+    return DataError(
+        f"{describe(split)}: too few {what}, expected at least {least} of different images.",
+        remedy="Give more pairs (--data, --samples).",
+    )
 
 
 def _tell(plan: Plan, asked: float, agreement: float, pairs: int) -> None:

@@ -37,7 +37,10 @@ def calibrate(
         YopoError: Unknown model, unreadable data, wishes that cannot be met, ...
     """
     sets_aside = wishes.tolerance is not None
-    session = Session(model_name, options, effort or Effort(), sets_aside=sets_aside)
+    compares = sets_aside or wishes.budget is not None or wishes.milliseconds is not None
+    session = Session(
+        model_name, options, effort or Effort(), sets_aside=sets_aside, compares=compares
+    )
     return session.within(wishes) if sets_aside else session.make(wishes)
 
 

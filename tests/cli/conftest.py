@@ -26,8 +26,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve demo pairs as files: the path of pairs.jsonl; tests only read it."""
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "demo", "calibration", 12)
+    """Forty demo pairs as files: the path of pairs.jsonl; tests only read it."""
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "demo", "calibration", 40)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> 
     )
     assert (done.code, done.out) == (0, "")
     assert re.fullmatch(
-        r"s.safetensors: statistics of 6 pairs\.\n"
+        r"s.safetensors: statistics of 32 pairs\.\n"
         r"p.yaml: visual budget [\d.]+ %, prefill FLOPs [\d.]+ %\.\n",
         done.err,
     )

@@ -23,7 +23,7 @@ SPECIAL = {
     93: "<img>",
     94: "</img>",
 }
-FAST = ("--samples", 6, "--batch-size", 3, "--measure-pairs", 2, "--max-new-tokens", 2)
+FAST = ("--samples", 16, "--batch-size", 3, "--measure-pairs", 8, "--max-new-tokens", 2)
 
 
 def write_tokenizer(folder: Path) -> None:

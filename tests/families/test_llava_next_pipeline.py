@@ -26,7 +26,7 @@ from yopo.cli.main import main
 from yopo.demo.build import build_processor
 from yopo.plan_file import read_plan
 
-FAST = ("--samples", 6, "--batch-size", 3, "--measure-pairs", 2, "--max-new-tokens", 2)
+FAST = ("--samples", 16, "--batch-size", 3, "--measure-pairs", 8, "--max-new-tokens", 2)
 
 
 def save_model(path: Path) -> None:

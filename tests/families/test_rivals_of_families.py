@@ -33,7 +33,7 @@ NOTHING = (
 
 
 def pools(specimen: Specimen) -> bool:
-    return not hasattr(specimen.model.base_model, "image_newline")
+    return not specimen.family.ends_rows(specimen.model.config)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

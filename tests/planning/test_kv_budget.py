@@ -40,6 +40,15 @@ def test_allocations_keep_both_and_spend_the_scarce_one(kv_heads: int) -> None:
     assert limited(1.0, kv_heads).allocate() == free.allocate()
 
 
+def test_less_than_one_kv_head_is_known_without_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = 1 / (LAYERS * 4)
+    kept = limited(1.001 * one, 4).allocate()
+    assert sum(bool(layer.heads) for layer in kept) == 1
+    allocator = limited(0.999 * one, 4)
+    monkeypatch.setattr(allocator, "_layers", None)  # no price is tried
+    assert allocator.allocate() is None
+
+
 def test_the_heads_that_are_left_are_those_that_read_most() -> None:
     """With nothing but reading to lose, a KV budget is a threshold on what reading is worth."""
     statistics = make_statistics()

@@ -236,6 +236,8 @@ def test_candidates() -> None:
     lines = text_of(candidate_table(rows), 60)
     assert lines[-2].split() == [">", "reader", "mean", "25.0", "%", "0.0123"]
     assert lines[-1].split() == ["paper", "none", "20.0", "%", "not", "measured"]
+    assert "held-out" not in text_of(candidate_table(rows), 90)[-3]
+    assert text_of(candidate_table(rows, 64), 90)[-3].endswith("logit KL on 64 held-out pairs")
 
 
 def test_json_is_plain_and_complete() -> None:

@@ -37,7 +37,7 @@ def run_study(path: Path) -> ModuleType:
         calibration="demo:calibration",
         heldout="demo:heldout",
         kind=None,
-        samples=8,
+        samples=16,
         pairs=6,
         seeds=[0],
         budgets=[0.3],

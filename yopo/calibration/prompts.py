@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yopo.calibration.pairs import Pair
+from yopo.calibration.processor_settings import settle
 from yopo.calibration.rows import without_placeholders
 from yopo.errors import DataError, ModelError
 from yopo.hub import probe
@@ -59,7 +60,8 @@ def load_processor(location: str, revision: str | None = None) -> ProcessorMixin
         revision: Hub revision, or None.
 
     Raises:
-        ModelError: It cannot be reached, needs a missing package, or has no image half.
+        ModelError: It cannot be reached, needs a missing package, has no image half, or does not
+            say what it must know of the model (see ``settle``).
     """
     from transformers import AutoProcessor
 
@@ -90,6 +92,7 @@ def load_processor(location: str, revision: str | None = None) -> ProcessorMixin
         )
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    settle(processor, location, **options)
     return processor
 
 

@@ -24,9 +24,10 @@ def identify(model: PreTrainedModel, name: str) -> ModelIdentity:
     """Identity of a dense model in memory; ``name`` is what the user calls it.
 
     Raises:
-        ModelError: No registered family, or an unsupported text decoder.
+        ModelError: No registered family, or an unsupported text decoder or vision tower.
     """
     family = family_of(model.config)
+    family.check_vision(model.config)
     family.backbone(model.config)
     fingerprint = fingerprint_of_decoder(model.get_decoder())
     return ModelIdentity(name, family.name, shape_of(model.config), fingerprint)

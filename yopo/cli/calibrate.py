@@ -59,19 +59,19 @@ def _named(output: str, budget: float | None) -> str:
 )
 @click.option(
     "--measure-pairs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=8),
     metavar="N",
     default=64,
     show_default=True,
-    help="Pairs on which plan shapes are compared.",
+    help="Pairs held out to compare plans on: at most a quarter, and nothing is fitted on them.",
 )
 @click.option(
     "--fit-pairs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=8),
     metavar="N",
     default=256,
     show_default=True,
-    help="Pairs on which visual weights are fitted.",
+    help="Of the others, pairs on which visual weights are fitted, at most.",
 )
 @click.option(
     "-o",

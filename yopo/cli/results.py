@@ -51,7 +51,8 @@ def save(made: Calibrated, output: str, *, stats: Path | None, force: bool) -> N
 def _show_candidates(plan: Plan) -> None:
     from yopo.report.tables import candidate_table
 
-    show(candidate_table(plan.provenance["candidates"]))
+    split = plan.provenance.get("split", {})
+    show(candidate_table(plan.provenance["candidates"], split.get("held_out")))
 
 
 def _written(plan: Plan, output: str) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from yopo.errors import ModelError
 from yopo.grid import Grid
@@ -95,6 +95,20 @@ def square_noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generato
     return grid.tokens, {"pixel_values": torch.randn(shape, generator=generator)}
 
 
+def accept(config: PreTrainedConfig) -> None:
+    """Refuse nothing."""
+
+
+def never(config: PreTrainedConfig) -> bool:
+    """The rows of an image follow one another."""
+    return False
+
+
+def no_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings of processors that know by themselves what they need."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One multimodal model family.
@@ -109,6 +123,10 @@ class Family:
         token_ids: Ids of the placeholder tokens that images and, second, video frames replace.
         noise: Makes an image of noise, to try a checkpoint without a processor.
         originals: ``model_type`` of checkpoints that ``yopo convert`` makes ones of this family of.
+        check_vision: Raises a ``ModelError`` for a configuration whose visual tokens cannot be
+            located.
+        ends_rows: Whether the rows of an image end with tokens of their own.
+        processor_settings: What the processor must know of the model, by its attributes' names.
     """
 
     name: str
@@ -120,6 +138,9 @@ class Family:
     token_ids: Callable[[PreTrainedConfig], tuple[int, ...]] = image_token
     noise: NoiseOf = square_noise
     originals: tuple[str, ...] = ()
+    check_vision: Callable[[PreTrainedConfig], None] = accept
+    ends_rows: Callable[[PreTrainedConfig], bool] = never
+    processor_settings: Callable[[PreTrainedConfig], dict[str, Any]] = no_settings
 
     def backbone(self, config: PreTrainedConfig) -> Backbone:
         """The backbone of a model of this family.
@@ -162,27 +183,27 @@ def square_grids(counts: Sequence[int], tokens_per_image: int) -> list[tuple[Gri
     return equal_grids(counts, Grid(side, side))
 
 
-def equal_grids(counts: Sequence[int], grid: Grid) -> list[tuple[Grid, ...]]:
-    """Grids of rows that hold whole images of one grid.
+def equal_grids(counts: Sequence[int], *image: Grid) -> list[tuple[Grid, ...]]:
+    """Grids of rows that hold whole images of one size.
 
     Args:
         counts: Visual tokens per batch row.
-        grid: Every image's grid.
+        image: Every image's grid, or grids.
 
     Raises:
         ModelError: A count is no multiple of the image's tokens: the prompt was cut inside an
             image (chunked prefill), or the processor and the model disagree.
     """
-    rows = []
+    rows, tokens = [], sum(grid.tokens for grid in image)
     for count in counts:
-        images, rest = divmod(count, grid.tokens)
+        images, rest = divmod(count, tokens)
         if rest:
             raise ModelError(
-                f"{count} visual tokens are not a whole number of images of {grid.tokens}.",
+                f"{count} visual tokens are not a whole number of images of {tokens}.",
                 remedy="Prefill the prompt in one piece (no prefill_chunk_size), and check that "
                 "the processor's patch_size and vision_feature_select_strategy are the model's.",
             )
-        rows.append((grid,) * images)
+        rows.append(image * images)
     return rows
 
 

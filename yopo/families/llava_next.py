@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from yopo.errors import ModelError
 from yopo.families.family import Backbone, Family, ImageInfo, Noise, Run, deal_images
+from yopo.families.towers import check_tower, class_tokens, processor_settings, square, tower_of
 from yopo.grid import Grid
 
 if TYPE_CHECKING:
@@ -44,14 +45,32 @@ def image_grids(config: PreTrainedConfig, size: list[int]) -> tuple[Grid, Grid]:
     )
 
     tile, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
-    side = tile // config.vision_config.patch_size
-    base = Grid(side, side)
+    base = square(config)
+    side = base.rows
     if image_size_to_num_patches(size, pinpoints, tile) == 1:  # the base alone, and a newline
         return base, Grid(1, 1)
     tile_rows, tile_cols = get_anyres_image_grid_shape(size, pinpoints, tile)
     canvas = torch.empty(0, tile_rows * side, tile_cols * side)
     _, height, width = unpad_image(canvas, size).shape
     return base, Grid(height, width + 1)
+
+
+def check_vision(config: PreTrainedConfig) -> None:
+    """Refuse towers whose tokens cannot be laid out as tiles.
+
+    Raises:
+        ModelError: The tower is not known, keeps the sizes of images, or a class token is kept.
+    """
+    check_tower(config)
+    found = config.vision_config.model_type
+    if tower_of(config).keeps_sizes:
+        raise ModelError(f"LLaVA-NeXT cuts images into tiles of one size, which {found} has not.")
+    if class_tokens(config):
+        raise ModelError(
+            f"LLaVA-NeXT lays the patches of its tiles out as one picture, but with "
+            f"vision_feature_select_strategy 'full' every tile of {found} has a class token more.",
+            remedy="Say 'default' in config.json if the model was trained so.",
+        )
 
 
 def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
@@ -77,4 +96,7 @@ LLAVA_NEXT = Family(
     },
     grids_of=grids_of,
     noise=noise,
+    check_vision=check_vision,
+    ends_rows=lambda config: True,
+    processor_settings=processor_settings,
 )

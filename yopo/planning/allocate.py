@@ -154,6 +154,9 @@ class Allocator:
 
     def allocate(self) -> Layers | None:
         """Layers within the budgets; None if nothing that reads fits."""
+        least = (LayerPlan((0,), attend=False, radius=None, neurons=0),)
+        if not self.shaper.keeps_kv(least):  # not one KV head; no price would tell sooner
+            return None
         best = self._at_kv_price(0.0)
         if best is not None and not self.shaper.keeps_kv(best):
             best = self._within_kv()

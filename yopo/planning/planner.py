@@ -27,7 +27,7 @@ DEFAULT_SHAPE = "reader-heads"
 """What a budget means when nothing can be measured (no model at hand)."""
 
 Measure = Callable[[Plan, PlanTensors], float]
-"""Logit KL of a plan to the dense model on some calibration pairs."""
+"""Logit KL of a plan to the dense model on pairs that nothing was fitted on."""
 
 
 @dataclass(frozen=True)

@@ -146,18 +146,22 @@ def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
         yield members[0][0], members[-1][0], members[0][1]
 
 
-def candidate_table(candidates: list[dict[str, object]]) -> RenderableType:
+def candidate_table(
+    candidates: list[dict[str, object]], held_out: int | None = None
+) -> RenderableType:
     """The plan shapes that were compared, best first, the chosen one marked.
 
     Args:
         candidates: What a plan's provenance says: shape, compensation, budget, kl.
+        held_out: On how many pairs the KL was measured that nothing was fitted on, if known.
     """
     table = plain_table()
     table.add_column("")
     table.add_column("shape")
     table.add_column("compensation")
     table.add_column("visual budget", justify="right")
-    table.add_column("logit KL", justify="right")
+    where = f" on {held_out} held-out pairs" if held_out else ""
+    table.add_column(f"logit KL{where}", justify="right")
     for rank, each in enumerate(candidates):
         kl = "not measured" if each["kl"] is None else f"{each['kl']:.3g}"
         cells = (str(each["shape"]), str(each["compensation"]), units.share(each["budget"]), kl)

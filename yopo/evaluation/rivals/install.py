@@ -67,9 +67,9 @@ def rival(
         check_model(model, plan, check=False)
     elif setting.name == "masked":
         raise PlanError("The masked rival simulates a plan.", remedy="Give one.")
-    if setting.name == "downsample" and hasattr(model.base_model, "image_newline"):
+    if setting.name == "downsample" and family.ends_rows(model.config):
         raise ModelError(
-            f"{family.name} ends image rows with newline tokens, which downsampling would blur.",
+            f"{family.name} ends image rows with newline tokens, which downsampling cannot place.",
             remedy="Compare with vtw and fastv.",
         )
     if setting.name == "masked":
