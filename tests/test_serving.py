@@ -5,18 +5,20 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import PICTURE, Subject
 from transformers import AutoModelForImageTextToText
 
 import yopo
 from yopo.checkpoint.bake import bake
-from yopo.errors import CheckpointError, ModelError
+from yopo.errors import CheckpointError, ModelError, YopoError
 from yopo.families.registry import resolve
 from yopo.runtime.install import pruned
 from yopo.serving import load_dense, torch_dtype
@@ -33,6 +35,13 @@ def baked(request: pytest.FixtureRequest, subject: Subject, tmp_path_factory):
     plan, tensors = subject.random_plan(7, compensation="mean", baked=False)
     bake(plan, tensors, folder / "source", folder / "out")
     return folder / "out", plan, tensors, subject
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of a single-file checkpoint."""
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def check_pruned(found: torch.nn.Module, plan, tensors, subject: Subject) -> None:
@@ -91,16 +100,23 @@ def test_loading_needs_no_prompt_and_no_yopo_when_dense(baked) -> None:
     assert run.returncode == 0 and run.stdout.strip() == "dense", run.stderr
 
 
-def test_a_missing_weight_is_an_error_not_a_random_tensor(baked, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize(
+    ("part", "problem"),
+    [("mlp.down_proj.weight", "lacks mlp.down_proj"), ("linear_1.weight", "1 weights are missing")],
+)
+def test_a_missing_weight_is_an_error_not_a_random_tensor(
+    baked, part: str, problem: str, tmp_path: Path
+) -> None:
     path, *_ = baked
     broken = shutil.copytree(path, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    victim = next(name for name in weights if "down_proj" in name)
-    del weights[victim]
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="1 weights are missing"):
+
+    def lose(weights: dict[str, torch.Tensor]) -> None:
+        del weights[next(name for name in weights if name.endswith(part) and "vision" not in name)]
+
+    edit_weights(broken, lose)
+    with pytest.raises(CheckpointError, match=problem):
+        load_dense(resolve(str(broken)))
+    with pytest.raises(YopoError, match=r"lacks|weights are not those"):
         yopo.load(broken)
 
 
