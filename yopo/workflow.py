@@ -9,7 +9,7 @@ from pathlib import Path
 from yopo.calibration.prompts import load_processor
 from yopo.calibration.statistics import load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
-from yopo.checkpoint.reader import fetch
+from yopo.checkpoint.reader import Checkpoint, fetch
 from yopo.errors import ModelError, PlanError
 from yopo.evaluation.evaluate import Evaluation, evaluate
 from yopo.families.registry import ModelSource, resolve
@@ -98,8 +98,9 @@ def evaluate_target(
     """
     plan, tensors = read_target(target, budget)
     source = source_of_target(target, plan, model_name)
+    folder = Checkpoint.open(fetch(source)).path  # before anything takes long
     pairs = open_demo_or(options, plan.model.name, "heldout")
-    processor = load_processor(str(fetch(source)))
+    processor = load_processor(str(folder), trust_remote_code=options.trust_remote_code)
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
     return evaluate(
         model,

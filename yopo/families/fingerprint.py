@@ -114,19 +114,21 @@ def is_same(first: str, second: str) -> bool:
 def fingerprint_of_decoder(decoder: nn.Module) -> str:
     """Fingerprint of a text decoder in memory: its first half, or all of the files' that it is of.
 
+    LoRA adapters that are not merged do not count: it is that of the weights below them.
+
     Raises:
         ModelError: A weight is packed by a quantizer, which changed its values.
     """
-    samples = []
+    samples: Samples = []
     for name, parameter in decoder.named_parameters():
-        if name.startswith("layers."):
-            if not is_plain(parameter):
-                raise ModelError(
-                    f"The decoder's {name} is a quantized {type(parameter).__name__}: its "
-                    "fingerprint cannot be taken.",
-                    remedy="Quantize behind the pruning: yopo.load(..., quantization_config=...).",
-                )
-            samples.append((name, tuple(parameter.shape), sample(parameter)))
+        if not name.startswith("layers.") or ".lora_" in name:
+            continue
+        if not is_plain(parameter):
+            raise ModelError(
+                f"The decoder's {name} is a {type(parameter).__name__}, which has no fingerprint.",
+                remedy="Quantize behind the pruning: yopo.load(..., quantization_config=...).",
+            )
+        samples.append((name.replace(".base_layer.", "."), parameter.shape, sample(parameter)))
     found = digest(samples)
     source: Source | None = getattr(decoder, _SOURCE, None)
     return source.fingerprint if source is not None and found in source.loaded else found
