@@ -21,7 +21,7 @@ from yopo.checkpoint.headers import Shard, TensorEntry, read_shard
 from yopo.errors import CheckpointError
 from yopo.families.family import Backbone, Family, shape_of
 from yopo.families.fingerprint import SAMPLE, Samples, Source, pieces, sample, spread_digest
-from yopo.families.registry import ModelSource, family_of, refuse_original
+from yopo.families.registry import ModelSource, family_of, family_of_type, refuse_original
 from yopo.plan import ModelShape
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Checkpoint:
         """
         path = Path(path)
         raw_config = read_config(path)
-        config = _parse_config(path)
+        config = _parse_config(path, raw_config)
         family = family_of(config)
         backbone, shape = family.backbone(config), shape_of(config)
         shards, is_indexed = read_shards(path)
@@ -228,13 +228,15 @@ def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
             )
 
 
-def _parse_config(path: Path) -> PreTrainedConfig:
+def _parse_config(path: Path, raw_config: Mapping[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
         # False, not unset: unset would ask the user whether to run the checkpoint's code.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here; all mean the same to a user
+        if "trust_remote_code" in str(error):  # a class of its own: of none of the families
+            family_of_type(str(raw_config.get("model_type")))
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{path / 'config.json'}: transformers cannot read it: {reason}",

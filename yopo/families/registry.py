@@ -47,7 +47,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     Raises:
         ModelError: No registered family has its ``model_type``.
     """
-    found = config.model_type
+    return family_of_type(config.model_type)
+
+
+def family_of_type(found: str) -> Family:
+    """The family of a ``model_type``; errors as for :func:`family_of`."""
     for family in FAMILIES:
         if family.model_type == found:
             return family
