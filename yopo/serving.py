@@ -167,7 +167,7 @@ def _from_folder(
         model, report = stock.from_pretrained(
             checkpoint.path, *args, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else f"{reason[:297]}..."
         raise ModelError(f"{name}: cannot be loaded: {reason}") from error
