@@ -30,6 +30,7 @@ import json, sys
 import torch, transformers, yopo
 from transformers import pipeline
 from PIL import Image
+from yopo import serving, workflow
 
 def told(load):
     try:
@@ -58,6 +59,9 @@ pipe = pipeline("image-text-to-text", model="me/x", trust_remote_code=True)
 found["pipeline"] = told(lambda: pipe.model)
 found["answers"] = bool(pipe(text="<image>shape?", images=Image.new("RGB", (64, 64)),
                              generate_kwargs={"max_new_tokens": 2}))
+found["target"] = workflow.read_target("me/x")[0].budget.reached
+source = workflow.source_of_target("me/x", None, None)
+found["target dense"] = told(lambda: serving.load_dense(source))
 found["name"] = yopo.load("me/x").config.name_or_path
 print(json.dumps(found))
 """
@@ -127,6 +131,10 @@ def test_a_dense_repository_is_told_from_a_pruned_one(told) -> None:
 @pytest.mark.parametrize("name", AUTO)
 def test_every_auto_class_is_pruned_with_trust_and_stock_without(told, name: str) -> None:
     assert told[name] == 0.25 and told[f"{name} dense"] is None
+
+
+def test_eval_and_bench_take_a_hub_id(told) -> None:
+    assert told["target"] == 0.25 and told["target dense"] is None
 
 
 def test_remote_code_is_of_its_revision(told) -> None:

@@ -215,7 +215,9 @@ def baked_side(folder: Path) -> PlanTensors | None:
     "part", ["linear_1.weight", "lm_head.weight", "embed_tokens.weight", "mlp.up_proj.weight"]
 )
 def test_swapped_parts_and_inner_rows_are_noticed(baked, part: str, tmp_path: Path) -> None:
-    path, *_ = baked
+    path, _, _, subject = baked
+    if subject.shape != tiny.make_subject("mha").shape:
+        pytest.skip("one shape is enough")
     other = shutil.copytree(path, tmp_path / "other")
 
     def swap(weights: dict[str, torch.Tensor]) -> None:
