@@ -15,9 +15,9 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from yopo.checkpoint.companions import PLAN_FILE, PLAN_FILES
 from yopo.checkpoint.download import HUB_OPTIONS
-from yopo.checkpoint.reader import Checkpoint, fetch, fetch_some, fingerprint, read_source
+from yopo.checkpoint.reader import Checkpoint, fetch, fetch_some, read_source
 from yopo.errors import CheckpointError, ModelError
-from yopo.families.fingerprint import is_same, remember_source
+from yopo.families.fingerprint import Source, is_same, remember_source
 from yopo.families.registry import ModelSource, family_of, resolve
 from yopo.plan import Plan
 from yopo.plan_file import read_plan
@@ -34,11 +34,13 @@ class Baked:
 
     Attributes:
         checkpoint: Its directory, in the hub's cache if that is where it is from.
+        source: What its files are known by.
         plan: The plan to load it at.
         tensors: The plan's tensors, or None.
     """
 
     checkpoint: Checkpoint
+    source: Source
     plan: Plan
     tensors: PlanTensors | None
 
@@ -63,8 +65,14 @@ def load(path: str | Path, *, budget: float | None = None, **kwargs: Any) -> Pre
     baked = open_baked(path, budget, **_take(kwargs, _PLACE))
     stock = _stock_class(baked.checkpoint.config)
     model, _ = _from_folder(stock, baked.checkpoint, str(path), **kwargs)
-    install(model, baked.plan, baked.tensors, check=False)
+    _install(model, baked)
     return model
+
+
+def _install(model: PreTrainedModel, baked: Baked) -> None:
+    # Unchecked: the files were, which unlike weights in memory have one precision.
+    install(model, baked.plan, baked.tensors, check=False)
+    remember_source(model.get_decoder(), baked.source)
 
 
 def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> Baked:
@@ -87,14 +95,14 @@ def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> B
     _refuse_unbaked(small, source.name)
     checkpoint = Checkpoint.open(fetch(source, subfolder=subfolder, **place))
     plan, tensors = read_baked_plan(checkpoint.path, budget)
-    found = fingerprint(checkpoint)
-    if not is_same(found, plan.model.fingerprint):
+    files = read_source(checkpoint)
+    if not is_same(files.fingerprint, plan.model.fingerprint):
         raise ModelError(
             f"{path}: its weights are not those that its plan was baked into: their fingerprint is "
-            f"{found}, the plan's is {plan.model.fingerprint}.",
+            f"{files.fingerprint}, the plan's is {plan.model.fingerprint}.",
             remedy="Restore the weights, or calibrate and apply again.",
         )
-    return Baked(checkpoint, plan, tensors)
+    return Baked(checkpoint, files, plan, tensors)
 
 
 def read_baked_plan(
@@ -150,6 +158,7 @@ def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
     checkpoint = Checkpoint.open(fetch(source))
     stock = _stock_class(checkpoint.config)
     model, _ = _from_folder(stock, checkpoint, source.location, **kwargs)
+    remember_source(model.get_decoder(), read_source(checkpoint))
     return model
 
 
@@ -178,7 +187,6 @@ def _from_folder(
             remedy="The checkpoint is incomplete or of another architecture.",
         )
     model.config.name_or_path = model.name_or_path = name
-    remember_source(model.get_decoder(), read_source(checkpoint))
     return model.eval(), report
 
 
@@ -203,7 +211,7 @@ class PrunedForConditionalGeneration:
         baked = open_baked(path, kwargs.pop("budget", None), **_take(kwargs, _PLACE))
         stock = cls._stock(baked.checkpoint.config)
         model, report = _from_folder(stock, baked.checkpoint, str(path), *args, **kwargs)
-        install(model, baked.plan, baked.tensors, check=False)
+        _install(model, baked)
         return (model, report) if wants_report else model
 
     @classmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,31 +116,34 @@ def read_source(checkpoint: Checkpoint) -> Source:
     samples: Samples = []
     spread = []
     for shard in checkpoint.shards:
-        with (checkpoint.path / shard.file).open("rb") as file:
+        with (checkpoint.path / shard.file).open("rb", buffering=0) as file:
             for entry in shard.tensors:
                 if entry.name in keys:
                     layer, name = keys[entry.name]
                     samples.append((f"layers.{layer}.{name}", entry.shape, _sample(file, entry)))
                 if entry.dtype in _DTYPES and not entry.name.endswith(_DERIVED):
-                    count = math.prod(entry.shape)
-                    values = [_read_values(file, entry, *piece) for piece in pieces(count)]
-                    spread.append((entry.shape, torch.cat(values)))
-    return Source.of(samples, spread_digest(spread))
+                    places = pieces(math.prod(entry.shape))
+                    spread.append((entry.shape, _read_values(file, entry, places)))
+    return Source(samples, spread_digest(spread))
 
 
 def _sample(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
     # `sample` takes the start of the first row and the end of the last. A matrix of just these
     # two pieces has the same sample as the tensor, and as a vector that is one row.
     count = min(SAMPLE, entry.shape[-1])
-    ends = (0, math.prod(entry.shape) - count)
-    return sample(torch.stack([_read_values(file, entry, start, count) for start in ends]))
+    ends = [(0, count), (math.prod(entry.shape) - count, count)]
+    return sample(_read_values(file, entry, ends).view(2, count))
 
 
-def _read_values(file: BinaryIO, entry: TensorEntry, start: int, count: int) -> torch.Tensor:
-    """(count,) values of a tensor from its ``start``-th on."""
+def _read_values(
+    file: BinaryIO, entry: TensorEntry, places: Iterable[tuple[int, int]]
+) -> torch.Tensor:
+    """(values,) of a tensor at places (first value, number of values), one behind the other."""
     dtype = _DTYPES[entry.dtype]
-    file.seek(entry.start + start * dtype.itemsize)
-    data = bytearray(file.read(count * dtype.itemsize))
+    data = bytearray()
+    for start, count in places:
+        file.seek(entry.start + start * dtype.itemsize)
+        data += file.read(count * dtype.itemsize)
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 

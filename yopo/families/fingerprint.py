@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -38,26 +39,30 @@ Samples = list[tuple[str, tuple[int, ...], torch.Tensor]]
 """(name inside the decoder, shape, values that the first half covers) of every layer tensor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """The checkpoint that a decoder in memory was loaded from.
 
     Attributes:
-        fingerprint: The files', both halves.
-        loaded: First halves that the decoder has right after loading, one per precision.
+        samples: The decoder's, in the file's own precision.
+        spread: The second half of the files' fingerprint.
     """
 
-    fingerprint: str
-    loaded: frozenset[str]
+    samples: Samples
+    spread: str
 
-    @classmethod
-    def of(cls, samples: Samples, spread: str) -> Source:
-        """Args: the decoder's samples in the file's own dtype, and the second half."""
-        loaded = {
-            digest((name, shape, values.to(dtype)) for name, shape, values in samples)
+    @cached_property
+    def fingerprint(self) -> str:
+        """The files', both halves."""
+        return f"{digest(self.samples)}{_SEPARATOR}{self.spread}"
+
+    @cached_property
+    def loaded(self) -> frozenset[str]:
+        """First halves that the decoder has right after loading, one per precision."""
+        return frozenset(
+            digest((name, shape, values.to(dtype)) for name, shape, values in self.samples)
             for dtype in LOADED
-        }
-        return cls(f"{digest(samples)}{_SEPARATOR}{spread}", frozenset(loaded))
+        )
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
