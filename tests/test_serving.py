@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from tiny import PICTURE, Subject
-from transformers import AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import yopo
+from yopo.calibration.run import identify
 from yopo.checkpoint.bake import bake
-from yopo.errors import CheckpointError, ModelError
-from yopo.families.registry import resolve
+from yopo.checkpoint.companions import auto_map
+from yopo.errors import CheckpointError, ModelError, YopoError
+from yopo.families.registry import FAMILIES, resolve
+from yopo.plan_tensors import PlanTensors
 from yopo.runtime.install import pruned
-from yopo.serving import load_dense, torch_dtype
+from yopo.serving import load_dense, read_baked_plan, torch_dtype
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10], [1, *PICTURE, 3, 4, *PICTURE, 9]]
 
@@ -33,6 +40,13 @@ def baked(request: pytest.FixtureRequest, subject: Subject, tmp_path_factory):
     plan, tensors = subject.random_plan(7, compensation="mean", baked=False)
     bake(plan, tensors, folder / "source", folder / "out")
     return folder / "out", plan, tensors, subject
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of a single-file checkpoint."""
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def check_pruned(found: torch.nn.Module, plan, tensors, subject: Subject) -> None:
@@ -91,16 +105,23 @@ def test_loading_needs_no_prompt_and_no_yopo_when_dense(baked) -> None:
     assert run.returncode == 0 and run.stdout.strip() == "dense", run.stderr
 
 
-def test_a_missing_weight_is_an_error_not_a_random_tensor(baked, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize(
+    ("part", "problem"),
+    [("mlp.down_proj.weight", "lacks mlp.down_proj"), ("linear_1.weight", "1 weights are missing")],
+)
+def test_a_missing_weight_is_an_error_not_a_random_tensor(
+    baked, part: str, problem: str, tmp_path: Path
+) -> None:
     path, *_ = baked
     broken = shutil.copytree(path, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    victim = next(name for name in weights if "down_proj" in name)
-    del weights[victim]
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="1 weights are missing"):
+
+    def lose(weights: dict[str, torch.Tensor]) -> None:
+        del weights[next(name for name in weights if name.endswith(part) and "vision" not in name)]
+
+    edit_weights(broken, lose)
+    with pytest.raises(CheckpointError, match=problem):
+        load_dense(resolve(str(broken)))
+    with pytest.raises(YopoError, match=r"lacks|weights are not those"):
         yopo.load(broken)
 
 
@@ -130,3 +151,142 @@ def test_unreachable_and_unsupported_models_are_a_sentence(tmp_path: Path) -> No
         load_dense(resolve(str(tmp_path)))
     with pytest.raises(ModelError, match="Unknown dtype 'float33'"):
         torch_dtype("float33")
+
+
+@torch.no_grad()
+def test_auto_model_is_the_pruned_one_without_its_head(baked) -> None:
+    path, plan, tensors, subject = baked
+    base = AutoModel.from_pretrained(path, trust_remote_code=True)
+    assert type(base).__name__ == "LlavaModel" and yopo.is_pruned(base)
+    inputs = tiny.batch(ROWS)
+    where = tiny.real_text(inputs)
+    found = subject.model.lm_head(base(**inputs).last_hidden_state)
+    with pruned(subject.model, plan, tensors):
+        usual = tiny.logits(subject.model, inputs)
+    assert torch.allclose(found[where], usual[where], atol=1e-4)
+
+
+def test_a_pruned_model_is_not_made_of_a_configuration(baked) -> None:
+    path, *_ = baked
+    config = AutoConfig.from_pretrained(path)
+    with pytest.raises(ModelError, match="from its configuration alone"):
+        AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+    assert not yopo.is_pruned(AutoModelForImageTextToText.from_config(config))
+
+
+def test_a_model_says_whether_it_is_pruned_and_how_far(baked) -> None:
+    path, plan, tensors, subject = baked
+    model = yopo.load(path)
+    wrapped = torch.nn.ModuleDict({"inside": model})
+    for each in (model, wrapped, torch.compile(model), model.get_decoder()):
+        assert yopo.is_pruned(each)
+        assert yopo.plan_of(each).budget.reached == plan.budget.reached
+    assert not yopo.is_pruned(subject.model) and yopo.plan_of(subject.model) is None
+    with pruned(subject.model, plan, tensors):
+        assert yopo.plan_of(subject.model) is plan
+    assert not yopo.is_pruned(subject.model)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_precision_loads_in_any_other(mha: Subject, stored, loaded, tmp_path: Path) -> None:
+    model = tiny.llava("mha").to(stored)
+    with torch.no_grad():  # values that float16 has as zeros or in steps
+        for name, weight in model.get_decoder().named_parameters():
+            if name.endswith("proj.weight"):
+                weight[0] *= 1e-6
+    model.save_pretrained(tmp_path / "source")
+    source = resolve(str(tmp_path / "source"))
+    identity = identify(load_dense(source, dtype=loaded), "tiny")  # as `calibrate --dtype` does
+    plan, tensors = replace(mha, identity=identity).random_plan(7, baked=False)
+    bake(plan, tensors, source.location, tmp_path / "out")
+    found = yopo.load(tmp_path / "out", dtype=loaded)
+    assert found.dtype == loaded and yopo.is_pruned(found)
+    dense = load_dense(resolve(str(tmp_path / "out")), dtype=loaded)
+    with pruned(dense, yopo.read_plan(tmp_path / "out" / "yopo_plan.yaml"), baked_side(tmp_path)):
+        assert yopo.is_pruned(dense)  # a model in memory knows its files, too
+
+
+def baked_side(folder: Path) -> PlanTensors | None:
+    return read_baked_plan(folder / "out")[1]
+
+
+@pytest.mark.parametrize(
+    "part", ["linear_1.weight", "lm_head.weight", "embed_tokens.weight", "mlp.up_proj.weight"]
+)
+def test_swapped_parts_and_inner_rows_are_noticed(baked, part: str, tmp_path: Path) -> None:
+    path, _, _, subject = baked
+    if subject.shape != tiny.make_subject("mha").shape:
+        pytest.skip("one shape is enough")
+    other = shutil.copytree(path, tmp_path / "other")
+
+    def swap(weights: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in weights if name.endswith(part) and "vision" not in name)
+        weights[name][1:-1] = weights[name][1:-1].flip(0)
+
+    edit_weights(other, swap)
+    with pytest.raises(ModelError, match="its weights are not those that its plan was baked into"):
+        yopo.load(other)
+    with pytest.raises(ModelError, match="its weights are not those that its plan was baked into"):
+        AutoModelForImageTextToText.from_pretrained(other, trust_remote_code=True)
+
+
+def test_engines_that_take_every_safetensors_file_are_told_which(baked) -> None:
+    path, *_ = baked
+    files = {file.name for file in path.glob("*.safetensors")}
+    assert files == {"model.safetensors", "yopo.safetensors"}
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    weights = load_file(path / "model.safetensors")
+    assert index["weight_map"] == dict.fromkeys(weights, "model.safetensors")
+    sizes = [weight.numel() * weight.element_size() for weight in weights.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_auto_map_names_every_auto_class_of_a_family(family) -> None:
+    config = CONFIG_MAPPING[family.model_type]()
+    expected = {
+        name
+        for name in dir(transformers)
+        if name.startswith("AutoModel")
+        and (mapping := getattr(getattr(transformers, name), "_model_mapping", None)) is not None
+        and type(config) in mapping
+    }
+    assert expected == set(auto_map(config))
+    assert {"AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"} <= expected
+
+
+def test_trust_remote_code_changes_nothing_for_yopo_load(baked) -> None:
+    path, plan, *_ = baked
+    assert yopo.plan_of(yopo.load(path, trust_remote_code=True)).layers
+    assert not yopo.is_pruned(load_dense(resolve(str(path)), trust_remote_code=True))
+
+
+HOSTILE = """
+import pathlib
+pathlib.Path(r"{}").touch()
+"""
+
+
+def test_only_our_code_is_in_a_baked_checkpoint(mha: Subject, tmp_path: Path) -> None:
+    source, mark = tmp_path / "source", tmp_path / "ran"
+    mha.model.save_pretrained(source)
+    (source / "theirs.py").write_text(HOSTILE.format(mark))
+    config = json.loads((source / "config.json").read_text())
+    theirs = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.C", "AutoModel": "theirs.C"}
+    config["auto_map"] = theirs
+    config["text_config"]["auto_map"] = theirs
+    (source / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        about = {"kept": "é", "auto_map": {"AutoTokenizer": ["theirs.C", None]}}
+        (source / name).write_text(json.dumps(about))
+    plan, tensors = mha.random_plan(7, baked=False)
+    out = tmp_path / "out"
+    bake(plan, tensors, source, out)
+    assert [path.name for path in out.rglob("*.py")] == ["modeling_yopo.py"]
+    for path in out.glob("*.json"):
+        assert "theirs" not in path.read_text()
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"kept": "é"}
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        assert yopo.is_pruned(auto.from_pretrained(out, trust_remote_code=True))
+    assert not mark.exists()

@@ -4,6 +4,7 @@
     model = yopo.load("llava-1.5-7b-yopo")       # a baked checkpoint that skips the pruned work
     with yopo.pruned(model, plan):               # or a model in memory, for a while
         model.generate(**inputs)
+    yopo.is_pruned(model), yopo.plan_of(model)   # at which budget: plan_of(model).budget.reached
 
 Importing this package imports neither torch nor transformers; the first use of ``load`` does.
 """
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "yopo.serving",
     "pruned": "yopo.runtime.install",
+    "is_pruned": "yopo.runtime.introspect",
+    "plan_of": "yopo.runtime.introspect",
     "Plan": "yopo.plan",
     "LayerPlan": "yopo.plan",
     "read_plan": "yopo.plan_file",

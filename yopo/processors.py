@@ -23,7 +23,8 @@ def load_without_videos(location: str, **options: Any) -> ProcessorMixin | None:
 
     Args:
         location: A local directory or a hub id, with the model's configuration.
-        **options: Of ``from_pretrained`` (``revision``, ``local_files_only``).
+        **options: Of ``from_pretrained`` (``revision``, ``local_files_only``,
+            ``trust_remote_code``).
 
     Returns:
         The processor; None if there is no video half to leave out, or more is missing than that.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from yopo.checkpoint.companions import PLAN_FILE, PLAN_FILES
-from yopo.checkpoint.reader import fetch
+from yopo.checkpoint.download import HUB_OPTIONS
+from yopo.checkpoint.reader import Checkpoint, fetch, fetch_some, read_source
 from yopo.errors import CheckpointError, ModelError
+from yopo.families.fingerprint import Source, is_same, remember_source
 from yopo.families.registry import ModelSource, family_of, resolve
 from yopo.finite import check_weights
 from yopo.plan import Plan
@@ -19,15 +25,36 @@ from yopo.plan_file import read_plan
 from yopo.plan_tensors import PlanTensors, read_tensors
 from yopo.runtime.install import install
 
+_PLACE = ("revision", "subfolder", *HUB_OPTIONS)
+"""Arguments that say where a checkpoint is found, and not how it is loaded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Baked:
+    """A baked checkpoint, checked: nothing but its weights is left to read.
+
+    Attributes:
+        checkpoint: Its directory, in the hub's cache if that is where it is from.
+        source: What its files are known by.
+        plan: The plan to load it at.
+        tensors: The plan's tensors, or None.
+    """
+
+    checkpoint: Checkpoint
+    source: Source
+    plan: Plan
+    tensors: PlanTensors | None
+
 
 def load(path: str | Path, *, budget: float | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a baked checkpoint as a model that skips the pruned work.
 
     Args:
-        path: A directory that ``yopo apply`` wrote.
+        path: A directory that ``yopo apply`` wrote, or the hub id of one (``org/name[@revision]``).
         budget: Of the plans that were baked together, take the one with the largest visual budget
             that is not above this one; None: the first.
-        **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ...).
+        **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``,
+            ``subfolder``, ``quantization_config``, ...).
 
     Returns:
         A transformers model of the checkpoint's own class.
@@ -36,30 +63,70 @@ def load(path: str | Path, *, budget: float | None = None, **kwargs: Any) -> Pre
         CheckpointError: Not a baked checkpoint, a tensor is missing, or no plan within the budget.
         ModelError: The weights are not the ones that the plan was baked into.
     """
-    plan, tensors = read_baked_plan(path, budget)
-    model = load_dense(resolve(str(path)), **kwargs)
-    install(model, plan, tensors)
+    baked = open_baked(path, budget, **_take(kwargs, _PLACE))
+    stock = _stock_class(baked.checkpoint.config)
+    model, _ = _from_folder(stock, baked.checkpoint, str(path), **kwargs)
+    _install(model, baked)
     return model
+
+
+def _install(model: PreTrainedModel, baked: Baked) -> None:
+    # Unchecked: the files were, which unlike weights in memory have one precision.
+    install(model, baked.plan, baked.tensors, check=False)
+    remember_source(model.get_decoder(), baked.source)
+
+
+def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> Baked:
+    """Find a baked checkpoint, here or in the hub, and check it against its plan.
+
+    Args:
+        path: As for :func:`load`.
+        budget: As for :func:`load`.
+        **place: ``revision``, ``subfolder`` and ``HUB_OPTIONS``.
+
+    Raises:
+        CheckpointError: It holds no plan (said before weights are downloaded), or is incomplete.
+        ModelError: It is out of reach, or its weights are not the ones that it was baked with.
+    """
+    source = resolve(str(path))
+    revision, subfolder = place.pop("revision", None), place.pop("subfolder", None) or ""
+    if not source.is_local and revision is not None:
+        source = replace(source, revision=revision)
+    small = fetch_some(source, ("config.json", PLAN_FILES), subfolder=subfolder, **place)
+    _refuse_unbaked(small, source.name)
+    checkpoint = Checkpoint.open(fetch(source, subfolder=subfolder, **place))
+    plan, tensors = read_baked_plan(checkpoint.path, budget)
+    files = read_source(checkpoint)
+    if not is_same(files.fingerprint, plan.model.fingerprint):
+        raise ModelError(
+            f"{path}: its weights are not those that its plan was baked into: their fingerprint is "
+            f"{files.fingerprint}, the plan's is {plan.model.fingerprint}.",
+            remedy="Restore the weights, or calibrate and apply again.",
+        )
+    return Baked(checkpoint, files, plan, tensors)
 
 
 def read_baked_plan(
     path: str | Path, budget: float | None = None
 ) -> tuple[Plan, PlanTensors | None]:
-    """The plan inside a baked checkpoint (see :func:`load`), and its tensors.
+    """The plan inside a baked checkpoint's directory (see :func:`load`), and its tensors.
 
     Raises:
         CheckpointError: The directory holds no plan, or none within the budget.
     """
-    file = Path(path) / PLAN_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path}: is not a pruned checkpoint (no {PLAN_FILE}).",
-            remedy="Make one with `yopo apply plan.yaml`.",
-        )
-    plan = read_plan(file)
+    _refuse_unbaked(Path(path), str(path))
+    plan = read_plan(Path(path) / PLAN_FILE)
     if budget is not None:
         plan = _largest_within(budget, Path(path))
     return plan, None if plan.tensors is None else read_tensors(plan, Path(path))
+
+
+def _refuse_unbaked(folder: Path, name: str) -> None:
+    if not (folder / PLAN_FILE).is_file():
+        raise CheckpointError(
+            f"{name}: is not a pruned checkpoint (no {PLAN_FILE}).",
+            remedy="Make one with `yopo apply plan.yaml`.",
+        )
 
 
 def _largest_within(budget: float, folder: Path) -> Plan:
@@ -77,6 +144,9 @@ def _largest_within(budget: float, folder: Path) -> Plan:
 def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
     """Load a model with the stock transformers class, in eval mode.
 
+    No code that a checkpoint brings along is run: every supported family is a class of
+    transformers.
+
     Args:
         source: From ``families.registry.resolve``.
         **kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to the checkpoint's.
@@ -84,27 +154,48 @@ def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ModelError: The model cannot be reached, is of no supported family, or is no model; or a
             weight is not finite.
-        CheckpointError: A weight is missing from the checkpoint (transformers would make one up).
+        CheckpointError: The checkpoint is quantized, damaged or unsuitable, or a weight is missing
+            from it (transformers would make one up). Said before weights are loaded.
     """
-    folder = fetch(source)
+    checkpoint = Checkpoint.open(fetch(source))
+    stock = _stock_class(checkpoint.config)
+    model, _ = _from_folder(stock, checkpoint, source.location, **kwargs)
+    remember_source(model.get_decoder(), read_source(checkpoint))
+    return model
+
+
+def _stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    return getattr(transformers, family_of(config).architecture)
+
+
+def _from_folder(
+    stock: type[PreTrainedModel], checkpoint: Checkpoint, name: str, *args: Any, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A stock model of a checkpoint's directory, all weights from there, and its loading report."""
+    _take(kwargs, ("trust_remote_code", "code_revision", "output_loading_info"))
+    kwargs = {"dtype": "auto", "config": copy.deepcopy(checkpoint.config), **kwargs}
     try:
-        config = AutoConfig.from_pretrained(folder)
-        family_of(config)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, config=config, output_loading_info=True, **{"dtype": "auto", **kwargs}
+        model, report = stock.from_pretrained(
+            checkpoint.path, *args, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else f"{reason[:297]}..."
-        raise ModelError(f"{source.location}: cannot be loaded: {reason}") from error
+        raise ModelError(f"{name}: cannot be loaded: {reason}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{source.location}: {len(missing)} weights are missing, {missing[0]} among them.",
+            f"{name}: {len(missing)} weights are missing, {missing[0]} among them.",
             remedy="The checkpoint is incomplete or of another architecture.",
         )
-    check_weights(model, source.location)
-    return model.eval()
+    check_weights(model, name)
+    model.config.name_or_path = model.name_or_path = name
+    return model.eval(), report
+
+
+def _take(kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take arguments of these names out of others."""
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
 class PrunedForConditionalGeneration:
@@ -119,22 +210,40 @@ class PrunedForConditionalGeneration:
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """Load the stock model of the checkpoint, install its plan; ``budget`` as for ``load``."""
-        plan, tensors = read_baked_plan(path, kwargs.pop("budget", None))
-        for name in ("trust_remote_code", "code_revision"):
-            kwargs.pop(name, None)
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
-        import transformers
+        wants_report = kwargs.get("output_loading_info", False)
+        baked = open_baked(path, kwargs.pop("budget", None), **_take(kwargs, _PLACE))
+        stock = cls._stock(baked.checkpoint.config)
+        model, report = _from_folder(stock, baked.checkpoint, str(path), *args, **kwargs)
+        _install(model, baked)
+        return (model, report) if wants_report else model
 
-        stock = getattr(transformers, family_of(config).architecture)
-        loaded = stock.from_pretrained(path, *args, config=config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        check_weights(model, str(path))
-        install(model.eval(), plan, tensors)
-        return loaded
+    @classmethod
+    def _stock(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
+        return _stock_class(config)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """Asked for by ``from_config``, which has no weights that a plan could be of.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(
+            "A pruned model cannot be made from its configuration alone: the plan is of weights.",
+            remedy="Use from_pretrained, or from_config with trust_remote_code=False.",
+        )
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Asked for by transformers; nothing is saved from this class."""
+
+
+class PrunedModel(PrunedForConditionalGeneration):
+    """The same for ``AutoModel``: without language modelling head."""
+
+    @classmethod
+    def _stock(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
+        return MODEL_MAPPING[type(config)]
 
 
 def torch_dtype(name: str) -> torch.dtype | str:

@@ -17,7 +17,7 @@ from yopo.calibration.run import measure
 from yopo.calibration.sources import open_pairs
 from yopo.calibration.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
 from yopo.calibration.statistics import Statistics
-from yopo.checkpoint.reader import fetch
+from yopo.checkpoint.reader import Checkpoint, fetch
 from yopo.console import note, warn
 from yopo.demo import demo_data
 from yopo.errors import DataError, PlanError
@@ -56,6 +56,7 @@ class RunOptions:
         device: Where the model runs (``cpu``, ``cuda``, ``cuda:1``, ``mps``).
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16``, ``float16``.
         max_new_tokens: Longest answer generated.
+        trust_remote_code: Whether a processor or tokenizer that is the model's own code may run.
     """
 
     data: str | None = None
@@ -65,6 +66,7 @@ class RunOptions:
     device: str = "cpu"
     dtype: str = "auto"
     max_new_tokens: int = 32
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,10 @@ class Session:
     ):
         self.options, self.effort = options, effort
         source = resolve(model_name)
+        folder = Checkpoint.open(fetch(source)).path  # before anything takes long
         self._pairs = open_demo_or(options, source.name, "calibration")
-        self.processor = load_processor(str(fetch(source)))
+        trusts = options.trust_remote_code
+        self.processor = load_processor(str(folder), trust_remote_code=trusts)
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,

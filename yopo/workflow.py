@@ -9,15 +9,15 @@ from pathlib import Path
 from yopo.calibration.prompts import load_processor
 from yopo.calibration.statistics import load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
-from yopo.checkpoint.reader import fetch
+from yopo.checkpoint.reader import Checkpoint, fetch
 from yopo.errors import ModelError, PlanError
 from yopo.evaluation.evaluate import Evaluation, evaluate
-from yopo.families.registry import ModelSource, resolve
+from yopo.families.registry import ModelSource, is_hub_id, resolve
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
 from yopo.planning.planner import make_plan
 from yopo.planning.wishes import Wishes
-from yopo.serving import load_dense, read_baked_plan, torch_dtype
+from yopo.serving import load_dense, open_baked, torch_dtype
 from yopo.tuning import Calibrated, Effort, RunOptions, Session, open_demo_or
 from yopo.verification import Verification, verify
 
@@ -90,7 +90,7 @@ def evaluate_target(
     """Evaluate a baked checkpoint, or a plan on the model that it was made for.
 
     Args:
-        target: A directory that ``apply`` wrote, or a plan file, or ``-``.
+        target: What ``apply`` wrote (a directory or hub id), or a plan file, or ``-``.
         options: Data and how to run it.
         model_name: The dense model, if it is elsewhere than the plan says.
         timing_runs: Paired prefill runs; 0 skips timing.
@@ -101,8 +101,9 @@ def evaluate_target(
     """
     plan, tensors = read_target(target, budget)
     source = source_of_target(target, plan, model_name)
+    folder = Checkpoint.open(fetch(source)).path  # before anything takes long
     pairs = open_demo_or(options, plan.model.name, "heldout")
-    processor = load_processor(str(fetch(source)))
+    processor = load_processor(str(folder), trust_remote_code=options.trust_remote_code)
     model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
     return evaluate(
         model,
@@ -118,13 +119,14 @@ def evaluate_target(
 
 
 def read_target(target: str, budget: float | None = None) -> tuple[Plan, PlanTensors | None]:
-    """The plan of a baked checkpoint's directory, of a plan file, or of stdin for ``-``.
+    """The plan of a baked checkpoint (directory or hub id), of a plan file, or of stdin for ``-``.
 
     Raises:
         PlanError: A budget for what is no checkpoint.
     """
     if _is_checkpoint(target):
-        return read_baked_plan(target, budget)
+        baked = open_baked(target, budget)
+        return baked.plan, baked.tensors
     if budget is not None:
         raise PlanError(f"{target}: is one plan; a budget chooses among a checkpoint's.")
     return read_plan_with_tensors(target)
@@ -136,7 +138,9 @@ def source_of_target(target: str, plan: Plan, model_name: str | None) -> ModelSo
 
 
 def _is_checkpoint(target: str) -> bool:
-    return target != "-" and Path(target).is_dir()
+    if target == "-" or Path(target).is_file() or Path(target).suffix in (".yaml", ".yml"):
+        return False
+    return Path(target).is_dir() or is_hub_id(target)
 
 
 @dataclass(frozen=True)

@@ -52,22 +52,28 @@ def batches(pairs: Iterable[Pair], size: int) -> Iterator[tuple[Pair, ...]]:
         yield tuple(group)
 
 
-def load_processor(location: str, revision: str | None = None) -> ProcessorMixin:
+def load_processor(
+    location: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> ProcessorMixin:
     """Load a model's processor; where the hub is out of reach, from the local cache.
 
     Args:
         location: A local directory or a hub id.
         revision: Hub revision, or None.
+        trust_remote_code: Whether code that the model's files bring along may run.
 
     Raises:
-        ModelError: It cannot be reached, needs a missing package, has no image half, or does not
-            say what it must know of the model (see ``settle``).
+        ModelError: It cannot be reached, needs a missing package or code of its own, has no image
+            half, or does not say what it must know of the model (see ``settle``).
     """
     from transformers import AutoProcessor
 
     from yopo.processors import load_without_videos
 
-    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    # False, not unset: unset would ask on stdin whether to run the model's code.
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
     unreachable = None
     if not Path(location).is_dir():
         answer = probe(location, kind="model", revision=revision)
@@ -102,6 +108,11 @@ def _not_loaded(location: str, unreachable: str | None, error: Exception) -> Mod
             f"{location}: the hub is out of reach ({unreachable}) and the local cache does not "
             "hold the processor.",
             remedy="Download the model where there is a network and give its directory.",
+        )
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{location}: its processor or tokenizer is code of its own, which is not run.",
+            remedy="Read that code, then allow it with --trust-remote-code.",
         )
     if isinstance(error, ImportError):
         return ModelError(

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from yopo.errors import DataError
+from yopo.families.fingerprint import is_same
 from yopo.finite import first_layer_not_finite
 from yopo.grid import Grid
 from yopo.plan import (
@@ -152,7 +153,7 @@ class Statistics:
         Raises:
             DataError: The other pass measured another model.
         """
-        if other.model.fingerprint != self.model.fingerprint:
+        if not is_same(other.model.fingerprint, self.model.fingerprint):
             raise DataError(
                 f"Statistics of {self.model.name} and {other.model.name} cannot be merged: "
                 "the models' fingerprints differ."

@@ -7,7 +7,6 @@ Everything is validated first; then shards, companions and, last of all, config.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -26,17 +25,22 @@ from yopo.checkpoint.companions import (
     ORIGINAL_CARD_FILE,
     PLAN_FILE,
     TENSORS_FILE,
+    TENSORS_FILES,
     config_json,
+    copy_companion,
+    files_left_out,
     files_to_copy,
+    index_json,
     numbered,
 )
 from yopo.checkpoint.decoder import HEADS, KV_HEADS, NEURONS, UNITS, axes_of
 from yopo.checkpoint.order import BakedLayer, baked_plan, baked_tensors, order_layers
-from yopo.checkpoint.reader import Checkpoint, fingerprint
+from yopo.checkpoint.reader import INDEX_FILE, Checkpoint, fingerprint
 from yopo.checkpoint.shards import Reorder, Step, write_shard
 from yopo.checkpoint.values import FiniteCheck
 from yopo.checkpoint.writer import OutputDirectory
 from yopo.errors import ModelError, PlanError
+from yopo.families.fingerprint import is_same
 from yopo.plan import Plan, TensorsFile
 from yopo.plan_file import to_yaml
 from yopo.plan_tensors import PlanTensors, check_tensors
@@ -107,6 +111,7 @@ def bake(
     sides = [baked_tensors(each, given, orders) for each, given in plans]
     sides = [None if side is None else side.to_bytes() for side in sides]
     copies = files_to_copy(checkpoint)
+    _tell_left_out(checkpoint)
     num_bytes = checkpoint.num_bytes + sum(path.stat().st_size for path in copies.values())
     target = OutputDirectory(
         output,
@@ -121,7 +126,7 @@ def bake(
             write_weights(checkpoint, reorders, folder)
             for name, path in copies.items():
                 (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / name)
+                copy_companion(path, folder / name)
             # Read back from what was written: same layout, other bytes.
             written = fingerprint(replace(checkpoint, path=folder))
             baked = _write_plans([each for each, _ in plans], orders, sides, written, folder)
@@ -225,12 +230,18 @@ def _check_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
             f"{', '.join(different)}."
         )
     found_fingerprint = fingerprint(checkpoint)
-    if found_fingerprint != model.fingerprint:
+    if not is_same(found_fingerprint, model.fingerprint):
         raise ModelError(
             f"{path}: is not the checkpoint that the plan was made for, {model.name}: its "
             f"fingerprint is {found_fingerprint}, the plan's is {model.fingerprint}.",
             remedy="Calibrate on this checkpoint, or apply the plan to the one that it names.",
         )
+
+
+def _tell_left_out(checkpoint: Checkpoint) -> None:
+    names = ", ".join(files_left_out(checkpoint))
+    if names:
+        console.note(f"{checkpoint.path}: its code is left out of the result: {names}.")
 
 
 def _write_plans(
@@ -257,6 +268,9 @@ def _write_documents(
     plan: Plan, checkpoint: Checkpoint, folder: Path, name: str, copies: Mapping[str, Path]
 ) -> None:
     size = 0 if plan.tensors is None else (folder / TENSORS_FILE).stat().st_size
+    index = index_json(checkpoint) if any(folder.glob(TENSORS_FILES)) else None
+    if index is not None:
+        (folder / INDEX_FILE).write_text(index, encoding="utf-8")
     original = copies.get(ORIGINAL_CARD_FILE)
     card = model_card(plan, name, original_card=original, tensors_bytes=size)
     (folder / CODE_FILE).write_text(MODELING_CODE, encoding="utf-8")

@@ -6,7 +6,9 @@ Nothing here loads the model. ``fetch`` turns a model's name into such a directo
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +16,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from yopo import console
 from yopo.checkpoint.decoder import DecoderTensors, find_decoder
+from yopo.checkpoint.download import download
 from yopo.checkpoint.headers import Shard, TensorEntry, read_shard
-from yopo.errors import CheckpointError, ModelError
+from yopo.errors import CheckpointError
 from yopo.families.family import Backbone, Family, shape_of
-from yopo.families.fingerprint import SAMPLE, digest, sample
-from yopo.families.registry import ModelSource, family_of, refuse_original
+from yopo.families.fingerprint import SAMPLE, Samples, Source, pieces, sample, spread_digest
+from yopo.families.registry import ModelSource, family_of, family_of_type, refuse_original
 from yopo.plan import ModelShape
 from yopo.reading import read_bytes
 
@@ -35,7 +37,7 @@ MAX_JSON = 64 << 20
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 _HUB_FILES += ("LICENSE*", "NOTICE*", "README.md")
-_HUB_SKIPPED = ("consolidated*", "original/*", "onnx/*")  # the same weights in other formats
+_HUB_FILES += ("yopo_plan*.yaml",)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,6 +45,10 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+_DERIVED = ("inv_freq", "position_ids")
+"""Buffers that some versions of a layout store: computed from config.json, no weights."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Checkpoint:
         """
         path = Path(path)
         raw_config = read_config(path)
-        config = _parse_config(path)
+        config = _parse_config(path, raw_config)
         family = family_of(config)
         backbone, shape = family.backbone(config), shape_of(config)
         shards, is_indexed = read_shards(path)
@@ -102,106 +108,95 @@ class Checkpoint:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Fingerprint of a checkpoint; equal to ``fingerprint_of_decoder`` of the loaded model.
+    """Fingerprint of a checkpoint's files (see ``families.fingerprint``)."""
+    return read_source(checkpoint).fingerprint
 
-    Reads a few bytes of every decoder tensor.
+
+def read_source(checkpoint: Checkpoint) -> Source:
+    """Fingerprint of a checkpoint's files, and what a model loaded from them looks like.
+
+    Reads a few hundred bytes of every tensor.
     """
     keys = {entry.name: key for key, entry in checkpoint.decoder.items()}
-    samples = []
+    samples: Samples = []
+    spread = []
     for shard in checkpoint.shards:
-        with (checkpoint.path / shard.file).open("rb") as file:
+        with (checkpoint.path / shard.file).open("rb", buffering=0) as file:
             for entry in shard.tensors:
                 if entry.name in keys:
                     layer, name = keys[entry.name]
                     samples.append((f"layers.{layer}.{name}", entry.shape, _sample(file, entry)))
-    return digest(samples)
+                if entry.dtype in _DTYPES and not entry.name.endswith(_DERIVED):
+                    places = pieces(math.prod(entry.shape))
+                    spread.append((entry.shape, _read_values(file, entry, places)))
+    return Source(samples, spread_digest(spread))
 
 
 def _sample(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
     # `sample` takes the start of the first row and the end of the last. A matrix of just these
     # two pieces has the same sample as the tensor, and as a vector that is one row.
-    dtype = _DTYPES[entry.dtype]
     count = min(SAMPLE, entry.shape[-1])
-    num_bytes = count * dtype.itemsize
-    pieces = bytearray()
-    for offset in (entry.start, entry.stop - num_bytes):
-        file.seek(offset)
-        pieces += file.read(num_bytes)
-    return sample(torch.frombuffer(pieces, dtype=dtype).view(2, count))
+    ends = [(0, count), (math.prod(entry.shape) - count, count)]
+    return sample(_read_values(file, entry, ends).view(2, count))
 
 
-def fetch(source: ModelSource, *, takes_original: bool = False) -> Path:
+def _read_values(
+    file: BinaryIO, entry: TensorEntry, places: Iterable[tuple[int, int]]
+) -> torch.Tensor:
+    """(values,) of a tensor at places (first value, number of values), one behind the other."""
+    dtype = _DTYPES[entry.dtype]
+    data = bytearray()
+    for start, count in places:
+        file.seek(entry.start + start * dtype.itemsize)
+        data += file.read(count * dtype.itemsize)
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def fetch(
+    source: ModelSource,
+    *,
+    takes_original: bool = False,
+    subfolder: str = "",
+    **options: Any,
+) -> Path:
     """The directory of a model: a local one as it is, a hub repository downloaded to the cache.
 
     Args:
         source: From ``families.registry.resolve``.
         takes_original: Whether it may be a checkpoint that ``yopo convert`` has to convert.
+        subfolder: Folder inside the directory or repository that holds the model.
+        **options: Of the download, by its names in transformers: ``HUB_OPTIONS``.
 
     Raises:
         ModelError: The repository or revision is unknown, gated, or the hub is out of reach; or
             the model has to be converted first (said before its weights are downloaded).
+        CheckpointError: Its weights are quantized (said as early).
     """
-    if source.is_local:
-        folder = Path(source.location)
-    elif takes_original:
-        return _download(source, _HUB_FILES)
-    else:
-        folder = _download(source, ("config.json",))
     if not takes_original:
-        name = source.location if source.is_local else source.name
-        refuse_original(_model_type(folder), name)
-    return folder if source.is_local else _download(source, _HUB_FILES)
+        folder = fetch_some(source, ("config.json",), subfolder=subfolder, **options)
+        config = _config_or_nothing(folder)
+        name = str(folder) if source.is_local else source.name
+        refuse_original(config.get("model_type"), name)
+        refuse_quantized(config, name)
+    return fetch_some(source, _HUB_FILES, subfolder=subfolder, **options)
 
 
-def _model_type(folder: Path) -> str | None:
-    """What config.json says; None where there is none that could say it (others complain)."""
+def fetch_some(
+    source: ModelSource, files: Sequence[str], *, subfolder: str = "", **options: Any
+) -> Path:
+    """As :func:`fetch`, for files of these patterns alone, unchecked."""
+    if source.is_local:
+        return Path(source.location) / subfolder
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    return download(source, tuple(prefix + file for file in files), **options) / subfolder
+
+
+def _config_or_nothing(folder: Path) -> dict[str, Any]:
+    """config.json; empty where there is none that could be read (others complain)."""
     try:
-        return _read_json(folder / "config.json").get("model_type")
+        return _read_json(folder / "config.json")
     except CheckpointError:
-        return None
-
-
-def _download(source: ModelSource, files: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name = source.location + (f"@{source.revision}" if source.revision else "")
-    try:
-        known = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
-        if not isinstance(known, str):
-            console.note(f"{name}: looking on the Hugging Face hub (-v shows its progress).")
-        folder = snapshot_download(
-            source.location,
-            revision=source.revision,
-            allow_patterns=list(files),
-            ignore_patterns=list(_HUB_SKIPPED),
-        )
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{name}: is gated on the Hugging Face hub.",
-            remedy="Accept its conditions on its hub page, then log in with `hf auth login`.",
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        what = "revision" if isinstance(error, RevisionNotFoundError) else "model"
-        raise ModelError(
-            f"{name}: the Hugging Face hub knows no such {what}.",
-            remedy="Check the spelling; a private model needs `hf auth login`.",
-        ) from error
-    except (HTTPError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # this machine's trouble: disk full, say
-            raise ModelError(f"{name}: cannot be downloaded: {error}.") from error
-        raise ModelError(
-            f"{name}: is not (completely) in the local cache, and the Hugging Face hub cannot be "
-            "reached.",
-            remedy="Check the network (and HF_HUB_OFFLINE), or give a local model directory.",
-        ) from error
-    return Path(folder)
+        return {}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -213,12 +208,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory.")
     config = _read_json(path / "config.json", remedy="Give the directory of a whole model.")
-    if any("quantization_config" in part for part in (config, config.get("text_config") or {})):
-        raise CheckpointError(
-            f"{path / 'config.json'}: has a quantization_config; packed weights cannot be "
-            "reordered.",
-            remedy="Apply the plan to the unquantized checkpoint, then quantize the result.",
-        )
+    refuse_quantized(config, str(path))
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{path}: holds an adapter (adapter_config.json), which a plan cannot reorder.",
@@ -227,13 +217,33 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _parse_config(path: Path) -> PreTrainedConfig:
+def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
+    """Refuse a checkpoint of packed weights (FP8, AWQ, GPTQ, bitsandbytes, ...) by config.json.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    for part in (config, config.get("text_config")):
+        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+            raise CheckpointError(
+                f"{name}: its weights are quantized ({method or 'quantization_config'}); packed "
+                "weights can be neither measured nor reordered.",
+                remedy="Use the unquantized checkpoint, and quantize the pruned model: "
+                "yopo.load(..., quantization_config=...).",
+            )
+
+
+def _parse_config(path: Path, raw_config: Mapping[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
         # False, not unset: unset would ask the user whether to run the checkpoint's code.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here; all mean the same to a user
+        if "trust_remote_code" in str(error):  # a class of its own: of none of the families
+            family_of_type(str(raw_config.get("model_type")))
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{path / 'config.json'}: transformers cannot read it: {reason}",

@@ -81,8 +81,9 @@ def _count(name: str, text: str, **settings: Any) -> Any:
 def command(as_json: bool, **values: Any) -> None:
     """Time the pruned model of TARGET against the dense one: prefill, decode, memory, KV cache.
 
-    TARGET is a directory that `yopo apply` wrote, a plan, or - for a plan on stdin. Both models run
-    in turn in one process; beside the time stands what the FLOPs allow. Without any checkpoint:
+    TARGET is what `yopo apply` wrote (a directory or hub id), a plan, or - for a plan on stdin.
+    Both models run in turn in one process; beside the time stands what the FLOPs allow. Without any
+    checkpoint:
 
     \b
     yopo bench --preset yopo-25 --shape-of llava-1.5-7b --layers 4

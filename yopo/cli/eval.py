@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 def command(context: click.Context, target: str, as_json: bool, **values: Any) -> None:
     """Compare the pruned model of TARGET with the dense one on the same pairs.
 
-    TARGET is a directory that `yopo apply` wrote, a plan, or - for a plan on stdin. Accuracy is
-    counted where the pairs have answers; agreement is measured along the dense model's answers.
+    TARGET is what `yopo apply` wrote (a directory or hub id), a plan, or - for a plan on stdin.
+    Accuracy is counted where the pairs have answers; agreement is measured along the dense model's
+    answers.
     """
     from yopo.cli.output import print_json, print_report
 

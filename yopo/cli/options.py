@@ -136,6 +136,11 @@ run_options = _chain(
         show_default=True,
         help="Longest answer that is generated.",
     ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the code of a processor or tokenizer that the model brings along.",
+    ),
 )
 """How a model is run over pairs."""
 

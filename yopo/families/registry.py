@@ -47,7 +47,11 @@ def family_of(config: PreTrainedConfig) -> Family:
     Raises:
         ModelError: No registered family has its ``model_type``.
     """
-    found = config.model_type
+    return family_of_type(config.model_type)
+
+
+def family_of_type(found: str) -> Family:
+    """The family of a ``model_type``; errors as for :func:`family_of`."""
     for family in FAMILIES:
         if family.model_type == found:
             return family
@@ -102,13 +106,22 @@ def resolve(name: str) -> ModelSource:
         return ModelSource(name, target, None, is_local=False)
     if path.is_dir():
         return ModelSource(path.resolve().name, str(path), None, is_local=True)
-    repository, _, revision = name.partition("@")
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.exists()
-    if repository.count("/") == 1 and not looks_local:
+    if is_hub_id(name):
+        repository, _, revision = name.partition("@")
         return ModelSource(name, repository, revision or None, is_local=False)
-    if looks_local or "/" in name:
+    if _looks_local(name) or "/" in name:
         raise ModelError(
             f"{name}: no such model directory.",
             remedy="Give a directory with config.json, a hub id org/name[@revision], or an alias.",
         )
     raise ModelError(f"Unknown model '{name}'.", remedy=suggest(name, ALIASES))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is nothing here looks like ``org/name[@revision]``."""
+    return name.partition("@")[0].count("/") == 1 and not _looks_local(name)
+
+
+def _looks_local(name: str) -> bool:
+    path = Path(name).expanduser()
+    return path.is_absolute() or name.startswith((".", "~")) or path.exists()

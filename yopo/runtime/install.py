@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from yopo.errors import ModelError
 from yopo.families.family import Backbone, Family, GridsOf, shape_of
-from yopo.families.fingerprint import fingerprint_of_decoder
+from yopo.families.fingerprint import fingerprint_of_decoder, is_same
 from yopo.families.registry import family_of
 from yopo.layout import LayoutProbe
 from yopo.plan import Plan
@@ -155,7 +155,7 @@ def _check_fingerprint(decoder: nn.Module, plan: Plan) -> None:
             remedy="Load with a device_map that keeps the decoder on real devices.",
         )
     found = fingerprint_of_decoder(decoder)
-    if found != plan.model.fingerprint:
+    if not is_same(found, plan.model.fingerprint):
         raise ModelError(
             f"The plan was made for {plan.model.name} with fingerprint "
             f"{plan.model.fingerprint[:12]}..., the model's is {found[:12]}...",

@@ -17,10 +17,12 @@ from torch.nn.functional import linear
 
 from yopo.errors import ModelError
 from yopo.families.family import Backbone
+from yopo.families.fingerprint import is_plain
 from yopo.plan import LayerPlan, ModelShape, Plan
 from yopo.plan_tensors import PlanTensors, Refit
 from yopo.runtime.heads import split_heads
 from yopo.runtime.offload import parameter
+from yopo.runtime.packed import PackedPart, unpacked
 
 
 class Part(nn.Module):
@@ -45,6 +47,7 @@ class Part(nn.Module):
         self._source = (source,)
         self._columns = columns
         self._is_all = False
+        self._packed = PackedPart(keep, columns=columns)
         full = source.in_features if columns else source.out_features
         first = int(keep[0])
         self._span = slice(first, first + len(keep))
@@ -53,7 +56,7 @@ class Part(nn.Module):
             weight = own_bias = None
         else:
             place = keep.to(source.weight.device)
-            weight = source.weight.detach().index_select(1 if columns else 0, place)
+            weight = unpacked(source.weight).index_select(1 if columns else 0, place)
             own_bias = None
             if source.bias is not None and not columns:
                 own_bias = source.bias.detach().index_select(0, place)
@@ -69,10 +72,14 @@ class Part(nn.Module):
     def matrix(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight, (outputs, inputs), and the bias, (outputs,) or None."""
         source, weight, bias = self._source[0], self.weight, self.bias
-        if weight is None and self._columns:
-            weight = parameter(source, "weight")[:, self._span]
-        elif weight is None:
-            weight, bias = parameter(source, "weight")[self._span], parameter(source, "bias")
+        if weight is None:
+            full = parameter(source, "weight")
+            if not is_plain(full):
+                weight = self._packed.cut(full)
+            else:
+                weight = full[:, self._span] if self._columns else full[self._span]
+        if self.weight is None and not self._columns:
+            bias = parameter(source, "bias")
             bias = None if bias is None else bias[self._span]
         if self._columns and bias is None:
             bias = parameter(source, "bias")
@@ -273,7 +280,8 @@ def _check_layer(layer: nn.Module, index: int, names: Backbone) -> None:
             if type(module) is not nn.Linear or not module.weight.is_floating_point():
                 raise ModelError(
                     f"{where} is a {type(module).__name__}, expected a plain linear layer.",
-                    remedy="Merge adapters and prune before quantising.",
+                    remedy="Merge adapters; quantize with torchao, whose weights can be cut: "
+                    "yopo.load(..., quantization_config=TorchAoConfig(Int8WeightOnlyConfig())).",
                 )
             if module.weight.is_meta:
                 raise ModelError(
@@ -316,7 +324,7 @@ def _ffn_bias(
 
 
 def _mean_output(source: nn.Linear, columns: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    weight = source.weight.detach()
+    weight = unpacked(source.weight)
     columns = columns.to(weight.device)
     precise = torch.promote_types(weight.dtype, torch.float32)
     used = weight.index_select(1, columns).to(precise)

@@ -1,0 +1,30 @@
+"""Asking a model in memory whether it is pruned, and by which plan."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from yopo.plan import Plan
+from yopo.runtime.decoder import PrunedState
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan that a model runs under, ``plan_of(model).budget.reached`` its visual budget.
+
+    Args:
+        model: A transformers model, or anything around one: PEFT's, ``torch.compile``'s, a module
+            of yours.
+
+    Returns:
+        The plan; None for a dense model.
+    """
+    for module in model.modules():
+        state = getattr(module, "yopo", None)
+        if isinstance(state, PrunedState):
+            return state.plan
+    return None
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether a model, or one inside it, skips visual computation under a plan."""
+    return plan_of(model) is not None

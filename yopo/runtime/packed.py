@@ -1,0 +1,54 @@
+"""Parts of weights that a quantizer packed (torchao's tensor subclasses), for visual tokens.
+
+A linear layer of such a weight works as it is; a part of it has to be cut. Where the packing allows
+it the part stays packed, else its values are unpacked once: memory for speed, never other numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from yopo.families.fingerprint import is_plain
+
+_REFUSALS = (NotImplementedError, RuntimeError, AssertionError, ValueError, IndexError, TypeError)
+"""What torchao's subclasses raise for an operation that they do not have."""
+
+
+def unpacked(weight: torch.Tensor) -> torch.Tensor:
+    """The values of a weight, detached: itself, or what its packing stands for."""
+    weight = weight.detach()
+    return weight if is_plain(weight) else weight.dequantize()
+
+
+class PackedPart:
+    """Rows or columns of a packed weight, cut once for as long as it is the same weight.
+
+    Args:
+        keep: The kept rows or columns, in their order of use.
+        columns: Whether they are columns.
+    """
+
+    def __init__(self, keep: torch.Tensor, *, columns: bool):
+        self._keep, self._columns = keep, columns
+        self._weight: torch.Tensor | None = None
+        self._part: torch.Tensor | None = None
+
+    def cut(self, weight: torch.Tensor) -> torch.Tensor:
+        """(kept, inputs) or (outputs, kept): packed if the packing can be cut, else its values."""
+        if self._weight is not weight or self._part.device != weight.device:
+            self._weight, self._part = weight, self._cut(weight.detach())
+        return self._part
+
+    def _cut(self, weight: torch.Tensor) -> torch.Tensor:
+        axis = 1 if self._columns else 0
+        values = weight.dequantize().index_select(axis, self._keep.to(weight.device))
+        first, count = int(self._keep[0]), len(self._keep)
+        if not torch.equal(self._keep, torch.arange(first, first + count)):
+            return values
+        try:
+            part = weight[:, first : first + count] if axis else weight[first : first + count]
+            is_right = torch.equal(part.dequantize(), values)
+            torch.nn.functional.linear(values.new_zeros(1, values.shape[1]), part)
+        except _REFUSALS:
+            return values
+        return part if is_right else values
