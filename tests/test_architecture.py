@@ -19,9 +19,10 @@ MAX_FUNCTION_LINES = 70
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("console", "documents", "files", "grid", "hub", "processors"),
-    ("plan",),
-    ("demo", "families", "flops", "plan_file"),
+    ("console", "documents", "grid", "hub", "processors"),
+    ("storage",),
+    ("files", "plan"),
+    ("demo", "families", "flops", "plan_file", "side_files"),
     ("layout", "plan_tensors"),
     ("strategies",),
     ("calibration", "checkpoint", "runtime"),  # siblings: none imports another
