@@ -256,7 +256,7 @@ def test_output_directory_exists(yopo: Yopo, plan: Path, model: Path) -> None:
     done = yopo("apply", plan, "--model", model, "-o", "out")
     assert done.is_sentence and "exists already" in done.err
     done = yopo("apply", plan, "--model", model, "-o", "out", "--force")
-    assert done.is_sentence and "is not a checkpoint" in done.err
+    assert done.is_sentence and "is no directory that yopo wrote" in done.err
     assert os.listdir() == ["out"] and os.listdir("out") == ["note.txt"]
     done = yopo("apply", plan, "--model", model, "-o", model, "--force")
     assert done.is_sentence and "source" in done.err
@@ -288,7 +288,7 @@ def test_disk_full_while_writing_a_plan(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("yopo.files.os.chmod", full)  # between writing aside and renaming
+    monkeypatch.setattr("yopo.storage.durable.os.fsync", full)  # before it has its name
     assert "No space left on device" in calibrate("--stats", "s.safetensors")
     done = yopo("plan", calibrated / "stats.safetensors")
     assert done.is_sentence and not os.listdir()

@@ -119,10 +119,7 @@ def bake(
     baked = None
     if not dry_run:
         with target as folder:
-            write_weights(checkpoint, reorders, folder)
-            for name, path in copies.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / name)
+            _copy(checkpoint, reorders, copies, folder)
             check_unchanged(_read_files(checkpoint, copies), before, source_state(source_dir))
             for shard in checkpoint.shards:
                 compare_shard(checkpoint.path, folder, shard, reorders)
@@ -138,6 +135,18 @@ def bake(
         seconds=time.perf_counter() - started,
         plan=baked,
     )
+
+
+def _copy(
+    checkpoint: Checkpoint,
+    reorders: Mapping[str, Reorder],
+    copies: Mapping[str, Path],
+    folder: Path,
+) -> None:
+    write_weights(checkpoint, reorders, folder)
+    for name, path in copies.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
 def _read_files(checkpoint: Checkpoint, copies: Mapping[str, Path]) -> set[str]:
