@@ -80,7 +80,7 @@ class Keeper:
             return
         sentence = f"The statistics are not lost: `yopo plan {path}` makes plans of them."
         if isinstance(error, YopoError):
-            error.remedy = f"{error.remedy}\n  {sentence}" if error.remedy else sentence
+            error.remedy = f"{error.remedy} {sentence}" if error.remedy else sentence
         else:
             warn(sentence)
 
