@@ -20,8 +20,9 @@ MAX_FUNCTION_LINES = 70
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("console", "context", "finite", "grid", "hub", "processors", "reading"),
-    ("documents", "files", "plan"),
-    ("demo", "families", "flops"),
+    ("documents", "storage"),
+    ("files", "plan"),
+    ("demo", "families", "flops", "side_files"),
     ("plan_file",),
     ("layout", "plan_tensors"),
     ("strategies",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -54,6 +55,12 @@ def assert_same(one: PlanTensors, other: PlanTensors) -> None:
         assert mine is None or (mine.dtype == yours.dtype and torch.equal(mine, yours)), name
 
 
+def side_file(folder: Path) -> Path:
+    """The only tensors of ``plan.yaml`` in a folder."""
+    (path,) = folder.glob("plan.????????.safetensors")
+    return path
+
+
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
@@ -69,9 +76,10 @@ def test_bytes_round_trip(tensors: PlanTensors) -> None:
 def test_files_round_trip(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
     target = tmp_path / "half.yaml"
     written = write_plan(plan, tensors, str(target), force=False)
-    assert files(tmp_path) == ["half.safetensors", "half.yaml"]
-    data = (tmp_path / "half.safetensors").read_bytes()
-    assert written.tensors == TensorsFile("half.safetensors", hashlib.sha256(data).hexdigest())
+    sha256 = hashlib.sha256(tensors.to_bytes()).hexdigest()
+    assert written.tensors == TensorsFile(f"half.{sha256[:8]}.safetensors", sha256)
+    assert files(tmp_path) == [written.tensors.file, "half.yaml"]
+    assert (tmp_path / written.tensors.file).read_bytes() == tensors.to_bytes()
     again, found = read_plan_with_tensors(target)
     assert_same(found, tensors)
     assert to_yaml(again) == target.read_text() == to_yaml(written)
@@ -79,7 +87,7 @@ def test_files_round_trip(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> N
 
 def test_the_pair_can_be_moved_together(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
-    (tmp_path / "plan.yaml").read_text().index("file: plan.safetensors")  # no path in it
+    (tmp_path / "plan.yaml").read_text().index("file: plan.")  # no path in it
     other = tmp_path / "other"
     other.mkdir()
     for name in files(tmp_path):
@@ -127,17 +135,66 @@ def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch: pytest.MonkeyP
     assert cache_directory() == Path("/home/someone/.cache/yopo")
 
 
-@pytest.mark.parametrize("existing", ["plan.yaml", "plan.safetensors"])
-def test_existing_files_need_force(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path, existing: str
-) -> None:
-    (tmp_path / existing).write_text("mine")
-    with pytest.raises(OutputError, match=f"{existing}: exists already") as caught:
-        write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+def altered(tensors: PlanTensors) -> PlanTensors:
+    return replace(tensors, neuron_mean=tensors.neuron_mean + 1)
+
+
+def test_existing_files_need_force(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
+    target = tmp_path / "plan.yaml"
+    write_plan(plan, tensors, str(target), force=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match=r"plan\.yaml: exists already") as caught:
+        write_plan(plan, altered(tensors), str(target), force=False)
     assert "--force" in caught.value.remedy
-    assert files(tmp_path) == [existing] and (tmp_path / existing).read_text() == "mine"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_plan(plan, altered(tensors), str(target), force=True)
+    assert_same(read_plan_with_tensors(target)[1], altered(tensors))
+    assert len(files(tmp_path)) == 2  # the replaced plan's tensors are gone
+
+
+def test_replacing_a_plan_leaves_its_copies_their_tensors(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path
+) -> None:
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    (tmp_path / "mine.yaml").write_bytes((tmp_path / "plan.yaml").read_bytes())
+    write_plan(plan, altered(tensors), str(tmp_path / "plan.yaml"), force=True)
+    assert_same(read_plan_with_tensors(tmp_path / "mine.yaml")[1], tensors)
+    assert_same(read_plan_with_tensors(tmp_path / "plan.yaml")[1], altered(tensors))
+
+
+@pytest.mark.parametrize("broken", ["yopo_plan: 1\nlayers: [", "yopo_plan: 1\n"])
+def test_force_replaces_a_plan_that_was_spoiled_by_hand(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path, broken: str
+) -> None:
+    (tmp_path / "plan.yaml").write_text(broken)
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=True)
     assert_same(read_plan_with_tensors(tmp_path / "plan.yaml")[1], tensors)
+
+
+def test_a_side_files_name_is_never_taken_from_another_file(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path
+) -> None:
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    (tmp_path / "plan.yaml").unlink()
+    side = side_file(tmp_path)
+    former = side.stat().st_ino
+    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    assert side.stat().st_ino == former  # the same content is there: nothing to write
+    (tmp_path / "plan.yaml").unlink()
+    side.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="is not what its name says"):
+        write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=True)
+    assert side.read_bytes() == b"mine" and files(tmp_path) == [side.name]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_no_plan_goes_among_a_models_weights(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(OutputError, match="its folder is a model's"):
+        write_plan(plan, tensors, str(tmp_path / "model.yaml"), force=True)
+    assert files(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"weights"
 
 
 def test_targets_that_cannot_be_written_are_refused(
@@ -146,46 +203,53 @@ def test_targets_that_cannot_be_written_are_refused(
     for target, message in (
         (tmp_path / "none" / "plan.yaml", "folder does not exist"),
         (tmp_path, "is a directory"),
-        (tmp_path / "plan.safetensors", "where the plan's tensors go"),
+        (tmp_path / "plan.safetensors", "is a name for tensors"),
     ):
         with pytest.raises(OutputError, match=message):
             write_plan(plan, tensors, str(target), force=True)
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_failed_write_leaves_no_half_file(
-    plan: Plan,
-    tensors: PlanTensors,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    failing: int,
+class Killed(BaseException):
+    """Stands for a process that ends here: whatever would clean up does not run."""
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_plan_and_tensors_are_a_pair_at_every_moment(
+    plan: Plan, tensors: PlanTensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
-    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
-    calls, rename = [], Path.replace
+    """Killed before any step that changes a name, the old pair or the new one can be read."""
+    target, new = tmp_path / "plan.yaml", altered(tensors)
+    write_plan(plan, tensors, str(target), force=False)
+    steps: list[str] = []
 
-    def full_disk(self: Path, target: Path) -> Path:
-        calls.append(target)
-        if len(calls) == failing:
-            raise OSError(28, "No space left on device")
-        return rename(self, target)
+    def stop_at(function):
+        def stop(*arguments):
+            if len(steps) == step:
+                raise Killed
+            steps.append(function.__name__)
+            return function(*arguments)
 
-    monkeypatch.setattr(Path, "replace", full_disk)
-    other = replace(tensors, neuron_mean=tensors.neuron_mean + 1)
-    with pytest.raises(OutputError, match="No space left on device"):
-        write_plan(plan, other, str(tmp_path / "plan.yaml"), force=True)
-    assert files(tmp_path) == sorted(before)  # no temporary file either
-    assert (tmp_path / "plan.yaml").read_bytes() == before["plan.yaml"]
-    if failing == 2:  # the new tensors are there, the plan that names them is not: no silent mix
-        with pytest.raises(PlanError, match="is not the file that the plan names"):
-            read_plan_with_tensors(tmp_path / "plan.yaml")
+        return stop
+
+    monkeypatch.setattr("yopo.storage.scratch._remove", lambda folder: True)
+    monkeypatch.setattr(os, "fsync", stop_at(os.fsync))
+    monkeypatch.setattr(os, "replace", stop_at(os.replace))
+    monkeypatch.setattr(Path, "unlink", stop_at(Path.unlink))
+    with pytest.raises(Killed) if step < 7 else contextlib.nullcontext():
+        write_plan(plan, new, str(target), force=True)
+    found = read_plan_with_tensors(target)[1]
+    assert_same(found, tensors if step < 5 else new)
+    # The tensors, then the plan: file synced, renamed, folder synced; what nothing names goes last.
+    assert steps == [*["fsync", "replace", "fsync"] * 2, "unlink"][:step]
 
 
 def test_a_missing_side_file_is_named(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
-    (tmp_path / "plan.safetensors").unlink()
-    with pytest.raises(PlanError, match="plan.safetensors: the plan's tensors are missing"):
+    side_file(tmp_path).unlink()
+    with pytest.raises(
+        PlanError, match=r"plan\.\w{8}\.safetensors: the plan's tensors are missing"
+    ):
         read_plan_with_tensors(tmp_path / "plan.yaml")
 
 
@@ -194,7 +258,7 @@ def test_an_altered_side_file_is_refused(
     plan: Plan, tensors: PlanTensors, tmp_path: Path, damage: object
 ) -> None:
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
-    side = tmp_path / "plan.safetensors"
+    side = side_file(tmp_path)
     side.write_bytes(damage(side.read_bytes()))
     with pytest.raises(PlanError, match="is not the file that the plan names"):
         read_plan_with_tensors(tmp_path / "plan.yaml")
@@ -314,7 +378,7 @@ def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
     write_plan(plan, wrong, str(tmp_path / "plan.yaml"), force=False)
     with pytest.raises(PlanError) as caught:
         read_plan_with_tensors(tmp_path / "plan.yaml")
-    assert f"plan.safetensors: {message}" in str(caught.value)
+    assert f"{side_file(tmp_path).name}: {message}" in str(caught.value)
     assert "calibrate again" in caught.value.remedy
 
 

@@ -18,12 +18,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from yopo.errors import OutputError, PlanError
-from yopo.files import check_writable, write_file
+from yopo.errors import PlanError
+from yopo.files import write_file
 from yopo.finite import is_finite
 from yopo.plan import LayerPlan, ModelShape, Plan, TensorsFile
 from yopo.plan_file import read_plan, to_yaml
 from yopo.reading import read_bytes
+from yopo.side_files import (
+    check_plan_writable,
+    own_side_file,
+    remove_unless_named,
+    write_side_file,
+)
 
 Refit = Mapping[str, torch.Tensor]
 """One layer's fitted weights for visual tokens, by name: see :func:`refit_sizes`."""
@@ -150,41 +156,52 @@ def cache_directory() -> Path:
 
 
 def write_plan(plan: Plan, tensors: PlanTensors | None, target: str, *, force: bool) -> Plan:
-    """Write ``plan.yaml`` and its side file ``plan.safetensors``, or the plan to stdout for ``-``.
+    """Write ``plan.yaml`` and its side file, or the plan to stdout for ``-``.
+
+    The side file has its hash in its name, ``plan.1a2b3c4d.safetensors``, so that it never takes
+    the place of the one that an older plan names: a plan and its tensors are a pair at every
+    moment. The replaced plan's own tensors go last.
 
     Args:
         plan: The plan; its ``tensors`` entry is set here.
         tensors: Its tensors, or None if it needs none.
         target: Path of the YAML file, or ``-``.
-        force: Whether existing files may be replaced.
+        force: Whether an existing plan may be replaced.
 
     Returns:
         The plan as written.
 
     Raises:
-        OutputError: A file exists (without ``force``) or cannot be written.
+        OutputError: A file exists (without ``force``), is no plan, or cannot be written.
     """
     data = tensors.to_bytes() if tensors is not None else None
     path = Path(target)
     if data is not None:
         sha256 = hashlib.sha256(data).hexdigest()
-        side = f"{sha256}.safetensors" if target == "-" else f"{path.stem}.safetensors"
-        plan = replace(plan, tensors=TensorsFile(side, sha256))
+        side = sha256 if target == "-" else f"{path.stem}.{sha256[:8]}"
+        plan = replace(plan, tensors=TensorsFile(f"{side}.safetensors", sha256))
     if target == "-":
         if data is not None:
-            write_file(cache_directory() / plan.tensors.file, data)
+            write_side_file(cache_directory() / plan.tensors.file, data)
         sys.stdout.write(to_yaml(plan))
         sys.stdout.flush()
         return plan
-    outputs = [(path, to_yaml(plan).encode())]
+    check_plan_writable(path, force=force)
+    former = _former_side_file(path)
     if data is not None:
-        if path.name == plan.tensors.file:
-            raise OutputError(f"{path}: is where the plan's tensors go; name it like plan.yaml.")
-        outputs.insert(0, (path.with_name(plan.tensors.file), data))
-    check_writable([file for file, _ in outputs], force=force)
-    for file, content in outputs:
-        write_file(file, content)
+        write_side_file(path.with_name(plan.tensors.file), data)
+    write_file(path, to_yaml(plan).encode())
+    if former is not None and (plan.tensors is None or former.name != plan.tensors.file):
+        remove_unless_named(former)
     return plan
+
+
+def _former_side_file(path: Path) -> Path | None:
+    try:
+        named = read_plan(path).tensors if path.exists() else None
+    except PlanError:  # edited, and wrong now: what it named stays
+        return None
+    return None if named is None else own_side_file(path, named)
 
 
 def read_plan_with_tensors(source: str | Path) -> tuple[Plan, PlanTensors | None]:

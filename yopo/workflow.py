@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from yopo.calibration.prompts import load_processor
-from yopo.calibration.statistics import load_statistics
+from yopo.calibration.statistics import Statistics, load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
 from yopo.checkpoint.reader import Checkpoint, fetch
 from yopo.errors import ModelError, PlanError
@@ -21,9 +21,16 @@ from yopo.serving import load_dense, open_baked, torch_dtype
 from yopo.tuning import Calibrated, Effort, RunOptions, Session, open_demo_or
 from yopo.verification import Verification, verify
 
+Keep = Callable[[Statistics], None]
+
 
 def calibrate(
-    model_name: str, wishes: Wishes, options: RunOptions, effort: Effort | None = None
+    model_name: str,
+    wishes: Wishes,
+    options: RunOptions,
+    effort: Effort | None = None,
+    *,
+    keep: Keep | None = None,
 ) -> Calibrated:
     """Measure a model on pairs and plan its pruning.
 
@@ -32,6 +39,7 @@ def calibrate(
         wishes: What the plan should look like.
         options: Data and how to run it.
         effort: On what plans are measured and fitted.
+        keep: Given the statistics as soon as they exist, before anything is planned or fitted.
 
     Raises:
         YopoError: Unknown model, unreadable data, wishes that cannot be met, ...
@@ -41,6 +49,8 @@ def calibrate(
     session = Session(
         model_name, options, effort or Effort(), sets_aside=sets_aside, compares=compares
     )
+    if keep is not None:
+        keep(session.statistics)
     return session.within(wishes) if sets_aside else session.make(wishes)
 
 
@@ -50,8 +60,10 @@ def calibrate_front(
     wishes: Wishes,
     options: RunOptions,
     effort: Effort | None = None,
-) -> list[Calibrated]:
-    """Measure a model once and make a plan for every budget, largest first.
+    *,
+    keep: Keep | None = None,
+) -> Iterator[Calibrated]:
+    """Measure a model once and yield a plan for every budget, largest first.
 
     The plans share their neuron order, so one baked checkpoint serves them all.
 
@@ -59,8 +71,10 @@ def calibrate_front(
         YopoError: As for ``calibrate``.
     """
     session = Session(model_name, options, effort or Effort())
-    ordered = sorted(set(budgets), reverse=True)
-    return [session.make(replace(wishes, budget=budget)) for budget in ordered]
+    if keep is not None:
+        keep(session.statistics)
+    for budget in sorted(set(budgets), reverse=True):
+        yield session.make(replace(wishes, budget=budget))
 
 
 def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import yopo
+from yopo.checkpoint import bake as bake_module
 from yopo.checkpoint import shards
 from yopo.checkpoint.bake import bake
 from yopo.checkpoint.order import order_layers
@@ -408,10 +410,79 @@ def test_failure_in_the_middle_leaves_nothing(
 
 def test_force_replaces_the_former_result(baked, saved, tmp_path) -> None:
     _, plan, tensors, first = baked()
-    (first.output / "stale.txt").touch()
+    before, inode = contents(first.output), first.output.stat().st_ino
     bake(plan, tensors, saved().path, first.output, force=True)
-    assert not (first.output / "stale.txt").exists()
+    assert contents(first.output) == before and first.output.stat().st_ino != inode
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "README.md", "my/notes.txt", "my/empty", ".git/x"])
+def test_force_takes_no_file_of_the_users_with_it(baked, saved, tmp_path, mine) -> None:
+    _, plan, tensors, first = baked()
+    path = first.output / mine
+    path.parent.mkdir(exist_ok=True)
+    if mine == "my/empty":
+        path.mkdir()
+    else:
+        path.write_text("mine")
+    with pytest.raises(OutputError, match=f"did not write, or that were changed since: {mine}"):
+        bake(plan, tensors, saved().path, first.output, force=True)
+    assert path.is_dir() or path.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("file", ["config.json", "chat_template.jinja", "weights"])
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_a_source_that_changes_during_the_copy_is_refused(
+    saved, make_plan, tmp_path, monkeypatch, file, how
+) -> None:
+    plan, tensors = make_plan(saved().model)
+    source = shutil.copytree(saved().path, tmp_path / "source")
+    path = next(source.glob("*.safetensors")) if file == "weights" else source / file
+    write = bake_module.write_weights
+
+    def write_and_change(*arguments) -> None:
+        write(*arguments)
+        if how == "in place":
+            with path.open("r+b") as opened:
+                opened.seek(-1, os.SEEK_END)
+                opened.write(b" ")
+        else:
+            shutil.copy2(path, tmp_path / "other")
+            os.replace(tmp_path / "other", path)
+
+    monkeypatch.setattr(bake_module, "write_weights", write_and_change)
+    with pytest.raises(CheckpointError, match=f"{path.name}: this file of the source changed"):
+        bake(plan, tensors, source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
+def test_what_is_read_back_is_compared(saved, make_plan, tmp_path, monkeypatch, kind) -> None:
+    """A last byte that is wrong in any tensor, reordered or not, is found."""
+    plan, tensors = make_plan(saved(kind).model)
+    checkpoint = Checkpoint.open(saved(kind).path)
+    entries = [entry for shard in checkpoint.shards for entry in shard.tensors]
+    write = bake_module.write_weights
+    spoiled: list[str] = []
+
+    def write_and_spoil(checkpoint, reorders, folder) -> None:
+        write(checkpoint, reorders, folder)
+        for shard in checkpoint.shards:
+            if spoiled[-1] in {entry.name for entry in shard.tensors}:
+                entry = checkpoint.tensors[spoiled[-1]]
+                with (folder / shard.file).open("r+b") as file:
+                    file.seek(entry.stop - 1)
+                    last = file.read(1)
+                    file.seek(entry.stop - 1)
+                    file.write(bytes([last[0] ^ 1]))
+
+    monkeypatch.setattr(bake_module, "write_weights", write_and_spoil)
+    for entry in entries[:: len(entries) // 12]:
+        spoiled.append(entry.name)
+        with pytest.raises(OutputError, match=f"'{entry.name}' reads back differently"):
+            bake(plan, tensors, saved(kind).path, tmp_path / "out")
+    assert len(spoiled) >= 12 and not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from yopo.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from yopo.checkpoint.writer import OutputDirectory, format_bytes
 from yopo.errors import OutputError
+from yopo.storage import durable, scratch
 
 
 @pytest.fixture
@@ -30,6 +32,7 @@ def old_checkpoint(path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text("old")
     (path / "extra.txt").write_text("old")
+    write_manifest(path)
     return path
 
 
@@ -44,10 +47,10 @@ def test_appears_by_one_rename(source, tmp_path, monkeypatch) -> None:
     target = tmp_path / "out"
     with open_output(target, source) as folder:
         (folder / "file").write_text("x")
-        assert folder.parent == tmp_path and folder.name.startswith(".out.")
+        assert folder.parent.parent == tmp_path and folder.parent.name.startswith(".out.yopo-")
         assert not target.exists()
     assert renames == [(folder, target)]
-    assert names(target) == ["file"] and names(tmp_path) == ["out", "source"]
+    assert names(target) == ["file", MANIFEST_FILE] and names(tmp_path) == ["out", "source"]
     assert target.stat().st_mode & 0o777 == source.stat().st_mode & 0o777
 
 
@@ -55,14 +58,14 @@ def test_an_empty_directory_may_be_the_target(source, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     with open_output(tmp_path / "out", source) as folder:
         (folder / "file").write_text("x")
-    assert names(tmp_path / "out") == ["file"]
+    assert names(tmp_path / "out") == ["file", MANIFEST_FILE]
 
 
 def test_force_replaces_a_checkpoint(source, tmp_path) -> None:
     target = old_checkpoint(tmp_path / "out")
     with open_output(target, source, force=True) as folder:
         (folder / "config.json").write_text("new")
-    assert names(target) == ["config.json"]
+    assert names(target) == ["config.json", MANIFEST_FILE]
     assert (target / "config.json").read_text() == "new"
     assert names(tmp_path) == ["out", "source"]
 
@@ -71,7 +74,7 @@ def test_a_link_keeps_leading_to_the_result(source, tmp_path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(old_checkpoint(tmp_path / "disk" / "real"))
     with open_output(tmp_path / "out", source, force=True) as folder:
-        assert folder.parent == tmp_path / "disk"
+        assert folder.parent.parent == tmp_path / "disk"
         (folder / "config.json").write_text("new")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "disk" / "real" / "config.json").read_text() == "new"
@@ -98,15 +101,27 @@ def test_failure_leaves_everything_as_it_was(
         raise error
     assert names(tmp_path) == (["out", "source"] if force else ["source"])
     if force:
-        assert (target / "config.json").read_text() == "old" and len(names(target)) == 2
+        assert (target / "config.json").read_text() == "old" and len(names(target)) == 3
 
 
-def test_failed_swap_restores_the_old_checkpoint(source, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def without_exchange(monkeypatch) -> None:
+    """As on a file system that cannot let two names change places."""
+    monkeypatch.setattr(scratch, "exchange", lambda one, other: False)
+
+
+def test_force_without_exchange(source, tmp_path, without_exchange) -> None:
+    test_force_replaces_a_checkpoint(source, tmp_path)
+
+
+def test_failed_swap_restores_the_old_checkpoint(
+    source, tmp_path, monkeypatch, without_exchange
+) -> None:
     target = old_checkpoint(tmp_path / "out")
     rename = os.rename
 
     def fail_on_publish(before, after):
-        if ".new-" in str(before):
+        if str(before).endswith("/new"):
             raise OSError(errno.EIO, "Input/output error")
         rename(before, after)
 
@@ -144,8 +159,34 @@ def test_a_strangers_folder_is_never_replaced(source, tmp_path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "holiday.jpg").write_text("x")
-    assert "not a checkpoint (no config.json)" in refusal(folder, source, force=True).message
+    assert "is no directory that yopo wrote" in refusal(folder, source, force=True).message
     assert names(folder) == ["holiday.jpg"]
+
+
+def test_anothers_model_is_never_replaced(source, tmp_path) -> None:
+    """What has a config.json was --force's to delete once."""
+    for name, text in (("plain", "{}"), ("looks-baked", '{"yopo": {"plan": "yopo_plan.yaml"}}')):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(text)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        assert "is no directory that yopo wrote" in refusal(folder, source, force=True).message
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "[" * 9000, '{"yopo": 1}', '{"yopo": 1, "files": []}', "\xff"]
+)
+def test_a_list_of_files_that_is_none_protects(source, tmp_path, text) -> None:
+    target = old_checkpoint(tmp_path / "out")
+    (target / MANIFEST_FILE).write_bytes(text.encode("latin-1"))
+    assert "is no directory that yopo wrote" in refusal(target, source, force=True).message
+
+
+def test_links_and_changed_files_are_the_users(source, tmp_path) -> None:
+    target = old_checkpoint(tmp_path / "out")
+    (target / "extra.txt").write_text("new")  # of the same size
+    (target / "link").symlink_to(source)
+    assert "changed since: extra.txt, link." in refusal(target, source, force=True).message
 
 
 def test_a_file_is_never_replaced(source, tmp_path) -> None:
@@ -176,3 +217,65 @@ def test_too_little_space(source, tmp_path, monkeypatch) -> None:
 
 def test_format_bytes() -> None:
     assert [format_bytes(size) for size in (0, 999, 13_476_839_424)] == ["0 B", "999 B", "13.5 GB"]
+
+
+def recorded(monkeypatch) -> list[str]:
+    """The calls that decide what survives a power cut, in order, as ``what name``."""
+    steps: list[str] = []
+
+    def record(owner, name, label):
+        function = getattr(owner, name)
+
+        def call(*arguments, **options):
+            result = function(*arguments, **options)
+            steps.append(label(*arguments))
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    record(durable, "sync_file", lambda path: f"sync {path.name}")
+    record(scratch, "sync_directory", lambda path: f"sync {scratch_name(path)}")
+    record(durable, "sync_directory", lambda path: f"sync {scratch_name(path)}")
+    record(os, "rename", lambda old, new: f"rename {old.name} {new.name}")
+    record(scratch, "exchange", lambda old, new: f"exchange {old.name} {new.name}")
+    record(shutil, "rmtree", lambda path, **_: f"delete {path.name}")
+    return steps
+
+
+def scratch_name(path: Path) -> str:
+    return "scratch" if ".yopo-" in path.name else path.name
+
+
+SYNCED = ["sync config.json", "sync inner.txt", f"sync {MANIFEST_FILE}"]
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_synced_then_renamed_then_synced_then_deleted(
+    source, tmp_path, monkeypatch, replaces
+) -> None:
+    target = tmp_path / "out"
+    if replaces:
+        old_checkpoint(target)
+    steps = recorded(monkeypatch)
+    with open_output(target, source, force=True) as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "inner").mkdir()
+        (folder / "inner" / "inner.txt").write_text("new")
+    files = [step for step in steps[: steps.index("sync new")] if step != "sync inner"]
+    assert sorted(files) == sorted(SYNCED)
+    assert steps.index("sync inner") < steps.index("sync new")
+    step = "exchange new out" if replaces else "rename new out"
+    expected = ["sync new", step, "sync scratch", f"sync {tmp_path.name}"]
+    expected += ["delete new"] if replaces else []
+    assert steps[steps.index("sync new") :] == expected
+
+
+def test_without_exchange_the_old_one_is_deleted_last(
+    source, tmp_path, monkeypatch, without_exchange
+) -> None:
+    old_checkpoint(tmp_path / "out")
+    steps = recorded(monkeypatch)
+    with open_output(tmp_path / "out", source, force=True) as folder:
+        (folder / "config.json").write_text("new")
+    parent = f"sync {tmp_path.name}"
+    assert steps[-5:] == ["rename out old", "rename new out", "sync scratch", parent, "delete old"]

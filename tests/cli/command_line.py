@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from yopo.demo.build import PATCH_SIZE, build_processor
 from yopo.demo.scenes import IMAGE_SIZE
+from yopo.plan_file import read_plan
 
 LAYERS, HEADS, FFN = 3, 4, 40
 transformers_logging.disable_progress_bar()  # `yopo` does, where it imports transformers itself
@@ -50,6 +51,11 @@ class Run:
 
 
 Yopo = Callable[..., Run]
+
+
+def side_file(plan: Path) -> Path:
+    """Where a plan's tensors are."""
+    return plan.with_name(read_plan(plan).tensors.file)
 
 
 def save_model(path: Path, *, seed: int = 0, shard: str = "1GB") -> Path:

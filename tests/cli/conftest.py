@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import FAST, Run, Yopo, save_model
+from command_line import FAST, Run, Yopo, save_model, side_file
 
 from yopo.cli.main import main
 from yopo.demo.pairs import write_pairs
@@ -50,7 +50,7 @@ def yopo(
 
 @pytest.fixture(scope="session")
 def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with plan.yaml, plan.safetensors and stats.safetensors of the model."""
+    """A directory with plan.yaml, its tensors and stats.safetensors of the model."""
     folder = tmp_path_factory.mktemp("calibrated")
     arguments = ["-q", "calibrate", "--model", model, "--data", "demo:calibration", *FAST]
     outputs = ["-o", folder / "plan.yaml", "--stats", folder / "stats.safetensors"]
@@ -61,6 +61,6 @@ def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def plan(calibrated: Path, tmp_path: Path) -> Path:
     """A plan file of the model that the test may change, its tensors beside it."""
-    for name in ("plan.yaml", "plan.safetensors"):
-        shutil.copy(calibrated / name, tmp_path / name)
-    return tmp_path / "plan.yaml"
+    path = shutil.copy(calibrated / "plan.yaml", tmp_path / "plan.yaml")
+    shutil.copy(side_file(calibrated / "plan.yaml"), tmp_path)
+    return path

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import FAST, Yopo, save_model
+from command_line import FAST, Yopo, save_model, side_file
 from PIL import Image
 
 from yopo.demo.build import build_processor
@@ -101,7 +101,7 @@ def test_plan_with_a_mistake(
 
 
 def test_plan_without_its_tensors_or_with_others(yopo: Yopo, plan: Path, model: Path) -> None:
-    side = plan.with_suffix(".safetensors")
+    side = side_file(plan)
     side.write_bytes(side.read_bytes()[:-1] + b"\x01")
     done = yopo("apply", plan, "--model", model)
     assert done.is_sentence and "is not the file that the plan names" in done.err
@@ -190,7 +190,7 @@ def test_wishes_that_cannot_be_met(yopo: Yopo, calibrated: Path) -> None:
 
 def test_statistics_that_are_none(yopo: Yopo, plan: Path, tmp_path: Path) -> None:
     assert "no such statistics" in yopo("plan", tmp_path / "nowhere.safetensors").err
-    done = yopo("plan", plan.with_suffix(".safetensors"))
+    done = yopo("plan", side_file(plan))
     assert done.is_sentence and "holds no yopo statistics" in done.err
     done = yopo("plan", plan)
     assert done.is_sentence and "is not a safetensors file" in done.err
@@ -253,8 +253,8 @@ def test_model_of_an_unsupported_family(calibrate, model: Path, tmp_path: Path) 
 
 def test_outputs_are_checked_before_the_long_work(calibrate, model: Path, yopo: Yopo) -> None:
     assert "its folder does not exist" in calibrate("-o", "nowhere/plan.yaml")
-    assert "two outputs" in calibrate("--stats", "plan.safetensors")
-    assert "two outputs" in calibrate("-o", "plan.safetensors")
+    assert "two outputs" in calibrate("--stats", "./plan.yaml")
+    assert "is a name for tensors" in calibrate("-o", "plan.safetensors")
     Path("plan.yaml").write_text("mine")
     done = yopo("calibrate", "--model", "never-looked-at")
     assert done.is_sentence and "plan.yaml: exists already" in done.err and "--force" in done.err
@@ -267,7 +267,7 @@ def test_output_directory_exists(yopo: Yopo, plan: Path, model: Path) -> None:
     done = yopo("apply", plan, "--model", model, "-o", "out")
     assert done.is_sentence and "exists already" in done.err
     done = yopo("apply", plan, "--model", model, "-o", "out", "--force")
-    assert done.is_sentence and "is not a checkpoint" in done.err
+    assert done.is_sentence and "is no directory that yopo wrote" in done.err
     assert os.listdir() == ["out"] and os.listdir("out") == ["note.txt"]
     done = yopo("apply", plan, "--model", model, "-o", model, "--force")
     assert done.is_sentence and "source" in done.err
@@ -299,7 +299,7 @@ def test_disk_full_while_writing_a_plan(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("yopo.files.os.chmod", full)  # between writing aside and renaming
+    monkeypatch.setattr("yopo.storage.durable.os.fsync", full)  # before it has its name
     assert "No space left on device" in calibrate("--stats", "s.safetensors")
     done = yopo("plan", calibrated / "stats.safetensors")
     assert done.is_sentence and not os.listdir()

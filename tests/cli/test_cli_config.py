@@ -21,7 +21,7 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     got: dict[str, Any] = {}
 
-    def calibrate(model: str, wishes: Wishes, options: Any, effort: Any) -> None:
+    def calibrate(model: str, wishes: Wishes, options: Any, effort: Any, **_: Any) -> None:
         got.update(model=model, wishes=wishes, options=options, effort=effort)
         raise Called
 

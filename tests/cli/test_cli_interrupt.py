@@ -1,18 +1,22 @@
-"""Ctrl-C and SIGTERM in the middle of the work: real signals to a real process."""
+"""Ctrl-C, SIGTERM and SIGHUP in the middle of the work: real signals to a real process."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import FAST
+from command_line import FAST, Yopo
 
+from yopo.calibration.statistics import load_statistics
+from yopo.checkpoint import bake
 from yopo.cli import interrupts
+from yopo.cli.main import main
 
 _DRIVER = """
 import importlib, sys, time
@@ -60,15 +64,22 @@ def interrupted(
     return process.returncode, out, err, meanwhile
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+OUTCOMES = {
+    signal.SIGINT: (130, "interrupted"),
+    signal.SIGTERM: (143, "terminated"),
+    signal.SIGHUP: (129, "hung up"),
+}
+
+
+@pytest.mark.parametrize("number", OUTCOMES)
 def test_while_baking(plan: Path, model: Path, tmp_path: Path, number: signal.Signals) -> None:
     work = tmp_path / "work"
     work.mkdir()
     place = ("yopo.checkpoint.bake", "write_weights")
     found = interrupted(place, ["apply", plan, "--model", model, "-o", "out"], work, number)
     code, out, err, meanwhile = found
-    assert (code, out, err.strip()) == (130, "", "interrupted")
-    assert len(meanwhile) == 1 and meanwhile[0].startswith(".out.new-")  # it was in the middle
+    assert (code, err.strip()) == OUTCOMES[number] and out == ""
+    assert len(meanwhile) == 1 and meanwhile[0].startswith(".out.yopo-")  # it was in the middle
     assert os.listdir(work) == []
 
 
@@ -78,6 +89,15 @@ def test_while_calibrating(model: Path, tmp_path: Path) -> None:
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGINT)
     assert (code, out, err.strip()) == (130, "", "interrupted")
     assert os.listdir(tmp_path) == []
+
+
+def test_statistics_are_there_before_anything_is_planned(model: Path, tmp_path: Path) -> None:
+    arguments = ["calibrate", "--model", model, *FAST, "--stats", "s.safetensors"]
+    place = ("yopo.cli.results", "write_file")
+    code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGTERM)
+    assert (code, out, err.strip()) == (143, "", "terminated")
+    assert os.listdir(tmp_path) == ["s.safetensors"]
+    assert len(load_statistics(tmp_path / "s.safetensors").rho) == 6
 
 
 def test_while_writing_pairs(tmp_path: Path) -> None:
@@ -109,3 +129,51 @@ def test_an_ignored_signal_stays_ignored() -> None:
             interrupts.raise_if_arrived()
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def test_a_second_signal_while_cleaning_up_waits(
+    yopo: Yopo, plan: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both at the worst moments: in the middle of the copy, and before each step of cleaning."""
+    rmtree, steps = shutil.rmtree, []
+
+    def again(path: Path, **options: object) -> None:
+        steps.append(path.name)
+        signal.raise_signal(signal.SIGINT)
+        rmtree(path, **options)
+
+    def stop(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGHUP)
+
+    monkeypatch.setattr(bake, "write_weights", stop)
+    monkeypatch.setattr("yopo.storage.scratch.shutil.rmtree", again)
+    done = yopo("apply", plan, "--model", model, "-o", "out")
+    assert (done.code, done.out, done.err.strip()) == (129, "", "hung up")  # the first one counts
+    assert steps == ["new"] and os.listdir() == []
+
+
+def test_a_signal_while_the_result_is_put_in_place_waits(
+    yopo: Yopo, plan: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def interrupted_rename(old: Path, new: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", interrupted_rename)
+    done = yopo("apply", plan, "--model", model, "-o", "out")
+    assert done.code == 130 and os.listdir() == ["out"] and Path("out/config.json").exists()
+
+
+def test_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def write(self, text: str) -> None:
+            raise OSError(5, "Input/output error")
+
+    def hang_up(arguments: object) -> int:
+        monkeypatch.setattr(sys, "stderr", Gone())
+        signal.raise_signal(signal.SIGHUP)
+
+    monkeypatch.setattr("yopo.cli.group.run", hang_up)
+    assert main([]) == 129

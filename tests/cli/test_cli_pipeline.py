@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import FAST, FFN, LAYERS, Yopo
+from command_line import FAST, FFN, LAYERS, Yopo, side_file
 from transformers import AutoModelForImageTextToText
 
 import yopo as library
@@ -55,15 +55,16 @@ def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> 
         r"p.yaml: visual budget [\d.]+ %, prefill FLOPs [\d.]+ %\.\n",
         done.err,
     )
-    assert sorted(os.listdir()) == ["p.safetensors", "p.yaml", "s.safetensors"]
+    side = side_file(Path("p.yaml"))
+    assert sorted(os.listdir()) == [side.name, "p.yaml", "s.safetensors"]
     plan, _ = read_plan_with_tensors("p.yaml")
     assert plan.provenance["preset"] == "yopo-25" and plan.provenance["pairs"] == "pairs.jsonl"
     assert plan.budget.asked is None and len(plan.layers[0].heads) == 2
-    first = Path("p.yaml").read_bytes(), Path("p.safetensors").read_bytes()
+    first = Path("p.yaml").read_bytes(), side.read_bytes()
     again = ("calibrate", "--model", model, "--data", pairs, *FAST, "--preset", "yopo-25")
     assert yopo(*again, "-o", "p.yaml").code == 1
     assert yopo("-q", *again, "-o", "p.yaml", "--force").err == ""
-    assert (Path("p.yaml").read_bytes(), Path("p.safetensors").read_bytes()) == first
+    assert (Path("p.yaml").read_bytes(), side.read_bytes()) == first
 
 
 def test_demo_pairs_come_with_a_note(yopo: Yopo, model: Path) -> None:

@@ -35,6 +35,7 @@ from yopo.checkpoint.companions import (
 )
 from yopo.checkpoint.decoder import HEADS, KV_HEADS, NEURONS, UNITS, axes_of
 from yopo.checkpoint.order import BakedLayer, baked_plan, baked_tensors, order_layers
+from yopo.checkpoint.readback import check_unchanged, compare_shard, source_state
 from yopo.checkpoint.reader import INDEX_FILE, Checkpoint, fingerprint
 from yopo.checkpoint.shards import Reorder, Step, write_shard
 from yopo.checkpoint.values import FiniteCheck
@@ -100,6 +101,7 @@ def bake(
         OutputError: The output exists, overlaps with the source or cannot be written.
     """
     started = time.perf_counter()
+    before = source_state(source_dir)
     plans = [(plan, tensors or PlanTensors())]
     plans += [(each, given or PlanTensors()) for each, given in also]
     checkpoint = Checkpoint.open(source_dir)
@@ -123,10 +125,10 @@ def bake(
     baked = None
     if not dry_run:
         with target as folder:
-            write_weights(checkpoint, reorders, folder)
-            for name, path in copies.items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                copy_companion(path, folder / name)
+            _copy(checkpoint, reorders, copies, folder)
+            check_unchanged(_read_files(checkpoint, copies), before, source_state(source_dir))
+            for shard in checkpoint.shards:
+                compare_shard(checkpoint.path, folder, shard, reorders)
             # Read back from what was written: same layout, other bytes.
             written = fingerprint(replace(checkpoint, path=folder))
             baked = _write_plans([each for each, _ in plans], orders, sides, written, folder)
@@ -139,6 +141,23 @@ def bake(
         seconds=time.perf_counter() - started,
         plan=baked,
     )
+
+
+def _copy(
+    checkpoint: Checkpoint,
+    reorders: Mapping[str, Reorder],
+    copies: Mapping[str, Path],
+    folder: Path,
+) -> None:
+    write_weights(checkpoint, reorders, folder)
+    for name, path in copies.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        copy_companion(path, folder / name)
+
+
+def _read_files(checkpoint: Checkpoint, copies: Mapping[str, Path]) -> set[str]:
+    copied = {str(path.relative_to(checkpoint.path)) for path in copies.values()}
+    return {"config.json", *(shard.file for shard in checkpoint.shards), *copied}
 
 
 def find_reorders(checkpoint: Checkpoint, orders: Sequence[BakedLayer]) -> dict[str, Reorder]:

@@ -1,20 +1,20 @@
-"""A directory that appears complete or not at all.
+"""A directory that appears complete or not at all, and survives a power cut once it is there.
 
-Everything is written to a hidden directory beside the target and renamed once at the end. No fsync:
-a crash of the machine, unlike one of the program, may lose the result, never disguise a part of it.
+Everything is written to a hidden directory beside the target, synced, and takes the target's name
+in one step at the end; only then is what had the name removed.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from pathlib import Path
 from types import TracebackType
 
-from yopo import console
+from yopo.checkpoint.manifest import MANIFEST_FILE, find_strangers, write_manifest
 from yopo.errors import OutputError
+from yopo.storage.scratch import Scratch, tell_leftovers
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -29,7 +29,7 @@ class OutputDirectory:
         target: The directory to make; its parent must exist.
         source: A directory that is only read; the target may not overlap with it.
         num_bytes: How much will be written, for the check of free space.
-        force: Whether an existing checkpoint in the target may be replaced.
+        force: Whether a target that yopo wrote, and nobody changed since, may be replaced.
     """
 
     def __init__(self, target: str | Path, *, source: str | Path, num_bytes: int, force: bool):
@@ -39,7 +39,8 @@ class OutputDirectory:
         self.source = Path(source).expanduser().resolve()
         self.num_bytes = num_bytes
         self.force = force
-        self._fresh: Path | None = None
+        self._scratch = Scratch(self.target)
+        self._is_checked = False
 
     def check(self) -> None:
         """Raise OutputError for whatever can be known to go wrong before the first byte."""
@@ -54,6 +55,9 @@ class OutputDirectory:
         if not os.access(target.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{self.name}: its folder is not writable.")
         self._check_existing()
+        if not self._is_checked:
+            tell_leftovers(target)
+        self._is_checked = True
         free = shutil.disk_usage(target.parent).free
         if free < self.num_bytes:
             raise OutputError(
@@ -62,33 +66,44 @@ class OutputDirectory:
                 remedy="Free some space, or write to another file system.",
             )
 
-    def _check_existing(self) -> None:
+    def _check_existing(self) -> bool:
+        """Whether there is something to replace; raises if it may not be replaced."""
         target = self.target
         if target.exists() and not target.is_dir():
             raise OutputError(f"{self.name}: is a file, expected a directory name.")
         if _is_absent_or_empty(target):
-            return
+            return False
         if not self.force:
             raise OutputError(
                 f"{self.name}: exists already and is not empty.",
                 remedy="Use --force to replace it, or name another directory.",
             )
-        if not (target / "config.json").is_file():
+        strangers = find_strangers(target)
+        if strangers is None:
             raise OutputError(
-                f"{self.name}: is not a checkpoint (no config.json), so it is not replaced even "
-                "with --force.",
+                f"{self.name}: is no directory that yopo wrote (it has no {MANIFEST_FILE}), so it "
+                "is not replaced even with --force.",
                 remedy="Name another directory, or remove this one yourself.",
             )
+        if strangers:
+            more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+            raise OutputError(
+                f"{self.name}: holds files that yopo did not write, or that were changed since: "
+                f"{', '.join(strangers[:3])}{more}.",
+                remedy="Move them elsewhere first, or name another directory.",
+            )
+        return True
 
     def __enter__(self) -> Path:
         self.check()
-        # mkdtemp would make it private to the user; this one follows the umask.
-        self._fresh = self._sibling("new")
         try:
-            self._fresh.mkdir()
+            self._scratch.__enter__()
+            # mkdtemp would make it private to the user; this one follows the umask.
+            self._scratch.new.mkdir()
         except OSError as error:
+            self._scratch.__exit__(None, None, None)
             raise self._explain(error) from error
-        return self._fresh
+        return self._scratch.new
 
     def __exit__(
         self,
@@ -98,33 +113,14 @@ class OutputDirectory:
     ) -> None:
         try:
             if error is None:
-                self._publish()
+                write_manifest(self._scratch.new)
+                self._scratch.place_directory(check=self._check_existing)
             elif isinstance(error, OSError):
                 raise self._explain(error) from error
         except OSError as failure:
             raise self._explain(failure) from failure
         finally:
-            shutil.rmtree(self._fresh, ignore_errors=True)  # gone already if it was published
-
-    def _publish(self) -> None:
-        if _is_absent_or_empty(self.target):
-            os.rename(self._fresh, self.target)
-            return
-        self._check_existing()  # again: it may have appeared meanwhile
-        former = self._sibling("old")
-        os.rename(self.target, former)
-        try:
-            os.rename(self._fresh, self.target)
-        except BaseException:
-            os.rename(former, self.target)
-            raise
-        try:
-            shutil.rmtree(former)
-        except OSError as error:
-            console.warn(f"{former}: the replaced checkpoint cannot be removed: {error.strerror}.")
-
-    def _sibling(self, what: str) -> Path:
-        return self.target.with_name(f".{self.target.name}.{what}-{secrets.token_hex(4)}")
+            self._scratch.__exit__(None, None, None)
 
     def _explain(self, error: OSError) -> OutputError:
         if error.errno in _DISK_FULL:

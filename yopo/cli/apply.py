@@ -10,13 +10,14 @@ import click
 from yopo.cli.command import Command, load
 from yopo.cli.options import force_option
 from yopo.console import note, show
+from yopo.errors import OutputError
 
 if TYPE_CHECKING:
     from yopo.workflow import Applied
 
 
 @click.command(cls=Command)
-@click.argument("plans", nargs=-1, required=True, metavar="PLAN...")
+@click.argument("plans", nargs=-1, metavar="PLAN...")
 @click.option(
     "-o",
     "--output",
@@ -27,8 +28,16 @@ if TYPE_CHECKING:
 @click.option("--model", help="The checkpoint, if it is elsewhere than the plan says.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--verify", is_flag=True, help="Open the result and compare it with the original.")
+@click.option(
+    "--clean",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Instead: remove what killed runs left of DIR, and in it.",
+)
 @force_option
-def command(plans: tuple[str, ...], dry_run: bool, verify: bool, **values: Any) -> None:
+def command(
+    plans: tuple[str, ...], dry_run: bool, verify: bool, clean: Path | None, **values: Any
+) -> None:
     """Bake PLAN (a file, or - for stdin) into a copy of its model's checkpoint.
 
     The copy loads in stock transformers as the original model, and with yopo.load as the pruned
@@ -36,6 +45,13 @@ def command(plans: tuple[str, ...], dry_run: bool, verify: bool, **values: Any) 
     baked together: the first is what yopo.load(DIR) takes, yopo.load(DIR, budget=0.12) the
     largest within a budget.
     """
+    if clean is not None:
+        if plans:
+            raise click.UsageError("--clean and PLAN exclude one another.")
+        _clean(clean)
+        return
+    if not plans:
+        raise click.UsageError("Missing argument 'PLAN...'.")
     if dry_run and verify:
         raise click.UsageError("--dry-run and --verify exclude one another.")
     done: Applied = load("yopo.workflow").apply_plan(
@@ -49,6 +65,26 @@ def command(plans: tuple[str, ...], dry_run: bool, verify: bool, **values: Any) 
     _tell(done)
     if not dry_run:
         click.echo(done.report.output)
+
+
+def _clean(place: Path) -> None:
+    """Remove what killed runs left of a target, and of targets in it if it is a directory."""
+    from yopo.storage.scratch import find_leftovers, remove_leftover
+
+    place = place.absolute()
+    if not place.parent.is_dir():
+        raise OutputError(f"{place}: its folder does not exist.")
+    found = find_leftovers(place.parent, place.name)
+    found += find_leftovers(place) if place.is_dir() else []
+    for path in found:
+        try:
+            restored = remove_leftover(path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be removed: {error.strerror}.") from error
+        if restored is not None:
+            note(f"{restored}: back in its place.")
+        click.echo(path)
+    note(f"{len(found)} leftovers of killed runs removed." if found else "Nothing to remove.")
 
 
 def _tell(done: Applied) -> None:

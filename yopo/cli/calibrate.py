@@ -17,7 +17,7 @@ from yopo.cli.options import (
     wish_options,
     wishes,
 )
-from yopo.cli.results import check_outputs, save
+from yopo.cli.results import Keeper, check_outputs, save
 
 if TYPE_CHECKING:
     from yopo.tuning import Calibrated
@@ -104,18 +104,21 @@ def command(context: click.Context, **values: Any) -> None:
     """
     output, stats, force = values["output"], values["stats"], values["force"]
     outputs = {budget: _named(output, budget) for budget in values["budgets"] or (None,)}
-    for path in outputs.values():
-        check_outputs(path, stats, force=force)
+    check_outputs(outputs.values(), stats, force=force)
     workflow, tuning = load("yopo.workflow"), load("yopo.tuning")
     if (values["milliseconds"] is None) != (values["costs"] is None):
         raise click.UsageError("--milliseconds and --costs go together.")
     counts = (values["measure_pairs"], values["fit_pairs"])
     effort = tuning.Effort(values["queries"], *counts, values["costs"])
     asked = (wishes(context), run_settings(context), effort)
-    if not values["budgets"]:
-        made: Calibrated = workflow.calibrate(values["model"], *asked)
-        save(made, output, stats=stats, force=force)
-        return
-    for each in workflow.calibrate_front(values["model"], values["budgets"], *asked):
-        save(each, outputs[each.plan.budget.asked], stats=stats, force=force)
-        stats = None  # once
+    keeper = Keeper(stats, force=force)
+    with keeper.guarding():
+        if not values["budgets"]:
+            made: Calibrated = workflow.calibrate(values["model"], *asked, keep=keeper.keep)
+            save(made, output, force=force)
+            return
+        front = workflow.calibrate_front(
+            values["model"], values["budgets"], *asked, keep=keeper.keep
+        )
+        for each in front:
+            save(each, outputs[each.plan.budget.asked], force=force)

@@ -8,7 +8,7 @@ import click
 
 from yopo.cli.command import Command
 from yopo.cli.options import force_option
-from yopo.files import check_writable, write_file
+from yopo.files import PAGE, check_writable, write_file
 
 
 @click.command(cls=Command)
@@ -25,7 +25,7 @@ def command(plan: str, as_json: bool, page: Path | None, force: bool) -> None:
     if as_json and page is not None:
         raise click.UsageError("--json and --html exclude one another.")
     if page is not None:
-        check_writable([page], force=force)
+        check_writable(page, PAGE, force=force)
     found = read_plan(plan)
     if as_json:
         from yopo.cli.output import print_json

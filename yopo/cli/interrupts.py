@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: clean up and say so in one word, whatever a library makes of them.
+"""Ctrl-C, SIGTERM and SIGHUP: clean up and say so in one word, whatever a library makes of them.
 
 A KeyboardInterrupt inside an import does not always come out of it: torch, for one, swallows it
 or raises an ImportError instead. So the signal is remembered, and asked for behind such places.
@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_arrived = False
+from yopo.storage.durable import SIGNALS
+
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+
+_arrived: int | None = None
 
 
 @contextmanager
 def catching() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into KeyboardInterrupt inside a block."""
+    """Turn the signals into KeyboardInterrupt inside a block."""
     global _arrived
-    _arrived, former = False, {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    _arrived, former = None, {}
+    for number in SIGNALS:
         handler = signal.getsignal(number)
         if handler in (signal.default_int_handler, signal.SIG_DFL):  # not if ignored, by nohup say
             try:
@@ -35,11 +39,18 @@ def catching() -> Iterator[None]:
 
 def raise_if_arrived() -> None:
     """Raise KeyboardInterrupt if a signal arrived in the block, even if something caught it."""
-    if _arrived:
+    if _arrived is not None:
         raise KeyboardInterrupt
+
+
+def outcome() -> tuple[str, int]:
+    """What an interrupted program says, and its exit code: 128 and the first signal's number."""
+    number = signal.SIGINT if _arrived is None else _arrived
+    return _WORDS[number], 128 + number
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _arrived
-    _arrived = True
+    if _arrived is None:
+        _arrived = number
     raise KeyboardInterrupt

@@ -1,15 +1,17 @@
 """The entry point ``yopo``.
 
 stdout carries results, stderr everything else. Exit codes: 0 done, 1 failed, 2 wrong usage,
-130 interrupted. Nothing but the standard library is imported before signals are in hand.
+128 and its number for a signal (130: Ctrl-C). Nothing but the standard library is imported before
+signals are in hand.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
-from yopo.cli.interrupts import catching
+from yopo.cli.interrupts import catching, outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return run(arguments)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            word, code = outcome()
+            with suppress(OSError):  # the terminal is gone
+                print(word, file=sys.stderr, flush=True)
+            return code
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yopo.files import PAGE_MARK
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -49,4 +51,5 @@ def html(report: RenderableType, *, title: str) -> str:
     )
     console.print(report)
     page = console.export_html(theme=MONOKAI)
-    return page.replace("<head>", f"<head>\n<title>{escape(Path(title).name)}</title>", 1)
+    head = f"<head>\n{PAGE_MARK}\n<title>{escape(Path(title).name)}</title>"
+    return page.replace("<head>", head, 1)

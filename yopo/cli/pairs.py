@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import click
@@ -12,6 +10,7 @@ from yopo.cli.command import Command
 from yopo.console import note
 from yopo.demo import SETS
 from yopo.errors import OutputError
+from yopo.storage.scratch import Scratch, tell_leftovers
 
 
 @click.command(cls=Command)
@@ -42,12 +41,9 @@ def command(directory: Path, split: str, count: int, seed: int) -> None:
     parent = directory.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{directory}: its folder does not exist.")
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.new-", dir=parent))
-    try:
-        write_pairs(fresh, split, count, seed=seed)
-        fresh.chmod(0o755)
-        fresh.replace(directory)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    tell_leftovers(directory.absolute())
+    with Scratch(directory.absolute()) as scratch:
+        write_pairs(scratch.new, split, count, seed=seed)
+        scratch.place_directory(check=lambda: False)  # an empty directory is replaced by a rename
     note(f"{count} pairs of the split '{split}'.")
     click.echo(directory / PAIRS_NAME)

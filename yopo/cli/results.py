@@ -2,48 +2,106 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yopo.console import note, show
-from yopo.errors import OutputError
-from yopo.files import check_writable, write_file
+from yopo.console import note, show, warn
+from yopo.errors import OutputError, YopoError
+from yopo.files import STATISTICS, check_writable, write_file
 
 if TYPE_CHECKING:
+    from yopo.calibration.statistics import Statistics
     from yopo.plan import Plan
     from yopo.tuning import Calibrated
 
 
-def check_outputs(output: str, stats: Path | None, *, force: bool) -> None:
+def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) -> None:
     """Refuse outputs that could not be written, before the long work.
+
+    Args:
+        outputs: Plan files, or ``-``.
+        stats: The statistics file, if one is asked for.
+        force: Whether files of the same kind may be replaced.
 
     Raises:
         OutputError: A file exists, has no folder, or two outputs would be one file.
     """
-    paths = [] if stats is None else [stats]
-    if output != "-":
-        plan = Path(output)
-        paths += [plan, plan.with_name(f"{plan.stem}.safetensors")]
-    taken = [path.absolute() for path in paths]
+    from yopo.side_files import check_plan_writable
+
+    plans = [Path(output) for output in outputs if output != "-"]
+    paths = [*plans, *([] if stats is None else [stats])]
+    taken = [os.path.abspath(path) for path in paths]
     for path in paths:
-        if taken.count(path.absolute()) > 1:
-            raise OutputError(
-                f"{path}: two outputs would have this name.",
-                remedy="The plan's tensors stand beside it as NAME.safetensors; choose other "
-                "names for the plan or the statistics.",
-            )
-    check_writable(paths, force=force)
+        if taken.count(os.path.abspath(path)) > 1:
+            raise OutputError(f"{path}: two outputs would have this name.")
+    for plan in plans:
+        check_plan_writable(plan, force=force)
+    if stats is not None:
+        check_writable(stats, STATISTICS, force=force)
 
 
-def save(made: Calibrated, output: str, *, stats: Path | None, force: bool) -> None:
-    """Write a calibration's results and say in one line what was written."""
+class Keeper:
+    """Statistics, on the disk as soon as they exist: whatever happens later, they are not lost.
+
+    Args:
+        path: Where they are asked for; None: they are kept in the cache if no plan comes of them.
+        force: Whether statistics there may be replaced.
+    """
+
+    def __init__(self, path: Path | None, *, force: bool):
+        self._path, self._force = path, force
+        self._statistics: Statistics | None = None
+
+    def keep(self, statistics: Statistics) -> None:
+        """Take over statistics that were just made."""
+        self._statistics = statistics
+        if self._path is not None:
+            check_writable(self._path, STATISTICS, force=self._force)  # an hour is a long time
+            write_file(self._path, statistics.to_bytes())
+            note(f"{self._path}: statistics of {len(statistics.rho)} pairs.")
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Say where the statistics are if the block fails to make a plan of them."""
+        try:
+            yield
+        except Exception as error:
+            if self._statistics is not None:
+                self._tell(error)
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        path = self._path or self._rescue()
+        if path is None:
+            return
+        sentence = f"The statistics are not lost: `yopo plan {path}` makes plans of them."
+        if isinstance(error, YopoError):
+            error.remedy = f"{error.remedy} {sentence}" if error.remedy else sentence
+        else:
+            warn(sentence)
+
+    def _rescue(self) -> Path | None:
+        from yopo.plan_tensors import cache_directory
+
+        data = self._statistics.to_bytes()
+        name = f"statistics-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+        try:
+            write_file(cache_directory() / name, data)
+        except OutputError:  # the plan's failure is what matters
+            return None
+        return cache_directory() / name
+
+
+def save(made: Calibrated, output: str, *, force: bool) -> None:
+    """Write a plan and say in one line what was written."""
     from yopo.plan_tensors import write_plan
 
     if made.candidates:
         _show_candidates(made.plan)
-    if stats is not None:
-        write_file(stats, made.statistics.to_bytes())
-        note(f"{stats}: statistics of {len(made.statistics.rho)} pairs.")
     plan = write_plan(made.plan, made.tensors, output, force=force)
     note(_written(plan, output))
 
