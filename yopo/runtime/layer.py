@@ -157,7 +157,6 @@ class LayerRun:
             self._place_into(queries, (keys, all_keys[cells]), [each[place] for each in rotary])
         return all_queries
 
-
     def _place_into(
         self,
         queries: tuple[torch.Tensor, torch.Tensor] | None,
