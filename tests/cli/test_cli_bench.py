@@ -35,6 +35,7 @@ def test_the_document_for_machines(yopo: Yopo) -> None:
         *("device", "dtype", "threads", "options", "prefill_ms", "prefill_flops"),
         *("time_ratio_over_flops_ratio", "decode_ms_per_token", "peak_bytes_above_weights"),
         *("visual_kv_bytes", "contenders", "left_out", "contexts"),
+        *("as_shipped", "rates", "shares_above_the_bound"),
     }
     for what in ("prefill_ms", "decode_ms_per_token"):
         assert set(found[what]) == COMPARED
@@ -49,6 +50,11 @@ def test_the_document_for_machines(yopo: Yopo) -> None:
     assert flops["ratio"] == flops["pruned"] / flops["dense"]
     quotient = found["prefill_ms"]["ratio"]["median"] / flops["ratio"]
     assert found["time_ratio_over_flops_ratio"] == pytest.approx(quotient)
+    shipped = found["as_shipped"]  # so small a model runs on the same kernels
+    assert not shipped["other_kernels"] and shipped["prefill_ms"] == found["prefill_ms"]
+    assert shipped["decode_ms_per_token"] == found["decode_ms_per_token"]
+    assert shipped["time_ratio_over_flops_ratio"] == found["time_ratio_over_flops_ratio"]
+    assert found["shares_above_the_bound"] == {}
     kept = found["visual_kv_bytes"]
     assert kept["pruned"] == kept["planned"] < kept["dense"]
     assert list(found["contenders"]) == ["dense", "pruned"]
@@ -87,8 +93,9 @@ def test_rivals_for_machines(yopo: Yopo) -> None:
     assert list(found["left_out"]) == ["fastv"]  # two of six layers are more than the budget
     for name, each in contenders.items():
         assert each["visual_kv_bytes"] == each["planned_visual_kv_bytes"]
-        ratio, bound = each["prefill_time_ratio"]["median"], each["prefill_share_of_bound"]
-        assert bound == pytest.approx(each["prefill_flops_ratio"] / ratio)
+        ideal = 1e3 * found["prefill_flops"]["dense"] * each["prefill_flops_ratio"]
+        ideal /= found["rates"]["flops_per_second"]
+        assert each["prefill_share_of_bound"] == pytest.approx(ideal / each["prefill_ms"]["median"])
         assert (each["setting"] is None) == (name in ("dense", "pruned"))
         assert each["visual_budget"] <= found["visual_budget"] or name in ("dense", "masked")
     assert contenders["dense"]["prefill_time_ratio"]["median"] == 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from tiny import Subject
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from yopo.errors import ModelError, PlanError
 from yopo.evaluation import bench as benching
 from yopo.evaluation.bench import Bench, Sample, Sizes, bench_model, bench_random, run_rounds
+from yopo.evaluation.bench_document import document
 from yopo.evaluation.bench_memory import peak_bytes
 from yopo.evaluation.bench_plan import (
     MADE_UP,
@@ -27,7 +30,16 @@ from yopo.evaluation.bench_plan import (
     with_prompt,
 )
 from yopo.evaluation.bench_prompt import made_up_prompt
-from yopo.evaluation.bench_result import DENSE, PRUNED, BenchOptions, Compared, step_bytes
+from yopo.evaluation.bench_rates import best, measure_rates
+from yopo.evaluation.bench_result import (
+    DENSE,
+    PRUNED,
+    STOCK,
+    BenchOptions,
+    Compared,
+    Rates,
+    step_bytes,
+)
 from yopo.evaluation.random_model import (
     WORKLOAD,
     fitted,
@@ -48,6 +60,8 @@ from yopo.flops import (
 from yopo.grid import Grid
 from yopo.plan import LayerPlan, ModelIdentity, ModelShape, Plan, Workload
 from yopo.plan_tensors import check_tensors
+from yopo.report.bench import bench_report
+from yopo.runtime import products
 from yopo.runtime.install import pruned
 
 SHAPE = ModelShape(layers=8, hidden=48, heads=4, kv_heads=2, head_dim=12, ffn=80)
@@ -283,7 +297,7 @@ def test_another_familys_plan_runs_on_a_stand_in(mha: Subject) -> None:
     plan, tensors = mha.random_plan(5)
     plan = replace(plan, model=replace(plan.model, family="internvl"))
     found = bench_random(plan, tensors, Sizes(), QUICK, num_layers=2)
-    assert found.stand_in and found.to_dict()["stand_in"]
+    assert found.stand_in and document(found)["stand_in"]
     assert not bench_random(plan_for(), None, Sizes(), QUICK).stand_in
 
 
@@ -318,8 +332,8 @@ def test_rivals_are_measured_at_the_plans_budget() -> None:
         assert measured.visual_kv == found.planned_kv_of(name)
         assert found.flops_of(name) == 2 * rivals.prefill_flops(setting, shape, workload)
         assert measured.prefill.dense == found.prefill.dense
-        ratio = measured.prefill.ratio.median
-        assert found.prefill_bound_of(name) == pytest.approx(found.flops_ratio_of(name) / ratio)
+        ideal = found.flops_of(name) / found.rates.flops
+        assert found.prefill_bound_of(name) == ideal / measured.prefill.pruned.median
         assert measured.peak_memory > 0 and measured.decode.ratio.median > 0
     assert found.measured[DENSE].prefill.ratio.median == 1.0
 
@@ -402,3 +416,89 @@ def test_layers_of_other_fits_are_of_other_kinds(mha: Subject) -> None:
     )
     first, second = sampled_layers(plan, 2)
     assert first in (0, 1) and second in (2, 3)
+
+
+needs_kernel = pytest.mark.skipif(
+    products._kernel() is None, reason="this torch has no oneDNN product on plain weights"
+)
+
+
+def shown(found: Any) -> str:
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(bench_report(found))
+    return console.export_text()
+
+
+@pytest.fixture
+def other_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Weights of any size take oneDNN's products; these are collected, by their size."""
+    kernel, seen = products._kernel(), []
+
+    def spy(inputs, weight, *rest):
+        seen.append(weight.numel())
+        return kernel(inputs, weight, *rest)
+
+    monkeypatch.setattr(products, "MIN_WEIGHT", 1)
+    monkeypatch.setattr(products, "_kernel", lambda: spy)
+    return seen
+
+
+@needs_kernel
+def test_all_but_the_stock_model_run_on_the_same_kernels(other_kernel: list[int]) -> None:
+    plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
+    subject = subject_of(plan)
+    rivals = {name: Setting(name, 2) for name in ("vtw", "downsample")}
+    subject = replace(subject, rivals=rivals)
+    assert subject.names == (DENSE, PRUNED, "vtw", "downsample", STOCK)
+    linears = sum(type(each) is torch.nn.Linear for each in subject.model.get_decoder().modules())
+    hooks = state(subject.model)
+    for name in subject.names:
+        other_kernel.clear()
+        with subject.switch(name):
+            subject.prefill()
+        assert state(subject.model) == hooks
+        assert other_kernel if name != STOCK else not other_kernel, name
+        if name == DENSE:
+            assert len(other_kernel) == linears
+    subject.prefill()
+    assert not other_kernel
+
+
+@needs_kernel
+def test_what_another_kernel_saves_is_a_figure_of_its_own(
+    other_kernel: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {DENSE: 10.0, PRUNED: 5.0, STOCK: 20.0}
+    monkeypatch.setattr(Bench, "measure", lambda self, name, steps: Sample(times[name], 3.0))
+    found = bench_random(plan_for(), None, Sizes(), QUICK)
+    assert found.over_bound == 0.5 / found.flops_ratio
+    assert found.over_bound_as_shipped == 0.25 / found.flops_ratio
+    assert found.shipped.prefill.dense.median == 20.0 and list(found.measured) == [DENSE, PRUNED]
+    shipped = document(found)["as_shipped"]
+    assert shipped["other_kernels"] and shipped["prefill_ms"]["ratio"]["median"] == 0.25
+    assert document(found)["prefill_ms"]["ratio"]["median"] == 0.5
+    assert "as shipped: prefill" in shown(found) and "slower kernel" in shown(found)
+
+
+def test_on_the_same_kernels_one_figure_is_enough() -> None:
+    found = bench_random(plan_for(), None, Sizes(), QUICK)
+    assert found.shipped is None and found.over_bound_as_shipped == found.over_bound
+    assert "as shipped" not in shown(found)
+
+
+def test_more_than_the_machine_can_do_is_called_a_wrong_measurement() -> None:
+    found = bench_random(plan_for(), None, Sizes(), QUICK)
+    fast = found.flops_of(PRUNED) / found.prefill.pruned.median
+    for rate, exceeded in ((2 * fast, False), (0.99 * fast, False), (0.5 * fast, True)):
+        guess = replace(found, rates=Rates(max(rate, 1e-9), 1e30))
+        assert ("pruned prefill" in guess.off) == exceeded
+        assert ("measurement is off: pruned prefill" in shown(guess)) == exceeded
+    guess = replace(found, rates=Rates(1e30, 1.0))
+    assert document(guess)["shares_above_the_bound"].keys() == {"dense decode", "pruned decode"}
+
+
+def test_rates_are_those_of_the_best_round() -> None:
+    assert best([Rates(1.0, 5.0), Rates(3.0, 2.0)]) == Rates(3.0, 5.0)
+    model = random_model(SHAPE)
+    rates = measure_rates(model.get_decoder().layers, 2, 30)
+    assert rates.flops > 0 and rates.bytes > 0

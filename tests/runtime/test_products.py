@@ -41,8 +41,10 @@ def without_gradients() -> Iterator[None]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny weights take the other kernel too."""
+    """Tiny weights take the other kernel too; 17 rows of one are copied together at a time."""
     monkeypatch.setattr(products, "MIN_WEIGHT", 1)
+    monkeypatch.setattr(products, "MIN_ROWS_TO_COPY", 1)
+    monkeypatch.setattr(products, "COPY_BYTES", 17 * 96 * 4)
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def layers(width: int = 96, dtype: torch.dtype = torch.float32) -> nn.ModuleList
 
 @needs_kernel
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("weight", ["whole", "rows"])
+@pytest.mark.parametrize("weight", ["whole", "rows", "columns"])
 @pytest.mark.parametrize("name", INPUTS)
 def test_equals_linear(
     small: None, calls: list[tuple[int, ...]], name: str, weight: str, has_bias: bool
@@ -72,12 +74,15 @@ def test_equals_linear(
     torch.manual_seed(0)
     inputs, full, bias = INPUTS[name](), torch.randn(60, 96), torch.randn(40)
     rows = full[10:50] if weight == "rows" else full[:40].clone()
+    if weight == "columns":
+        rows = torch.randn(40, 131)[:, 10:106]
     bias = bias if has_bias else None
     exact = linear(inputs.double(), rows.double(), None if bias is None else bias.double())
     usual = linear(inputs, rows, bias)
     with fast_products(layers(), torch.randn(1, 33, 96)):
         found = linear(inputs, rows, bias)
-    assert calls == [(40, 96)]
+    in_parts = [(17, 96), (17, 96), (6, 96)]
+    assert calls == (in_parts if weight == "columns" else [(40, 96)])
     assert found.shape == usual.shape
     rounding = (usual - exact).abs().max()
     assert (found - exact).abs().max() <= tiny.ROUNDING_FACTOR * rounding
@@ -92,7 +97,8 @@ def test_only_what_gains_is_sent(calls: list[tuple[int, ...]], monkeypatch) -> N
         linear(input=inputs, weight=weight)  # no module calls it so
         linear(inputs[:, :1], weight)
         linear(inputs, weight[:39])
-        linear(inputs, torch.randn(40, 97)[:, :96])
+        linear(inputs, torch.randn(40, 97)[:, :96])  # too few rows to copy it for
+        linear(torch.randn(1, 300, 96), torch.randn(40, 192)[:, ::2])
         linear(inputs.double(), weight.double())
     assert calls == [(40, 96)]
     linear(inputs, weight)
@@ -172,3 +178,25 @@ def test_a_counter_sees_every_product(mha: Subject, small: None) -> None:
                 tiny.logits(mha.model, tiny.batch([[1, 5, *PICTURE, 7]]))
             counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@needs_kernel
+def test_a_dense_model_can_take_the_same_products(
+    mha: Subject, small: None, calls: list[tuple[int, ...]]
+) -> None:
+    model, inputs, before = mha.model, tiny.batch([[1, 5, *PICTURE, 7]]), modes()
+    usual = tiny.logits(model, inputs)
+    decoder = model.get_decoder()
+    hooks = len(decoder._forward_hooks), len(decoder._forward_pre_hooks)
+    with products.same_products(decoder):
+        found = tiny.logits(model, inputs)
+        assert modes() == before  # inside the decoder alone
+        linears = [each for each in decoder.modules() if type(each) is nn.Linear]
+        assert len(calls) == len(linears)
+        with pytest.raises(ValueError):
+            decoder(input_ids=None, inputs_embeds=None)
+        assert modes() == before
+    assert (len(decoder._forward_hooks), len(decoder._forward_pre_hooks)) == hooks
+    torch.testing.assert_close(found, usual, rtol=1e-4, atol=1e-5)
+    tiny.logits(model, inputs)
+    assert len(calls) == len(linears)

@@ -19,6 +19,7 @@ SIZES = [(1, 7, 3), (4, 2, 3), (5, 3, 3), (3, 10, 2), (2, 1, 1)]
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four tokens of width 3 per block: tiny prompts would fit into one as shipped."""
     monkeypatch.setattr(rows, "BLOCK_BYTES", 4 * 3 * 4)
+    monkeypatch.setattr(rows, "PIECE_BYTES", 4 * 3 * 4)
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -31,6 +32,28 @@ def test_blocks_cover_everything_once_in_contiguous_pieces(size: tuple[int, int,
         assert states[place].is_contiguous()
         assert states[place].nbytes <= max(rows.BLOCK_BYTES, states[0, 0].nbytes)
     assert torch.equal(states, torch.ones(size))
+
+
+@torch.no_grad()
+def test_no_block_of_a_row_is_left_with_a_few_tokens() -> None:
+    states = torch.zeros(2, 13, 3)
+    places = list(rows.blocks(states, 4 * 3 * 4))
+    lengths = [states[place].shape[1] for place in places]
+    assert lengths == 2 * [3, 3, 3, 4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", SIZES)
+def test_pieces_are_computed_apart_and_leave_what_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int]
+) -> None:
+    monkeypatch.setattr(rows, "PIECE_BYTES", 4 * 3 * 4)
+    states, seen = torch.randn(size), []
+    before = states.clone()
+    found = rows.mapped(states, lambda piece: seen.append(piece.nbytes) or torch.sin(piece))
+    assert torch.equal(found, torch.sin(before)) and torch.equal(states, before)
+    assert sum(seen) == states.nbytes
+    assert max(seen) <= max(rows.PIECE_BYTES, states[0, 0].nbytes)
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -55,6 +78,7 @@ def test_any_plan_is_the_reference_in_blocks(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int
 ) -> None:
     monkeypatch.setattr(rows, "BLOCK_BYTES", tokens * subject.shape.hidden * 4)
+    monkeypatch.setattr(rows, "PIECE_BYTES", (tokens + 1) // 2 * subject.shape.hidden * 4)
     check_plan(subject, tokens, tiny.batch(PROMPTS[name]))
 
 

@@ -82,8 +82,9 @@ def command(as_json: bool, **values: Any) -> None:
     """Time the pruned model of TARGET against the dense one: prefill, decode, memory, KV cache.
 
     TARGET is what `yopo apply` wrote (a directory or hub id), a plan, or - for a plan on stdin.
-    Both models run in turn in one process; beside the time stands what the FLOPs allow. Without any
-    checkpoint:
+    Both models run in turn in one process, on the same kernels; beside the time stands what the
+    FLOPs allow. Where pruned serving takes a faster kernel than transformers does, a second figure says
+    what both make "as shipped". Without any checkpoint:
 
     \b
     yopo bench --preset yopo-25 --shape-of llava-1.5-7b --layers 4
@@ -93,7 +94,7 @@ def command(as_json: bool, **values: Any) -> None:
     _check_usage(values)
     found = _measure(values)
     if as_json:
-        print_json(found.to_dict())
+        print_json(load("yopo.evaluation.bench_document").document(found))
     else:
         from yopo.report.bench import bench_report
 

@@ -4,6 +4,9 @@ Each round prefills the same prompt with both models - and with rivals at the sa
 one right behind the other and the order reversed from round to round, then decodes a few tokens
 with each. Medians with quartiles; ratios are medians of the rounds' own ratios to the dense model,
 so that a machine that slows down half-way does not bend them.
+Like is compared with like: where a pruned prefill takes a faster kernel than transformers does
+(``runtime/products.py``), everything is timed on that kernel, and the stock model once more on its
+own: what serving gains as shipped is a second figure.
 Beside the prefill ratio stands the ratio of the FLOPs that ``flops.py`` predicts for the very
 prompt and layers that ran: their quotient is 1.0 where all the saved work is saved time.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -25,25 +28,27 @@ from yopo.errors import YopoError
 from yopo.evaluation.bench_memory import measured_by, peak_bytes
 from yopo.evaluation.bench_plan import sampled_layers, with_layers, with_prompt
 from yopo.evaluation.bench_prompt import Prompt, made_up_prompt, noise_prompt
+from yopo.evaluation.bench_rates import best, measure_rates
 from yopo.evaluation.bench_result import (
     DENSE,
     PRUNED,
+    STOCK,
     AtContext,
     Benchmark,
     BenchOptions,
-    Compared,
     Contender,
     Layers,
 )
+from yopo.evaluation.bench_rounds import Rounds, Sample
 from yopo.evaluation.random_model import fitted, grids_of, random_model
 from yopo.evaluation.rivals.install import rival
 from yopo.evaluation.rivals.settings import SIMULATED, Setting, solve_for
-from yopo.evaluation.timing import Switch
 from yopo.families.family import GridsOf
 from yopo.flops import dense_prefill_flops, prefill_flops
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors
 from yopo.runtime.install import check_model, pruned
+from yopo.runtime.products import fast_products, same_products
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,31 @@ class Bench:
     @property
     def names(self) -> tuple[str, ...]:
         """What is timed, in the order of the first round."""
-        return (DENSE, PRUNED, *self.rivals)
+        stock = (STOCK,) if self.has_other_kernels else ()
+        return (DENSE, PRUNED, *self.rivals, *stock)
 
-    def switch(self, name: str) -> Switch:
+    @property
+    @torch.no_grad()
+    def has_other_kernels(self) -> bool:
+        """Whether a pruned prefill of this prompt takes other kernels than the stock model's."""
+        rows = self.prompt.inputs["input_ids"].shape
+        hidden = self.model.get_input_embeddings().weight[:1].expand(*rows, -1)
+        context = fast_products(self.model.get_decoder().layers, hidden)
+        return not isinstance(context, nullcontext)
+
+    @contextmanager
+    def switch(self, name: str) -> Iterator[None]:
         """The context in which one of the ``names`` runs."""
-        if name == DENSE:
-            return nullcontext()
-        if name == PRUNED:
-            return pruned(self.model, self.plan, self.tensors, grids_of=self.grids_of, check=False)
-        setting, where = self.rivals[name], self.grids_of
-        return rival(self.model, setting, self.plan, self.tensors, grids_of=where)
+        model, plan, tensors, where = self.model, self.plan, self.tensors, self.grids_of
+        with ExitStack() as stack:
+            if name == PRUNED:
+                stack.enter_context(pruned(model, plan, tensors, grids_of=where, check=False))
+            elif name != STOCK:
+                if name != DENSE:
+                    setting = self.rivals[name]
+                    stack.enter_context(rival(model, setting, plan, tensors, grids_of=where))
+                stack.enter_context(same_products(model.get_decoder()))
+            yield
 
     @torch.no_grad()
     def prefill(self) -> Cache:
@@ -150,38 +170,18 @@ class Bench:
         return replace(self, plan=plan, prompt=prompt, rivals=rivals)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Milliseconds of one prefill, and per decode step behind it."""
-
-    prefill: float
-    decode: float | None
-
-
-@dataclass
-class Rounds:
-    """Samples of everything that is timed, round by round."""
-
-    samples: dict[str, list[Sample]]
-
-    def compared(self, name: str, what: str) -> Compared | None:
-        """Summarise ``prefill`` or ``decode`` of one of the names against the dense model."""
-        dense, other = (
-            [getattr(each, what) for each in self.samples[side]] for side in (DENSE, name)
-        )
-        return None if None in dense else Compared.of(dense, other)
-
-
 def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") -> Rounds:
     """Measure rounds; the order of a round is that of the round before, reversed."""
     samples: dict[str, list[Sample]] = {name: [] for name in subject.names}
+    layers, prompt, rates = subject.model.get_decoder().layers, subject.prompt, []
     numbers = range(-options.warmup, options.runs)
     for number in track(numbers, label=label, total=len(numbers), unit="rounds"):
         for name in subject.names if number % 2 == 0 else reversed(subject.names):
             sample = subject.measure(name, options.decode_steps)
             if number >= 0:
                 samples[name].append(sample)
-    return Rounds(samples)
+        rates.append(measure_rates(layers, prompt.batch, prompt.length))
+    return Rounds(samples, rates)
 
 
 def bench_random(
@@ -272,6 +272,7 @@ def _bench(
                 visual_kv=subject.visual_kv(name),
             )
             for name in subject.names
+            if name != STOCK
         }
         return Benchmark(
             plan=subject.plan,
@@ -288,6 +289,8 @@ def _bench(
             left_out=left_out,
             contexts=tuple(_at_context(subject, options, each) for each in options.contexts),
             memory_by=measured_by(device),
+            rates=best(rounds.rates),
+            shipped=rounds.shipped(),
         )
 
 
@@ -312,8 +315,9 @@ def _with_rivals(
 def _at_context(subject: Bench, options: BenchOptions, context: int) -> AtContext:
     longer = subject.lengthened(context)
     rounds = run_rounds(longer, options, label=f"context {context}")
+    names = [name for name in longer.names if name != STOCK]
     return AtContext(
-        context, {name: rounds.compared(name, "decode") for name in longer.names}, longer.plan
+        context, {name: rounds.compared(name, "decode") for name in names}, longer.plan
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -101,7 +102,7 @@ class LayerRun:
         text = text + self.layer.mlp(norm(text))
         if visual is not None:
             if self.part.plan.has_ffn:
-                visual = rows.add(visual, lambda block, _: self.part.ffn(norm(block)))
+                visual = rows.add(visual, lambda block, _: self.part.ffn(rows.mapped(block, norm)))
             elif self.part.ffn_bias is not None:
                 visual = rows.add(visual, lambda *_: self.part.ffn_bias)
         return text, visual
@@ -146,18 +147,40 @@ class LayerRun:
             size = (batch, len(part.plan.attend), length, head_dim)
             all_queries = visual.new_empty(size)
         for place in rows.blocks(visual):
-            inputs = part.reduced(norm(visual[place]))
-            keys = _split_heads(part.key(inputs), head_dim)
+            inputs = part.reduced(rows.mapped(visual[place], norm))
             cells = (place[0], slice(None), place[1])
             all_values[cells] = _split_heads(part.value(inputs), head_dim)
-            queries = keys[:, :1]  # the rotary embedding wants some
+            keys, queries = _split_heads(part.key(inputs), head_dim), None
             if all_queries is not None:
                 queries = _split_heads(part.query(inputs), head_dim)
-            queries, keys = self._place(queries, keys, tuple(each[place] for each in rotary))
-            all_keys[cells] = keys
-            if all_queries is not None:
-                all_queries[cells] = queries
+                queries = (queries, all_queries[cells])
+            self._place_into(queries, (keys, all_keys[cells]), [each[place] for each in rotary])
         return all_queries
+
+    def _place_into(
+        self,
+        queries: tuple[torch.Tensor, torch.Tensor] | None,
+        keys: tuple[torch.Tensor, torch.Tensor],
+        rotary: Sequence[torch.Tensor],
+    ) -> None:
+        """Place projected queries and keys, piece by piece.
+
+        Args:
+            queries: What was projected and where it goes, (batch, heads, length, head_dim) each;
+                None where visual tokens do not attend.
+            keys: Likewise.
+            rotary: Cosines and sines, (batch, length, head_dim) each.
+        """
+        wide = keys[0].transpose(1, 2).flatten(2)
+        for rows_, span in rows.blocks(wide, rows.PIECE_BYTES):
+            cells = (rows_, slice(None), span)
+            some = keys[0][cells]
+            # The rotary embedding wants some queries.
+            own = some[:, :1] if queries is None else queries[0][cells]
+            own, some = self._place(own, some, tuple(each[rows_, span] for each in rotary))
+            keys[1][cells] = some
+            if queries is not None:
+                queries[1][cells] = own
 
 
 def _split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:
