@@ -68,7 +68,7 @@ def _config(location: str, options: dict[str, Any]) -> PreTrainedConfig | None:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+        return AutoConfig.from_pretrained(location, **{**options, "trust_remote_code": False})
     except Exception as error:  # many kinds; whoever loads the model tells the user
         logger.debug("%s: no configuration: %s", location, error)
         return None

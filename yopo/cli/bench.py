@@ -83,8 +83,8 @@ def command(as_json: bool, **values: Any) -> None:
 
     TARGET is what `yopo apply` wrote (a directory or hub id), a plan, or - for a plan on stdin.
     Both models run in turn in one process, on the same kernels; beside the time stands what the
-    FLOPs allow. Where pruned serving takes a faster kernel than transformers does, a second figure says
-    what both make "as shipped". Without any checkpoint:
+    FLOPs allow. Where pruned serving takes a faster kernel than transformers does, a second figure
+    says what both make "as shipped". Without any checkpoint:
 
     \b
     yopo bench --preset yopo-25 --shape-of llava-1.5-7b --layers 4
