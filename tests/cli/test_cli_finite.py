@@ -64,7 +64,9 @@ def test_weights(
 ) -> None:
     name = poisoned(model, tmp_path / "bad", part, value, dtype)
     done = yopo("apply", plan, "--model", tmp_path / "bad")
-    assert done.is_sentence and f"tensor '{name}' holds values that are not finite" in done.err
+    # A small tensor is covered by the fingerprint whole, which is compared first.
+    reasons = (f"tensor '{name}' holds values that are not finite", "is not the checkpoint")
+    assert done.is_sentence and any(each in done.err for each in reasons)
     for command in (("calibrate",), ("eval", plan)):
         done = yopo(*command, "--model", tmp_path / "bad", "--samples", 2, "--max-new-tokens", 2)
         assert done.is_sentence and part in done.err and "not finite" in done.err
