@@ -97,7 +97,9 @@ def test_statistics_are_there_before_anything_is_planned(model: Path, tmp_path: 
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGTERM)
     assert (code, out, err.strip()) == (143, "", "terminated")
     assert os.listdir(tmp_path) == ["s.safetensors"]
-    assert len(load_statistics(tmp_path / "s.safetensors").rho) == 24  # of 32; the others are held out
+    assert (
+        len(load_statistics(tmp_path / "s.safetensors").rho) == 24
+    )  # of 32; the others are held out
 
 
 def test_while_writing_pairs(tmp_path: Path) -> None:
