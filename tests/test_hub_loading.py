@@ -19,7 +19,7 @@ import tiny
 from yopo.calibration.run import identify
 from yopo.checkpoint.bake import bake
 from yopo.families.registry import resolve
-from yopo.plan import Budget
+from yopo.plan_file import BUDGET_DIGITS
 from yopo.serving import load_dense
 
 MAIN, OTHER = "1" * 40, "2" * 40
@@ -95,9 +95,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("hub")
     source = resolve("llava-tiny")
     identity = identify(load_dense(source), "llava-tiny")
-    for name, budget in (("first", 0.25), ("second", 0.5)):
-        made = {"compensation": "mean", "baked": False, "budget": Budget(None, budget)}
-        plan = tiny.random_plan(identity, random.Random(3), **made)
+    budgets = {}
+    for name, seed in (("first", 3), ("second", 4)):
+        plan = tiny.random_plan(identity, random.Random(seed), compensation="mean", baked=False)
+        budgets[name] = round(plan.budget.reached, BUDGET_DIGITS)
         bake(plan, tiny.random_tensors(plan, 3), source.location, folder / name)
     shutil.copytree(folder / "first", folder / "second" / "inside" / "it")
     cache = folder / "home" / "hub"
@@ -115,13 +116,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         cwd=folder,
     )
     assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    assert budgets["first"] != budgets["second"]
+    return json.loads(run.stdout.splitlines()[-1]) | budgets
 
 
 def test_yopo_load_takes_a_hub_id_a_revision_and_a_subfolder(told) -> None:
-    assert told["load"] == 0.25 and told["name"] == "me/x"
-    assert told["load at"] == told["load revision"] == 0.5
-    assert told["load subfolder"] == 0.25
+    assert told["load"] == told["first"] and told["name"] == "me/x"
+    assert told["load at"] == told["load revision"] == told["second"]
+    assert told["load subfolder"] == told["first"]
 
 
 def test_a_dense_repository_is_told_from_a_pruned_one(told) -> None:
@@ -130,16 +132,16 @@ def test_a_dense_repository_is_told_from_a_pruned_one(told) -> None:
 
 @pytest.mark.parametrize("name", AUTO)
 def test_every_auto_class_is_pruned_with_trust_and_stock_without(told, name: str) -> None:
-    assert told[name] == 0.25 and told[f"{name} dense"] is None
+    assert told[name] == told["first"] and told[f"{name} dense"] is None
 
 
 def test_eval_and_bench_take_a_hub_id(told) -> None:
-    assert told["target"] == 0.25 and told["target dense"] is None
+    assert told["target"] == told["first"] and told["target dense"] is None
 
 
 def test_remote_code_is_of_its_revision(told) -> None:
-    assert told["revision"] == 0.5
+    assert told["revision"] == told["second"]
 
 
 def test_a_pipeline_is_pruned_and_answers(told) -> None:
-    assert told["pipeline"] == 0.25 and told["answers"]
+    assert told["pipeline"] == told["first"] and told["answers"]
