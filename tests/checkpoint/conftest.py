@@ -102,14 +102,11 @@ def random_refit(
     }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_quiet_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(scope="module", autouse=True)
+def _quiet():
     console.set_quiet(True)
     yield
     console.set_quiet(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
