@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from yopo.checkpoint.headers import TensorEntry
+from yopo.checkpoint.headers import FLOATS, TensorEntry
 from yopo.errors import CheckpointError
 from yopo.families.family import DECODER_KEY, Backbone
 from yopo.plan import ModelShape
@@ -24,8 +24,6 @@ with an order of its own: (heads, KV heads, KV heads), (neurons, neurons)."""
 
 BUFFERS = frozenset({"self_attn.rotary_emb.inv_freq"})
 """Left-overs of old checkpoints: no parameter of the model, copied as they are."""
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 DecoderTensors = Mapping[tuple[int, str], TensorEntry]
 """(layer, name inside the layer) -> where it lies."""
@@ -135,9 +133,9 @@ def _check_shapes(
                 f"{path}: tensor '{entry.name}' has shape {entry.shape}, expected {expected} "
                 "from config.json."
             )
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in FLOATS:
             raise CheckpointError(
                 f"{path}: tensor '{entry.name}' is {entry.dtype}, expected one of "
-                f"{', '.join(_FLOATS)}.",
+                f"{', '.join(FLOATS)}.",
                 remedy="Apply the plan to the unquantized checkpoint.",
             )

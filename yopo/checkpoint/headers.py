@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 from yopo.errors import CheckpointError
 from yopo.reading import open_regular
 
@@ -22,6 +24,14 @@ MAX_SIZE = 1 << 48
 """Of a dimension or an offset; beyond, products of sizes would grow without bound."""
 
 MAX_DIMENSIONS = 16
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Floating-point types that weights are computed with, by their names in the format."""
 
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),

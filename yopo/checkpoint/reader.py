@@ -18,7 +18,7 @@ import torch
 
 from yopo.checkpoint.decoder import DecoderTensors, find_decoder
 from yopo.checkpoint.download import download
-from yopo.checkpoint.headers import Shard, TensorEntry, read_shard
+from yopo.checkpoint.headers import FLOATS, Shard, TensorEntry, read_shard
 from yopo.errors import CheckpointError
 from yopo.families.family import Backbone, Family, shape_of
 from yopo.families.fingerprint import SAMPLE, Samples, Source, pieces, sample, spread_digest
@@ -38,14 +38,6 @@ MAX_JSON = 64 << 20
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 _HUB_FILES += ("LICENSE*", "NOTICE*", "README.md")
 _HUB_FILES += ("yopo_plan*.yaml",)
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-
 
 _DERIVED = ("inv_freq", "position_ids")
 """Buffers that some versions of a layout store: computed from config.json, no weights."""
@@ -126,7 +118,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
                 if entry.name in keys:
                     layer, name = keys[entry.name]
                     samples.append((f"layers.{layer}.{name}", entry.shape, _sample(file, entry)))
-                if entry.dtype in _DTYPES and not entry.name.endswith(_DERIVED):
+                if entry.dtype in FLOATS and not entry.name.endswith(_DERIVED):
                     places = pieces(math.prod(entry.shape))
                     spread.append((entry.shape, _read_values(file, entry, places)))
     return Source(samples, spread_digest(spread))
@@ -144,7 +136,7 @@ def _read_values(
     file: BinaryIO, entry: TensorEntry, places: Iterable[tuple[int, int]]
 ) -> torch.Tensor:
     """(values,) of a tensor at places (first value, number of values), one behind the other."""
-    dtype = _DTYPES[entry.dtype]
+    dtype = FLOATS[entry.dtype]
     data = bytearray()
     for start, count in places:
         file.seek(entry.start + start * dtype.itemsize)
@@ -299,9 +291,8 @@ def read_shards(path: Path) -> tuple[tuple[Shard, ...], bool]:
 
 
 def _named_shard(path: Path, file: str) -> Shard:
-    if (
-        Path(file).name != file or not file.isprintable()
-    ):  # a path would let the copy write outside its directory
+    # A path would let the copy write outside its directory.
+    if Path(file).name != file or not file.isprintable():
         raise CheckpointError(f"{path / INDEX_FILE}: '{file}' is not a plain file name.")
     if len(os.fsencode(file)) > 255 or not (path / file).exists():
         raise CheckpointError(

@@ -7,19 +7,12 @@ from pathlib import Path
 
 import torch
 
-from yopo.checkpoint.headers import TensorEntry
+from yopo.checkpoint.headers import FLOATS, TensorEntry
 from yopo.errors import CheckpointError
 from yopo.finite import is_finite
 
 CHUNK = 4 << 20
 """Bytes that are looked at together; larger ones would leave the processor's cache."""
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 class FiniteCheck:
@@ -41,7 +34,7 @@ class FiniteCheck:
         """
         with self._path.open("rb", buffering=0) as file:
             for entry in entries:
-                if entry.dtype not in _DTYPES:
+                if entry.dtype not in FLOATS:
                     continue
                 file.seek(entry.start)
                 left = entry.num_bytes
@@ -50,7 +43,7 @@ class FiniteCheck:
                     count = file.readinto(piece)
                     if count != len(piece):
                         raise CheckpointError(f"{self._path}: became shorter while it was read.")
-                    if not is_finite(torch.frombuffer(piece, dtype=_DTYPES[entry.dtype])):
+                    if not is_finite(torch.frombuffer(piece, dtype=FLOATS[entry.dtype])):
                         raise CheckpointError(
                             f"{self._path}: tensor '{entry.name}' holds values that are not finite "
                             "(NaN or infinity).",
