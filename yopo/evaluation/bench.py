@@ -13,7 +13,6 @@ prompt and layers that ran: their quotient is 1.0 where all the saved work is sa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -43,6 +42,7 @@ from yopo.evaluation.bench_rounds import Rounds, Sample
 from yopo.evaluation.random_model import fitted, grids_of, random_model
 from yopo.evaluation.rivals.install import rival
 from yopo.evaluation.rivals.settings import SIMULATED, Setting, solve_for
+from yopo.evaluation.timing import now
 from yopo.families.family import GridsOf
 from yopo.flops import dense_prefill_flops, prefill_flops
 from yopo.plan import Plan
@@ -119,18 +119,12 @@ class Bench:
         """Prefill with the model as it is; returns the cache."""
         return self.model.base_model(**self.prompt.arguments(), use_cache=True).past_key_values
 
-    def now(self) -> float:
-        """Milliseconds, everything queued on the device done."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return 1e3 * time.perf_counter()
-
     def measure(self, name: str, decode_steps: int) -> Sample:
         """One prefill and its decode steps with one of the ``names``."""
         with self.switch(name):
-            started = self.now()
+            started = now(self.model.device)
             cache = self.prefill()
-            prefill_ms = self.now() - started
+            prefill_ms = now(self.model.device) - started
             return Sample(prefill_ms, self._decode(cache, decode_steps))
 
     @torch.no_grad()
@@ -139,9 +133,9 @@ class Bench:
         prompt, times = self.prompt, []
         ids = torch.full((prompt.batch, 1), prompt.next_token, device=self.model.device)
         for _ in range(steps):
-            started = self.now()
+            started = now(self.model.device)
             self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-            times.append(self.now() - started)
+            times.append(now(self.model.device) - started)
         return median(times) if times else None
 
     def peak(self, name: str) -> int | None:

@@ -7,13 +7,12 @@ others only say that the machine was busy.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 from yopo.evaluation.bench_result import Rates
+from yopo.evaluation.timing import now
 from yopo.runtime.products import fast_products
 
 REPEATS = 2
@@ -42,16 +41,9 @@ def _milliseconds(
     inputs = weights[0].new_ones(batch, length, weights[0].shape[1])
     times = []
     for _ in range(REPEATS):
-        started = _now(inputs.device)
+        started = now(inputs.device)
         with fast_products(layers, inputs):
             for weight in weights:
                 linear(inputs, weight)
-        times.append(_now(inputs.device) - started)
+        times.append(now(inputs.device) - started)
     return min(times)
-
-
-def _now(device: torch.device) -> float:
-    """Milliseconds, everything queued on the device done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * time.perf_counter()

@@ -38,20 +38,21 @@ class PrefillTime:
     batch_size: int
 
 
+def now(device: torch.device) -> float:
+    """Milliseconds, everything queued on the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * time.perf_counter()
+
+
 @contextmanager
 def _stopwatch(model: PreTrainedModel) -> Iterator[list[float]]:
     """Collect the decoder's milliseconds of every forward inside the block."""
     decoder, times, started = model.get_decoder(), [], []
-
-    def now() -> float:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
-        return time.perf_counter()
-
     handles = (
-        decoder.register_forward_pre_hook(lambda module, args: started.append(now())),
+        decoder.register_forward_pre_hook(lambda module, args: started.append(now(model.device))),
         decoder.register_forward_hook(
-            lambda module, args, output: times.append(1e3 * (now() - started.pop()))
+            lambda module, args, output: times.append(now(model.device) - started.pop())
         ),
     )
     try:
