@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from yopo.checkpoint.manifest import MANIFEST_FILE, find_strangers, write_manifest
 from yopo.errors import OutputError
@@ -39,8 +41,8 @@ class OutputDirectory:
         self.source = Path(source).expanduser().resolve()
         self.num_bytes = num_bytes
         self.force = force
-        self._scratch = Scratch(self.target)
         self._is_checked = False
+        self._work: AbstractContextManager[Path]
 
     def check(self) -> None:
         """Raise OutputError for whatever can be known to go wrong before the first byte."""
@@ -95,32 +97,24 @@ class OutputDirectory:
         return True
 
     def __enter__(self) -> Path:
+        self._work = self._writing()
+        return self._work.__enter__()
+
+    def __exit__(self, *failure: Any) -> bool | None:
+        return self._work.__exit__(*failure)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Path]:
         self.check()
         try:
-            self._scratch.__enter__()
-            # mkdtemp would make it private to the user; this one follows the umask.
-            self._scratch.new.mkdir()
+            with Scratch(self.target) as scratch:
+                # mkdtemp would make it private to the user; this one follows the umask.
+                scratch.new.mkdir()
+                yield scratch.new
+                write_manifest(scratch.new)
+                scratch.place_directory(check=self._check_existing)
         except OSError as error:
-            self._scratch.__exit__(None, None, None)
             raise self._explain(error) from error
-        return self._scratch.new
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if error is None:
-                write_manifest(self._scratch.new)
-                self._scratch.place_directory(check=self._check_existing)
-            elif isinstance(error, OSError):
-                raise self._explain(error) from error
-        except OSError as failure:
-            raise self._explain(failure) from failure
-        finally:
-            self._scratch.__exit__(None, None, None)
 
     def _explain(self, error: OSError) -> OutputError:
         if error.errno in _DISK_FULL:
