@@ -141,7 +141,9 @@ def _largest_within(budget: float, folder: Path) -> Plan:
     return max(within, key=lambda plan: plan.budget.reached)
 
 
-def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
+def load_dense(
+    source: ModelSource, *, checkpoint: Checkpoint | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load a model with the stock transformers class, in eval mode.
 
     No code that a checkpoint brings along is run: every supported family is a class of
@@ -149,6 +151,7 @@ def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         source: From ``families.registry.resolve``.
+        checkpoint: Its directory, if it was fetched and opened already.
         **kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to the checkpoint's.
 
     Raises:
@@ -157,7 +160,7 @@ def load_dense(source: ModelSource, **kwargs: Any) -> PreTrainedModel:
         CheckpointError: The checkpoint is quantized, damaged or unsuitable, or a weight is missing
             from it (transformers would make one up). Said before weights are loaded.
     """
-    checkpoint = Checkpoint.open(fetch(source))
+    checkpoint = checkpoint or Checkpoint.open(fetch(source))
     stock = _stock_class(checkpoint.config)
     model, _ = _from_folder(stock, checkpoint, source.location, **kwargs)
     remember_source(model.get_decoder(), read_source(checkpoint))

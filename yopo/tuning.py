@@ -126,10 +126,11 @@ class Session:
     ):
         self.options, self.effort = options, effort
         source = resolve(model_name)
-        folder = Checkpoint.open(fetch(source)).path  # before anything takes long
+        checkpoint = Checkpoint.open(fetch(source))  # before anything takes long
         self._pairs = open_demo_or(options, source.name, "calibration")
-        trusts = options.trust_remote_code
-        self.processor = load_processor(str(folder), trust_remote_code=trusts)
+        self.processor = load_processor(
+            str(checkpoint.path), trust_remote_code=options.trust_remote_code
+        )
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,
@@ -140,7 +141,8 @@ class Session:
         if sets_aside and not self.split.aside:
             raise _too_few(self.split, "to set some aside for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
-        self.model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
+        model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
+        self.model = model.to(options.device)
         about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
@@ -168,9 +170,8 @@ class Session:
         """
         wishes = self._with_few_pairs(self._in_flops(wishes))
         judge = self.kl if wishes.budget is not None and self.split.held_out else None
-        plan, tensors, candidates = Planner(
-            self.statistics, wishes, judge, self.fitter, tried
-        ).make()
+        planner = Planner(self.statistics, wishes, judge, self.fitter, tried)
+        plan, tensors, candidates = planner.make()
         plan = replace(plan, provenance={**plan.provenance, "split": self.split.summary})
         return Calibrated(plan, tensors, self.statistics, candidates)
 

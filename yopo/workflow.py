@@ -115,10 +115,11 @@ def evaluate_target(
     """
     plan, tensors = read_target(target, budget)
     source = source_of_target(target, plan, model_name)
-    folder = Checkpoint.open(fetch(source)).path  # before anything takes long
+    checkpoint = Checkpoint.open(fetch(source))  # before anything takes long
     pairs = open_demo_or(options, plan.model.name, "heldout")
-    processor = load_processor(str(folder), trust_remote_code=options.trust_remote_code)
-    model = load_dense(source, dtype=torch_dtype(options.dtype)).to(options.device)
+    processor = load_processor(str(checkpoint.path), trust_remote_code=options.trust_remote_code)
+    model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
+    model = model.to(options.device)
     return evaluate(
         model,
         processor,
