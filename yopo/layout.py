@@ -59,6 +59,12 @@ class Stream:
             return tensor.index_select(1, self.index[0])
         return tensor.gather(1, self.index.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
 
+    def marks(self, length: int) -> torch.Tensor:
+        """(batch, length) bool: which positions of the sequence are this stream's."""
+        table = self.index.new_zeros((*self.index.shape[:1], length, 1), dtype=torch.bool)
+        self.scatter(table, torch.ones_like(self.index, dtype=torch.bool)[..., None])
+        return table[..., 0]
+
     def scatter(self, target: torch.Tensor, values: torch.Tensor) -> None:
         """Write (batch, length, width) values back to their positions in ``target``."""
         if self.shared:

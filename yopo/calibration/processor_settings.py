@@ -8,11 +8,12 @@ stock processor then fails, or writes a prompt that the model refuses.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from yopo.console import note
 from yopo.errors import ModelError
-from yopo.families.registry import FAMILIES
+from yopo.families.registry import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
@@ -35,10 +36,10 @@ def settle(processor: ProcessorMixin, location: str, **options: Any) -> None:
         ModelError: A setting is missing and the model's configuration does not tell it, or the
             model's visual tokens cannot be located.
     """
-    config = _config(location, options)
-    family = next(
-        (each for each in FAMILIES if config and each.model_type == config.model_type), None
-    )
+    config, family = _config(location, options), None
+    if config is not None:
+        with suppress(ModelError):  # whoever loads the model tells the user
+            family = family_of(config)
     if family is None:
         missing = [name for name in _NEEDED if getattr(processor, name, "") is None]
         if missing:

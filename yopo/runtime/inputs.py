@@ -26,6 +26,14 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a number -> integers of as many."""
 
 
+def no_paged_attention() -> ModelError:
+    """The refusal of continuous batching, where it begins and where it would run."""
+    return ModelError(
+        "A pruned model has no paged attention, which continuous batching (generate_batch) needs.",
+        remedy="Use generate, with padded batches, or ask the dense model.",
+    )
+
+
 def packed_segments(
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
@@ -55,10 +63,7 @@ def packed_segments(
             cached ones.
     """
     if any(kwargs.get(name) is not None for name in _PAGED):
-        raise ModelError(
-            "A pruned model has no paged attention, which continuous batching needs.",
-            remedy="Use generate, with padded batches, or ask the dense model.",
-        )
+        raise no_paged_attention()
     starts = next((kwargs[name] for name in _PACKED if kwargs.get(name) is not None), None)
     if starts is not None:
         segments = _between(starts, shape)
@@ -108,10 +113,7 @@ def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout
         return
     known = torch.isin(_hashes(embeds.detach().to(weight)), _hashes(weight.detach()))
     if layout is not None:
-        every = torch.ones_like(layout.visual.index, dtype=torch.bool)[..., None]
-        wide = known[..., None].clone()
-        layout.visual.scatter(wide, every)
-        known = wide[..., 0]
+        known = known | layout.visual.marks(embeds.shape[1])
     unknown = int((~known).sum())
     if unknown:
         warnings.warn(

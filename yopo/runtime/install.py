@@ -19,6 +19,7 @@ from yopo.layout import LayoutProbe
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors, check_tensors, read_plan_with_tensors
 from yopo.runtime.decoder import PrunedDecoder, PrunedState
+from yopo.runtime.inputs import no_paged_attention
 from yopo.runtime.labels import LabelProbe
 from yopo.runtime.swap import restore_class, swap_class
 from yopo.runtime.weights import check_plain, visual_layers
@@ -112,10 +113,7 @@ _CONTINUOUS_BATCHING = "init_continuous_batching"
 
 
 def _refuse_continuous_batching(model: PreTrainedModel, *args: object, **kwargs: object) -> None:
-    raise ModelError(
-        "A pruned model has no paged attention, which continuous batching (generate_batch) needs.",
-        remedy="Use generate, with padded batches, or ask the dense model.",
-    )
+    raise no_paged_attention()
 
 
 @cache

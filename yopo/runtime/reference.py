@@ -100,13 +100,9 @@ class LayerSpec:
 
     def is_visual(self, hidden: torch.Tensor) -> torch.Tensor:
         """(batch, sequence) bool."""
-        table = torch.zeros(hidden.shape[:2], dtype=torch.bool)
-        if self.layout is not None:
-            ones = torch.ones_like(self.layout.visual.index, dtype=torch.bool)[..., None]
-            wide = table[..., None].clone()
-            self.layout.visual.scatter(wide, ones)
-            table = wide[..., 0]
-        return table
+        if self.layout is None:
+            return torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        return self.layout.visual.marks(hidden.shape[1])
 
     def is_one_of(self, heads: Sequence[int]) -> torch.Tensor:
         """(heads,) bool: whether a query head is in a list."""

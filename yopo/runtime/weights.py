@@ -73,17 +73,18 @@ class Part(nn.Module):
         """The weight, (outputs, inputs), and the bias, (outputs,) or None."""
         source, weight, bias = self._source[0], self.weight, self.bias
         if weight is None:
-            full = parameter(source, "weight")
-            if not is_plain(full):
-                weight = self._packed.cut(full)
-            else:
-                weight = full[:, self._span] if self._columns else full[self._span]
-        if self.weight is None and not self._columns:
-            bias = parameter(source, "bias")
-            bias = None if bias is None else bias[self._span]
+            weight = self._cut(parameter(source, "weight"))
+            if not self._columns:
+                bias = parameter(source, "bias")
+                bias = None if bias is None else bias[self._span]
         if self._columns and bias is None:
             bias = parameter(source, "bias")
         return weight, bias
+
+    def _cut(self, full: torch.Tensor) -> torch.Tensor:
+        if not is_plain(full):
+            return self._packed.cut(full)
+        return full[:, self._span] if self._columns else full[self._span]
 
 
 class Fitted(nn.Module):
