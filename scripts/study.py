@@ -60,7 +60,7 @@ from yopo.tuning import Effort, RunOptions, Session
 BUDGETS = (0.05, 0.12, 0.25, 0.5)
 SEEDS = (0, 1, 2)
 SEARCH_RUNS = 100
-SIZES = (8, 32, 128, 512)
+SIZES = (16, 32, 128, 512)
 KV_BUDGETS = (1.0, 0.5, 0.25, 0.12)
 
 ABLATIONS = {
