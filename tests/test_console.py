@@ -15,6 +15,14 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_lines_stay_apart_and_names_in_them_do_not(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_quiet", False)
+    console.note("a name: x\ny", "  and how to mend it")
+    assert capsys.readouterr().err == "a name: x\\ny\n  and how to mend it\n"
+
+
 def open_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     """Inside the test: pytest puts its own stderr in place behind the fixtures."""
     stream = Terminal()

@@ -33,10 +33,10 @@ def _stderr() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def note(message: str) -> None:
-    """Say one line on stderr unless quiet."""
+def note(*lines: str) -> None:
+    """Say something on stderr unless quiet; a line break inside a line is shown, not obeyed."""
     if not _quiet:
-        print(printable(message), file=sys.stderr, flush=True)
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

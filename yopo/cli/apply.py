@@ -102,6 +102,7 @@ def _tell(done: Applied) -> None:
     if found is not None:
         note(
             f"Verified in {found.dtype}: stock transformers is off by {found.dense.relative:.0e} "
-            f"of the original,\n  yopo.load by {found.pruned.relative:.0e} of the plan in memory "
-            f"(rounding: up to {found.tolerance:.0e}); no weight is missing."
+            "of the original,",
+            f"  yopo.load by {found.pruned.relative:.0e} of the plan in memory "
+            f"(rounding: up to {found.tolerance:.0e}); no weight is missing.",
         )

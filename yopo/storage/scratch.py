@@ -141,8 +141,8 @@ def tell_leftovers(target: Path) -> None:
     for path in find_leftovers(target.parent, target.name):
         kept = "; it holds the former result" if _holds_the_only_copy(path) else ""
         console.note(
-            f"{path}: left by a run that was killed{kept}.\n"
-            f"  `yopo apply --clean {target.parent}` tidies up."
+            f"{path}: left by a run that was killed{kept}.",
+            f"  `yopo apply --clean {target.parent}` tidies up.",
         )
 
 
