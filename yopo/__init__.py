@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "yopo.serving",
     "pruned": "yopo.runtime.install",
+    "fitted_parameters": "yopo.runtime.install",
     "Plan": "yopo.plan",
     "LayerPlan": "yopo.plan",
     "read_plan": "yopo.plan_file",

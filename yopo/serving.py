@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from yopo.checkpoint.companions import PLAN_FILE, PLAN_FILES
+from yopo.checkpoint.complete import Completion
 from yopo.checkpoint.reader import fetch
 from yopo.errors import CheckpointError, ModelError
 from yopo.families.registry import ModelSource, family_of, resolve
@@ -19,17 +20,22 @@ from yopo.plan_tensors import PlanTensors, read_tensors
 from yopo.runtime.install import install
 
 
-def load(path: str | Path, *, budget: float | None = None, **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path, *, budget: float | None = None, trainable: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """Load a baked checkpoint as a model that skips the pruned work.
 
     Args:
         path: A directory that ``yopo apply`` wrote.
         budget: Of the plans that were baked together, take the one with the largest visual budget
             that is not above this one; None: the first.
+        trainable: Whether the plan's fitted weights are parameters, for recovery training; see
+            ``yopo.runtime.saved``.
         **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Returns:
-        A transformers model of the checkpoint's own class.
+        A transformers model of the checkpoint's own class; its ``save_pretrained`` and
+        ``push_to_hub`` write a checkpoint like this one.
 
     Raises:
         CheckpointError: Not a baked checkpoint, a tensor is missing, or no plan within the budget.
@@ -37,7 +43,7 @@ def load(path: str | Path, *, budget: float | None = None, **kwargs: Any) -> Pre
     """
     plan, tensors = read_baked_plan(path, budget)
     model = load_dense(resolve(str(path)), **kwargs)
-    install(model, plan, tensors)
+    install(model, plan, tensors, trainable=trainable, writer=Completion(Path(path)))
     return model
 
 
@@ -115,8 +121,12 @@ class PrunedForConditionalGeneration:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Load the stock model of the checkpoint, install its plan; ``budget`` as for ``load``."""
+        """Load the stock model of the checkpoint, install its plan.
+
+        ``budget`` and ``trainable`` as for ``load``.
+        """
         plan, tensors = read_baked_plan(path, kwargs.pop("budget", None))
+        trainable = kwargs.pop("trainable", False)
         for name in ("trust_remote_code", "code_revision"):
             kwargs.pop(name, None)
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
@@ -125,7 +135,8 @@ class PrunedForConditionalGeneration:
         stock = getattr(transformers, family_of(config).architecture)
         loaded = stock.from_pretrained(path, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        install(model.eval(), plan, tensors)
+        writer = Completion(Path(path))
+        install(model.eval(), plan, tensors, trainable=trainable, writer=writer)
         return loaded
 
     @classmethod

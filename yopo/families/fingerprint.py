@@ -38,9 +38,12 @@ def digest(samples: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> str:
 
 
 def fingerprint_of_decoder(decoder: nn.Module) -> str:
-    """Fingerprint of a text decoder in memory; the same as its checkpoint's."""
+    """Fingerprint of a text decoder in memory; the same as its checkpoint's.
+
+    LoRA adapters that are not merged do not count: it is that of the weights below them.
+    """
     return digest(
-        (name, tuple(parameter.shape), sample(parameter))
+        (name.replace(".base_layer.", "."), tuple(parameter.shape), sample(parameter))
         for name, parameter in decoder.named_parameters()
-        if name.startswith("layers.")
+        if name.startswith("layers.") and ".lora_" not in name
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from yopo.layout import LayoutProbe
 from yopo.plan import Plan
 from yopo.runtime import rows
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
+from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.layer import LayerRun, Rotary
@@ -87,6 +89,9 @@ class PrunedDecoder:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if any(is_checkpointed(layer) for layer in self.layers):
+            refuse_filled(past_key_values)
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         splits = self.yopo.splits(embeds.device)
@@ -169,6 +174,7 @@ def run_layers(
                 visual = None
             part = state.visual[number] if visual is not None else None
             run = LayerRun(layer, part, state.names, geometry, cache[number])
+            run = partial(checkpointed, run) if is_checkpointed(layer) else run
             text, visual = run(text, visual, text_rotary, visual_rotary)
             if visual is not None and number < len(stack):
                 visual = visual + geometry.visual.unflatten(stack[number].to(visual))
