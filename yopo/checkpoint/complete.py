@@ -1,4 +1,4 @@
-"""Complete a directory that ``save_pretrained`` wrote to a pruned checkpoint like those of ``bake``.
+"""Complete what ``save_pretrained`` wrote to a pruned checkpoint like those of ``bake``.
 
 The weights may have been trained since the plan was baked: heads and neurons still stand in its
 order, so the plan holds, under a fingerprint that is taken anew. Other budgets of the checkpoint
@@ -63,7 +63,7 @@ class Completion:
         is_changed = found != plan.model.fingerprint
         files = dict(self._other_plans(plan, is_changed=is_changed))
         number = 0 if is_changed else self._number_of(plan)
-        if trained or not _carry(plan, self.source, number, files):
+        if trained or is_changed or not _carry(plan, self.source, number, files):
             plan = _write_plan(_retaken(plan, found), tensors, number, files)
         original = self.source / ORIGINAL_CARD_FILE
         if original.is_file():

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from yopo.errors import ModelError
 from yopo.families.family import Backbone
 from yopo.runtime import rows
 from yopo.runtime.attention import text_attention, visual_attention
@@ -41,12 +40,6 @@ class LayerRun:
     ):
         self.layer, self.part, self.names = layer, part, names
         self.attention = layer.self_attn
-        if not hasattr(self.attention, names.query):
-            raise ModelError(
-                f"A {type(self.attention).__name__} stands in the place of a layer's attention, "
-                "expected the model's own: visual tokens cannot follow it.",
-                remedy="Adapt a pruned model with plain LoRA.",
-            )
         self.geometry, self.cache = geometry, cache
         self._rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
 
