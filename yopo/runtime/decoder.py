@@ -28,6 +28,7 @@ from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_fil
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.layer import LayerRun, Rotary
+from yopo.runtime.parts import warn_without_fitted
 from yopo.runtime.products import fast_products
 
 
@@ -46,6 +47,7 @@ class PrunedState(nn.Module):
         shape = plan.model.shape
         self._splits = [split_heads(layer, shape) for layer in plan.layers]
         self._splits_on: dict[torch.device, list[HeadSplit]] = {}
+        self.register_load_state_dict_pre_hook(warn_without_fitted)
 
     def splits(self, device: torch.device) -> list[HeadSplit]:
         """The head groups of all layers, their positions on a device."""

@@ -8,10 +8,13 @@ an adapter, a merge, another dtype - happens to visual tokens as well.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from yopo import console
 from yopo.runtime.adapters import Adapter, parts_of
 
 
@@ -154,3 +157,21 @@ class Fitted(nn.Module):
     def forward(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Apply to (..., inputs) and return (..., outputs); there is no other bias to take."""
         return linear(inputs, self.weight, self.bias)
+
+
+def warn_without_fitted(
+    module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    """Say so if weights are loaded that leave a model's trainable fitted weights as they were.
+
+    Args:
+        module: Holds the fitted weights.
+        state_dict: What is loaded.
+        prefix: What the names of ``module``'s parameters begin with in there.
+    """
+    names = [f"{prefix}{name}" for name, _ in module.named_parameters()]
+    if names and not any(name in state_dict for name in names):
+        console.warn(
+            "Weights are loaded without the fitted weights for visual tokens, which stay as they "
+            "are. yopo.load(DIRECTORY, trainable=True) reads both."
+        )
