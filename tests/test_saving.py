@@ -76,8 +76,7 @@ def check_same(one: nn.Module, other: nn.Module) -> None:
         assert name not in weights or torch.equal(weight, weights[name]), name
 
 
-@pytest.mark.parametrize("shards", SHARDS)
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(("loader", "shards"), zip(LOADERS, SHARDS, strict=True))
 def test_an_untouched_model_is_saved_with_all_of_its_budgets(
     baked: Path, tmp_path: Path, loader: str, shards: str
 ) -> None:
@@ -100,9 +99,8 @@ def test_an_untouched_model_is_saved_with_all_of_its_budgets(
     check_same(dense, AutoModelForImageTextToText.from_pretrained(baked))
 
 
-@pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(("loader", "shards"), zip(LOADERS, reversed(SHARDS), strict=True))
 def test_a_trained_model_is_saved_as_it_is(
     baked: Path,
     tmp_path: Path,

@@ -4,6 +4,33 @@ transformers would write the weights and a config.json that still says ``yopo``,
 its tensors and the loader's code. So the outer class is swapped for one that saves the dense model
 without that claim and then lets a writer, which knows checkpoints, complete the directory. Uploads
 and Trainer checkpoints go the same way.
+
+Recovery training: what a small budget loses comes back when the pruned model is trained for a
+while. Visual tokens see every change of the text's weights at once, LoRA included; weights that
+were fitted for them alone train beside it as parameters. What is saved is a pruned checkpoint
+again, whose plan holds for the trained weights:
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    import yopo
+
+    model = yopo.load("llava-tiny-yopo", trainable=True)
+    projections = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules=projections)
+    adapted = get_peft_model(model, adapter)
+    for parameter in yopo.fitted_parameters(model).values():
+        parameter.requires_grad_()  # PEFT freezes all that is not its own
+    options = {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    arguments = TrainingArguments("runs", max_steps=20, gradient_checkpointing=True, **options)
+    trainer = Trainer(adapted, arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    adapted.merge_and_unload().save_pretrained("llava-tiny-recovered")
+    recovered = yopo.load("llava-tiny-recovered")
+
+A checkpoint that PEFT saves on the way holds the adapter alone: no fitted weights, though they are
+trained. Without PEFT, ``Trainer`` checkpoints are whole; to go on from one, load the model from it
+by ``yopo.load(CHECKPOINT, trainable=True)`` and pass it as ``resume_from_checkpoint`` too.
 """
 
 from __future__ import annotations
