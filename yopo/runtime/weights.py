@@ -125,10 +125,15 @@ class VisualLayer(nn.Module):
         return self._through("down", self.neuron_mean)
 
     def _through(self, name: str, mean: torch.Tensor | None) -> torch.Tensor | None:
+        """Project a mean by the weight as it is now; ``flops`` leaves this one row per layer out."""
         if mean is None:
             return None
         source = getattr(*self._source(name))
-        return source(mean.to(source.weight))
+        mean = mean.to(source.weight)
+        if type(source) is not nn.Linear:
+            return source(mean)
+        bias = torch.mv(source.weight, mean)
+        return bias if source.bias is None else bias + source.bias
 
     def reduced(self, normed: torch.Tensor) -> torch.Tensor:
         """What queries, keys and values are computed from: normed states, or their bottleneck."""
