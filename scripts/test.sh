@@ -4,4 +4,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# One thread for each of the workers, one worker for each core.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec python -m pytest --numprocesses auto --dist worksteal "$@"

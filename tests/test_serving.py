@@ -26,6 +26,7 @@ from yopo.errors import CheckpointError, ModelError, YopoError
 from yopo.families.registry import FAMILIES, resolve
 from yopo.plan_tensors import PlanTensors
 from yopo.runtime.install import pruned
+from yopo.runtime.parts import Part
 from yopo.serving import load_dense, read_baked_plan, torch_dtype
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10], [1, *PICTURE, 3, 4, *PICTURE, 9]]
@@ -86,10 +87,14 @@ def test_stock_load_is_the_original_model(baked) -> None:
 def test_baked_parts_are_views_not_copies(baked) -> None:
     path, _, _, subject = baked
     if subject.shape.group > 1:
-        pytest.skip("ragged groups of query heads are copied once")
-    model = yopo.load(path)
-    held = [name for name, _ in model.get_decoder().yopo.named_buffers()]
-    assert held and all(name.endswith("bias") for name in held)
+        pytest.skip("ragged groups of query heads are gathered")
+    state = yopo.load(path).get_decoder().yopo
+    held = [name for name, _ in state.named_buffers()]
+    assert held and all(name.endswith("mean") for name in held)
+    for layer in state.visual:
+        for part in (each for each in layer.children() if isinstance(each, Part)):
+            own = part.source.weight.untyped_storage().data_ptr()
+            assert part.matrix()[0].untyped_storage().data_ptr() == own
 
 
 def test_loading_needs_no_prompt_and_no_yopo_when_dense(baked) -> None:

@@ -21,6 +21,7 @@ _PUBLIC = {
     "pruned": "yopo.runtime.install",
     "is_pruned": "yopo.runtime.introspect",
     "plan_of": "yopo.runtime.introspect",
+    "fitted_parameters": "yopo.runtime.install",
     "Plan": "yopo.plan",
     "LayerPlan": "yopo.plan",
     "read_plan": "yopo.plan_file",

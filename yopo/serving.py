@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from yopo.checkpoint.companions import PLAN_FILE, PLAN_FILES
+from yopo.checkpoint.complete import Completion
 from yopo.checkpoint.download import HUB_OPTIONS
 from yopo.checkpoint.reader import Checkpoint, fetch, fetch_some, read_source
 from yopo.errors import CheckpointError, ModelError
@@ -46,18 +47,23 @@ class Baked:
     tensors: PlanTensors | None
 
 
-def load(path: str | Path, *, budget: float | None = None, **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path, *, budget: float | None = None, trainable: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """Load a baked checkpoint as a model that skips the pruned work.
 
     Args:
         path: A directory that ``yopo apply`` wrote, or the hub id of one (``org/name[@revision]``).
         budget: Of the plans that were baked together, take the one with the largest visual budget
             that is not above this one; None: the first.
+        trainable: Whether the plan's fitted weights are parameters, for recovery training; see
+            ``yopo.runtime.saved``.
         **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``,
             ``subfolder``, ``quantization_config``, ...).
 
     Returns:
-        A transformers model of the checkpoint's own class.
+        A transformers model of the checkpoint's own class; its ``save_pretrained`` and
+        ``push_to_hub`` write a checkpoint like this one.
 
     Raises:
         CheckpointError: Not a baked checkpoint, a tensor is missing, or no plan within the budget.
@@ -66,13 +72,14 @@ def load(path: str | Path, *, budget: float | None = None, **kwargs: Any) -> Pre
     baked = open_baked(path, budget, **_take(kwargs, _PLACE))
     stock = _stock_class(baked.checkpoint.config)
     model, _ = _from_folder(stock, baked.checkpoint, str(path), **kwargs)
-    _install(model, baked)
+    _install(model, baked, trainable=trainable)
     return model
 
 
-def _install(model: PreTrainedModel, baked: Baked) -> None:
+def _install(model: PreTrainedModel, baked: Baked, *, trainable: bool) -> None:
+    writer = Completion(baked.checkpoint.path)
     # Unchecked: the files were, which unlike weights in memory have one precision.
-    install(model, baked.plan, baked.tensors, check=False)
+    install(model, baked.plan, baked.tensors, check=False, trainable=trainable, writer=writer)
     remember_source(model.get_decoder(), baked.source)
 
 
@@ -212,12 +219,16 @@ class PrunedForConditionalGeneration:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Load the stock model of the checkpoint, install its plan; ``budget`` as for ``load``."""
+        """Load the stock model of the checkpoint, install its plan.
+
+        ``budget`` and ``trainable`` as for ``load``.
+        """
         wants_report = kwargs.get("output_loading_info", False)
+        trainable = kwargs.pop("trainable", False)
         baked = open_baked(path, kwargs.pop("budget", None), **_take(kwargs, _PLACE))
         stock = cls._stock(baked.checkpoint.config)
         model, report = _from_folder(stock, baked.checkpoint, str(path), *args, **kwargs)
-        _install(model, baked)
+        _install(model, baked, trainable=trainable)
         return (model, report) if wants_report else model
 
     @classmethod

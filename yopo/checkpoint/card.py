@@ -26,7 +26,14 @@ from yopo.plan import LayerPlan, Plan
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
 
 
-def model_card(plan: Plan, name: str, *, original_card: Path | None, tensors_bytes: int = 0) -> str:
+def model_card(
+    plan: Plan,
+    name: str,
+    *,
+    original_card: Path | None,
+    tensors_bytes: int = 0,
+    is_trained: bool = False,
+) -> str:
     """Write the model card of a baked checkpoint.
 
     Args:
@@ -34,10 +41,13 @@ def model_card(plan: Plan, name: str, *, original_card: Path | None, tensors_byt
         name: The directory's own name.
         original_card: The source's README.md, whose license entries are carried over, or None.
         tensors_bytes: Size of the side file with means or fitted weights; 0: there is none.
+        is_trained: Whether weights were trained after the plan was baked.
     """
     sections = (
         _front_matter(plan, original_card),
-        _introduction(plan, name, has_original_card=original_card is not None),
+        _introduction(
+            plan, name, has_original_card=original_card is not None, is_trained=is_trained
+        ),
         _savings(plan),
         _layers(plan, tensors_bytes),
         _loading(name),
@@ -70,14 +80,17 @@ def _read_front_matter(card: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _introduction(plan: Plan, name: str, *, has_original_card: bool) -> str:
+def _introduction(plan: Plan, name: str, *, has_original_card: bool, is_trained: bool) -> str:
+    change, dense = "no weight was removed or changed", "the original model"
+    if is_trained:
+        change, dense = "the model was trained since", "the trained model, dense"
     text = f"""\
 # {name}
 
 {plan.model.name} with a plan of yopo {yopo.__version__} baked in (`{PLAN_FILE}`; you only prune
 once, [arXiv 2410.06169](https://arxiv.org/abs/2410.06169)). Attention heads and FFN neurons of the
-text decoder stand in order of importance for visual tokens; no weight was removed or changed.
-Loaded as usual it *is* the original model; loaded with yopo, visual tokens skip what the plan
+text decoder stand in order of importance for visual tokens; {change}.
+Loaded as usual it *is* {dense}; loaded with yopo, visual tokens skip what the plan
 prunes, text tokens keep everything.
 """
     if has_original_card:

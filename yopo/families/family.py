@@ -52,6 +52,7 @@ class Backbone:
         gate, up, down: FFN projections under ``mlp``.
         attention_norm, ffn_norm: Norms in front of attention and FFN.
         activation: The FFN's activation function under ``mlp``.
+        residual_dropouts: Dropouts behind attention and FFN; None: the backbone has none.
         position_axes: Position numbers per token: 1, or 3 (time, height, width) under M-RoPE.
     """
 
@@ -66,6 +67,7 @@ class Backbone:
     attention_norm: str = "input_layernorm"
     ffn_norm: str = "post_attention_layernorm"
     activation: str = "act_fn"
+    residual_dropouts: tuple[str, str] | None = None
     position_axes: int = 1
 
     @property

@@ -23,6 +23,7 @@ PHI3 = Backbone(
     gate="gate_up_proj",
     up="gate_up_proj",
     activation="activation_fn",
+    residual_dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
 )
 
 

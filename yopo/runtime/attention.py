@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -15,6 +17,7 @@ def text_attention(
     cache: PrunedCacheLayer,
     geometry: Geometry,
     scale: float,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attention of text queries: kept heads read visual and text keys, all others text alone.
 
@@ -23,36 +26,26 @@ def text_attention(
         cache: The layer's keys and values, this forward's included.
         geometry: Masks of this forward.
         scale: Factor on the logits.
+        dropout: Probability with which an attention weight is left out.
 
     Returns:
         (batch, heads, text, head_dim).
     """
     split, outputs = cache.split, []
+    attend = partial(_attend, scale=scale, dropout=dropout)
     text_mask, causal = geometry.text_mask, geometry.text_is_causal
     if split.reading_width:
         keys, values = cache.kept
-        outputs.append(
-            _attend(
-                take(queries, split.reading),
-                keys,
-                values,
-                geometry.reading_mask,
-                width=split.reading_width,
-                scale=scale,
-            )
-        )
+        few, width = take(queries, split.reading), split.reading_width
+        outputs.append(attend(few, keys, values, geometry.reading_mask, width=width))
     if split.dropped_width:
         keys, values = (each[:, :, cache.num_visual :] for each in cache.kept)
         few, width = take(queries, split.dropped), split.dropped_width
-        outputs.append(
-            _attend(few, keys, values, text_mask, width=width, scale=scale, causal=causal)
-        )
+        outputs.append(attend(few, keys, values, text_mask, width=width, causal=causal))
     if split.other_width:
         keys, values = cache.other
         few, width = take(queries, split.other), split.other_width
-        outputs.append(
-            _attend(few, keys, values, text_mask, width=width, scale=scale, causal=causal)
-        )
+        outputs.append(attend(few, keys, values, text_mask, width=width, causal=causal))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return joined if split.restore is None else take(joined, split.restore)
 
@@ -63,6 +56,7 @@ def visual_attention(
     geometry: Geometry,
     radius: int | None,
     scale: float,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attention of visual queries over their neighbors and the text in front of them.
 
@@ -73,6 +67,7 @@ def visual_attention(
         geometry: Blocks and masks of this forward.
         radius: The neighborhood's Chebyshev radius, or None.
         scale: Factor on the logits.
+        dropout: Probability with which an attention weight is left out.
 
     Returns:
         (batch, visual, attending heads * head_dim).
@@ -96,6 +91,7 @@ def visual_attention(
             block.mask,
             width=split.attending_width,
             scale=scale,
+            dropout=dropout,
         )
         found = found if split.places is None else take(found, split.places)
         mixed[:, block.start : block.stop] = found.transpose(1, 2)
@@ -118,15 +114,16 @@ def _attend(
     *,
     width: int,
     scale: float,
+    dropout: float,
     causal: bool = False,
 ) -> torch.Tensor:
     """Scaled dot-product attention of ``width`` query heads per KV head."""
     if width == 1 or queries.shape[2] > 1:
         return scaled_dot_product_attention(
-            queries, keys, values, mask, is_causal=causal, scale=scale, enable_gqa=width > 1
+            queries, keys, values, mask, dropout, causal, scale=scale, enable_gqa=width > 1
         )
     # One query per head: a group's heads become rows of one call, so that no key is repeated.
     batch, _, _, head_dim = queries.shape
     rows = queries.reshape(batch, keys.shape[1], width, head_dim)
-    out = scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
+    out = scaled_dot_product_attention(rows, keys, values, mask, dropout, scale=scale)
     return out.reshape(batch, -1, 1, head_dim)

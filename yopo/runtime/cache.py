@@ -139,6 +139,10 @@ class PrunedCacheLayer(CacheLayerMixin):
         self._kept: tuple[GrowingBuffer, GrowingBuffer] | None = None
         self._other: tuple[GrowingBuffer, GrowingBuffer] | None = None
 
+    def empty(self) -> PrunedCacheLayer:
+        """A layer of the same kind that holds nothing; tokens are counted in the same index."""
+        return PrunedCacheLayer(self.split, self.index, is_first=self._is_first)
+
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add a forward's text: (batch, kv_heads, text, head_dim) keys and values."""
         split = self.split

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,11 +24,13 @@ from yopo.layout import LayoutProbe, TokenLayout
 from yopo.plan import Plan
 from yopo.runtime import rows
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
+from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
 from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features
 from yopo.runtime.labels import LabelProbe
 from yopo.runtime.layer import LayerRun, Rotary
+from yopo.runtime.parts import warn_without_fitted
 from yopo.runtime.products import fast_products
 
 
@@ -55,6 +58,7 @@ class PrunedState(nn.Module):
         shape = plan.model.shape
         self._splits = [split_heads(layer, shape) for layer in plan.layers]
         self._splits_on: dict[torch.device, list[HeadSplit]] = {}
+        self.register_load_state_dict_pre_hook(warn_without_fitted)
 
     def splits(self, device: torch.device) -> list[HeadSplit]:
         """The head groups of all layers, their positions on a device."""
@@ -111,8 +115,7 @@ class PrunedDecoder:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layout = _layout(self, state, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        past_key_values = _cache(self.layers, past_key_values, use_cache=use_cache)
         splits = state.splits(embeds.device)
         keep = past_key_values is not None
         cache = adopt(past_key_values, splits) if keep else new_layers(splits)
@@ -141,6 +144,16 @@ class PrunedDecoder:
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values if keep else None
         )
+
+
+def _cache(
+    layers: nn.ModuleList, given: DynamicCache | None, *, use_cache: bool | None
+) -> DynamicCache | None:
+    """The cache of this forward: the caller's or a new one; none where layers run twice."""
+    if any(is_checkpointed(layer) for layer in layers):
+        refuse_filled(given)
+        return None
+    return DynamicCache() if use_cache and given is None else given
 
 
 def _layout(
@@ -206,6 +219,7 @@ def run_layers(
                 visual = None
             part = state.visual[number] if visual is not None else None
             run = LayerRun(layer, part, state.names, geometry, cache[number])
+            run = partial(checkpointed, run) if is_checkpointed(layer) else run
             text, visual = run(text, visual, text_rotary, visual_rotary)
             if visual is not None and number < len(stack):
                 visual = visual + geometry.visual.unflatten(stack[number].to(visual))

@@ -18,9 +18,11 @@ from yopo.families.registry import family_of
 from yopo.layout import LayoutProbe
 from yopo.plan import Plan
 from yopo.plan_tensors import PlanTensors, check_tensors, read_plan_with_tensors
+from yopo.runtime.adapters import unwrapped
 from yopo.runtime.decoder import PrunedDecoder, PrunedState
 from yopo.runtime.inputs import no_paged_attention
 from yopo.runtime.labels import LabelProbe
+from yopo.runtime.saved import Writer, make_savable, restore_saving
 from yopo.runtime.swap import restore_class, swap_class
 from yopo.runtime.weights import check_plain, visual_layers
 
@@ -33,6 +35,7 @@ def pruned(
     *,
     grids_of: GridsOf | None = None,
     check: bool = True,
+    trainable: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """Run a model under a plan inside a ``with`` block; the model is restored bit for bit behind.
 
@@ -42,11 +45,13 @@ def pruned(
     cache is of the other model.
 
     Args:
-        model: A multimodal model of a supported family, weights in memory.
+        model: A multimodal model of a supported family, weights in memory; or the PEFT model
+            around it.
         plan: A plan, or the path of its YAML file.
         tensors: The plan's tensors; read from beside the file if ``plan`` is a path.
         grids_of: Locates images among visual tokens instead of the family's rule (custom towers).
         check: Whether the model's fingerprint must be the plan's.
+        trainable: Whether fitted weights are parameters (see :func:`fitted_parameters`).
 
     Yields:
         The same model object.
@@ -57,7 +62,7 @@ def pruned(
     """
     if not isinstance(plan, Plan):
         plan, tensors = read_plan_with_tensors(plan)
-    install(model, plan, tensors, grids_of=grids_of, check=check)
+    install(model, plan, tensors, grids_of=grids_of, check=check, trainable=trainable)
     try:
         yield model
     finally:
@@ -71,14 +76,22 @@ def install(
     *,
     grids_of: GridsOf | None = None,
     check: bool = True,
+    trainable: bool = False,
+    writer: Writer | None = None,
 ) -> None:
-    """Prune a model in memory until :func:`uninstall`; arguments and errors as for ``pruned``."""
+    """Prune a model in memory until :func:`uninstall`; arguments and errors as for ``pruned``.
+
+    Args:
+        writer: Completes what ``save_pretrained`` wrote by what makes it pruned; None: the plan is
+            no part of the model, which is saved dense.
+    """
+    model = unwrapped(model)
     decoder = model.get_decoder()
     if hasattr(decoder, "yopo"):
         raise ModelError("The model is pruned already.", remedy="Leave the first block before.")
     family, names = check_model(model, plan, check=check)
     check_tensors(plan, tensors or PlanTensors(), "The plan")
-    layers = visual_layers(decoder, plan, tensors, names)
+    layers = visual_layers(decoder, plan, tensors, names, trainable=trainable)
     tokens = family.token_ids(model.config)
     # Other threads may be using the model: first what the pruned forward needs, then the forward.
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
@@ -89,11 +102,14 @@ def install(
         _remove_probes(decoder)
         raise
     vars(model)[_CONTINUOUS_BATCHING] = MethodType(_refuse_continuous_batching, model)
+    make_savable(model, tensors or PlanTensors(), writer)
     probe.must_be_read = True
 
 
 def uninstall(model: PreTrainedModel) -> None:
     """Make a pruned model dense again."""
+    model = unwrapped(model)
+    restore_saving(model)
     decoder = model.get_decoder()
     decoder.yopo.probe.must_be_read = False
     restore_class(decoder, type(decoder).__mro__[2])
@@ -121,6 +137,28 @@ def pruned_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The pruned subclass of a decoder class; it keeps the name that transformers looks at."""
     members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (PrunedDecoder, stock), members)
+
+
+def fitted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The fitted weights of a pruned model as parameters, by name.
+
+    An optimizer finds them among ``model.parameters()``. PEFT freezes whatever is not its own:
+    call ``requires_grad_()`` on these to train them beside an adapter.
+
+    Args:
+        model: Loaded or pruned with ``trainable=True``, perhaps inside a PEFT model.
+
+    Raises:
+        ModelError: It has no such parameters.
+    """
+    state = getattr(unwrapped(model).get_decoder(), "yopo", None)
+    found = {} if state is None else dict(state.named_parameters())
+    if not found:
+        raise ModelError(
+            "The model has no fitted weights that are parameters.",
+            remedy="Load a plan with fitted weights: yopo.load(..., trainable=True).",
+        )
+    return found
 
 
 def check_model(model: PreTrainedModel, plan: Plan, *, check: bool) -> tuple[Family, Backbone]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -43,6 +43,10 @@ class LayerRun:
         self.geometry, self.cache = geometry, cache
         self._rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
 
+    def afresh(self) -> LayerRun:
+        """The same run with an empty cache layer."""
+        return LayerRun(self.layer, self.part, self.names, self.geometry, self.cache.empty())
+
     def __call__(
         self,
         text: torch.Tensor,
@@ -79,33 +83,47 @@ class LayerRun:
         if visual is not None and self.part.plan.heads:
             visual_queries = self._project_visual(visual, visual_rotary)
         scale = self.attention.scaling
-        mixed = text_attention(queries, self.cache, self.geometry, scale)
-        text = text + getattr(self.attention, self.names.output)(_join_heads(mixed))
+        dropout = self.attention.attention_dropout if self.attention.training else 0.0
+        mixed = text_attention(queries, self.cache, self.geometry, scale, dropout)
+        mixed = getattr(self.attention, self.names.output)(_join_heads(mixed))
+        text = text + self._dropped(0)(mixed)
         if visual_queries is None:
             return text, None
         radius = self.part.plan.radius
-        gathered = visual_attention(visual_queries, self.cache, self.geometry, radius, scale)
+        gathered = visual_attention(
+            visual_queries, self.cache, self.geometry, radius, scale, dropout
+        )
         return text, gathered
 
     def add_attention(self, visual: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
         """Visual states behind attention, from what ``attend`` gathered."""
+        drop, bias = self._dropped(0), self.part.attention_bias()
         if mixed is not None:
-            return rows.add(visual, lambda _, place: self.part.output(mixed[place]))
-        bias = self.part.attention_bias
-        return visual if bias is None else rows.add(visual, lambda *_: bias)
+            return rows.add(visual, lambda _, place: drop(self.part.output(mixed[place], bias)))
+        return visual if bias is None else rows.add(visual, lambda *_: drop(bias))
 
     def feed(
         self, text: torch.Tensor, visual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the FFN on both streams."""
         norm = getattr(self.layer, self.names.ffn_norm)
-        text = text + self.layer.mlp(norm(text))
+        drop = self._dropped(1)
+        text = text + drop(self.layer.mlp(norm(text)))
         if visual is not None:
+            bias = self.part.ffn_bias()
             if self.part.plan.has_ffn:
-                visual = rows.add(visual, lambda block, _: self.part.ffn(rows.mapped(block, norm)))
-            elif self.part.ffn_bias is not None:
-                visual = rows.add(visual, lambda *_: self.part.ffn_bias)
+                visual = rows.add(
+                    visual,
+                    lambda block, _: drop(self.part.ffn(rows.mapped(block, norm), bias)),
+                )
+            elif bias is not None:
+                visual = rows.add(visual, lambda *_: drop(bias))
         return text, visual
+
+    def _dropped(self, number: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The dropout behind attention (0) or FFN (1), where the backbone has one (Phi-3)."""
+        dropouts = self.names.residual_dropouts
+        return getattr(self.layer, dropouts[number]) if dropouts else _as_it_is
 
     def _project_text(
         self, normed: torch.Tensor, rotary: Rotary
@@ -181,6 +199,10 @@ class LayerRun:
             keys[1][cells] = some
             if queries is not None:
                 queries[1][cells] = own
+
+
+def _as_it_is(states: torch.Tensor) -> torch.Tensor:
+    return states
 
 
 def _split_heads(projected: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -1,0 +1,104 @@
+"""Linear layers with LoRA adapters (PEFT) around them, for those who use a part of such a layer.
+
+A part of a weight is multiplied functionally, past the adapter's own ``forward``: what the adapter
+adds has to be cut like the weight. That is known for plain LoRA, whose delta is a product of two
+small matrices. Everything else that may stand in a projection's place is refused: whole layers can
+be called whatever they are, parts of them cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from yopo.errors import ModelError
+
+_LORA = ("peft.tuners.lora.layer", "Linear")
+"""Module and name of the class; PEFT itself need not be installed."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One active LoRA adapter: ``scaling * enter(drop(inputs))``, then ``leave``.
+
+    Attributes:
+        enter: (rank, inputs) weight, no bias.
+        leave: (outputs, rank) weight, perhaps a bias.
+        drop: Dropout of the inputs.
+        scaling: Factor on the output.
+    """
+
+    enter: nn.Linear
+    leave: nn.Linear
+    drop: Callable[[torch.Tensor], torch.Tensor]
+    scaling: float
+
+
+def parts_of(module: nn.Module, where: str) -> tuple[nn.Linear, list[Adapter]]:
+    """Take a projection apart: the linear layer that it is, and what is added to it right now.
+
+    Merged and disabled adapters add nothing; a merged one that was disabled is unmerged, as its
+    own forward does.
+
+    Args:
+        module: What stands in the projection's place.
+        where: What messages call it (``layer 3's q_proj``).
+
+    Raises:
+        ModelError: Neither a plain floating-point linear layer nor one with plain LoRA.
+    """
+    if (type(module).__module__, type(module).__name__) != _LORA:
+        return _plain(module, where), []
+    base = _plain(module.base_layer, where)
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, partial) and "adapter_names" in hook.keywords:
+            raise ModelError(
+                f"{where} is asked for another adapter in every row (adapter_names), which visual "
+                "tokens of a pruned model cannot follow.",
+                remedy="Run the rows of each adapter by themselves, after set_adapter.",
+            )
+    if module.disable_adapters and module.merged:
+        module.unmerge()
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    for name in active:
+        if name in module.lora_variant:
+            kind = type(module.lora_variant[name]).__name__.removesuffix("LinearVariant")
+            raise ModelError(
+                f"{where} has a {kind} adapter, expected a plain linear layer or plain LoRA.",
+                remedy="Merge the adapter (merge_and_unload), or train plain LoRA.",
+            )
+    if module.disable_adapters or module.merged:
+        return base, []
+    return base, [
+        Adapter(
+            module.lora_A[name],
+            module.lora_B[name],
+            module.lora_dropout[name],
+            module.scaling[name],
+        )
+        for name in active
+    ]
+
+
+def _plain(module: nn.Module, where: str) -> nn.Linear:
+    if type(module) is not nn.Linear or not module.weight.is_floating_point():
+        raise ModelError(
+            f"{where} is a {type(module).__name__}, expected a plain linear layer or plain LoRA.",
+            remedy="Merge adapters; quantize with torchao, whose weights can be cut: "
+            "yopo.load(..., quantization_config=TorchAoConfig(Int8WeightOnlyConfig())).",
+        )
+    return module
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT layers stand in a model, whatever their kind."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT one; any other model itself."""
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model

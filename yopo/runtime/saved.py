@@ -1,0 +1,190 @@
+"""What ``save_pretrained`` makes of a pruned model: a whole directory, or one that claims nothing.
+
+transformers would write the weights and a config.json that still says ``yopo``, without the plan,
+its tensors and the loader's code. So the outer class is swapped for one that saves the dense model
+without that claim and then lets a writer, which knows checkpoints, complete the directory. Uploads
+and Trainer checkpoints go the same way.
+
+Recovery training: what a small budget loses comes back when the pruned model is trained for a
+while. Visual tokens see every change of the text's weights at once, LoRA included; weights that
+were fitted for them alone train beside it as parameters. What is saved is a pruned checkpoint
+again, whose plan holds for the trained weights:
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    import yopo
+
+    model = yopo.load("llava-tiny-yopo", trainable=True)
+    projections = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules=projections)
+    adapted = get_peft_model(model, adapter)
+    for parameter in yopo.fitted_parameters(model).values():
+        parameter.requires_grad_()  # PEFT freezes all that is not its own
+    options = {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    arguments = TrainingArguments("runs", max_steps=20, gradient_checkpointing=True, **options)
+    trainer = Trainer(adapted, arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    adapted.merge_and_unload().save_pretrained("llava-tiny-recovered")
+    recovered = yopo.load("llava-tiny-recovered")
+
+A checkpoint that PEFT saves on the way holds the adapter alone: no fitted weights, though they are
+trained. Without PEFT, ``Trainer`` checkpoints are whole; to go on from one, load the model from it
+by ``yopo.load(CHECKPOINT, trainable=True)`` and pass it as ``resume_from_checkpoint`` too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from yopo import console
+from yopo.errors import ModelError
+from yopo.plan import Plan
+from yopo.plan_tensors import PlanTensors
+from yopo.runtime.adapters import has_adapters
+
+CLAIMS = ("yopo", "auto_map")
+"""Entries of config.json that say that a directory is a pruned checkpoint."""
+
+
+class Writer(Protocol):
+    """Completes a directory that holds a dense model."""
+
+    def __call__(self, folder: Path, plan: Plan, tensors: PlanTensors, *, trained: bool) -> None:
+        """Write what makes it pruned.
+
+        Args:
+            folder: Weights and config.json, just written.
+            plan: The plan that the model ran under.
+            tensors: Its tensors, fitted weights as they are now.
+            trained: Whether the fitted weights may differ from those that were loaded.
+        """
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What saving a pruned model needs: the plan's means, and who completes the directory."""
+
+    tensors: PlanTensors
+    writer: Writer | None
+
+
+class SavesWhole:
+    """Saving of a pruned model; mixed into the outer class, whose ``yopo_saving`` it reads."""
+
+    yopo_saving: Saving
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; the directory is loaded by ``yopo.load`` and stays a dense one.
+
+        Raises:
+            ModelError: Adapters are not merged, or trained weights would be lost.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):  # writes adapters alone
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return
+        if has_adapters(self.get_decoder()):
+            raise ModelError(
+                "The model holds adapters that are not merged: it would be saved under names that "
+                "no loader knows.",
+                remedy="Save model.merge_and_unload(), or the adapters alone by PEFT's own class.",
+            )
+        state = self.get_decoder().yopo
+        if self.yopo_saving.writer is None and any(True for _ in state.parameters()):
+            raise ModelError(
+                "The plan is not a part of the checkpoint: its fitted weights, which may have been "
+                "trained, cannot be saved with the model.",
+                remedy="Bake it with `yopo apply`, train yopo.load(DIRECTORY, trainable=True).",
+            )
+        everything = self.state_dict() if state_dict is None else state_dict
+        own = _prefix(self, state)
+        fitted = {name: value for name, value in everything.items() if name.startswith(own)}
+        dense = {name: value for name, value in everything.items() if name not in fitted}
+        with _without_claims(self.config):
+            super().save_pretrained(save_directory, is_main_process, dense, **kwargs)
+        if is_main_process:
+            self._complete(Path(save_directory), fitted)
+
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Called by transformers behind ``push_to_hub``, with a model card of its own in place."""
+        self._complete(Path(working_dir), {})
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _complete(self, folder: Path, gathered: Mapping[str, torch.Tensor]) -> None:
+        """Let the writer do its work.
+
+        Args:
+            folder: Holds the dense model.
+            gathered: Fitted weights by their names in the state dict, from whoever gathered them
+                over processes; others are taken from the model.
+        """
+        if self.yopo_saving.writer is None:
+            console.warn(
+                f"{folder}: holds the dense model; a plan in memory is no part of it. "
+                "`yopo apply` bakes one into a checkpoint."
+            )
+            return
+        state = self.get_decoder().yopo
+        names = {id(value): name for name, value in state.named_parameters()}
+        own = _prefix(self, state)
+        refit = {}
+        for index, layer in enumerate(state.visual):
+            weights = {
+                name: gathered.get(own + names.get(id(value), ""), value).detach()
+                for name, value in layer.fitted_weights().items()
+            }
+            if weights:
+                refit[index] = weights
+        means = self.yopo_saving.tensors
+        tensors = PlanTensors(None, means.neuron_mean, means.head_mean, refit)
+        self.yopo_saving.writer(folder, state.plan, tensors, trained=bool(names))
+
+
+def make_savable(model: PreTrainedModel, tensors: PlanTensors, writer: Writer | None) -> None:
+    """Make ``save_pretrained`` of a pruned model write all of it, until :func:`restore_saving`."""
+    means = PlanTensors(neuron_mean=tensors.neuron_mean, head_mean=tensors.head_mean)
+    model.yopo_saving = Saving(means, writer)
+    model.__class__ = saving_class(type(model))
+
+
+def restore_saving(model: PreTrainedModel) -> None:
+    """Undo :func:`make_savable`."""
+    model.__class__ = type(model).__mro__[2]
+    del model.yopo_saving
+
+
+@cache
+def saving_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a model's class that saves it whole; it keeps the name."""
+    members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (SavesWhole, stock), members)
+
+
+def _prefix(model: nn.Module, state: nn.Module) -> str:
+    """What the names of a pruned decoder's own parameters begin with."""
+    return next(name for name, module in model.named_modules() if module is state) + "."
+
+
+@contextmanager
+def _without_claims(config: PreTrainedConfig) -> Iterator[None]:
+    """Take the claims out of a configuration for a while."""
+    claims = {name: vars(config).pop(name) for name in CLAIMS if name in vars(config)}
+    try:
+        yield
+    finally:
+        vars(config).update(claims)
