@@ -36,20 +36,16 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from yopo.calibration.observers import observing
-from yopo.calibration.prompts import Batch
-from yopo.calibration.run import identify
-from yopo.checkpoint.bake import bake
-from yopo.evaluation.bench_memory import peak_bytes
-from yopo.evaluation.bench_plan import (
+from yopo.bench.memory import peak_bytes
+from yopo.bench.plans import (
     FITTED,
     PRESETS,
     made_up_statistics,
     preset_plan,
     with_prompt,
 )
-from yopo.evaluation.bench_prompt import made_up_prompt
-from yopo.evaluation.random_model import (
+from yopo.bench.prompt import made_up_prompt
+from yopo.bench.random_model import (
     SHAPES,
     WORKLOAD,
     fitted,
@@ -57,13 +53,17 @@ from yopo.evaluation.random_model import (
     published_model,
     random_model,
 )
-from yopo.families.registry import family_of
-from yopo.grid import Grid
-from yopo.plan_tensors import write_plan
+from yopo.calibration.measure import identify
+from yopo.calibration.observers import observing
+from yopo.checkpoint.bake import bake
+from yopo.data.prompts import Batch
+from yopo.fitting.profile import profile
+from yopo.fitting.refit import refit
+from yopo.models.registry import family_of
 from yopo.planning.planner import make_plan
-from yopo.planning.profile import profile
-from yopo.planning.refit import refit
-from yopo.serving import load
+from yopo.plans.grid import Grid
+from yopo.plans.tensors import write_plan
+from yopo.serving.loading import load
 
 PARTS = ("calibration", "memory", "apply", "load", "fit")
 ROOM = 300e6
@@ -71,7 +71,7 @@ ROOM = 300e6
 
 APPLY = """
 import sys
-from yopo.workflow import apply_plan
+from yopo.pipeline.commands import apply_plan
 apply_plan(sys.argv[1], output=sys.argv[2], model_name=sys.argv[3])
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM"):

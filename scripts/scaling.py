@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from yopo.evaluation.bench_result import DENSE, PRUNED
+from yopo.bench.result import DENSE, PRUNED
 
 COUNTS = (64, 144, 256, 576, 1024, 2304, 4096)
 COLORS = {"dense": "#57606a", "yopo-25": "#0969da", "yopo-12": "#8250df", "reader-12": "#bc4c00"}
@@ -58,17 +58,17 @@ def measure(options: argparse.Namespace) -> Points:
     """Time dense and pruned prefill at every number of visual tokens."""
     import torch
 
-    from yopo.evaluation.bench import Bench
-    from yopo.evaluation.bench_plan import preset_plan, sampled_layers, with_layers, with_prompt
-    from yopo.evaluation.bench_prompt import made_up_prompt
-    from yopo.evaluation.random_model import (
+    from yopo.bench.plans import preset_plan, sampled_layers, with_layers, with_prompt
+    from yopo.bench.prompt import made_up_prompt
+    from yopo.bench.random_model import (
         WORKLOAD,
         fitted,
         grids_of,
         published_model,
         random_model,
     )
-    from yopo.flops import dense_prefill_flops, prefill_flops
+    from yopo.bench.run import Bench
+    from yopo.plans.flops import dense_prefill_flops, prefill_flops
 
     torch.set_num_threads(options.threads)
     published = published_model(options.shape_of)

@@ -18,14 +18,14 @@ from collections.abc import Callable
 
 import torch
 
-from yopo.calibration.prompts import Batch, batches, encode_for
-from yopo.calibration.sources import open_pairs
-from yopo.families.registry import family_of
-from yopo.plan import ModelShape, full_layer
-from yopo.planning.least_squares import Gram, Moments, ridge
-from yopo.planning.stepping import DenseWalk
+from yopo.data.prompts import Batch, batches, encode_for
+from yopo.data.sources import open_pairs
+from yopo.fitting.layerwise import DenseWalk
+from yopo.fitting.least_squares import Gram, Moments, ridge
+from yopo.models.registry import family_of
+from yopo.pipeline.session import Effort, RunOptions, Session
+from yopo.plans.schema import ModelShape, full_layer
 from yopo.runtime.weights import Extras, VisualLayer
-from yopo.tuning import Effort, RunOptions, Session
 
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 

@@ -37,25 +37,25 @@ from pathlib import Path
 
 import torch
 
-from yopo.calibration.pairs import Pairs
-from yopo.calibration.sources import open_pairs
-from yopo.demo.pairs import write_pairs
-from yopo.errors import YopoError
+from yopo.baselines.install import rival
+from yopo.baselines.settings import NAMES, SIMULATED, reached, solve
+from yopo.data.pairs import Pairs
+from yopo.data.sources import open_pairs
+from yopo.demo.pair_files import write_pairs
 from yopo.evaluation.evaluate import measure_kept
 from yopo.evaluation.fidelity import record_dense
-from yopo.evaluation.rivals.install import rival
-from yopo.evaluation.rivals.settings import NAMES, SIMULATED, reached, solve
-from yopo.flops import visual_budget
-from yopo.plan import Plan
-from yopo.plan_tensors import PlanTensors
+from yopo.pipeline.session import Effort, RunOptions, Session
 from yopo.planning.allocate import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.planner import Planner
-from yopo.planning.shapes import Layers, Shaper, random_rho
-from yopo.planning.wishes import Wishes
+from yopo.planning.request import Wishes
+from yopo.planning.templates import Layers, Shaper, random_rho
+from yopo.plans.flops import visual_budget
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.strategies.neighbors import PAPER_RADIUS
-from yopo.tuning import Effort, RunOptions, Session
+from yopo.support.errors import YopoError
 
 BUDGETS = (0.05, 0.12, 0.25, 0.5)
 SEEDS = (0, 1, 2)

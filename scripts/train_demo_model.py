@@ -1,7 +1,7 @@
 """Train a demo model from scratch on generated pictures, on CPU.
 
-`llava-tiny` learns scenes of colored shapes, `qwen2-vl-tiny` grids of glyphs; `yopo.demo.training`
-says how. Interrupted, it resumes from the last checkpoint in `--work`. Progress goes to stderr;
+`llava-tiny` learns scenes of colored shapes, `qwen2-vl-tiny` grids of glyphs; `demo_training` says
+how. Interrupted, it resumes from the last checkpoint in `--work`. Progress goes to stderr;
 stdout gets the held-out table, which is also the model card's.
 
     python scripts/train_demo_model.py                     # train, evaluate, write llava-tiny
@@ -20,13 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from demo_training.recipes import RECIPES
+from demo_training.score import answer, score, table
+from demo_training.training import Trainer
 from transformers import AutoModelForImageTextToText
 
-from yopo.calibration.prompts import load_processor
-from yopo.demo.recipes import RECIPES
-from yopo.demo.score import answer, score, table
+from yopo.data.prompts import load_processor
 from yopo.demo.task import Task
-from yopo.demo.training import Trainer
 
 logger = logging.getLogger("train_demo_model")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from yopo.calibration.statistics import MAX_DISTANCE, Statistics
-from yopo.grid import Grid
-from yopo.plan import ModelIdentity, ModelShape, Workload
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelIdentity, ModelShape, Workload
 
 
 def make(

@@ -18,20 +18,17 @@ MAX_MODULE_LINES = 350
 MAX_FUNCTION_LINES = 70
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("console", "context", "finite", "grid", "hub", "processors", "reading"),
-    ("documents", "storage"),
-    ("files", "plan"),
-    ("demo", "families", "flops", "side_files"),
-    ("plan_file",),
-    ("layout", "plan_tensors"),
-    ("strategies",),
+    ("support",),
+    ("plans",),
+    ("models",),
+    ("demo", "strategies"),
+    ("data",),
     ("calibration", "checkpoint", "runtime"),  # siblings: none imports another
-    ("conversion", "planning"),
-    ("evaluation",),
-    ("serving",),
-    ("tuning", "verification"),
-    ("workflow",),
+    ("baselines", "conversion", "fitting"),
+    ("planning",),
+    ("evaluation", "serving"),
+    ("bench",),
+    ("pipeline",),
     ("report",),
     ("cli",),
 )
@@ -41,15 +38,15 @@ LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 
 WITHOUT_TORCH = (
     "yopo",
-    "yopo.plan",
-    "yopo.plan_file",
-    "yopo.flops",
-    "yopo.grid",
-    "yopo.documents",
-    "yopo.reading",
-    "yopo.errors",
-    "yopo.console",
-    "yopo.families.registry",
+    "yopo.plans.schema",
+    "yopo.plans.file",
+    "yopo.plans.flops",
+    "yopo.plans.grid",
+    "yopo.support.documents",
+    "yopo.support.reading",
+    "yopo.support.errors",
+    "yopo.support.console",
+    "yopo.models.registry",
     "yopo.cli.main",
 )
 
@@ -92,7 +89,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_the_package_was_found() -> None:
-    assert {"yopo", "yopo.plan", "yopo.runtime.install"} <= NAMES
+    assert {"yopo", "yopo.plans.schema", "yopo.runtime.install"} <= NAMES
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -9,7 +9,7 @@ import pytest
 from yopo.cli.calibrate import command
 from yopo.cli.config import load_config
 from yopo.cli.options import run_settings, wishes
-from yopo.families.registry import ALIASES, resolve
+from yopo.models.registry import ALIASES, resolve
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 DTYPES = {True: ("float32",), False: ("float16", "bfloat16")}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from yopo import console
+from yopo.support import console
 
 
 class Terminal(io.StringIO):

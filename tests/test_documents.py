@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from yopo.documents import Document, describe, dump, read_text
-from yopo.errors import PlanError
+from yopo.support.documents import Document, describe, dump, read_text
+from yopo.support.errors import PlanError
 
 TEXT = """\
 name: some

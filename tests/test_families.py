@@ -10,13 +10,13 @@ import torch
 from tiny import Subject
 from transformers import LlamaConfig, LlavaConfig
 
-from yopo.errors import ModelError
-from yopo.families.family import DECODER_KEY, shape_of, square_grids
-from yopo.families.fingerprint import digest, fingerprint_of_decoder, sample
-from yopo.families.llava import LLAVA
-from yopo.families.registry import ALIASES, FAMILIES, family_named, family_of, resolve
-from yopo.grid import Grid
-from yopo.plan import ModelShape
+from yopo.models.family import DECODER_KEY, shape_of, square_grids
+from yopo.models.fingerprint import digest, fingerprint_of_decoder, sample
+from yopo.models.llava import LLAVA
+from yopo.models.registry import ALIASES, FAMILIES, family_named, family_of, resolve
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape
+from yopo.support.errors import ModelError
 
 
 def test_shapes_are_read_off_the_configuration() -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from yopo.errors import OutputError
-from yopo.files import PAGE, PAGE_MARK, PLAN, STATISTICS, Kind, check_writable, write_file
+from yopo.support.errors import OutputError
+from yopo.support.files import PAGE, PAGE_MARK, PLAN, STATISTICS, Kind, check_writable, write_file
 
 CONTENT = {
     "plan": b"# mine\nyopo_plan: 1\n",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import random_layer, random_plan
 
-from yopo.flops import (
+from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_flops,
     dense_visual_kv_bytes,
@@ -21,8 +21,8 @@ from yopo.flops import (
     visual_flops_of_layer,
     visual_kv_bytes,
 )
-from yopo.grid import Grid
-from yopo.plan import (
+from yopo.plans.grid import Grid
+from yopo.plans.schema import (
     Budget,
     LayerPlan,
     ModelIdentity,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from yopo import grid
-from yopo.grid import Grid, row_blocks, shared_blocks, window_pairs
+from yopo.plans import grid
+from yopo.plans.grid import Grid, row_blocks, shared_blocks, window_pairs
 
 SAMPLES = {
     "3x5": [Grid(3, 5)],

@@ -18,16 +18,16 @@ import tiny
 import torch
 from PIL import Image
 
-from yopo import console
-from yopo.calibration.pairs import ImageRef
-from yopo.calibration.rows import pair_from_row
-from yopo.calibration.sources import open_pairs
-from yopo.documents import MAX_BYTES, read_text
-from yopo.errors import DataError, PlanError, YopoError, printable
-from yopo.flops import visual_budget
-from yopo.plan import Budget, ModelIdentity, ModelShape, Plan, TensorsFile
-from yopo.plan_file import parse_plan, read_plan, to_yaml
-from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
+from yopo.data.pairs import ImageRef
+from yopo.data.rows import pair_from_row
+from yopo.data.sources import open_pairs
+from yopo.plans.file import parse_plan, read_plan, to_yaml
+from yopo.plans.flops import visual_budget
+from yopo.plans.schema import Budget, ModelIdentity, ModelShape, Plan, TensorsFile
+from yopo.plans.tensors import PlanTensors, read_plan_with_tensors
+from yopo.support import console
+from yopo.support.documents import MAX_BYTES, read_text
+from yopo.support.errors import DataError, PlanError, YopoError, printable
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
 IDENTITY = ModelIdentity("some-model", "llava", SHAPE, "f" * 64)

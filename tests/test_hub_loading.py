@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from yopo.calibration.run import identify
+from yopo.calibration.measure import identify
 from yopo.checkpoint.bake import bake
-from yopo.families.registry import resolve
-from yopo.plan_file import BUDGET_DIGITS
-from yopo.serving import load_dense
+from yopo.models.registry import resolve
+from yopo.plans.file import BUDGET_DIGITS
+from yopo.serving.loading import load_dense
 
 MAIN, OTHER = "1" * 40, "2" * 40
 """Commits of the made-up repository."""
@@ -30,7 +30,8 @@ import json, sys
 import torch, transformers, yopo
 from transformers import pipeline
 from PIL import Image
-from yopo import serving, workflow
+from yopo.serving.loading import loading as serving
+from yopo.pipeline import commands as workflow
 
 def told(load):
     try:

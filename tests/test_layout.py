@@ -7,10 +7,10 @@ import tiny
 import torch
 from tiny import IMAGE, PICTURE, Subject
 
-from yopo.errors import ModelError
-from yopo.families.llava import LLAVA
-from yopo.grid import Grid
-from yopo.layout import LayoutProbe, TokenLayout, build_layout
+from yopo.models.layout import LayoutProbe, TokenLayout, build_layout
+from yopo.models.llava import LLAVA
+from yopo.plans.grid import Grid
+from yopo.support.errors import ModelError
 
 ROWS = [[1, 5, *[IMAGE] * 6, 7], [2, *[IMAGE] * 4, 8]]
 GRIDS = [(Grid(2, 3),), (Grid(1, 2), Grid(2, 1))]

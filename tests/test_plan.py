@@ -11,9 +11,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yopo.errors import PlanError
-from yopo.grid import Grid
-from yopo.plan import (
+from yopo.plans.grid import Grid
+from yopo.plans.schema import (
     Budget,
     InvalidPlan,
     LayerPlan,
@@ -25,6 +24,7 @@ from yopo.plan import (
     full_layer,
     full_plan,
 )
+from yopo.support.errors import PlanError
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
 IDENTITY = ModelIdentity("some", "llava", SHAPE, "0" * 64)

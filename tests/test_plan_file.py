@@ -14,10 +14,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yopo.errors import PlanError
-from yopo.flops import visual_budget
-from yopo.grid import Grid
-from yopo.plan import (
+from yopo.plans.file import parse_plan, read_plan, to_yaml
+from yopo.plans.flops import visual_budget
+from yopo.plans.grid import Grid
+from yopo.plans.schema import (
     Budget,
     LayerPlan,
     Measured,
@@ -27,7 +27,7 @@ from yopo.plan import (
     TensorsFile,
     Workload,
 )
-from yopo.plan_file import parse_plan, read_plan, to_yaml
+from yopo.support.errors import PlanError
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
 IDENTITY = ModelIdentity("some-model", "llava", SHAPE, "f" * 64)

@@ -15,15 +15,15 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from yopo.errors import OutputError, PlanError
-from yopo.plan import LayerPlan, ModelIdentity, ModelShape, Plan, TensorsFile
-from yopo.plan_file import read_plan, to_yaml
-from yopo.plan_tensors import (
+from yopo.plans.file import read_plan, to_yaml
+from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, Plan, TensorsFile
+from yopo.plans.tensors import (
     PlanTensors,
     cache_directory,
     read_plan_with_tensors,
     write_plan,
 )
+from yopo.support.errors import OutputError, PlanError
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
 IDENTITY = ModelIdentity("some", "llava", SHAPE, "0" * 64)
@@ -232,7 +232,7 @@ def test_plan_and_tensors_are_a_pair_at_every_moment(
 
         return stop
 
-    monkeypatch.setattr("yopo.storage.scratch._remove", lambda folder: True)
+    monkeypatch.setattr("yopo.support.scratch._remove", lambda folder: True)
     monkeypatch.setattr(os, "fsync", stop_at(os.fsync))
     monkeypatch.setattr(os, "replace", stop_at(os.replace))
     monkeypatch.setattr(Path, "unlink", stop_at(Path.unlink))

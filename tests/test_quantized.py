@@ -15,10 +15,10 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import yopo
 from yopo.checkpoint.bake import bake
-from yopo.errors import ModelError
 from yopo.runtime.install import pruned
 from yopo.runtime.packed import PackedPart, unpacked
-from yopo.serving import read_baked_plan
+from yopo.serving.loading import read_baked_plan
+from yopo.support.errors import ModelError
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from yopo.families.registry import FAMILIES
+from yopo.models.registry import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

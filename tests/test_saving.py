@@ -21,11 +21,11 @@ from transformers.utils import hub
 
 import yopo
 from yopo.checkpoint.bake import bake
-from yopo.errors import CheckpointError, ModelError
-from yopo.plan import Plan
-from yopo.plan_file import read_plan
-from yopo.plan_tensors import PlanTensors
+from yopo.plans.file import read_plan
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import fitted_parameters, pruned
+from yopo.support.errors import CheckpointError, ModelError
 
 INPUTS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8, 9, 10], [1, *PICTURE, 3, 4, *PICTURE, 9]])
 KINDS = ("refit", "mean", "none")

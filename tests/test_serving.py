@@ -19,15 +19,15 @@ from tiny import PICTURE, Subject
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import yopo
-from yopo.calibration.run import identify
+from yopo.calibration.measure import identify
 from yopo.checkpoint.bake import bake
-from yopo.checkpoint.companions import auto_map
-from yopo.errors import CheckpointError, ModelError, YopoError
-from yopo.families.registry import FAMILIES, resolve
-from yopo.plan_tensors import PlanTensors
+from yopo.checkpoint.sidecar_files import auto_map
+from yopo.models.registry import FAMILIES, resolve
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
-from yopo.runtime.parts import Part
-from yopo.serving import load_dense, read_baked_plan, torch_dtype
+from yopo.runtime.sliced_linear import Part
+from yopo.serving.loading import load_dense, read_baked_plan, torch_dtype
+from yopo.support.errors import CheckpointError, ModelError, YopoError
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10], [1, *PICTURE, 3, 4, *PICTURE, 9]]
 

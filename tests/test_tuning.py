@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from yopo import tuning
-from yopo.calibration.split import MIN_SIDE
-from yopo.errors import DataError
-from yopo.plan_file import to_yaml
-from yopo.planning.wishes import Wishes
-from yopo.tuning import Calibrated, Effort, RunOptions, Session
-from yopo.workflow import calibrate
+from yopo.data.split import MIN_SIDE
+from yopo.pipeline import session as tuning
+from yopo.pipeline.commands import calibrate
+from yopo.pipeline.session import Calibrated, Effort, RunOptions, Session
+from yopo.planning.request import Wishes
+from yopo.plans.file import to_yaml
+from yopo.support.errors import DataError
 
 MODEL = "llava-tiny"
 

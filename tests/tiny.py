@@ -23,11 +23,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from yopo.families.family import GridsOf, shape_of
-from yopo.families.fingerprint import fingerprint_of_decoder
-from yopo.flops import visual_budget
-from yopo.grid import Grid
-from yopo.plan import (
+from yopo.models.family import GridsOf, shape_of
+from yopo.models.fingerprint import fingerprint_of_decoder
+from yopo.plans.flops import visual_budget
+from yopo.plans.grid import Grid
+from yopo.plans.schema import (
     Budget,
     LayerPlan,
     ModelIdentity,
@@ -37,7 +37,7 @@ from yopo.plan import (
     Workload,
     full_plan,
 )
-from yopo.plan_tensors import PlanTensors, refit_sizes
+from yopo.plans.tensors import PlanTensors, refit_sizes
 
 BACKBONES = ("mha", "gqa", "qwen2")
 PAD, BOS, IMAGE, EOS = 0, 1, 98, 99

@@ -17,15 +17,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "yopo.serving",
+    "load": "yopo.serving.loading",
     "pruned": "yopo.runtime.install",
     "is_pruned": "yopo.runtime.introspect",
     "plan_of": "yopo.runtime.introspect",
     "fitted_parameters": "yopo.runtime.install",
-    "Plan": "yopo.plan",
-    "LayerPlan": "yopo.plan",
-    "read_plan": "yopo.plan_file",
-    "YopoError": "yopo.errors",
+    "Plan": "yopo.plans.schema",
+    "LayerPlan": "yopo.plans.schema",
+    "read_plan": "yopo.plans.file",
+    "YopoError": "yopo.support.errors",
 }
 
 __all__ = ["__version__", *_PUBLIC]

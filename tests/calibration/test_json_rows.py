@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from yopo.calibration import json_rows
-from yopo.calibration.json_rows import JsonRows
-from yopo.calibration.sources import open_pairs
-from yopo.errors import DataError
+from yopo.data import json_rows
+from yopo.data.json_rows import JsonRows
+from yopo.data.sources import open_pairs
+from yopo.support.errors import DataError
 
 TEXTS = ("a", "é\n", "\u2028x", '"]},[', "", "\x85\xa0")
 

@@ -12,8 +12,8 @@ from tiny import IMAGE, PICTURE, SIDE, Subject
 from yopo.calibration.batch_view import CHUNK
 from yopo.calibration.observers import QUERIES, observing
 from yopo.calibration.statistics import MAX_DISTANCE
-from yopo.errors import DataError
-from yopo.families.registry import family_of
+from yopo.models.registry import family_of
+from yopo.support.errors import DataError
 
 ROWS = [
     [1, 5, 6, *PICTURE, 7, 8, 9, 10],

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from yopo.calibration.pairs import Pair
-from yopo.calibration.rows import pair_from_row, without_placeholders
-from yopo.errors import DataError
+from yopo.data.pairs import Pair
+from yopo.data.rows import pair_from_row, without_placeholders
+from yopo.support.errors import DataError
 
 FOLDER = Path("/data")
 

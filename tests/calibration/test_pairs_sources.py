@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from yopo.calibration.pairs import ImageRef
-from yopo.calibration.sources import open_pairs
-from yopo.errors import DataError
+from yopo.data.pairs import ImageRef
+from yopo.data.sources import open_pairs
+from yopo.support.errors import DataError
 
 
 def write_image(path: Path, *, mode: str = "RGB", size: tuple[int, int] = (7, 5)) -> Path:

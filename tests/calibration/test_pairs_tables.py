@@ -11,10 +11,10 @@ import datasets
 import pytest
 from PIL import Image
 
-from yopo.calibration import tables
-from yopo.calibration.sources import open_pairs
-from yopo.errors import DataError
-from yopo.hub import Probe, probe
+from yopo.data import tables
+from yopo.data.sources import open_pairs
+from yopo.models.hub import Probe, probe
+from yopo.support.errors import DataError
 
 COUNT = 12
 

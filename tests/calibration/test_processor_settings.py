@@ -29,11 +29,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from yopo.calibration.pairs import ImageRef, Pair
-from yopo.calibration.prompts import encode_for, load_processor
-from yopo.errors import ModelError
-from yopo.families.registry import family_of
-from yopo.layout import LayoutProbe
+from yopo.data.pairs import ImageRef, Pair
+from yopo.data.prompts import encode_for, load_processor
+from yopo.models.layout import LayoutProbe
+from yopo.models.registry import family_of
+from yopo.support.errors import ModelError
 
 SIZE, PATCH = 14, 4
 SIDE = SIZE // PATCH

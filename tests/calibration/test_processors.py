@@ -12,17 +12,17 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
-from yopo.calibration.pairs import ImageRef, Pair
-from yopo.calibration.prompts import encode, load_processor
-from yopo.calibration.run import measure
-from yopo.errors import ModelError
+from yopo.calibration.measure import measure
+from yopo.data.pairs import ImageRef, Pair
+from yopo.data.prompts import encode, load_processor
 from yopo.evaluation.fidelity import compare, record_dense
-from yopo.flops import visual_budget
-from yopo.grid import Grid
+from yopo.models.processors import image_class, load_without_videos
 from yopo.planning.planner import make_plan
-from yopo.planning.wishes import Wishes
-from yopo.processors import image_class, load_without_videos
+from yopo.planning.request import Wishes
+from yopo.plans.flops import visual_budget
+from yopo.plans.grid import Grid
 from yopo.runtime.install import pruned
+from yopo.support.errors import ModelError
 
 KINDS = ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
 PATCH, MERGE = 4, 2

@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from yopo.calibration import prompts
-from yopo.calibration.pairs import ImageRef, Pair
-from yopo.calibration.prompts import answer_ids, batches, encode, load_processor, prompt_text
-from yopo.errors import DataError, ModelError
-from yopo.hub import Probe
+from yopo.data import prompts
+from yopo.data.pairs import ImageRef, Pair
+from yopo.data.prompts import answer_ids, batches, encode, load_processor, prompt_text
+from yopo.models.hub import Probe
+from yopo.support.errors import DataError, ModelError
 
 SIZE, PATCH = 12, 4
 VISUAL = (SIZE // PATCH) ** 2
@@ -331,8 +331,8 @@ def test_pad_token_is_set_where_a_tokenizer_has_none(tmp_path: Path) -> None:
 
 
 def test_demo_pairs_encode() -> None:
-    build = pytest.importorskip("yopo.demo.build")
-    from yopo.calibration.sources import open_pairs
+    build = pytest.importorskip("demo_training.build")
+    from yopo.data.sources import open_pairs
 
     processor = build.build_processor()
     pairs = list(open_pairs(None, samples=4, seed=0))

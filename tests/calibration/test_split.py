@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from yopo.calibration.pairs import ImageRef, Pair
-from yopo.calibration.split import (
+from yopo.data.pairs import ImageRef, Pair
+from yopo.data.split import (
     FEW,
     MIN_SIDE,
     group_by_image,
@@ -18,7 +18,7 @@ from yopo.calibration.split import (
     split_pairs,
     warn_if_few,
 )
-from yopo.errors import DataError
+from yopo.support.errors import DataError
 
 
 def pair(*images: object, question: str = "what?") -> Pair:

@@ -10,7 +10,7 @@ import statistics_maker
 import torch
 
 from yopo.calibration.statistics import MAX_DISTANCE, load_statistics
-from yopo.errors import DataError
+from yopo.support.errors import DataError
 
 
 @pytest.fixture

@@ -16,11 +16,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from yopo import console
-from yopo.families.family import shape_of
-from yopo.families.fingerprint import fingerprint_of_decoder
-from yopo.grid import Grid
-from yopo.plan import (
+from yopo.models.family import shape_of
+from yopo.models.fingerprint import fingerprint_of_decoder
+from yopo.plans.grid import Grid
+from yopo.plans.schema import (
     Budget,
     LayerPlan,
     Measured,
@@ -30,7 +29,8 @@ from yopo.plan import (
     TensorsFile,
     Workload,
 )
-from yopo.plan_tensors import PlanTensors, refit_sizes
+from yopo.plans.tensors import PlanTensors, refit_sizes
+from yopo.support import console
 
 IMAGE_TOKEN = 63
 LAYERS = 3

@@ -26,12 +26,12 @@ from yopo.checkpoint.bake import bake
 from yopo.checkpoint.order import order_layers
 from yopo.checkpoint.reader import Checkpoint, fingerprint
 from yopo.checkpoint.writer import format_bytes
-from yopo.errors import CheckpointError, ModelError, OutputError, PlanError
-from yopo.families.fingerprint import fingerprint_of_decoder, is_same
-from yopo.plan import LayerPlan
-from yopo.plan_tensors import PlanTensors, read_plan_with_tensors
+from yopo.models.fingerprint import fingerprint_of_decoder, is_same
+from yopo.plans.schema import LayerPlan
+from yopo.plans.tensors import PlanTensors, read_plan_with_tensors
 from yopo.runtime.install import pruned
-from yopo.serving import PrunedForConditionalGeneration
+from yopo.serving.loading import PrunedForConditionalGeneration
+from yopo.support.errors import CheckpointError, ModelError, OutputError, PlanError
 
 IMAGE_TOKEN = 63
 
@@ -343,7 +343,7 @@ def test_remote_code_defines_the_class(baked) -> None:
 
 
 def test_remote_code_without_yopo_says_so(baked, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "yopo.serving", None)
+    monkeypatch.setitem(sys.modules, "yopo.serving.loading", None)
     _, _, _, report = baked()
     with pytest.raises(ImportError, match="needs the Python package yopo: install it"):
         exec((report.output / "modeling_yopo.py").read_text(), {"__name__": "modeling_yopo"})

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from yopo.checkpoint.order import baked_plan, baked_tensors, order_heads, order_layers
-from yopo.plan import LayerPlan, ModelShape, TensorsFile
-from yopo.plan_file import parse_plan, to_yaml
-from yopo.plan_tensors import check_tensors
+from yopo.plans.file import parse_plan, to_yaml
+from yopo.plans.schema import LayerPlan, ModelShape, TensorsFile
+from yopo.plans.tensors import check_tensors
 
 MHA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=6, head_dim=2, ffn=4)
 GQA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=2, head_dim=2, ffn=4)

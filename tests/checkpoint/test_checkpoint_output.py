@@ -12,8 +12,8 @@ import pytest
 
 from yopo.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from yopo.checkpoint.writer import OutputDirectory, format_bytes
-from yopo.errors import OutputError
-from yopo.storage import durable, scratch
+from yopo.support import durable, scratch
+from yopo.support.errors import OutputError
 
 
 @pytest.fixture

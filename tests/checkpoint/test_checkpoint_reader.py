@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from yopo.checkpoint.reader import INDEX_FILE, Checkpoint, fetch, fingerprint, read_source
-from yopo.errors import CheckpointError, ModelError
-from yopo.families.fingerprint import fingerprint_of_decoder, is_same, remember_source
-from yopo.families.registry import ModelSource
+from yopo.models.fingerprint import fingerprint_of_decoder, is_same, remember_source
+from yopo.models.registry import ModelSource
+from yopo.support.errors import CheckpointError, ModelError
 
 LAYOUTS = [(hub, sharded) for hub in (True, False) for sharded in (True, False)]
 

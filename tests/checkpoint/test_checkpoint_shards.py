@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from yopo.checkpoint import shards
 from yopo.checkpoint.headers import read_shard
 from yopo.checkpoint.shards import Reorder, plan_steps, write_shard
-from yopo.errors import CheckpointError
+from yopo.support.errors import CheckpointError
 
 UNITS, BLOCK, OTHER = 6, 4, 10
 

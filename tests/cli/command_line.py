@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from demo_training.build import PATCH_SIZE, build_processor
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -16,9 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from yopo.demo.build import PATCH_SIZE, build_processor
 from yopo.demo.scenes import IMAGE_SIZE
-from yopo.plan_file import read_plan
+from yopo.plans.file import read_plan
 
 LAYERS, HEADS, FFN = 3, 4, 40
 transformers_logging.disable_progress_bar()  # `yopo` does, where it imports transformers itself

@@ -9,7 +9,7 @@ import pytest
 from command_line import FAST, Run, Yopo, save_model, side_file
 
 from yopo.cli.main import main
-from yopo.demo.pairs import write_pairs
+from yopo.demo.pair_files import write_pairs
 
 
 @pytest.fixture(scope="session")

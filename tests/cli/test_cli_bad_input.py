@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from command_line import FAST, Yopo, save_model, side_file
+from demo_training.build import build_processor
 from PIL import Image
-
-from yopo.demo.build import build_processor
 
 
 @pytest.fixture
@@ -299,7 +298,7 @@ def test_disk_full_while_writing_a_plan(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("yopo.storage.durable.os.fsync", full)  # before it has its name
+    monkeypatch.setattr("yopo.support.durable.os.fsync", full)  # before it has its name
     assert "No space left on device" in calibrate("--stats", "s.safetensors")
     done = yopo("plan", calibrated / "stats.safetensors")
     assert done.is_sentence and not os.listdir()

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from command_line import LAYERS, Yopo
 
-from yopo.evaluation import random_model
-from yopo.flops import dense_prefill_flops, prefill_flops
-from yopo.plan import ModelShape, Workload
-from yopo.plan_file import read_plan
+from yopo.bench import random_model
+from yopo.plans.file import read_plan
+from yopo.plans.flops import dense_prefill_flops, prefill_flops
+from yopo.plans.schema import ModelShape, Workload
 
 FAST = ("--runs", 2, "--decode-steps", 1, "--device", "cpu")
 SPREAD = {"median", "low", "high"}

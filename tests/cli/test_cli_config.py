@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from command_line import Run, Yopo
 
-from yopo.planning.wishes import Wishes
-from yopo.tuning import Effort, RunOptions
+from yopo.pipeline.session import Effort, RunOptions
+from yopo.planning.request import Wishes
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         got.update(model=model, wishes=wishes, options=options, effort=effort)
         raise Called
 
-    monkeypatch.setattr("yopo.workflow.calibrate", calibrate)
+    monkeypatch.setattr("yopo.pipeline.commands.calibrate", calibrate)
 
     def run(text: str | None, *flags: object) -> tuple[dict[str, Any], Run]:
         got.clear()

@@ -13,15 +13,15 @@ from command_line import Yopo
 from safetensors.torch import load_file, save_file
 
 import yopo as package
-from yopo.calibration.prompts import load_processor
-from yopo.calibration.run import measure
-from yopo.calibration.sources import open_pairs
+from yopo.calibration.measure import measure
 from yopo.calibration.statistics import load_statistics
-from yopo.errors import DataError, ModelError
+from yopo.data.prompts import load_processor
+from yopo.data.sources import open_pairs
 from yopo.evaluation.fidelity import record_dense
-from yopo.families.registry import resolve
-from yopo.finite import first_layer_not_finite, is_finite
-from yopo.serving import load_dense
+from yopo.models.registry import resolve
+from yopo.serving.loading import load_dense
+from yopo.support.errors import DataError, ModelError
+from yopo.support.finite import first_layer_not_finite, is_finite
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -28,7 +28,7 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("something that takes long was started")
 
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", fail)
-    monkeypatch.setattr("yopo.tuning.open_pairs", fail)
+    monkeypatch.setattr("yopo.pipeline.session.open_pairs", fail)
 
 
 def edit_config(folder: Path, name: str = "config.json", **entries: object) -> None:

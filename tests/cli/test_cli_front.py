@@ -9,8 +9,8 @@ import pytest
 from command_line import Yopo, side_file
 
 import yopo as package
-from yopo.errors import CheckpointError
-from yopo.plan_file import read_plan
+from yopo.plans.file import read_plan
+from yopo.support.errors import CheckpointError
 
 QUICK = ("--model", "llava-tiny", "--samples", 16, "--measure-pairs", 8, "--fit-pairs", 8)
 

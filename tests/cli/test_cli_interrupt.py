@@ -85,7 +85,7 @@ def test_while_baking(plan: Path, model: Path, tmp_path: Path, number: signal.Si
 
 def test_while_calibrating(model: Path, tmp_path: Path) -> None:
     arguments = ["calibrate", "--model", model, *FAST, "--stats", "s.safetensors"]
-    place = ("yopo.calibration.run", "_observe")
+    place = ("yopo.calibration.measure", "_observe")
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGINT)
     assert (code, out, err.strip()) == (130, "", "interrupted")
     assert os.listdir(tmp_path) == []
@@ -103,7 +103,7 @@ def test_statistics_are_there_before_anything_is_planned(model: Path, tmp_path: 
 
 
 def test_while_writing_pairs(tmp_path: Path) -> None:
-    place = ("yopo.demo.pairs", "write_pairs")
+    place = ("yopo.demo.pair_files", "write_pairs")
     arguments = ["pairs", "mine", "--count", 2]
     code, out, err, meanwhile = interrupted(place, arguments, tmp_path, signal.SIGINT)
     assert (code, out, err.strip()) == (130, "", "interrupted")
@@ -148,7 +148,7 @@ def test_a_second_signal_while_cleaning_up_waits(
         signal.raise_signal(signal.SIGHUP)
 
     monkeypatch.setattr(bake, "write_weights", stop)
-    monkeypatch.setattr("yopo.storage.scratch.shutil.rmtree", again)
+    monkeypatch.setattr("yopo.support.scratch.shutil.rmtree", again)
     done = yopo("apply", plan, "--model", model, "-o", "out")
     assert (done.code, done.out, done.err.strip()) == (129, "", "hung up")  # the first one counts
     assert steps == ["new"] and os.listdir() == []

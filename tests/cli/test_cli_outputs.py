@@ -14,9 +14,9 @@ from command_line import FAST, Yopo
 
 from yopo.calibration.statistics import load_statistics
 from yopo.cli.main import main
-from yopo.errors import PlanError
-from yopo.storage.durable import exchange
-from yopo.storage.scratch import find_leftovers
+from yopo.support.durable import exchange
+from yopo.support.errors import PlanError
+from yopo.support.scratch import find_leftovers
 
 QUICK = (*FAST, "--preset", "yopo-25")
 
@@ -95,7 +95,7 @@ def test_a_plan_that_fails_does_not_lose_the_statistics(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("yopo.tuning.Planner.make", fail)
+    monkeypatch.setattr("yopo.pipeline.session.Planner.make", fail)
     stats = ("--stats", "s.safetensors") if asked else ()
     done = yopo("calibrate", "--model", model, *QUICK, *stats)
     (path,) = [Path("s.safetensors")] if asked else (tmp_path / "cache").glob("statistics-*")
@@ -164,7 +164,7 @@ def test_killed_before_any_step_there_is_a_whole_checkpoint(
         Path("a").unlink()
         Path("b").unlink()
     else:
-        monkeypatch.setattr("yopo.storage.scratch.exchange", lambda one, other: False)
+        monkeypatch.setattr("yopo.support.scratch.exchange", lambda one, other: False)
     apply = ("apply", plan, "--model", model, "-o", "out", "--force")
     total = run_killed(None, *apply)
     whole = contents(Path("out"))

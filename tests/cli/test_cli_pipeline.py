@@ -15,8 +15,8 @@ from command_line import FAST, FFN, LAYERS, Yopo, side_file
 from transformers import AutoModelForImageTextToText
 
 import yopo as library
-from yopo.plan_file import read_plan
-from yopo.plan_tensors import read_plan_with_tensors
+from yopo.plans.file import read_plan
+from yopo.plans.tensors import read_plan_with_tensors
 
 BIN = Path(sys.executable).parent
 

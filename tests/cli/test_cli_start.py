@@ -88,7 +88,7 @@ def test_any_failure_is_a_sentence(
     def fail(source: str) -> None:
         raise error
 
-    monkeypatch.setattr("yopo.plan_file.read_plan", fail)
+    monkeypatch.setattr("yopo.plans.file.read_plan", fail)
     done = yopo("inspect", plan)
     assert (done.code, done.out) == (1, "") and sentence in done.err
     assert "Traceback" not in done.err

@@ -23,12 +23,12 @@ from transformers import (
 
 from yopo.checkpoint.headers import read_shard
 from yopo.checkpoint.reader import Checkpoint, fetch
-from yopo.conversion.config import translate
+from yopo.conversion.config_json import translate
 from yopo.conversion.internvl import convert, expected_tensors
 from yopo.conversion.tensors import new_tensors, rules_of, write_shard
-from yopo.errors import CheckpointError, ModelError, OutputError
-from yopo.families.registry import resolve
-from yopo.serving import load_dense
+from yopo.models.registry import resolve
+from yopo.serving.loading import load_dense
+from yopo.support.errors import CheckpointError, ModelError, OutputError
 
 LENGTHS = {"short": 10, "beyond": 290}
 """Text behind the images: inside the positions of training, and beyond them (rope scaling)."""

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import yopo
-from yopo.calibration.prompts import load_processor
 from yopo.cli.main import main
+from yopo.data.prompts import load_processor
 
 SPECIAL = {
     CONTEXT: "<IMG_CONTEXT>",

@@ -9,24 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from chat import user
-from PIL import Image
-from transformers import AutoModelForImageTextToText, Qwen2VLProcessor
-
-from yopo.calibration.prompts import load_processor
-from yopo.demo import QWEN2_VL_TINY
-from yopo.demo.glyphs.build import (
+from demo_training.glyphs_build import (
     IMAGE,
     MAX_NEW_TOKENS,
     build_model,
     build_processor,
     save_processor,
 )
+from demo_training.glyphs_packing import LABELS, Packer, Patches, token_labels
+from demo_training.rows import IGNORED
+from demo_training.score import answer, overall, score, table
+from PIL import Image
+from transformers import AutoModelForImageTextToText, Qwen2VLProcessor
+
+from yopo.data.prompts import load_processor
+from yopo.demo import QWEN2_VL_TINY
 from yopo.demo.glyphs.font import GLYPHS
 from yopo.demo.glyphs.grids import CELL_SIZE, SHIFTED, TASK, pairs
-from yopo.demo.glyphs.packing import LABELS, Packer, Patches, token_labels
 from yopo.demo.glyphs.questions import COLORS, GRID, KINDS
-from yopo.demo.rows import IGNORED
-from yopo.demo.score import answer, overall, score, table
 from yopo.demo.task import Turn
 
 SIDE = 8

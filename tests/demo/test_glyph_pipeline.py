@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from yopo.calibration.prompts import encode, load_processor
-from yopo.calibration.sources import open_pairs
 from yopo.checkpoint.bake import bake
 from yopo.checkpoint.reader import fetch
+from yopo.data.prompts import encode, load_processor
+from yopo.data.sources import open_pairs
 from yopo.demo.glyphs.grids import TASK
-from yopo.families.registry import resolve
-from yopo.flops import visual_budget
-from yopo.grid import Grid
-from yopo.plan import full_plan
-from yopo.planning.wishes import Wishes
+from yopo.models.registry import resolve
+from yopo.pipeline.commands import calibrate, evaluate_target
+from yopo.pipeline.session import Calibrated, Effort, RunOptions
+from yopo.planning.request import Wishes
+from yopo.plans.flops import visual_budget
+from yopo.plans.grid import Grid
+from yopo.plans.schema import full_plan
 from yopo.runtime.install import pruned
-from yopo.serving import load_dense
-from yopo.tuning import Calibrated, Effort, RunOptions
-from yopo.workflow import calibrate, evaluate_target
+from yopo.serving.loading import load_dense
 
 NAME = "qwen2-vl-tiny"
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from chat import user
+from demo_training.build import MAX_NEW_TOKENS, build_model, build_processor
+from demo_training.packing import Packer, Pixels, patch_labels
+from demo_training.rows import IGNORED
+from demo_training.score import answer, overall, score, table
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
 from yopo.demo import LLAVA_TINY
-from yopo.demo.build import MAX_NEW_TOKENS, build_model, build_processor
-from yopo.demo.packing import Packer, Pixels, patch_labels
-from yopo.demo.rows import IGNORED
 from yopo.demo.scenes import KINDS, pairs, split_scenes, turns
-from yopo.demo.score import answer, overall, score, table
 from yopo.demo.task import Turn
 from yopo.demo.vocabulary import COLORS, GRID, SHAPES
 

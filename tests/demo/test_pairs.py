@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from yopo.calibration.sources import open_pairs
+from yopo.data.sources import open_pairs
 from yopo.demo import SETS, demo_data
-from yopo.demo.pairs import pairs_of, write_pairs
+from yopo.demo.pair_files import pairs_of, write_pairs
 from yopo.demo.scenes import KINDS, pairs
 
 

@@ -10,24 +10,24 @@ from typing import Any
 import pytest
 import torch
 from chat import user
+from demo_training.rows import IGNORED
 from torch import nn
 from transformers import ProcessorMixin
 
 import yopo
-from yopo.calibration.prompts import batches, encode, load_processor
-from yopo.calibration.run import measure
-from yopo.calibration.sources import open_pairs
+from yopo.calibration.measure import measure
 from yopo.checkpoint.bake import bake
+from yopo.data.prompts import batches, encode, load_processor
+from yopo.data.sources import open_pairs
 from yopo.demo import LLAVA_TINY
-from yopo.demo.rows import IGNORED
 from yopo.demo.scenes import pairs
-from yopo.families.registry import resolve
-from yopo.planning.fitter import Fitter
+from yopo.fitting.fitter import Fitter
+from yopo.models.registry import resolve
 from yopo.planning.planner import make_plan
-from yopo.planning.wishes import Wishes
+from yopo.planning.request import Wishes
 from yopo.runtime import saved
 from yopo.runtime.install import pruned
-from yopo.serving import load_dense
+from yopo.serving.loading import load_dense
 
 PAIRS = 16
 SHAPE = {"head_ratio": 0.25, "neuron_ratio": 0.05, "visual_layers": 2, "radius": 1}

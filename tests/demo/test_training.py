@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from yopo.demo.recipes import RECIPES, Stage
-from yopo.demo.training import Trainer, learning_rate
+from demo_training.recipes import RECIPES, Stage
+from demo_training.training import Trainer, learning_rate
 
 STAGES = [Stage("tower", 2, 2, 1e-3, 1e-4), Stage("decoder", 2, 2, 1e-3, 1e-5)]
 

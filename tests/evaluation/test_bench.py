@@ -15,12 +15,12 @@ from tiny import Subject
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from yopo.errors import ModelError, PlanError
-from yopo.evaluation import bench as benching
-from yopo.evaluation.bench import Bench, Sample, Sizes, bench_model, bench_random, run_rounds
-from yopo.evaluation.bench_document import document
-from yopo.evaluation.bench_memory import peak_bytes
-from yopo.evaluation.bench_plan import (
+from yopo.baselines import settings as rivals
+from yopo.baselines.settings import NAMES, Setting
+from yopo.bench import run as benching
+from yopo.bench.document import document
+from yopo.bench.memory import peak_bytes
+from yopo.bench.plans import (
     MADE_UP,
     PRESETS,
     grids_for,
@@ -29,9 +29,16 @@ from yopo.evaluation.bench_plan import (
     with_layers,
     with_prompt,
 )
-from yopo.evaluation.bench_prompt import made_up_prompt
-from yopo.evaluation.bench_rates import best, measure_rates
-from yopo.evaluation.bench_result import (
+from yopo.bench.prompt import made_up_prompt
+from yopo.bench.random_model import (
+    WORKLOAD,
+    fitted,
+    grids_of,
+    published_model,
+    random_model,
+)
+from yopo.bench.rates import best, measure_rates
+from yopo.bench.result import (
     DENSE,
     PRUNED,
     STOCK,
@@ -40,29 +47,22 @@ from yopo.evaluation.bench_result import (
     Rates,
     step_bytes,
 )
-from yopo.evaluation.random_model import (
-    WORKLOAD,
-    fitted,
-    grids_of,
-    published_model,
-    random_model,
-)
-from yopo.evaluation.rivals import settings as rivals
-from yopo.evaluation.rivals.settings import NAMES, Setting
-from yopo.families.family import shape_of
-from yopo.flops import (
+from yopo.bench.run import Bench, Sample, Sizes, bench_model, bench_random, run_rounds
+from yopo.models.family import shape_of
+from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_kv_bytes,
     prefill_flops,
     visual_budget,
     visual_kv_bytes,
 )
-from yopo.grid import Grid
-from yopo.plan import LayerPlan, ModelIdentity, ModelShape, Plan, Workload
-from yopo.plan_tensors import check_tensors
-from yopo.report.bench import bench_report
-from yopo.runtime import products
+from yopo.plans.grid import Grid
+from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, Plan, Workload
+from yopo.plans.tensors import check_tensors
+from yopo.report.bench_tables import bench_report
+from yopo.runtime import gemm as products
 from yopo.runtime.install import pruned
+from yopo.support.errors import ModelError, PlanError
 
 SHAPE = ModelShape(layers=8, hidden=48, heads=4, kv_heads=2, head_dim=12, ffn=80)
 MODEL = ModelIdentity("made-up", "llava", SHAPE, MADE_UP)

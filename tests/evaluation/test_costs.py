@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from yopo.errors import DataError, PlanError
-from yopo.evaluation.costs import Costs, read_costs
-from yopo.flops import dense_prefill_flops
-from yopo.grid import Grid
-from yopo.plan import ModelShape, Workload
+from yopo.bench.costs import Costs, read_costs
+from yopo.plans.flops import dense_prefill_flops
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape, Workload
+from yopo.support.errors import DataError, PlanError
 
 SHAPE = ModelShape(8, 128, 8, 8, 16, 352)
 PROMPT = Workload((Grid(8, 8),), 20, 3)

@@ -7,12 +7,12 @@ import tiny
 import torch
 from tiny import PICTURE, Subject
 
-from yopo.calibration.prompts import Batch
-from yopo.errors import DataError
+from yopo.data.prompts import Batch
 from yopo.evaluation.accuracy import is_correct, normalise
 from yopo.evaluation.fidelity import Recorded, answer_log_probs, compare, record_dense
 from yopo.evaluation.timing import time_prefill
 from yopo.runtime.install import pruned
+from yopo.support.errors import DataError
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10], [1, *PICTURE, 3, 4, 9]]
 ANSWERS = [3, 2]

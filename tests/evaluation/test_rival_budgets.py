@@ -11,11 +11,8 @@ from tiny import IMAGE, Subject
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from yopo.errors import PlanError
-from yopo.evaluation.bench_plan import preset_plan
-from yopo.evaluation.random_model import WORKLOAD, published_model
-from yopo.evaluation.rivals.install import rival
-from yopo.evaluation.rivals.settings import (
+from yopo.baselines.install import rival
+from yopo.baselines.settings import (
     NAMES,
     Setting,
     prefill_flops,
@@ -25,14 +22,17 @@ from yopo.evaluation.rivals.settings import (
     visual_flops,
     visual_kv_bytes,
 )
-from yopo.flops import (
+from yopo.bench.plans import preset_plan
+from yopo.bench.random_model import WORKLOAD, published_model
+from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_flops,
     dense_visual_kv_bytes,
     visual_budget,
 )
-from yopo.grid import Grid
-from yopo.plan import ModelShape, Workload
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape, Workload
+from yopo.support.errors import PlanError
 
 SIDE = 12
 INPUTS = tiny.batch([[1, 5, 6, *[IMAGE] * SIDE**2, *range(7, 24)]], side=SIDE)

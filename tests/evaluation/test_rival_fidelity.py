@@ -9,17 +9,17 @@ import tiny
 import torch
 from tiny import PICTURE, Subject
 
-from yopo.calibration.prompts import Batch, load_processor
-from yopo.calibration.sources import open_pairs
+from yopo.baselines.install import rival, teacher_forced
+from yopo.baselines.settings import Setting
+from yopo.data.prompts import Batch, load_processor
+from yopo.data.sources import open_pairs
 from yopo.evaluation.evaluate import evaluate, measure_kept
 from yopo.evaluation.fidelity import Recorded, answer_log_probs, compare, record_dense
-from yopo.evaluation.rivals.install import rival, teacher_forced
-from yopo.evaluation.rivals.settings import Setting
-from yopo.families.family import shape_of
-from yopo.families.fingerprint import fingerprint_of_decoder
-from yopo.families.registry import resolve
-from yopo.plan import ModelIdentity, full_plan
-from yopo.serving import load_dense
+from yopo.models.family import shape_of
+from yopo.models.fingerprint import fingerprint_of_decoder
+from yopo.models.registry import resolve
+from yopo.plans.schema import ModelIdentity, full_plan
+from yopo.serving.loading import load_dense
 
 SOME = {
     "vtw": Setting("vtw", 2),

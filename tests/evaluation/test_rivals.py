@@ -13,12 +13,12 @@ from tiny import EOS, IMAGE, PICTURE, Subject
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import DynamicCache
 
-from yopo.errors import ModelError, PlanError
-from yopo.evaluation.rivals.install import rival, teacher_forced
-from yopo.evaluation.rivals.settings import NAMES, Setting
-from yopo.plan import LayerPlan
+from yopo.baselines.install import rival, teacher_forced
+from yopo.baselines.settings import NAMES, Setting
+from yopo.plans.schema import LayerPlan
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
+from yopo.support.errors import ModelError, PlanError
 
 LAYERS, VISUAL = 4, tiny.SIDE**2
 ONE = [[1, 5, 6, *PICTURE, 7, 8, 9, 10]]

@@ -14,14 +14,14 @@ from transformers.masking_utils import sdpa_mask
 from zoo import PROMPTS, Row, Specimen
 
 import yopo
-from yopo.calibration import run
+from yopo.calibration import measure as run
 from yopo.calibration.observers import Observer, observing
-from yopo.calibration.prompts import Batch
 from yopo.calibration.statistics import MAX_DISTANCE, Statistics
 from yopo.checkpoint.bake import bake
-from yopo.plan_file import to_yaml
+from yopo.data.prompts import Batch
 from yopo.planning.planner import make_plan
-from yopo.planning.wishes import Wishes
+from yopo.planning.request import Wishes
+from yopo.plans.file import to_yaml
 from yopo.runtime.install import pruned
 
 ROWS = PROMPTS["padded, different images"]

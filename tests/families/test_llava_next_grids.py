@@ -13,9 +13,9 @@ from transformers.models.llava_next.modeling_llava_next import (
     image_size_to_num_patches,
 )
 
-from yopo.errors import ModelError
-from yopo.families.llava_next import LLAVA_NEXT, image_grids
-from yopo.grid import Grid
+from yopo.models.llava_next import LLAVA_NEXT, image_grids
+from yopo.plans.grid import Grid
+from yopo.support.errors import ModelError
 
 BASE, TILES, NEWLINE = 0.0, 1.0, 2.0
 CONFIG = LlavaNextConfig()  # 336 pixels by patches of 14, the pinpoints of 1.6

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_training.build import build_processor
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -21,10 +22,9 @@ from zoo import TEXT
 from zoo_llava_next import PATCH, PINPOINTS, TILE
 
 import yopo
-from yopo.calibration.prompts import load_processor
 from yopo.cli.main import main
-from yopo.demo.build import build_processor
-from yopo.plan_file import read_plan
+from yopo.data.prompts import load_processor
+from yopo.plans.file import read_plan
 
 FAST = ("--samples", 16, "--batch-size", 3, "--measure-pairs", 8, "--max-new-tokens", 2)
 

@@ -18,13 +18,13 @@ from zoo import PROMPTS, Specimen
 
 import yopo
 from yopo.checkpoint.bake import bake
-from yopo.flops import dense_prefill_flops, prefill_flops, visual_kv_bytes
-from yopo.layout import LayoutProbe
-from yopo.plan import LayerPlan, Plan, full_plan
-from yopo.plan_tensors import PlanTensors
+from yopo.models.layout import LayoutProbe
+from yopo.pipeline.verification import random_prompt, verify
+from yopo.plans.flops import dense_prefill_flops, prefill_flops, visual_kv_bytes
+from yopo.plans.schema import LayerPlan, Plan, full_plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
-from yopo.verification import random_prompt, verify
 
 SEEDS = range(3)
 LARGE = (1, 5, 6, "L", 7, 8, 9, 10, 11, 12)

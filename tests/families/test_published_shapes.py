@@ -23,12 +23,12 @@ from transformers import (
 from yopo.cli.calibrate import command
 from yopo.cli.config import load_config
 from yopo.cli.options import wishes
-from yopo.families.family import shape_of
-from yopo.families.registry import ALIASES, family_of
-from yopo.flops import dense_visual_flops, dense_visual_kv_bytes, visual_budget
-from yopo.grid import Grid
-from yopo.plan import ModelShape, Workload
+from yopo.models.family import shape_of
+from yopo.models.registry import ALIASES, family_of
 from yopo.planning.planner import make_plan
+from yopo.plans.flops import dense_visual_flops, dense_visual_kv_bytes, visual_budget
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape, Workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

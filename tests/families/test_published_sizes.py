@@ -10,11 +10,11 @@ import statistics_maker
 
 from yopo.cli.calibrate import command
 from yopo.cli.config import load_config
-from yopo.flops import dense_visual_flops
-from yopo.grid import Grid
-from yopo.plan import ModelShape, Workload
 from yopo.planning.planner import make_plan
-from yopo.planning.wishes import Wishes
+from yopo.planning.request import Wishes
+from yopo.plans.flops import dense_visual_flops
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape, Workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

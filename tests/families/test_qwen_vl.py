@@ -13,13 +13,13 @@ import zoo_qwen
 from transformers import DynamicCache
 from zoo import IMAGE, VIDEO, Specimen
 
-from yopo.errors import ModelError
-from yopo.families.qwen_vl import QWEN2_VL, grids_of
-from yopo.grid import Grid
-from yopo.layout import LayoutProbe, TokenLayout
-from yopo.plan import full_plan
+from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.qwen_vl import QWEN2_VL, grids_of
+from yopo.plans.grid import Grid
+from yopo.plans.schema import full_plan
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
+from yopo.support.errors import ModelError
 
 CONFIG = SimpleNamespace(
     image_token_id=IMAGE,

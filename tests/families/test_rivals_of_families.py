@@ -9,15 +9,15 @@ import tiny
 import torch
 from zoo import Row, Specimen
 
-from yopo.errors import ModelError
-from yopo.evaluation.bench import Sizes, bench_model
-from yopo.evaluation.bench_result import BenchOptions
-from yopo.evaluation.rivals.downsample import pool
-from yopo.evaluation.rivals.install import rival
-from yopo.evaluation.rivals.settings import NAMES, Setting
-from yopo.plan import LayerPlan, full_layer
+from yopo.baselines.downsample import pool
+from yopo.baselines.install import rival
+from yopo.baselines.settings import NAMES, Setting
+from yopo.bench.result import BenchOptions
+from yopo.bench.run import Sizes, bench_model
+from yopo.plans.schema import LayerPlan, full_layer
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
+from yopo.support.errors import ModelError
 
 LAYERS = 4
 PROMPTS: dict[str, list[Row]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zoo
 
-from yopo.families.registry import FAMILIES
+from yopo.models.registry import FAMILIES
 
 
 def test_every_family_is_in_the_zoo() -> None:

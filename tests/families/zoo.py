@@ -19,12 +19,12 @@ import tiny
 import torch
 from transformers import PreTrainedModel
 
-from yopo.families.family import Family, shape_of
-from yopo.families.fingerprint import fingerprint_of_decoder
-from yopo.families.registry import family_of
-from yopo.grid import Grid
-from yopo.plan import ModelIdentity, Plan, Workload
-from yopo.plan_tensors import PlanTensors
+from yopo.models.family import Family, shape_of
+from yopo.models.fingerprint import fingerprint_of_decoder
+from yopo.models.registry import family_of
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelIdentity, Plan, Workload
+from yopo.plans.tensors import PlanTensors
 
 Row = Sequence[int | str]
 """One prompt: token ids, and letters for images."""

@@ -16,7 +16,7 @@ from transformers import (
 )
 from zoo import IMAGE, TEXT, Entry, Picture
 
-from yopo.grid import Grid
+from yopo.plans.grid import Grid
 
 START, END = 95, 96
 TILE, PATCH = 24, 4

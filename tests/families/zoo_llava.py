@@ -16,7 +16,7 @@ from transformers import (
 )
 from zoo import IMAGE, Entry, Picture
 
-from yopo.grid import Grid
+from yopo.plans.grid import Grid
 
 SQUARE = Picture((IMAGE,) * tiny.SIDE**2, (Grid(tiny.SIDE, tiny.SIDE),), None)
 CLASS = Picture((IMAGE,) * (tiny.SIDE**2 + 1), (Grid(1, 1), *SQUARE.grids), None)

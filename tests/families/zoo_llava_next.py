@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from zoo import IMAGE, TEXT, Entry, Picture
 
-from yopo.grid import Grid
+from yopo.plans.grid import Grid
 
 TILE, PATCH = 16, 4
 SIDE = TILE // PATCH

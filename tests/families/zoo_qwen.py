@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 from zoo import IMAGE, TEXT, VIDEO, Entry, Picture
 
-from yopo.grid import Grid
+from yopo.plans.grid import Grid
 
 START, END = 95, 96
 MERGE, PATCH = 2, 4

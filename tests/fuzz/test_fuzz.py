@@ -25,18 +25,18 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from yopo.calibration.rows import pair_from_row
-from yopo.calibration.sources import open_pairs
 from yopo.calibration.statistics import load_statistics
 from yopo.checkpoint.headers import read_shard
 from yopo.checkpoint.reader import read_shards
-from yopo.console import set_quiet
-from yopo.errors import YopoError
-from yopo.plan import Measured, ModelIdentity, ModelShape, TensorsFile
-from yopo.plan_file import parse_plan, read_plan, to_yaml
-from yopo.plan_tensors import read_tensors
+from yopo.data.rows import pair_from_row
+from yopo.data.sources import open_pairs
+from yopo.plans.file import parse_plan, read_plan, to_yaml
+from yopo.plans.schema import Measured, ModelIdentity, ModelShape, TensorsFile
+from yopo.plans.tensors import read_tensors
 from yopo.report.json import plan_document
 from yopo.report.summary import plan_report
+from yopo.support.console import set_quiet
+from yopo.support.errors import YopoError
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
 IDENTITY = ModelIdentity("some-model", "llava", SHAPE, "f" * 64)

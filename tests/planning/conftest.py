@@ -6,7 +6,7 @@ import pytest
 import specimens
 import zoo
 
-from yopo.calibration.prompts import Batch
+from yopo.data.prompts import Batch
 
 
 @pytest.fixture(scope="module", params=specimens.ENTRIES, ids=lambda entry: entry.name)

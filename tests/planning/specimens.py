@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 import zoo
 from zoo_llava import Llava
 
-from yopo.calibration.prompts import Batch
+from yopo.data.prompts import Batch
 
 NAMES = ("llava-mha", "qwen2-vl", "qwen3-vl", "internvl-phi3")
 ENTRIES = [Llava("gqa"), *(entry for entry in zoo.all_entries() if entry.name in NAMES)]

@@ -12,16 +12,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from yopo.calibration.statistics import Statistics
-from yopo.errors import PlanError
-from yopo.flops import visual_budget, visual_flops_of_layer
-from yopo.plan import LayerPlan, Plan, full_layer
-from yopo.plan_tensors import PlanTensors
+from yopo.fitting.profile import Profile
 from yopo.planning import planner
 from yopo.planning.allocate import FACTOR, Allocator, Worth, worth_moves
 from yopo.planning.planner import Candidate, make_plan
-from yopo.planning.profile import Profile
-from yopo.planning.shapes import Layers, Shaper, trim
-from yopo.planning.wishes import Wishes
+from yopo.planning.request import Wishes
+from yopo.planning.templates import Layers, Shaper, trim
+from yopo.plans.flops import visual_budget, visual_flops_of_layer
+from yopo.plans.schema import LayerPlan, Plan, full_layer
+from yopo.plans.tensors import PlanTensors
+from yopo.support.errors import PlanError
 
 LAYERS, HEADS = 6, 4
 

@@ -7,11 +7,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from yopo.calibration.prompts import Batch
-from yopo.errors import YopoError
-from yopo.plan_tensors import PlanTensors
-from yopo.planning import fitter as module
-from yopo.planning.fitter import Fitter
+from yopo.data.prompts import Batch
+from yopo.fitting import fitter as module
+from yopo.fitting.fitter import Fitter
+from yopo.plans.tensors import PlanTensors
+from yopo.support.errors import YopoError
 
 
 @pytest.mark.parametrize("what", ["profile", "refit"])

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from yopo.calibration.prompts import load_processor
-from yopo.calibration.run import measure
-from yopo.calibration.sources import open_pairs
+from yopo.calibration.measure import measure
+from yopo.data.prompts import load_processor
+from yopo.data.sources import open_pairs
 from yopo.evaluation.fidelity import compare, record_dense
-from yopo.families.registry import resolve
-from yopo.plan import LayerPlan, full_plan
+from yopo.models.registry import resolve
 from yopo.planning.paper import kept_heads
+from yopo.plans.schema import LayerPlan, full_plan
 from yopo.runtime.install import pruned
-from yopo.serving import load_dense
+from yopo.serving.loading import load_dense
 from yopo.strategies.heads import score, select_top
 
 

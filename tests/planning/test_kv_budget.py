@@ -6,14 +6,14 @@ import pytest
 import torch
 from test_allocate import LAYERS, damage, make_allocator, make_profile, make_statistics
 
-from yopo.errors import PlanError
-from yopo.flops import dense_visual_kv_bytes, visual_budget, visual_kv_bytes
-from yopo.plan import Plan
-from yopo.plan_tensors import PlanTensors
 from yopo.planning.allocate import Allocator, Worth
 from yopo.planning.planner import make_plan
-from yopo.planning.shapes import SHAPES, Shaper
-from yopo.planning.wishes import Wishes
+from yopo.planning.request import Wishes
+from yopo.planning.templates import SHAPES, Shaper
+from yopo.plans.flops import dense_visual_kv_bytes, visual_budget, visual_kv_bytes
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
+from yopo.support.errors import PlanError
 
 SHARES = (0.1, 0.25, 0.5, 0.75)
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yopo.calibration.statistics import Statistics
-from yopo.flops import visual_budget, visual_kv_bytes
-from yopo.plan import Plan
 from yopo.planning.planner import make_plan
-from yopo.planning.shapes import SHAPES, Shaper
-from yopo.planning.wishes import Wishes
+from yopo.planning.request import Wishes
+from yopo.planning.templates import SHAPES, Shaper
+from yopo.plans.flops import visual_budget, visual_kv_bytes
+from yopo.plans.schema import Plan
 from yopo.strategies.heads import select_top, select_vote
 
 GROUP = 4

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yopo.planning import least_squares
-from yopo.planning.least_squares import (
+from yopo.fitting import least_squares
+from yopo.fitting.least_squares import (
     Gram,
     Moments,
     Projections,

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yopo.calibration.statistics import Statistics
-from yopo.errors import PlanError
-from yopo.flops import visual_budget
-from yopo.grid import Grid
-from yopo.plan import ModelIdentity, ModelShape, TensorsFile, Workload
-from yopo.plan_file import parse_plan, to_yaml
 from yopo.planning.planner import make_plan
-from yopo.planning.shapes import SHAPES, Shaper, random_rho, trim
-from yopo.planning.wishes import PRESETS, Wishes
+from yopo.planning.request import PRESETS, Wishes
+from yopo.planning.templates import SHAPES, Shaper, random_rho, trim
+from yopo.plans.file import parse_plan, to_yaml
+from yopo.plans.flops import visual_budget
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelIdentity, ModelShape, TensorsFile, Workload
+from yopo.support.errors import PlanError
 
 
 @pytest.fixture(scope="module", params=[8, 2], ids=["mha", "gqa"])

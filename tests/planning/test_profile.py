@@ -12,9 +12,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from zoo import PROMPTS, Row, Specimen
 
-from yopo.calibration.prompts import Batch
-from yopo.planning import least_squares
-from yopo.planning.profile import Profile, profile
+from yopo.data.prompts import Batch
+from yopo.fitting import least_squares
+from yopo.fitting.profile import Profile, profile
 
 MANY: list[list[Row]] = [PROMPTS["padded, different images"]] * 12
 """More visual tokens than the hidden width, else everything is an affine function of anything."""

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from zoo import PROMPTS, Specimen
 
-from yopo.calibration.prompts import Batch
-from yopo.errors import DataError
-from yopo.plan import LayerPlan, ModelShape, Plan
-from yopo.plan_tensors import PlanTensors, check_tensors, refit_sizes
-from yopo.planning import least_squares, refit
-from yopo.planning.least_squares import Moments
-from yopo.planning.refit import neurons_and_map
-from yopo.planning.stepping import PrunedBatch, pruned_batches
+from yopo.data.prompts import Batch
+from yopo.fitting import least_squares, refit
+from yopo.fitting.layerwise import PrunedBatch, pruned_batches
+from yopo.fitting.least_squares import Moments
+from yopo.fitting.refit import neurons_and_map
+from yopo.plans.schema import LayerPlan, ModelShape, Plan
+from yopo.plans.tensors import PlanTensors, check_tensors, refit_sizes
 from yopo.runtime.install import pruned
+from yopo.support.errors import DataError
 
 
 def orders(shape: ModelShape, seed: int = 0) -> torch.Tensor:

@@ -7,21 +7,21 @@ from dataclasses import dataclass, replace
 import pytest
 from transformers import PreTrainedModel
 
-from yopo.calibration.prompts import batches, encode, load_processor
-from yopo.calibration.run import measure
-from yopo.calibration.sources import open_pairs
+from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
+from yopo.data.prompts import batches, encode, load_processor
+from yopo.data.sources import open_pairs
 from yopo.evaluation.fidelity import Recorded, compare, record_dense
-from yopo.families.registry import resolve
-from yopo.flops import visual_budget
-from yopo.plan import LayerPlan, Plan
-from yopo.plan_file import to_yaml
-from yopo.plan_tensors import PlanTensors, check_tensors
-from yopo.planning.fitter import Fitter
+from yopo.fitting.fitter import Fitter
+from yopo.models.registry import resolve
 from yopo.planning.planner import make_plan
-from yopo.planning.wishes import Wishes
+from yopo.planning.request import Wishes
+from yopo.plans.file import to_yaml
+from yopo.plans.flops import visual_budget
+from yopo.plans.schema import LayerPlan, Plan
+from yopo.plans.tensors import PlanTensors, check_tensors
 from yopo.runtime.install import pruned
-from yopo.serving import load_dense
+from yopo.serving.loading import load_dense
 
 PAIRS = 24
 

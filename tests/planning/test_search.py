@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import statistics_maker
 
-from yopo.errors import PlanError
 from yopo.planning.planner import make_plan
+from yopo.planning.request import Wishes
 from yopo.planning.search import Measure, Search, moves, resolve, state_of
-from yopo.planning.shapes import Layers, Shaper
-from yopo.planning.wishes import Wishes
+from yopo.planning.templates import Layers, Shaper
+from yopo.support.errors import PlanError
 
 BUDGET = 0.3
 

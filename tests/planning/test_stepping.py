@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from zoo import PROMPTS, Specimen
 
-from yopo.calibration.prompts import Batch
-from yopo.errors import DataError, ModelError
-from yopo.planning.stepping import DenseWalk
+from yopo.data.prompts import Batch
+from yopo.fitting.layerwise import DenseWalk
+from yopo.support.errors import DataError, ModelError
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from io import StringIO
 import pytest
 from rich.console import Console, RenderableType
 
-from yopo.flops import visual_budget, visual_kv_bytes
-from yopo.grid import Grid
-from yopo.plan import (
+from yopo.plans.flops import visual_budget, visual_kv_bytes
+from yopo.plans.grid import Grid
+from yopo.plans.schema import (
     Budget,
     LayerPlan,
     Measured,
@@ -26,9 +26,9 @@ from yopo.plan import (
 from yopo.report import units
 from yopo.report.heatmap import DROPPED, KEPT, Heatmap
 from yopo.report.json import plan_document
+from yopo.report.plan_tables import LayerTable, bar, candidate_table, runs, savings_table
 from yopo.report.profile import LEVELS, Profile, pooled, sparkline
 from yopo.report.summary import plan_report
-from yopo.report.tables import LayerTable, bar, candidate_table, runs, savings_table
 
 GONE = LayerPlan((), attend=False, radius=None, neurons=0)
 

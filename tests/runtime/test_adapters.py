@@ -20,11 +20,11 @@ from peft import (
 from tiny import PICTURE, Subject
 from torch import nn
 
-from yopo.errors import ModelError, YopoError
-from yopo.plan import Plan
-from yopo.plan_tensors import PlanTensors
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import install, pruned, uninstall
 from yopo.runtime.reference import reference
+from yopo.support.errors import ModelError, YopoError
 
 INPUTS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 3, 4, *PICTURE, 9]])
 ALL = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"

@@ -12,7 +12,7 @@ import torch
 from tiny import IMAGE, PICTURE, Subject
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from yopo.families.family import GridsOf
+from yopo.models.family import GridsOf
 from yopo.runtime import cache as pruned_cache
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference

@@ -14,8 +14,8 @@ from tiny import IMAGE, Subject
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from yopo.flops import dense_prefill_flops, prefill_flops, visual_flops
-from yopo.plan import LayerPlan
+from yopo.plans.flops import dense_prefill_flops, prefill_flops, visual_flops
+from yopo.plans.schema import LayerPlan
 from yopo.runtime.install import pruned
 
 SIDE = 12

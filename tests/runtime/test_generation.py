@@ -12,11 +12,11 @@ from tiny import IMAGE, PICTURE, Subject
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.generation import BaseStreamer
 
-from yopo.errors import ModelError
-from yopo.plan import Plan
-from yopo.plan_tensors import PlanTensors
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
+from yopo.support.errors import ModelError
 
 ONE = [[1, 5, 6, *PICTURE, 7, 8, 9, 10]]
 TWO_ROWS = [[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 3, 4, *PICTURE, 9]]

@@ -17,8 +17,8 @@ from transformers import LlavaForConditionalGeneration
 
 import yopo
 from yopo.checkpoint.bake import bake
-from yopo.errors import ModelError
 from yopo.runtime.install import install, pruned
+from yopo.support.errors import ModelError
 
 INPUTS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8]])
 PIECES = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")

@@ -12,9 +12,9 @@ import torch
 from tiny import IMAGE, PICTURE, Subject
 from transformers import DynamicCache
 
-from yopo.errors import ModelError
-from yopo.plan import LayerPlan, Plan
+from yopo.plans.schema import LayerPlan, Plan
 from yopo.runtime.install import pruned
+from yopo.support.errors import ModelError
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8]]
 NO_TOKEN = "embeddings of no token"

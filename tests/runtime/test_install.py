@@ -15,13 +15,13 @@ from tiny import PICTURE, Subject
 from torch import nn
 from transformers import LlavaForConditionalGeneration, MistralConfig
 
-from yopo.errors import ModelError, PlanError
-from yopo.families.fingerprint import fingerprint_of_decoder
-from yopo.plan import TensorsFile
-from yopo.plan_file import to_yaml
-from yopo.plan_tensors import PlanTensors, write_plan
+from yopo.models.fingerprint import fingerprint_of_decoder
+from yopo.plans.file import to_yaml
+from yopo.plans.schema import TensorsFile
+from yopo.plans.tensors import PlanTensors, write_plan
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
+from yopo.support.errors import ModelError, PlanError
 
 INPUTS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8]])
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")

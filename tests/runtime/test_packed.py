@@ -9,9 +9,9 @@ import tiny
 import torch
 from tiny import PICTURE, Subject
 
-from yopo import grid
-from yopo.errors import ModelError
+from yopo.plans import grid
 from yopo.runtime.install import pruned
+from yopo.support.errors import ModelError
 
 SAMPLES = {
     "images": [[1, 5, *PICTURE, 7, 8], [1, 6, *PICTURE, 9], [1, *PICTURE, *PICTURE, 3, 4]],

@@ -7,9 +7,9 @@ import tiny
 import torch
 from tiny import IMAGE, PICTURE, Subject
 
-from yopo import grid
-from yopo.families.family import GridsOf
-from yopo.plan import LayerPlan
+from yopo.models.family import GridsOf
+from yopo.plans import grid
+from yopo.plans.schema import LayerPlan
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 

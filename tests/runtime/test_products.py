@@ -15,9 +15,9 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from yopo.runtime import products
+from yopo.runtime import gemm as products
+from yopo.runtime.gemm import fast_products
 from yopo.runtime.install import pruned
-from yopo.runtime.products import fast_products
 
 needs_kernel = pytest.mark.skipif(
     products._kernel() is None, reason="this torch has no oneDNN product on plain weights"

@@ -8,10 +8,10 @@ import torch
 from tiny import PICTURE, Subject
 from transformers import DynamicCache
 
-from yopo.errors import ModelError
-from yopo.flops import dense_visual_kv_bytes, visual_kv_bytes
+from yopo.plans.flops import dense_visual_kv_bytes, visual_kv_bytes
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.install import pruned
+from yopo.support.errors import ModelError
 
 ONE = tiny.batch([[1, 5, 6, *PICTURE, 7, 8]])
 TWO_ROWS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 7, 8, 9, 10]])

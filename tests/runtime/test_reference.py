@@ -9,10 +9,10 @@ import tiny
 import torch
 from tiny import IMAGE, PICTURE, Subject
 
-from yopo.grid import Grid
-from yopo.layout import build_layout
-from yopo.plan import LayerPlan
-from yopo.plan_tensors import PlanTensors
+from yopo.models.layout import build_layout
+from yopo.plans.grid import Grid
+from yopo.plans.schema import LayerPlan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import LayerSpec, reference
 

@@ -8,7 +8,7 @@ import torch
 from test_prefill import PROMPTS, check_plan
 from tiny import Subject
 
-from yopo.runtime import rows
+from yopo.runtime import row_blocks as rows
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 

@@ -14,9 +14,9 @@ import torch
 from tiny import IMAGE, PICTURE, Subject
 from transformers import DynamicCache
 
-from yopo.context import PerContext
-from yopo.errors import ModelError
 from yopo.runtime.install import install, pruned, uninstall
+from yopo.support.context import PerContext
+from yopo.support.errors import ModelError
 
 PROMPTS = [
     tiny.batch([[1, 5, 6, *PICTURE, 7, 8]], seed=1),

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import DynamicCache, Phi3Config
 
 import yopo
-from yopo.errors import ModelError
-from yopo.families import internvl, llava
-from yopo.plan import LayerPlan, Plan
-from yopo.plan_tensors import PlanTensors
+from yopo.models import internvl, llava
+from yopo.plans.schema import LayerPlan, Plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import fitted_parameters, install, pruned, uninstall
+from yopo.support.errors import ModelError
 
 INPUTS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 3, 4, *PICTURE, 9]])
 KINDS = ("none", "mean", "refit")

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from yopo.evaluation import random_model
-from yopo.plan import ModelShape
+from yopo.bench import random_model
+from yopo.plans.schema import ModelShape
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

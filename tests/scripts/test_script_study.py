@@ -99,7 +99,7 @@ def test_orders_of_neurons_are_permutations() -> None:
     import torch
 
     selection = script("selection")
-    from yopo.planning.least_squares import Moments
+    from yopo.fitting.least_squares import Moments
 
     torch.manual_seed(0)
     moments = Moments(20, 0)

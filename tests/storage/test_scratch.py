@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from yopo.storage import scratch
-from yopo.storage.durable import exchange, uninterrupted
-from yopo.storage.scratch import Scratch, find_leftovers, remove_leftover, tell_leftovers
+from yopo.support import scratch
+from yopo.support.durable import exchange, uninterrupted
+from yopo.support.scratch import Scratch, find_leftovers, remove_leftover, tell_leftovers
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from yopo.storage.scratch import Scratch
+from yopo.support.scratch import Scratch
 with Scratch(Path(sys.argv[1])) as made:
     made.new.mkdir()
     (made.new / "half").write_text("x")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from yopo.calibration.statistics import MAX_DISTANCE
-from yopo.errors import DataError
-from yopo.layout import TokenLayout
+from yopo.models.layout import TokenLayout
+from yopo.support.errors import DataError
 
 CHUNK = 64
 """Queries scored at once: (batch, heads, 64, keys) float32 is the largest thing formed."""

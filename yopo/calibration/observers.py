@@ -19,10 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
 from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite
-from yopo.families.family import Family
-from yopo.grid import Grid
-from yopo.layout import LayoutProbe
-from yopo.plan import ModelShape
+from yopo.models.family import Family
+from yopo.models.layout import LayoutProbe
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape
 
 IMPLEMENTATION = "yopo_observe"
 

@@ -27,11 +27,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from yopo.errors import DataError
-from yopo.families.fingerprint import is_same
-from yopo.finite import first_layer_not_finite
-from yopo.grid import Grid
-from yopo.plan import (
+from yopo.models.fingerprint import is_same
+from yopo.plans.grid import Grid
+from yopo.plans.schema import (
     Measured,
     ModelIdentity,
     ModelShape,
@@ -39,7 +37,9 @@ from yopo.plan import (
     shape_problem,
     workload_problem,
 )
-from yopo.plan_tensors import PlanTensors
+from yopo.plans.tensors import PlanTensors
+from yopo.support.errors import DataError
+from yopo.support.finite import first_layer_not_finite
 
 FORMAT = "yopo-statistics-2"
 

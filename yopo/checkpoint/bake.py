@@ -16,9 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from yopo import console
 from yopo.checkpoint.card import model_card
-from yopo.checkpoint.companions import (
+from yopo.checkpoint.decoder_tensors import HEADS, KV_HEADS, NEURONS, UNITS, axes_of
+from yopo.checkpoint.order import BakedLayer, baked_plan, baked_tensors, order_layers
+from yopo.checkpoint.readback import check_unchanged, compare_shard, source_state
+from yopo.checkpoint.reader import INDEX_FILE, Checkpoint, fingerprint
+from yopo.checkpoint.shards import Reorder, Step, write_shard
+from yopo.checkpoint.sidecar_files import (
     CARD_FILE,
     CODE_FILE,
     MODELING_CODE,
@@ -33,18 +37,14 @@ from yopo.checkpoint.companions import (
     index_json,
     numbered,
 )
-from yopo.checkpoint.decoder import HEADS, KV_HEADS, NEURONS, UNITS, axes_of
-from yopo.checkpoint.order import BakedLayer, baked_plan, baked_tensors, order_layers
-from yopo.checkpoint.readback import check_unchanged, compare_shard, source_state
-from yopo.checkpoint.reader import INDEX_FILE, Checkpoint, fingerprint
-from yopo.checkpoint.shards import Reorder, Step, write_shard
 from yopo.checkpoint.values import FiniteCheck
 from yopo.checkpoint.writer import OutputDirectory
-from yopo.errors import ModelError, PlanError
-from yopo.families.fingerprint import is_same
-from yopo.plan import Plan, TensorsFile
-from yopo.plan_file import to_yaml
-from yopo.plan_tensors import PlanTensors, check_tensors
+from yopo.models.fingerprint import is_same
+from yopo.plans.file import to_yaml
+from yopo.plans.schema import Plan, TensorsFile
+from yopo.plans.tensors import PlanTensors, check_tensors
+from yopo.support import console
+from yopo.support.errors import ModelError, PlanError
 
 _ROOM = 2**20
 """Bytes allowed for what is generated: plan, card, code, configuration."""

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 import yopo
-from yopo.checkpoint.companions import ORIGINAL_CARD_FILE, PLAN_FILE, TENSORS_FILE
+from yopo.checkpoint.sidecar_files import ORIGINAL_CARD_FILE, PLAN_FILE, TENSORS_FILE
 from yopo.checkpoint.writer import format_bytes
-from yopo.families.registry import ALIASES
-from yopo.flops import (
+from yopo.models.registry import ALIASES
+from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_flops,
     dense_visual_kv_bytes,
@@ -21,7 +21,7 @@ from yopo.flops import (
     visual_flops,
     visual_kv_bytes,
 )
-from yopo.plan import LayerPlan, Plan
+from yopo.plans.schema import LayerPlan, Plan
 
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from yopo import console
-from yopo.errors import ModelError
-from yopo.families.registry import ModelSource
+from yopo.models.registry import ModelSource
+from yopo.support import console
+from yopo.support.errors import ModelError
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 """Options of a download, by their names in transformers and in huggingface_hub."""

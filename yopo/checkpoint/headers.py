@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from yopo.errors import CheckpointError
-from yopo.reading import open_regular
+from yopo.support.errors import CheckpointError
+from yopo.support.reading import open_regular
 
 MAX_HEADER = 16 << 20
 """Bytes of a header: a hundred thousand tensors. Parsed it takes twenty times as much memory."""

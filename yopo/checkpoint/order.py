@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from yopo.plan import LayerPlan, ModelShape, Plan, TensorsFile
-from yopo.plan_tensors import PlanTensors, Refit
+from yopo.plans.schema import LayerPlan, ModelShape, Plan, TensorsFile
+from yopo.plans.tensors import PlanTensors, Refit
 
 
 @dataclass(frozen=True, eq=False)

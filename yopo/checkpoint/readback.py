@@ -16,7 +16,7 @@ import numpy as np
 
 from yopo.checkpoint.headers import Shard, TensorEntry
 from yopo.checkpoint.shards import Reorder
-from yopo.errors import CheckpointError, OutputError
+from yopo.support.errors import CheckpointError, OutputError
 
 PLACES = 16
 """Places of a tensor that are compared, its first and its last among them."""

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from yopo.checkpoint.decoder import DecoderTensors, find_decoder
+from yopo.checkpoint.decoder_tensors import DecoderTensors, find_decoder
 from yopo.checkpoint.download import download
 from yopo.checkpoint.headers import FLOATS, Shard, TensorEntry, read_shard
-from yopo.errors import CheckpointError
-from yopo.families.family import Backbone, Family, shape_of
-from yopo.families.fingerprint import SAMPLE, Samples, Source, pieces, sample, spread_digest
-from yopo.families.registry import ModelSource, family_of, family_of_type, refuse_original
-from yopo.plan import ModelShape
-from yopo.reading import read_bytes
+from yopo.models.family import Backbone, Family, shape_of
+from yopo.models.fingerprint import SAMPLE, Samples, Source, pieces, sample, spread_digest
+from yopo.models.registry import ModelSource, family_of, family_of_type, refuse_original
+from yopo.plans.schema import ModelShape
+from yopo.support.errors import CheckpointError
+from yopo.support.reading import read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -100,7 +100,7 @@ class Checkpoint:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Fingerprint of a checkpoint's files (see ``families.fingerprint``)."""
+    """Fingerprint of a checkpoint's files (see ``models.fingerprint``)."""
     return read_source(checkpoint).fingerprint
 
 
@@ -154,7 +154,7 @@ def fetch(
     """The directory of a model: a local one as it is, a hub repository downloaded to the cache.
 
     Args:
-        source: From ``families.registry.resolve``.
+        source: From ``models.registry.resolve``.
         takes_original: Whether it may be a checkpoint that ``yopo convert`` has to convert.
         subfolder: Folder inside the directory or repository that holds the model.
         **options: Of the download, by its names in transformers: ``HUB_OPTIONS``.

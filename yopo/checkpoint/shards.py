@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from yopo.checkpoint.headers import Shard, TensorEntry
-from yopo.errors import CheckpointError
+from yopo.support.errors import CheckpointError
 
 CHUNK = 16 * 2**20
 """Bytes per read or write."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from yopo.checkpoint.headers import FLOATS, TensorEntry
-from yopo.errors import CheckpointError
-from yopo.finite import is_finite
+from yopo.support.errors import CheckpointError
+from yopo.support.finite import is_finite
 
 CHUNK = 4 << 20
 """Bytes that are looked at together; larger ones would leave the processor's cache."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from yopo.checkpoint.manifest import MANIFEST_FILE, find_strangers, write_manifest
-from yopo.errors import OutputError
-from yopo.storage.scratch import Scratch, tell_leftovers
+from yopo.support.errors import OutputError
+from yopo.support.scratch import Scratch, tell_leftovers
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -9,11 +9,11 @@ import click
 
 from yopo.cli.command import Command, load
 from yopo.cli.options import force_option
-from yopo.console import note, show
-from yopo.errors import OutputError
+from yopo.support.console import note, show
+from yopo.support.errors import OutputError
 
 if TYPE_CHECKING:
-    from yopo.workflow import Applied
+    from yopo.pipeline.commands import Applied
 
 
 @click.command(cls=Command)
@@ -54,7 +54,7 @@ def command(
         raise click.UsageError("Missing argument 'PLAN...'.")
     if dry_run and verify:
         raise click.UsageError("--dry-run and --verify exclude one another.")
-    done: Applied = load("yopo.workflow").apply_plan(
+    done: Applied = load("yopo.pipeline.commands").apply_plan(
         *plans,
         output=values["output"],
         model_name=values["model"],
@@ -69,7 +69,7 @@ def command(
 
 def _clean(place: Path) -> None:
     """Remove what killed runs left of a target, and of targets in it if it is a directory."""
-    from yopo.storage.scratch import find_leftovers, remove_leftover
+    from yopo.support.scratch import find_leftovers, remove_leftover
 
     place = place.absolute()
     if not place.parent.is_dir():
@@ -89,7 +89,7 @@ def _clean(place: Path) -> None:
 
 def _tell(done: Applied) -> None:
     from yopo.report import units
-    from yopo.report.tables import savings_table
+    from yopo.report.plan_tables import savings_table
 
     report, found = done.report, done.verification
     show(savings_table(done.plan))

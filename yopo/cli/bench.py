@@ -9,8 +9,8 @@ import click
 from yopo.cli.command import Command, load
 
 if TYPE_CHECKING:
-    from yopo.evaluation.bench_result import Benchmark
-    from yopo.plan import Plan
+    from yopo.bench.result import Benchmark
+    from yopo.plans.schema import Plan
 
 DEFAULT_SHAPE = "llava-1.5-7b"
 
@@ -94,9 +94,9 @@ def command(as_json: bool, **values: Any) -> None:
     _check_usage(values)
     found = _measure(values)
     if as_json:
-        print_json(load("yopo.evaluation.bench_document").document(found))
+        print_json(load("yopo.bench.document").document(found))
     else:
-        from yopo.report.bench import bench_report
+        from yopo.report.bench_tables import bench_report
 
         print_report(bench_report(found))
 
@@ -117,10 +117,10 @@ def _check_usage(values: dict[str, Any]) -> None:
 
 
 def _measure(values: dict[str, Any]) -> Benchmark:
-    bench, serving = load("yopo.evaluation.bench"), load("yopo.serving")
-    workflow = load("yopo.workflow")
+    bench, serving = load("yopo.bench.run"), load("yopo.serving.loading")
+    workflow = load("yopo.pipeline.commands")
     sizes = bench.Sizes(values["batch"], values["visual_tokens"], values["text_tokens"])
-    settings, is_all = load("yopo.evaluation.rivals.settings"), values["all_rivals"]
+    settings, is_all = load("yopo.baselines.settings"), values["all_rivals"]
     options = bench.BenchOptions(
         runs=values["runs"],
         decode_steps=values["decode_steps"],
@@ -146,7 +146,7 @@ def _measure(values: dict[str, Any]) -> Benchmark:
             device=device,
         )
     if values["model"]:
-        source = load("yopo.families.registry").resolve(values["model"])
+        source = load("yopo.models.registry").resolve(values["model"])
     else:
         source = workflow.source_of_target(values["target"], plan, None)
     model = serving.load_dense(source, dtype=dtype).to(device)
@@ -154,6 +154,6 @@ def _measure(values: dict[str, Any]) -> Benchmark:
 
 
 def _preset(name: str, shape_of: str | None) -> Plan:
-    random_model = load("yopo.evaluation.random_model")
+    random_model = load("yopo.bench.random_model")
     model = random_model.published_model(shape_of or DEFAULT_SHAPE)
-    return load("yopo.evaluation.bench_plan").preset_plan(name, model, random_model.WORKLOAD)
+    return load("yopo.bench.plans").preset_plan(name, model, random_model.WORKLOAD)

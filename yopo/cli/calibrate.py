@@ -20,7 +20,7 @@ from yopo.cli.options import (
 from yopo.cli.results import Keeper, check_outputs, save
 
 if TYPE_CHECKING:
-    from yopo.tuning import Calibrated
+    from yopo.pipeline.session import Calibrated
 
 
 def _numbers(
@@ -105,7 +105,7 @@ def command(context: click.Context, **values: Any) -> None:
     output, stats, force = values["output"], values["stats"], values["force"]
     outputs = {budget: _named(output, budget) for budget in values["budgets"] or (None,)}
     check_outputs(outputs.values(), stats, force=force)
-    workflow, tuning = load("yopo.workflow"), load("yopo.tuning")
+    workflow, tuning = load("yopo.pipeline.commands"), load("yopo.pipeline.session")
     if (values["milliseconds"] is None) != (values["costs"] is None):
         raise click.UsageError("--milliseconds and --costs go together.")
     counts = (values["measure_pairs"], values["fit_pairs"])

@@ -10,7 +10,7 @@ import click
 
 from yopo.cli import interrupts
 from yopo.cli.verbosity import Verbosity, applied
-from yopo.errors import suggest
+from yopo.support.errors import suggest
 
 
 def _count_verbose(context: click.Context, parameter: click.Parameter, value: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from yopo.documents import Document, read_text
+from yopo.support.documents import Document, read_text
 
 _NOT_IN_FILES = ("config", "verbose", "quiet", "help")
 _KINDS = {"integer": int, "float": float, "boolean": bool}

@@ -9,7 +9,7 @@ import click
 
 from yopo.cli.command import Command, load
 from yopo.cli.options import force_option
-from yopo.console import note
+from yopo.support.console import note
 
 if TYPE_CHECKING:
     from yopo.conversion.internvl import Conversion
@@ -25,7 +25,7 @@ def command(source: str, output: Path, force: bool) -> None:
     For InternVL2, whose own code does not run on transformers 5. What is not known is refused, not
     guessed. Nothing is loaded; the result appears complete or not at all. Prints its path.
     """
-    found = load("yopo.families.registry").resolve(source)
+    found = load("yopo.models.registry").resolve(source)
     folder = load("yopo.checkpoint.reader").fetch(found, takes_original=True)
     done: Conversion = load("yopo.conversion.internvl").convert(folder, output, force=force)
     _tell(done)

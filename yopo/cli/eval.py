@@ -45,7 +45,7 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
     """
     from yopo.cli.output import print_json, print_report
 
-    found: Evaluation = load("yopo.workflow").evaluate_target(
+    found: Evaluation = load("yopo.pipeline.commands").evaluate_target(
         target,
         run_settings(context),
         model_name=values["model"],

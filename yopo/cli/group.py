@@ -14,7 +14,7 @@ from yopo import __version__
 from yopo.cli import interrupts
 from yopo.cli.command import LazyGroup
 from yopo.cli.verbosity import Verbosity
-from yopo.errors import YopoError, printable
+from yopo.support.errors import YopoError, printable
 
 COMMANDS = {
     "calibrate": ("yopo.cli.calibrate", "Measure a model on pairs and write a plan."),

@@ -8,7 +8,7 @@ import click
 
 from yopo.cli.command import Command
 from yopo.cli.options import force_option
-from yopo.files import PAGE, check_writable, write_file
+from yopo.support.files import PAGE, check_writable, write_file
 
 
 @click.command(cls=Command)
@@ -20,7 +20,7 @@ from yopo.files import PAGE, check_writable, write_file
 @force_option
 def command(plan: str, as_json: bool, page: Path | None, force: bool) -> None:
     """Show what PLAN (a file, or - for stdin) prunes, layer by layer, and what that saves."""
-    from yopo.plan_file import read_plan
+    from yopo.plans.file import read_plan
 
     if as_json and page is not None:
         raise click.UsageError("--json and --html exclude one another.")

@@ -11,8 +11,8 @@ import click
 from yopo.cli.config import drop_overruled
 
 if TYPE_CHECKING:
-    from yopo.planning.wishes import Wishes
-    from yopo.tuning import RunOptions
+    from yopo.pipeline.session import RunOptions
+    from yopo.planning.request import Wishes
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -153,7 +153,7 @@ def wishes(context: click.Context) -> Wishes:
     """The wishes of a command with ``wish_options``; a budget if nothing else is asked for."""
     drop_overruled(context, _BUDGET, _RATIOS)
     drop_overruled(context, ("alpha",), ("head_ratio",))
-    from yopo.planning.wishes import Wishes
+    from yopo.planning.request import Wishes
 
     values = {each.name: context.params[each.name] for each in fields(Wishes)}
     ways = ("budget", "tolerance", "milliseconds", *_RATIOS)
@@ -164,8 +164,8 @@ def wishes(context: click.Context) -> Wishes:
 
 def run_settings(context: click.Context) -> RunOptions:
     """The run options of a command with ``run_options``, its device checked."""
-    from yopo.serving import torch_device
-    from yopo.tuning import RunOptions
+    from yopo.pipeline.session import RunOptions
+    from yopo.serving.loading import torch_device
 
     values = {each.name: context.params[each.name] for each in fields(RunOptions)}
     return RunOptions(**values | {"device": torch_device(values["device"])})

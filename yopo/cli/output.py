@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yopo.files import PAGE_MARK
+from yopo.support.files import PAGE_MARK
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from yopo.cli.command import Command
-from yopo.console import note
 from yopo.demo import SETS
-from yopo.errors import OutputError
-from yopo.storage.scratch import Scratch, tell_leftovers
+from yopo.support.console import note
+from yopo.support.errors import OutputError
+from yopo.support.scratch import Scratch, tell_leftovers
 
 
 @click.command(cls=Command)
@@ -34,7 +34,7 @@ def command(directory: Path, split: str, count: int, seed: int) -> None:
     Your own pairs need the same form: {"image": PATH, "question": TEXT, "answer": TEXT}, paths
     relative to the file; the answer is optional. Prints the path of pairs.jsonl.
     """
-    from yopo.demo.pairs import PAIRS_NAME, write_pairs
+    from yopo.demo.pair_files import PAIRS_NAME, write_pairs
 
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise OutputError(f"{directory}: exists already.", remedy="Name a new directory.")

@@ -31,5 +31,5 @@ def command(context: click.Context, stats: Path, **values: Any) -> None:
     Nothing can be measured without the model: a budget means the shape of --shape, or `reader`.
     """
     check_outputs([values["output"]], None, force=values["force"])
-    made = load("yopo.workflow").plan_from_statistics(stats, wishes(context))
+    made = load("yopo.pipeline.commands").plan_from_statistics(stats, wishes(context))
     save(made, values["output"], force=values["force"])

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yopo.console import note, show, warn
-from yopo.errors import OutputError, YopoError
-from yopo.files import STATISTICS, check_writable, write_file
+from yopo.support.console import note, show, warn
+from yopo.support.errors import OutputError, YopoError
+from yopo.support.files import STATISTICS, check_writable, write_file
 
 if TYPE_CHECKING:
     from yopo.calibration.statistics import Statistics
-    from yopo.plan import Plan
-    from yopo.tuning import Calibrated
+    from yopo.pipeline.session import Calibrated
+    from yopo.plans.schema import Plan
 
 
 def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) -> None:
@@ -30,7 +30,7 @@ def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) ->
     Raises:
         OutputError: A file exists, has no folder, or two outputs would be one file.
     """
-    from yopo.side_files import check_plan_writable
+    from yopo.plans.tensors_file import check_plan_writable
 
     plans = [Path(output) for output in outputs if output != "-"]
     paths = [*plans, *([] if stats is None else [stats])]
@@ -85,7 +85,7 @@ class Keeper:
             warn(sentence)
 
     def _rescue(self) -> Path | None:
-        from yopo.plan_tensors import cache_directory
+        from yopo.plans.tensors import cache_directory
 
         data = self._statistics.to_bytes()
         name = f"statistics-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
@@ -98,7 +98,7 @@ class Keeper:
 
 def save(made: Calibrated, output: str, *, force: bool) -> None:
     """Write a plan and say in one line what was written."""
-    from yopo.plan_tensors import write_plan
+    from yopo.plans.tensors import write_plan
 
     if made.candidates:
         _show_candidates(made.plan)
@@ -107,14 +107,14 @@ def save(made: Calibrated, output: str, *, force: bool) -> None:
 
 
 def _show_candidates(plan: Plan) -> None:
-    from yopo.report.tables import candidate_table
+    from yopo.report.plan_tables import candidate_table
 
     split = plan.provenance.get("split", {})
     show(candidate_table(plan.provenance["candidates"], split.get("held_out")))
 
 
 def _written(plan: Plan, output: str) -> str:
-    from yopo.flops import dense_prefill_flops, prefill_flops
+    from yopo.plans.flops import dense_prefill_flops, prefill_flops
     from yopo.report import units
 
     prefill = prefill_flops(plan) / dense_prefill_flops(plan.model.shape, plan.workload)

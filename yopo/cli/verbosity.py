@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from yopo import console
+from yopo.support import console
 
 # Read by the libraries when they are imported, which is after this.
 _SILENCE = {

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yopo import console
 from yopo.checkpoint.headers import Shard
 from yopo.checkpoint.reader import INDEX_FILE, read_config, read_shards
 from yopo.checkpoint.writer import OutputDirectory
-from yopo.conversion.companions import IMAGE_TOKEN, documents, files_to_copy, token_id
-from yopo.conversion.config import translate
+from yopo.conversion.config_json import translate
+from yopo.conversion.sidecar_files import IMAGE_TOKEN, documents, files_to_copy, token_id
 from yopo.conversion.tensors import NewTensor, index_json, new_tensors, rules_of, write_shard
-from yopo.errors import CheckpointError
+from yopo.support import console
+from yopo.support.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig

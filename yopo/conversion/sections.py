@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from yopo.errors import CheckpointError
+from yopo.support.errors import CheckpointError
 
 BOILERPLATE = frozenset(
     """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from yopo.checkpoint.headers import Shard, TensorEntry
-from yopo.errors import CheckpointError
+from yopo.support.errors import CheckpointError
 
 CHUNK = 16 * 2**20
 """Bytes per read and write."""

@@ -13,21 +13,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
-from yopo.calibration.pairs import Pair
-from yopo.console import track
+from yopo.data.pairs import Pair
 from yopo.evaluation.accuracy import is_correct
 from yopo.evaluation.fidelity import Fidelity, Recorded, compare, generate_answers, record_dense
 from yopo.evaluation.timing import PrefillTime, Switch, time_prefill
-from yopo.flops import (
+from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_kv_bytes,
     prefill_flops,
     visual_budget,
     visual_kv_bytes,
 )
-from yopo.plan import Plan
-from yopo.plan_tensors import PlanTensors
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
+from yopo.support.console import track
 
 
 @dataclass(frozen=True)

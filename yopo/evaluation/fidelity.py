@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from yopo.calibration.pairs import Pair
-from yopo.calibration.prompts import Batch, batches, encode_for
-from yopo.console import track
-from yopo.errors import DataError, ModelError
-from yopo.evaluation.rivals.install import teacher_forced
-from yopo.families.registry import family_of
-from yopo.finite import is_finite
+from yopo.baselines.install import teacher_forced
+from yopo.data.pairs import Pair
+from yopo.data.prompts import Batch, batches, encode_for
+from yopo.models.registry import family_of
+from yopo.support.console import track
+from yopo.support.errors import DataError, ModelError
+from yopo.support.finite import is_finite
 
 
 @dataclass(frozen=True)

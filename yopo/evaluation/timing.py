@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from yopo.calibration.prompts import Batch
+from yopo.data.prompts import Batch
 
 Switch = AbstractContextManager[object]
 

@@ -22,11 +22,11 @@ from functools import cached_property
 
 import torch
 
-from yopo.flops import visual_flops_of_layer
-from yopo.plan import LayerPlan, full_layer
+from yopo.fitting.profile import Profile
 from yopo.planning.paper import EMPTY
-from yopo.planning.profile import Profile
-from yopo.planning.shapes import Layers, Shaper, trim
+from yopo.planning.templates import Layers, Shaper, trim
+from yopo.plans.flops import visual_flops_of_layer
+from yopo.plans.schema import LayerPlan, full_layer
 from yopo.strategies.neighbors import PAPER_RADIUS
 
 RANKS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)

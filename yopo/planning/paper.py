@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from yopo.plan import LayerPlan, ModelShape
+from yopo.plans.schema import LayerPlan, ModelShape
 from yopo.strategies import heads as head_strategy
 
 EMPTY = LayerPlan((), attend=False, radius=None, neurons=0)

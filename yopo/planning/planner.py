@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 from yopo import __version__
 from yopo.calibration.statistics import Statistics
-from yopo.console import track
-from yopo.errors import PlanError, suggest
-from yopo.flops import visual_budget
-from yopo.plan import Budget, Plan, TensorsFile
-from yopo.plan_tensors import PlanTensors
+from yopo.fitting.fitter import Fitter
 from yopo.planning.allocate import FACTOR, RATES, Allocator, Levers, Worth, worth_moves
-from yopo.planning.fitter import Fitter
 from yopo.planning.paper import paper_layers
+from yopo.planning.request import Wishes
 from yopo.planning.search import Search, moves, resolve, state_of
-from yopo.planning.shapes import SHAPES, Layers, Shaper
-from yopo.planning.wishes import Wishes
+from yopo.planning.templates import SHAPES, Layers, Shaper
+from yopo.plans.flops import visual_budget
+from yopo.plans.schema import Budget, Plan, TensorsFile
+from yopo.plans.tensors import PlanTensors
 from yopo.strategies.neighbors import PAPER_RADIUS
+from yopo.support.console import track
+from yopo.support.errors import PlanError, suggest
 
 UNWRITTEN = TensorsFile("", "")
 """Stands for the side file until the plan is written."""

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from yopo import console
-from yopo.plan import LayerPlan
 from yopo.planning.paper import kept_heads
-from yopo.planning.shapes import Layers, Shaper
+from yopo.planning.templates import Layers, Shaper
+from yopo.plans.schema import LayerPlan
 from yopo.strategies.heads import select_top
 from yopo.strategies.neighbors import PAPER_RADIUS
+from yopo.support import console
 
 WIDTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Shares of the FFN between which a move steps."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from yopo.flops import visual_budget
+from yopo.plans.flops import visual_budget
 from yopo.report import units
-from yopo.report.tables import plain_table, savings
+from yopo.report.plan_tables import plain_table, savings
 
 if TYPE_CHECKING:  # the evaluation itself needs torch, its table does not
     from yopo.evaluation.evaluate import Accuracy, Evaluation

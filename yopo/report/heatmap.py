@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from yopo.plan import Plan
+from yopo.plans.schema import Plan
 
 KEPT = "░▒▓█"
 DROPPED = ".:+*"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from yopo.flops import visual_flops_of_layer
-from yopo.plan import Plan
-from yopo.report.tables import savings
+from yopo.plans.flops import visual_flops_of_layer
+from yopo.plans.schema import Plan
+from yopo.report.plan_tables import savings
 
 _KEYS = ("visual_flops", "prefill_flops", "visual_kv_bytes")
 

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from yopo.plan import Plan
+from yopo.plans.schema import Plan
 
 LEVELS = "▁▂▃▄▅▆▇█"
 

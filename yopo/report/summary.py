@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from yopo.plan import Plan
+from yopo.plans.schema import Plan
 from yopo.report.heatmap import Heatmap
+from yopo.report.plan_tables import LayerTable, header, savings_table
 from yopo.report.profile import Profile
-from yopo.report.tables import LayerTable, header, savings_table
 
 
 def plan_report(plan: Plan) -> RenderableType:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from yopo.errors import ModelError
+from yopo.support.errors import ModelError
 
 _LORA = ("peft.tuners.lora.layer", "Linear")
 """Module and name of the class; PEFT itself need not be installed."""

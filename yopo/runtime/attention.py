@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from yopo.runtime.attention_masks import Geometry
 from yopo.runtime.cache import PrunedCacheLayer
-from yopo.runtime.geometry import Geometry
 from yopo.runtime.heads import take
 
 

@@ -16,8 +16,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from yopo.errors import ModelError
 from yopo.runtime.heads import HeadSplit, Index, take
+from yopo.support.errors import ModelError
 
 HEADROOM = 64
 """Positions allocated ahead when a decode step outgrows a buffer (an eighth of it if more)."""

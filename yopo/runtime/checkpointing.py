@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from yopo.errors import ModelError
 from yopo.runtime.layer import LayerRun, Rotary
+from yopo.support.errors import ModelError
 
 
 def is_checkpointed(layer: nn.Module) -> bool:

@@ -18,20 +18,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from yopo.errors import ModelError
-from yopo.families.family import Backbone
-from yopo.layout import LayoutProbe, TokenLayout
-from yopo.plan import Plan
-from yopo.runtime import rows
+from yopo.models.family import Backbone
+from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.plans.schema import Plan
+from yopo.runtime import row_blocks as rows
+from yopo.runtime.attention_masks import Geometry
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
-from yopo.runtime.geometry import Geometry
+from yopo.runtime.gemm import fast_products
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features
 from yopo.runtime.labels import LabelProbe
 from yopo.runtime.layer import LayerRun, Rotary
-from yopo.runtime.parts import warn_without_fitted
-from yopo.runtime.products import fast_products
+from yopo.runtime.sliced_linear import warn_without_fitted
+from yopo.support.errors import ModelError
 
 
 class PrunedState(nn.Module):

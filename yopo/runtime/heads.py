@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from yopo.plan import LayerPlan, ModelShape
+from yopo.plans.schema import LayerPlan, ModelShape
 
 Index = slice | torch.Tensor
 """A selection along one dimension: a slice (a view) where possible, else int64 positions."""

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers.masking_utils import find_packed_sequence_indices
 
-from yopo.errors import ModelError
-from yopo.layout import TokenLayout
+from yopo.models.layout import TokenLayout
 from yopo.runtime.offload import parameter
+from yopo.support.errors import ModelError
 
 _PAGED = ("block_table", "read_index", "write_index")
 """Arguments of transformers' continuous batching."""

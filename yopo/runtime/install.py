@@ -11,13 +11,12 @@ from types import MethodType
 from torch import nn
 from transformers import PreTrainedModel
 
-from yopo.errors import ModelError
-from yopo.families.family import Backbone, Family, GridsOf, shape_of
-from yopo.families.fingerprint import fingerprint_of_decoder, is_same
-from yopo.families.registry import family_of
-from yopo.layout import LayoutProbe
-from yopo.plan import Plan
-from yopo.plan_tensors import PlanTensors, check_tensors, read_plan_with_tensors
+from yopo.models.family import Backbone, Family, GridsOf, shape_of
+from yopo.models.fingerprint import fingerprint_of_decoder, is_same
+from yopo.models.layout import LayoutProbe
+from yopo.models.registry import family_of
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors, check_tensors, read_plan_with_tensors
 from yopo.runtime.adapters import unwrapped
 from yopo.runtime.decoder import PrunedDecoder, PrunedState
 from yopo.runtime.inputs import no_paged_attention
@@ -25,6 +24,7 @@ from yopo.runtime.labels import LabelProbe
 from yopo.runtime.saved import Writer, make_savable, restore_saving
 from yopo.runtime.swap import restore_class, swap_class
 from yopo.runtime.weights import check_plain, visual_layers
+from yopo.support.errors import ModelError
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from yopo.plan import Plan
+from yopo.plans.schema import Plan
 from yopo.runtime.decoder import PrunedState
 
 

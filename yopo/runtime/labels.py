@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import nn
 
-from yopo.context import PerContext
+from yopo.support.context import PerContext
 
 IGNORED = -100
 """The label that takes no part in a loss."""

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from yopo.families.family import Backbone
-from yopo.runtime import rows
+from yopo.models.family import Backbone
+from yopo.runtime import row_blocks as rows
 from yopo.runtime.attention import text_attention, visual_attention
+from yopo.runtime.attention_masks import Geometry
 from yopo.runtime.cache import PrunedCacheLayer
-from yopo.runtime.geometry import Geometry
 from yopo.runtime.weights import VisualLayer
 
 Rotary = tuple[torch.Tensor, torch.Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from yopo.errors import ModelError
+from yopo.support.errors import ModelError
 
 
 def parameter(module: nn.Module, name: str) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from yopo.families.fingerprint import is_plain
+from yopo.models.fingerprint import is_plain
 
 _REFUSALS = (NotImplementedError, RuntimeError, AssertionError, ValueError, IndexError, TypeError)
 """What torchao's subclasses raise for an operation that they do not have."""

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from yopo.families.family import GridsOf
-from yopo.layout import LayoutProbe, TokenLayout
-from yopo.plan import LayerPlan, Plan
-from yopo.plan_tensors import PlanTensors, Refit, check_tensors
+from yopo.models.family import GridsOf
+from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.plans.schema import LayerPlan, Plan
+from yopo.plans.tensors import PlanTensors, Refit, check_tensors
 from yopo.runtime.install import check_model
 
 

@@ -46,11 +46,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from yopo import console
-from yopo.errors import ModelError
-from yopo.plan import Plan
-from yopo.plan_tensors import PlanTensors
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.adapters import has_adapters
+from yopo.support import console
+from yopo.support.errors import ModelError
 
 CLAIMS = ("yopo", "auto_map")
 """Entries of config.json that say that a directory is a pruned checkpoint."""

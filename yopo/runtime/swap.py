@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from yopo.errors import ModelError
+from yopo.support.errors import ModelError
 
 _SLOTS = ("forward", "_old_forward")
 """Where an object may hold a forward of its own; accelerate keeps in the second what its first

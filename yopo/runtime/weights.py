@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from yopo.errors import ModelError
-from yopo.families.family import Backbone
-from yopo.families.fingerprint import is_plain
-from yopo.plan import LayerPlan, ModelShape, Plan
-from yopo.plan_tensors import PlanTensors, Refit
+from yopo.models.family import Backbone
+from yopo.models.fingerprint import is_plain
+from yopo.plans.schema import LayerPlan, ModelShape, Plan
+from yopo.plans.tensors import PlanTensors, Refit
 from yopo.runtime.adapters import parts_of
 from yopo.runtime.heads import split_heads
 from yopo.runtime.offload import parameter
-from yopo.runtime.parts import Fitted, Part
+from yopo.runtime.sliced_linear import Fitted, Part
+from yopo.support.errors import ModelError
 
 
 class VisualLayer(nn.Module):
@@ -108,7 +108,7 @@ class VisualLayer(nn.Module):
             self.map_out = extras.fitted("map_out", None if count else "ffn_bias", like)
 
     def fitted_weights(self) -> dict[str, torch.Tensor]:
-        """The fitted weights as they are now, by the names of ``plan_tensors.refit_sizes``."""
+        """The fitted weights as they are now, by the names of ``plans.tensors.refit_sizes``."""
         found = {}
         for name, module in self.named_children():
             if isinstance(module, Fitted):

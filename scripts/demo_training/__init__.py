@@ -1,0 +1,1 @@
+"""How the demo models were made: untrained models, training rows, recipes, the training loop."""

@@ -1,0 +1,130 @@
+"""The KV cache of a rival: stock dynamic layers whose lengths differ.
+
+Tokens that a layer never saw have no keys there. All layers report the *logical* length - every
+token of the conversation - from which ``generate`` and position ids are computed; which of them a
+layer holds is written down once per stretch of layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from yopo.support.errors import ModelError
+
+
+@dataclass
+class Stretch:
+    """Consecutive layers that hold the same tokens.
+
+    Attributes:
+        first: The first of them.
+        places: (batch, held) int64, logical positions of the held tokens, ascending.
+        num_visual: Visual ones among them, per row.
+    """
+
+    first: int
+    places: torch.Tensor
+    num_visual: int
+
+
+@dataclass
+class Record:
+    """What all layers of one cache share.
+
+    Attributes:
+        length: Tokens seen.
+        stretches: From the first layer on.
+        shift: How much smaller than the dense model's the positions of new tokens are.
+        visual: (batch, visual) int64, logical positions of visual tokens; None: there are none.
+        is_open: Whether a rival's forward is under way.
+    """
+
+    length: int = 0
+    stretches: list[Stretch] = field(default_factory=list)
+    shift: int = 0
+    visual: torch.Tensor | None = None
+    is_open: bool = False
+
+    def stretch(self, layer: int) -> Stretch:
+        """Where a layer belongs."""
+        return [each for each in self.stretches if each.first <= layer][-1]
+
+
+class RivalLayer(DynamicLayer):
+    """One layer of the cache, filled by stock attention inside a rival's forward."""
+
+    is_croppable = False
+
+    def __init__(self, record: Record, number: int, owner: object):
+        super().__init__()
+        self.record, self.number, self.owner = record, number, owner
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values; refuse a model that would not know which ones are missing."""
+        if not self.record.is_open:
+            raise ModelError(
+                "This cache was filled by a rival and cannot serve another model.",
+                remedy="Start a new conversation (a new cache).",
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        """The logical length."""
+        return self.record.length if self.is_initialized else 0
+
+    def visual_bytes(self) -> int:
+        """Bytes of visual keys and values that this layer holds."""
+        held, count = self.keys.shape[-2], self.record.stretch(self.number).num_visual
+        return (self.keys.nbytes + self.values.nbytes) * count // held
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Refuse beams."""
+        self._refuse()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Refuse to change rows."""
+        self._refuse()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refuse to change rows."""
+        self._refuse()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to forget."""
+        self._refuse()
+
+    def _refuse(self) -> None:
+        raise ModelError(
+            "A rival's cache only grows: it serves greedy decoding and sampling alone.",
+            remedy="Drop num_beams and prompt lookup.",
+        )
+
+
+def adopt(cache: Cache, num_layers: int, owner: object) -> Record:
+    """Make a cache object that transformers handed over hold a rival's layers.
+
+    Args:
+        cache: Empty, or filled by the same rival.
+        num_layers: Of the decoder.
+        owner: Who the rival is.
+
+    Raises:
+        ModelError: The cache is of another kind, or was filled by another model.
+    """
+    layers = cache.layers
+    if layers and all(isinstance(layer, RivalLayer) and layer.owner is owner for layer in layers):
+        return layers[0].record
+    usable = (DynamicLayer, DynamicSlidingWindowLayer)
+    if cache.get_seq_length() > 0 or any(type(layer) not in usable for layer in layers):
+        raise ModelError(
+            "A rival fills its own cache and cannot continue another model's.",
+            remedy="Start with an empty DynamicCache, or none.",
+        )
+    record = Record()
+    cache.layers[:] = [RivalLayer(record, number, owner) for number in range(num_layers)]
+    return record

@@ -1,0 +1,137 @@
+"""A plan as masks over the full computation: the way the paper's released code shows its method.
+
+Every projection, every head and every FFN neuron runs for every token, the KV cache is whole; what
+the plan prunes is then taken out. Semantics are those of ``runtime/reference.py`` - keys are
+excluded before the softmax, where the released code zeroes them behind it - and so is the answer;
+the cost is the simulation's. Unlike the released code, it may use SDPA, which that cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from yopo.models.family import Backbone
+from yopo.models.layout import TokenLayout
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
+from yopo.runtime.reference import LayerSpec
+from yopo.support.errors import PlanError
+
+
+class Masks:
+    """Hooks that take out what a plan prunes, and the attention masks of its layers.
+
+    Args:
+        plan: The plan.
+        tensors: Its tensors.
+        decoder: Whose projections are watched, until ``remove``.
+        names: Of the decoder's modules.
+
+    Raises:
+        PlanError: The plan has fitted weights, which masks cannot stand for.
+    """
+
+    def __init__(self, plan: Plan, tensors: PlanTensors, decoder: nn.Module, names: Backbone):
+        if plan.compensation == "refit":
+            raise PlanError("Masks simulate pruning alone, and the plan has fitted weights.")
+        self.plan, self.tensors = plan, tensors
+        self._is_visual: torch.Tensor | None = None
+        self._handles = []
+        for number, layer in enumerate(decoder.layers):
+            spec = LayerSpec(plan, tensors, number, None, None)
+            output, down = getattr(layer.self_attn, names.output), getattr(layer.mlp, names.down)
+            self._watch(output, spec.head_mean, _pruned_heads(spec), bool(spec.layer.attend))
+            self._watch(down, spec.neuron_mean, _pruned_neurons(spec), spec.layer.neurons > 0)
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def show(self, visual: torch.Tensor, length: int) -> None:
+        """Say where the visual tokens of the forward in progress are: (batch, visual) int64."""
+        table = torch.zeros(len(visual), length, dtype=torch.bool, device=visual.device)
+        self._is_visual = table.scatter_(1, visual, True)
+
+    def hide(self) -> None:
+        """The forward is over."""
+        self._is_visual = None
+
+    def prefill_mask(
+        self, number: int, layout: TokenLayout, real: torch.Tensor | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, heads, length, length) bool of one layer; an empty row attends itself."""
+        with hidden.device:
+            allowed = LayerSpec(self.plan, self.tensors, number, layout, real).allowed(hidden)
+            own = torch.eye(hidden.shape[1], dtype=torch.bool)
+        return allowed | (own & ~allowed.any(dim=-1, keepdim=True))
+
+    def later_mask(
+        self, number: int, visual: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What text behind the prompt may attend in one layer.
+
+        Args:
+            number: The layer.
+            visual: (batch, visual) int64, logical positions of visual keys.
+            keys: (batch, keys) int64, logical positions of all keys.
+            mask: (batch, 1, queries, keys) bool, or None: everything.
+
+        Returns:
+            (batch, heads, queries or 1, keys) bool, or ``mask`` where all heads are kept.
+        """
+        shape, heads = self.plan.model.shape, self.plan.layers[number].heads
+        if len(heads) == shape.heads:
+            return mask
+        is_visual = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, visual, True)
+        kept = torch.zeros(shape.heads, dtype=torch.bool, device=keys.device)
+        kept[list(heads)] = True
+        readable = kept[None, :, None, None] | ~is_visual[:, None, None, :]
+        return readable if mask is None else readable & mask
+
+    def _watch(
+        self, module: nn.Module, mean: torch.Tensor | None, is_pruned: torch.Tensor, is_on: bool
+    ) -> None:
+        """Replace pruned inputs of visual tokens by their mean (or 0); outputs too if all are."""
+        device = module.weight.device
+        instead = torch.zeros((), device=device) if mean is None else mean.flatten().to(device)
+        is_pruned = is_pruned.to(device)
+        self._handles.append(module.register_forward_pre_hook(self._inputs(is_pruned, instead)))
+        if not is_on and mean is None:
+            self._handles.append(module.register_forward_hook(self._outputs()))
+
+    def _inputs(self, is_pruned: torch.Tensor, instead: torch.Tensor) -> Callable:
+        def replace(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+            if self._is_visual is None:
+                return None
+            (values,) = args
+            chosen = self._is_visual[..., None] & is_pruned
+            return (torch.where(chosen, instead.to(values), values),)
+
+        return replace
+
+    def _outputs(self) -> Callable:
+        def silence(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+            if self._is_visual is None:
+                return None
+            return output.masked_fill(self._is_visual[..., None], 0.0)
+
+        return silence
+
+
+def _pruned_heads(spec: LayerSpec) -> torch.Tensor:
+    """(heads * head_dim,) bool: what visual tokens' attention does not output."""
+    is_silent = torch.ones(spec.shape.heads, dtype=torch.bool)
+    is_silent[list(spec.layer.attend)] = False
+    return is_silent.repeat_interleave(spec.shape.head_dim)
+
+
+def _pruned_neurons(spec: LayerSpec) -> torch.Tensor:
+    """(ffn,) bool: the neurons that visual tokens do not use."""
+    is_pruned = torch.zeros(spec.shape.ffn, dtype=torch.bool)
+    is_pruned[spec.order[spec.layer.neurons :]] = True
+    return is_pruned

@@ -1,0 +1,84 @@
+"""A budget in milliseconds, by what `yopo bench --json` measured.
+
+Prefill time follows the executed FLOPs (README, "Speed"), so the two points that a benchmark
+measures, dense and pruned, make a line: milliseconds = fixed + slope x FLOPs. A budget in
+milliseconds is the visual budget at which the prefill FLOPs, text included, lie on that line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from yopo.plans.flops import dense_prefill_flops
+from yopo.plans.schema import ModelShape, Workload
+from yopo.support.errors import DataError, PlanError
+
+_WIDTHS = ("hidden", "heads", "kv_heads", "head_dim", "ffn")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a prefill of one prompt costs on some machine.
+
+    Attributes:
+        fixed: Milliseconds per layer and prompt that no FLOPs explain (launches, norms, copies).
+        slope: Milliseconds per FLOP.
+    """
+
+    fixed: float
+    slope: float
+
+    def budget(self, milliseconds: float, shape: ModelShape, workload: Workload) -> float:
+        """The visual budget, in (0, 1], whose prefill takes so long.
+
+        Raises:
+            PlanError: Text alone takes longer.
+        """
+        text = Workload(workload.grids[:0], workload.text, 0)
+        least = self.fixed * shape.layers + self.slope * dense_prefill_flops(shape, text)
+        most = self.fixed * shape.layers + self.slope * dense_prefill_flops(shape, workload)
+        if milliseconds <= least:
+            raise PlanError(
+                f"A prefill in {milliseconds:g} ms is out of reach: its text alone takes "
+                f"{least:.3g} ms, the dense model {most:.3g} ms.",
+                remedy="Ask for more milliseconds, or for a share of the visual FLOPs.",
+            )
+        return min(1.0, (milliseconds - least) / (most - least))
+
+
+def read_costs(path: str | Path, shape: ModelShape) -> Costs:
+    """Read what ``yopo bench --json`` printed.
+
+    Args:
+        path: Its output.
+        shape: Of the model that a budget is wanted for; the benchmark may have had fewer layers.
+
+    Raises:
+        DataError: Not a benchmark, or one of another width, or its two times do not differ.
+    """
+    try:
+        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        measured, flops, layers = found["prefill_ms"], found["prefill_flops"], found["shape"]
+        times = [measured[name]["median"] for name in ("dense", "pruned")]
+        work = [flops[name] for name in ("dense", "pruned")]
+        batch = found["prompt"]["batch"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: is not what `yopo bench --json` prints: {error}.",
+            remedy="Write it with `yopo bench ... --json > costs.json`.",
+        ) from error
+    other = [name for name in _WIDTHS if layers.get(name) != asdict(shape)[name]]
+    if other:
+        raise DataError(
+            f"{path}: was measured at {other[0]} {layers.get(other[0])}, the model's is "
+            f"{asdict(shape)[other[0]]}.",
+            remedy="Time this model's shape.",
+        )
+    slope = (times[0] - times[1]) / max(work[0] - work[1], 1)
+    if slope <= 0:
+        raise DataError(f"{path}: pruned took as long as dense, which tells no price of FLOPs.")
+    fixed = max(0.0, (times[0] - slope * work[0]) / (batch * layers["layers"]))
+    return Costs(fixed, slope)

@@ -1,0 +1,152 @@
+"""The prompt that is timed: images between text tokens, already encoded, as ``generate`` does it.
+
+Images are encoded before anything is timed: the vision encoder is the same in both models, and
+would only dilute the ratio. What is left is what the model's own forward does with a prompt:
+embedding, merging image features, (pruned) finding the layout, the text decoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from yopo.models.registry import family_of
+from yopo.plans.schema import Plan, Workload
+from yopo.support.errors import ModelError, PlanError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of equal prompts.
+
+    Attributes:
+        inputs: Arguments of the base model's forward.
+        encoded: Encoded images, as ``mm_encoder_outputs`` has them.
+        batch: Number of prompts.
+        next_token: An ordinary text token, to decode.
+    """
+
+    inputs: dict[str, Any]
+    encoded: BaseModelOutputWithPooling
+    batch: int
+    next_token: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of one prompt."""
+        return self.inputs["input_ids"].shape[1]
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of one forward, safe to be changed by it."""
+        return {**self.inputs, "mm_encoder_outputs": {"image": self.encoded}}
+
+    def lengthened(self, length: int) -> Prompt:
+        """The same prompt with ordinary text behind it, so many tokens long.
+
+        Raises:
+            PlanError: It is longer already.
+        """
+        if length < self.length:
+            raise PlanError(
+                f"A context of {length} tokens does not hold the prompt of {self.length}.",
+                remedy=f"Use --context {self.length} or more.",
+            )
+        fill = {"input_ids": self.next_token, "attention_mask": 1, "mm_token_type_ids": 0}
+        grown = {
+            name: torch.cat([old, old.new_full((len(old), length - self.length), fill[name])], 1)
+            for name, old in self.inputs.items()
+            if name in fill
+        }
+        return replace(self, inputs={**self.inputs, **grown})
+
+
+def made_up_prompt(model: PreTrainedModel, plan: Plan, batch: int) -> Prompt:
+    """The plan's prompt with random image features, for any grids; the vision tower is not used."""
+    workload = plan.workload
+    generator = torch.Generator().manual_seed(0)
+    ids, words = _token_ids(model, workload, workload.visual, batch)
+    place = torch.empty(0, device=model.device, dtype=model.dtype)
+    features = [
+        torch.randn(grid.tokens, plan.model.shape.hidden, generator=generator).mul_(0.02).to(place)
+        for _ in range(batch)
+        for grid in workload.grids
+    ]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Prompt(inputs, BaseModelOutputWithPooling(pooler_output=features), batch, words[0])
+
+
+@torch.no_grad()
+def noise_prompt(
+    model: PreTrainedModel, plan: Plan, batch: int, *, visual: int | None = None
+) -> tuple[Prompt, Plan]:
+    """A prompt of noise images through the model's own encoder.
+
+    Args:
+        model: Any supported model.
+        plan: Its workload says how many text tokens, and about how many visual ones.
+        batch: Equal prompts.
+        visual: Exactly so many visual tokens; None: images until there are as many as in the plan.
+
+    Returns:
+        (the prompt, the plan with the grids that the model made of the images).
+
+    Raises:
+        ModelError: The model's images do not add up to ``visual``.
+    """
+    config, family, workload = model.config, family_of(model.config), plan.workload
+    generator = torch.Generator().manual_seed(0)
+    counts, images = [], []
+    while sum(counts) < (visual or workload.visual):
+        grid = workload.grids[len(counts) % len(workload.grids)]
+        count, image = family.noise(config, grid, generator)
+        counts.append(count)
+        images.append(image)
+    about = {
+        name: torch.cat([each[name] for each in images] * batch).to(model.device)
+        for name in images[0]
+    }
+    encode = model.base_model.get_image_features
+    wanted = inspect.signature(encode).parameters
+    arguments = {
+        name: value.to(model.dtype) if value.is_floating_point() else value
+        for name, value in about.items()
+        if name in wanted
+    }
+    encoded = encode(**arguments, return_dict=True)
+    found = sum(each.numel() for each in encoded.pooler_output)
+    found //= batch * plan.model.shape.hidden
+    if visual is not None and not visual == found == sum(counts):
+        raise ModelError(
+            f"{visual} visual tokens are wanted, {len(counts)} of the model's images have {found}.",
+            remedy=f"Use --visual-tokens {found // len(counts)}, or a multiple of it.",
+        )
+    ids, words = _token_ids(model, workload, found, batch)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inspect.signature(model.base_model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+    inputs |= {name: value for name, value in about.items() if not name.startswith("pixel")}
+    runs = [[(config.image_token_id, found)]]
+    once = {name: value[: len(value) // batch] for name, value in about.items()}
+    grids = family.grids_of(config, runs, once)[0]
+    moved = replace(plan, workload=replace(workload, grids=grids))
+    return Prompt(inputs, encoded, batch, words[0]), moved
+
+
+def _token_ids(
+    model: PreTrainedModel, workload: Workload, visual: int, batch: int
+) -> tuple[torch.Tensor, list[int]]:
+    """((batch, sequence) int64 ids, the text tokens among them) of equal prompts."""
+    config, text = model.config, model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    special = {*family_of(config).token_ids(config), text.pad_token_id}
+    wanted = max(workload.text, 1)
+    drawn = torch.randint(text.vocab_size, (64 + 4 * wanted,), generator=generator).tolist()
+    words = [word for word in drawn if word not in special][:wanted]
+    before, behind = words[: workload.text_before], words[workload.text_before : workload.text]
+    row = [*before, *[config.image_token_id] * visual, *behind]
+    return torch.tensor([row] * batch, device=model.device), words

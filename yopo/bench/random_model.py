@@ -1,0 +1,181 @@
+"""Models of published shapes with random weights, so that 7B layers can be timed anywhere.
+
+The decoder has the plan's full width; around it stand a tiny vision tower that is never called
+(image features are made up, as they are when ``generate`` encodes images first) and a tiny
+vocabulary. What runs is transformers' own model under ``yopo.pruned``, nothing simulated. Every
+layer has weights of its own in memory: sharing them would let caches lie.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+
+from yopo.bench.plans import MADE_UP, made_up_refit
+from yopo.models.family import GridsOf
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelIdentity, ModelShape, Plan, Workload
+from yopo.plans.tensors import PlanTensors
+from yopo.support.errors import ModelError, suggest
+
+SHAPES: dict[str, ModelShape] = {
+    "llava-1.5-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
+    "llava-1.5-13b": ModelShape(40, 5120, 40, 40, 128, 13824),
+}
+"""Published decoders, by alias."""
+
+WORKLOAD = Workload((Grid(24, 24),), text=64, text_before=5)
+"""LLaVA-1.5's image in a short prompt: ``<s>USER: `` stands in front of it."""
+
+FAMILY = "llava"
+"""Of every random model: a Llama decoder stands in for those of other families."""
+
+VOCABULARY, IMAGE_TOKEN = 128, 127
+
+_BLOCK = 1 << 20
+"""Random values drawn per model; weights are copies of this block, each at an offset of its own."""
+
+_SCALE = 0.02
+_MARGIN = 1.25
+"""Memory wanted, over that of the weights."""
+
+
+def published_model(name: str) -> ModelIdentity:
+    """The identity of a published model's shape, without its weights.
+
+    Raises:
+        ModelError: The name is none of ``SHAPES``.
+    """
+    if name not in SHAPES:
+        raise ModelError(f"No published shape named '{name}'.", remedy=suggest(name, SHAPES))
+    return ModelIdentity(name, FAMILY, SHAPES[name], MADE_UP)
+
+
+def random_model(
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    side: int = 1,
+) -> PreTrainedModel:
+    """A LLaVA on a Llama decoder of this shape, with random weights.
+
+    Args:
+        shape: The decoder's dimensions.
+        dtype: Of the weights.
+        device: Where they are.
+        side: Visual tokens per row and column of an image, for prompts with pixels.
+
+    Raises:
+        ModelError: The weights would not fit into the device's free memory.
+    """
+    _check_memory(shape, dtype, device)
+    tiny = {"num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            num_hidden_layers=1, image_size=8 * side, patch_size=8, **tiny
+        ),
+        text_config=LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=1 << 16,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+        ),
+        image_token_id=IMAGE_TOKEN,
+        image_seq_length=side**2,
+        vision_feature_layer=-1,
+    )
+    with no_init_weights(), torch.device("meta"):
+        model = LlavaForConditionalGeneration(config).to(dtype)
+    model = model.to_empty(device=device).eval()
+    _restore_buffers(model, config, device)
+    _fill(model)
+    return model
+
+
+def _restore_buffers(model: PreTrainedModel, config: LlavaConfig, device: str) -> None:
+    """Compute what ``to_empty`` lost: rotary frequencies, and the vision tower's positions."""
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config.text_config).to(device)
+    for module in model.model.vision_tower.modules():
+        if hasattr(module, "position_ids"):
+            module.position_ids.copy_(torch.arange(module.position_ids.shape[1]))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module) -> None:
+    """Fill every parameter with random values, norms with ones."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(_BLOCK, generator=generator) * _SCALE
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        block = values.roll(7919 * number).to(parameter)
+        flat = parameter.view(-1)
+        for start in range(0, len(flat), _BLOCK):
+            piece = flat[start : start + _BLOCK]
+            piece.copy_(block[: len(piece)])
+
+
+def fitted(
+    plan: Plan, tensors: PlanTensors | None, used: tuple[int, ...]
+) -> tuple[Plan, PlanTensors | None]:
+    """A plan of some layers as the random model wears it: of its family, with their tensors.
+
+    Fitted weights that are not at hand are made up, as the model's are.
+    """
+    model = replace(plan.model, family=FAMILY, fingerprint=MADE_UP)
+    plan = replace(plan, model=model)
+    if tensors is not None:
+        return plan, tensors.of_layers(used)
+    return plan, made_up_refit(plan) if plan.compensation == "refit" else None
+
+
+def grids_of(plan: Plan) -> GridsOf:
+    """Locates the images of the plan's prompt, whatever their grids."""
+    return lambda config, rows, images: [plan.workload.grids] * len(rows)
+
+
+def _check_memory(shape: ModelShape, dtype: torch.dtype, device: str) -> None:
+    width = 2 * shape.hidden * (shape.heads + shape.kv_heads) * shape.head_dim
+    needed = shape.layers * (width + 3 * shape.hidden * shape.ffn) * dtype.itemsize
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = _available_bytes()
+    else:
+        return
+    if needed * _MARGIN > free:
+        raise ModelError(
+            f"{shape.layers} random layers take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of "
+            f"{device} memory are free.",
+            remedy="Time fewer of them (--layers 4), or use --dtype bfloat16.",
+        )
+
+
+def _available_bytes() -> int:
+    """Main memory that can be had: file caches count as free where the system says so."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

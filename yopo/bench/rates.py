@@ -1,0 +1,49 @@
+"""How fast the machine is: a plain product of the model's largest weight, on the very kernels.
+
+What a prefill or a decode step could reach at best, if it were nothing but products. Measured in
+every round, so that the rate and the times are of the same minutes; the best round counts, as
+others only say that the machine was busy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from yopo.bench.result import Rates
+from yopo.evaluation.timing import now
+from yopo.runtime.gemm import fast_products
+
+REPEATS = 2
+
+
+@torch.no_grad()
+def measure_rates(layers: nn.ModuleList, batch: int, length: int) -> Rates:
+    """Time products of ``batch`` times ``length`` rows, and of ``batch`` rows in every layer."""
+    weights = [max(layer.parameters(), key=torch.Tensor.numel) for layer in layers]
+    work = 2 * batch * length * weights[0].numel()
+    size = sum(weight.nbytes for weight in weights)
+    return Rates(
+        work / _milliseconds(layers, weights[:1], batch, length),
+        size / _milliseconds(layers, weights, batch, 1),
+    )
+
+
+def best(rates: list[Rates]) -> Rates:
+    """The fastest of several measurements."""
+    return Rates(max(each.flops for each in rates), max(each.bytes for each in rates))
+
+
+def _milliseconds(
+    layers: nn.ModuleList, weights: list[torch.Tensor], batch: int, length: int
+) -> float:
+    inputs = weights[0].new_ones(batch, length, weights[0].shape[1])
+    times = []
+    for _ in range(REPEATS):
+        started = now(inputs.device)
+        with fast_products(layers, inputs):
+            for weight in weights:
+                linear(inputs, weight)
+        times.append(now(inputs.device) - started)
+    return min(times)

@@ -1,0 +1,325 @@
+"""``yopo bench``: does time follow the FLOPs? Dense against pruned, paired, in one process.
+
+Each round prefills the same prompt with both models - and with rivals at the same visual budget -
+one right behind the other and the order reversed from round to round, then decodes a few tokens
+with each. Medians with quartiles; ratios are medians of the rounds' own ratios to the dense model,
+so that a machine that slows down half-way does not bend them.
+Like is compared with like: where a pruned prefill takes a faster kernel than transformers does
+(``runtime/products.py``), everything is timed on that kernel, and the stock model once more on its
+own: what serving gains as shipped is a second figure.
+Beside the prefill ratio stands the ratio of the FLOPs that ``flops.py`` predicts for the very
+prompt and layers that ran: their quotient is 1.0 where all the saved work is saved time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from yopo.baselines.install import rival
+from yopo.baselines.settings import SIMULATED, Setting, solve_for
+from yopo.bench.memory import measured_by, peak_bytes
+from yopo.bench.plans import sampled_layers, with_layers, with_prompt
+from yopo.bench.prompt import Prompt, made_up_prompt, noise_prompt
+from yopo.bench.random_model import fitted, grids_of, random_model
+from yopo.bench.rates import best, measure_rates
+from yopo.bench.result import (
+    DENSE,
+    PRUNED,
+    STOCK,
+    AtContext,
+    Benchmark,
+    BenchOptions,
+    Contender,
+    Layers,
+)
+from yopo.bench.rounds import Rounds, Sample
+from yopo.evaluation.timing import now
+from yopo.models.family import GridsOf
+from yopo.plans.flops import dense_prefill_flops, prefill_flops
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
+from yopo.runtime.gemm import fast_products, same_products
+from yopo.runtime.install import check_model, pruned
+from yopo.support.console import track
+from yopo.support.errors import YopoError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The prompts to time; None: the plan's own.
+
+    Attributes:
+        batch: Equal prompts per forward.
+        visual, text: Tokens of one prompt.
+    """
+
+    batch: int = 1
+    visual: int | None = None
+    text: int | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, a plan and a prompt, to be measured.
+
+    Attributes:
+        model: Dense, in memory.
+        plan: For this model and this prompt.
+        tensors: The plan's.
+        prompt: What is prefilled.
+        grids_of: Locates images where the model's own rule does not (made-up features).
+        rivals: What else is measured, by name.
+    """
+
+    model: PreTrainedModel
+    plan: Plan
+    tensors: PlanTensors | None
+    prompt: Prompt
+    grids_of: GridsOf | None = None
+    rivals: Mapping[str, Setting] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is timed, in the order of the first round."""
+        stock = (STOCK,) if self.has_other_kernels else ()
+        return (DENSE, PRUNED, *self.rivals, *stock)
+
+    @property
+    @torch.no_grad()
+    def has_other_kernels(self) -> bool:
+        """Whether a pruned prefill of this prompt takes other kernels than the stock model's."""
+        rows = self.prompt.inputs["input_ids"].shape
+        hidden = self.model.get_input_embeddings().weight[:1].expand(*rows, -1)
+        context = fast_products(self.model.get_decoder().layers, hidden)
+        return not isinstance(context, nullcontext)
+
+    @contextmanager
+    def switch(self, name: str) -> Iterator[None]:
+        """The context in which one of the ``names`` runs."""
+        model, plan, tensors, where = self.model, self.plan, self.tensors, self.grids_of
+        with ExitStack() as stack:
+            if name == PRUNED:
+                stack.enter_context(pruned(model, plan, tensors, grids_of=where, check=False))
+            elif name != STOCK:
+                if name != DENSE:
+                    setting = self.rivals[name]
+                    stack.enter_context(rival(model, setting, plan, tensors, grids_of=where))
+                stack.enter_context(same_products(model.get_decoder()))
+            yield
+
+    @torch.no_grad()
+    def prefill(self) -> Cache:
+        """Prefill with the model as it is; returns the cache."""
+        return self.model.base_model(**self.prompt.arguments(), use_cache=True).past_key_values
+
+    def measure(self, name: str, decode_steps: int) -> Sample:
+        """One prefill and its decode steps with one of the ``names``."""
+        with self.switch(name):
+            started = now(self.model.device)
+            cache = self.prefill()
+            prefill_ms = now(self.model.device) - started
+            return Sample(prefill_ms, self._decode(cache, decode_steps))
+
+    @torch.no_grad()
+    def _decode(self, cache: Cache, steps: int) -> float | None:
+        """Median ms per step, or None without steps."""
+        prompt, times = self.prompt, []
+        ids = torch.full((prompt.batch, 1), prompt.next_token, device=self.model.device)
+        for _ in range(steps):
+            started = now(self.model.device)
+            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            times.append(now(self.model.device) - started)
+        return median(times) if times else None
+
+    def peak(self, name: str) -> int | None:
+        """Peak bytes of a prefill above what is allocated before."""
+        with self.switch(name):
+            return peak_bytes(self.prefill, str(self.model.device))
+
+    def visual_kv(self, name: str) -> int:
+        """Bytes of visual keys and values in the cache of a prefill."""
+        with self.switch(name):
+            layers = self.prefill().layers
+        if name != DENSE:
+            return sum(layer.visual_bytes() for layer in layers)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return held * self.plan.workload.visual // self.prompt.length
+
+    def lengthened(self, context: int) -> Bench:
+        """The same with so many tokens in the prompt, text behind the rest.
+
+        Raises:
+            PlanError: The prompt is longer already.
+        """
+        prompt = self.prompt.lengthened(context)
+        plan = with_prompt(self.plan, text=context - self.plan.workload.visual)
+        rivals = {name: each for name, each in self.rivals.items() if name != SIMULATED}
+        return replace(self, plan=plan, prompt=prompt, rivals=rivals)
+
+
+def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") -> Rounds:
+    """Measure rounds; the order of a round is that of the round before, reversed."""
+    samples: dict[str, list[Sample]] = {name: [] for name in subject.names}
+    layers, prompt, rates = subject.model.get_decoder().layers, subject.prompt, []
+    numbers = range(-options.warmup, options.runs)
+    for number in track(numbers, label=label, total=len(numbers), unit="rounds"):
+        for name in subject.names if number % 2 == 0 else reversed(subject.names):
+            sample = subject.measure(name, options.decode_steps)
+            if number >= 0:
+                samples[name].append(sample)
+        rates.append(measure_rates(layers, prompt.batch, prompt.length))
+    return Rounds(samples, rates)
+
+
+def bench_random(
+    plan: Plan,
+    tensors: PlanTensors | None,
+    sizes: Sizes,
+    options: BenchOptions,
+    *,
+    num_layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Benchmark:
+    """Time a plan on a model of its shape with random weights.
+
+    Args:
+        plan: Any plan; of another family than LLaVA, a Llama decoder of its shape stands in.
+        tensors: Its tensors.
+        sizes: The prompt.
+        options: How to measure.
+        num_layers: Decoder layers to time, sampled from the plan; None: all.
+        dtype: Of the weights.
+        device: Where the model runs.
+
+    Raises:
+        PlanError: The prompt forms no whole images, or the plan has fewer layers.
+        ModelError: The weights would not fit into memory.
+    """
+    moved = with_prompt(plan, visual=sizes.visual, text=sizes.text)
+    used = sampled_layers(moved, num_layers or len(moved.layers))
+    few, few_tensors = fitted(with_layers(moved, used), tensors, used)
+    model = random_model(few.model.shape, dtype=dtype, device=device)
+    prompt = made_up_prompt(model, few, sizes.batch)
+    subject = Bench(model, few, few_tensors, prompt, grids_of(few))
+    return _bench(
+        subject,
+        options,
+        asked=moved,
+        layers=Layers(len(plan.layers), used, _flops_ratio(moved)),
+        weights="random",
+        stand_in=few.model.family != plan.model.family,
+    )
+
+
+def bench_model(
+    model: PreTrainedModel,
+    plan: Plan,
+    tensors: PlanTensors | None,
+    sizes: Sizes,
+    options: BenchOptions,
+) -> Benchmark:
+    """Time a plan on the model that it was made for; the model is as it was afterwards.
+
+    Raises:
+        ModelError: The model is not the plan's, or so many visual tokens are no whole images of it.
+    """
+    check_model(model, plan, check=True)
+    moved = with_prompt(plan, text=sizes.text)
+    prompt, moved = noise_prompt(model, moved, sizes.batch, visual=sizes.visual)
+    layers = Layers(len(plan.layers), tuple(range(len(plan.layers))), _flops_ratio(moved))
+    subject = Bench(model, moved, tensors, prompt)
+    return _bench(
+        subject, options, asked=moved, layers=layers, weights="checkpoint", stand_in=False
+    )
+
+
+def _flops_ratio(plan: Plan) -> float:
+    return prefill_flops(plan) / dense_prefill_flops(plan.model.shape, plan.workload)
+
+
+def _bench(
+    subject: Bench,
+    options: BenchOptions,
+    *,
+    asked: Plan,
+    layers: Layers,
+    weights: str,
+    stand_in: bool,
+) -> Benchmark:
+    subject, left_out = _with_rivals(subject, options, asked, layers.used)
+    model, device = subject.model, str(subject.model.device)
+    with _threads(options.threads):
+        rounds = run_rounds(subject, options)
+        measured = {
+            name: Contender(
+                prefill=rounds.compared(name, "prefill"),
+                decode=rounds.compared(name, "decode"),
+                peak_memory=subject.peak(name),
+                visual_kv=subject.visual_kv(name),
+            )
+            for name in subject.names
+            if name != STOCK
+        }
+        return Benchmark(
+            plan=subject.plan,
+            layers=layers,
+            weights=weights,
+            stand_in=stand_in,
+            options=options,
+            batch=subject.prompt.batch,
+            device=device,
+            dtype=str(model.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            measured=measured,
+            settings=dict(subject.rivals),
+            left_out=left_out,
+            contexts=tuple(_at_context(subject, options, each) for each in options.contexts),
+            memory_by=measured_by(device),
+            rates=best(rounds.rates),
+            shipped=rounds.shipped(),
+        )
+
+
+def _with_rivals(
+    subject: Bench, options: BenchOptions, asked: Plan, used: Sequence[int]
+) -> tuple[Bench, dict[str, str]]:
+    """Add the rivals at the plan's visual budget; and why some are left out."""
+    rivals: dict[str, Setting] = {}
+    left_out: dict[str, str] = {}
+    for name in options.rivals:
+        try:
+            setting = solve_for(name, asked).on_layers(used)
+            with replace(subject, rivals={name: setting}).switch(name):
+                rivals[name] = setting
+        except YopoError as error:
+            if not options.may_leave_out:
+                raise
+            left_out[name] = error.message
+    return replace(subject, rivals=rivals), left_out
+
+
+def _at_context(subject: Bench, options: BenchOptions, context: int) -> AtContext:
+    longer = subject.lengthened(context)
+    rounds = run_rounds(longer, options, label=f"context {context}")
+    names = [name for name in longer.names if name != STOCK]
+    return AtContext(
+        context, {name: rounds.compared(name, "decode") for name in names}, longer.plan
+    )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

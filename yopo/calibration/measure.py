@@ -1,0 +1,119 @@
+"""The calibration pass: pairs through the dense model, statistics out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from yopo.calibration.observers import Observer, observing
+from yopo.calibration.statistics import Statistics
+from yopo.data.pairs import Pair
+from yopo.data.prompts import batches, encode_for
+from yopo.models.family import shape_of
+from yopo.models.fingerprint import fingerprint_of_decoder
+from yopo.models.registry import family_of
+from yopo.plans.schema import ModelIdentity, Workload
+from yopo.support.console import track
+from yopo.support.errors import DataError, YopoError
+
+
+def identify(model: PreTrainedModel, name: str) -> ModelIdentity:
+    """Identity of a dense model in memory; ``name`` is what the user calls it.
+
+    Raises:
+        ModelError: No registered family, or an unsupported text decoder or vision tower.
+    """
+    family = family_of(model.config)
+    family.check_vision(model.config)
+    family.backbone(model.config)
+    fingerprint = fingerprint_of_decoder(model.get_decoder())
+    return ModelIdentity(name, family.name, shape_of(model.config), fingerprint)
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pairs: Iterable[Pair],
+    *,
+    name: str,
+    total: int | None = None,
+    batch_size: int = 8,
+    queries: str = "text",
+    provenance: Mapping[str, Any] | None = None,
+) -> Statistics:
+    """Run pairs through a dense model once and measure everything that plans are made of.
+
+    Args:
+        model: A multimodal model of a supported family, in eval mode.
+        processor: Its processor.
+        pairs: Image-question pairs; only prompts are used, not answers.
+        name: What the plan will call the model.
+        total: How many pairs to expect, for the progress bar.
+        batch_size: Pairs per forward.
+        queries: Which queries head activity sums over: ``text``, ``all`` or ``last``.
+        provenance: Added to what the statistics say of themselves.
+
+    Raises:
+        DataError: No pairs, or one that cannot be read.
+        YopoError: Out of memory; names the lever to pull.
+    """
+    identity = identify(model, name)
+    family = family_of(model.config)
+    groups = batches(pairs, batch_size)
+    groups = track(groups, label="calibrating", total=total, unit="pairs")
+    with observing(model, identity.shape, family, queries) as observer:
+        for group in groups:
+            _observe(model, processor, group, observer)
+        if not observer.rho:
+            raise DataError("There are no pairs to calibrate on.")
+        return _conclude(model, identity, observer, {"queries": queries, **(provenance or {})})
+
+
+def _observe(
+    model: PreTrainedModel, processor: ProcessorMixin, group: tuple[Pair, ...], observer: Observer
+) -> None:
+    batch = encode_for(model, processor, group)
+    observer.begin(batch.inputs["attention_mask"])
+    try:
+        model.base_model(**batch.inputs, use_cache=False)
+    except torch.OutOfMemoryError as error:
+        raise YopoError(
+            f"Out of memory at {len(group)} pairs per batch.",
+            remedy="Use a smaller --batch-size, or --dtype bfloat16.",
+        ) from error
+    observer.finish()
+
+
+def _conclude(
+    model: PreTrainedModel, identity: ModelIdentity, observer: Observer, provenance: dict[str, Any]
+) -> Statistics:
+    shape = identity.shape
+    rho = torch.cat(observer.rho)
+    names = family_of(model.config).backbone(model.config)
+    norms = [
+        getattr(layer.mlp, names.down).weight.detach().double().square().sum(dim=0).cpu()
+        for layer in model.get_decoder().layers
+    ]
+    grids = max(observer.grids.items(), key=lambda entry: (entry[1], len(entry[0])))[0]
+    samples = len(rho)
+    text, before = round(observer.text_tokens / samples), round(observer.text_before / samples)
+    return Statistics(
+        model=identity,
+        workload=Workload(grids, text, before),
+        rho=rho,
+        neuron_square=observer.neuron_square,
+        neuron_sum=observer.neuron_sum,
+        head_sum=observer.head_sum.reshape(shape.layers, shape.heads, shape.head_dim),
+        head_effect_sum=observer.head_effect_sum,
+        text_norm_sum=observer.text_norm_sum,
+        cross_modal_sum=observer.cross_modal_sum,
+        locality_sum=observer.locality_sum,
+        down_norm=torch.stack(norms),
+        visual_tokens=observer.visual_tokens,
+        text_queries=observer.text_queries,
+        provenance={"samples": samples, **provenance},
+    )

@@ -1,0 +1,173 @@
+"""Complete what ``save_pretrained`` wrote to a pruned checkpoint like those of ``bake``.
+
+The weights may have been trained since the plan was baked: heads and neurons still stand in its
+order, so the plan holds, under a fingerprint that is taken anew. Other budgets of the checkpoint
+that the model was loaded from are carried over as long as the weights are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from yopo.checkpoint.card import model_card
+from yopo.checkpoint.manifest import write_manifest
+from yopo.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint, fingerprint
+from yopo.checkpoint.sidecar_files import (
+    CARD_FILE,
+    CODE_FILE,
+    MODELING_CODE,
+    ORIGINAL_CARD_FILE,
+    PLAN_FILE,
+    PLAN_FILES,
+    TENSORS_FILE,
+    TENSORS_FILES,
+    config_json,
+    index_json,
+    numbered,
+)
+from yopo.models.fingerprint import is_same
+from yopo.plans.file import read_plan, to_yaml
+from yopo.plans.schema import Plan, TensorsFile
+from yopo.plans.tensors import PlanTensors
+from yopo.support import console
+from yopo.support.files import write_file
+
+Files = Mapping[str, bytes]
+"""Contents by file name."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Completes what a model that was loaded from a pruned checkpoint saves.
+
+    Attributes:
+        source: That checkpoint's directory: where its other plans and its original card are.
+    """
+
+    source: Path
+
+    def __call__(self, folder: Path, plan: Plan, tensors: PlanTensors, *, trained: bool) -> None:
+        """Write plans, their tensors, loader code, card and, last, config.json's entries.
+
+        Args:
+            folder: Weights and config.json, just written; files of a former plan are replaced.
+            plan: The plan that the model ran under.
+            tensors: Its means and its fitted weights as they are now.
+            trained: Whether the fitted weights may differ from those that were loaded.
+
+        Raises:
+            CheckpointError: The directory lacks a decoder weight or is otherwise unsuitable.
+            OutputError: A file cannot be written.
+        """
+        _remove_own_index(folder)
+        checkpoint = Checkpoint.open(folder)
+        found = fingerprint(checkpoint)
+        is_changed = not is_same(found, plan.model.fingerprint)
+        files = dict(self._other_plans(plan, is_changed=is_changed))
+        number = 0 if is_changed else self._number_of(plan)
+        if trained or is_changed or not _carry(plan, self.source, number, files):
+            plan = _write_plan(_retaken(plan, found), tensors, number, files)
+        original = self.source / ORIGINAL_CARD_FILE
+        if original.is_file():
+            files[ORIGINAL_CARD_FILE] = original.read_bytes()
+        size = 0 if plan.tensors is None else len(files[plan.tensors.file])
+        card = model_card(
+            plan,
+            folder.resolve().name,
+            original_card=original if original.is_file() else None,
+            tensors_bytes=size,
+            is_trained=trained or is_changed,
+        )
+        files |= {CARD_FILE: card.encode(), CODE_FILE: MODELING_CODE.encode()}
+        index = index_json(checkpoint) if size else None
+        if index is not None:
+            files[INDEX_FILE] = index.encode()
+        _remove_former(folder, keep=files)
+        for name, content in files.items():
+            write_file(folder / name, content)
+        # Last: without it the directory is a dense checkpoint, whatever happens before.
+        write_file(folder / "config.json", config_json(checkpoint).encode())
+        write_manifest(folder)
+
+    def _siblings(self) -> dict[int, Plan]:
+        """The plans of the source by their numbers; none where it is gone."""
+        found = {}
+        for file in self.source.glob(PLAN_FILES):
+            suffix = file.stem.removeprefix(Path(PLAN_FILE).stem).removeprefix("-")
+            if suffix.isdecimal() or not suffix:
+                found[int(suffix or 0)] = read_plan(file)
+        return dict(sorted(found.items()))
+
+    def _number_of(self, plan: Plan) -> int:
+        return next((number for number, each in self._siblings().items() if each == plan), 0)
+
+    def _other_plans(self, plan: Plan, *, is_changed: bool) -> dict[str, bytes]:
+        others = {number: each for number, each in self._siblings().items() if each != plan}
+        if is_changed and others:
+            budgets = ", ".join(f"{each.budget.reached:.3g}" for each in others.values())
+            console.warn(
+                f"The weights were trained: plans of other budgets ({budgets}) were made for "
+                f"those of {self.source} and are not saved."
+            )
+        files: dict[str, bytes] = {}
+        for number, each in others.items():
+            if not is_changed and is_same(each.model.fingerprint, plan.model.fingerprint):
+                _carry(each, self.source, number, files)
+        return files
+
+
+def _carry(plan: Plan, source: Path, number: int, files: dict[str, bytes]) -> bool:
+    """Take a plan and its tensors over as they are; returns whether they are there, unaltered."""
+    file = source / numbered(PLAN_FILE, number)
+    if not file.is_file() or read_plan(file) != plan:
+        return False
+    found = {file.name: file.read_bytes()}
+    if plan.tensors is not None:
+        side = source / plan.tensors.file
+        content = side.read_bytes() if side.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != plan.tensors.sha256:
+            return False
+        found[side.name] = content
+    files |= found
+    return True
+
+
+def _retaken(plan: Plan, fingerprint: str) -> Plan:
+    """The same plan for the weights as they are now."""
+    if is_same(plan.model.fingerprint, fingerprint):
+        return plan
+    origin = {**plan.provenance, "trained_from": plan.model.fingerprint}
+    return replace(plan, model=replace(plan.model, fingerprint=fingerprint), provenance=origin)
+
+
+def _write_plan(plan: Plan, tensors: PlanTensors, number: int, files: dict[str, bytes]) -> Plan:
+    """Add a plan and its tensors as they are now; returns it as written."""
+    named = None
+    if plan.compensation != "none":
+        content = tensors.for_plan(plan).to_bytes()
+        named = TensorsFile(numbered(TENSORS_FILE, number), hashlib.sha256(content).hexdigest())
+        files[named.file] = content
+    plan = replace(plan, tensors=named)
+    files[numbered(PLAN_FILE, number)] = to_yaml(plan).encode()
+    return plan
+
+
+def _remove_own_index(folder: Path) -> None:
+    """Remove the index of one file that was written here before: it may be of other tensors."""
+    path = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file() and path.is_file():
+        files = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        if set(files) == {SINGLE_FILE}:
+            path.unlink()
+
+
+def _remove_former(folder: Path, *, keep: Files) -> None:
+    """Remove what another plan left in a directory that is saved to again."""
+    for pattern in (PLAN_FILES, TENSORS_FILES):
+        for file in folder.glob(pattern):
+            if file.name not in keep:
+                file.unlink()

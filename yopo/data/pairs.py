@@ -1,0 +1,171 @@
+"""Image-question pairs: what calibration and evaluation measure on, decoded only when used."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from yopo.support.errors import DataError, YopoError
+from yopo.support.reading import open_regular
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+MAX_IMAGE_BYTES = 256 << 20
+"""Of an image file."""
+
+MAX_PIXELS = 64 << 20
+"""Of an image: decoded, upright and as RGB it takes some 600 MB. A file of 2 MB can hold more."""
+
+MAX_ASPECT = 200
+"""Longer side over shorter one: processors scale the shorter one up to hundreds of pixels."""
+
+_PROGRAMS = ("EPS", "WMF")
+"""Formats that are programs, which Pillow has other software run."""
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image that is read and decoded when it is needed, not before.
+
+    Attributes:
+        source: A local path, a remote address that ``datasets`` can read (``hf://``, ``zip://``),
+            the bytes of an image file, or a decoded image.
+        label: What messages call it, with the row it stands in: ``pairs.jsonl:3: image cat.png``.
+    """
+
+    source: Path | str | bytes | Image = field(repr=False)
+    label: str
+
+    def check(self) -> None:
+        """Refuse a local path where no file is, without decoding anything.
+
+        Raises:
+            DataError: There is no such file.
+        """
+        try:
+            is_missing = isinstance(self.source, Path) and not self.source.is_file()
+        except (OSError, ValueError):  # too long, or with a zero byte in it
+            is_missing = True
+        if is_missing:
+            raise DataError(
+                f"{self.label}: there is no file {self.source}.",
+                remedy="Image paths are relative to the folder of the file that names them.",
+            )
+
+    def load(self) -> Image:
+        """Decode the image, upright as its EXIF tag says, as RGB.
+
+        Raises:
+            DataError: The file is missing, cut off, too large, or no image.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        self.check()
+        try:
+            if isinstance(self.source, Image.Image):
+                return self._upright(self.source)
+            if isinstance(self.source, str):
+                return self._upright(_read_remote(self.source))
+            file, size = self._opened()
+            with file:
+                if size > MAX_IMAGE_BYTES:
+                    raise self._unreadable(f"it has {size:,} bytes; {MAX_IMAGE_BYTES:,} are read")
+                with warnings.catch_warnings():
+                    # Pillow's own limits are wider than ours.
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    image = Image.open(file)
+                with image:
+                    return self._upright(image)
+        except UnidentifiedImageError as error:
+            raise self._unreadable("not an image in a format that Pillow knows") from error
+        except (YopoError, MemoryError):
+            raise
+        except Exception as error:  # decoders and the EXIF reader raise whatever they stumble on
+            raise self._unreadable(str(error) or type(error).__name__) from error
+
+    def _opened(self) -> tuple[BinaryIO, int]:
+        if isinstance(self.source, bytes):
+            return BytesIO(self.source), len(self.source)
+        return open_regular(self.source, error=DataError)
+
+    def _upright(self, image: Image) -> Image:
+        """Decode an image after a look at what it claims to be; nothing is decoded before."""
+        width, height = image.size
+        if image.format in _PROGRAMS:
+            raise self._unreadable(f"{image.format} files are programs, which are not run")
+        if width * height > MAX_PIXELS:
+            raise self._unreadable(f"it has {width} x {height} pixels; {MAX_PIXELS:,} are decoded")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise self._unreadable(f"it is a line of {width} x {height} pixels")
+        return _upright_rgb(image)
+
+    def _unreadable(self, problem: str) -> DataError:
+        return DataError(
+            f"{self.label}: cannot be decoded: {problem}.",
+            remedy="Replace the file, or take the pair out of the data.",
+        )
+
+
+def _read_remote(address: str) -> Image:
+    """Fetch and decode an image of a streamed dataset, with the hub's token where it needs one."""
+    import datasets
+
+    return datasets.Image().decode_example({"path": address, "bytes": None})
+
+
+def _upright_rgb(image: Image) -> Image:
+    """Turn an image upright and into RGB as stock processors do: alpha is dropped, not blended."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # plain conversion clips 16 bits: all white
+        upright = upright.point(lambda value: value / 256).convert("L")
+    if upright.mode == "P" and "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+    return upright.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One or more images, a question about them, and its answers if they are known.
+
+    Attributes:
+        images: In the order of the prompt, at least one.
+        question: The question alone: no template, no image placeholder.
+        answers: Accepted answers; empty when the data has none.
+        kind: What kind of question it is, if the data says so.
+        id: The data's own id, else the row's number.
+        where: Where it stands, for messages: ``pairs.jsonl:3``.
+    """
+
+    images: tuple[ImageRef, ...]
+    question: str
+    answers: tuple[str, ...]
+    kind: str | None
+    id: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of one source; every iteration yields the same ones in the same order.
+
+    Attributes:
+        name: File name, hub id or ``demo:split``, for the plan's provenance; no machine path.
+        total: How many an iteration yields (at most, for a stream), or None when unknown.
+        digest: SHA-256 of the JSON text, the hub's commit, or None where neither is at hand.
+    """
+
+    name: str
+    total: int | None
+    digest: str | None
+    read: Callable[[], Iterator[Pair]] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return self.read()

@@ -1,0 +1,267 @@
+"""A row of data, in any of the usual forms, as a pair.
+
+Forms: plain columns (``image``, ``question``, ``answer``), LLaVA conversations, chat messages, and
+the ``texts`` turns of The Cauldron. Of a conversation the first question and answer count. What a
+question needs beside images, a video say, cannot be left out of it: such rows are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from yopo.data.pairs import ImageRef, Pair
+from yopo.support.documents import describe
+from yopo.support.errors import DataError, printable
+
+IMAGE_NAMES = ("images", "image", "image_path", "image_paths", "file_name", "file_names")
+QUESTION_NAMES = ("question", "query", "prompt", "text")
+ANSWER_NAMES = ("answers", "answer", "label", "multiple_choice_answer")
+KIND_NAMES = ("kind", "question_type", "category")
+ID_NAMES = ("id", "question_id", "questionid", "sample_id")
+_USER_ROLES = ("human", "user")
+_ASSISTANT_ROLES = ("gpt", "assistant")
+OTHER_MEDIA = {
+    "video": ("video", "videos", "video_path", "video_paths", "video_url"),
+    "audio": ("audio", "audios", "audio_path", "audio_paths", "audio_url", "input_audio"),
+}
+"""Columns, and types of a chat message's parts, that hold neither images nor text."""
+
+MAX_ANSWER_DEPTH = 4
+"""Lists inside lists of answers."""
+
+MAX_LABEL = 80
+"""Characters of a kind or a column's name, which tables and messages show."""
+
+MAX_NAMES = 20
+"""Columns that a message lists."""
+
+MAX_QUESTION = 1 << 20
+"""Characters: more than any model's context holds, and tokenizing takes memory."""
+
+_MEDIA_MARK = re.compile(r"<(video|audio)>", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"\s*<image>\s*")
+
+
+def without_placeholders(question: str) -> str:
+    """Return a question without literal ``<image>`` marks: the prompt's template sets those."""
+    return _PLACEHOLDER.sub(" ", question).strip()
+
+
+def pair_from_row(row: Any, *, where: str, number: int, folder: Path | None) -> Pair:
+    """Read one pair; unknown columns are ignored.
+
+    Args:
+        row: A mapping from column names (any case) to values.
+        where: The row in messages, ``pairs.jsonl:3``.
+        number: The row's number from 0, its id if the row names none.
+        folder: What relative image paths are relative to; None when there is no such folder.
+
+    Raises:
+        DataError: The row is no mapping, or has no image, no question, or one of a wrong type.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"{where}: a pair must be an object with an image and a question, "
+            f"found {describe(row)}."
+        )
+    columns = {str(name).lower(): value for name, value in row.items()}
+    _refuse_other_media(columns, where)
+    question, answer, inline = _question_and_answer(columns, where)
+    values = _as_list(_first(columns, IMAGE_NAMES)) or inline
+    if not values:
+        raise DataError(
+            f"{where}: the pair has no image (columns found: {_names(row)}).",
+            remedy=f"Name the image in one of the columns {', '.join(IMAGE_NAMES)}.",
+        )
+    kind, own_id = _first(columns, KIND_NAMES), _first(columns, ID_NAMES)
+    return Pair(
+        images=tuple(_image(value, where, folder) for value in values),
+        question=question,
+        answers=tuple(_answers(answer, where)),
+        kind=printable(kind[:MAX_LABEL]) if isinstance(kind, str) else None,
+        id=printable(str(own_id)) if isinstance(own_id, str | int) else str(number),
+        where=where,
+    )
+
+
+def _refuse_other_media(columns: dict[str, Any], where: str) -> None:
+    for kind, names in OTHER_MEDIA.items():
+        if _first(columns, names) is not None:
+            raise _other_media(kind, where)
+
+
+def _other_media(kind: str, where: str) -> DataError:
+    return DataError(
+        f"{where}: the question is about {'a video' if kind == 'video' else 'audio'} too, and only "
+        "images are measured.",
+        remedy="Take the pair out of the data, or name the video's frames as images.",
+    )
+
+
+def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any, list[Any]]:
+    """Return (question, raw answer or None, images that the question's message holds itself)."""
+    inline: list[Any] = []
+    is_flat = False
+    if isinstance(columns.get("conversations"), list):
+        turns = _turns(columns["conversations"], "from", "value", where)
+    elif isinstance(columns.get("messages"), list):
+        turns = _turns(columns["messages"], "role", "content", where)
+    elif isinstance(columns.get("texts"), list):
+        first = columns["texts"][0] if columns["texts"] else {}
+        first = first if isinstance(first, Mapping) else {}
+        turns = [(role, first.get(role)) for role in ("user", "assistant")]
+    else:
+        is_flat = True
+        turns = [("user", _first(columns, QUESTION_NAMES))]
+        turns.append(("assistant", _first(columns, ANSWER_NAMES)))
+    question, answer = _first_exchange(turns)
+    if isinstance(question, list) and not is_flat:
+        inline = list(_inline_images(question, where))
+        question = _joined_text(question)
+    if question is not None and not isinstance(question, str):
+        raise DataError(f"{where}: the question must be text, found {describe(question)}.")
+    mark = _MEDIA_MARK.search(question or "")
+    if mark is not None:
+        raise _other_media(mark[1].lower(), where)
+    if len(question or "") > MAX_QUESTION:
+        raise DataError(
+            f"{where}: the question has {len(question):,} characters; at most {MAX_QUESTION:,} are "
+            "read."
+        )
+    text = without_placeholders(question or "")
+    if not text:
+        raise DataError(
+            f"{where}: the pair has no question (columns found: {_names(columns)}).",
+            remedy=f"Put it in one of the columns {', '.join(QUESTION_NAMES)}, "
+            "conversations or messages.",
+        )
+    if isinstance(answer, list) and not is_flat:
+        answer = _joined_text(answer)
+    return text, answer, inline
+
+
+def _turns(value: list[Any], role: str, content: str, where: str) -> list[tuple[Any, Any]]:
+    """Read conversation turns as (role, content)."""
+    for turn in value:
+        if not isinstance(turn, Mapping) or role not in turn or content not in turn:
+            raise DataError(
+                f"{where}: every turn of the conversation needs '{role}' and '{content}', "
+                f"found {describe(turn)}."
+            )
+    return [(turn[role], turn[content]) for turn in value]
+
+
+def _first_exchange(turns: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Return the first user turn and the assistant turn right behind it, None where missing."""
+    for index, (role, content) in enumerate(turns):
+        if role in _USER_ROLES:
+            following = turns[index + 1 :][:1]
+            answered = following and following[0][0] in _ASSISTANT_ROLES
+            return content, following[0][1] if answered else None
+    return None, None
+
+
+def _joined_text(parts: list[Any]) -> str | None:
+    """Return the text of a chat message's list of typed parts."""
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return " ".join(text for text in texts if isinstance(text, str)) or None
+
+
+def _inline_images(parts: list[Any], where: str) -> Iterator[Any]:
+    for part in parts:
+        if not isinstance(part, Mapping):
+            continue
+        for kind, names in OTHER_MEDIA.items():
+            if part.get("type") in names:
+                raise _other_media(kind, where)
+        if part.get("type") in ("image", "image_url"):
+            value = _first(part, ("image", "path", "url", "image_url"))
+            if isinstance(value, Mapping) and "url" in value:
+                value = value["url"]
+            if value is not None:
+                yield value
+
+
+def _image(value: Any, where: str, folder: Path | None) -> ImageRef:
+    """Read an image column's value: path, bytes, ``{"bytes", "path"}`` or a decoded image."""
+    from PIL import Image
+
+    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+        held, path = value.get("bytes"), value.get("path")
+        if isinstance(held, bytes | bytearray | memoryview):
+            name = Path(path).name if isinstance(path, str) else f"of {len(held)} bytes"
+            return ImageRef(bytes(held), f"{where}: image {name}")
+        if held is not None:
+            raise DataError(f"{where}: an image's bytes must be bytes, found {describe(held)}.")
+        value = path
+    if isinstance(value, bytes):
+        return ImageRef(value, f"{where}: image of {len(value)} bytes")
+    if isinstance(value, Image.Image):
+        return ImageRef(value, f"{where}: image {getattr(value, 'filename', '') or 'in memory'}")
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{where}: the image must be a path or an image, found {describe(value)}.")
+    return _image_at(value, where, folder)
+
+
+def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:
+    label = f"{where}: image {address}"
+    if any(part.startswith(("http:", "https:", "data:")) for part in address.split("::")):
+        raise DataError(
+            f"{where}: the image is an address ({describe(address)}), not a file.",
+            remedy="Download the images and name the files.",
+        )
+    if "://" in address:
+        return ImageRef(address, label)
+    try:
+        path = Path(address).expanduser()
+    except RuntimeError:  # there is no such user: then it is a name that starts like that
+        path = Path(address)
+    if not path.is_absolute():
+        if folder is None:
+            raise DataError(
+                f"{where}: the image is a path ({address}) that leads nowhere from here.",
+                remedy="Use a dataset that holds its images, or a JSONL file next to them.",
+            )
+        path = folder / path
+    return ImageRef(path, label)
+
+
+def _answers(value: Any, where: str, depth: int = 0) -> Iterator[str]:
+    """Yield the answers of a text, a number, a list of them, or VQA's ``[{"answer": ...}]``."""
+    if isinstance(value, Mapping) and "answer" in value:
+        value = value["answer"]
+    if value is None or value == "":
+        return
+    if isinstance(value, str | int | float):
+        yield str(value)
+    elif isinstance(value, list | tuple) and depth < MAX_ANSWER_DEPTH:
+        for each in value:
+            yield from _answers(each, where, depth + 1)
+    else:
+        raise DataError(
+            f"{where}: an answer must be text or a list of texts, found {describe(value)}."
+        )
+
+
+def _first(columns: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """Return the first of the named columns that holds something (not null, not empty)."""
+    for name in names:
+        value = columns.get(name)
+        if value is not None and not (isinstance(value, str | list | tuple) and len(value) == 0):
+            return value
+    return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _names(columns: Mapping[str, Any]) -> str:
+    names = [str(name)[:MAX_LABEL] for name in columns]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return (", ".join(names[:MAX_NAMES]) or "none") + more

@@ -1,0 +1,186 @@
+"""Which pairs are fitted on and which judged on: never the same pairs, nor the same images.
+
+A plan that is judged on the pairs it was fitted on looks better than it is, the more so the fewer
+there are. So the pairs are divided before anything is measured. Pairs that share an image stay on
+one side: told apart by their questions alone they would give the answer away. Images are the same
+if their bytes are; a copy in another format or size is not recognised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from yopo.data.pairs import ImageRef, Pair
+from yopo.support.console import warn
+
+FEW = 32
+"""Pairs below which a warning is given."""
+
+MIN_SIDE = 8
+"""Pairs that fitting, comparing and a tolerance need each: what fewer say of plans is chance."""
+
+Group = list[int]
+"""Numbers of pairs that have to stay together."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which pairs of a source serve which purpose, by their numbers in its order.
+
+    Attributes:
+        statistics: Scores and means are taken from these.
+        fit: Visual weights are fitted on these: some or all of ``statistics``.
+        held_out: Candidate plans are compared on these, and nothing else is done with them. Empty
+            if that is not wanted, or there are too few pairs.
+        aside: A tolerance is met on these, and nothing else is done with them; as ``held_out``.
+        total: Pairs of the source.
+        images: Pairs that share an image count once here.
+    """
+
+    statistics: frozenset[int]
+    fit: frozenset[int]
+    held_out: frozenset[int]
+    aside: frozenset[int]
+    total: int
+    images: int
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """What a plan says of it."""
+        sides = {"statistics": self.statistics, "fit": self.fit}
+        sides |= {"held_out": self.held_out, "aside": self.aside}
+        return {name: len(numbers) for name, numbers in sides.items()}
+
+
+def split_pairs(
+    pairs: Iterable[Pair], *, seed: int, fit: int, held_out: int = 0, aside: int = 0
+) -> Split:
+    """Divide pairs, at random but always alike for a seed.
+
+    Held-out pairs and pairs aside are a quarter of all each, but at least ``MIN_SIDE``, and never
+    more than is asked for. If that leaves less than ``MIN_SIDE`` to any purpose, nothing is held
+    out or set aside.
+
+    Args:
+        pairs: Read once; images are digested, not decoded.
+        seed: Another seed, another division.
+        fit: Pairs to fit weights on at most.
+        held_out: Pairs to judge on at most; 0: none are needed.
+        aside: Pairs to set aside at most; 0: none are needed.
+
+    Raises:
+        DataError: A pair or its image cannot be read.
+    """
+    groups = group_by_image(pairs)
+    random.Random(seed).shuffle(groups)
+    everything = [number for group in groups for number in group]
+    total = len(everything)
+    share = max(total // 4, MIN_SIDE)
+    apart, left = _take(groups, min(aside, share))
+    judged, left = _take(left, min(held_out, share))
+    rest = [number for group in left for number in group]
+    needed = [rest] + [judged] * bool(held_out) + [apart] * bool(aside)
+    if min(map(len, needed)) < MIN_SIDE:
+        rest, judged, apart = everything, [], []
+    sides = (frozenset(numbers) for numbers in (rest, rest[:fit], judged, apart))
+    return Split(*sides, total, len(groups))
+
+
+def pick(pairs: Iterable[Pair], numbers: frozenset[int]) -> Iterator[Pair]:
+    """The pairs of these numbers, in the source's order; reads no further than the last."""
+    if not numbers:
+        return
+    last = max(numbers)
+    for number, pair in enumerate(pairs):
+        if number in numbers:
+            yield pair
+        if number == last:
+            return
+
+
+def warn_if_few(split: Split) -> None:
+    """Say so where there are too few pairs, or images, for what they say to hold for others."""
+    if split.images < FEW:
+        warn(
+            f"Only {describe(split)} to calibrate on: what so few say need not hold for other "
+            f"images. Give at least {FEW}, better 256 (--data, --samples)."
+        )
+
+
+def describe(split: Split) -> str:
+    """How many pairs there are, and of how many images where those are fewer."""
+    pairs = f"{split.total} pair{'s' * (split.total != 1)}"
+    if split.images == split.total:
+        return pairs
+    return f"{pairs} of {split.images} different image{'s' * (split.images != 1)}"
+
+
+def group_by_image(pairs: Iterable[Pair]) -> list[Group]:
+    """Group pairs that share an image, directly or through others; in order of their first."""
+    parents: list[int] = []
+    first_with: dict[str, int] = {}
+    for number, pair in enumerate(pairs):
+        parents.append(number)
+        for image in pair.images:
+            other = first_with.setdefault(image_digest(image), number)
+            roots = sorted((_root(parents, other), _root(parents, number)))
+            parents[roots[1]] = roots[0]
+    groups: dict[int, Group] = {}
+    for number in range(len(parents)):
+        groups.setdefault(_root(parents, number), []).append(number)
+    return list(groups.values())
+
+
+def _root(parents: list[int], number: int) -> int:
+    """The first number of a group, by the chain of parents, which is shortened on the way."""
+    while parents[number] != number:
+        parents[number] = parents[parents[number]]
+        number = parents[number]
+    return number
+
+
+def _take(groups: Sequence[Group], wanted: int) -> tuple[Group, list[Group]]:
+    """Take whole groups, at most so many pairs of them; where none is as small, a part of one.
+
+    Returns:
+        (numbers taken, groups left). Of a group that is taken in part the rest is left out.
+    """
+    taken: Group = []
+    left: list[Group] = []
+    for group in groups:
+        if len(taken) + len(group) <= wanted:
+            taken += group
+        else:
+            left.append(group)
+    if wanted and not taken and len(left) > 1:
+        smallest = min(left, key=len)
+        taken = smallest[:wanted]
+        left = [group for group in left if group is not smallest]
+    return taken, left
+
+
+def image_digest(image: ImageRef) -> str:
+    """What tells an image from others: its bytes; of a remote one its address.
+
+    Raises:
+        DataError: There is no such file.
+    """
+    source = image.source
+    if isinstance(source, str):
+        return source
+    if isinstance(source, Path):
+        image.check()
+        try:
+            with source.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:  # whoever decodes it says what is wrong
+            return str(source)
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    content = hashlib.sha256(f"{source.mode} {source.size}".encode())
+    content.update(source.tobytes())
+    return content.hexdigest()

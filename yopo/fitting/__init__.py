@@ -1,0 +1,1 @@
+"""Least squares for what visual tokens compute: profiles, fitted weights, the layerwise walk."""

@@ -1,0 +1,63 @@
+"""The model at hand, for what only it can tell: what things are worth, and fitted weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel
+
+from yopo.data.prompts import Batch
+from yopo.fitting.profile import Profile, profile
+from yopo.fitting.refit import refit
+from yopo.models.family import shape_of
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors
+from yopo.support.errors import YopoError
+
+
+class Fitter:
+    """Profiles a dense model and fits plans to it.
+
+    Args:
+        model: In memory.
+        encode: Encodes the calibration prompts; called once, when they are first needed.
+    """
+
+    def __init__(self, model: PreTrainedModel, encode: Callable[[], Sequence[Batch]]):
+        self._model, self._encode = model, encode
+
+    @cached_property
+    def _batches(self) -> Sequence[Batch]:
+        return self._encode()
+
+    @cached_property
+    def profile(self) -> Profile:
+        """Walks the dense model once.
+
+        Raises:
+            DataError: No pair holds an image.
+            YopoError: Out of memory; names the lever to pull.
+        """
+        with self._in_memory():
+            return profile(self._model, self._batches, shape_of(self._model.config))
+
+    def tensors(self, plan: Plan, tensors: PlanTensors) -> PlanTensors:
+        """The tensors with the weights that a plan with ``compensation: refit`` needs."""
+        with self._in_memory():
+            fitted = refit(self._model, self._batches, plan, tensors.neuron_order)
+        return replace(tensors, refit=fitted)
+
+    @contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            pairs = sum(len(batch) for batch in self._batches)
+            raise YopoError(
+                f"Out of memory: the states of {pairs} pairs are kept while weights are fitted.",
+                remedy="Use fewer --fit-pairs, --dtype bfloat16, or --compensation none.",
+            ) from error

@@ -1,0 +1,223 @@
+"""Carry batches through a decoder layer by layer: the dense model beside the pruned one.
+
+One layer is at work at a time, so that statistics of one layer are in memory at a time and a fit
+sees, as in SparseGPT and GPTQ, the inputs that the already pruned layers in front give it and the
+outputs that the dense model would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from yopo.data.prompts import Batch
+from yopo.models.family import Backbone
+from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.registry import family_of
+from yopo.plans.schema import Plan
+from yopo.runtime.attention_masks import Geometry
+from yopo.runtime.cache import PrunedCacheLayer, TokenIndex
+from yopo.runtime.decoder import rotary_positions
+from yopo.runtime.layer import LayerRun, Rotary
+from yopo.runtime.weights import VisualLayer, check_plain
+from yopo.support.errors import DataError
+
+
+@dataclass
+class DenseBatch:
+    """One batch on its way through the dense decoder.
+
+    Attributes:
+        hidden: (batch, sequence, hidden) input of the next layer.
+        layout: Where its visual tokens are.
+        arguments: What the stock model passes to each layer beside the hidden states.
+        positions: Position ids of the forward, or None.
+        mask: (batch, sequence) attention mask.
+        stack: DeepStack features, (visual tokens, hidden) each, added behind the first layers.
+    """
+
+    hidden: torch.Tensor
+    layout: TokenLayout
+    arguments: list[dict[str, Any]]
+    positions: torch.Tensor | None
+    mask: torch.Tensor | None
+    stack: tuple[torch.Tensor, ...]
+
+    def visual(self, states: torch.Tensor) -> torch.Tensor:
+        """(visual tokens of all rows, hidden) of (batch, sequence, hidden) states, no padding."""
+        return real_rows(self.layout, self.layout.visual.gather(states))
+
+
+def real_rows(layout: TokenLayout, states: torch.Tensor) -> torch.Tensor:
+    """(tokens, width) of (batch, visual, width) states, stream padding left out."""
+    mask = layout.visual.mask
+    return states.flatten(0, 1) if mask is None else states[mask]
+
+
+@dataclass(frozen=True)
+class DenseStates:
+    """Dense visual states of one batch around one layer, (visual tokens, hidden) each."""
+
+    before: torch.Tensor
+    middle: torch.Tensor
+    behind: torch.Tensor
+
+
+class DenseWalk:
+    """The dense decoder, one layer per step, over batches that are kept in memory.
+
+    Args:
+        model: A dense multimodal model in memory.
+        batches: Encoded prompts; those without an image are left out.
+
+    Attributes:
+        batches: How far each batch is.
+
+    Raises:
+        DataError: No batch holds an image.
+        ModelError: A layer's weights cannot be read (see ``check_plain``).
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Iterable[Batch]):
+        self.decoder = model.get_decoder()
+        self.names: Backbone = family_of(model.config).backbone(model.config)
+        check_plain(self.decoder, len(self.decoder.layers), self.names)
+        found = (_enter(model, batch) for batch in batches)
+        self.batches = [batch for batch in found if batch is not None]
+        if not self.batches:
+            raise DataError("No calibration pair holds an image to fit visual weights on.")
+
+    @torch.no_grad()
+    def step(self, number: int) -> list[DenseStates]:
+        """Run layer ``number`` on all batches."""
+        return [self._step(number, batch) for batch in self.batches]
+
+    def _step(self, number: int, batch: DenseBatch) -> DenseStates:
+        layer, middle = self.decoder.layers[number], []
+        norm = getattr(layer, self.names.ffn_norm)
+        handle = norm.register_forward_pre_hook(lambda module, args: middle.append(args[0]))
+        try:
+            output = layer(batch.hidden, **batch.arguments[number])
+        finally:
+            handle.remove()
+        output = output[0] if isinstance(output, tuple) else output
+        states = DenseStates(
+            batch.visual(batch.hidden), batch.visual(middle[0]), batch.visual(output)
+        )
+        batch.hidden = add_stack(output, batch, number)
+        return states
+
+
+def add_stack(hidden: torch.Tensor, batch: DenseBatch, number: int) -> torch.Tensor:
+    """Add a layer's DeepStack features to (batch, sequence, hidden) states."""
+    if number >= len(batch.stack):
+        return hidden
+    hidden, stream = hidden.clone(), batch.layout.visual
+    added = stream.gather(hidden) + stream.unflatten(batch.stack[number].to(hidden))
+    stream.scatter(hidden, added)
+    return hidden
+
+
+class _Entered(Exception):
+    """Stops a forward where the decoder begins."""
+
+
+@torch.no_grad()
+def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
+    """Run a prompt up to the decoder and note what it is given."""
+    family, decoder = family_of(model.config), model.get_decoder()
+    probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
+    given: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
+    states: list[torch.Tensor] = []
+
+    def at_decoder(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given.update(kwargs, layout=probe.layout)
+        if probe.layout is None:
+            raise _Entered
+
+    def at_layer(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)  # the layer's own call must not lose anything
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        states.extend([] if states else [hidden])
+        layers.append(kwargs)
+
+    handles = [decoder.register_forward_pre_hook(at_decoder, with_kwargs=True)]
+    handles += [
+        layer.register_forward_pre_hook(at_layer, with_kwargs=True) for layer in decoder.layers
+    ]
+    try:
+        model.base_model(**batch.inputs, use_cache=False)
+    except _Entered:
+        return None
+    finally:
+        probe.remove()
+        for handle in handles:
+            handle.remove()
+    return DenseBatch(
+        hidden=states[0],
+        layout=given["layout"],
+        arguments=layers,
+        positions=given.get("position_ids"),
+        mask=batch.inputs.get("attention_mask"),
+        stack=tuple(given.get("deepstack_visual_embeds") or ()),
+    )
+
+
+@dataclass
+class PrunedBatch:
+    """One batch on its way through the pruned decoder: both streams and what they need."""
+
+    text: torch.Tensor
+    visual: torch.Tensor
+    text_rotary: Rotary
+    visual_rotary: Rotary
+    geometry: Geometry
+    dense: DenseBatch
+
+    def run(self, walk: DenseWalk, number: int, part: VisualLayer) -> LayerRun:
+        """One layer on this batch, with a cache of its own that nobody else sees."""
+        cache = PrunedCacheLayer(part.split, TokenIndex(), is_first=False)
+        return LayerRun(walk.decoder.layers[number], part, walk.names, self.geometry, cache)
+
+    def real(self, states: torch.Tensor) -> torch.Tensor:
+        """(visual tokens, width) of (batch, visual, width) states."""
+        return real_rows(self.dense.layout, states)
+
+
+def pruned_batches(walk: DenseWalk, plan: Plan) -> list[PrunedBatch]:
+    """Split every batch of a walk that has not begun into its two streams."""
+    return [_split(walk, plan, batch) for batch in walk.batches]
+
+
+@torch.no_grad()
+def _split(walk: DenseWalk, plan: Plan, batch: DenseBatch) -> PrunedBatch:
+    hidden, layout = batch.hidden, batch.layout
+    count, length, _ = hidden.shape
+    geometry = Geometry(
+        layout,
+        count,
+        length,
+        batch.mask,
+        TokenIndex(),
+        bidirectional=plan.bidirectional,
+        device=hidden.device,
+    )
+    positions = batch.positions
+    if positions is None:
+        positions = torch.arange(length, device=hidden.device).expand(count, -1)
+    positions = rotary_positions(positions, walk.names.position_axes)
+    rotary = walk.decoder.rotary_emb(hidden, position_ids=positions)
+    rotary = tuple(each.expand(count, -1, -1) for each in rotary)
+    return PrunedBatch(
+        text=layout.text.gather(hidden),
+        visual=layout.visual.gather(hidden),
+        text_rotary=tuple(layout.text.gather(each) for each in rotary),
+        visual_rotary=tuple(layout.visual.gather(each) for each in rotary),
+        geometry=geometry,
+        dense=batch,
+    )

@@ -1,0 +1,128 @@
+"""What each thing that visual tokens compute is worth, layer by layer, in one dense walk.
+
+Scores that a single streaming pass cannot give, because they need the covariance of a layer's
+inputs: what attention adds that no linear map of a token's own state could, how narrow a
+bottleneck the projections bear, how much of a layer's update a linear map of some rank explains.
+One layer's moments are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from yopo.data.prompts import Batch
+from yopo.fitting.layerwise import DenseWalk
+from yopo.fitting.least_squares import (
+    Gram,
+    Moments,
+    Projections,
+    explained,
+    explained_in_all,
+    ridge,
+)
+from yopo.plans.schema import ModelShape, full_layer
+from yopo.runtime.weights import Extras, VisualLayer
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Energies over visual tokens, relative to the squared norm of the residual stream; float64.
+
+    L layers, H query heads, d hidden width.
+
+    Attributes:
+        mixing: (L, H), what a head gathers from other tokens: the energy of its output behind the
+            output projection that no affine map of the token's own normed state predicts.
+        lost: (L, d + 1), share of the variance of queries, keys and values that a bottleneck of
+            rank 0, 1, ..., d loses.
+        unmapped: (L, d + 1), energy of a layer's update that an affine map of rank 0, 1, ..., d of
+            the normed state leaves.
+        bent: (L,), energy of the FFN's output that no affine map of its input predicts.
+    """
+
+    mixing: torch.Tensor
+    lost: torch.Tensor
+    unmapped: torch.Tensor
+    bent: torch.Tensor
+
+
+@torch.no_grad()
+def profile(model: PreTrainedModel, batches: Iterable[Batch], shape: ModelShape) -> Profile:
+    """Profile a dense model on encoded prompts.
+
+    Raises:
+        DataError: No batch holds an image.
+    """
+    walk = DenseWalk(model, batches)
+    rows = [_profile_layer(walk, number, shape) for number in range(shape.layers)]
+    columns = (torch.stack([each.cpu() for each in column]) for column in zip(*rows, strict=True))
+    return Profile(*columns)
+
+
+def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[torch.Tensor, ...]:
+    """(mixing, lost, unmapped, bent) of one layer; takes the walk past it."""
+    layer, names = walk.decoder.layers[number], walk.names
+    device, width = next(layer.parameters()).device, shape.heads * shape.head_dim
+    heads = Moments(shape.hidden, width, device)
+    outputs = Moments(width, 0, device)
+    update = Moments(shape.hidden, shape.hidden, device)
+    ffn = Moments(shape.hidden, shape.hidden, device)
+    change, bend, energy, count = 0.0, 0.0, 0.0, 0
+    gathered: list[torch.Tensor] = []
+    handle = getattr(layer.self_attn, names.output).register_forward_pre_hook(
+        lambda module, args: gathered.append(args[0])
+    )
+    try:
+        states = walk.step(number)
+    finally:
+        handle.remove()
+    attention_norm, ffn_norm = getattr(layer, names.attention_norm), getattr(layer, names.ffn_norm)
+    for batch, each, mixed in zip(walk.batches, states, gathered, strict=True):
+        mixed = batch.visual(mixed)
+        heads.add(attention_norm(each.before), mixed)
+        outputs.add(mixed)
+        update.add(ffn_norm(each.before), each.behind - each.before)
+        ffn.add(ffn_norm(each.middle), each.behind - each.middle)
+        energy += float(each.before.float().square().sum(dtype=torch.float64))
+        change += float((each.behind - each.before).float().square().sum(dtype=torch.float64))
+        bend += float((each.behind - each.middle).float().square().sum(dtype=torch.float64))
+        count += len(each.before)
+    energy, change, bend = energy / count, change / count, bend / count
+    stock = VisualLayer(layer, full_layer(shape), shape, names, Extras())  # its own projections
+    inputs, updated, fed = heads.gram(), update.gram(), ffn.gram()
+    mixing = _mixing(inputs, outputs.gram(), stock, shape)
+    lost = _lost(inputs, stock)
+    left = change - float(updated.target_mean.square().sum())
+    unmapped = _tail(left, explained(updated), shape.hidden)
+    straight = float(fed.target_mean.square().sum()) + explained_in_all(fed)
+    bent = torch.tensor(max(bend - straight, 0.0), dtype=torch.float64)
+    return mixing / energy, lost, unmapped / energy, bent / energy
+
+
+def _lost(inputs: Gram, stock: VisualLayer) -> torch.Tensor:
+    weights = [getattr(stock, name).matrix()[0] for name in ("query", "key", "value")]
+    return Projections(inputs, weights).lost()
+
+
+def _mixing(inputs: Gram, outputs: Gram, stock: VisualLayer, shape: ModelShape) -> torch.Tensor:
+    """(heads,) energy behind the output projection that the token's own state does not predict."""
+    weight, _ = ridge(inputs)
+    rest = outputs.covariance - weight @ inputs.cross
+    out = stock.output.matrix()[0].to(rest).unflatten(1, (shape.heads, shape.head_dim))
+    blocks = rest.unflatten(0, (shape.heads, shape.head_dim))
+    blocks = blocks.unflatten(2, (shape.heads, shape.head_dim))
+    energies = [
+        torch.einsum("di,ij,dj->", out[:, head], blocks[head, :, head], out[:, head])
+        for head in range(shape.heads)
+    ]
+    return torch.stack(energies).clamp(min=0)
+
+
+def _tail(total: float, parts: torch.Tensor, width: int) -> torch.Tensor:
+    """(width + 1,) what is left of a total without 0, 1, ... of its largest parts."""
+    left = total - torch.cat([parts.new_zeros(1), parts.cumsum(0)])
+    return left.clamp(min=0)[: width + 1]

@@ -1,0 +1,210 @@
+"""Fit a plan's visual weights to the dense model, layer by layer.
+
+Text keeps the original weights, so what visual tokens compute can be fitted freely. Layer by layer,
+on the visual states that the pruned layers in front really give:
+
+1. projections: queries, keys and values of the kept heads through one bottleneck, the best of its
+   rank for these inputs (a singular value decomposition in the metric of their covariance);
+2. output projection over the attending heads, by least squares to what the dense layer's visual
+   states are behind attention: it makes up for pruned heads as far as the kept ones tell, and for
+   what the layers in front got wrong;
+3. down projection over the kept neurons and the linear map, likewise, to what the dense layer's
+   visual states are behind the FFN. Where no visual token attends the map stands for attention too.
+
+Sources: FLAP (mean compensation as the special case without a refit), SlimGPT and FASP (least
+squares), Olica (a low-rank map of the residual), ReplaceMe (a linear map instead of blocks),
+SparseGPT (sequential inputs); formulas in their centred form, on visual tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from yopo.data.prompts import Batch
+from yopo.fitting.layerwise import DenseStates, DenseWalk, PrunedBatch, pruned_batches
+from yopo.fitting.least_squares import (
+    Gram,
+    Moments,
+    Projections,
+    low_rank,
+    reduced_rank,
+    ridge,
+)
+from yopo.models.family import Backbone
+from yopo.plans.schema import LayerPlan, ModelShape, Plan
+from yopo.plans.tensors import refit_sizes
+from yopo.runtime.weights import Extras, VisualLayer
+
+Weights = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def refit(
+    model: PreTrainedModel, batches: Iterable[Batch], plan: Plan, order: torch.Tensor | None
+) -> dict[int, Weights]:
+    """Fit the weights that a plan with ``compensation: refit`` needs.
+
+    Args:
+        model: The dense model, in memory.
+        batches: Encoded prompts with images.
+        plan: The plan.
+        order: (layers, ffn) neurons from most to least important; None: as they stand.
+
+    Returns:
+        Layer -> its weights (see ``refit_sizes``), in the model's dtype, on the CPU.
+
+    Raises:
+        DataError: No batch holds an image.
+    """
+    walk = DenseWalk(model, batches)
+    pruned = pruned_batches(walk, plan)
+    fitted = {}
+    for number in range(plan.visual_depth):
+        dense = walk.step(number)
+        extras = Extras(None if order is None else order[number])
+        fit = LayerFit(walk, plan.layers[number], plan.model.shape, number, extras)
+        weights = fit.run(pruned, dense)
+        if weights:
+            kind = next(walk.decoder.layers[number].parameters()).dtype
+            fitted[number] = {name: each.to("cpu", kind) for name, each in weights.items()}
+    return fitted
+
+
+class LayerFit:
+    """The fit of one layer.
+
+    Args:
+        walk: The dense decoder.
+        layer: What the plan says of the layer.
+        shape: The decoder's dimensions.
+        number: Which layer.
+        extras: Its neuron order.
+    """
+
+    def __init__(
+        self, walk: DenseWalk, layer: LayerPlan, shape: ModelShape, number: int, extras: Extras
+    ):
+        self.walk, self.layer, self.shape = walk, layer, shape
+        self.number, self.extras = number, extras
+        self.wanted = refit_sizes(layer, shape)
+        self.module = walk.decoder.layers[number]
+        self.names: Backbone = walk.names
+        self.weights: Weights = {}
+
+    def run(self, batches: list[PrunedBatch], dense: list[DenseStates]) -> Weights:
+        """Fit, and take the batches through the fitted layer."""
+        if "reduce" in self.wanted:
+            self.weights |= self.projections(batches)
+        part = self.part()
+        runs = [batch.run(self.walk, self.number, part) for batch in batches]
+        mixed = []
+        for batch, run in zip(batches, runs, strict=True):
+            batch.text, gathered = run.attend(
+                batch.text, batch.visual, batch.text_rotary, batch.visual_rotary
+            )
+            mixed.append(gathered)
+        if "output" in self.wanted:
+            self.weights |= self.output(batches, mixed, dense)
+            part = self.part()
+        for batch, run, gathered in zip(batches, runs, mixed, strict=True):
+            run.part = part
+            batch.visual = run.add_attention(batch.visual, gathered)
+        if "ffn_bias" in self.wanted:
+            self.weights |= self.ffn(batches, dense, part)
+            part = self.part()
+        for batch, run in zip(batches, runs, strict=True):
+            run.part = part
+            batch.text, batch.visual = run.feed(batch.text, batch.visual)
+            if self.number < len(batch.dense.stack):
+                stream = batch.dense.layout.visual
+                added = stream.unflatten(batch.dense.stack[self.number].to(batch.visual))
+                batch.visual = batch.visual + added
+        return self.weights
+
+    def part(self) -> VisualLayer:
+        """The visual layer with what is fitted so far; the layer's own weights elsewhere."""
+        extras = Extras(self.extras.order, refit=self.weights)
+        return VisualLayer(self.module, self.layer, self.shape, self.names, extras)
+
+    def projections(self, batches: list[PrunedBatch]) -> Weights:
+        """Queries, keys and values through the bottleneck."""
+        stock = VisualLayer(
+            self.module, replace(self.layer, rank=None), self.shape, self.names, Extras()
+        )
+        norm = getattr(self.module, self.names.attention_norm)
+        moments = self._moments(0)
+        for batch in batches:
+            moments.add(batch.real(norm(batch.visual)))
+        names = [name for name in ("query", "key", "value") if name in self.wanted]
+        parts = [getattr(stock, name).matrix() for name in names]
+        projections = Projections(moments.gram(), [weight for weight, _ in parts])
+        best = projections.at_rank(self.layer.rank, [bias for _, bias in parts])
+        weights = {"reduce": best.reduce}
+        for name, expand, bias in zip(names, best.expand, best.bias, strict=True):
+            weights |= {name: expand, f"{name}_bias": bias}
+        return weights
+
+    def output(
+        self,
+        batches: list[PrunedBatch],
+        mixed: list[torch.Tensor],
+        dense: list[DenseStates],
+    ) -> Weights:
+        """The output projection over the attending heads."""
+        own, _ = self.part().output.matrix()
+        moments = Moments(own.shape[1], self.shape.hidden, own.device)
+        for batch, gathered, states in zip(batches, mixed, dense, strict=True):
+            moments.add(batch.real(gathered), states.middle - batch.real(batch.visual))
+        weight, bias = ridge(moments.gram(), toward=own)
+        return {"output": weight, "output_bias": bias}
+
+    def ffn(
+        self, batches: list[PrunedBatch], dense: list[DenseStates], part: VisualLayer
+    ) -> Weights:
+        """The down projection over the kept neurons, and the linear map.
+
+        With both, the map is the low-rank part of their joint fit, and the down projection is
+        fitted again to what the map leaves.
+        """
+        neurons = self.layer.neurons
+        moments = self._moments(self.shape.hidden, neurons)
+        norm = getattr(self.module, self.names.ffn_norm)
+        for batch, states in zip(batches, dense, strict=True):
+            normed = norm(batch.visual)
+            inputs = batch.real(normed)
+            if neurons:
+                inputs = torch.cat([batch.real(part.activations(normed)), inputs], dim=1)
+            moments.add(inputs, states.behind - batch.real(batch.visual))
+        if not neurons:
+            out, inner, bias = reduced_rank(moments.gram(), self.layer.linear)
+            return {"map_out": out, "map_in": inner, "ffn_bias": bias}
+        own, _ = part.down.matrix()
+        return neurons_and_map(moments.gram(), own, self.layer.linear)
+
+    def _moments(self, targets: int, more: int = 0) -> Moments:
+        device = next(self.module.parameters()).device
+        return Moments(self.shape.hidden + more, targets, device)
+
+
+def neurons_and_map(gram: Gram, own: torch.Tensor, rank: int) -> Weights:
+    """Fit a down projection and a low-rank map of the FFN's input together.
+
+    Args:
+        gram: Of (activations of the kept neurons, normed input) and the target.
+        own: (hidden, neurons) down projection to stay near.
+        rank: Of the map; 0: none.
+    """
+    neurons = own.shape[1]
+    if not rank:
+        weight, bias = ridge(gram.first(neurons), toward=own)
+        return {"down": weight, "ffn_bias": bias}
+    rest = len(gram.covariance) - neurons
+    joint, _ = ridge(gram, toward=torch.cat([own, own.new_zeros(len(own), rest)], dim=1))
+    root = torch.linalg.cholesky(gram.damped[neurons:, neurons:])
+    out, inner = low_rank(joint[:, neurons:], root, rank)
+    weight, bias = ridge(gram.without(neurons, out @ inner), toward=own)
+    return {"down": weight, "map_out": out, "map_in": inner, "ffn_bias": bias}

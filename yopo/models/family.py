@@ -1,0 +1,245 @@
+"""The record that describes a family, and reading a decoder's shape off a configuration."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape
+from yopo.support.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+Run = tuple[int, int]
+"""Consecutive visual tokens of one id in a prompt: (token id, how many)."""
+
+ImageInfo = Mapping[str, "torch.Tensor"]
+"""What the processor says of a batch's images beside their pixels, by its names: ``image_sizes``,
+``image_grid_thw``, ... Empty where a model takes no such thing."""
+
+GridsOf = Callable[["PreTrainedConfig", Sequence[Sequence[Run]], ImageInfo], list[tuple[Grid, ...]]]
+"""(configuration, visual runs per batch row, image info) -> the image grids of every batch row."""
+
+Noise = tuple[int, dict[str, "torch.Tensor"]]
+"""An image of noise: how many visual tokens it has, and what a processor would make of it."""
+
+NoiseOf = Callable[["PreTrainedConfig", Grid, "torch.Generator"], Noise]
+"""(configuration, grid, generator) -> noise, of that grid where images have sizes."""
+
+DECODER_KEY = re.compile(
+    r"^(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.)?layers\.(\d+)\.(.+)$"
+)
+"""A decoder layer's tensor name in a checkpoint, in hub layout and in module-name layout alike;
+groups: layer index, name inside the layer. Vision towers never match."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Names of the parts of a pre-norm decoder layer.
+
+    A projection named twice is a fused one that holds its parts one behind the other: query, key,
+    value; gate, up.
+
+    Attributes:
+        model_types: ``model_type`` of the text configurations that are built like this.
+        query, key, value, output: Attention projections under ``self_attn``.
+        gate, up, down: FFN projections under ``mlp``.
+        attention_norm, ffn_norm: Norms in front of attention and FFN.
+        activation: The FFN's activation function under ``mlp``.
+        residual_dropouts: Dropouts behind attention and FFN; None: the backbone has none.
+        position_axes: Position numbers per token: 1, or 3 (time, height, width) under M-RoPE.
+    """
+
+    model_types: tuple[str, ...]
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    attention_norm: str = "input_layernorm"
+    ffn_norm: str = "post_attention_layernorm"
+    activation: str = "act_fn"
+    residual_dropouts: tuple[str, str] | None = None
+    position_axes: int = 1
+
+    @property
+    def has_fused_attention(self) -> bool:
+        """Whether query, key and value are one projection."""
+        return self.query == self.key
+
+    @property
+    def has_fused_ffn(self) -> bool:
+        """Whether gate and up are one projection."""
+        return self.gate == self.up
+
+
+def image_token(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The one placeholder id of families without video."""
+    return (config.image_token_id,)
+
+
+def square_noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
+    """Noise for towers that see every image (or tile) in one size."""
+    import torch
+
+    vision = config.vision_config
+    size = vision.image_size
+    high, wide = size if isinstance(size, list | tuple) else (size, size)
+    shape = (1, getattr(vision, "num_channels", 3), high, wide)
+    return grid.tokens, {"pixel_values": torch.randn(shape, generator=generator)}
+
+
+def accept(config: PreTrainedConfig) -> None:
+    """Refuse nothing."""
+
+
+def never(config: PreTrainedConfig) -> bool:
+    """The rows of an image follow one another."""
+    return False
+
+
+def no_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings of processors that know by themselves what they need."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One multimodal model family.
+
+    Attributes:
+        name: What plans call it.
+        model_type: ``model_type`` of the outer configuration.
+        architecture: The transformers class of its checkpoints.
+        backbones: Text decoders that it may stand on.
+        aliases: Short names for hub ids; a value ``package:PATH`` lies inside this package.
+        grids_of: Locates the images among a batch row's visual tokens.
+        token_ids: Ids of the placeholder tokens that images and, second, video frames replace.
+        noise: Makes an image of noise, to try a checkpoint without a processor.
+        originals: ``model_type`` of checkpoints that ``yopo convert`` makes ones of this family of.
+        check_vision: Raises a ``ModelError`` for a configuration whose visual tokens cannot be
+            located.
+        ends_rows: Whether the rows of an image end with tokens of their own.
+        processor_settings: What the processor must know of the model, by its attributes' names.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    backbones: tuple[Backbone, ...]
+    aliases: Mapping[str, str]
+    grids_of: GridsOf
+    token_ids: Callable[[PreTrainedConfig], tuple[int, ...]] = image_token
+    noise: NoiseOf = square_noise
+    originals: tuple[str, ...] = ()
+    check_vision: Callable[[PreTrainedConfig], None] = accept
+    ends_rows: Callable[[PreTrainedConfig], bool] = never
+    processor_settings: Callable[[PreTrainedConfig], dict[str, Any]] = no_settings
+
+    def backbone(self, config: PreTrainedConfig) -> Backbone:
+        """The backbone of a model of this family.
+
+        Raises:
+            ModelError: The text decoder's ``model_type`` is none that this family supports.
+        """
+        found = config.get_text_config().model_type
+        for backbone in self.backbones:
+            if found in backbone.model_types:
+                return backbone
+        known = ", ".join(name for each in self.backbones for name in each.model_types)
+        raise ModelError(
+            f"{self.name} with the text decoder '{found}' is not supported (supported: {known})."
+        )
+
+
+def shape_of(config: PreTrainedConfig) -> ModelShape:
+    """Read the text decoder's dimensions off an outer configuration."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return ModelShape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        ffn=text.intermediate_size,
+    )
+
+
+def count_tokens(rows: Sequence[Sequence[Run]]) -> list[int]:
+    """Visual tokens per batch row."""
+    return [sum(length for _, length in row) for row in rows]
+
+
+def square_grids(counts: Sequence[int], tokens_per_image: int) -> list[tuple[Grid, ...]]:
+    """Grids of rows that hold whole square images of one size; errors as ``equal_grids``."""
+    side = math.isqrt(tokens_per_image)
+    return equal_grids(counts, Grid(side, side))
+
+
+def equal_grids(counts: Sequence[int], *image: Grid) -> list[tuple[Grid, ...]]:
+    """Grids of rows that hold whole images of one size.
+
+    Args:
+        counts: Visual tokens per batch row.
+        image: Every image's grid, or grids.
+
+    Raises:
+        ModelError: A count is no multiple of the image's tokens: the prompt was cut inside an
+            image (chunked prefill), or the processor and the model disagree.
+    """
+    rows, tokens = [], sum(grid.tokens for grid in image)
+    for count in counts:
+        images, rest = divmod(count, tokens)
+        if rest:
+            raise ModelError(
+                f"{count} visual tokens are not a whole number of images of {tokens}.",
+                remedy="Prefill the prompt in one piece (no prefill_chunk_size), and check that "
+                "the processor's patch_size and vision_feature_select_strategy are the model's.",
+            )
+        rows.append(image * images)
+    return rows
+
+
+def deal_images(
+    rows: Sequence[Sequence[Run]], images: Sequence[tuple[Grid, ...]]
+) -> list[tuple[Grid, ...]]:
+    """Hand a batch's images, in order, to the rows whose visual tokens they fill.
+
+    Beam search repeats every row; its images are then named once and handed out again.
+
+    Args:
+        rows: Visual runs per batch row.
+        images: Grids of every image (several where an image has several), in prompt order.
+
+    Raises:
+        ModelError: The images' tokens are not the rows' tokens.
+    """
+    counts = count_tokens(rows)
+    sizes = [sum(grid.tokens for grid in image) for image in images]
+    repeats = sum(counts) // sum(sizes) if sum(sizes) else 1
+    dealt: list[tuple[Grid, ...]] = []
+    remaining = list(zip(sizes, images, strict=True))
+    for count in counts[:: repeats or 1]:
+        row: tuple[Grid, ...] = ()
+        while count > 0 and remaining:
+            size, image = remaining.pop(0)
+            row, count = row + image, count - size
+        dealt += [row] * max(repeats, 1)
+        if count:
+            break
+    if remaining or [sum(grid.tokens for grid in row) for row in dealt] != counts:
+        raise ModelError(
+            f"The prompts' visual tokens ({counts} per row) are not those of the images "
+            f"({sizes} per image).",
+            remedy="Prefill the prompt in one piece, with the processor that belongs to the model.",
+        )
+    return dealt

@@ -1,0 +1,54 @@
+"""InternVL (2.0 after ``yopo convert``, 2.5 and later as ``-hf``): tiles, each a square of its own.
+
+The model is not told how an image was cut into tiles, so every tile counts as an image: visual
+tokens have no neighbors beyond its border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from yopo.models.family import Backbone, Family, ImageInfo, Run, count_tokens, square_grids
+from yopo.plans.grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PHI3 = Backbone(
+    ("phi3",),
+    query="qkv_proj",
+    key="qkv_proj",
+    value="qkv_proj",
+    gate="gate_up_proj",
+    up="gate_up_proj",
+    activation="activation_fn",
+    residual_dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
+)
+
+
+def grids_of(
+    config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
+) -> list[tuple[Grid, ...]]:
+    """One square grid per tile: the tower's patches, fewer by the pixel shuffle."""
+    vision = config.vision_config
+    side = int(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
+    return square_grids(count_tokens(rows), side * side)
+
+
+INTERNVL = Family(
+    name="internvl",
+    model_type="internvl",
+    architecture="InternVLForConditionalGeneration",
+    backbones=(Backbone(("qwen2", "llama", "qwen3")), PHI3),
+    aliases={
+        "internvl2-4b": "OpenGVLab/InternVL2-4B",
+        "internvl2-8b": "OpenGVLab/InternVL2-8B",
+        "internvl2-26b": "OpenGVLab/InternVL2-26B",
+        "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
+        "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
+        "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+    },
+    grids_of=grids_of,
+    originals=("internvl_chat",),
+)

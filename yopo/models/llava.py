@@ -1,0 +1,91 @@
+"""LLaVA-1.5: a vision tower, an MLP projector, a Llama-like decoder; one grid per image.
+
+Under CLIP and SigLIP every image is a square of one size. Under Pixtral images keep their
+proportions, and every row of their tokens but the last ends with a break token, which is text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from yopo.models.family import (
+    Backbone,
+    Family,
+    ImageInfo,
+    Noise,
+    Run,
+    count_tokens,
+    deal_images,
+    equal_grids,
+    square_noise,
+)
+from yopo.models.towers import (
+    check_tower,
+    class_tokens,
+    ends_rows,
+    patch_grid,
+    patch_sides,
+    processor_settings,
+    square,
+    tower_of,
+)
+from yopo.plans.grid import Grid
+from yopo.support.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+
+def grids_of(
+    config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
+) -> list[tuple[Grid, ...]]:
+    """A grid per image, and one of a single token for a class token in front of it."""
+    check_tower(config)
+    if not tower_of(config).keeps_sizes:
+        return equal_grids(count_tokens(rows), *square_grids_of(config))
+    if images.get("image_sizes") is None:
+        raise ModelError(
+            "LLaVA with a Pixtral tower needs the sizes of its images (image_sizes) to know their "
+            "tokens.",
+            remedy="Pass on everything that the processor returns.",
+        )
+    sizes = images["image_sizes"].tolist()
+    return deal_images(rows, [(patch_grid(config, *size),) for size in sizes])
+
+
+def square_grids_of(config: PreTrainedConfig) -> tuple[Grid, ...]:
+    """The grids of one image where all have one size (two images may form one token run)."""
+    return (Grid(1, 1),) * class_tokens(config) + (square(config),)
+
+
+def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
+    """An image of noise: of this grid where images keep their sizes, else of the tower's."""
+    import torch
+
+    if not tower_of(config).keeps_sizes:
+        _, pixels = square_noise(config, grid, generator)
+        return sum(each.tokens for each in square_grids_of(config)), pixels
+    high, wide = patch_sides(config)
+    size = (grid.rows * high, grid.cols * wide)
+    pixels = torch.randn(1, config.vision_config.num_channels, *size, generator=generator)
+    return grid.tokens, {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+
+
+LLAVA = Family(
+    name="llava",
+    model_type="llava",
+    architecture="LlavaForConditionalGeneration",
+    backbones=(Backbone(("llama", "mistral", "qwen2")),),
+    aliases={
+        "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+        "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+        "llava-tiny": "package:demo/llava_tiny",
+    },
+    grids_of=grids_of,
+    noise=noise,
+    check_vision=check_tower,
+    ends_rows=ends_rows,
+    processor_settings=processor_settings,
+)

@@ -1,0 +1,111 @@
+"""Vision towers under LLaVA and LLaVA-NeXT: which tokens they give, and what processors must know.
+
+A tower gives its patches row by row, some behind a class token; the model cuts the first token off
+(``vision_feature_select_strategy: default``) or not (``full``). The processor writes as many
+placeholders, by the same numbers, which it has from files of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from yopo.plans.grid import Grid
+from yopo.support.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a vision tower makes of an image.
+
+    Attributes:
+        class_tokens: Tokens in front of the patches.
+        keeps_sizes: Whether images keep their proportions, so that the grid is each image's own;
+            otherwise all are squares of one size.
+    """
+
+    class_tokens: int = 0
+    keeps_sizes: bool = False
+
+
+TOWERS = {
+    "clip_vision_model": Tower(class_tokens=1),
+    "siglip_vision_model": Tower(),
+    "pixtral": Tower(keeps_sizes=True),
+}
+"""``model_type`` of vision configurations -> tower."""
+
+
+def tower_of(config: PreTrainedConfig) -> Tower:
+    """The tower of a model's outer configuration.
+
+    Raises:
+        ModelError: It is not known, so nothing says how its tokens lie in the image.
+    """
+    found = config.vision_config.model_type
+    if found not in TOWERS:
+        raise ModelError(
+            f"{config.model_type} with the vision tower '{found}' is not supported: how its tokens "
+            f"lie in the image is not known (supported: {', '.join(TOWERS)})."
+        )
+    return TOWERS[found]
+
+
+def ends_rows(config: PreTrainedConfig) -> bool:
+    """Whether the prompt tells where a row of an image ends, as it must where they have sizes."""
+    return TOWERS.get(config.vision_config.model_type, Tower()).keeps_sizes
+
+
+def check_tower(config: PreTrainedConfig) -> None:
+    """Refuse a model whose visual tokens are no whole image.
+
+    Raises:
+        ModelError: The tower is not known, or has no class token and loses its first patch.
+    """
+    tower = tower_of(config)
+    if config.vision_feature_select_strategy == "default" and not tower.class_tokens:
+        raise ModelError(
+            f"The vision tower '{config.vision_config.model_type}' has no class token, but "
+            "vision_feature_select_strategy is 'default', which cuts off the first token of every "
+            "image: here that is a patch.",
+            remedy="If the model was trained with all patches, say 'full' in its config.json.",
+        )
+
+
+def class_tokens(config: PreTrainedConfig) -> int:
+    """Tokens that are kept in front of an image's patches."""
+    is_cut = config.vision_feature_select_strategy == "default"
+    return max(tower_of(config).class_tokens - is_cut, 0)
+
+
+def patch_sides(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of a patch in pixels."""
+    return _both(config.vision_config.patch_size)
+
+
+def patch_grid(config: PreTrainedConfig, height: int, width: int) -> Grid:
+    """The whole patches of an image of so many pixels."""
+    high, wide = patch_sides(config)
+    return Grid(height // high, width // wide)
+
+
+def square(config: PreTrainedConfig) -> Grid:
+    """The patches of an image of the tower's own size."""
+    return patch_grid(config, *_both(config.vision_config.image_size))
+
+
+def processor_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a processor must know of the model to write as many placeholders as it has features."""
+    return {
+        "patch_size": patch_sides(config)[0],
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": tower_of(config).class_tokens,
+    }
+
+
+def _both(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number."""
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)

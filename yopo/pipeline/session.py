@@ -1,0 +1,335 @@
+"""One calibration pass, then as many plans as are wanted: at a budget, at several, in a tolerance.
+
+A session keeps the model, the statistics and the dense model's answers, so that every further plan
+costs only what has to be fitted and measured for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from yopo import __version__
+from yopo.bench.costs import read_costs
+from yopo.calibration.measure import measure
+from yopo.calibration.statistics import Statistics
+from yopo.checkpoint.reader import Checkpoint, fetch
+from yopo.data.pairs import Pairs
+from yopo.data.prompts import Batch, batches, encode_for, load_processor
+from yopo.data.sources import open_pairs
+from yopo.data.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
+from yopo.demo import demo_data
+from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
+from yopo.fitting.fitter import Fitter
+from yopo.models.registry import resolve
+from yopo.planning.allocate import FACTOR, Worth
+from yopo.planning.planner import Candidate, Planner
+from yopo.planning.request import Wishes
+from yopo.plans.schema import Budget, Plan, full_plan
+from yopo.plans.tensors import PlanTensors
+from yopo.runtime.install import pruned
+from yopo.serving.loading import load_dense, torch_dtype
+from yopo.support.console import note, warn
+from yopo.support.errors import DataError, PlanError
+
+SMALLEST = 0.01
+"""Visual budget below which a tolerance is not tried."""
+
+PRECISION = 1.15
+"""Ratio of two budgets between which a tolerance looks no closer."""
+
+MAX_ASIDE = 256
+"""Pairs set aside for a tolerance at most."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run over pairs.
+
+    Attributes:
+        data: Pairs (see ``open_pairs``); None: the package's own, as ``yopo.demo`` has them for the
+            model: its calibration set to calibrate, its held-out set to evaluate.
+        samples: How many; None: all.
+        seed: Decides which pairs are drawn.
+        batch_size: Pairs per forward.
+        device: Where the model runs (``cpu``, ``cuda``, ``cuda:1``, ``mps``).
+        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16``, ``float16``.
+        max_new_tokens: Longest answer generated.
+        trust_remote_code: Whether a processor or tokenizer that is the model's own code may run.
+    """
+
+    data: str | None = None
+    samples: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_new_tokens: int = 32
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Effort:
+    """On what plans are measured and fitted.
+
+    Attributes:
+        queries: Which queries head activity sums over.
+        measure_pairs: Calibration pairs that are held out to compare candidate plans on, at most;
+            never more than a quarter (see ``split_pairs``).
+        fit_pairs: Of the others, those on which visual weights are fitted, at most.
+        costs: What `yopo bench --json` printed, for a budget in milliseconds.
+    """
+
+    queries: str = "text"
+    measure_pairs: int = 64
+    fit_pairs: int = 256
+    costs: str | None = None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration makes: the plan, its tensors, the statistics and the candidates."""
+
+    plan: Plan
+    tensors: PlanTensors
+    statistics: Statistics
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+class Session:
+    """A model, measured once on pairs.
+
+    Args:
+        model_name: Alias, directory or hub id.
+        options: Data and how to run it.
+        effort: On what plans are measured and fitted.
+        sets_aside: Whether a quarter of the pairs is kept out of everything but ``agreement``.
+        compares: Whether pairs are held out to compare plans on. Without it ``make`` knows no
+            budget, and all pairs are measured.
+
+    Attributes:
+        split: Which pairs serve which purpose.
+
+    Raises:
+        YopoError: Unknown model, unreadable data, ...
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        options: RunOptions,
+        effort: Effort,
+        *,
+        sets_aside: bool = False,
+        compares: bool = True,
+    ):
+        self.options, self.effort = options, effort
+        source = resolve(model_name)
+        checkpoint = Checkpoint.open(fetch(source))  # before anything takes long
+        self._pairs = open_demo_or(options, source.name, "calibration")
+        self.processor = load_processor(
+            str(checkpoint.path), trust_remote_code=options.trust_remote_code
+        )
+        self.split = split_pairs(
+            self._pairs,
+            seed=options.seed,
+            fit=effort.fit_pairs,
+            held_out=effort.measure_pairs if compares else 0,
+            aside=MAX_ASIDE if sets_aside else 0,
+        )
+        if sets_aside and not self.split.aside:
+            raise _too_few(self.split, "to set some aside for a tolerance", 3 * MIN_SIDE)
+        warn_if_few(self.split)
+        model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
+        self.model = model.to(options.device)
+        about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
+        if self._pairs.digest:
+            about["pairs_digest"] = self._pairs.digest
+        self.statistics = measure(
+            self.model,
+            self.processor,
+            pick(self._pairs, self.split.statistics),
+            name=source.name,
+            total=len(self.split.statistics),
+            batch_size=options.batch_size,
+            queries=effort.queries,
+            provenance=about,
+        )
+        self.fitter = Fitter(self.model, self._encoded)
+
+    def make(self, wishes: Wishes, tried: Sequence[Worth] = ()) -> Calibrated:
+        """Make one plan; ``tried``: measure allocations by these worths alone.
+
+        With too few pairs to hold any out nothing is fitted: the plan for a budget then has the
+        default shape and the original weights, unmeasured.
+
+        Raises:
+            PlanError: The wishes cannot be met.
+            DataError: They cannot be met with so few pairs.
+        """
+        wishes = self._with_few_pairs(self._in_flops(wishes))
+        judge = self.kl if wishes.budget is not None and self.split.held_out else None
+        planner = Planner(self.statistics, wishes, judge, self.fitter, tried)
+        plan, tensors, candidates = planner.make()
+        plan = replace(plan, provenance={**plan.provenance, "split": self.split.summary})
+        return Calibrated(plan, tensors, self.statistics, candidates)
+
+    def _with_few_pairs(self, wishes: Wishes) -> Wishes:
+        """The wishes as the number of pairs allows them.
+
+        Raises:
+            DataError: A fit or a search is asked for, and there are too few pairs.
+        """
+        split = self.split
+        can_fit = len(split.fit) >= MIN_SIDE
+        if wishes.budget is not None:
+            can_fit = bool(split.held_out)
+        if can_fit:
+            return wishes
+        if wishes.compensation == "refit" or wishes.search:
+            what = "to search" if wishes.search else "to fit visual weights"
+            raise _too_few(split, what, MIN_SIDE if wishes.budget is None else 2 * MIN_SIDE)
+        if wishes.budget is None:
+            return wishes
+        warn(
+            f"{describe(split)}: too few to hold any out, so nothing is fitted or compared: the "
+            "plan has the default shape and the original weights."
+        )
+        return replace(wishes, compensation=wishes.compensation or "none")
+
+    def _in_flops(self, wishes: Wishes) -> Wishes:
+        """The wishes with a budget in milliseconds, if that is what they are, as one in FLOPs."""
+        if wishes.milliseconds is None:
+            return wishes
+        model, workload = self.statistics.model, self.statistics.workload
+        costs = read_costs(self.effort.costs, model.shape)
+        budget = costs.budget(wishes.milliseconds, model.shape, workload)
+        asked = f"{wishes.milliseconds:g} ms"
+        note(f"{asked} are a visual budget of {budget:.1%} by {self.effort.costs}.")
+        return replace(wishes, budget=budget, milliseconds=None)
+
+    def kl(self, plan: Plan, tensors: PlanTensors) -> float:
+        """Logit KL of a plan to the dense model on the held-out pairs."""
+        return self._compare(plan, tensors, self._judged).kl
+
+    def agreement(self, plan: Plan, tensors: PlanTensors) -> float:
+        """Share of answer tokens that a plan predicts as the dense model does, on pairs aside."""
+        return self._compare(plan, tensors, self._set_aside).agreement
+
+    def within(self, wishes: Wishes) -> Calibrated:
+        """The plan of the smallest budget whose agreement stays within ``wishes.tolerance``.
+
+        Raises:
+            PlanError: The wishes cannot be met.
+        """
+        asked, low, high = wishes.tolerance, SMALLEST, 1.0
+        best, tried, agreement = self._unpruned(), (), 1.0
+        while high / low > PRECISION:
+            budget = round((low * high) ** 0.5, 4)
+            found = self._at(replace(wishes, budget=budget, tolerance=None), tried)
+            share = 0.0 if found is None else self.agreement(found.plan, found.tensors)
+            note(f"budget {budget:.1%}: agreement {share:.2%} on the pairs set aside")
+            if found is None or share < 1 - asked:
+                low = budget
+            else:
+                best, high, agreement = found, budget, share
+            if found is not None:
+                tried = _around(found.candidates[0].worth)
+        if wishes.kv_budget is not None and best.plan.budget.reached >= 1.0:
+            raise PlanError(
+                f"No plan within a KV budget of {wishes.kv_budget} agrees with the dense model "
+                f"within {asked:.1%}.",
+                remedy="Allow more of either.",
+            )
+        pairs = sum(len(record.answers) for record in self._set_aside)
+        about = {"asked": asked, "agreement": round(agreement, 6), "pairs": pairs}
+        plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": about})
+        _tell(plan, asked, agreement, pairs)
+        return replace(best, plan=plan)
+
+    def _at(self, wishes: Wishes, tried: Sequence[Worth]) -> Calibrated | None:
+        try:
+            return self.make(wishes, tried)
+        except PlanError:
+            return None
+
+    def _unpruned(self) -> Calibrated:
+        statistics = self.statistics
+        plan = full_plan(statistics.model, statistics.workload)
+        provenance = {"yopo": __version__, **statistics.provenance, "shape": "everything is kept"}
+        provenance["split"] = self.split.summary
+        plan = replace(
+            plan, budget=Budget(None, 1.0), measured=statistics.measured, provenance=provenance
+        )
+        return Calibrated(plan, PlanTensors(), statistics)
+
+    def _compare(self, plan: Plan, tensors: PlanTensors, records: list[Recorded]) -> Fidelity:
+        with pruned(self.model, plan, tensors, check=False):
+            return compare(self.model, records)
+
+    @cached_property
+    def _judged(self) -> list[Recorded]:
+        return self._record(self.split.held_out)
+
+    @cached_property
+    def _set_aside(self) -> list[Recorded]:
+        return self._record(self.split.aside)
+
+    def _record(self, numbers: frozenset[int]) -> list[Recorded]:
+        return record_dense(
+            self.model,
+            self.processor,
+            pick(self._pairs, numbers),
+            batch_size=self.options.batch_size,
+            max_new_tokens=self.options.max_new_tokens,
+            total=len(numbers),
+        )
+
+    def _encoded(self) -> list[Batch]:
+        """The prompts that visual weights are fitted on."""
+        groups = batches(pick(self._pairs, self.split.fit), self.options.batch_size)
+        return [encode_for(self.model, self.processor, group) for group in groups]
+
+
+def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
+    """The pairs that are asked for, or the package's own for a model.
+
+    Args:
+        options: Say what is asked for.
+        model_name: What plans call the model.
+        split: ``calibration`` or ``heldout``.
+    """
+    data = options.data
+    if data is None:
+        data = demo_data(model_name, split)
+        if split == "calibration":
+            note(
+                f"Using the demo pairs that come with yopo ({data}): "
+                "your own pairs (--data) give a better plan."
+            )
+    return open_pairs(data, samples=options.samples, seed=options.seed)
+
+
+def _around(worth: Worth | None) -> tuple[Worth, ...]:
+    if worth is None:
+        return ()
+    rates = (worth.rate, worth.rate * FACTOR, worth.rate / FACTOR)
+    return tuple(replace(worth, rate=rate) for rate in rates)
+
+
+def _too_few(split: Split, what: str, least: int) -> DataError:
+    return DataError(
+        f"{describe(split)}: too few {what}, expected at least {least} of different images.",
+        remedy="Give more pairs (--data, --samples).",
+    )
+
+
+def _tell(plan: Plan, asked: float, agreement: float, pairs: int) -> None:
+    if plan.budget.reached >= 1.0:
+        note(f"No budget keeps the agreement within {asked:.1%}: nothing is pruned.")
+        return
+    note(
+        f"The smallest budget within a tolerance of {asked:.1%} is {plan.budget.reached:.1%}: "
+        f"agreement {agreement:.2%} on {pairs} pairs set aside."
+    )

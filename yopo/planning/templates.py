@@ -1,0 +1,269 @@
+"""Candidate plan shapes, each scaled to a budget by the scores.
+
+No shape serves every model: what the *text* may read and what the *visual stream* computes have
+very different prices, and only measuring tells which a model can spare. So these few differ in
+kind, and the planner measures them:
+
+* ``paper``: a cut, the most active heads read and attend, a share of the neurons.
+* ``reader``: visual tokens are frozen; the layers whose text looks at the image most may read it.
+* ``reader-heads``: frozen; all layers may read, with the heads that do most with the image.
+* ``reader-prefix``: frozen; the first layers may read, then visual tokens are gone.
+* ``attend``: as ``reader``, and the first layers' visual tokens attend to their neighbors.
+* ``frozen-late``: the first layers are whole, in the others visual tokens are frozen (ShortV).
+* ``frozen-early``: visual tokens are frozen until the last layers that are read.
+* ``withdraw``: the first layers are whole, then visual tokens are gone (VTW).
+* ``light``: three quarters of the layers read and attend nearby, with few neurons.
+* ``thin``: every layer reads and attends nearby, with few neurons.
+
+What is left of the budget goes to FFN neurons by importance. The last reading layer never computes
+queries or an FFN for visual tokens: nobody would read the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from yopo.calibration.statistics import Statistics
+from yopo.planning.paper import EMPTY, kept_heads, paper_layers
+from yopo.plans.flops import dense_visual_flops, visual_flops_of_layer
+from yopo.plans.schema import LayerPlan, full_layer
+from yopo.strategies import heads as head_strategy
+from yopo.strategies.layers import select_readers
+from yopo.strategies.neighbors import PAPER_RADIUS
+from yopo.strategies.neurons import rank, select_widths
+
+Layers = tuple[LayerPlan, ...]
+Build = Callable[[float], Layers]
+
+STEPS = 4096
+"""Resolution at which a shape is scaled to the budget."""
+
+
+class Shaper:
+    """Builds candidate shapes for one model at one visual budget.
+
+    Args:
+        statistics: What calibration measured.
+        budget: Visual FLOPs over dense visual FLOPs, in (0, 1].
+        groups: Query heads that are kept or dropped together (a KV head's, or 1).
+        kv_budget: Visual KV bytes over the dense model's that are allowed, in (0, 1].
+    """
+
+    def __init__(
+        self, statistics: Statistics, budget: float, *, groups: int = 1, kv_budget: float = 1.0
+    ):
+        self.statistics, self.budget, self.groups = statistics, budget, groups
+        self.kv_budget = kv_budget
+        self.shape, self.workload = statistics.model.shape, statistics.workload
+        self._dense = dense_visual_flops(self.shape, self.workload)
+        self._all_heads = tuple(range(self.shape.heads))
+        self.reader_layer = LayerPlan(self._all_heads, attend=False, radius=None, neurons=0)
+
+    def cost(self, layers: Layers) -> float:
+        """Visual budget of some layers."""
+        each = (visual_flops_of_layer(layer, self.shape, self.workload) for layer in layers)
+        return sum(each) / self._dense
+
+    def kv_share(self, layers: Layers) -> float:
+        """Visual KV bytes of some layers over the dense model's."""
+        kept = sum(len(layer.kept_kv(self.shape)) for layer in layers)
+        return kept / (self.shape.layers * self.shape.kv_heads)
+
+    def fits(self, layers: Layers) -> bool:
+        """Whether layers keep to both budgets."""
+        return self.cost(layers) <= self.budget and self.keeps_kv(layers)
+
+    def keeps_kv(self, layers: Layers) -> bool:
+        """Whether layers keep to the budget of KV bytes."""
+        return self.kv_share(layers) <= self.kv_budget + 1e-9
+
+    def candidates(self) -> Iterator[tuple[str, Layers]]:
+        """Yield (name, layers) of every shape that fits, fullest first scaling, without doubles."""
+        seen: set[Layers] = set()
+        for name, build in SHAPES.items():
+            layers = build(self)
+            if layers is None or not self.fits(layers) or layers in seen:
+                continue
+            if any(layer.heads for layer in layers):
+                seen.add(layers)
+                yield name, layers
+
+    def build(self, name: str) -> Layers | None:
+        """One shape by name; None if even its smallest form exceeds the budget."""
+        return SHAPES[name](self)
+
+    def scale(self, build: Build) -> Layers | None:
+        """The largest form of a shape within the budgets; None if its smallest exceeds one.
+
+        Args:
+            build: Scale in [0, 1] -> layers, of non-decreasing cost and KV bytes.
+        """
+        if not self.fits(trim(build(0.0))):
+            return None
+        low, high = 0, STEPS
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.fits(trim(build(middle / STEPS))):
+                low = middle
+            else:
+                high = middle - 1
+        return trim(build(low / STEPS))
+
+    def fill(self, layers: Layers | None) -> Layers | None:
+        """Spend what is left on FFN neurons, by importance, in layers before the last reader."""
+        if layers is None:
+            return None
+        open_layers = list(range(_last_reader(layers)))
+        ranked = rank(self.statistics.importance, open_layers)
+        room = sum(self.shape.ffn - layers[index].neurons for index in open_layers)
+
+        def build(scale: float) -> Layers:
+            count = int(scale * room)
+            widths = select_widths(ranked, count, self.shape.layers)
+            return tuple(
+                replace(layer, neurons=max(layer.neurons, width))
+                for layer, width in zip(layers, widths, strict=True)
+            )
+
+        return self.scale(build)
+
+    def paper(self) -> Layers | None:
+        """Half of the layers, or as many as the budget takes if they do everything nearby."""
+        total = self.shape.layers
+        whole = replace(full_layer(self.shape), radius=PAPER_RADIUS)
+        needed = math.ceil(self.budget / self.cost((whole,)) - 1e-9)
+        visual = min(total, max(round(total / 2), needed) + 1)  # the last one only reads
+        return self.scale(
+            lambda scale: paper_layers(
+                self.shape,
+                self.statistics.rho,
+                visual_layers=visual,
+                head_ratio=scale,
+                neuron_ratio=scale,
+                radius=PAPER_RADIUS,
+                groups=self.groups,
+            )
+        )
+
+    def reader(self) -> Layers | None:
+        """Frozen visual tokens; the most reading layers keep all heads."""
+        count = self._affordable_readers()
+        return self._read_in(select_readers(self.statistics.cross_modal, count))
+
+    def reader_prefix(self) -> Layers | None:
+        """Frozen visual tokens; the first layers keep all heads."""
+        return self._read_in(list(range(self._affordable_readers())))
+
+    def reader_heads(self) -> Layers | None:
+        """Frozen visual tokens; the heads of all layers that do most with what they read."""
+        scores = self.statistics.head_effect
+        total = scores.numel()
+
+        def build(scale: float) -> Layers:
+            keep = head_strategy.select_top(scores, int(scale * total), groups=self.groups)
+            return tuple(replace(self.reader_layer, heads=kept_heads(row)) for row in keep)
+
+        return self.fill(self.scale(build))
+
+    def attend(self) -> Layers | None:
+        """All layers read; the first ones attend to their neighbors as well."""
+        attending = replace(self.reader_layer, attend=True, radius=PAPER_RADIUS)
+        return self._working(attending, lambda count: (self.reader_layer,) * count)
+
+    def frozen_late(self) -> Layers | None:
+        """The first layers whole, all others read."""
+        whole = full_layer(self.shape)
+        return self._working(whole, lambda count: (self.reader_layer,) * count)
+
+    def frozen_early(self) -> Layers | None:
+        """The last layers whole, all others read."""
+        whole = full_layer(self.shape)
+        return self._working(whole, lambda count: (self.reader_layer,) * count, at_end=True)
+
+    def withdraw(self) -> Layers | None:
+        """The first layers whole, one more reads what they made, then nothing."""
+        whole = full_layer(self.shape)
+        return self._working(whole, lambda count: ((self.reader_layer,) + (EMPTY,) * count)[:count])
+
+    def light(self) -> Layers | None:
+        """Three quarters of the layers attend nearby."""
+        return self._attending(round(0.75 * self.shape.layers))
+
+    def thin(self) -> Layers | None:
+        """All layers attend nearby."""
+        return self._attending(self.shape.layers)
+
+    def _affordable_readers(self) -> int:
+        by_flops = int(self.budget / self.cost((self.reader_layer,)) + 1e-9)
+        return min(self.shape.layers, by_flops, int(self.kv_budget * self.shape.layers + 1e-9))
+
+    def _read_in(self, readers: list[int]) -> Layers | None:
+        total = self.shape.layers
+        layers = tuple(self.reader_layer if index in readers else EMPTY for index in range(total))
+        return self.fill(layers) if readers else None
+
+    def _working(
+        self, work: LayerPlan, rest: Callable[[int], Layers], *, at_end: bool = False
+    ) -> Layers | None:
+        """As many working layers as fit, the one at their border with a part of its neurons."""
+        total = self.shape.layers
+
+        def build(scale: float) -> Layers:
+            whole, part = divmod(scale * total, 1)
+            border = (replace(work, neurons=int(part * work.neurons)),) if part else ()
+            idle = rest(total - int(whole) - len(border))
+            if at_end:
+                return idle + border + (work,) * int(whole)
+            return (work,) * int(whole) + border + idle
+
+        return self.fill(self.scale(build))
+
+    def _attending(self, count: int) -> Layers | None:
+        layer = replace(self.reader_layer, attend=True, radius=PAPER_RADIUS)
+        return self.fill((layer,) * count + (EMPTY,) * (self.shape.layers - count))
+
+
+SHAPES: dict[str, Callable[[Shaper], Layers | None]] = {
+    "paper": Shaper.paper,
+    "reader": Shaper.reader,
+    "reader-heads": Shaper.reader_heads,
+    "reader-prefix": Shaper.reader_prefix,
+    "attend": Shaper.attend,
+    "frozen-late": Shaper.frozen_late,
+    "frozen-early": Shaper.frozen_early,
+    "withdraw": Shaper.withdraw,
+    "light": Shaper.light,
+    "thin": Shaper.thin,
+}
+
+
+def trim(layers: Layers) -> Layers:
+    """Drop what nobody would read: visual queries, FFNs and maps from the last reading layer on."""
+    last = _last_reader(layers)
+    return tuple(
+        layer if index < last else replace(layer, attend=False, radius=None, neurons=0, linear=0)
+        for index, layer in enumerate(layers)
+    )
+
+
+def _last_reader(layers: Layers) -> int:
+    return max((index for index, layer in enumerate(layers) if layer.heads), default=0)
+
+
+def random_rho(statistics: Statistics, seed: int) -> Statistics:
+    """The same statistics with random head and neuron scores: the baseline of every selection."""
+    generator = torch.Generator().manual_seed(seed)
+    rho = torch.rand(statistics.rho.shape[1:], generator=generator)
+    importance = torch.rand(statistics.neuron_square.shape, generator=generator).double()
+    return replace(
+        statistics,
+        rho=rho[None],
+        head_effect_sum=rho.double(),
+        text_norm_sum=torch.ones_like(statistics.text_norm_sum),
+        neuron_square=importance,
+        down_norm=torch.ones_like(statistics.down_norm),
+    )

@@ -1,0 +1,293 @@
+"""plan.yaml: how a plan is written and read. Versioned, diffable, editable by hand.
+
+Byte-identical for identical plans: no timestamps, no machine paths, fixed key order and rounding.
+Long orders live in a safetensors file beside it, named with its sha256.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from yopo.plans.flops import visual_budget
+from yopo.plans.grid import Grid
+from yopo.plans.schema import (
+    Budget,
+    InvalidPlan,
+    LayerPlan,
+    Measured,
+    ModelIdentity,
+    ModelShape,
+    Plan,
+    TensorsFile,
+    Workload,
+    full_layer,
+    shape_problem,
+)
+from yopo.support import console
+from yopo.support.documents import Document, Key, describe, dump, read_text
+from yopo.support.errors import PlanError
+
+FORMAT_VERSION = 1
+
+BUDGET_DIGITS = 6
+"""Decimals to which a visual budget is written."""
+
+_SHAPE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")
+_LAYER_KEYS = ("heads", "attend", "radius", "neurons", "rank", "linear")
+_KEYS = (
+    "yopo_plan",
+    "model",
+    "workload",
+    "budget",
+    "compensation",
+    "bidirectional",
+    "baked",
+    "tensors",
+    "layers",
+    "measured",
+    "provenance",
+)
+
+
+def to_yaml(plan: Plan) -> str:
+    """Serialise a plan; the same plan gives the same bytes."""
+    budget = {"asked": plan.budget.asked, "reached": round(plan.budget.reached, BUDGET_DIGITS)}
+    data: dict[str, Any] = {
+        "yopo_plan": FORMAT_VERSION,
+        "model": asdict(plan.model),
+        "workload": {
+            "grids": [[grid.rows, grid.cols] for grid in plan.workload.grids],
+            "text": plan.workload.text,
+            "text_before": plan.workload.text_before,
+        },
+        "budget": budget,
+        "compensation": plan.compensation,
+        "bidirectional": plan.bidirectional,
+    }
+    if plan.baked:
+        data["baked"] = True
+    if plan.tensors is not None:
+        data["tensors"] = asdict(plan.tensors)
+    data["layers"] = [_layer_to_dict(layer, plan.model.shape) for layer in plan.layers]
+    if plan.measured is not None:
+        data["measured"] = {
+            "rho": [[_short(value) for value in row] for row in plan.measured.rho],
+            "cross_modal": [_short(value) for value in plan.measured.cross_modal],
+            "concentration": [_short(value) for value in plan.measured.concentration],
+            "locality": list(plan.measured.locality),
+        }
+    if plan.provenance:
+        data["provenance"] = dict(plan.provenance)
+    return dump(data)
+
+
+def read_plan(source: str | Path) -> Plan:
+    """Read and validate a plan from a file, or from stdin for ``-``.
+
+    Raises:
+        PlanError: Unreadable, not YAML, unknown key, wrong type or value; names line and key.
+    """
+    return parse_plan(*read_text(source))
+
+
+def parse_plan(name: str, text: str) -> Plan:
+    """Parse a plan's text; ``name`` is what error messages call it."""
+    document = Document(name, text)
+    data = document.data
+    if "yopo_plan" not in data:
+        raise PlanError(
+            f"{name}: is not a yopo plan (no key 'yopo_plan').",
+            remedy="Make one with `yopo calibrate --model MODEL -o plan.yaml`.",
+        )
+    if document.typed(("yopo_plan",), data["yopo_plan"], int) != FORMAT_VERSION:
+        found = f"{data['yopo_plan']!r}, this yopo reads version {FORMAT_VERSION}"
+        raise document.error(("yopo_plan",), f"is {found}", remedy="Upgrade yopo.")
+    document.check_keys((), data, _KEYS)
+    for key in ("model", "workload", "layers"):
+        if key not in data:
+            raise document.error((), f"lacks the key '{key}'")
+    model = _read_model(document)
+    try:
+        plan = Plan(
+            model=model,
+            workload=_read_workload(document),
+            layers=_read_layers(document, model.shape),
+            budget=_read_budget(document),
+            compensation=document.typed(("compensation",), data.get("compensation", "none"), str),
+            bidirectional=document.typed(
+                ("bidirectional",), data.get("bidirectional", False), bool
+            ),
+            baked=document.typed(("baked",), data.get("baked", False), bool),
+            tensors=_read_tensors(document),
+            measured=_read_measured(document, model.shape),
+            provenance=document.typed(("provenance",), data.get("provenance") or {}, dict),
+        )
+    except InvalidPlan as invalid:
+        raise document.error(invalid.path, invalid.problem) from None
+    return _with_true_budget(plan, data.get("budget") or {}, name)
+
+
+def _with_true_budget(plan: Plan, said: dict[str, Any], name: str) -> Plan:
+    """The plan with the visual budget that its layers come to, whatever the file says.
+
+    Layers are edited by hand, and their budget is easily forgotten; commands choose by it.
+    """
+    true = visual_budget(plan)
+    if abs(true - plan.budget.reached) <= 10**-BUDGET_DIGITS:
+        return plan
+    if "reached" in said:
+        console.note(
+            f"{name}: says that it reaches a visual budget of {plan.budget.reached:.4g}, its "
+            f"layers come to {true:.4g}; that is what counts."
+        )
+    return replace(plan, budget=replace(plan.budget, reached=round(true, BUDGET_DIGITS)))
+
+
+def _layer_to_dict(layer: LayerPlan, shape: ModelShape) -> dict[str, Any]:
+    heads: Any = list(layer.heads)
+    if not heads:
+        heads = "none"
+    elif len(heads) == shape.heads:
+        heads = "all"
+    attend: Any = bool(layer.attend)
+    if attend and layer.attend != layer.heads:
+        attend = list(layer.attend)
+    data = {"heads": heads, "attend": attend, "radius": layer.radius, "neurons": layer.neurons}
+    if layer.is_fitted:
+        data |= {"rank": layer.rank, "linear": layer.linear}
+    return data
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _read_model(document: Document) -> ModelIdentity:
+    path: tuple[Key, ...] = ("model",)
+    data = document.check_keys(
+        path, document.data["model"], ("name", "family", "shape", "fingerprint")
+    )
+    texts = {
+        key: _required(document, path, data, key, str) for key in ("name", "family", "fingerprint")
+    }
+    shape_path = (*path, "shape")
+    shape = _required(document, path, data, "shape", dict)
+    document.check_keys(shape_path, shape, _SHAPE_KEYS)
+    sizes = {key: _required(document, shape_path, shape, key, int) for key in _SHAPE_KEYS}
+    problem = shape_problem(ModelShape(**sizes))
+    if problem is not None:  # now: "heads: all" makes as many as it says
+        raise document.error(*problem)
+    return ModelIdentity(shape=ModelShape(**sizes), **texts)
+
+
+def _read_workload(document: Document) -> Workload:
+    path: tuple[Key, ...] = ("workload",)
+    data = document.check_keys(path, document.data["workload"], ("grids", "text", "text_before"))
+    grids = []
+    for index, pair in enumerate(_required(document, path, data, "grids", list)):
+        here = (*path, "grids", index)
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise document.error(here, "must be [rows, columns]")
+        grids.append(Grid(*(document.typed(here, size, int) for size in pair)))
+    text = _required(document, path, data, "text", int)
+    before = document.typed((*path, "text_before"), data.get("text_before", 0), int)
+    return Workload(tuple(grids), text, before)
+
+
+def _read_layers(document: Document, shape: ModelShape) -> tuple[LayerPlan, ...]:
+    entries = document.typed(("layers",), document.data["layers"], list)
+    layers = []
+    for index, entry in enumerate(entries):
+        path: tuple[Key, ...] = ("layers", index)
+        data = document.check_keys(path, entry, _LAYER_KEYS)
+        radius = document.typed((*path, "radius"), data.get("radius"), (int, type(None)))
+        heads = _required(document, path, data, "heads", (str, list))
+        heads = _read_heads(document, (*path, "heads"), heads, shape)
+        attend = _required(document, path, data, "attend", (bool, list))
+        if isinstance(attend, list):
+            attend = _read_heads(document, (*path, "attend"), attend, shape)
+        neurons = _required(document, path, data, "neurons", int)
+        rank = document.typed((*path, "rank"), data.get("rank"), (int, type(None)))
+        linear = document.typed((*path, "linear"), data.get("linear", 0), int)
+        layers.append(LayerPlan(heads, attend, radius, neurons, rank, linear))
+    return tuple(layers)
+
+
+def _read_heads(
+    document: Document, path: tuple[Key, ...], value: Any, shape: ModelShape
+) -> tuple[int, ...]:
+    if value == "all":
+        return full_layer(shape).heads
+    if value == "none":
+        return ()
+    if not isinstance(value, list):
+        problem = f"must be 'all', 'none' or a list of heads, found {describe(value)}"
+        raise document.error(path, problem)
+    return tuple(document.typed((*path, index), head, int) for index, head in enumerate(value))
+
+
+def _read_budget(document: Document) -> Budget:
+    data = document.check_keys(("budget",), document.data.get("budget") or {}, ("asked", "reached"))
+    asked = document.typed(("budget", "asked"), data.get("asked"), (float, type(None)))
+    return Budget(asked, document.typed(("budget", "reached"), data.get("reached", 1.0), float))
+
+
+def _read_tensors(document: Document) -> TensorsFile | None:
+    path: tuple[Key, ...] = ("tensors",)
+    if document.data.get("tensors") is None:
+        return None
+    data = document.check_keys(path, document.data["tensors"], ("file", "sha256"))
+    file, sha256 = (_required(document, path, data, key, str) for key in ("file", "sha256"))
+    if not _is_file_name(file):
+        raise document.error(
+            (*path, "file"), f"must be the name of a file beside the plan, found {describe(file)}"
+        )
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise document.error((*path, "sha256"), f"must be 64 hex digits, found {describe(sha256)}")
+    return TensorsFile(file, sha256)
+
+
+def _is_file_name(name: str) -> bool:
+    is_special = name in ("", ".", "..") or len(name.encode()) > 255
+    return not is_special and not re.search(r"[/\\\x00-\x1f]", name)
+
+
+def _read_measured(document: Document, shape: ModelShape) -> Measured | None:
+    path: tuple[Key, ...] = ("measured",)
+    if document.data.get("measured") is None:
+        return None
+    keys = ("rho", "cross_modal", "concentration", "locality")
+    data = document.check_keys(path, document.data["measured"], keys)
+    rows = _required(document, path, data, "rho", list)
+    rho = []
+    for index, row in enumerate(rows):
+        here = (*path, "rho", index)
+        values = document.typed(here, row, list)
+        if len(values) != shape.heads:
+            raise document.error(here, f"must have {shape.heads} values, found {len(values)}")
+        rho.append(tuple(document.typed(here, value, float) for value in values))
+    lists = {}
+    for key, kind in (("cross_modal", float), ("concentration", float), ("locality", int)):
+        values = _required(document, path, data, key, list)
+        lists[key] = tuple(document.typed((*path, key, i), v, kind) for i, v in enumerate(values))
+    for key, values in (("rho", rho), *lists.items()):
+        if len(values) != shape.layers:
+            raise document.error(
+                (*path, key), f"must have {shape.layers} entries, found {len(values)}"
+            )
+    return Measured(rho=tuple(rho), **lists)
+
+
+def _required(
+    document: Document,
+    path: tuple[Key, ...],
+    data: dict[str, Any],
+    key: str,
+    kind: type | tuple[type, ...],
+) -> Any:
+    if key not in data:
+        raise document.error(path, f"lacks the key '{key}'")
+    return document.typed((*path, key), data[key], kind)

@@ -1,0 +1,142 @@
+"""FLOPs and KV bytes, dense and under a plan, in closed form. No torch.
+
+Two conventions, never mixed:
+
+* *visual FLOPs* - the paper's (arXiv 2410.06169): visual tokens only, a multiply-add is 2, no
+  vision encoder, no text, causality not discounted. Dense, per layer, with n visual tokens:
+  ``n (8 d^2 + 6 d m) + 4 n^2 d`` for multi-head attention; smaller K/V projections with GQA.
+  LLaVA-1.5-7B: 7.63 T, 13B: 14.89 T. A plan's *visual budget* is its visual FLOPs over these.
+* *prefill FLOPs* - the matrix products that the runtime's decoder executes for a whole prompt,
+  text included: what latency can follow and what ``torch``'s FlopCounterMode counts. The language
+  model head and the vision encoder are the same in both models and left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from yopo.plans.grid import row_blocks, window_pairs
+from yopo.plans.schema import LayerPlan, ModelShape, Plan, Workload, full_layer
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    """How many query heads each attention call of a layer multiplies.
+
+    A KV head's kept query heads are padded to the largest such number of the layer, so that calls
+    stay rectangular; multi-head attention and whole KV groups need no padding.
+
+    Attributes:
+        reading: Query heads, padding included, that attend text and visual keys.
+        text_only: Query heads, padding included, that attend text keys alone.
+        attending: Query heads, padding included, in which visual tokens attend.
+    """
+
+    reading: int
+    text_only: int
+    attending: int
+
+
+def head_counts(layer: LayerPlan, shape: ModelShape) -> HeadCounts:
+    """Count the rectangles of query heads that the runtime multiplies in this layer."""
+    kept, attending = (
+        Counter(head // shape.group for head in heads) for heads in (layer.heads, layer.attend)
+    )
+    if not kept:
+        return HeadCounts(0, shape.heads, 0)
+    dropped = len(kept) * (shape.group - min(kept.values()))
+    others = (shape.kv_heads - len(kept)) * shape.group
+    return HeadCounts(_padded(kept), dropped + others, _padded(attending))
+
+
+def _padded(per_kv: Counter[int]) -> int:
+    return len(per_kv) * max(per_kv.values(), default=0)
+
+
+def _linear_flops(layer: LayerPlan, shape: ModelShape) -> int:
+    """FLOPs of one visual token's linear layers: projections, FFN, fitted map."""
+    width = shape.hidden
+    keys = 2 * len(layer.kept_kv(shape)) * shape.head_dim  # and values
+    queries = len(layer.attend) * shape.head_dim
+    if layer.rank is None:
+        flops = 2 * width * (keys + queries)
+    else:
+        flops = 2 * layer.rank * (width + keys + queries)
+    return flops + 2 * width * queries + 6 * width * layer.neurons + 4 * width * layer.linear
+
+
+def visual_flops_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
+    """Visual FLOPs of one layer for one prompt, in the paper's convention."""
+    flops = workload.visual * _linear_flops(layer, shape)
+    if layer.attend:
+        attending = len(layer.attend) * shape.head_dim
+        flops += 4 * window_pairs(workload.grids, layer.radius) * attending
+    return flops
+
+
+def visual_flops(plan: Plan) -> int:
+    """Visual FLOPs of a plan for one prompt of its workload."""
+    shape, workload = plan.model.shape, plan.workload
+    return sum(visual_flops_of_layer(layer, shape, workload) for layer in plan.layers)
+
+
+def dense_visual_flops(shape: ModelShape, workload: Workload) -> int:
+    """Visual FLOPs of the dense model for one prompt."""
+    return shape.layers * visual_flops_of_layer(full_layer(shape), shape, workload)
+
+
+def visual_budget(plan: Plan) -> float:
+    """A plan's visual FLOPs over the dense model's, in [0, 1]."""
+    return visual_flops(plan) / dense_visual_flops(plan.model.shape, plan.workload)
+
+
+def prefill_flops(plan: Plan) -> int:
+    """Matrix-product FLOPs that the pruned decoder executes to prefill one prompt."""
+    shape, workload = plan.model.shape, plan.workload
+    total = 0
+    for index, layer in enumerate(plan.layers):
+        total += _text_flops(layer, shape, workload)
+        if index < plan.visual_depth:
+            total += _visual_stream_flops(layer, plan)
+    return total
+
+
+def dense_prefill_flops(shape: ModelShape, workload: Workload) -> int:
+    """Matrix-product FLOPs of the stock decoder for one prompt (attention not discounted)."""
+    length = workload.visual + workload.text
+    query_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    linear = 4 * shape.hidden * (query_width + kv_width) + 6 * shape.hidden * shape.ffn
+    return shape.layers * (length * linear + 4 * length**2 * query_width)
+
+
+def _text_flops(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
+    text, visual = workload.text, workload.visual
+    query_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    linear = 4 * shape.hidden * (query_width + kv_width) + 6 * shape.hidden * shape.ffn
+    counts = head_counts(layer, shape)
+    pairs = counts.reading * text * (text + visual) + counts.text_only * text * text
+    return text * linear + 4 * pairs * shape.head_dim
+
+
+def _visual_stream_flops(layer: LayerPlan, plan: Plan) -> int:
+    shape, workload = plan.model.shape, plan.workload
+    flops = workload.visual * _linear_flops(layer, shape)
+    if layer.attend:
+        width = head_counts(layer, shape).attending * shape.head_dim
+        for block in row_blocks(workload.grids, layer.radius, plan.bidirectional):
+            text_pairs = (block.stop - block.start) * workload.text_before
+            flops += 4 * (block.pairs + text_pairs) * width
+    return flops
+
+
+def visual_kv_bytes(plan: Plan, itemsize: int = 2) -> int:
+    """Bytes of visual keys and values in the cache for one prompt (16-bit unless told)."""
+    shape = plan.model.shape
+    kept = sum(len(layer.kept_kv(shape)) for layer in plan.layers)
+    return 2 * kept * shape.head_dim * plan.workload.visual * itemsize
+
+
+def dense_visual_kv_bytes(shape: ModelShape, workload: Workload, itemsize: int = 2) -> int:
+    """Bytes of visual keys and values in the dense model's cache for one prompt."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * workload.visual * itemsize

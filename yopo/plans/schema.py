@@ -1,0 +1,347 @@
+"""The pruning plan: what visual tokens stop doing, layer by layer. Frozen, validated, no torch.
+
+For layer ``l`` a plan says which query heads may read visual keys (``heads``), in which of them
+visual tokens run attention as queries (``attend``), how far they see (``radius``) and how many FFN
+neurons they use (``neurons``, a prefix of the layer's importance order). The paper's method
+(arXiv 2410.06169) is the case where the same heads read and attend and layers behind a cut are
+empty; visual token withdrawal, frozen visual tokens and vision-only cross-attention are others.
+
+Text keeps the original weights, so visual tokens may have small ones of their own, fitted on the
+calibration pairs: projections through a bottleneck (``rank``), and a linear map of low rank in
+place of what the layer no longer computes for them (``linear``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from yopo.plans.grid import Grid
+from yopo.support.errors import PlanError
+
+COMPENSATIONS = ("none", "mean", "refit")
+
+LARGEST_SHAPE = {
+    "layers": 512,
+    "hidden": 1 << 17,
+    "heads": 1024,
+    "kv_heads": 1024,
+    "head_dim": 1 << 13,
+    "ffn": 1 << 20,
+}
+"""Several times the largest published decoders: beyond, a plan is damaged or means harm."""
+
+MAX_IMAGES, MAX_VISUAL, MAX_TEXT = 1 << 10, 1 << 17, 1 << 24
+"""Images, visual tokens and text tokens of a workload."""
+
+MAX_RADIUS = 1 << 20
+
+
+class InvalidPlan(PlanError):
+    """A plan whose parts do not fit together; ``path`` leads to the offending key."""
+
+    def __init__(self, path: tuple[str | int, ...], problem: str):
+        self.path, self.problem = path, problem
+        label = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+        super().__init__(f"plan: {label.lstrip('.')} {problem}.")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions of a text decoder: L layers, width d, H query heads, FFN width m."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a plan was made for.
+
+    Attributes:
+        name: Alias, hub id or directory name as the user gave it; never a machine path.
+        family: Name in the family registry.
+        shape: Decoder dimensions.
+        fingerprint: Digest of sampled decoder weights (see ``models.fingerprint``).
+    """
+
+    name: str
+    family: str
+    shape: ModelShape
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The prompt that FLOPs and bytes are quoted for: image grids and number of text tokens.
+
+    Attributes:
+        grids: The images of one prompt.
+        text: Text tokens of one prompt.
+        text_before: Those of them in front of the first image (visual queries attend to them).
+    """
+
+    grids: tuple[Grid, ...]
+    text: int
+    text_before: int = 0
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens of one prompt."""
+        return sum(grid.tokens for grid in self.grids)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What visual tokens still do in one layer.
+
+    Attributes:
+        heads: Sorted query heads that may read visual keys. Empty: no visual K/V exists here.
+        attend: Those of them in which visual tokens run attention as queries, sorted. True stands
+            for all of ``heads``, False for none.
+        radius: Chebyshev radius of a visual query's neighborhood; None means no limit.
+        neurons: FFN neurons that visual tokens use; 0 skips the FFN.
+        rank: Width of the bottleneck through which visual queries, keys and values are computed;
+            None: by the original projections.
+        linear: Rank of the fitted linear map of the normed FFN input that stands for what visual
+            tokens no longer compute here; 0: none.
+    """
+
+    heads: tuple[int, ...]
+    attend: tuple[int, ...] | bool
+    radius: int | None
+    neurons: int
+    rank: int | None = None
+    linear: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attend, bool):
+            object.__setattr__(self, "attend", self.heads if self.attend else ())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing visual happens in this layer."""
+        return not self.heads and not self.has_ffn
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether visual tokens compute anything in place of the FFN."""
+        return self.neurons > 0 or self.linear > 0
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the layer needs weights of its own for visual tokens."""
+        return self.rank is not None or self.linear > 0
+
+    def is_full(self, shape: ModelShape) -> bool:
+        """Whether visual tokens do everything that they do in the dense model."""
+        everything = len(self.heads) == shape.heads and self.neurons == shape.ffn
+        attends = self.attend == self.heads and self.radius is None
+        return everything and attends and not self.is_fitted
+
+    def kept_kv(self, shape: ModelShape) -> tuple[int, ...]:
+        """KV heads whose visual keys and values exist: those with a kept query head."""
+        return tuple(sorted({head // shape.group for head in self.heads}))
+
+
+@dataclass(frozen=True)
+class TensorsFile:
+    """The side file with neuron orders and means: its name beside the plan, and its sha256."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Visual FLOPs over dense visual FLOPs: asked for (None: a shape was) and reached."""
+
+    asked: float | None
+    reached: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What calibration saw, per layer, for people and pictures; the runtime never reads it.
+
+    Attributes:
+        rho: Mean head activity, (layers, heads).
+        cross_modal: Mean visual mass of the text queries behind the image, (layers,).
+        concentration: Share of the FFN neurons that carry 90 % of the importance, (layers,).
+        locality: Radius within which 90 % of the visual-to-visual attention mass lies, (layers,).
+    """
+
+    rho: tuple[tuple[float, ...], ...]
+    cross_modal: tuple[float, ...]
+    concentration: tuple[float, ...]
+    locality: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole pruning plan. Construction validates; a valid plan is never mutated.
+
+    Attributes:
+        model: The model that it was made for.
+        workload: The prompt that its FLOPs and bytes are quoted for.
+        layers: One entry per decoder layer.
+        budget: Visual FLOPs asked for and reached.
+        compensation: ``mean`` adds to visual tokens, as a bias, what their pruned neurons and
+            heads contributed on average; ``refit`` gives them output and down projections of
+            their own, fitted to the dense model; ``none`` does neither.
+        bidirectional: Whether visual tokens attend neighbors behind them too, as in the paper's
+            fine-tuned checkpoints; training-free plans stay causal.
+        baked: Whether the checkpoint's heads and neurons already stand in order of importance.
+        tensors: The side file with neuron orders and means, or None if none is needed.
+        measured: What calibration saw.
+        provenance: Where the plan comes from: pairs, samples, seed, version, candidates.
+
+    Raises:
+        InvalidPlan: A layer count, head, neuron count or radius does not fit the model's shape.
+    """
+
+    model: ModelIdentity
+    workload: Workload
+    layers: tuple[LayerPlan, ...]
+    budget: Budget
+    compensation: str = "none"
+    bidirectional: bool = False
+    baked: bool = False
+    tensors: TensorsFile | None = None
+    measured: Measured | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problem = first_problem(self)
+        if problem is not None:
+            raise InvalidPlan(*problem)
+
+    @property
+    def visual_depth(self) -> int:
+        """Number of layers after which visual tokens are gone."""
+        depths = (index + 1 for index, layer in enumerate(self.layers) if not layer.is_empty)
+        return max(depths, default=0)
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether some layer keeps a part of its neurons, so that their order matters."""
+        return any(0 < layer.neurons < self.model.shape.ffn for layer in self.layers)
+
+    def with_layers(self, layers: Sequence[LayerPlan]) -> Plan:
+        """The same plan with other layers; the budget is the caller's to restate."""
+        return replace(self, layers=tuple(layers))
+
+
+def full_layer(shape: ModelShape) -> LayerPlan:
+    """The layer plan that prunes nothing."""
+    return LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
+
+
+def full_plan(model: ModelIdentity, workload: Workload) -> Plan:
+    """The plan that prunes nothing: the dense model.
+
+    Raises:
+        InvalidPlan: The model has impossible dimensions, or the workload sizes.
+    """
+    problem = shape_problem(model.shape)
+    if problem is not None:  # now: the layers are as large as the shape says
+        raise InvalidPlan(*problem)
+    layers = (full_layer(model.shape),) * model.shape.layers
+    return Plan(model, workload, layers, Budget(None, 1.0))
+
+
+def first_problem(plan: Plan) -> tuple[tuple[str | int, ...], str] | None:
+    """The first thing that is wrong with a plan.
+
+    Returns:
+        (path of keys from the document's root, the problem as the rest of a sentence), or None.
+    """
+    shape = plan.model.shape
+    problem = shape_problem(shape) or workload_problem(plan.workload)
+    if problem is not None:
+        return problem
+    if plan.compensation not in COMPENSATIONS:
+        return ("compensation",), f"must be one of {', '.join(COMPENSATIONS)}"
+    if plan.budget.asked is not None and not 0 < plan.budget.asked <= 1:
+        return ("budget", "asked"), f"must lie in (0, 1], found {plan.budget.asked}"
+    if len(plan.layers) != shape.layers:
+        return ("layers",), f"must have {shape.layers} entries, found {len(plan.layers)}"
+    for index, layer in enumerate(plan.layers):
+        problem = _layer_problem(layer, shape)
+        if problem is not None:
+            key, what = problem
+            return ("layers", index, key), what
+        if layer.is_fitted and plan.compensation != "refit":
+            key = "linear" if layer.rank is None else "rank"
+            return ("layers", index, key), "needs 'compensation: refit', whose weights it uses"
+    if plan.needs_order and plan.tensors is None and not plan.baked:
+        return ("tensors",), "must name the file with the neuron orders, since neurons are pruned"
+    return None
+
+
+def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
+    """What is wrong with a decoder's dimensions, as for :func:`first_problem`.
+
+    To be asked before anything of their size is made: they may come from a file.
+    """
+    path = ("model", "shape")
+    sizes = vars(shape)
+    if min(sizes.values()) < 1:
+        return path, "must hold positive dimensions"
+    for name, largest in LARGEST_SHAPE.items():
+        if sizes[name] > largest:
+            return (*path, name), f"must be at most {largest}, found {sizes[name]}"
+    if shape.heads % shape.kv_heads:
+        return (*path, "kv_heads"), f"must divide the {shape.heads} query heads"
+    return None
+
+
+def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
+    """What is wrong with a workload, as for :func:`first_problem`."""
+    grids = ("workload", "grids")
+    if not workload.grids or any(min(each.rows, each.cols) < 1 for each in workload.grids):
+        return grids, "must hold at least one image of at least one token"
+    if len(workload.grids) > MAX_IMAGES:
+        return grids, f"must hold at most {MAX_IMAGES} images, found {len(workload.grids)}"
+    if workload.visual > MAX_VISUAL:
+        return grids, f"must hold at most {MAX_VISUAL} visual tokens, found {workload.visual}"
+    if workload.text > MAX_TEXT:
+        return ("workload", "text"), f"must be at most {MAX_TEXT}, found {workload.text}"
+    if not 0 <= workload.text_before <= workload.text:
+        return ("workload", "text_before"), "must lie between 0 and workload.text"
+    return None
+
+
+def _layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
+    outside = [head for head in layer.heads if not 0 <= head < shape.heads]
+    if outside:
+        return "heads", f"names head {outside[0]}, but the heads are 0 to {shape.heads - 1}"
+    if list(layer.heads) != sorted(set(layer.heads)):
+        return "heads", "must be ascending and without repetition"
+    if not set(layer.attend) <= set(layer.heads):
+        return "attend", "must name heads that read visual tokens, or be true or false"
+    if list(layer.attend) != sorted(set(layer.attend)):
+        return "attend", "must be ascending and without repetition"
+    if layer.radius is not None and layer.radius < 0:
+        return "radius", f"must be null or at least 0, found {layer.radius}"
+    if layer.radius is not None and layer.radius > MAX_RADIUS:
+        return "radius", f"must be null (no limit) or at most {MAX_RADIUS}, found {layer.radius}"
+    if not 0 <= layer.neurons <= shape.ffn:
+        return "neurons", f"must lie between 0 and {shape.ffn}, found {layer.neurons}"
+    if layer.rank is not None and not (layer.heads and 1 <= layer.rank <= shape.hidden):
+        return "rank", f"must lie between 1 and {shape.hidden}, in a layer that is read"
+    if not 0 <= layer.linear <= shape.hidden:
+        return "linear", f"must lie between 0 and {shape.hidden}, found {layer.linear}"
+    if layer.linear and layer.neurons == shape.ffn:
+        return "linear", "must be 0 where all neurons are kept"
+    return None

@@ -1,0 +1,200 @@
+"""A plan as tables: what model it is for, what it saves, and what each layer still does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from yopo.plans.flops import (
+    dense_prefill_flops,
+    dense_visual_flops,
+    dense_visual_kv_bytes,
+    prefill_flops,
+    visual_budget,
+    visual_flops,
+    visual_flops_of_layer,
+    visual_kv_bytes,
+)
+from yopo.plans.schema import LayerPlan, ModelShape, Plan, full_layer
+from yopo.report import units
+
+_BAR = 8
+"""Characters of a bar that stands for a whole layer."""
+
+_WIDE = 70
+"""From this console width on the layer table has bars; every fitted column asks for more."""
+
+_FITTED_WIDTH = 6
+"""Characters that a column of ``_FITTED`` takes."""
+
+_FITTED = (("rank", "rank"), ("linear", "map"))
+"""Fields of a layer plan that only some plans have, and their columns."""
+
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def header(plan: Plan) -> RenderableType:
+    """Which model, prompt, budget and kind of plan: one line each."""
+    model, shape = plan.model, plan.model.shape
+    kv_heads = "" if shape.kv_heads == shape.heads else f" on {shape.kv_heads} KV heads"
+    grids = ", ".join(f"{grid.rows} x {grid.cols}" for grid in plan.workload.grids)
+    asked = "" if plan.budget.asked is None else f" ({units.share(plan.budget.asked)} asked)"
+    named = plan.provenance.get("shape") or plan.provenance.get("preset")
+    kind = [f"shape {named}"] if named else []
+    kind.append(f"compensation {plan.compensation}")
+    kind.append("bidirectional" if plan.bidirectional else "causal")
+    kind += ["baked"] if plan.baked else []
+    lines = {
+        "model": f"{model.name} ({model.family}, fingerprint {model.fingerprint[:12]})",
+        "decoder": f"{shape.layers} layers of {shape.heads} heads{kv_heads}, {shape.ffn} neurons",
+        "prompt": f"{plan.workload.visual} visual tokens ({grids}), {plan.workload.text} of text",
+        "budget": f"{units.share(visual_budget(plan))} of the visual FLOPs{asked}",
+        "plan": ", ".join(kind),
+    }
+    table = Table.grid(padding=(0, 2))
+    for label, value in lines.items():
+        table.add_row(Text(label, style="dim"), Text(value))
+    return table
+
+
+def savings_table(plan: Plan) -> Table:
+    """Visual FLOPs, prefill FLOPs and visual KV bytes of one prompt: dense, pruned, share."""
+    table = plain_table()
+    table.add_column("one prompt")
+    for name in ("dense", "pruned", "share"):
+        table.add_column(name, justify="right")
+    for label, dense, pruned, show in savings(plan):
+        table.add_row(label, show(dense), show(pruned), units.share(pruned / dense))
+    return table
+
+
+def savings(plan: Plan) -> tuple[tuple, ...]:
+    """(label, dense, pruned, how to write it) of everything that a plan saves."""
+    shape, workload = plan.model.shape, plan.workload
+    return (
+        ("visual FLOPs", dense_visual_flops(shape, workload), visual_flops(plan), units.flops),
+        (
+            "prefill FLOPs with text",
+            dense_prefill_flops(shape, workload),
+            prefill_flops(plan),
+            units.flops,
+        ),
+        (
+            "visual KV, 16 bit",
+            dense_visual_kv_bytes(shape, workload),
+            visual_kv_bytes(plan),
+            units.num_bytes,
+        ),
+    )
+
+
+class LayerTable:
+    """One row per run of equal layers; a narrow console goes without the bars."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shape, workload = self.plan.model.shape, self.plan.workload
+        dense = visual_flops_of_layer(full_layer(shape), shape, workload)
+        kv_bytes = 4 * shape.head_dim * workload.visual
+        fitted = [each for each in _FITTED if any(getattr(it, each[0]) for it in self.plan.layers)]
+        has_bars = options.max_width >= _WIDE + _FITTED_WIDTH * len(fitted)
+        table = plain_table()
+        if fitted and options.max_width < _WIDE:
+            table.padding = (0, 1, 0, 0)
+        table.add_column("layer", justify="right")
+        table.add_column(f"heads /{shape.heads}", justify="right")
+        table.add_column("attends")
+        table.add_column(f"neurons /{shape.ffn}", justify="right")
+        for _, title in fitted:
+            table.add_column(title, justify="right")
+        table.add_column("FLOPs", justify="right")
+        table.add_column("KV", justify="right")
+        for first, last, layer in runs(self.plan.layers):
+            ratio = visual_flops_of_layer(layer, shape, workload) / dense
+            flops = Text(f"{units.share(ratio):>7}" if ratio else "-")
+            if has_bars:
+                flops = Text.assemble((bar(ratio, _BAR), "cyan"), f" {flops.plain:>7}")
+            table.add_row(
+                str(first) if first == last else f"{first}-{last}",
+                _count(len(layer.heads)),
+                _reach(layer),
+                _count(layer.neurons),
+                *(_count(getattr(layer, name)) for name, _ in fitted),
+                flops,
+                _kv(layer, shape, kv_bytes),
+                style="dim" if layer.is_empty else "",
+            )
+        yield Text("what visual tokens still do, per layer", "dim")
+        yield table
+
+
+def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
+    """(first, last, layer plan) of every run of layers whose rows would read the same."""
+
+    def look(entry: tuple[int, LayerPlan]) -> tuple[object, ...]:
+        layer = entry[1]
+        return layer.heads, layer.attend, _reach(layer), layer.neurons, layer.rank, layer.linear
+
+    for _, run in groupby(enumerate(layers), key=look):
+        members = list(run)
+        yield members[0][0], members[-1][0], members[0][1]
+
+
+def candidate_table(
+    candidates: list[dict[str, object]], held_out: int | None = None
+) -> RenderableType:
+    """The plan shapes that were compared, best first, the chosen one marked.
+
+    Args:
+        candidates: What a plan's provenance says: shape, compensation, budget, kl.
+        held_out: On how many pairs the KL was measured that nothing was fitted on, if known.
+    """
+    table = plain_table()
+    table.add_column("")
+    table.add_column("shape")
+    table.add_column("compensation")
+    table.add_column("visual budget", justify="right")
+    where = f" on {held_out} held-out pairs" if held_out else ""
+    table.add_column(f"logit KL{where}", justify="right")
+    for rank, each in enumerate(candidates):
+        kl = "not measured" if each["kl"] is None else f"{each['kl']:.3g}"
+        cells = (str(each["shape"]), str(each["compensation"]), units.share(each["budget"]), kl)
+        table.add_row("" if rank else ">", *cells, style="" if rank else "bold")
+    return Group("", table)
+
+
+def plain_table() -> Table:
+    """A table without frame, for any width and any terminal."""
+    return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+
+
+def bar(ratio: float, width: int) -> str:
+    """A bar of a given width, filled to ``ratio`` in eighths; anything above 0 shows."""
+    eighths = round(min(ratio, 1.0) * width * 8)
+    eighths = max(eighths, 1) if ratio > 0 else 0
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def _count(number: int | None) -> str:
+    return str(number) if number else "-"
+
+
+def _reach(layer: LayerPlan) -> str:
+    if not layer.attend:
+        return "-"
+    reach = [] if layer.radius is None else [f"radius {layer.radius}"]
+    if layer.attend != layer.heads:
+        return ", ".join([f"in {len(layer.attend)}", *reach])
+    return ", ".join(reach) or "all"
+
+
+def _kv(layer: LayerPlan, shape: ModelShape, bytes_per_head: int) -> str:
+    kept = len(layer.kept_kv(shape))
+    return units.num_bytes(kept * bytes_per_head) if kept else "-"

@@ -1,0 +1,298 @@
+"""Which token may attend which, in one forward: positions, masks and blocks for all layers.
+
+The semantics (DESIGN: a query q may attend key k iff k is not later than q, and) - k is text:
+always; k visual and q text: in kept heads; k visual and q visual: in kept heads, if the layer
+attends and k is a neighbor. Heads are the attention calls' business, the rest is decided here,
+once per forward, and shared by all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from yopo.models.layout import Stream, TokenLayout
+from yopo.plans.grid import Block, row_blocks, shared_blocks
+from yopo.runtime.cache import TokenIndex
+from yopo.support.errors import ModelError
+
+
+@dataclass(frozen=True)
+class VisualBlock:
+    """A block of visual queries and what they attend.
+
+    Attributes:
+        start, stop: Queries along this forward's visual stream.
+        key_start, key_stop: Visual keys along the cached visual stream; or, ``in_sequence``, keys
+            of both kinds in the order of the prompt.
+        num_text: The first so many text keys take part as well.
+        mask: (1 or batch, 1, queries, visual keys + text keys) bool; None: everything allowed.
+    """
+
+    start: int
+    stop: int
+    key_start: int
+    key_stop: int
+    num_text: int
+    mask: torch.Tensor | None
+    in_sequence: bool = False
+
+
+class Geometry:
+    """Positions of one forward's tokens and of everything cached before them.
+
+    Args:
+        layout: Text and visual streams; None if there is no visual token in this forward.
+        batch, length: Size of this forward's batch and sequence.
+        attention_mask: (batch, cached + length) with 0 on padding, or None.
+        index: The cache's token index; extended by this forward's tokens here.
+        bidirectional: Whether visual tokens attend neighbors behind them.
+        device: Where masks are needed.
+        segments: (batch, length) int64, the sample that each token of a packed row belongs to:
+            tokens attend their own sample alone. None: every row is one sample.
+
+    Raises:
+        ModelError: A 4-D attention mask, or one of another length.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout | None,
+        batch: int,
+        length: int,
+        attention_mask: torch.Tensor | None,
+        index: TokenIndex,
+        *,
+        bidirectional: bool,
+        device: torch.device,
+        segments: torch.Tensor | None = None,
+    ):
+        self.layout = layout
+        self.past = index.length
+        self.past_text = 0 if index.text is None else index.text.shape[1]
+        self.past_visual = index.num_visual
+        self._bidirectional = bidirectional
+        self._segments = segments
+        self._blocks: dict[int | None, list[VisualBlock]] = {}
+        if layout is None:
+            everything = torch.arange(length, device=device).expand(batch, length)
+            text, visual = Stream(everything, None, shared=True), None
+        else:
+            text, visual = layout.text, layout.visual
+        self.text, self.visual = text, visual
+        streams = (text,) if visual is None else (text, visual)
+        self._padding = _check_mask(attention_mask, batch, index.length + length)
+        index.extend(*(self._absolute(stream) for stream in streams), num_tokens=length)
+        index.is_padded |= any(stream.mask is not None for stream in streams)
+        self._is_padded = index.is_padded
+        self._text_keys, self._visual_keys = index.text, index.visual
+
+    def _absolute(self, stream: Stream) -> torch.Tensor:
+        positions = stream.index + self.past
+        return positions if stream.mask is None else positions.masked_fill(~stream.mask, -1)
+
+    @cached_property
+    def text_keys_ok(self) -> torch.Tensor | None:
+        """(batch, text keys) bool, False on padding; None if all are real."""
+        return self._real(self._text_keys)
+
+    @cached_property
+    def visual_keys_ok(self) -> torch.Tensor | None:
+        """(batch, visual keys) bool, False on padding; None if all are real."""
+        return self._real(self._visual_keys)
+
+    def _real(self, positions: torch.Tensor) -> torch.Tensor | None:
+        real = None
+        if self._padding is not None:
+            real = self._padding.gather(1, positions.clamp(min=0))
+        if not self._is_padded:
+            return real
+        inside = positions >= 0
+        if real is None:
+            return None if bool(inside.all()) else inside
+        return real & inside
+
+    @cached_property
+    def text_is_causal(self) -> bool:
+        """Whether text over text is plain causal attention: no padding, nothing cached."""
+        is_plain = self.text_keys_ok is None and self._segments is None
+        return self.past == 0 and self.text.length > 1 and is_plain
+
+    @cached_property
+    def text_mask(self) -> torch.Tensor | None:
+        """(batch, 1, text, text keys) bool for text over text; None if causal or all allowed."""
+        if self.text_is_causal:
+            return None
+        own = self.past_text
+        return self._reads(self._text_keys, self.text_keys_ok, own)
+
+    @cached_property
+    def reading_mask(self) -> torch.Tensor | None:
+        """(batch, 1, text, visual + text keys) bool for reading heads, visual keys first.
+
+        None if everything is allowed; equal to ``text_mask`` if nothing visual is cached.
+        """
+        if self._visual_keys is None:
+            return self.text_mask if not self.text_is_causal else self._causal()
+        visual = self._reads(self._visual_keys, self.visual_keys_ok, None)
+        text = self._causal() if self.text_is_causal else self.text_mask
+        if visual is None and text is None:
+            return None
+        sizes = (self._visual_keys.shape[1], self._text_keys.shape[1])
+        parts = [
+            self._all(size) if part is None else part
+            for part, size in zip((visual, text), sizes, strict=True)
+        ]
+        batch = max(part.shape[0] for part in parts)
+        return torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=-1)
+
+    def _causal(self) -> torch.Tensor:
+        size = self.text.length
+        ones = torch.ones(size, size, dtype=torch.bool, device=self.text.index.device)
+        return ones.tril()[None, None]
+
+    def _all(self, size: int) -> torch.Tensor:
+        device = self.text.index.device
+        return torch.ones(1, 1, self.text.length, size, dtype=torch.bool, device=device)
+
+    def _reads(
+        self, keys: torch.Tensor, real: torch.Tensor | None, own: int | None
+    ) -> torch.Tensor | None:
+        """Text queries over ``keys``; ``own``: where the queries' own keys start (text only)."""
+        if self.text.length == 1 and self.visual is None:  # a decode step: every key is earlier
+            return None if real is None else real[:, None, None, :]
+        queries = self._absolute(self.text)
+        if real is None and self.text.shared and self._segments is None:
+            queries, keys = queries[:1], keys[:1]
+        allowed = (keys[:, None, :] <= queries[:, :, None]) & self._together(queries, keys)
+        if real is not None:
+            allowed = allowed & real[:, None, :]
+        if own is not None:  # padding attends itself, so that it stays finite
+            diagonal = torch.arange(self.text.length, device=keys.device)
+            allowed[:, diagonal, own + diagonal] = True
+        return allowed[:, None]
+
+    def visual_blocks(self, radius: int | None) -> list[VisualBlock]:
+        """Blocks of the visual self-attention at this radius, computed once per forward."""
+        if radius not in self._blocks:
+            cuts = self._cuts(radius)
+            is_causal = radius is None and not self._bidirectional
+            if is_causal and len(cuts) > 1 and self._rows_agree and not self.past:
+                self._blocks[radius] = [self._prefix(cut) for cut in cuts]
+            else:
+                self._blocks[radius] = [self._block(cut, radius) for cut in cuts]
+        return self._blocks[radius]
+
+    @cached_property
+    def sequence(self) -> torch.Tensor:
+        """Where cached keys, visual ones first, stand in the prompt up to its last visual token.
+
+        (keys,) int64. In this order what a causal block attends is a prefix, which no block copies.
+        """
+        visual, text = self.visual.index[0], self.text.index[0]
+        return torch.cat([visual, text]).argsort()[: int(visual[-1]) + 1]
+
+    def _prefix(self, cut: Block) -> VisualBlock:
+        places = self.visual.index[:1, cut.start : cut.stop]
+        stop = int(places[0, -1]) + 1
+        mask = torch.arange(stop, device=places.device) <= places[..., None]
+        return VisualBlock(cut.start, cut.stop, 0, stop, 0, mask[:, None], in_sequence=True)
+
+    def _cuts(self, radius: int | None) -> list[Block]:
+        if self.layout.has_uniform_grids:
+            return list(row_blocks(self.layout.grids[0], radius, self._bidirectional))
+        return list(shared_blocks(self.layout.grids, radius, self._bidirectional))
+
+    @cached_property
+    def _cells(self) -> torch.Tensor:
+        return self.layout.coordinates()
+
+    def _together(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
+        """(rows, queries, keys) bool: whether both are of one sample, from their positions."""
+        if self._segments is None:
+            return True
+        of_queries, of_keys = (
+            self._segments.gather(1, each.clamp(min=0)) for each in (queries, keys)
+        )
+        return of_queries[:, :, None] == of_keys[:, None, :]
+
+    @cached_property
+    def _rows_agree(self) -> bool:
+        shared = self.text.shared and self.visual.shared and self.layout.has_uniform_grids
+        is_plain = self.text_keys_ok is None and self.visual_keys_ok is None
+        return shared and is_plain and self._segments is None
+
+    def _block(self, cut: Block, radius: int | None) -> VisualBlock:
+        rows = slice(0, 1) if self._rows_agree else slice(None)
+        queries = self._absolute(self.visual)[rows, cut.start : cut.stop]
+        text_keys = self._text_keys[rows]
+        before = text_keys[:, None, :] < queries[:, :, None]  # (rows, queries, text keys)
+        before = before & self._together(queries, text_keys)
+        if self.text_keys_ok is not None:
+            before = before & self.text_keys_ok[rows, None, :]
+        used = before.any(dim=0).any(dim=0).nonzero()
+        num_text = int(used[-1]) + 1 if len(used) else 0
+        near = self._near(cut, radius, rows)
+        if self._segments is not None:
+            near = near & self._together(
+                queries, self._visual_keys[:, cut.key_start : cut.key_stop]
+            )
+        key_start = self.past_visual + cut.key_start
+        if radius is None and self.past_visual:  # images of earlier turns
+            key_start = 0
+            earlier = self._earlier(rows, near.shape[1])
+            near = torch.cat([earlier.expand(near.shape[0], -1, -1), near], dim=-1)
+        mask = torch.cat([near, before[:, :, :num_text].expand(near.shape[0], -1, -1)], dim=-1)
+        return VisualBlock(
+            cut.start,
+            cut.stop,
+            key_start,
+            self.past_visual + cut.key_stop,
+            num_text,
+            None if bool(mask.all()) else mask[:, None],
+        )
+
+    def _near(self, cut: Block, radius: int | None, rows: slice) -> torch.Tensor:
+        """(rows, queries, keys) bool: real neighbors, later ones if bidirectional, self always."""
+        queries = self._cells[rows, cut.start : cut.stop, None]
+        keys = self._cells[rows, None, cut.key_start : cut.key_stop]
+        same_image = queries[..., 0] == keys[..., 0]
+        device = queries.device
+        query_place = torch.arange(cut.start, cut.stop, device=device)[:, None]
+        key_place = torch.arange(cut.key_start, cut.key_stop, device=device)[None]
+        allowed = (key_place <= query_place).expand(same_image.shape)
+        if self._bidirectional:
+            allowed = allowed | same_image
+        if radius is not None:
+            distance = (queries[..., 1:] - keys[..., 1:]).abs().amax(dim=-1)
+            allowed = allowed & same_image & (distance <= radius)
+        if self.visual_keys_ok is not None:
+            place = slice(self.past_visual + cut.key_start, self.past_visual + cut.key_stop)
+            allowed = allowed & self.visual_keys_ok[rows, None, place]
+        return allowed | (query_place == key_place)
+
+    def _earlier(self, rows: slice, num_queries: int) -> torch.Tensor:
+        keys = self._visual_keys[rows, : self.past_visual]
+        real = (
+            keys >= 0 if self.visual_keys_ok is None else self.visual_keys_ok[rows, : keys.shape[1]]
+        )
+        return real[:, None, :].expand(-1, num_queries, -1)
+
+
+def _check_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    found = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+    if found != "2-D":
+        raise ModelError(
+            f"A pruned model takes a 2-D attention mask, found {found}.",
+            remedy="Give the mask of padding that the processor makes; packed rows need none, but "
+            "positions that restart.",
+        )
+    if tuple(mask.shape) != (batch, length):
+        found = tuple(mask.shape)
+        raise ModelError(f"The attention mask has shape {found}, expected {(batch, length)}.")
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask

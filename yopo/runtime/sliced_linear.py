@@ -1,0 +1,186 @@
+"""Linear layers of visual tokens: parts of the text's own, or fitted ones.
+
+A part never holds values of its own. Consecutive rows or columns are a view; others are gathered
+from the live weight in every call (into one buffer that is used again, or, where gradients are
+recorded, as a differentiable copy). So whatever happens to the text's weight - an optimizer step,
+an adapter, a merge, another dtype - happens to visual tokens as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from yopo.models.fingerprint import is_plain
+from yopo.runtime.adapters import Adapter, parts_of
+from yopo.runtime.offload import parameter
+from yopo.runtime.packed import PackedPart
+from yopo.support import console
+
+
+class Part(nn.Module):
+    """A linear layer restricted to some outputs (rows) or some inputs (columns) of another.
+
+    Args:
+        holder: The module that the full layer is looked up in, in every call: adapters take the
+            places of layers. Not registered here, so state dicts stay as they are.
+        name: The full layer's name in ``holder``.
+        keep: The kept rows or columns, in their order of use.
+        columns: Whether ``keep`` selects inputs rather than outputs.
+        block: Length of the runs of consecutive positions that ``keep`` is made of: whole runs
+            are gathered faster than single columns.
+    """
+
+    def __init__(
+        self,
+        holder: nn.Module,
+        name: str,
+        keep: torch.Tensor,
+        *,
+        columns: bool = False,
+        block: int = 1,
+    ):
+        super().__init__()
+        self._holder, self._name = (holder,), name
+        self._columns, self._block = columns, block
+        source = self.source
+        first = int(keep[0])
+        self._span = slice(first, first + len(keep))
+        is_span = torch.equal(keep, torch.arange(self._span.start, self._span.stop))
+        full = source.in_features if columns else source.out_features
+        self._is_all = is_span and len(keep) == full
+        self._gathered: torch.Tensor | None = None
+        self._packed = PackedPart(keep, columns=columns)
+        place = keep.to(source.weight.device)
+        self.register_buffer("keep", None if is_span else place, persistent=False)
+        runs = None if is_span or not columns else place[::block] // block
+        self.register_buffer("runs", runs, persistent=False)
+
+    @property
+    def source(self) -> nn.Module:
+        """The full layer, or the adapter that stands in its place."""
+        return getattr(self._holder[0], self._name)
+
+    def forward(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply to (..., kept inputs or all inputs) and return (..., outputs).
+
+        Args:
+            inputs: Of the kept columns, or of the full layer.
+            bias: (outputs,) to be added instead of the layer's own, adapters' included; for parts
+                by columns.
+        """
+        if self._is_all and bias is None:
+            return self.source(inputs)
+        base, adapters = parts_of(self.source, self._name)
+        weight, own = self._cut(base)
+        outputs = linear(inputs, weight, own if bias is None else bias)
+        for adapter in adapters:
+            added = self._adapted(inputs, adapter, with_bias=bias is None)
+            outputs = outputs + added * adapter.scaling
+        return outputs.to(weight.dtype) if adapters else outputs
+
+    def matrix(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight, (outputs, inputs), and the bias, (outputs,) or None; without adapters."""
+        return self._cut(parts_of(self.source, self._name)[0])
+
+    def _cut(self, base: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        if not self._columns and bias is not None:
+            bias = self._select(bias, 0)
+        if not is_plain(weight):
+            return self._packed.cut(weight), bias
+        if self._columns:
+            return self._take_columns(weight), bias
+        if self.keep is None:
+            return weight[self._span], bias
+        return self._gather(weight, self.keep, 0), bias
+
+    def _take_columns(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.keep is None:
+            return weight[:, self._span]
+        runs = weight.unflatten(1, (-1, self._block))  # (outputs, all runs, block)
+        return self._gather(runs, self.runs, 1).flatten(1)
+
+    def _gather(self, tensor: torch.Tensor, places: torch.Tensor, dim: int) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return tensor.index_select(dim, places)
+        size = list(tensor.shape)
+        size[dim] = len(places)
+        found = self._gathered
+        if found is None or list(found.shape) != size or not _is_like(found, tensor):
+            with torch.inference_mode(False):  # else it could not be written outside of that mode
+                found = self._gathered = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
+        return torch.index_select(tensor, dim, places, out=found)
+
+    def _adapted(self, inputs: torch.Tensor, adapter: Adapter, *, with_bias: bool) -> torch.Tensor:
+        enter, leave = (parameter(each, "weight") for each in (adapter.enter, adapter.leave))
+        bias = parameter(adapter.leave, "bias")
+        inputs = adapter.drop(inputs.to(enter.dtype))
+        if self._columns:
+            bias = bias if with_bias else None
+            return linear(linear(inputs, self._select(enter, 1)), leave, bias)
+        bias = None if bias is None else self._select(bias, 0)
+        return linear(linear(inputs, enter), self._select(leave, 0), bias)
+
+    def _select(self, small: torch.Tensor, dim: int) -> torch.Tensor:
+        if self.keep is None:
+            return small.narrow(dim, self._span.start, self._span.stop - self._span.start)
+        return small.index_select(dim, self.keep)
+
+
+def _is_like(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device
+
+
+class Fitted(nn.Module):
+    """A fitted linear layer, in the precision and on the device of the layer that it stands for.
+
+    Args:
+        weight: (outputs, inputs).
+        bias: (outputs,), or None.
+        like: A weight of that layer.
+        trainable: Whether weight and bias are parameters rather than buffers outside of the state
+            dict.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        like: torch.Tensor,
+        *,
+        trainable: bool = False,
+    ):
+        super().__init__()
+        for name, value in (("weight", weight), ("bias", bias)):
+            value = None if value is None else value.detach().to(like)
+            if trainable:  # of its own: the optimizer changes it in place
+                value = None if value is None else nn.Parameter(value.clone())
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value, persistent=False)
+
+    def forward(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply to (..., inputs) and return (..., outputs); there is no other bias to take."""
+        return linear(inputs, self.weight, self.bias)
+
+
+def warn_without_fitted(
+    module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: object
+) -> None:
+    """Say so if weights are loaded that leave a model's trainable fitted weights as they were.
+
+    Args:
+        module: Holds the fitted weights.
+        state_dict: What is loaded.
+        prefix: What the names of ``module``'s parameters begin with in there.
+    """
+    names = [f"{prefix}{name}" for name, _ in module.named_parameters()]
+    if names and not any(name in state_dict for name in names):
+        console.warn(
+            "Weights are loaded without the fitted weights for visual tokens, which stay as they "
+            "are. yopo.load(DIRECTORY, trainable=True) reads both."
+        )

@@ -1,0 +1,294 @@
+"""Models from disk or hub: dense ones to measure, pruned ones to serve."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from yopo.checkpoint.completion import Completion
+from yopo.checkpoint.download import HUB_OPTIONS
+from yopo.checkpoint.reader import Checkpoint, fetch, fetch_some, read_source
+from yopo.checkpoint.sidecar_files import PLAN_FILE, PLAN_FILES
+from yopo.models.fingerprint import Source, is_same, remember_source
+from yopo.models.registry import ModelSource, family_of, resolve
+from yopo.plans.file import read_plan
+from yopo.plans.schema import Plan
+from yopo.plans.tensors import PlanTensors, read_tensors
+from yopo.runtime.install import install
+from yopo.support.errors import CheckpointError, ModelError
+from yopo.support.finite import check_weights
+
+_PLACE = ("revision", "subfolder", *HUB_OPTIONS)
+"""Arguments that say where a checkpoint is found, and not how it is loaded."""
+
+
+@dataclass(frozen=True, eq=False)
+class Baked:
+    """A baked checkpoint, checked: nothing but its weights is left to read.
+
+    Attributes:
+        checkpoint: Its directory, in the hub's cache if that is where it is from.
+        source: What its files are known by.
+        plan: The plan to load it at.
+        tensors: The plan's tensors, or None.
+    """
+
+    checkpoint: Checkpoint
+    source: Source
+    plan: Plan
+    tensors: PlanTensors | None
+
+
+def load(
+    path: str | Path, *, budget: float | None = None, trainable: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a baked checkpoint as a model that skips the pruned work.
+
+    Args:
+        path: A directory that ``yopo apply`` wrote, or the hub id of one (``org/name[@revision]``).
+        budget: Of the plans that were baked together, take the one with the largest visual budget
+            that is not above this one; None: the first.
+        trainable: Whether the plan's fitted weights are parameters, for recovery training; see
+            ``yopo.runtime.saved``.
+        **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``,
+            ``subfolder``, ``quantization_config``, ...).
+
+    Returns:
+        A transformers model of the checkpoint's own class; its ``save_pretrained`` and
+        ``push_to_hub`` write a checkpoint like this one.
+
+    Raises:
+        CheckpointError: Not a baked checkpoint, a tensor is missing, or no plan within the budget.
+        ModelError: The weights are not the ones that the plan was baked into.
+    """
+    baked = open_baked(path, budget, **_take(kwargs, _PLACE))
+    stock = _stock_class(baked.checkpoint.config)
+    model, _ = _from_folder(stock, baked.checkpoint, str(path), **kwargs)
+    _install(model, baked, trainable=trainable)
+    return model
+
+
+def _install(model: PreTrainedModel, baked: Baked, *, trainable: bool) -> None:
+    writer = Completion(baked.checkpoint.path)
+    # Unchecked: the files were, which unlike weights in memory have one precision.
+    install(model, baked.plan, baked.tensors, check=False, trainable=trainable, writer=writer)
+    remember_source(model.get_decoder(), baked.source)
+
+
+def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> Baked:
+    """Find a baked checkpoint, here or in the hub, and check it against its plan.
+
+    Args:
+        path: As for :func:`load`.
+        budget: As for :func:`load`.
+        **place: ``revision``, ``subfolder`` and ``HUB_OPTIONS``.
+
+    Raises:
+        CheckpointError: It holds no plan (said before weights are downloaded), or is incomplete.
+        ModelError: It is out of reach, or its weights are not the ones that it was baked with.
+    """
+    source = resolve(str(path))
+    revision, subfolder = place.pop("revision", None), place.pop("subfolder", None) or ""
+    if not source.is_local and revision is not None:
+        source = replace(source, revision=revision)
+    small = fetch_some(source, ("config.json", PLAN_FILES), subfolder=subfolder, **place)
+    _refuse_unbaked(small, source.name)
+    checkpoint = Checkpoint.open(fetch(source, subfolder=subfolder, **place))
+    plan, tensors = read_baked_plan(checkpoint.path, budget)
+    files = read_source(checkpoint)
+    if not is_same(files.fingerprint, plan.model.fingerprint):
+        raise ModelError(
+            f"{path}: its weights are not those that its plan was baked into: their fingerprint is "
+            f"{files.fingerprint}, the plan's is {plan.model.fingerprint}.",
+            remedy="Restore the weights, or calibrate and apply again.",
+        )
+    return Baked(checkpoint, files, plan, tensors)
+
+
+def read_baked_plan(
+    path: str | Path, budget: float | None = None
+) -> tuple[Plan, PlanTensors | None]:
+    """The plan inside a baked checkpoint's directory (see :func:`load`), and its tensors.
+
+    Raises:
+        CheckpointError: The directory holds no plan, or none within the budget.
+    """
+    _refuse_unbaked(Path(path), str(path))
+    plan = read_plan(Path(path) / PLAN_FILE)
+    if budget is not None:
+        plan = _largest_within(budget, Path(path))
+    return plan, None if plan.tensors is None else read_tensors(plan, Path(path))
+
+
+def _refuse_unbaked(folder: Path, name: str) -> None:
+    if not (folder / PLAN_FILE).is_file():
+        raise CheckpointError(
+            f"{name}: is not a pruned checkpoint (no {PLAN_FILE}).",
+            remedy="Make one with `yopo apply plan.yaml`.",
+        )
+
+
+def _largest_within(budget: float, folder: Path) -> Plan:
+    plans = [read_plan(file) for file in sorted(folder.glob(PLAN_FILES))]
+    within = [plan for plan in plans if plan.budget.reached <= budget + 1e-9]
+    if not within:
+        known = ", ".join(f"{plan.budget.reached:.3g}" for plan in plans)
+        raise CheckpointError(
+            f"{folder}: has no plan within a visual budget of {budget}; it has {known}.",
+            remedy="Ask for one of these, or bake another plan with the others.",
+        )
+    return max(within, key=lambda plan: plan.budget.reached)
+
+
+def load_dense(
+    source: ModelSource, *, checkpoint: Checkpoint | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a model with the stock transformers class, in eval mode.
+
+    No code that a checkpoint brings along is run: every supported family is a class of
+    transformers.
+
+    Args:
+        source: From ``models.registry.resolve``.
+        checkpoint: Its directory, if it was fetched and opened already.
+        **kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to the checkpoint's.
+
+    Raises:
+        ModelError: The model cannot be reached, is of no supported family, or is no model; or a
+            weight is not finite.
+        CheckpointError: The checkpoint is quantized, damaged or unsuitable, or a weight is missing
+            from it (transformers would make one up). Said before weights are loaded.
+    """
+    checkpoint = checkpoint or Checkpoint.open(fetch(source))
+    stock = _stock_class(checkpoint.config)
+    model, _ = _from_folder(stock, checkpoint, source.location, **kwargs)
+    remember_source(model.get_decoder(), read_source(checkpoint))
+    return model
+
+
+def _stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    return getattr(transformers, family_of(config).architecture)
+
+
+def _from_folder(
+    stock: type[PreTrainedModel], checkpoint: Checkpoint, name: str, *args: Any, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A stock model of a checkpoint's directory, all weights from there, and its loading report."""
+    _take(kwargs, ("trust_remote_code", "code_revision", "output_loading_info"))
+    kwargs = {"dtype": "auto", "config": copy.deepcopy(checkpoint.config), **kwargs}
+    try:
+        model, report = stock.from_pretrained(
+            checkpoint.path, *args, output_loading_info=True, **kwargs
+        )
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 300 else f"{reason[:297]}..."
+        raise ModelError(f"{name}: cannot be loaded: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{name}: {len(missing)} weights are missing, {missing[0]} among them.",
+            remedy="The checkpoint is incomplete or of another architecture.",
+        )
+    check_weights(model, name)
+    model.config.name_or_path = model.name_or_path = name
+    return model.eval(), report
+
+
+def _take(kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take arguments of these names out of others."""
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+class PrunedForConditionalGeneration:
+    """What a baked checkpoint's remote code resolves to under ``trust_remote_code=True``.
+
+    transformers skips the renaming of checkpoint keys for custom classes, which would leave
+    weights random; so the stock class loads them, and the plan is installed behind.
+    """
+
+    _auto_class = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Load the stock model of the checkpoint, install its plan.
+
+        ``budget`` and ``trainable`` as for ``load``.
+        """
+        wants_report = kwargs.get("output_loading_info", False)
+        trainable = kwargs.pop("trainable", False)
+        baked = open_baked(path, kwargs.pop("budget", None), **_take(kwargs, _PLACE))
+        stock = cls._stock(baked.checkpoint.config)
+        model, report = _from_folder(stock, baked.checkpoint, str(path), *args, **kwargs)
+        _install(model, baked, trainable=trainable)
+        return (model, report) if wants_report else model
+
+    @classmethod
+    def _stock(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
+        return _stock_class(config)
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """Asked for by ``from_config``, which has no weights that a plan could be of.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError(
+            "A pruned model cannot be made from its configuration alone: the plan is of weights.",
+            remedy="Use from_pretrained, or from_config with trust_remote_code=False.",
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Asked for by transformers; nothing is saved from this class."""
+
+
+class PrunedModel(PrunedForConditionalGeneration):
+    """The same for ``AutoModel``: without language modelling head."""
+
+    @classmethod
+    def _stock(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
+        return MODEL_MAPPING[type(config)]
+
+
+def torch_dtype(name: str) -> torch.dtype | str:
+    """A dtype by name; ``auto`` stays.
+
+    Raises:
+        ModelError: No such floating-point dtype.
+    """
+    if name == "auto":
+        return name
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"Unknown dtype '{name}'.", remedy="Use float32, bfloat16 or float16.")
+    return found
+
+
+def torch_device(name: str) -> str:
+    """A device by name; ``auto`` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        ModelError: No such device, or not on this machine.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        reason = reason if len(reason) < 100 else f"{reason[:97]}..."
+        raise ModelError(
+            f"Device '{name}' cannot be used: {reason}.",
+            remedy="Use cpu, or auto for a GPU if there is one.",
+        ) from error
+    return name

