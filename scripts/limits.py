@@ -46,7 +46,7 @@ from yopo.bench.plans import (
 )
 from yopo.bench.prompt import made_up_prompt
 from yopo.bench.random_model import (
-    SHAPES,
+    TEMPLATES,
     WORKLOAD,
     fitted,
     grids_of,
@@ -111,7 +111,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:4])
-    parser.add_argument("--shape-of", choices=sorted(SHAPES), default="llava-1.5-7b")
+    parser.add_argument("--shape-of", choices=sorted(TEMPLATES), default="llava-1.5-7b")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the models")
     parser.add_argument("--visual-tokens", type=int, default=WORKLOAD.visual)
     parser.add_argument("--text-tokens", type=int, default=WORKLOAD.text)
@@ -168,7 +168,7 @@ class Calibration:
     """A calibration pass over one batch, a plain forward of it, and one that shows attention."""
 
     def __init__(self, options: argparse.Namespace):
-        shape = replace(SHAPES[options.shape_of], layers=options.layers)
+        shape = replace(TEMPLATES[options.shape_of], layers=options.layers)
         identity = replace(published_model(options.shape_of), shape=shape)
         plan = preset_plan("yopo-25", identity, WORKLOAD)
         plan = with_prompt(plan, visual=options.visual_tokens, text=options.text_tokens)
@@ -224,7 +224,7 @@ class Fit:
         side = math.isqrt(options.visual_tokens)
         if side**2 != options.visual_tokens:
             raise SystemExit(f"--visual-tokens {options.visual_tokens}: a fit wants a square.")
-        self.shape = replace(SHAPES[options.shape_of], layers=options.layers)
+        self.shape = replace(TEMPLATES[options.shape_of], layers=options.layers)
         identity = replace(published_model(options.shape_of), shape=self.shape)
         workload = replace(WORKLOAD, grids=(Grid(side, side),), text=options.text_tokens)
         self.plan = preset_plan(FITTED, identity, workload)
@@ -266,7 +266,7 @@ class Checkpoints:
         self.options = options
         self.original, self.baked = folder / "original", folder / "baked"
         self.copy, self.plan_file = folder / "copy", folder / "plan.yaml"
-        shape = replace(SHAPES[options.shape_of], layers=options.layers)
+        shape = replace(TEMPLATES[options.shape_of], layers=options.layers)
         model = random_model(shape, dtype=getattr(torch, options.dtype))
         self.largest = max(weight.nbytes for weight in model.parameters())
         model.save_pretrained(self.original, max_shard_size=options.shard_size)

@@ -23,7 +23,7 @@ from yopo.data.sources import open_pairs
 from yopo.fitting.layerwise import DenseWalk
 from yopo.fitting.least_squares import Gram, Moments, ridge
 from yopo.models.registry import family_of
-from yopo.pipeline.session import Effort, RunOptions, Session
+from yopo.pipeline.session import CalibrationSession, FitOptions, RunOptions
 from yopo.plans.schema import ModelShape, full_layer
 from yopo.runtime.weights import Extras, VisualLayer
 
@@ -74,7 +74,7 @@ ORDERS: dict[str, Order] = {
 
 
 @torch.no_grad()
-def grams(session: Session, shape: ModelShape, encoded: list[Batch]) -> list[Gram]:
+def grams(session: CalibrationSession, shape: ModelShape, encoded: list[Batch]) -> list[Gram]:
     """Per layer, moments of (activations, normed input) and the FFN's output."""
     walk, found = DenseWalk(session.model, encoded), []
     for number in range(shape.layers):
@@ -106,7 +106,7 @@ def error(fitted: Gram, seen: Gram, kept: torch.Tensor, down: torch.Tensor) -> f
     return float((total - explained) / total)
 
 
-def encoded(session: Session, data: str, samples: int, seed: int) -> list[Batch]:
+def encoded(session: CalibrationSession, data: str, samples: int, seed: int) -> list[Batch]:
     """Prompts as model inputs."""
     groups = batches(open_pairs(data, samples=samples, seed=seed), 32)
     return [encode_for(session.model, session.processor, group) for group in groups]
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     options = parser.parse_args()
     run = RunOptions(data=options.calibration, samples=options.samples, batch_size=32)
-    session = Session(options.model, run, Effort())
+    session = CalibrationSession(options.model, run, FitOptions())
     shape = session.statistics.model.shape
     fitted = grams(session, shape, encoded(session, options.calibration, options.samples, 0))
     seen = grams(session, shape, encoded(session, options.heldout, options.samples, 1))

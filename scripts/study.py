@@ -44,14 +44,14 @@ from yopo.data.sources import open_pairs
 from yopo.demo.pair_files import write_pairs
 from yopo.evaluation.evaluate import measure_kept
 from yopo.evaluation.fidelity import record_dense
-from yopo.pipeline.session import Effort, RunOptions, Session
+from yopo.pipeline.session import CalibrationSession, FitOptions, RunOptions
 from yopo.planning.allocate import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.planner import Planner
 from yopo.planning.request import Wishes
-from yopo.planning.templates import Layers, Shaper, random_rho
+from yopo.planning.templates import Layers, TemplateBuilder, random_rho
 from yopo.plans.flops import visual_budget
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.strategies.neighbors import PAPER_RADIUS
@@ -74,7 +74,7 @@ ABLATIONS = {
 """What an allocation may use."""
 
 Change = Callable[[], AbstractContextManager[object]]
-Made = tuple[Plan, PlanTensors]
+Made = tuple[PruningPlan, PlanTensors]
 
 
 class Results:
@@ -103,10 +103,12 @@ class Study:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.results = Results(options.output)
-        self._sessions: dict[tuple, Session] = {}
+        self._sessions: dict[tuple, CalibrationSession] = {}
         self._records = None
 
-    def session(self, seed: int, samples: int | None = None, data: str | None = None) -> Session:
+    def session(
+        self, seed: int, samples: int | None = None, data: str | None = None
+    ) -> CalibrationSession:
         """Calibrated once per seed, number of pairs and data."""
         samples = samples or self.options.samples
         key = (seed, samples, data)
@@ -118,11 +120,11 @@ class Study:
                 batch_size=32,
                 max_new_tokens=self.options.max_new_tokens,
             )
-            effort = Effort(measure_pairs=min(64, samples), fit_pairs=samples)
-            self._sessions[key] = Session(self.options.model, run, effort)
+            fit_options = FitOptions(measure_pairs=min(64, samples), fit_pairs=samples)
+            self._sessions[key] = CalibrationSession(self.options.model, run, fit_options)
         return self._sessions[key]
 
-    def records(self, session: Session):
+    def records(self, session: CalibrationSession):
         """The dense model's answers on the held-out pairs."""
         if self._records is None:
             pairs = self._heldout()
@@ -143,7 +145,9 @@ class Study:
             heldout = str(write_pairs(folder, name, count, seed=1, kinds=(kind,)))
         return open_pairs(heldout, samples=count, seed=1)
 
-    def measure(self, key: dict, session: Session, change: Change, budget: float) -> None:
+    def measure(
+        self, key: dict, session: CalibrationSession, change: Change, budget: float
+    ) -> None:
         """Evaluate a changed model on the held-out pairs and keep the result."""
         kept = measure_kept(
             session.model,
@@ -164,7 +168,7 @@ class Study:
         kinds = {kind: asdict(each) for kind, each in kept.by_kind.items()}
         self.results.add(key, {"summary": summary, "kinds": kinds, "pairs": kept.pairs})
 
-    def plan(self, key: dict, session: Session, make: Callable[[], Made]) -> None:
+    def plan(self, key: dict, session: CalibrationSession, make: Callable[[], Made]) -> None:
         """Make a plan and measure it; a budget that cannot be met is a result too."""
         if self.results.has(key):
             return
@@ -195,7 +199,7 @@ def methods(study: Study) -> None:
                     measure_rival(study, session, name, budget)
 
 
-def measure_rival(study: Study, session: Session, name: str, budget: float) -> None:
+def measure_rival(study: Study, session: CalibrationSession, name: str, budget: float) -> None:
     """Measure a rival at a budget; they know no calibration, so no seed."""
     key = study.key("methods", name, budget, 0)
     if study.results.has(key):
@@ -270,10 +274,10 @@ def long(study: Study) -> None:
                 study.plan(key, session, partial(METHODS[name], session, budget))
 
 
-def authors(session: Session, budget: float) -> Made:
+def authors(session: CalibrationSession, budget: float) -> Made:
     """The released rules, scaled to a budget by one ratio for heads and neurons."""
     statistics, shape = session.statistics, session.statistics.model.shape
-    shaper = Shaper(statistics, budget)
+    builder = TemplateBuilder(statistics, budget)
     half = shape.layers // 2
     seen = statistics.rho[:, :half].flatten(1)
 
@@ -291,7 +295,7 @@ def authors(session: Session, budget: float) -> Made:
             alpha=alpha,
         )
 
-    layers = shaper.scale(build)
+    layers = builder.scale(build)
     if layers is None:
         raise YopoError(f"The authors' shape does not fit a budget of {budget}.")
     plan, tensors = planner(session, Wishes(budget=budget)).assemble(layers, "none")
@@ -299,13 +303,13 @@ def authors(session: Session, budget: float) -> Made:
     return plan, replace(tensors, neuron_order=identity)
 
 
-def paper(session: Session, budget: float, compensation: str = "none") -> Made:
+def paper(session: CalibrationSession, budget: float, compensation: str = "none") -> Made:
     """The paper's shape, by scores."""
     made = session.make(Wishes(budget=budget, shape="paper", compensation=compensation))
     return made.plan, made.tensors
 
 
-def search(session: Session, budget: float) -> Made:
+def search(session: CalibrationSession, budget: float) -> Made:
     """The best shape without compensation, searched on."""
     wishes = Wishes(budget=budget, compensation="none", search=SEARCH_RUNS)
     made = session.make(wishes)
@@ -313,7 +317,10 @@ def search(session: Session, budget: float) -> Made:
 
 
 def allocated(
-    session: Session, budget: float, levers: Levers | None = None, kv_budget: float | None = None
+    session: CalibrationSession,
+    budget: float,
+    levers: Levers | None = None,
+    kv_budget: float | None = None,
 ) -> Made:
     """Measured worths, fitted weights."""
     wishes = Wishes(budget=budget, compensation="refit", kv_budget=kv_budget)
@@ -323,19 +330,19 @@ def allocated(
     return plan, tensors
 
 
-def searched(session: Session, budget: float) -> Made:
+def searched(session: CalibrationSession, budget: float) -> Made:
     """An allocation, searched on as far as the shapes are."""
     wishes = Wishes(budget=budget, compensation="refit", search=SEARCH_RUNS)
     made = session.make(wishes)
     return made.plan, made.tensors
 
 
-def planner(session: Session, wishes: Wishes) -> Planner:
+def planner(session: CalibrationSession, wishes: Wishes) -> Planner:
     """A planner of a session."""
     return Planner(session.statistics, wishes, session.kl, session.fitter)
 
 
-def random(session: Session, budget: float) -> Made:
+def random(session: CalibrationSession, budget: float) -> Made:
     """The paper's shape, by random scores."""
     shuffled = random_rho(session.statistics, session.options.seed)
     wishes = Wishes(budget=budget, shape="paper", compensation="none")
@@ -343,7 +350,7 @@ def random(session: Session, budget: float) -> Made:
     return plan, tensors
 
 
-METHODS: dict[str, Callable[[Session, float], Made]] = {
+METHODS: dict[str, Callable[[CalibrationSession, float], Made]] = {
     "random": random,
     "authors": authors,
     "paper": paper,

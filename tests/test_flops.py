@@ -27,7 +27,7 @@ from yopo.plans.schema import (
     LayerPlan,
     ModelIdentity,
     ModelShape,
-    Plan,
+    PruningPlan,
     Workload,
     full_layer,
     full_plan,
@@ -38,7 +38,7 @@ LLAVA_13B = ModelShape(layers=40, hidden=5120, heads=40, kv_heads=40, head_dim=1
 GQA = ModelShape(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, ffn=18944)
 TINY = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
 IMAGE = Workload((Grid(24, 24),), text=64, text_before=35)
-SHAPES = pytest.mark.parametrize("shape", [LLAVA_7B, LLAVA_13B, GQA, TINY], ids=str)
+TEMPLATES = pytest.mark.parametrize("shape", [LLAVA_7B, LLAVA_13B, GQA, TINY], ids=str)
 RANDOM = st.randoms(use_true_random=False)
 
 
@@ -46,14 +46,14 @@ def identity(shape: ModelShape) -> ModelIdentity:
     return ModelIdentity("some", "llava", shape, "0" * 64)
 
 
-def papers_plan(shape: ModelShape, share: int) -> Plan:
+def papers_plan(shape: ModelShape, share: int) -> PruningPlan:
     """Half the layers, one of ``share`` heads and neurons, two neighbors around."""
     heads = tuple(range(shape.heads // share))
     some = LayerPlan(heads, attend=True, radius=2, neurons=shape.ffn // share)
     none = LayerPlan((), attend=False, radius=None, neurons=0)
     half = shape.layers // 2
     layers = (some,) * half + (none,) * (shape.layers - half)
-    return Plan(identity(shape), IMAGE, layers, Budget(None, 0.0), baked=True)
+    return PruningPlan(identity(shape), IMAGE, layers, Budget(None, 0.0), baked=True)
 
 
 @pytest.mark.parametrize(("shape", "tera"), [(LLAVA_7B, 7.63), (LLAVA_13B, 14.89)])
@@ -69,7 +69,7 @@ def test_the_papers_pruned_flops(shape: ModelShape, share: int, percent: float) 
     assert round(100 * visual_budget(papers_plan(shape, share)), 1) == percent
 
 
-@SHAPES
+@TEMPLATES
 def test_dense_flops_by_the_papers_formula(shape: ModelShape) -> None:
     n, d, m = IMAGE.visual, shape.hidden, shape.ffn
     if shape.heads == shape.kv_heads:
@@ -83,7 +83,7 @@ def test_dense_flops_by_the_papers_formula(shape: ModelShape) -> None:
     )
 
 
-@SHAPES
+@TEMPLATES
 def test_the_whole_plan_costs_what_the_dense_model_costs(shape: ModelShape) -> None:
     plan = full_plan(identity(shape), IMAGE)
     assert visual_budget(plan) == 1.0
@@ -92,7 +92,7 @@ def test_the_whole_plan_costs_what_the_dense_model_costs(shape: ModelShape) -> N
     assert prefill_flops(plan) <= dense_prefill_flops(shape, IMAGE)
 
 
-@SHAPES
+@TEMPLATES
 def test_a_plan_without_anything_visual_costs_nothing_visual(shape: ModelShape) -> None:
     none = LayerPlan((), attend=False, radius=None, neurons=0)
     plan = full_plan(identity(shape), IMAGE).with_layers((none,) * shape.layers)

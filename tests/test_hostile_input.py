@@ -23,7 +23,7 @@ from yopo.data.rows import pair_from_row
 from yopo.data.sources import open_pairs
 from yopo.plans.file import parse_plan, read_plan, to_yaml
 from yopo.plans.flops import visual_budget
-from yopo.plans.schema import Budget, ModelIdentity, ModelShape, Plan, TensorsFile
+from yopo.plans.schema import Budget, ModelIdentity, ModelShape, PruningPlan, TensorsFile
 from yopo.plans.tensors import PlanTensors, read_plan_with_tensors
 from yopo.support import console
 from yopo.support.documents import MAX_BYTES, read_text
@@ -34,7 +34,7 @@ IDENTITY = ModelIdentity("some-model", "llava", SHAPE, "f" * 64)
 
 
 @pytest.fixture
-def plan() -> Plan:
+def plan() -> PruningPlan:
     return tiny.random_plan(IDENTITY, random.Random(2), compensation="mean", baked=False)
 
 
@@ -69,7 +69,7 @@ def test_aliases_cannot_multiply() -> None:
     refused(lambda: parse_plan("plan.yaml", text), "holds more than 250,000 values")
 
 
-def test_a_few_aliases_are_welcome(plan: Plan) -> None:
+def test_a_few_aliases_are_welcome(plan: PruningPlan) -> None:
     text = to_yaml(replace(plan, layers=(plan.layers[0],) * 3))
     head, _, _ = text.partition("layers:\n")
     layer = "{heads: [0, 1], attend: true, radius: 1, neurons: 50}"
@@ -97,13 +97,13 @@ def test_a_few_aliases_are_welcome(plan: Plan) -> None:
         ("compensation: mean", f"{'k' * 1000}: 1", "is not a known key"),
     ],
 )
-def test_sizes_that_no_model_has(plan: Plan, old: str, new: str, sentence: str) -> None:
+def test_sizes_that_no_model_has(plan: PruningPlan, old: str, new: str, sentence: str) -> None:
     text = to_yaml(replace(plan, workload=tiny.workload(side=6)))
     assert old in text
     refused(lambda: parse_plan("plan.yaml", text.replace(old, new, 1)), sentence)
 
 
-def test_names_that_look_like_dates_are_names(plan: Plan) -> None:
+def test_names_that_look_like_dates_are_names(plan: PruningPlan) -> None:
     text = to_yaml(plan).replace("name: some-model", "name: 2026-99-99")
     assert parse_plan("plan.yaml", text).model.name == "2026-99-99"
 
@@ -111,14 +111,14 @@ def test_names_that_look_like_dates_are_names(plan: Plan) -> None:
 @pytest.mark.parametrize(
     "name", ["/etc/passwd", "../plan.safetensors", "a/b", "..", ".", "", "a\\b", "x" * 300]
 )
-def test_a_side_file_is_a_name_beside_the_plan(plan: Plan, name: str) -> None:
+def test_a_side_file_is_a_name_beside_the_plan(plan: PruningPlan, name: str) -> None:
     text = to_yaml(replace(plan, tensors=TensorsFile(name, "0" * 64)))
     refused(lambda: parse_plan("plan.yaml", text), "tensors.file must be the name of a file")
     text = to_yaml(replace(plan, tensors=TensorsFile("plan.safetensors", "../" * 3)))
     refused(lambda: parse_plan("plan.yaml", text), "tensors.sha256 must be 64 hex digits")
 
 
-def write(plan: Plan, tensors: PlanTensors, folder: Path, side: Path | None = None) -> Path:
+def write(plan: PruningPlan, tensors: PlanTensors, folder: Path, side: Path | None = None) -> Path:
     """A plan and its tensors as files; ``side`` is where the tensors really lie."""
     content = tensors.to_bytes()
     path = folder / "plan.yaml"
@@ -128,7 +128,7 @@ def write(plan: Plan, tensors: PlanTensors, folder: Path, side: Path | None = No
     return path
 
 
-def test_a_side_file_is_no_link_out_of_the_folder(plan: Plan, tmp_path: Path) -> None:
+def test_a_side_file_is_no_link_out_of_the_folder(plan: PruningPlan, tmp_path: Path) -> None:
     folder, outside = tmp_path / "plans", tmp_path / "outside.safetensors"
     folder.mkdir()
     path = write(plan, tiny.random_tensors(plan, 1), folder, outside)
@@ -136,7 +136,7 @@ def test_a_side_file_is_no_link_out_of_the_folder(plan: Plan, tmp_path: Path) ->
     refused(lambda: read_plan_with_tensors(path), "is a link that leads out of its folder")
 
 
-def test_the_hub_cache_links_to_its_blobs(plan: Plan, tmp_path: Path) -> None:
+def test_the_hub_cache_links_to_its_blobs(plan: PruningPlan, tmp_path: Path) -> None:
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
     for each in (blobs, folder):
         each.mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_the_hub_cache_links_to_its_blobs(plan: Plan, tmp_path: Path) -> None:
     assert read_plan_with_tensors(path)[1] is not None
 
 
-def test_a_side_file_far_too_long_is_not_read(plan: Plan, tmp_path: Path) -> None:
+def test_a_side_file_far_too_long_is_not_read(plan: PruningPlan, tmp_path: Path) -> None:
     path = write(plan, tiny.random_tensors(plan, 1), tmp_path)
     os.truncate(tmp_path / "plan.safetensors", 1 << 40)  # a hole: it takes no room
     refused(lambda: read_plan_with_tensors(path), "plan.safetensors: has 1,099,511,627,776 bytes")
@@ -168,7 +168,7 @@ def test_a_side_file_holds_finite_values(tmp_path: Path, value: float, kind: tor
 
 
 def test_an_edited_plan_has_the_budget_of_its_layers(
-    plan: Plan, capsys: pytest.CaptureFixture[str]
+    plan: PruningPlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert parse_plan("plan.yaml", to_yaml(plan)).budget == plan.budget
     assert capsys.readouterr().err == "", "rounding is no edit"

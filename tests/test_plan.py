@@ -18,7 +18,7 @@ from yopo.plans.schema import (
     LayerPlan,
     ModelIdentity,
     ModelShape,
-    Plan,
+    PruningPlan,
     TensorsFile,
     Workload,
     full_layer,
@@ -33,13 +33,13 @@ WHOLE = full_plan(IDENTITY, WORKLOAD)
 NONE = LayerPlan((), attend=False, radius=None, neurons=0)
 
 
-def with_layer(**changes: object) -> Plan:
+def with_layer(**changes: object) -> PruningPlan:
     """The whole plan with its second layer changed."""
     layer = replace(full_layer(SHAPE), **changes)
     return WHOLE.with_layers((WHOLE.layers[0], layer, WHOLE.layers[2]))
 
 
-def with_shape(**changes: int) -> Plan:
+def with_shape(**changes: int) -> PruningPlan:
     return replace(WHOLE, model=replace(IDENTITY, shape=replace(SHAPE, **changes)))
 
 

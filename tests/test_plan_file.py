@@ -23,7 +23,7 @@ from yopo.plans.schema import (
     Measured,
     ModelIdentity,
     ModelShape,
-    Plan,
+    PruningPlan,
     TensorsFile,
     Workload,
 )
@@ -57,7 +57,7 @@ def measured(rng: random.Random) -> Measured:
     )
 
 
-def some_plan(rng: random.Random) -> Plan:
+def some_plan(rng: random.Random) -> PruningPlan:
     grids = tuple(Grid(rng.randint(1, 30), rng.randint(1, 30)) for _ in range(rng.randint(1, 3)))
     return tiny.random_plan(
         IDENTITY,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from yopo.plans.file import read_plan, to_yaml
-from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, Plan, TensorsFile
+from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan, TensorsFile
 from yopo.plans.tensors import (
     PlanTensors,
     cache_directory,
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def plan() -> Plan:
+def plan() -> PruningPlan:
     """One that needs everything: orders and means."""
     plan = tiny.random_plan(IDENTITY, random.Random(2), compensation="mean", baked=False)
     assert plan.needs_order
@@ -44,7 +44,7 @@ def plan() -> Plan:
 
 
 @pytest.fixture
-def tensors(plan: Plan) -> PlanTensors:
+def tensors(plan: PruningPlan) -> PlanTensors:
     return tiny.random_tensors(plan, 1)
 
 
@@ -73,7 +73,7 @@ def test_bytes_round_trip(tensors: PlanTensors) -> None:
     assert copies.to_bytes() == tensors.to_bytes()
 
 
-def test_files_round_trip(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
+def test_files_round_trip(plan: PruningPlan, tensors: PlanTensors, tmp_path: Path) -> None:
     target = tmp_path / "half.yaml"
     written = write_plan(plan, tensors, str(target), force=False)
     sha256 = hashlib.sha256(tensors.to_bytes()).hexdigest()
@@ -85,7 +85,9 @@ def test_files_round_trip(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> N
     assert to_yaml(again) == target.read_text() == to_yaml(written)
 
 
-def test_the_pair_can_be_moved_together(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
+def test_the_pair_can_be_moved_together(
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
+) -> None:
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "plan.yaml").read_text().index("file: plan.")  # no path in it
     other = tmp_path / "other"
@@ -95,7 +97,7 @@ def test_the_pair_can_be_moved_together(plan: Plan, tensors: PlanTensors, tmp_pa
     assert_same(read_plan_with_tensors(other / "plan.yaml")[1], tensors)
 
 
-def test_a_plan_without_tensors_has_no_side_file(plan: Plan, tmp_path: Path) -> None:
+def test_a_plan_without_tensors_has_no_side_file(plan: PruningPlan, tmp_path: Path) -> None:
     layers = [replace(layer, neurons=0) for layer in plan.layers]
     bare = replace(plan, layers=tuple(layers), tensors=None, compensation="none")
     written = write_plan(bare, None, str(tmp_path / "plan.yaml"), force=False)
@@ -107,7 +109,7 @@ def test_a_plan_without_tensors_has_no_side_file(plan: Plan, tmp_path: Path) -> 
 
 
 def test_a_plan_on_stdout_leaves_its_tensors_in_the_cache(
-    plan: Plan,
+    plan: PruningPlan,
     tensors: PlanTensors,
     cache: Path,
     capsys: pytest.CaptureFixture[str],
@@ -139,7 +141,7 @@ def altered(tensors: PlanTensors) -> PlanTensors:
     return replace(tensors, neuron_mean=tensors.neuron_mean + 1)
 
 
-def test_existing_files_need_force(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
+def test_existing_files_need_force(plan: PruningPlan, tensors: PlanTensors, tmp_path: Path) -> None:
     target = tmp_path / "plan.yaml"
     write_plan(plan, tensors, str(target), force=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -153,7 +155,7 @@ def test_existing_files_need_force(plan: Plan, tensors: PlanTensors, tmp_path: P
 
 
 def test_replacing_a_plan_leaves_its_copies_their_tensors(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
 ) -> None:
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "mine.yaml").write_bytes((tmp_path / "plan.yaml").read_bytes())
@@ -164,7 +166,7 @@ def test_replacing_a_plan_leaves_its_copies_their_tensors(
 
 @pytest.mark.parametrize("broken", ["yopo_plan: 1\nlayers: [", "yopo_plan: 1\n"])
 def test_force_replaces_a_plan_that_was_spoiled_by_hand(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path, broken: str
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path, broken: str
 ) -> None:
     (tmp_path / "plan.yaml").write_text(broken)
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=True)
@@ -172,7 +174,7 @@ def test_force_replaces_a_plan_that_was_spoiled_by_hand(
 
 
 def test_a_side_files_name_is_never_taken_from_another_file(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
 ) -> None:
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "plan.yaml").unlink()
@@ -189,7 +191,7 @@ def test_a_side_files_name_is_never_taken_from_another_file(
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
 def test_no_plan_goes_among_a_models_weights(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path, name: str
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(OutputError, match="its folder is a model's"):
@@ -198,7 +200,7 @@ def test_no_plan_goes_among_a_models_weights(
 
 
 def test_targets_that_cannot_be_written_are_refused(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
 ) -> None:
     for target, message in (
         (tmp_path / "none" / "plan.yaml", "folder does not exist"),
@@ -216,7 +218,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", range(8))
 def test_plan_and_tensors_are_a_pair_at_every_moment(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    plan: PruningPlan,
+    tensors: PlanTensors,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
 ) -> None:
     """Killed before any step that changes a name, the old pair or the new one can be read."""
     target, new = tmp_path / "plan.yaml", altered(tensors)
@@ -244,7 +250,9 @@ def test_plan_and_tensors_are_a_pair_at_every_moment(
     assert steps == [*["fsync", "replace", "fsync"] * 2, "unlink"][:step]
 
 
-def test_a_missing_side_file_is_named(plan: Plan, tensors: PlanTensors, tmp_path: Path) -> None:
+def test_a_missing_side_file_is_named(
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
+) -> None:
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
     side_file(tmp_path).unlink()
     with pytest.raises(
@@ -255,7 +263,7 @@ def test_a_missing_side_file_is_named(plan: Plan, tensors: PlanTensors, tmp_path
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"?"])
 def test_an_altered_side_file_is_refused(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path, damage: object
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path, damage: object
 ) -> None:
     write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
     side = side_file(tmp_path)
@@ -264,7 +272,7 @@ def test_an_altered_side_file_is_refused(
         read_plan_with_tensors(tmp_path / "plan.yaml")
 
 
-def rename_in(plan: Plan, folder: Path) -> Path:
+def rename_in(plan: PruningPlan, folder: Path) -> Path:
     """Write a plan that names whatever stands in ``odd.safetensors``, by its true hash."""
     sha256 = hashlib.sha256((folder / "odd.safetensors").read_bytes()).hexdigest()
     path = folder / "odd.yaml"
@@ -272,7 +280,7 @@ def rename_in(plan: Plan, folder: Path) -> Path:
     return path
 
 
-def test_a_side_file_of_another_format_is_refused(plan: Plan, tmp_path: Path) -> None:
+def test_a_side_file_of_another_format_is_refused(plan: PruningPlan, tmp_path: Path) -> None:
     (tmp_path / "odd.safetensors").write_bytes(b"not tensors")
     with pytest.raises(PlanError, match="is not a safetensors file"):
         read_plan_with_tensors(rename_in(plan, tmp_path))
@@ -291,7 +299,7 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_a_side_file_that_does_not_fit_is_refused(
-    plan: Plan, tensors: PlanTensors, tmp_path: Path, message: str
+    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path, message: str
 ) -> None:
     wrong = vars(tensors) | WRONG[message]
     stored = {name: tensor for name, tensor in wrong.items() if torch.is_tensor(tensor)}
@@ -301,7 +309,7 @@ def test_a_side_file_that_does_not_fit_is_refused(
 
 
 @pytest.fixture
-def fitted() -> tuple[Plan, PlanTensors]:
+def fitted() -> tuple[PruningPlan, PlanTensors]:
     """A plan with bottlenecks, maps and subsets of attending heads, and its fitted weights."""
     layers = (
         LayerPlan((0, 1, 4), (1, 4), 2, 20, rank=7, linear=3),
@@ -326,7 +334,7 @@ def assert_same_refit(one: PlanTensors, other: PlanTensors) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fitted_weights_round_trip(
-    fitted: tuple[Plan, PlanTensors], tmp_path: Path, dtype: torch.dtype
+    fitted: tuple[PruningPlan, PlanTensors], tmp_path: Path, dtype: torch.dtype
 ) -> None:
     plan, tensors = fitted
     weights = {
@@ -345,7 +353,7 @@ def test_fitted_weights_round_trip(
 
 
 def test_a_plan_takes_the_tensors_of_its_own_compensation(
-    fitted: tuple[Plan, PlanTensors], plan: Plan, tensors: PlanTensors
+    fitted: tuple[PruningPlan, PlanTensors], plan: PruningPlan, tensors: PlanTensors
 ) -> None:
     refit_plan, weights = fitted
     both = replace(tensors, refit=weights.refit)
@@ -366,7 +374,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("message", SPOILED)
 def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
-    fitted: tuple[Plan, PlanTensors], tmp_path: Path, message: str
+    fitted: tuple[PruningPlan, PlanTensors], tmp_path: Path, message: str
 ) -> None:
     plan, tensors = fitted
     index, name, size = SPOILED[message]
@@ -383,7 +391,7 @@ def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
 
 
 def test_a_refit_plan_without_any_weight_is_refused(
-    fitted: tuple[Plan, PlanTensors], tmp_path: Path
+    fitted: tuple[PruningPlan, PlanTensors], tmp_path: Path
 ) -> None:
     plan, tensors = fitted
     write_plan(plan, replace(tensors, refit={}), str(tmp_path / "plan.yaml"), force=False)

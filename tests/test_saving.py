@@ -22,7 +22,7 @@ from transformers.utils import hub
 import yopo
 from yopo.checkpoint.bake import bake
 from yopo.plans.file import read_plan
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import fitted_parameters, pruned
 from yopo.support.errors import CheckpointError, ModelError
@@ -39,7 +39,7 @@ LOADERS: dict[str, Callable[..., nn.Module]] = {
 SHARDS = {"one file": {}, "shards": {"max_shard_size": "100KB"}}
 
 
-def three_plans(subject: Subject) -> list[tuple[Plan, PlanTensors]]:
+def three_plans(subject: Subject) -> list[tuple[PruningPlan, PlanTensors]]:
     """Plans of one calibration: fitted, with means, and neither; one neuron order."""
     made = []
     for seed, compensation in enumerate(KINDS, start=7):

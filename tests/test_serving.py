@@ -25,7 +25,7 @@ from yopo.checkpoint.sidecar_files import auto_map
 from yopo.models.registry import FAMILIES, resolve
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
-from yopo.runtime.sliced_linear import Part
+from yopo.runtime.sliced_linear import SlicedLinear
 from yopo.serving.loading import load_dense, read_baked_plan, torch_dtype
 from yopo.support.errors import CheckpointError, ModelError, YopoError
 
@@ -92,7 +92,7 @@ def test_baked_parts_are_views_not_copies(baked) -> None:
     held = [name for name, _ in state.named_buffers()]
     assert held and all(name.endswith("mean") for name in held)
     for layer in state.visual:
-        for part in (each for each in layer.children() if isinstance(each, Part)):
+        for part in (each for each in layer.children() if isinstance(each, SlicedLinear)):
             own = part.source.weight.untyped_storage().data_ptr()
             assert part.matrix()[0].untyped_storage().data_ptr() == own
 

@@ -11,7 +11,7 @@ from PIL import Image
 from yopo.data.split import MIN_SIDE
 from yopo.pipeline import session as tuning
 from yopo.pipeline.commands import calibrate
-from yopo.pipeline.session import Calibrated, Effort, RunOptions, Session
+from yopo.pipeline.session import Calibrated, CalibrationSession, FitOptions, RunOptions
 from yopo.planning.request import Wishes
 from yopo.plans.file import to_yaml
 from yopo.support.errors import DataError
@@ -50,8 +50,8 @@ def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tuning, "measure", spy("measured", tuning.measure, 2))
     monkeypatch.setattr(tuning, "encode_for", spy("encoded", tuning.encode_for, 2))
     monkeypatch.setattr(tuning, "record_dense", spy("answered", tuning.record_dense, 2))
-    effort = Effort(fit_pairs=8)
-    session = Session(MODEL, options(40), effort, sets_aside=True)
+    fit_options = FitOptions(fit_pairs=8)
+    session = CalibrationSession(MODEL, options(40), fit_options, sets_aside=True)
     assert not seen["answered"]
     made = session.make(Wishes(budget=0.3, compensation="refit"))
     judged = set(seen["answered"])

@@ -32,7 +32,7 @@ from yopo.plans.schema import (
     LayerPlan,
     ModelIdentity,
     ModelShape,
-    Plan,
+    PruningPlan,
     TensorsFile,
     Workload,
     full_plan,
@@ -136,7 +136,7 @@ class Subject:
         """Dimensions of its decoder."""
         return self.identity.shape
 
-    def random_plan(self, seed: int, **fixed: Any) -> tuple[Plan, PlanTensors]:
+    def random_plan(self, seed: int, **fixed: Any) -> tuple[PruningPlan, PlanTensors]:
         """A plan by ``random_plan`` and the tensors that go with it."""
         plan = random_plan(self.identity, random.Random(seed), **fixed)
         return plan, random_tensors(plan, seed)
@@ -175,8 +175,8 @@ def random_layer(shape: ModelShape, rng: random.Random, *, fitted: bool = False)
     )
 
 
-def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> Plan:
-    """A valid plan; keyword arguments set fields of ``Plan`` instead of drawing them."""
+def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> PruningPlan:
+    """A valid plan; keyword arguments set fields of ``PruningPlan`` instead of drawing them."""
     shape = identity.shape
     compensation = fixed.get("compensation") or rng.choice(["none", "mean", "refit", "refit"])
     fitted = compensation == "refit"
@@ -189,11 +189,11 @@ def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> Pl
         "baked": rng.random() < 0.3,
         "tensors": TensorsFile("plan.safetensors", "0" * 64),
     }
-    plan = Plan(identity, **(drawn | fixed))
+    plan = PruningPlan(identity, **(drawn | fixed))
     return replace(plan, budget=Budget(plan.budget.asked, round(visual_budget(plan), 6)))
 
 
-def random_tensors(plan: Plan, seed: int) -> PlanTensors:
+def random_tensors(plan: PruningPlan, seed: int) -> PlanTensors:
     """Orders (none for a baked plan), means and fitted weights of the right shapes."""
     shape, generator = plan.model.shape, torch.Generator().manual_seed(seed)
     orders = [torch.randperm(shape.ffn, generator=generator) for _ in range(shape.layers)]
@@ -205,7 +205,9 @@ def random_tensors(plan: Plan, seed: int) -> PlanTensors:
     return PlanTensors(None if plan.baked else torch.stack(orders), neurons, heads, refit)
 
 
-def random_refit(plan: Plan, generator: torch.Generator) -> dict[int, dict[str, torch.Tensor]]:
+def random_refit(
+    plan: PruningPlan, generator: torch.Generator
+) -> dict[int, dict[str, torch.Tensor]]:
     """Fitted weights for every layer that wants some."""
     return {
         index: {
@@ -216,7 +218,7 @@ def random_refit(plan: Plan, generator: torch.Generator) -> dict[int, dict[str, 
     }
 
 
-def whole(subject: Subject) -> Plan:
+def whole(subject: Subject) -> PruningPlan:
     """The plan that prunes nothing."""
     return full_plan(subject.identity, workload())
 

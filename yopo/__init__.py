@@ -22,7 +22,7 @@ _PUBLIC = {
     "is_pruned": "yopo.runtime.introspect",
     "plan_of": "yopo.runtime.introspect",
     "fitted_parameters": "yopo.runtime.install",
-    "Plan": "yopo.plans.schema",
+    "PruningPlan": "yopo.plans.schema",
     "LayerPlan": "yopo.plans.schema",
     "read_plan": "yopo.plans.file",
     "YopoError": "yopo.support.errors",

@@ -25,7 +25,7 @@ from yopo.plans.schema import (
     Measured,
     ModelIdentity,
     ModelShape,
-    Plan,
+    PruningPlan,
     TensorsFile,
     Workload,
 )
@@ -141,12 +141,12 @@ def saved(tmp_path_factory) -> Callable[..., Saved]:
 
 
 @pytest.fixture(scope="session")
-def make_plan() -> Callable[..., tuple[Plan, PlanTensors]]:
+def make_plan() -> Callable[..., tuple[PruningPlan, PlanTensors]]:
     """Factory: model -> a plan that needs a non-trivial order in every layer, and its tensors."""
 
     def make(
         model: LlavaForConditionalGeneration, *, compensation: str = "none"
-    ) -> tuple[Plan, PlanTensors]:
+    ) -> tuple[PruningPlan, PlanTensors]:
         shape = shape_of(model.config)
         generator = torch.Generator().manual_seed(3)
         rho = torch.rand(shape.layers, shape.heads, generator=generator)
@@ -177,7 +177,7 @@ def make_plan() -> Callable[..., tuple[Plan, PlanTensors]]:
         if compensation == "refit":
             tensors = PlanTensors(neuron_order=order, refit=random_refit(layers, shape, generator))
         fingerprint = fingerprint_of_decoder(model.get_decoder())
-        plan = Plan(
+        plan = PruningPlan(
             model=ModelIdentity("llava-1.5-7b", "llava", shape, fingerprint),
             workload=Workload((Grid(2, 2),), text=5, text_before=1),
             layers=layers,

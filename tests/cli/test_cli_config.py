@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from command_line import Run, Yopo
 
-from yopo.pipeline.session import Effort, RunOptions
+from yopo.pipeline.session import FitOptions, RunOptions
 from yopo.planning.request import Wishes
 
 
@@ -21,8 +21,8 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     got: dict[str, Any] = {}
 
-    def calibrate(model: str, wishes: Wishes, options: Any, effort: Any, **_: Any) -> None:
-        got.update(model=model, wishes=wishes, options=options, effort=effort)
+    def calibrate(model: str, wishes: Wishes, options: Any, fit_options: Any, **_: Any) -> None:
+        got.update(model=model, wishes=wishes, options=options, fit_options=fit_options)
         raise Called
 
     monkeypatch.setattr("yopo.pipeline.commands.calibrate", calibrate)
@@ -42,7 +42,7 @@ def test_defaults(called) -> None:
     got, _ = called(None, "--model", "m", "--device", "cpu")
     assert got["wishes"] == Wishes(budget=0.25)
     assert got["options"] == RunOptions(device="cpu")
-    assert got["effort"] == Effort("text", measure_pairs=64, fit_pairs=256)
+    assert got["effort"] == FitOptions("text", measure_pairs=64, fit_pairs=256)
 
 
 def test_file_overrides_defaults_and_flags_override_the_file(called) -> None:

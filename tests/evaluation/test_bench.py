@@ -57,7 +57,7 @@ from yopo.plans.flops import (
     visual_kv_bytes,
 )
 from yopo.plans.grid import Grid
-from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, Plan, Workload
+from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan, Workload
 from yopo.plans.tensors import check_tensors
 from yopo.report.bench_tables import bench_report
 from yopo.runtime import gemm as products
@@ -70,11 +70,11 @@ PROMPT = Workload((Grid(3, 5),), text=9, text_before=2)
 QUICK = BenchOptions(runs=3, warmup=1, decode_steps=2)
 
 
-def plan_for(name: str = "yopo-25", workload: Workload = PROMPT) -> Plan:
+def plan_for(name: str = "yopo-25", workload: Workload = PROMPT) -> PruningPlan:
     return preset_plan(name, MODEL, workload)
 
 
-def subject_of(plan: Plan, *, batch: int = 2) -> Bench:
+def subject_of(plan: PruningPlan, *, batch: int = 2) -> Bench:
     model = random_model(plan.model.shape)
     return Bench(model, plan, None, made_up_prompt(model, plan, batch), grids_of(plan))
 
@@ -107,7 +107,7 @@ def test_the_fitted_preset_meets_its_budget_and_runs_with_made_up_weights() -> N
     assert found.plan.compensation == "refit" and found.prefill.ratio.median > 0
 
 
-def look(plan: Plan, index: int) -> tuple[object, ...]:
+def look(plan: PruningPlan, index: int) -> tuple[object, ...]:
     layer = plan.layers[index]
     neurons = 2 if layer.neurons == plan.model.shape.ffn else int(layer.neurons > 0)
     gone = index >= plan.visual_depth

@@ -21,7 +21,7 @@ from yopo.checkpoint.bake import bake
 from yopo.models.layout import LayoutProbe
 from yopo.pipeline.verification import random_prompt, verify
 from yopo.plans.flops import dense_prefill_flops, prefill_flops, visual_kv_bytes
-from yopo.plans.schema import LayerPlan, Plan, full_plan
+from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
@@ -70,7 +70,10 @@ def test_prefill_is_the_reference(specimen: Specimen, seed: int) -> None:
 
 
 def specified(
-    specimen: Specimen, case: tuple[Plan, PlanTensors], inputs: dict[str, Any], **options: Any
+    specimen: Specimen,
+    case: tuple[PruningPlan, PlanTensors],
+    inputs: dict[str, Any],
+    **options: Any,
 ) -> torch.Tensor:
     with reference(specimen.oracle, *case):
         return specimen.generate(specimen.oracle, inputs, use_cache=False, **options)

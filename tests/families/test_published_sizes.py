@@ -18,7 +18,7 @@ from yopo.plans.schema import ModelShape, Workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-SHAPES = {
+TEMPLATES = {
     "llava-next-mistral-7b": ModelShape(32, 4096, 32, 8, 128, 14336),
     "llava-next-vicuna-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
     "llava-next-vicuna-13b": ModelShape(40, 5120, 40, 40, 128, 13824),
@@ -38,10 +38,10 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_quoted_flops(name: str) -> None:
     family = next(family for family in IMAGES if name.startswith(family))
-    flops = [dense_visual_flops(SHAPES[name], Workload(grids, 40)) for grids in IMAGES[family]]
+    flops = [dense_visual_flops(TEMPLATES[name], Workload(grids, 40)) for grids in IMAGES[family]]
     text = " ".join((CONFIGS / f"{name}.yaml").read_text().replace("#", " ").split())
     assert re.findall(r"([\d.]+) T\b", text) == [f"{each / 1e12:.2f}" for each in flops]
 
@@ -55,7 +55,7 @@ def test_the_papers_share_is_reached(name: str, tiles: int) -> None:
     values = load_config(CONFIGS / f"{name}.yaml", command)
     assert (values["budget"], values["shape"]) == (PAPER[name], "paper")
     statistics = statistics_maker.make(
-        shape=SHAPES[name], family="internvl", workload=Workload((TILE,) * tiles, 40), samples=2
+        shape=TEMPLATES[name], family="internvl", workload=Workload((TILE,) * tiles, 40), samples=2
     )
     wishes = Wishes(budget=values["budget"], shape="paper", compensation="none")
     plan, _, _ = make_plan(statistics, wishes)

@@ -23,7 +23,7 @@ from yopo.models.family import Family, shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.models.registry import family_of
 from yopo.plans.grid import Grid
-from yopo.plans.schema import ModelIdentity, Plan, Workload
+from yopo.plans.schema import ModelIdentity, PruningPlan, Workload
 from yopo.plans.tensors import PlanTensors
 
 Row = Sequence[int | str]
@@ -152,7 +152,7 @@ class Specimen:
                 grids += self.entry.pictures[piece].grids
         return Workload(tuple(grids), text, before or 0)
 
-    def plan(self, seed: int, **fixed: Any) -> tuple[Plan, PlanTensors]:
+    def plan(self, seed: int, **fixed: Any) -> tuple[PruningPlan, PlanTensors]:
         """A random plan and its tensors."""
         plan = tiny.random_plan(self.identity, random.Random(seed), **fixed)
         return plan, tiny.random_tensors(plan, seed)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.profile import Profile
 from yopo.planning import planner
-from yopo.planning.allocate import FACTOR, Allocator, Worth, worth_moves
+from yopo.planning.allocate import FACTOR, Allocator, Weighting, weighting_moves
 from yopo.planning.planner import Candidate, make_plan
 from yopo.planning.request import Wishes
-from yopo.planning.templates import Layers, Shaper, trim
+from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.plans.flops import visual_budget, visual_flops_of_layer
-from yopo.plans.schema import LayerPlan, Plan, full_layer
+from yopo.plans.schema import LayerPlan, PruningPlan, full_layer
 from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import PlanError
 
@@ -52,13 +52,13 @@ def make_allocator(
     budget: float, rate: float = 1.0, *, kv_heads: int = HEADS, radius: int | None = None
 ) -> Allocator:
     statistics = make_statistics(kv_heads)
-    worth = Worth.even(rate, radius, LAYERS)
-    return Allocator(Shaper(statistics, budget), make_profile(statistics), worth)
+    weighting = Weighting.even(rate, radius, LAYERS)
+    return Allocator(TemplateBuilder(statistics, budget), make_profile(statistics), weighting)
 
 
 def damage(layers: Layers, allocator: Allocator) -> float:
     """The estimate, written down once more from the words of the module."""
-    statistics, profile = allocator.shaper.statistics, allocator.profile
+    statistics, profile = allocator.builder.statistics, allocator.profile
     shape, rate = statistics.model.shape, allocator_rate(allocator)
     effect = statistics.head_effect
     reading = effect / (1 + effect)
@@ -81,7 +81,7 @@ def damage(layers: Layers, allocator: Allocator) -> float:
 
 def allocator_rate(allocator: Allocator) -> float:
     """The rate that the allocator was made with; its ``later`` is that times later reading."""
-    effect = allocator.shaper.statistics.head_effect
+    effect = allocator.builder.statistics.head_effect
     reading = (effect / (1 + effect)).sum(dim=1)
     return float(allocator.later[0] / reading[1:].sum())
 
@@ -96,7 +96,7 @@ def test_budgets_are_kept_and_spent(kv_heads: int, rate: float, radius: int | No
         layers = allocator.allocate()
         if rate > 1 and layers is None:
             continue  # what visual states are made of is worth more than anybody's reading them
-        cost = allocator.shaper.cost(layers)
+        cost = allocator.builder.cost(layers)
         assert cost <= budget and len(layers) == LAYERS and layers == trim(layers)
         reached.append(cost / budget)
         for layer in layers:
@@ -121,7 +121,7 @@ def test_no_single_change_is_a_bargain() -> None:
     """Random other layers at no higher cost do not beat the allocation by the estimate."""
     allocator = make_allocator(0.3)
     layers = allocator.allocate()
-    cost, best = allocator.shaper.cost(layers), damage(layers, allocator)
+    cost, best = allocator.builder.cost(layers), damage(layers, allocator)
     generator = torch.Generator().manual_seed(0)
     tried = 0
     for _ in range(400):
@@ -130,7 +130,7 @@ def test_no_single_change_is_a_bargain() -> None:
         work = choices[int(torch.randint(len(choices), (), generator=generator))].layer
         other = replace(layers[number], neurons=work.neurons, linear=work.linear)
         changed = (*layers[:number], other, *layers[number + 1 :])
-        if allocator.shaper.cost(changed) <= cost:
+        if allocator.builder.cost(changed) <= cost:
             tried += 1
             assert damage(changed, allocator) >= best * (1 - 1e-9)
     assert tried > 50
@@ -157,8 +157,10 @@ def test_where_nothing_fits_there_is_none() -> None:
     assert make_allocator(1e-6).allocate() is None
     statistics = make_statistics()
     unread = replace(statistics, head_effect_sum=torch.zeros_like(statistics.head_effect_sum))
-    worth = Worth.even(1.0, None, LAYERS)
-    assert Allocator(Shaper(unread, 0.5), make_profile(unread), worth).allocate() is None
+    weighting = Weighting.even(1.0, None, LAYERS)
+    assert (
+        Allocator(TemplateBuilder(unread, 0.5), make_profile(unread), weighting).allocate() is None
+    )
 
 
 def test_unread_layers_do_nothing_at_the_end() -> None:
@@ -174,26 +176,30 @@ def test_unread_layers_do_nothing_at_the_end() -> None:
 
 def test_worth_of_single_layers_counts() -> None:
     statistics = make_statistics()
-    profile, shaper = make_profile(statistics), Shaper(statistics, 0.1)
-    even = Worth.even(1.0, None, LAYERS)
+    profile, builder = make_profile(statistics), TemplateBuilder(statistics, 0.1)
+    even = Weighting.even(1.0, None, LAYERS)
     favoured = replace(even, reading=(1e-3,) * 2 + (1e3,) + (1e-3,) * (LAYERS - 3))
-    layers = Allocator(shaper, profile, favoured).allocate()
+    layers = Allocator(builder, profile, favoured).allocate()
     assert len(layers[2].heads) == HEADS
-    usual = Allocator(shaper, profile, even).allocate()
+    usual = Allocator(builder, profile, even).allocate()
     assert layers != usual
 
 
 @pytest.mark.parametrize("radius", [None, 2])
 def test_a_move_changes_exactly_one_thing(radius: int | None) -> None:
-    start = Worth.even(2.0, radius, 3)
-    moves = list(worth_moves(start))
+    start = Weighting.even(2.0, radius, 3)
+    moves = list(weighting_moves(start))
     assert len(moves) == 3 + 2 * 2 * 3
-    assert len({name for name, _ in moves}) == len({worth for _, worth in moves}) == len(moves)
-    for name, worth in moves:
-        changed = [field for field in vars(start) if getattr(worth, field) != getattr(start, field)]
+    assert (
+        len({name for name, _ in moves}) == len({weighting for _, weighting in moves}) == len(moves)
+    )
+    for name, weighting in moves:
+        changed = [
+            field for field in vars(start) if getattr(weighting, field) != getattr(start, field)
+        ]
         assert len(changed) == 1, name
         if changed[0] in ("reading", "visual"):
-            before, after = getattr(start, changed[0]), getattr(worth, changed[0])
+            before, after = getattr(start, changed[0]), getattr(weighting, changed[0])
             ratios = [new / old for new, old in zip(after, before, strict=True)]
             (ratio,) = (each for each in ratios if each != 1)
             assert ratio in (FACTOR, 1 / FACTOR) and f"layer {ratios.index(ratio)}" in name
@@ -206,23 +212,23 @@ class FakeFitter:
         self.profile = make_profile(statistics)
         self.fitted: list[Layers] = []
 
-    def tensors(self, plan: Plan, tensors: PlanTensors) -> PlanTensors:
+    def tensors(self, plan: PruningPlan, tensors: PlanTensors) -> PlanTensors:
         self.fitted.append(plan.layers)
         return tensors
 
 
-def counting(kl: Callable[[Plan], float]) -> tuple[Callable, list[tuple[Layers, str]]]:
+def counting(kl: Callable[[PruningPlan], float]) -> tuple[Callable, list[tuple[Layers, str]]]:
     """A measure, and what it was asked for."""
     seen: list[tuple[Layers, str]] = []
 
-    def measure(plan: Plan, tensors: PlanTensors) -> float:
+    def measure(plan: PruningPlan, tensors: PlanTensors) -> float:
         seen.append((plan.layers, plan.compensation))
         return kl(plan)
 
     return measure, seen
 
 
-def wants_rank(plan: Plan) -> float:
+def wants_rank(plan: PruningPlan) -> float:
     """A made-up KL: reading heads are good, attending ones and neurons too, at other prices."""
     heads = sum(len(layer.heads) + 2 * len(layer.attend) for layer in plan.layers)
     return 10.0 / (1 + heads) + (plan.compensation == "none") + 0.1 * plan.budget.reached
@@ -241,7 +247,7 @@ def test_the_best_candidate_wins(kv_heads: int, asked: str | None) -> None:
     assert len(seen) == len(set(seen)) == len(candidates)
     kinds = {each.compensation for each in candidates}
     assert kinds == ({"refit", "mean", "none"} if asked is None else {asked})
-    allocated = [each for each in candidates if each.worth is not None]
+    allocated = [each for each in candidates if each.weighting is not None]
     assert (len(allocated) >= 4) == (asked != "mean")
     assert [each.compensation for each in allocated] == ["refit"] * len(allocated)
     assert len(fitter.fitted) == len(allocated)
@@ -253,7 +259,7 @@ def test_the_best_candidate_wins(kv_heads: int, asked: str | None) -> None:
 def test_a_search_from_an_allocation_keeps_the_budget() -> None:
     statistics = make_statistics(2)
 
-    def kl(plan: Plan) -> float:  # the less happens in the first layer, the better
+    def kl(plan: PruningPlan) -> float:  # the less happens in the first layer, the better
         shape, workload = statistics.model.shape, statistics.workload
         dense = visual_flops_of_layer(full_layer(shape), shape, workload)
         return 0.01 + visual_flops_of_layer(plan.layers[0], shape, workload) / dense
@@ -302,7 +308,7 @@ def test_shapes_are_candidates_where_nothing_can_be_allocated(
     monkeypatch.setattr(planner.Allocator, "allocate", lambda self: None)
     measure, _ = counting(wants_rank)
     _, _, found = make_plan(statistics, Wishes(budget=0.3), measure, FakeFitter(statistics))
-    assert found and all(isinstance(each, Candidate) and each.worth is None for each in found)
+    assert found and all(isinstance(each, Candidate) and each.weighting is None for each in found)
     with pytest.raises(PlanError, match="fits a visual budget"):
         wishes = Wishes(budget=0.3, compensation="refit")
         make_plan(statistics, wishes, measure, FakeFitter(statistics))

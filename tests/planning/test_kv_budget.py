@@ -6,12 +6,12 @@ import pytest
 import torch
 from test_allocate import LAYERS, damage, make_allocator, make_profile, make_statistics
 
-from yopo.planning.allocate import Allocator, Worth
+from yopo.planning.allocate import Allocator, Weighting
 from yopo.planning.planner import make_plan
 from yopo.planning.request import Wishes
-from yopo.planning.templates import SHAPES, Shaper
+from yopo.planning.templates import TEMPLATES, TemplateBuilder
 from yopo.plans.flops import dense_visual_kv_bytes, visual_budget, visual_kv_bytes
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import PlanError
 
@@ -20,21 +20,21 @@ SHARES = (0.1, 0.25, 0.5, 0.75)
 
 def limited(kv_budget: float, kv_heads: int, budget: float = 0.3) -> Allocator:
     statistics = make_statistics(kv_heads)
-    shaper = Shaper(statistics, budget, kv_budget=kv_budget)
-    return Allocator(shaper, make_profile(statistics), Worth.even(1.0, None, LAYERS))
+    builder = TemplateBuilder(statistics, budget, kv_budget=kv_budget)
+    return Allocator(builder, make_profile(statistics), Weighting.even(1.0, None, LAYERS))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_allocations_keep_both_and_spend_the_scarce_one(kv_heads: int) -> None:
     free = make_allocator(0.3, kv_heads=kv_heads)
-    assert free.shaper.kv_share(free.allocate()) > max(SHARES)  # else nothing is limited below
+    assert free.builder.kv_share(free.allocate()) > max(SHARES)  # else nothing is limited below
     spoiled = []
     for share in SHARES:
         allocator = limited(share, kv_heads)
         layers = allocator.allocate()
         group = 1 / (LAYERS * kv_heads)
-        assert share - 2 * group < allocator.shaper.kv_share(layers) <= share
-        assert allocator.shaper.cost(layers) <= 0.3
+        assert share - 2 * group < allocator.builder.kv_share(layers) <= share
+        assert allocator.builder.cost(layers) <= 0.3
         spoiled.append(damage(layers, allocator))
     assert spoiled == sorted(spoiled, reverse=True)  # more cache, less damage
     assert limited(1.0, kv_heads).allocate() == free.allocate()
@@ -54,8 +54,8 @@ def test_the_heads_that_are_left_are_those_that_read_most() -> None:
     statistics = make_statistics()
     profile = make_profile(statistics)
     profile.mixing.zero_(), profile.bent.zero_(), profile.unmapped.zero_()
-    shaper = Shaper(statistics, 1.0, kv_budget=0.5)
-    layers = Allocator(shaper, profile, Worth.even(1.0, None, LAYERS)).allocate()
+    builder = TemplateBuilder(statistics, 1.0, kv_budget=0.5)
+    layers = Allocator(builder, profile, Weighting.even(1.0, None, LAYERS)).allocate()
     effect = statistics.head_effect
     kept = torch.zeros_like(effect, dtype=torch.bool)
     for number, layer in enumerate(layers):
@@ -66,21 +66,21 @@ def test_the_heads_that_are_left_are_those_that_read_most() -> None:
 
 @pytest.mark.parametrize("share", SHARES)
 def test_shapes_keep_it(share: float) -> None:
-    shaper = Shaper(make_statistics(), 0.4, kv_budget=share)
-    found = dict(shaper.candidates())
+    builder = TemplateBuilder(make_statistics(), 0.4, kv_budget=share)
+    found = dict(builder.candidates())
     expected = {"reader-heads", "paper"}
     if share >= 1 / LAYERS:  # these read with all heads of a layer
         expected |= {"reader", "reader-prefix"}
-    assert expected <= set(found) <= set(SHAPES)
+    assert expected <= set(found) <= set(TEMPLATES)
     for layers in found.values():
-        assert shaper.cost(layers) <= 0.4 and shaper.kv_share(layers) <= share
+        assert builder.cost(layers) <= 0.4 and builder.kv_share(layers) <= share
 
 
 @pytest.mark.parametrize("search", [None, 20])
 def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
-    seen: list[Plan] = []
+    seen: list[PruningPlan] = []
 
-    def measure(plan: Plan, tensors: PlanTensors) -> float:
+    def measure(plan: PruningPlan, tensors: PlanTensors) -> float:
         seen.append(plan)
         return 1 / (1 + sum(len(layer.heads) for layer in plan.layers))
 

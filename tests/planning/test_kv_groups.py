@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from yopo.calibration.statistics import Statistics
 from yopo.planning.planner import make_plan
 from yopo.planning.request import Wishes
-from yopo.planning.templates import SHAPES, Shaper
+from yopo.planning.templates import TEMPLATES, TemplateBuilder
 from yopo.plans.flops import visual_budget, visual_kv_bytes
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.strategies.heads import select_top, select_vote
 
 GROUP = 4
@@ -33,11 +33,11 @@ def spread() -> Statistics:
     return replace(statistics, rho=rho)
 
 
-def plan_of(statistics: Statistics, **wish: object) -> Plan:
+def plan_of(statistics: Statistics, **wish: object) -> PruningPlan:
     return make_plan(statistics, Wishes(**wish))[0]
 
 
-def is_whole(plan: Plan) -> bool:
+def is_whole(plan: PruningPlan) -> bool:
     shape = plan.model.shape
     return all(len(each.heads) == shape.group * len(each.kept_kv(shape)) for each in plan.layers)
 
@@ -61,9 +61,9 @@ def test_the_cache_shrinks_with_groups_and_not_with_single_heads(spread: Statist
     assert visual_budget(grouped) < visual_budget(single) < 1
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_every_shape_at_a_budget_keeps_whole_groups(spread: Statistics, name: str) -> None:
-    layers = Shaper(spread, 0.3, groups=GROUP).build(name)
+    layers = TemplateBuilder(spread, 0.3, groups=GROUP).build(name)
     if layers is None:
         pytest.skip("the smallest form of this shape exceeds the budget")
     plan = replace(plan_of(spread, head_ratio=1.0), layers=layers)

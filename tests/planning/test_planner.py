@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from yopo.calibration.statistics import Statistics
 from yopo.planning.planner import make_plan
 from yopo.planning.request import PRESETS, Wishes
-from yopo.planning.templates import SHAPES, Shaper, random_rho, trim
+from yopo.planning.templates import TEMPLATES, TemplateBuilder, random_rho, trim
 from yopo.plans.file import parse_plan, to_yaml
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
@@ -26,22 +26,22 @@ def statistics(request: pytest.FixtureRequest) -> Statistics:
     return statistics_maker.make(kv_heads=request.param)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("budget", [0.02, 0.05, 0.12, 0.25, 0.5, 0.9, 1.0])
 def test_every_shape_keeps_its_budget(statistics: Statistics, name: str, budget: float) -> None:
-    shaper = Shaper(statistics, budget)
-    layers = shaper.build(name)
+    builder = TemplateBuilder(statistics, budget)
+    layers = builder.build(name)
     if layers is None:
         pytest.skip("the smallest form of this shape exceeds the budget")
-    assert shaper.cost(layers) <= budget
+    assert builder.cost(layers) <= budget
     assert len(layers) == statistics.model.shape.layers
     assert layers == trim(layers)
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.5])
 def test_shapes_use_their_budget(budget: float) -> None:
-    shaper = Shaper(statistics_maker.make(), budget)
-    reached = {name: shaper.cost(layers) for name, layers in shaper.candidates()}
+    builder = TemplateBuilder(statistics_maker.make(), budget)
+    reached = {name: builder.cost(layers) for name, layers in builder.candidates()}
     assert len(reached) >= 6
     assert min(reached.values()) > 0.9 * budget, reached
 

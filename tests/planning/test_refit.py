@@ -19,7 +19,7 @@ from yopo.fitting import least_squares, refit
 from yopo.fitting.layerwise import PrunedBatch, pruned_batches
 from yopo.fitting.least_squares import Moments
 from yopo.fitting.refit import neurons_and_map
-from yopo.plans.schema import LayerPlan, ModelShape, Plan
+from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import PlanTensors, check_tensors, refit_sizes
 from yopo.runtime.install import pruned
 from yopo.support.errors import DataError
@@ -31,7 +31,7 @@ def orders(shape: ModelShape, seed: int = 0) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def plan_of(specimen: Specimen, *layers: LayerPlan, **fixed: Any) -> Plan:
+def plan_of(specimen: Specimen, *layers: LayerPlan, **fixed: Any) -> PruningPlan:
     """A plan whose layers repeat the given ones."""
     total = specimen.identity.shape.layers
     chosen = tuple(layers[index % len(layers)] for index in range(total))
@@ -226,7 +226,7 @@ def dense_ends(
 
 
 def unfitted_error(
-    specimen: Specimen, batches: list[Batch], plan: Plan, order: torch.Tensor
+    specimen: Specimen, batches: list[Batch], plan: PruningPlan, order: torch.Tensor
 ) -> float:
     """The error of the plan without compensation: visual states in front of the final norm."""
     total, masks = 0.0, []

@@ -18,7 +18,7 @@ from yopo.planning.planner import make_plan
 from yopo.planning.request import Wishes
 from yopo.plans.file import to_yaml
 from yopo.plans.flops import visual_budget
-from yopo.plans.schema import LayerPlan, Plan
+from yopo.plans.schema import LayerPlan, PruningPlan
 from yopo.plans.tensors import PlanTensors, check_tensors
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense
@@ -35,11 +35,13 @@ class Demo:
     fitter: Fitter
     records: list[Recorded]
 
-    def kl(self, plan: Plan, tensors: PlanTensors) -> float:
+    def kl(self, plan: PruningPlan, tensors: PlanTensors) -> float:
         with pruned(self.model, plan, tensors):
             return compare(self.model, self.records).kl
 
-    def plan(self, layers: tuple[LayerPlan, ...], compensation: str) -> tuple[Plan, PlanTensors]:
+    def plan(
+        self, layers: tuple[LayerPlan, ...], compensation: str
+    ) -> tuple[PruningPlan, PlanTensors]:
         """A plan of some layers, fitted if it asks for that."""
         made, tensors, _ = make_plan(self.statistics, Wishes(preset="yopo-25"))
         plan = replace(made, layers=layers, compensation=compensation)

@@ -8,15 +8,15 @@ import statistics_maker
 from yopo.planning.planner import make_plan
 from yopo.planning.request import Wishes
 from yopo.planning.search import Measure, Search, moves, resolve, state_of
-from yopo.planning.templates import Layers, Shaper
+from yopo.planning.templates import Layers, TemplateBuilder
 from yopo.support.errors import PlanError
 
 BUDGET = 0.3
 
 
 @pytest.fixture(scope="module", params=[8, 2], ids=["mha", "gqa"])
-def shaper(request: pytest.FixtureRequest) -> Shaper:
-    return Shaper(statistics_maker.make(kv_heads=request.param), BUDGET)
+def builder(request: pytest.FixtureRequest) -> TemplateBuilder:
+    return TemplateBuilder(statistics_maker.make(kv_heads=request.param), BUDGET)
 
 
 def wants_attention_in_layer_3(layers: Layers, compensation: str) -> float:
@@ -25,48 +25,51 @@ def wants_attention_in_layer_3(layers: Layers, compensation: str) -> float:
     return 1.0 + wrong + (compensation == "mean") / 2
 
 
-def make_search(shaper: Shaper, measure: Measure, max_runs: int) -> Search:
+def make_search(builder: TemplateBuilder, measure: Measure, max_runs: int) -> Search:
     return Search(
-        lambda state: moves(state, shaper), lambda state: resolve(state, shaper), measure, max_runs
+        lambda state: moves(state, builder),
+        lambda state: resolve(state, builder),
+        measure,
+        max_runs,
     )
 
 
-def test_every_move_resolves_to_a_plan_within_the_budget(shaper: Shaper) -> None:
-    start = state_of(shaper.build("reader"), "none")
-    found = dict(moves(start, shaper))
-    assert len(found) > 3 * shaper.shape.layers
-    resolved = [resolve(state, shaper) for state in found.values()]
+def test_every_move_resolves_to_a_plan_within_the_budget(builder: TemplateBuilder) -> None:
+    start = state_of(builder.build("reader"), "none")
+    found = dict(moves(start, builder))
+    assert len(found) > 3 * builder.shape.layers
+    resolved = [resolve(state, builder) for state in found.values()]
     kept = [each[0] for each in resolved if each is not None]
-    assert len(kept) > shaper.shape.layers
-    assert max(shaper.cost(layers) for layers in kept) <= BUDGET
-    assert len(set(kept)) > shaper.shape.layers
+    assert len(kept) > builder.shape.layers
+    assert max(builder.cost(layers) for layers in kept) <= BUDGET
+    assert len(set(kept)) > builder.shape.layers
 
 
-def test_the_search_finds_what_the_measure_wants(shaper: Shaper) -> None:
-    start = shaper.build("reader")
+def test_the_search_finds_what_the_measure_wants(builder: TemplateBuilder) -> None:
+    start = builder.build("reader")
     first = wants_attention_in_layer_3(start, "mean")
-    search = make_search(shaper, wants_attention_in_layer_3, 500)
+    search = make_search(builder, wants_attention_in_layer_3, 500)
     (layers, compensation), kl = search.run(state_of(start, "mean"), (start, "mean"), first)
     assert kl == wants_attention_in_layer_3(layers, compensation) == 1.0 < first
     assert [index for index, layer in enumerate(layers) if layer.attend] == [3]
-    assert compensation == "none" and shaper.cost(layers) <= BUDGET
+    assert compensation == "none" and builder.cost(layers) <= BUDGET
 
 
-def test_no_better_plan_leaves_the_given_one(shaper: Shaper) -> None:
-    start = shaper.build("withdraw")
-    search = make_search(shaper, lambda layers, compensation: 5.0, 40)
+def test_no_better_plan_leaves_the_given_one(builder: TemplateBuilder) -> None:
+    start = builder.build("withdraw")
+    search = make_search(builder, lambda layers, compensation: 5.0, 40)
     assert search.run(state_of(start, "none"), (start, "none"), 1.0) == ((start, "none"), 1.0)
 
 
-def test_runs_are_limited_and_no_plan_is_measured_twice(shaper: Shaper) -> None:
+def test_runs_are_limited_and_no_plan_is_measured_twice(builder: TemplateBuilder) -> None:
     seen = []
 
     def measure(layers: Layers, compensation: str) -> float:
         seen.append((layers, compensation))
         return wants_attention_in_layer_3(layers, compensation)
 
-    search = make_search(shaper, measure, 25)
-    start = shaper.build("reader")
+    search = make_search(builder, measure, 25)
+    start = builder.build("reader")
     search.run(state_of(start, "mean"), (start, "mean"), 99.0)
     assert len(seen) == len(set(seen)) == search.runs <= 25
 

@@ -19,7 +19,7 @@ from yopo.plans.schema import (
     Measured,
     ModelIdentity,
     ModelShape,
-    Plan,
+    PruningPlan,
     TensorsFile,
     Workload,
 )
@@ -33,7 +33,7 @@ from yopo.report.summary import plan_report
 GONE = LayerPlan((), attend=False, radius=None, neurons=0)
 
 
-def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -> Plan:
+def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -> PruningPlan:
     """A plan whose layers differ: whole, near, frozen, gone."""
     shape = ModelShape(layers, 16 * heads, heads, kv_heads or heads, 16, 352)
     every = tuple(range(heads))
@@ -48,7 +48,7 @@ def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -
         concentration=(0.5,) * layers,
         locality=tuple(range(layers)),
     )
-    return Plan(
+    return PruningPlan(
         ModelIdentity("llava-tiny", "llava", shape, "ab" * 32),
         Workload((Grid(8, 8),), text=14, text_before=2),
         (*kinds, *(GONE,) * (layers - len(kinds))),
@@ -97,7 +97,7 @@ def test_equal_layers_are_one_row() -> None:
     assert row.split() == ["3-7"] + ["-"] * 5
 
 
-def make_fitted(layers: int = 8, heads: int = 8, **kinds: int) -> Plan:
+def make_fitted(layers: int = 8, heads: int = 8, **kinds: int) -> PruningPlan:
     """A refit plan: subsets of attending heads, bottlenecks and maps."""
     plan = make_plan(layers, heads, **kinds)
     every = tuple(range(heads))

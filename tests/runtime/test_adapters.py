@@ -20,7 +20,7 @@ from peft import (
 from tiny import PICTURE, Subject
 from torch import nn
 
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import install, pruned, uninstall
 from yopo.runtime.reference import reference
@@ -38,7 +38,7 @@ def adapted(model: nn.Module, **options: Any) -> PeftModel:
         return get_peft_model(model, LoraConfig(**chosen)).eval()
 
 
-def check(found: torch.Tensor, merged: nn.Module, plan: Plan, tensors: PlanTensors) -> None:
+def check(found: torch.Tensor, merged: nn.Module, plan: PruningPlan, tensors: PlanTensors) -> None:
     """Compare with the merged model, pruned, and its float64 oracle."""
     oracle = tiny.exact(merged)
     with pruned(merged, plan, tensors, check=False):

@@ -12,7 +12,7 @@ from tiny import IMAGE, PICTURE, Subject
 from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.generation import BaseStreamer
 
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
@@ -38,14 +38,20 @@ def generate(
 
 
 def specified(
-    subject: Subject, plan: Plan, tensors: PlanTensors, inputs: dict[str, Any], **options: Any
+    subject: Subject,
+    plan: PruningPlan,
+    tensors: PlanTensors,
+    inputs: dict[str, Any],
+    **options: Any,
 ) -> torch.Tensor:
     with reference(subject.oracle, plan, tensors):
         return generate(subject.oracle, inputs, use_cache=False, **options)
 
 
 @pytest.fixture(params=range(2))
-def case(request: pytest.FixtureRequest, subject: Subject) -> Iterator[tuple[Plan, PlanTensors]]:
+def case(
+    request: pytest.FixtureRequest, subject: Subject
+) -> Iterator[tuple[PruningPlan, PlanTensors]]:
     return subject.random_plan(40 + request.param)
 
 

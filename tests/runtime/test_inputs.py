@@ -12,7 +12,7 @@ import torch
 from tiny import IMAGE, PICTURE, Subject
 from transformers import DynamicCache
 
-from yopo.plans.schema import LayerPlan, Plan
+from yopo.plans.schema import LayerPlan, PruningPlan
 from yopo.runtime.install import pruned
 from yopo.support.errors import ModelError
 
@@ -98,11 +98,11 @@ def test_the_remedy_is_one(mha: Subject) -> None:
 # Labels.
 
 
-def dropping(subject: Subject) -> Plan:
+def dropping(subject: Subject) -> PruningPlan:
     """A plan under which visual tokens are gone before the last layer."""
     full, none = tiny.whole(subject).layers[0], LayerPlan((), (), None, 0)
     plan, _ = subject.random_plan(1, compensation="none", baked=True, tensors=None)
-    return Plan(**{**vars(plan), "layers": (full, full, none, none)})
+    return PruningPlan(**{**vars(plan), "layers": (full, full, none, none)})
 
 
 LABELS = {

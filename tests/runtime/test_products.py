@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from yopo.runtime import gemm as products
-from yopo.runtime.gemm import fast_products
+from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.install import pruned
 
 needs_kernel = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def test_equals_linear(
     bias = bias if has_bias else None
     exact = linear(inputs.double(), rows.double(), None if bias is None else bias.double())
     usual = linear(inputs, rows, bias)
-    with fast_products(layers(), torch.randn(1, 33, 96)):
+    with fast_gemm(layers(), torch.randn(1, 33, 96)):
         found = linear(inputs, rows, bias)
     in_parts = [(17, 96), (17, 96), (6, 96)]
     assert calls == (in_parts if weight == "columns" else [(40, 96)])
@@ -92,7 +92,7 @@ def test_equals_linear(
 def test_only_what_gains_is_sent(calls: list[tuple[int, ...]], monkeypatch) -> None:
     monkeypatch.setattr(products, "MIN_WEIGHT", 96 * 40)
     weight, inputs = torch.randn(40, 96), torch.randn(1, 33, 96)
-    with fast_products(layers(), inputs):
+    with fast_gemm(layers(), inputs):
         linear(inputs, weight)
         linear(input=inputs, weight=weight)  # no module calls it so
         linear(inputs[:, :1], weight)
@@ -113,7 +113,7 @@ def autocast() -> AbstractContextManager[object]:
 def test_off_where_others_look_on(small: None, around: Callable) -> None:
     context = around(display=False) if around is FlopCounterMode else around()
     with context:
-        assert isinstance(fast_products(layers(), torch.randn(1, 33, 96)), nullcontext)
+        assert isinstance(fast_gemm(layers(), torch.randn(1, 33, 96)), nullcontext)
 
 
 @pytest.mark.parametrize(
@@ -127,17 +127,17 @@ def test_off_where_others_look_on(small: None, around: Callable) -> None:
     ids=["a decode step", "float64", "bfloat16", "another device"],
 )
 def test_off_for(small: None, hidden: torch.Tensor) -> None:
-    assert isinstance(fast_products(layers(dtype=hidden.dtype), hidden), nullcontext)
+    assert isinstance(fast_gemm(layers(dtype=hidden.dtype), hidden), nullcontext)
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
 def test_off_for_small_models_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = torch.randn(1, 33, 96)
-    assert isinstance(fast_products(layers(), hidden), nullcontext)
+    assert isinstance(fast_gemm(layers(), hidden), nullcontext)
     monkeypatch.setattr(products, "MIN_WEIGHT", 1)
-    assert isinstance(fast_products(nn.ModuleList(), hidden), nullcontext)
+    assert isinstance(fast_gemm(nn.ModuleList(), hidden), nullcontext)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert isinstance(fast_products(layers(), hidden), nullcontext)
+        assert isinstance(fast_gemm(layers(), hidden), nullcontext)
 
 
 def modes() -> int:
@@ -148,7 +148,7 @@ def modes() -> int:
 def test_left_behind_also_after_an_exception(small: None) -> None:
     before = modes()
     with pytest.raises(RuntimeError, match="on purpose"):
-        with fast_products(layers(), torch.randn(1, 33, 96)) as mode:
+        with fast_gemm(layers(), torch.randn(1, 33, 96)) as mode:
             assert isinstance(mode, TorchFunctionMode) and modes() == before + 1
             raise RuntimeError("on purpose")
     assert modes() == before
@@ -188,7 +188,7 @@ def test_a_dense_model_can_take_the_same_products(
     usual = tiny.logits(model, inputs)
     decoder = model.get_decoder()
     hooks = len(decoder._forward_hooks), len(decoder._forward_pre_hooks)
-    with products.same_products(decoder):
+    with products.same_gemm(decoder):
         found = tiny.logits(model, inputs)
         assert modes() == before  # inside the decoder alone
         linears = [each for each in decoder.modules() if type(each) is nn.Linear]

@@ -15,7 +15,7 @@ from transformers import DynamicCache, Phi3Config
 
 import yopo
 from yopo.models import internvl, llava
-from yopo.plans.schema import LayerPlan, Plan
+from yopo.plans.schema import LayerPlan, PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import fitted_parameters, install, pruned, uninstall
 from yopo.support.errors import ModelError
@@ -42,7 +42,7 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
     return losses
 
 
-def halved(subject: Subject, compensation: str, **fixed: Any) -> tuple[Plan, PlanTensors]:
+def halved(subject: Subject, compensation: str, **fixed: Any) -> tuple[PruningPlan, PlanTensors]:
     """Half of everything, ragged under GQA: every kind of part in every layer."""
     shape = subject.shape
     heads = tuple(range(0, shape.heads, 2)) + ((shape.heads - 1,) if shape.heads % 2 == 0 else ())

@@ -14,7 +14,7 @@ from yopo.baselines.downsample import downsample, pool_layout
 from yopo.baselines.fastv import last_row, most_attended
 from yopo.baselines.masked import Masks
 from yopo.baselines.settings import Setting
-from yopo.baselines.token_stream import Passage, causal_mask, for_attention, pick
+from yopo.baselines.token_stream import TokenStream, causal_mask, for_attention, pick
 from yopo.models.family import Backbone
 from yopo.models.layout import LayoutProbe, TokenLayout
 from yopo.runtime.decoder import rotary_positions
@@ -105,7 +105,7 @@ class Run:
 
     def _enter(
         self, embeds: torch.Tensor, position_ids: torch.Tensor, stack: Sequence[torch.Tensor]
-    ) -> tuple[Passage, list[torch.Tensor]]:
+    ) -> tuple[TokenStream, list[torch.Tensor]]:
         """The sequence in front of the first layer, and what is added to it behind layers."""
         batch, length, _ = embeds.shape
         record, layout, axes = self.record, self.layout, self.state.names.position_axes
@@ -131,14 +131,14 @@ class Run:
                 visual, record.shift = smaller.visual, smaller.shift
             stack = [_spread(each, visual, embeds) for each in features]
         rotary = self.decoder.rotary_emb(embeds, position_ids=positions)
-        passage = Passage(embeds, rotary, places)
+        passage = TokenStream(embeds, rotary, places)
         if record.stretches:
             self._masks = {each.first: self._causal(each, places) for each in record.stretches}
         else:
             self._begin(0, passage, 0 if layout is None else visual.shape[1])
         return passage, list(stack)
 
-    def _begin(self, first: int, passage: Passage, num_visual: int) -> None:
+    def _begin(self, first: int, passage: TokenStream, num_visual: int) -> None:
         """From this layer on, the passage's tokens are what layers hold."""
         stretch = Stretch(first, passage.places, num_visual)
         self.record.stretches = [*self.record.stretches[: first > 0], stretch]
@@ -148,7 +148,7 @@ class Run:
         is_eager = self.decoder.config._attn_implementation == "eager"
         return causal_mask(places, stretch.places, self.real, is_always=is_eager)
 
-    def _mask(self, number: int, passage: Passage) -> torch.Tensor | None:
+    def _mask(self, number: int, passage: TokenStream) -> torch.Tensor | None:
         stretch, masks = self.record.stretch(number), self.state.masks
         mask = self._masks[stretch.first]
         if masks is not None and self.layout is not None:
@@ -161,7 +161,7 @@ class Run:
         drops = self.state.setting.name in ("vtw", "fastv")
         return drops and self.layout is not None and number == self.state.setting.layers
 
-    def _chosen(self, number: int, before: Passage, passage: Passage) -> torch.Tensor:
+    def _chosen(self, number: int, before: TokenStream, passage: TokenStream) -> torch.Tensor:
         """(batch, fewer) int64: all text and the visual tokens that go on into this layer."""
         setting, text = self.state.setting, self.layout.text.index
         count = setting.kept(self.layout.visual.length)

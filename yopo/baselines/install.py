@@ -17,7 +17,7 @@ from yopo.baselines.settings import Setting, solve_for
 from yopo.models.family import GridsOf
 from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors, check_tensors
 from yopo.runtime.install import check_model
 from yopo.runtime.swap import restore_class, swap_class
@@ -28,7 +28,7 @@ from yopo.support.errors import ModelError, PlanError
 def rival(
     model: PreTrainedModel,
     which: str | Setting,
-    plan: Plan | None = None,
+    plan: PruningPlan | None = None,
     tensors: PlanTensors | None = None,
     *,
     budget: float | None = None,
@@ -93,7 +93,7 @@ def rival(
         del decoder.rival
 
 
-def _solved(name: str, plan: Plan | None, budget: float | None) -> Setting:
+def _solved(name: str, plan: PruningPlan | None, budget: float | None) -> Setting:
     if plan is None:
         raise PlanError(
             f"Which budget on which prompt the rival '{name}' is to meet, a plan must say.",

@@ -15,7 +15,7 @@ from torch import nn
 
 from yopo.models.family import Backbone
 from yopo.models.layout import TokenLayout
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.reference import LayerSpec
 from yopo.support.errors import PlanError
@@ -34,7 +34,9 @@ class Masks:
         PlanError: The plan has fitted weights, which masks cannot stand for.
     """
 
-    def __init__(self, plan: Plan, tensors: PlanTensors, decoder: nn.Module, names: Backbone):
+    def __init__(
+        self, plan: PruningPlan, tensors: PlanTensors, decoder: nn.Module, names: Backbone
+    ):
         if plan.compensation == "refit":
             raise PlanError("Masks simulate pruning alone, and the plan has fitted weights.")
         self.plan, self.tensors = plan, tensors

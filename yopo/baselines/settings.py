@@ -16,7 +16,7 @@ from yopo.plans.flops import (
     visual_budget,
 )
 from yopo.plans.grid import Grid
-from yopo.plans.schema import ModelShape, Plan, Workload
+from yopo.plans.schema import ModelShape, PruningPlan, Workload
 from yopo.support.errors import PlanError, suggest
 
 SIMULATED = "masked"
@@ -112,7 +112,7 @@ def solve(name: str, shape: ModelShape, workload: Workload, budget: float) -> Se
     return max(fitting, key=lambda each: reached(each, shape, workload))
 
 
-def solve_for(name: str, plan: Plan, budget: float | None = None) -> Setting:
+def solve_for(name: str, plan: PruningPlan, budget: float | None = None) -> Setting:
     """The setting at a plan's visual budget (or another one) on its own prompt."""
     asked = visual_budget(plan) if budget is None else budget
     return solve(name, plan.model.shape, plan.workload, asked)

@@ -11,7 +11,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Passage:
+class TokenStream:
     """The tokens between two layers.
 
     Attributes:
@@ -24,11 +24,11 @@ class Passage:
     rotary: Rotary
     places: torch.Tensor
 
-    def keep(self, index: torch.Tensor) -> Passage:
+    def keep(self, index: torch.Tensor) -> TokenStream:
         """The passage with some of its tokens: (batch, fewer) int64, ascending."""
         batch = len(self.places)
         rotary = tuple(pick(each.expand(batch, -1, -1), index) for each in self.rotary)
-        return Passage(pick(self.hidden, index), rotary, self.places.gather(1, index))
+        return TokenStream(pick(self.hidden, index), rotary, self.places.gather(1, index))
 
 
 def pick(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

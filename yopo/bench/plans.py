@@ -19,7 +19,7 @@ from yopo.planning.planner import make_plan
 from yopo.planning.request import Wishes
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
-from yopo.plans.schema import Budget, LayerPlan, ModelIdentity, Plan, Workload
+from yopo.plans.schema import Budget, LayerPlan, ModelIdentity, PruningPlan, Workload
 from yopo.plans.tensors import PlanTensors, refit_sizes
 from yopo.support.errors import PlanError, suggest
 
@@ -37,7 +37,9 @@ MADE_UP = "0" * 64
 """Fingerprint of models that no checkpoint stands behind."""
 
 
-def preset_plan(name: str, model: ModelIdentity, workload: Workload, *, seed: int = 0) -> Plan:
+def preset_plan(
+    name: str, model: ModelIdentity, workload: Workload, *, seed: int = 0
+) -> PruningPlan:
     """A preset on a model's shape, with made-up scores, as baking would leave it.
 
     Args:
@@ -60,7 +62,7 @@ def preset_plan(name: str, model: ModelIdentity, workload: Workload, *, seed: in
     return replace(plan, measured=None, provenance={"preset": name, "scores": "made up"})
 
 
-def fitted_plan(model: ModelIdentity, workload: Workload) -> Plan:
+def fitted_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
     """What allocations look like, evened out over the layers, as wide as the budget allows.
 
     Text reads all heads; visual tokens attend in a quarter of them, go through one bottleneck, and
@@ -75,11 +77,11 @@ def fitted_plan(model: ModelIdentity, workload: Workload) -> Plan:
     if shape.group < 4:
         attend = heads[: max(1, shape.heads // 4)]
 
-    def plan_of(rank: int) -> Plan:
+    def plan_of(rank: int) -> PruningPlan:
         layer = LayerPlan(
             heads, attend, None, shape.ffn // 32, rank, linear=max(1, shape.hidden // 32)
         )
-        plan = Plan(
+        plan = PruningPlan(
             model=model,
             workload=workload,
             layers=(layer,) * shape.layers,
@@ -102,7 +104,7 @@ def fitted_plan(model: ModelIdentity, workload: Workload) -> Plan:
     return plan_of(low)
 
 
-def made_up_refit(plan: Plan) -> PlanTensors:
+def made_up_refit(plan: PruningPlan) -> PlanTensors:
     """Random weights of the sizes that a plan with ``compensation: refit`` wants."""
     generator = torch.Generator().manual_seed(0)
     shape = plan.model.shape
@@ -142,7 +144,9 @@ def made_up_statistics(model: ModelIdentity, workload: Workload, *, seed: int) -
     )
 
 
-def with_prompt(plan: Plan, *, visual: int | None = None, text: int | None = None) -> Plan:
+def with_prompt(
+    plan: PruningPlan, *, visual: int | None = None, text: int | None = None
+) -> PruningPlan:
     """The same layers, for a prompt of other sizes.
 
     Args:
@@ -178,7 +182,7 @@ def grids_for(visual: int, known: tuple[Grid, ...] = ()) -> tuple[Grid, ...]:
     raise PlanError(f"{visual} visual tokens form no whole images: give {whole}a square number.")
 
 
-def sampled_layers(plan: Plan, count: int) -> tuple[int, ...]:
+def sampled_layers(plan: PruningPlan, count: int) -> tuple[int, ...]:
     """Which layers stand for the plan: each kind of layer in its share, evenly spaced in it.
 
     A kind is what decides a layer's cost: whether it reads, whether it attends and how far, whether
@@ -216,14 +220,14 @@ def sampled_layers(plan: Plan, count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _kind(layer: LayerPlan, plan: Plan, index: int) -> tuple[object, ...]:
+def _kind(layer: LayerPlan, plan: PruningPlan, index: int) -> tuple[object, ...]:
     neurons = (layer.neurons > 0) + (layer.neurons == plan.model.shape.ffn)
     gone = index >= plan.visual_depth
     fitted = (layer.rank is None, layer.linear > 0)
     return bool(layer.heads), bool(layer.attend), layer.radius, neurons, gone, fitted
 
 
-def with_layers(plan: Plan, indices: tuple[int, ...]) -> Plan:
+def with_layers(plan: PruningPlan, indices: tuple[int, ...]) -> PruningPlan:
     """A plan of some of the layers, for a model that has only those."""
     shape = replace(plan.model.shape, layers=len(indices))
     few = replace(

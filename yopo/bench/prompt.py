@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from yopo.models.registry import family_of
-from yopo.plans.schema import Plan, Workload
+from yopo.plans.schema import PruningPlan, Workload
 from yopo.support.errors import ModelError, PlanError
 
 
@@ -65,7 +65,7 @@ class Prompt:
         return replace(self, inputs={**self.inputs, **grown})
 
 
-def made_up_prompt(model: PreTrainedModel, plan: Plan, batch: int) -> Prompt:
+def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Prompt:
     """The plan's prompt with random image features, for any grids; the vision tower is not used."""
     workload = plan.workload
     generator = torch.Generator().manual_seed(0)
@@ -82,8 +82,8 @@ def made_up_prompt(model: PreTrainedModel, plan: Plan, batch: int) -> Prompt:
 
 @torch.no_grad()
 def noise_prompt(
-    model: PreTrainedModel, plan: Plan, batch: int, *, visual: int | None = None
-) -> tuple[Prompt, Plan]:
+    model: PreTrainedModel, plan: PruningPlan, batch: int, *, visual: int | None = None
+) -> tuple[Prompt, PruningPlan]:
     """A prompt of noise images through the model's own encoder.
 
     Args:

@@ -25,11 +25,11 @@ from transformers.initialization import no_init_weights
 from yopo.bench.plans import MADE_UP, made_up_refit
 from yopo.models.family import GridsOf
 from yopo.plans.grid import Grid
-from yopo.plans.schema import ModelIdentity, ModelShape, Plan, Workload
+from yopo.plans.schema import ModelIdentity, ModelShape, PruningPlan, Workload
 from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import ModelError, suggest
 
-SHAPES: dict[str, ModelShape] = {
+TEMPLATES: dict[str, ModelShape] = {
     "llava-1.5-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
     "llava-1.5-13b": ModelShape(40, 5120, 40, 40, 128, 13824),
 }
@@ -55,11 +55,11 @@ def published_model(name: str) -> ModelIdentity:
     """The identity of a published model's shape, without its weights.
 
     Raises:
-        ModelError: The name is none of ``SHAPES``.
+        ModelError: The name is none of ``TEMPLATES``.
     """
-    if name not in SHAPES:
-        raise ModelError(f"No published shape named '{name}'.", remedy=suggest(name, SHAPES))
-    return ModelIdentity(name, FAMILY, SHAPES[name], MADE_UP)
+    if name not in TEMPLATES:
+        raise ModelError(f"No published shape named '{name}'.", remedy=suggest(name, TEMPLATES))
+    return ModelIdentity(name, FAMILY, TEMPLATES[name], MADE_UP)
 
 
 def random_model(
@@ -136,8 +136,8 @@ def _fill(model: nn.Module) -> None:
 
 
 def fitted(
-    plan: Plan, tensors: PlanTensors | None, used: tuple[int, ...]
-) -> tuple[Plan, PlanTensors | None]:
+    plan: PruningPlan, tensors: PlanTensors | None, used: tuple[int, ...]
+) -> tuple[PruningPlan, PlanTensors | None]:
     """A plan of some layers as the random model wears it: of its family, with their tensors.
 
     Fitted weights that are not at hand are made up, as the model's are.
@@ -149,7 +149,7 @@ def fitted(
     return plan, made_up_refit(plan) if plan.compensation == "refit" else None
 
 
-def grids_of(plan: Plan) -> GridsOf:
+def grids_of(plan: PruningPlan) -> GridsOf:
     """Locates the images of the plan's prompt, whatever their grids."""
     return lambda config, rows, images: [plan.workload.grids] * len(rows)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from yopo.bench.result import Rates
 from yopo.evaluation.timing import now
-from yopo.runtime.gemm import fast_products
+from yopo.runtime.gemm import fast_gemm
 
 REPEATS = 2
 
@@ -42,7 +42,7 @@ def _milliseconds(
     times = []
     for _ in range(REPEATS):
         started = now(inputs.device)
-        with fast_products(layers, inputs):
+        with fast_gemm(layers, inputs):
             for weight in weights:
                 linear(inputs, weight)
         times.append(now(inputs.device) - started)

@@ -24,7 +24,7 @@ from yopo.plans.flops import (
     visual_budget,
     visual_kv_bytes,
 )
-from yopo.plans.schema import ModelShape, Plan
+from yopo.plans.schema import ModelShape, PruningPlan
 
 DENSE, PRUNED = "dense", "pruned"
 """Both on the kernels that a pruned model takes."""
@@ -166,7 +166,7 @@ class AtContext:
 
     context: int
     decode: dict[str, Compared | None]
-    plan: Plan
+    plan: PruningPlan
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Benchmark:
         shipped: Pruned beside stock; None if both run on the same kernels anyway.
     """
 
-    plan: Plan
+    plan: PruningPlan
     layers: Layers
     weights: str
     stand_in: bool
@@ -302,7 +302,7 @@ class Benchmark:
         """Share of the possible speed that prefill reaches: its FLOPs at the machine's rate."""
         return self.flops_of(name) / self.rates.flops / self.measured[name].prefill.pruned.median
 
-    def bytes_of(self, name: str, plan: Plan | None = None) -> int:
+    def bytes_of(self, name: str, plan: PruningPlan | None = None) -> int:
         """Bytes that a decode step reads: weights and cache.
 
         Args:
@@ -313,7 +313,7 @@ class Benchmark:
         fixed = step_bytes(self.plan.model.shape, workload.text, self.batch, self.itemsize)
         return fixed + self.planned_kv_of(name)
 
-    def bytes_ratio_of(self, name: str, plan: Plan | None = None) -> float:
+    def bytes_ratio_of(self, name: str, plan: PruningPlan | None = None) -> float:
         """Those bytes over the dense model's."""
         return self.bytes_of(name, plan) / self.bytes_of(DENSE, plan)
 

@@ -43,9 +43,9 @@ from yopo.bench.rounds import Rounds, Sample
 from yopo.evaluation.timing import now
 from yopo.models.family import GridsOf
 from yopo.plans.flops import dense_prefill_flops, prefill_flops
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
-from yopo.runtime.gemm import fast_products, same_products
+from yopo.runtime.gemm import fast_gemm, same_gemm
 from yopo.runtime.install import check_model, pruned
 from yopo.support.console import track
 from yopo.support.errors import YopoError
@@ -79,7 +79,7 @@ class Bench:
     """
 
     model: PreTrainedModel
-    plan: Plan
+    plan: PruningPlan
     tensors: PlanTensors | None
     prompt: Prompt
     grids_of: GridsOf | None = None
@@ -97,7 +97,7 @@ class Bench:
         """Whether a pruned prefill of this prompt takes other kernels than the stock model's."""
         rows = self.prompt.inputs["input_ids"].shape
         hidden = self.model.get_input_embeddings().weight[:1].expand(*rows, -1)
-        context = fast_products(self.model.get_decoder().layers, hidden)
+        context = fast_gemm(self.model.get_decoder().layers, hidden)
         return not isinstance(context, nullcontext)
 
     @contextmanager
@@ -111,7 +111,7 @@ class Bench:
                 if name != DENSE:
                     setting = self.rivals[name]
                     stack.enter_context(rival(model, setting, plan, tensors, grids_of=where))
-                stack.enter_context(same_products(model.get_decoder()))
+                stack.enter_context(same_gemm(model.get_decoder()))
             yield
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") 
 
 
 def bench_random(
-    plan: Plan,
+    plan: PruningPlan,
     tensors: PlanTensors | None,
     sizes: Sizes,
     options: BenchOptions,
@@ -221,7 +221,7 @@ def bench_random(
 
 def bench_model(
     model: PreTrainedModel,
-    plan: Plan,
+    plan: PruningPlan,
     tensors: PlanTensors | None,
     sizes: Sizes,
     options: BenchOptions,
@@ -241,7 +241,7 @@ def bench_model(
     )
 
 
-def _flops_ratio(plan: Plan) -> float:
+def _flops_ratio(plan: PruningPlan) -> float:
     return prefill_flops(plan) / dense_prefill_flops(plan.model.shape, plan.workload)
 
 
@@ -249,7 +249,7 @@ def _bench(
     subject: Bench,
     options: BenchOptions,
     *,
-    asked: Plan,
+    asked: PruningPlan,
     layers: Layers,
     weights: str,
     stand_in: bool,
@@ -289,7 +289,7 @@ def _bench(
 
 
 def _with_rivals(
-    subject: Bench, options: BenchOptions, asked: Plan, used: Sequence[int]
+    subject: Bench, options: BenchOptions, asked: PruningPlan, used: Sequence[int]
 ) -> tuple[Bench, dict[str, str]]:
     """Add the rivals at the plan's visual budget; and why some are left out."""
     rivals: dict[str, Setting] = {}

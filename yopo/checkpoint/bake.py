@@ -41,7 +41,7 @@ from yopo.checkpoint.values import FiniteCheck
 from yopo.checkpoint.writer import OutputDirectory
 from yopo.models.fingerprint import is_same
 from yopo.plans.file import to_yaml
-from yopo.plans.schema import Plan, TensorsFile
+from yopo.plans.schema import PruningPlan, TensorsFile
 from yopo.plans.tensors import PlanTensors, check_tensors
 from yopo.support import console
 from yopo.support.errors import ModelError, PlanError
@@ -68,16 +68,16 @@ class BakeReport:
     num_reordered: int
     num_bytes: int
     seconds: float
-    plan: Plan | None
+    plan: PruningPlan | None
 
 
 def bake(
-    plan: Plan,
+    plan: PruningPlan,
     tensors: PlanTensors | None,
     source_dir: str | Path,
     output: str | Path,
     *,
-    also: Sequence[tuple[Plan, PlanTensors | None]] = (),
+    also: Sequence[tuple[PruningPlan, PlanTensors | None]] = (),
     force: bool = False,
     dry_run: bool = False,
 ) -> BakeReport:
@@ -212,7 +212,7 @@ def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folde
             pass
 
 
-def _check_plan(plan: Plan, tensors: PlanTensors, first: PlanTensors) -> None:
+def _check_plan(plan: PruningPlan, tensors: PlanTensors, first: PlanTensors) -> None:
     if plan.baked:
         raise PlanError(
             "The plan is baked already: its checkpoint stands in this order.",
@@ -231,7 +231,7 @@ def _check_plan(plan: Plan, tensors: PlanTensors, first: PlanTensors) -> None:
         )
 
 
-def _check_same_model(plan: Plan, checkpoint: Checkpoint) -> None:
+def _check_same_model(plan: PruningPlan, checkpoint: Checkpoint) -> None:
     model, path = plan.model, checkpoint.path
     if checkpoint.family.name != model.family:
         raise ModelError(
@@ -264,12 +264,12 @@ def _tell_left_out(checkpoint: Checkpoint) -> None:
 
 
 def _write_plans(
-    plans: Sequence[Plan],
+    plans: Sequence[PruningPlan],
     orders: Sequence[BakedLayer],
     sides: Sequence[bytes | None],
     fingerprint: str,
     folder: Path,
-) -> Plan:
+) -> PruningPlan:
     """Write every plan and its tensors; returns the first as baked."""
     baked = []
     for number, (plan, side) in enumerate(zip(plans, sides, strict=True)):
@@ -284,7 +284,7 @@ def _write_plans(
 
 
 def _write_documents(
-    plan: Plan, checkpoint: Checkpoint, folder: Path, name: str, copies: Mapping[str, Path]
+    plan: PruningPlan, checkpoint: Checkpoint, folder: Path, name: str, copies: Mapping[str, Path]
 ) -> None:
     size = 0 if plan.tensors is None else (folder / TENSORS_FILE).stat().st_size
     index = index_json(checkpoint) if any(folder.glob(TENSORS_FILES)) else None

@@ -21,13 +21,13 @@ from yopo.plans.flops import (
     visual_flops,
     visual_kv_bytes,
 )
-from yopo.plans.schema import LayerPlan, Plan
+from yopo.plans.schema import LayerPlan, PruningPlan
 
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
 
 
 def model_card(
-    plan: Plan,
+    plan: PruningPlan,
     name: str,
     *,
     original_card: Path | None,
@@ -56,7 +56,7 @@ def model_card(
     return "\n".join(sections)
 
 
-def _front_matter(plan: Plan, original_card: Path | None) -> str:
+def _front_matter(plan: PruningPlan, original_card: Path | None) -> str:
     data: dict[str, Any] = {}
     if original_card is not None:
         original = _read_front_matter(original_card)
@@ -80,7 +80,9 @@ def _read_front_matter(card: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _introduction(plan: Plan, name: str, *, has_original_card: bool, is_trained: bool) -> str:
+def _introduction(
+    plan: PruningPlan, name: str, *, has_original_card: bool, is_trained: bool
+) -> str:
     change, dense = "no weight was removed or changed", "the original model"
     if is_trained:
         change, dense = "the model was trained since", "the trained model, dense"
@@ -98,7 +100,7 @@ prunes, text tokens keep everything.
     return text
 
 
-def _savings(plan: Plan) -> str:
+def _savings(plan: PruningPlan) -> str:
     shape, workload = plan.model.shape, plan.workload
     rows = [
         ("visual FLOPs", dense_visual_flops(shape, workload), visual_flops(plan), _flops),
@@ -132,7 +134,7 @@ def _flops(count: int) -> str:
     return str(count)
 
 
-def _layers(plan: Plan, tensors_bytes: int) -> str:
+def _layers(plan: PruningPlan, tensors_bytes: int) -> str:
     shape = plan.model.shape
     fitted = [each for each in _FITTED if any(getattr(layer, each[0]) for layer in plan.layers)]
     titles = "".join(f" {title} |" for _, title in fitted)
@@ -164,7 +166,7 @@ def _attend(layer: LayerPlan) -> str:
     return "yes" if layer.attend == layer.heads else f"in {len(layer.attend)} heads"
 
 
-def _compensation(plan: Plan, tensors_bytes: int) -> str:
+def _compensation(plan: PruningPlan, tensors_bytes: int) -> str:
     kinds = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
     if plan.compensation not in kinds or not tensors_bytes:
         return ""
@@ -206,7 +208,7 @@ model = AutoModelForImageTextToText.from_pretrained("{name}")
 """
 
 
-def _provenance(plan: Plan) -> str:
+def _provenance(plan: PruningPlan) -> str:
     details = yaml.safe_dump(
         {"fingerprint": plan.model.fingerprint, **plan.provenance},
         sort_keys=False,

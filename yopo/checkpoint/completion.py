@@ -31,7 +31,7 @@ from yopo.checkpoint.sidecar_files import (
 )
 from yopo.models.fingerprint import is_same
 from yopo.plans.file import read_plan, to_yaml
-from yopo.plans.schema import Plan, TensorsFile
+from yopo.plans.schema import PruningPlan, TensorsFile
 from yopo.plans.tensors import PlanTensors
 from yopo.support import console
 from yopo.support.files import write_file
@@ -50,7 +50,9 @@ class Completion:
 
     source: Path
 
-    def __call__(self, folder: Path, plan: Plan, tensors: PlanTensors, *, trained: bool) -> None:
+    def __call__(
+        self, folder: Path, plan: PruningPlan, tensors: PlanTensors, *, trained: bool
+    ) -> None:
         """Write plans, their tensors, loader code, card and, last, config.json's entries.
 
         Args:
@@ -93,7 +95,7 @@ class Completion:
         write_file(folder / "config.json", config_json(checkpoint).encode())
         write_manifest(folder)
 
-    def _siblings(self) -> dict[int, Plan]:
+    def _siblings(self) -> dict[int, PruningPlan]:
         """The plans of the source by their numbers; none where it is gone."""
         found = {}
         for file in self.source.glob(PLAN_FILES):
@@ -102,10 +104,10 @@ class Completion:
                 found[int(suffix or 0)] = read_plan(file)
         return dict(sorted(found.items()))
 
-    def _number_of(self, plan: Plan) -> int:
+    def _number_of(self, plan: PruningPlan) -> int:
         return next((number for number, each in self._siblings().items() if each == plan), 0)
 
-    def _other_plans(self, plan: Plan, *, is_changed: bool) -> dict[str, bytes]:
+    def _other_plans(self, plan: PruningPlan, *, is_changed: bool) -> dict[str, bytes]:
         others = {number: each for number, each in self._siblings().items() if each != plan}
         if is_changed and others:
             budgets = ", ".join(f"{each.budget.reached:.3g}" for each in others.values())
@@ -120,7 +122,7 @@ class Completion:
         return files
 
 
-def _carry(plan: Plan, source: Path, number: int, files: dict[str, bytes]) -> bool:
+def _carry(plan: PruningPlan, source: Path, number: int, files: dict[str, bytes]) -> bool:
     """Take a plan and its tensors over as they are; returns whether they are there, unaltered."""
     file = source / numbered(PLAN_FILE, number)
     if not file.is_file() or read_plan(file) != plan:
@@ -136,7 +138,7 @@ def _carry(plan: Plan, source: Path, number: int, files: dict[str, bytes]) -> bo
     return True
 
 
-def _retaken(plan: Plan, fingerprint: str) -> Plan:
+def _retaken(plan: PruningPlan, fingerprint: str) -> PruningPlan:
     """The same plan for the weights as they are now."""
     if is_same(plan.model.fingerprint, fingerprint):
         return plan
@@ -144,7 +146,9 @@ def _retaken(plan: Plan, fingerprint: str) -> Plan:
     return replace(plan, model=replace(plan.model, fingerprint=fingerprint), provenance=origin)
 
 
-def _write_plan(plan: Plan, tensors: PlanTensors, number: int, files: dict[str, bytes]) -> Plan:
+def _write_plan(
+    plan: PruningPlan, tensors: PlanTensors, number: int, files: dict[str, bytes]
+) -> PruningPlan:
     """Add a plan and its tensors as they are now; returns it as written."""
     named = None
     if plan.compensation != "none":

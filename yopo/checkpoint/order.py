@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from yopo.plans.schema import LayerPlan, ModelShape, Plan, TensorsFile
+from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, TensorsFile
 from yopo.plans.tensors import PlanTensors, Refit
 
 
@@ -32,7 +32,7 @@ class BakedLayer:
     neuron_order: torch.Tensor
 
 
-def order_layers(plan: Plan, tensors: PlanTensors | None) -> list[BakedLayer]:
+def order_layers(plan: PruningPlan, tensors: PlanTensors | None) -> list[BakedLayer]:
     """The permutation to bake, layer by layer.
 
     Args:
@@ -85,11 +85,11 @@ def order_heads(
 
 
 def baked_plan(
-    plan: Plan,
+    plan: PruningPlan,
     orders: Sequence[BakedLayer],
     tensors_file: TensorsFile | None,
     fingerprint: str,
-) -> Plan:
+) -> PruningPlan:
     """The same plan for the baked checkpoint, heads renamed to where they now stand.
 
     Args:
@@ -124,7 +124,7 @@ def baked_plan(
 
 
 def baked_tensors(
-    plan: Plan, tensors: PlanTensors, orders: Sequence[BakedLayer]
+    plan: PruningPlan, tensors: PlanTensors, orders: Sequence[BakedLayer]
 ) -> PlanTensors | None:
     """What a plan's compensation needs, in the baked checkpoint's order; None if nothing.
 

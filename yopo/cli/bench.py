@@ -10,9 +10,9 @@ from yopo.cli.command import Command, load
 
 if TYPE_CHECKING:
     from yopo.bench.result import Benchmark
-    from yopo.plans.schema import Plan
+    from yopo.plans.schema import PruningPlan
 
-DEFAULT_SHAPE = "llava-1.5-7b"
+DEFAULT_TEMPLATE = "llava-1.5-7b"
 
 _COUNT = click.IntRange(min=1)
 
@@ -29,7 +29,7 @@ def _count(name: str, text: str, **settings: Any) -> Any:
 @click.option(
     "--shape-of",
     metavar="NAME",
-    help=f"The preset's model: llava-1.5-7b or llava-1.5-13b.  [default: {DEFAULT_SHAPE}]",
+    help=f"The preset's model: llava-1.5-7b or llava-1.5-13b.  [default: {DEFAULT_TEMPLATE}]",
 )
 @click.option("--model", help="The dense model, if it is elsewhere than the plan says.")
 @click.option(
@@ -153,7 +153,7 @@ def _measure(values: dict[str, Any]) -> Benchmark:
     return bench.bench_model(model, plan, tensors, sizes, options)
 
 
-def _preset(name: str, shape_of: str | None) -> Plan:
+def _preset(name: str, shape_of: str | None) -> PruningPlan:
     random_model = load("yopo.bench.random_model")
-    model = random_model.published_model(shape_of or DEFAULT_SHAPE)
+    model = random_model.published_model(shape_of or DEFAULT_TEMPLATE)
     return load("yopo.bench.plans").preset_plan(name, model, random_model.WORKLOAD)

@@ -109,8 +109,8 @@ def command(context: click.Context, **values: Any) -> None:
     if (values["milliseconds"] is None) != (values["costs"] is None):
         raise click.UsageError("--milliseconds and --costs go together.")
     counts = (values["measure_pairs"], values["fit_pairs"])
-    effort = tuning.Effort(values["queries"], *counts, values["costs"])
-    asked = (wishes(context), run_settings(context), effort)
+    fit_options = tuning.FitOptions(values["queries"], *counts, values["costs"])
+    asked = (wishes(context), run_settings(context), fit_options)
     keeper = Keeper(stats, force=force)
     with keeper.guarding():
         if not values["budgets"]:

@@ -16,7 +16,7 @@ from yopo.support.files import STATISTICS, check_writable, write_file
 if TYPE_CHECKING:
     from yopo.calibration.statistics import Statistics
     from yopo.pipeline.session import Calibrated
-    from yopo.plans.schema import Plan
+    from yopo.plans.schema import PruningPlan
 
 
 def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) -> None:
@@ -106,14 +106,14 @@ def save(made: Calibrated, output: str, *, force: bool) -> None:
     note(_written(plan, output))
 
 
-def _show_candidates(plan: Plan) -> None:
+def _show_candidates(plan: PruningPlan) -> None:
     from yopo.report.plan_tables import candidate_table
 
     split = plan.provenance.get("split", {})
     show(candidate_table(plan.provenance["candidates"], split.get("held_out")))
 
 
-def _written(plan: Plan, output: str) -> str:
+def _written(plan: PruningPlan, output: str) -> str:
     from yopo.plans.flops import dense_prefill_flops, prefill_flops
     from yopo.report import units
 

@@ -24,7 +24,7 @@ from yopo.plans.flops import (
     visual_budget,
     visual_kv_bytes,
 )
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.support.console import track
@@ -64,7 +64,7 @@ class Evaluation:
         prefill: Decoder prefill time; None if not timed.
     """
 
-    plan: Plan
+    plan: PruningPlan
     pairs: int
     accuracy: Accuracy | None
     by_kind: dict[str, Accuracy]
@@ -98,7 +98,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    plan: Plan,
+    plan: PruningPlan,
     tensors: PlanTensors | None,
     pairs: Iterable[Pair],
     *,

@@ -14,7 +14,7 @@ from yopo.data.prompts import Batch
 from yopo.fitting.profile import Profile, profile
 from yopo.fitting.refit import refit
 from yopo.models.family import shape_of
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import YopoError
 
@@ -45,7 +45,7 @@ class Fitter:
         with self._in_memory():
             return profile(self._model, self._batches, shape_of(self._model.config))
 
-    def tensors(self, plan: Plan, tensors: PlanTensors) -> PlanTensors:
+    def tensors(self, plan: PruningPlan, tensors: PlanTensors) -> PlanTensors:
         """The tensors with the weights that a plan with ``compensation: refit`` needs."""
         with self._in_memory():
             fitted = refit(self._model, self._batches, plan, tensors.neuron_order)

@@ -18,8 +18,8 @@ from yopo.data.prompts import Batch
 from yopo.models.family import Backbone
 from yopo.models.layout import LayoutProbe, TokenLayout
 from yopo.models.registry import family_of
-from yopo.plans.schema import Plan
-from yopo.runtime.attention_masks import Geometry
+from yopo.plans.schema import PruningPlan
+from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, TokenIndex
 from yopo.runtime.decoder import rotary_positions
 from yopo.runtime.layer import LayerRun, Rotary
@@ -176,29 +176,29 @@ class PrunedBatch:
     visual: torch.Tensor
     text_rotary: Rotary
     visual_rotary: Rotary
-    geometry: Geometry
+    masks: AttentionMasks
     dense: DenseBatch
 
     def run(self, walk: DenseWalk, number: int, part: VisualLayer) -> LayerRun:
         """One layer on this batch, with a cache of its own that nobody else sees."""
         cache = PrunedCacheLayer(part.split, TokenIndex(), is_first=False)
-        return LayerRun(walk.decoder.layers[number], part, walk.names, self.geometry, cache)
+        return LayerRun(walk.decoder.layers[number], part, walk.names, self.masks, cache)
 
     def real(self, states: torch.Tensor) -> torch.Tensor:
         """(visual tokens, width) of (batch, visual, width) states."""
         return real_rows(self.dense.layout, states)
 
 
-def pruned_batches(walk: DenseWalk, plan: Plan) -> list[PrunedBatch]:
+def pruned_batches(walk: DenseWalk, plan: PruningPlan) -> list[PrunedBatch]:
     """Split every batch of a walk that has not begun into its two streams."""
     return [_split(walk, plan, batch) for batch in walk.batches]
 
 
 @torch.no_grad()
-def _split(walk: DenseWalk, plan: Plan, batch: DenseBatch) -> PrunedBatch:
+def _split(walk: DenseWalk, plan: PruningPlan, batch: DenseBatch) -> PrunedBatch:
     hidden, layout = batch.hidden, batch.layout
     count, length, _ = hidden.shape
-    geometry = Geometry(
+    masks = AttentionMasks(
         layout,
         count,
         length,
@@ -218,6 +218,6 @@ def _split(walk: DenseWalk, plan: Plan, batch: DenseBatch) -> PrunedBatch:
         visual=layout.visual.gather(hidden),
         text_rotary=tuple(layout.text.gather(each) for each in rotary),
         visual_rotary=tuple(layout.visual.gather(each) for each in rotary),
-        geometry=geometry,
+        masks=masks,
         dense=batch,
     )

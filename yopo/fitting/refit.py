@@ -35,7 +35,7 @@ from yopo.fitting.least_squares import (
     ridge,
 )
 from yopo.models.family import Backbone
-from yopo.plans.schema import LayerPlan, ModelShape, Plan
+from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import refit_sizes
 from yopo.runtime.weights import Extras, VisualLayer
 
@@ -44,7 +44,7 @@ Weights = dict[str, torch.Tensor]
 
 @torch.no_grad()
 def refit(
-    model: PreTrainedModel, batches: Iterable[Batch], plan: Plan, order: torch.Tensor | None
+    model: PreTrainedModel, batches: Iterable[Batch], plan: PruningPlan, order: torch.Tensor | None
 ) -> dict[int, Weights]:
     """Fit the weights that a plan with ``compensation: refit`` needs.
 

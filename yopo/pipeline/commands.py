@@ -12,11 +12,17 @@ from yopo.checkpoint.reader import Checkpoint, fetch
 from yopo.data.prompts import load_processor
 from yopo.evaluation.evaluate import Evaluation, evaluate
 from yopo.models.registry import ModelSource, is_hub_id, resolve
-from yopo.pipeline.session import Calibrated, Effort, RunOptions, Session, open_demo_or
+from yopo.pipeline.session import (
+    Calibrated,
+    CalibrationSession,
+    FitOptions,
+    RunOptions,
+    open_demo_or,
+)
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
 from yopo.planning.request import Wishes
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors, read_plan_with_tensors
 from yopo.serving.loading import load_dense, open_baked, torch_dtype
 from yopo.support.errors import ModelError, PlanError
@@ -28,7 +34,7 @@ def calibrate(
     model_name: str,
     wishes: Wishes,
     options: RunOptions,
-    effort: Effort | None = None,
+    fit_options: FitOptions | None = None,
     *,
     keep: Keep | None = None,
 ) -> Calibrated:
@@ -46,8 +52,8 @@ def calibrate(
     """
     sets_aside = wishes.tolerance is not None
     compares = sets_aside or wishes.budget is not None or wishes.milliseconds is not None
-    session = Session(
-        model_name, options, effort or Effort(), sets_aside=sets_aside, compares=compares
+    session = CalibrationSession(
+        model_name, options, fit_options or FitOptions(), sets_aside=sets_aside, compares=compares
     )
     if keep is not None:
         keep(session.statistics)
@@ -59,7 +65,7 @@ def calibrate_front(
     budgets: Sequence[float],
     wishes: Wishes,
     options: RunOptions,
-    effort: Effort | None = None,
+    fit_options: FitOptions | None = None,
     *,
     keep: Keep | None = None,
 ) -> Iterator[Calibrated]:
@@ -70,7 +76,7 @@ def calibrate_front(
     Raises:
         YopoError: As for ``calibrate``.
     """
-    session = Session(model_name, options, effort or Effort())
+    session = CalibrationSession(model_name, options, fit_options or FitOptions())
     if keep is not None:
         keep(session.statistics)
     for budget in sorted(set(budgets), reverse=True):
@@ -133,7 +139,7 @@ def evaluate_target(
     )
 
 
-def read_target(target: str, budget: float | None = None) -> tuple[Plan, PlanTensors | None]:
+def read_target(target: str, budget: float | None = None) -> tuple[PruningPlan, PlanTensors | None]:
     """The plan of a baked checkpoint (directory or hub id), of a plan file, or of stdin for ``-``.
 
     Raises:
@@ -147,7 +153,7 @@ def read_target(target: str, budget: float | None = None) -> tuple[Plan, PlanTen
     return read_plan_with_tensors(target)
 
 
-def source_of_target(target: str, plan: Plan, model_name: str | None) -> ModelSource:
+def source_of_target(target: str, plan: PruningPlan, model_name: str | None) -> ModelSource:
     """Where the dense model of a target is: a checkpoint is its own, a plan names its model."""
     return resolve(target) if _is_checkpoint(target) else _source_of(plan, model_name)
 
@@ -162,7 +168,7 @@ def _is_checkpoint(target: str) -> bool:
 class Applied:
     """What ``apply_plan`` did: the plan, the bake's report, the verification if asked for."""
 
-    plan: Plan
+    plan: PruningPlan
     report: BakeReport
     verification: Verification | None
 
@@ -200,7 +206,7 @@ def apply_plan(
     return Applied(plan, report, verification)
 
 
-def _source_of(plan: Plan, model_name: str | None) -> ModelSource:
+def _source_of(plan: PruningPlan, model_name: str | None) -> ModelSource:
     """Where a plan's model is: where the user says, else where its name leads."""
     try:
         return resolve(model_name or plan.model.name)

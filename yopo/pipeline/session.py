@@ -23,10 +23,10 @@ from yopo.demo import demo_data
 from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
 from yopo.fitting.fitter import Fitter
 from yopo.models.registry import resolve
-from yopo.planning.allocate import FACTOR, Worth
+from yopo.planning.allocate import FACTOR, Weighting
 from yopo.planning.planner import Candidate, Planner
 from yopo.planning.request import Wishes
-from yopo.plans.schema import Budget, Plan, full_plan
+from yopo.plans.schema import Budget, PruningPlan, full_plan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense, torch_dtype
@@ -70,7 +70,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Effort:
+class FitOptions:
     """On what plans are measured and fitted.
 
     Attributes:
@@ -91,13 +91,13 @@ class Effort:
 class Calibrated:
     """What a calibration makes: the plan, its tensors, the statistics and the candidates."""
 
-    plan: Plan
+    plan: PruningPlan
     tensors: PlanTensors
     statistics: Statistics
     candidates: list[Candidate] = field(default_factory=list)
 
 
-class Session:
+class CalibrationSession:
     """A model, measured once on pairs.
 
     Args:
@@ -119,12 +119,12 @@ class Session:
         self,
         model_name: str,
         options: RunOptions,
-        effort: Effort,
+        fit_options: FitOptions,
         *,
         sets_aside: bool = False,
         compares: bool = True,
     ):
-        self.options, self.effort = options, effort
+        self.options, self.fit_options = options, fit_options
         source = resolve(model_name)
         checkpoint = Checkpoint.open(fetch(source))  # before anything takes long
         self._pairs = open_demo_or(options, source.name, "calibration")
@@ -134,8 +134,8 @@ class Session:
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,
-            fit=effort.fit_pairs,
-            held_out=effort.measure_pairs if compares else 0,
+            fit=fit_options.fit_pairs,
+            held_out=fit_options.measure_pairs if compares else 0,
             aside=MAX_ASIDE if sets_aside else 0,
         )
         if sets_aside and not self.split.aside:
@@ -153,12 +153,12 @@ class Session:
             name=source.name,
             total=len(self.split.statistics),
             batch_size=options.batch_size,
-            queries=effort.queries,
+            queries=fit_options.queries,
             provenance=about,
         )
         self.fitter = Fitter(self.model, self._encoded)
 
-    def make(self, wishes: Wishes, tried: Sequence[Worth] = ()) -> Calibrated:
+    def make(self, wishes: Wishes, tried: Sequence[Weighting] = ()) -> Calibrated:
         """Make one plan; ``tried``: measure allocations by these worths alone.
 
         With too few pairs to hold any out nothing is fitted: the plan for a budget then has the
@@ -203,17 +203,17 @@ class Session:
         if wishes.milliseconds is None:
             return wishes
         model, workload = self.statistics.model, self.statistics.workload
-        costs = read_costs(self.effort.costs, model.shape)
+        costs = read_costs(self.fit_options.costs, model.shape)
         budget = costs.budget(wishes.milliseconds, model.shape, workload)
         asked = f"{wishes.milliseconds:g} ms"
-        note(f"{asked} are a visual budget of {budget:.1%} by {self.effort.costs}.")
+        note(f"{asked} are a visual budget of {budget:.1%} by {self.fit_options.costs}.")
         return replace(wishes, budget=budget, milliseconds=None)
 
-    def kl(self, plan: Plan, tensors: PlanTensors) -> float:
+    def kl(self, plan: PruningPlan, tensors: PlanTensors) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
         return self._compare(plan, tensors, self._judged).kl
 
-    def agreement(self, plan: Plan, tensors: PlanTensors) -> float:
+    def agreement(self, plan: PruningPlan, tensors: PlanTensors) -> float:
         """Share of answer tokens that a plan predicts as the dense model does, on pairs aside."""
         return self._compare(plan, tensors, self._set_aside).agreement
 
@@ -235,7 +235,7 @@ class Session:
             else:
                 best, high, agreement = found, budget, share
             if found is not None:
-                tried = _around(found.candidates[0].worth)
+                tried = _around(found.candidates[0].weighting)
         if wishes.kv_budget is not None and best.plan.budget.reached >= 1.0:
             raise PlanError(
                 f"No plan within a KV budget of {wishes.kv_budget} agrees with the dense model "
@@ -248,7 +248,7 @@ class Session:
         _tell(plan, asked, agreement, pairs)
         return replace(best, plan=plan)
 
-    def _at(self, wishes: Wishes, tried: Sequence[Worth]) -> Calibrated | None:
+    def _at(self, wishes: Wishes, tried: Sequence[Weighting]) -> Calibrated | None:
         try:
             return self.make(wishes, tried)
         except PlanError:
@@ -264,7 +264,9 @@ class Session:
         )
         return Calibrated(plan, PlanTensors(), statistics)
 
-    def _compare(self, plan: Plan, tensors: PlanTensors, records: list[Recorded]) -> Fidelity:
+    def _compare(
+        self, plan: PruningPlan, tensors: PlanTensors, records: list[Recorded]
+    ) -> Fidelity:
         with pruned(self.model, plan, tensors, check=False):
             return compare(self.model, records)
 
@@ -311,11 +313,11 @@ def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
     return open_pairs(data, samples=options.samples, seed=options.seed)
 
 
-def _around(worth: Worth | None) -> tuple[Worth, ...]:
-    if worth is None:
+def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
+    if weighting is None:
         return ()
-    rates = (worth.rate, worth.rate * FACTOR, worth.rate / FACTOR)
-    return tuple(replace(worth, rate=rate) for rate in rates)
+    rates = (weighting.rate, weighting.rate * FACTOR, weighting.rate / FACTOR)
+    return tuple(replace(weighting, rate=rate) for rate in rates)
 
 
 def _too_few(split: Split, what: str, least: int) -> DataError:
@@ -325,7 +327,7 @@ def _too_few(split: Split, what: str, least: int) -> DataError:
     )
 
 
-def _tell(plan: Plan, asked: float, agreement: float, pairs: int) -> None:
+def _tell(plan: PruningPlan, asked: float, agreement: float, pairs: int) -> None:
     if plan.budget.reached >= 1.0:
         note(f"No budget keeps the agreement within {asked:.1%}: nothing is pruned.")
         return

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from yopo.models.registry import family_of, resolve
-from yopo.plans.schema import ModelShape, Plan
+from yopo.plans.schema import ModelShape, PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load, load_dense
@@ -61,7 +61,7 @@ class Verification:
 
 
 def verify(
-    baked: str | Path, original: str | Path, plan: Plan, tensors: PlanTensors | None
+    baked: str | Path, original: str | Path, plan: PruningPlan, tensors: PlanTensors | None
 ) -> Verification:
     """Compare a baked checkpoint with the original and its plan.
 
@@ -107,7 +107,7 @@ def rounding(dtype: torch.dtype, shape: ModelShape) -> float:
     return (stored + accumulated) * math.sqrt(2 * shape.layers)
 
 
-def random_prompt(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
+def random_prompt(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Any]:
     """One image of noise between random text tokens, from the configuration alone."""
     config, family = model.config, family_of(model.config)
     generator = torch.Generator().manual_seed(0)

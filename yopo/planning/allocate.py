@@ -24,7 +24,7 @@ import torch
 
 from yopo.fitting.profile import Profile
 from yopo.planning.paper import EMPTY
-from yopo.planning.templates import Layers, Shaper, trim
+from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.plans.flops import visual_flops_of_layer
 from yopo.plans.schema import LayerPlan, full_layer
 from yopo.strategies.neighbors import PAPER_RADIUS
@@ -44,7 +44,7 @@ STEPS = 60
 KV_STEPS = 24
 """Bisections of the price of KV bytes, where they are limited."""
 
-RATES = (0.1, 1.0, 10.0, 100.0)
+VISUAL_WEIGHTS = (0.1, 1.0, 10.0, 100.0)
 """Exchange rates tried first."""
 
 MOST = 1e12
@@ -55,7 +55,7 @@ FACTOR = 3.0
 
 
 @dataclass(frozen=True)
-class Worth:
+class Weighting:
     """What the estimate cannot know: how much things matter beside one another.
 
     Attributes:
@@ -71,7 +71,7 @@ class Worth:
     visual: tuple[float, ...]
 
     @classmethod
-    def even(cls, rate: float, radius: int | None, layers: int) -> Worth:
+    def even(cls, rate: float, radius: int | None, layers: int) -> Weighting:
         """Every layer alike."""
         return cls(rate, radius, (1.0,) * layers, (1.0,) * layers)
 
@@ -80,18 +80,21 @@ class Worth:
         return f"rate {self.rate:.3g}{where}"
 
 
-def worth_moves(worth: Worth) -> Iterator[tuple[str, Worth]]:
+def weighting_moves(weighting: Weighting) -> Iterator[tuple[str, Weighting]]:
     """Every single step away from a worth, as (what changes, new worth)."""
     for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
-        yield f"visual states count {verb}", replace(worth, rate=worth.rate * factor)
-    other = PAPER_RADIUS if worth.radius is None else None
-    yield f"radius {other}", replace(worth, radius=other)
+        yield f"visual states count {verb}", replace(weighting, rate=weighting.rate * factor)
+    other = PAPER_RADIUS if weighting.radius is None else None
+    yield f"radius {other}", replace(weighting, radius=other)
     for name in ("visual", "reading"):
-        values = getattr(worth, name)
+        values = getattr(weighting, name)
         for layer in range(len(values)):
             for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
                 changed = (*values[:layer], values[layer] * factor, *values[layer + 1 :])
-                yield f"{name} counts {verb} in layer {layer}", replace(worth, **{name: changed})
+                yield (
+                    f"{name} counts {verb} in layer {layer}",
+                    replace(weighting, **{name: changed}),
+                )
 
 
 @dataclass(frozen=True)
@@ -139,26 +142,30 @@ class Allocator:
     """
 
     def __init__(
-        self, shaper: Shaper, profile: Profile, worth: Worth, levers: Levers | None = None
+        self,
+        builder: TemplateBuilder,
+        profile: Profile,
+        weighting: Weighting,
+        levers: Levers | None = None,
     ):
         self.levers = levers or Levers()
-        self.shaper, self.profile, self.radius = shaper, profile, worth.radius
-        self.shape, self.workload = shaper.shape, shaper.workload
-        effect = shaper.statistics.head_effect
+        self.builder, self.profile, self.radius = builder, profile, weighting.radius
+        self.shape, self.workload = builder.shape, builder.workload
+        effect = builder.statistics.head_effect
         reading = effect / (1 + effect)
         behind = reading.sum(dim=1).flip(0).cumsum(0).flip(0)
         # What later layers read is what an error of the visual stream can spoil.
         later = torch.cat([behind[1:], behind.new_zeros(1)])
-        self.later = worth.rate * later * torch.tensor(worth.visual, dtype=later.dtype)
-        self.reading = reading * torch.tensor(worth.reading, dtype=later.dtype)[:, None]
+        self.later = weighting.rate * later * torch.tensor(weighting.visual, dtype=later.dtype)
+        self.reading = reading * torch.tensor(weighting.reading, dtype=later.dtype)[:, None]
 
     def allocate(self) -> Layers | None:
         """Layers within the budgets; None if nothing that reads fits."""
         least = (LayerPlan((0,), attend=False, radius=None, neurons=0),)
-        if not self.shaper.keeps_kv(least):  # not one KV head; no price would tell sooner
+        if not self.builder.keeps_kv(least):  # not one KV head; no price would tell sooner
             return None
         best = self._at_kv_price(0.0)
-        if best is not None and not self.shaper.keeps_kv(best):
+        if best is not None and not self.builder.keeps_kv(best):
             best = self._within_kv()
         return best if best and any(layer.heads for layer in best) else None
 
@@ -167,7 +174,7 @@ class Allocator:
 
         def at(price: float) -> Layers | None:
             layers = self._at_kv_price(price)
-            return layers if layers is not None and self.shaper.keeps_kv(layers) else None
+            return layers if layers is not None and self.builder.keeps_kv(layers) else None
 
         low, high, best = 0.0, 1.0, at(1.0)
         while best is None and high < MOST:
@@ -192,7 +199,7 @@ class Allocator:
         layers = trim(
             tuple(self._best(number, price, kv_price) for number in range(self.shape.layers))
         )
-        return layers if self.shaper.cost(layers) <= self.shaper.budget else None
+        return layers if self.builder.cost(layers) <= self.builder.budget else None
 
     def _best(self, number: int, price: float, kv_price: float) -> LayerPlan:
         price = price / self._dense
@@ -278,12 +285,12 @@ class Allocator:
         shape = self.shape
         maps = sorted({round(share * shape.hidden) for share in self.levers.maps})
         widths = sorted({round(share * shape.ffn) for share in self.levers.widths})
-        ordered = self.shaper.statistics.importance.sort(dim=1, descending=True).values
+        ordered = self.builder.statistics.importance.sort(dim=1, descending=True).values
         shares = torch.cat([ordered.new_zeros(len(ordered), 1), ordered.cumsum(dim=1)], dim=1)
         shares = shares / shares[:, -1:].clamp(min=1e-30)
         choices = []
         for number in range(shape.layers):
-            worth, found = float(self.later[number]), []
+            weighting, found = float(self.later[number]), []
             bent, unmapped = float(self.profile.bent[number]), self.profile.unmapped[number]
             for width in widths:
                 share = float(shares[number, width])
@@ -292,7 +299,7 @@ class Allocator:
                     straight = max(float(unmapped[rank]) - bent, 0.0)
                     left = (1 - share) * (bent + straight)
                     layer = replace(EMPTY, neurons=width, linear=rank)
-                    found.append(Choice(layer, self._flops(layer), worth * left))
+                    found.append(Choice(layer, self._flops(layer), weighting * left))
             choices.append(found)
         return choices
 

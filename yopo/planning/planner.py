@@ -8,13 +8,20 @@ from dataclasses import dataclass, replace
 from yopo import __version__
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.fitter import Fitter
-from yopo.planning.allocate import FACTOR, RATES, Allocator, Levers, Worth, worth_moves
+from yopo.planning.allocate import (
+    FACTOR,
+    VISUAL_WEIGHTS,
+    Allocator,
+    Levers,
+    Weighting,
+    weighting_moves,
+)
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import Wishes
 from yopo.planning.search import Search, moves, resolve, state_of
-from yopo.planning.templates import SHAPES, Layers, Shaper
+from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
 from yopo.plans.flops import visual_budget
-from yopo.plans.schema import Budget, Plan, TensorsFile
+from yopo.plans.schema import Budget, PruningPlan, TensorsFile
 from yopo.plans.tensors import PlanTensors
 from yopo.strategies.neighbors import PAPER_RADIUS
 from yopo.support.console import track
@@ -23,10 +30,10 @@ from yopo.support.errors import PlanError, suggest
 UNWRITTEN = TensorsFile("", "")
 """Stands for the side file until the plan is written."""
 
-DEFAULT_SHAPE = "reader-heads"
+DEFAULT_TEMPLATE = "reader-heads"
 """What a budget means when nothing can be measured (no model at hand)."""
 
-Measure = Callable[[Plan, PlanTensors], float]
+Measure = Callable[[PruningPlan, PlanTensors], float]
 """Logit KL of a plan to the dense model on pairs that nothing was fitted on."""
 
 
@@ -35,7 +42,7 @@ class Candidate:
     """A plan at the budget and how far it strays from the dense model.
 
     Attributes:
-        shape: Name in ``SHAPES``, or how the budget was allocated.
+        shape: Name in ``TEMPLATES``, or how the budget was allocated.
         compensation: ``none``, ``mean`` or ``refit``.
         plan: The plan.
         tensors: Its tensors.
@@ -45,10 +52,10 @@ class Candidate:
 
     shape: str
     compensation: str
-    plan: Plan
+    plan: PruningPlan
     tensors: PlanTensors
     kl: float | None
-    worth: Worth | None = None
+    weighting: Weighting | None = None
 
 
 def make_plan(
@@ -56,14 +63,14 @@ def make_plan(
     wishes: Wishes,
     measure: Measure | None = None,
     fitter: Fitter | None = None,
-) -> tuple[Plan, PlanTensors, list[Candidate]]:
+) -> tuple[PruningPlan, PlanTensors, list[Candidate]]:
     """Make the plan that the wishes describe.
 
     Args:
         statistics: What calibration measured.
         wishes: What is asked for.
         measure: Measures a candidate; None if there is no model at hand: then a budget means
-            the shape ``wishes.shape`` or ``DEFAULT_SHAPE``, unmeasured.
+            the shape ``wishes.shape`` or ``DEFAULT_TEMPLATE``, unmeasured.
         fitter: Fits visual weights of their own; None: plans go without.
 
     Returns:
@@ -90,7 +97,7 @@ class Planner:
         wishes: Wishes,
         measure: Measure | None,
         fitter: Fitter | None,
-        tried: Sequence[Worth] = (),
+        tried: Sequence[Weighting] = (),
     ):
         self.tried = tuple(tried)
         self.levers = Levers()
@@ -108,7 +115,7 @@ class Planner:
                 remedy="Use `yopo calibrate --compensation refit`.",
             )
 
-    def make(self) -> tuple[Plan, PlanTensors, list[Candidate]]:
+    def make(self) -> tuple[PruningPlan, PlanTensors, list[Candidate]]:
         """Plan, tensors and candidates."""
         if self.wishes.budget is None:
             kind = self.wishes.compensation or "none"
@@ -148,55 +155,57 @@ class Planner:
             yield from self._allocated()
 
     def candidate(
-        self, shape: str, layers: Layers, kind: str, worth: Worth | None = None
+        self, shape: str, layers: Layers, kind: str, weighting: Weighting | None = None
     ) -> Candidate:
         """Assemble and measure."""
         plan, tensors = self.assemble(layers, kind)
         kl = None if self.measure is None else self.measure(plan, tensors)
-        return Candidate(shape, kind, plan, tensors, kl, worth)
+        return Candidate(shape, kind, plan, tensors, kl, weighting)
 
     def _allocated(self) -> Iterator[Candidate]:
         """Allocations at a few exchange rates, then around the best of them."""
         found: list[Candidate] = []
         layers = self.statistics.model.shape.layers
         tried = self.tried or [
-            Worth.even(rate, radius, layers) for radius in (None, PAPER_RADIUS) for rate in RATES
+            Weighting.even(rate, radius, layers)
+            for radius in (None, PAPER_RADIUS)
+            for rate in VISUAL_WEIGHTS
         ]
-        for worth in tried:
-            yield from self._new_allocation(worth, found)
+        for weighting in tried:
+            yield from self._new_allocation(weighting, found)
         if not found or self.tried:
             return
-        best = min(found, key=lambda each: each.kl).worth
+        best = min(found, key=lambda each: each.kl).weighting
         for factor in (FACTOR, 1 / FACTOR):
             yield from self._new_allocation(replace(best, rate=best.rate * factor), found)
 
-    def _new_allocation(self, worth: Worth, found: list[Candidate]) -> Iterator[Candidate]:
-        layers = self._allocate(worth)
+    def _new_allocation(self, weighting: Weighting, found: list[Candidate]) -> Iterator[Candidate]:
+        layers = self._allocate(weighting)
         if layers is not None and layers not in (each.plan.layers for each in found):
-            found.append(self.candidate(f"allocated, {worth}", layers, "refit", worth))
+            found.append(self.candidate(f"allocated, {weighting}", layers, "refit", weighting))
             yield found[-1]
 
-    def _allocate(self, worth: Worth) -> Layers | None:
-        return Allocator(self._shaper(), self.fitter.profile, worth, self.levers).allocate()
+    def _allocate(self, weighting: Weighting) -> Layers | None:
+        return Allocator(self._builder(), self.fitter.profile, weighting, self.levers).allocate()
 
     def improved(self, found: list[Candidate]) -> Candidate:
         """Improve the first of the measured candidates; itself if nothing is better."""
         start = found[0]
         first = (start.plan.layers, start.compensation)
         known = {(each.plan.layers, each.compensation): each.kl for each in found}
-        if start.worth is not None:
+        if start.weighting is not None:
 
-            def allocated(worth: Worth) -> tuple[Layers, str] | None:
-                layers = self._allocate(worth)
+            def allocated(weighting: Weighting) -> tuple[Layers, str] | None:
+                layers = self._allocate(weighting)
                 return None if layers is None else (layers, "refit")
 
-            search = Search(worth_moves, allocated, self._kl, self.wishes.search, known)
-            (layers, kind), kl = search.run(start.worth, first, start.kl)
+            search = Search(weighting_moves, allocated, self._kl, self.wishes.search, known)
+            (layers, kind), kl = search.run(start.weighting, first, start.kl)
         else:
-            shaper = self._shaper()
+            builder = self._builder()
             search = Search(
-                lambda state: moves(state, shaper),
-                lambda state: resolve(state, shaper),
+                lambda state: moves(state, builder),
+                lambda state: resolve(state, builder),
                 self._kl,
                 self.wishes.search,
                 known,
@@ -210,9 +219,9 @@ class Planner:
     def _kl(self, layers: Layers, kind: str) -> float:
         return self.measure(*self.assemble(layers, kind))
 
-    def assemble(self, layers: Layers, compensation: str) -> tuple[Plan, PlanTensors]:
+    def assemble(self, layers: Layers, compensation: str) -> tuple[PruningPlan, PlanTensors]:
         """A plan of some layers, fitted if its compensation is ``refit``, and its tensors."""
-        plan = Plan(
+        plan = PruningPlan(
             model=self.statistics.model,
             workload=self.statistics.workload,
             layers=layers,
@@ -228,10 +237,12 @@ class Planner:
             return plan, self.tensors
         return plan, self.fitter.tensors(plan, self.tensors)
 
-    def _shaper(self) -> Shaper:
+    def _builder(self) -> TemplateBuilder:
         groups = self.wishes.groups(self.statistics.model.shape)
         kv_budget = 1.0 if self.wishes.kv_budget is None else self.wishes.kv_budget
-        return Shaper(self.statistics, self.wishes.budget, groups=groups, kv_budget=kv_budget)
+        return TemplateBuilder(
+            self.statistics, self.wishes.budget, groups=groups, kv_budget=kv_budget
+        )
 
     def _paper_layers(self) -> Layers:
         wishes, shape = self.wishes, self.statistics.model.shape
@@ -247,27 +258,27 @@ class Planner:
         )
 
     def _shapes(self) -> list[tuple[str, Layers]]:
-        shaper = self._shaper()
-        name = self.wishes.shape or (None if self.measure else DEFAULT_SHAPE)
+        builder = self._builder()
+        name = self.wishes.shape or (None if self.measure else DEFAULT_TEMPLATE)
         if name is None:
-            shapes = list(shaper.candidates())
-        elif name not in SHAPES:
-            raise PlanError(f"Unknown shape '{name}'.", remedy=suggest(name, SHAPES))
+            shapes = list(builder.candidates())
+        elif name not in TEMPLATES:
+            raise PlanError(f"Unknown shape '{name}'.", remedy=suggest(name, TEMPLATES))
         else:
-            layers = shaper.build(name)
+            layers = builder.build(name)
             is_read = layers is not None and any(layer.heads for layer in layers)
             shapes = [(name, layers)] if is_read else []
         return shapes
 
     def _unaffordable(self) -> PlanError:
-        shaper = self._shaper()
-        name = self.wishes.shape or (None if self.measure else DEFAULT_SHAPE)
+        builder = self._builder()
+        name = self.wishes.shape or (None if self.measure else DEFAULT_TEMPLATE)
         kind = f"of shape {name} " if name else ""
-        costs = f"costs {shaper.cost((shaper.reader_layer,)):.4f}"
+        costs = f"costs {builder.cost((builder.reader_layer,)):.4f}"
         cached = ""
         if self.wishes.kv_budget is not None:
             cached = f" and a KV budget of {self.wishes.kv_budget}"
-            costs += f" and caches {shaper.kv_share((shaper.reader_layer,)):.4f}"
+            costs += f" and caches {builder.kv_share((builder.reader_layer,)):.4f}"
         return PlanError(
             f"No plan {kind}fits a visual budget of {self.wishes.budget}{cached}: one layer that "
             f"reads the image {costs}.",

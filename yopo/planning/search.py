@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from yopo.planning.paper import kept_heads
-from yopo.planning.templates import Layers, Shaper
+from yopo.planning.templates import Layers, TemplateBuilder
 from yopo.plans.schema import LayerPlan
 from yopo.strategies.heads import select_top
 from yopo.strategies.neighbors import PAPER_RADIUS
@@ -67,7 +67,7 @@ def state_of(layers: Layers, compensation: str) -> State:
     return State(work, compensation)
 
 
-def resolve(state: State, shaper: Shaper) -> Resolved | None:
+def resolve(state: State, builder: TemplateBuilder) -> Resolved | None:
     """Buy reading heads with what the work leaves of the budget, then neurons with the rest.
 
     Heads under one KV head share its visual keys, so whole groups are bought.
@@ -76,8 +76,8 @@ def resolve(state: State, shaper: Shaper) -> Resolved | None:
         The layers and the state's compensation; None if the work alone exceeds the budget, or
         nothing could be read.
     """
-    shape, effect = shaper.shape, shaper.statistics.head_effect.clone()
-    groups = max(shape.group, shaper.groups)
+    shape, effect = builder.shape, builder.statistics.head_effect.clone()
+    groups = max(shape.group, builder.groups)
     readers = [index for index, work in enumerate(state.work) if work.reads]
     effect[[index for index, work in enumerate(state.work) if not work.reads]] = -1.0
     total = len(readers) * shape.heads
@@ -94,15 +94,15 @@ def resolve(state: State, shaper: Shaper) -> Resolved | None:
             for heads, work in zip((kept_heads(row) for row in keep), state.work, strict=True)
         )
 
-    layers = shaper.fill(shaper.scale(build))
+    layers = builder.fill(builder.scale(build))
     if layers is None or not any(layer.heads for layer in layers):
         return None
     return layers, state.compensation
 
 
-def moves(state: State, shaper: Shaper) -> Iterator[tuple[str, State]]:
+def moves(state: State, builder: TemplateBuilder) -> Iterator[tuple[str, State]]:
     """Every single step away from a state, as (what changes, new state)."""
-    full = shaper.shape.ffn
+    full = builder.shape.ffn
     for layer, work in enumerate(state.work):
         verb = "is not read" if work.reads else "is read"
         yield f"layer {layer} {verb}", state.change(layer, reads=not work.reads)

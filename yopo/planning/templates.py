@@ -43,7 +43,7 @@ STEPS = 4096
 """Resolution at which a shape is scaled to the budget."""
 
 
-class Shaper:
+class TemplateBuilder:
     """Builds candidate shapes for one model at one visual budget.
 
     Args:
@@ -84,7 +84,7 @@ class Shaper:
     def candidates(self) -> Iterator[tuple[str, Layers]]:
         """Yield (name, layers) of every shape that fits, fullest first scaling, without doubles."""
         seen: set[Layers] = set()
-        for name, build in SHAPES.items():
+        for name, build in TEMPLATES.items():
             layers = build(self)
             if layers is None or not self.fits(layers) or layers in seen:
                 continue
@@ -94,7 +94,7 @@ class Shaper:
 
     def build(self, name: str) -> Layers | None:
         """One shape by name; None if even its smallest form exceeds the budget."""
-        return SHAPES[name](self)
+        return TEMPLATES[name](self)
 
     def scale(self, build: Build) -> Layers | None:
         """The largest form of a shape within the budgets; None if its smallest exceeds one.
@@ -227,17 +227,17 @@ class Shaper:
         return self.fill((layer,) * count + (EMPTY,) * (self.shape.layers - count))
 
 
-SHAPES: dict[str, Callable[[Shaper], Layers | None]] = {
-    "paper": Shaper.paper,
-    "reader": Shaper.reader,
-    "reader-heads": Shaper.reader_heads,
-    "reader-prefix": Shaper.reader_prefix,
-    "attend": Shaper.attend,
-    "frozen-late": Shaper.frozen_late,
-    "frozen-early": Shaper.frozen_early,
-    "withdraw": Shaper.withdraw,
-    "light": Shaper.light,
-    "thin": Shaper.thin,
+TEMPLATES: dict[str, Callable[[TemplateBuilder], Layers | None]] = {
+    "paper": TemplateBuilder.paper,
+    "reader": TemplateBuilder.reader,
+    "reader-heads": TemplateBuilder.reader_heads,
+    "reader-prefix": TemplateBuilder.reader_prefix,
+    "attend": TemplateBuilder.attend,
+    "frozen-late": TemplateBuilder.frozen_late,
+    "frozen-early": TemplateBuilder.frozen_early,
+    "withdraw": TemplateBuilder.withdraw,
+    "light": TemplateBuilder.light,
+    "thin": TemplateBuilder.thin,
 }
 
 

@@ -20,7 +20,7 @@ from yopo.plans.schema import (
     Measured,
     ModelIdentity,
     ModelShape,
-    Plan,
+    PruningPlan,
     TensorsFile,
     Workload,
     full_layer,
@@ -52,7 +52,7 @@ _KEYS = (
 )
 
 
-def to_yaml(plan: Plan) -> str:
+def to_yaml(plan: PruningPlan) -> str:
     """Serialise a plan; the same plan gives the same bytes."""
     budget = {"asked": plan.budget.asked, "reached": round(plan.budget.reached, BUDGET_DIGITS)}
     data: dict[str, Any] = {
@@ -84,7 +84,7 @@ def to_yaml(plan: Plan) -> str:
     return dump(data)
 
 
-def read_plan(source: str | Path) -> Plan:
+def read_plan(source: str | Path) -> PruningPlan:
     """Read and validate a plan from a file, or from stdin for ``-``.
 
     Raises:
@@ -93,7 +93,7 @@ def read_plan(source: str | Path) -> Plan:
     return parse_plan(*read_text(source))
 
 
-def parse_plan(name: str, text: str) -> Plan:
+def parse_plan(name: str, text: str) -> PruningPlan:
     """Parse a plan's text; ``name`` is what error messages call it."""
     document = Document(name, text)
     data = document.data
@@ -111,7 +111,7 @@ def parse_plan(name: str, text: str) -> Plan:
             raise document.error((), f"lacks the key '{key}'")
     model = _read_model(document)
     try:
-        plan = Plan(
+        plan = PruningPlan(
             model=model,
             workload=_read_workload(document),
             layers=_read_layers(document, model.shape),
@@ -130,7 +130,7 @@ def parse_plan(name: str, text: str) -> Plan:
     return _with_true_budget(plan, data.get("budget") or {}, name)
 
 
-def _with_true_budget(plan: Plan, said: dict[str, Any], name: str) -> Plan:
+def _with_true_budget(plan: PruningPlan, said: dict[str, Any], name: str) -> PruningPlan:
     """The plan with the visual budget that its layers come to, whatever the file says.
 
     Layers are edited by hand, and their budget is easily forgotten; commands choose by it.

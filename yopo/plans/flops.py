@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from yopo.plans.grid import row_blocks, window_pairs
-from yopo.plans.schema import LayerPlan, ModelShape, Plan, Workload, full_layer
+from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, Workload, full_layer
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def visual_flops_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workloa
     return flops
 
 
-def visual_flops(plan: Plan) -> int:
+def visual_flops(plan: PruningPlan) -> int:
     """Visual FLOPs of a plan for one prompt of its workload."""
     shape, workload = plan.model.shape, plan.workload
     return sum(visual_flops_of_layer(layer, shape, workload) for layer in plan.layers)
@@ -86,12 +86,12 @@ def dense_visual_flops(shape: ModelShape, workload: Workload) -> int:
     return shape.layers * visual_flops_of_layer(full_layer(shape), shape, workload)
 
 
-def visual_budget(plan: Plan) -> float:
+def visual_budget(plan: PruningPlan) -> float:
     """A plan's visual FLOPs over the dense model's, in [0, 1]."""
     return visual_flops(plan) / dense_visual_flops(plan.model.shape, plan.workload)
 
 
-def prefill_flops(plan: Plan) -> int:
+def prefill_flops(plan: PruningPlan) -> int:
     """Matrix-product FLOPs that the pruned decoder executes to prefill one prompt."""
     shape, workload = plan.model.shape, plan.workload
     total = 0
@@ -119,7 +119,7 @@ def _text_flops(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
     return text * linear + 4 * pairs * shape.head_dim
 
 
-def _visual_stream_flops(layer: LayerPlan, plan: Plan) -> int:
+def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
     shape, workload = plan.model.shape, plan.workload
     flops = workload.visual * _linear_flops(layer, shape)
     if layer.attend:
@@ -130,7 +130,7 @@ def _visual_stream_flops(layer: LayerPlan, plan: Plan) -> int:
     return flops
 
 
-def visual_kv_bytes(plan: Plan, itemsize: int = 2) -> int:
+def visual_kv_bytes(plan: PruningPlan, itemsize: int = 2) -> int:
     """Bytes of visual keys and values in the cache for one prompt (16-bit unless told)."""
     shape = plan.model.shape
     kept = sum(len(layer.kept_kv(shape)) for layer in plan.layers)

@@ -188,7 +188,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PruningPlan:
     """A whole pruning plan. Construction validates; a valid plan is never mutated.
 
     Attributes:
@@ -237,7 +237,7 @@ class Plan:
         """Whether some layer keeps a part of its neurons, so that their order matters."""
         return any(0 < layer.neurons < self.model.shape.ffn for layer in self.layers)
 
-    def with_layers(self, layers: Sequence[LayerPlan]) -> Plan:
+    def with_layers(self, layers: Sequence[LayerPlan]) -> PruningPlan:
         """The same plan with other layers; the budget is the caller's to restate."""
         return replace(self, layers=tuple(layers))
 
@@ -247,7 +247,7 @@ def full_layer(shape: ModelShape) -> LayerPlan:
     return LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
 
 
-def full_plan(model: ModelIdentity, workload: Workload) -> Plan:
+def full_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
     """The plan that prunes nothing: the dense model.
 
     Raises:
@@ -257,10 +257,10 @@ def full_plan(model: ModelIdentity, workload: Workload) -> Plan:
     if problem is not None:  # now: the layers are as large as the shape says
         raise InvalidPlan(*problem)
     layers = (full_layer(model.shape),) * model.shape.layers
-    return Plan(model, workload, layers, Budget(None, 1.0))
+    return PruningPlan(model, workload, layers, Budget(None, 1.0))
 
 
-def first_problem(plan: Plan) -> tuple[tuple[str | int, ...], str] | None:
+def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None:
     """The first thing that is wrong with a plan.
 
     Returns:

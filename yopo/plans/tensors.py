@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from yopo.plans.file import read_plan, to_yaml
-from yopo.plans.schema import LayerPlan, ModelShape, Plan, TensorsFile
+from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, TensorsFile
 from yopo.plans.tensors_file import (
     check_plan_writable,
     own_side_file,
@@ -110,7 +110,7 @@ class PlanTensors:
         refit = {new: self.refit[old] for new, old in enumerate(rows) if old in self.refit}
         return PlanTensors(**parts, refit=refit)
 
-    def for_plan(self, plan: Plan) -> PlanTensors:
+    def for_plan(self, plan: PruningPlan) -> PlanTensors:
         """Those of the tensors that a plan uses."""
         means = plan.compensation == "mean"
         return PlanTensors(
@@ -155,7 +155,9 @@ def cache_directory() -> Path:
     return Path(os.environ.get("YOPO_CACHE") or Path.home() / ".cache" / "yopo")
 
 
-def write_plan(plan: Plan, tensors: PlanTensors | None, target: str, *, force: bool) -> Plan:
+def write_plan(
+    plan: PruningPlan, tensors: PlanTensors | None, target: str, *, force: bool
+) -> PruningPlan:
     """Write ``plan.yaml`` and its side file, or the plan to stdout for ``-``.
 
     The side file has its hash in its name, ``plan.1a2b3c4d.safetensors``, so that it never takes
@@ -204,7 +206,7 @@ def _former_side_file(path: Path) -> Path | None:
     return None if named is None else own_side_file(path, named)
 
 
-def read_plan_with_tensors(source: str | Path) -> tuple[Plan, PlanTensors | None]:
+def read_plan_with_tensors(source: str | Path) -> tuple[PruningPlan, PlanTensors | None]:
     """Read a plan and the tensors that it names, from beside it or from the cache.
 
     Raises:
@@ -217,7 +219,7 @@ def read_plan_with_tensors(source: str | Path) -> tuple[Plan, PlanTensors | None
     return plan, read_tensors(plan, folder)
 
 
-def read_tensors(plan: Plan, folder: Path) -> PlanTensors:
+def read_tensors(plan: PruningPlan, folder: Path) -> PlanTensors:
     """Read and check a plan's side file from ``folder``, or else from the cache."""
     named = plan.tensors
     candidates = [folder / named.file, cache_directory() / f"{named.sha256}.safetensors"]
@@ -256,7 +258,7 @@ def _check_inside(path: Path) -> None:
         )
 
 
-def _most_bytes(plan: Plan) -> int:
+def _most_bytes(plan: PruningPlan) -> int:
     """What a side file of this plan may hold at most: 8 bytes a value, and some for its header."""
     shape = plan.model.shape
     values = shape.layers * (2 * shape.ffn + shape.heads * shape.head_dim)
@@ -265,7 +267,7 @@ def _most_bytes(plan: Plan) -> int:
     return 8 * values + (1 << 20)
 
 
-def check_tensors(plan: Plan, tensors: PlanTensors, where: str) -> None:
+def check_tensors(plan: PruningPlan, tensors: PlanTensors, where: str) -> None:
     """Check that tensors are all that a plan needs, and of its model's shape.
 
     Args:
@@ -314,7 +316,7 @@ def _floats(tensors: PlanTensors) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"layer {layer}'s fitted '{name}'", tensor
 
 
-def _check_refit(plan: Plan, refit: Mapping[int, Refit], where: str) -> None:
+def _check_refit(plan: PruningPlan, refit: Mapping[int, Refit], where: str) -> None:
     for index, layer in enumerate(plan.layers[: plan.visual_depth]):
         found = {name: tuple(tensor.shape) for name, tensor in refit.get(index, {}).items()}
         expected = refit_sizes(layer, plan.model.shape)

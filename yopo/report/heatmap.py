@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 
 KEPT = "░▒▓█"
 DROPPED = ".:+*"
@@ -34,7 +34,7 @@ class Cell:
 class Heatmap:
     """A rich renderable of a plan's ``measured.rho``; adapts to the console's width."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: PruningPlan):
         assert plan.measured is not None
         self.plan = plan
         self.limits = _quartiles([value for row in plan.measured.rho for value in row])

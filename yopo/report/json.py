@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from yopo.plans.flops import visual_flops_of_layer
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.report.plan_tables import savings
 
 _KEYS = ("visual_flops", "prefill_flops", "visual_kv_bytes")
 
 
-def plan_document(plan: Plan) -> dict[str, Any]:
+def plan_document(plan: PruningPlan) -> dict[str, Any]:
     """Describe a plan as plain values.
 
     Returns:

@@ -19,7 +19,7 @@ from yopo.plans.flops import (
     visual_flops_of_layer,
     visual_kv_bytes,
 )
-from yopo.plans.schema import LayerPlan, ModelShape, Plan, full_layer
+from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, full_layer
 from yopo.report import units
 
 _BAR = 8
@@ -37,7 +37,7 @@ _FITTED = (("rank", "rank"), ("linear", "map"))
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def header(plan: Plan) -> RenderableType:
+def header(plan: PruningPlan) -> RenderableType:
     """Which model, prompt, budget and kind of plan: one line each."""
     model, shape = plan.model, plan.model.shape
     kv_heads = "" if shape.kv_heads == shape.heads else f" on {shape.kv_heads} KV heads"
@@ -61,7 +61,7 @@ def header(plan: Plan) -> RenderableType:
     return table
 
 
-def savings_table(plan: Plan) -> Table:
+def savings_table(plan: PruningPlan) -> Table:
     """Visual FLOPs, prefill FLOPs and visual KV bytes of one prompt: dense, pruned, share."""
     table = plain_table()
     table.add_column("one prompt")
@@ -72,7 +72,7 @@ def savings_table(plan: Plan) -> Table:
     return table
 
 
-def savings(plan: Plan) -> tuple[tuple, ...]:
+def savings(plan: PruningPlan) -> tuple[tuple, ...]:
     """(label, dense, pruned, how to write it) of everything that a plan saves."""
     shape, workload = plan.model.shape, plan.workload
     return (
@@ -95,7 +95,7 @@ def savings(plan: Plan) -> tuple[tuple, ...]:
 class LayerTable:
     """One row per run of equal layers; a narrow console goes without the bars."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: PruningPlan):
         self.plan = plan
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 
 LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -20,7 +20,7 @@ _RANGE = 14
 class Profile:
     """A rich renderable of what calibration measured per layer; adapts to the width."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: PruningPlan):
         assert plan.measured is not None
         self.plan = plan
 

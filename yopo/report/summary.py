@@ -5,13 +5,13 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.report.heatmap import Heatmap
 from yopo.report.plan_tables import LayerTable, header, savings_table
 from yopo.report.profile import Profile
 
 
-def plan_report(plan: Plan) -> RenderableType:
+def plan_report(plan: PruningPlan) -> RenderableType:
     """Header, savings, layers, and what calibration measured if the plan carries it."""
     parts: list[RenderableType] = [header(plan), "", savings_table(plan), "", LayerTable(plan), ""]
     if plan.measured is None:

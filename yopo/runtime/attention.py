@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from yopo.runtime.attention_masks import Geometry
+from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.heads import take
 
@@ -15,7 +15,7 @@ from yopo.runtime.heads import take
 def text_attention(
     queries: torch.Tensor,
     cache: PrunedCacheLayer,
-    geometry: Geometry,
+    masks: AttentionMasks,
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -24,7 +24,7 @@ def text_attention(
     Args:
         queries: (batch, heads, text, head_dim), RoPE applied.
         cache: The layer's keys and values, this forward's included.
-        geometry: Masks of this forward.
+        masks: Masks of this forward.
         scale: Factor on the logits.
         dropout: Probability with which an attention weight is left out.
 
@@ -33,11 +33,11 @@ def text_attention(
     """
     split, outputs = cache.split, []
     attend = partial(_attend, scale=scale, dropout=dropout)
-    text_mask, causal = geometry.text_mask, geometry.text_is_causal
+    text_mask, causal = masks.text_mask, masks.text_is_causal
     if split.reading_width:
         keys, values = cache.kept
         few, width = take(queries, split.reading), split.reading_width
-        outputs.append(attend(few, keys, values, geometry.reading_mask, width=width))
+        outputs.append(attend(few, keys, values, masks.reading_mask, width=width))
     if split.dropped_width:
         keys, values = (each[:, :, cache.num_visual :] for each in cache.kept)
         few, width = take(queries, split.dropped), split.dropped_width
@@ -53,7 +53,7 @@ def text_attention(
 def visual_attention(
     queries: torch.Tensor,
     cache: PrunedCacheLayer,
-    geometry: Geometry,
+    masks: AttentionMasks,
     radius: int | None,
     scale: float,
     dropout: float = 0.0,
@@ -64,7 +64,7 @@ def visual_attention(
         queries: (batch, attending heads, visual, head_dim), RoPE applied, in ``split.attending``
             order.
         cache: The layer's keys and values, this forward's included.
-        geometry: Blocks and masks of this forward.
+        masks: Blocks and masks of this forward.
         radius: The neighborhood's Chebyshev radius, or None.
         scale: Factor on the logits.
         dropout: Probability with which an attention weight is left out.
@@ -77,9 +77,9 @@ def visual_attention(
     keys, values = cache.kept
     if split.attending_kv is not None:
         keys, values = (take(each, split.attending_kv) for each in (keys, values))
-    blocks = geometry.visual_blocks(radius)
+    blocks = masks.visual_blocks(radius)
     if blocks[0].in_sequence:
-        keys, values = (each.index_select(2, geometry.sequence) for each in (keys, values))
+        keys, values = (each.index_select(2, masks.sequence) for each in (keys, values))
     batch, heads, length, head_dim = queries.shape
     mixed = queries.new_empty(batch, length, heads, head_dim)
     for block in blocks:

@@ -40,7 +40,7 @@ class VisualBlock:
     in_sequence: bool = False
 
 
-class Geometry:
+class AttentionMasks:
     """Positions of one forward's tokens and of everything cached before them.
 
     Args:

@@ -20,12 +20,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from yopo.models.family import Backbone
 from yopo.models.layout import LayoutProbe, TokenLayout
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks as rows
-from yopo.runtime.attention_masks import Geometry
+from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
-from yopo.runtime.gemm import fast_products
+from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features
 from yopo.runtime.labels import LabelProbe
@@ -43,7 +43,7 @@ class PrunedState(nn.Module):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: PruningPlan,
         layers: nn.ModuleList,
         names: Backbone,
         probe: LayoutProbe,
@@ -127,7 +127,7 @@ class PrunedDecoder:
         if position_ids is None:
             place = torch.arange(length, device=embeds.device) + index.length
             position_ids = place.expand(batch, -1)
-        geometry = Geometry(
+        masks = AttentionMasks(
             layout,
             batch,
             length,
@@ -140,7 +140,7 @@ class PrunedDecoder:
         positions = rotary_positions(position_ids, state.names.position_axes)
         rotary = self.rotary_emb(embeds, position_ids=positions)
         stack = kwargs.get("deepstack_visual_embeds") or ()
-        hidden = run_layers(self, state, embeds, rotary, geometry, cache, stack)
+        hidden = run_layers(self, state, embeds, rotary, masks, cache, stack)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values if keep else None
         )
@@ -188,7 +188,7 @@ def run_layers(
     state: PrunedState,
     embeds: torch.Tensor,
     rotary: Rotary,
-    geometry: Geometry,
+    masks: AttentionMasks,
     cache: list[PrunedCacheLayer],
     stack: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
@@ -199,7 +199,7 @@ def run_layers(
         state: What the plan makes of them.
         embeds: (batch, sequence, hidden), image features merged in.
         rotary: Cosines and sines, (1 or batch, sequence, head_dim).
-        geometry: Positions and masks of this forward.
+        masks: Positions and masks of this forward.
         cache: One layer each; filled on the way.
         stack: (visual tokens of all rows, hidden) each, added behind the first layers (DeepStack).
 
@@ -208,31 +208,31 @@ def run_layers(
     """
     text, visual = embeds, None
     text_rotary, visual_rotary = rotary, None
-    if geometry.visual is not None:
+    if masks.visual is not None:
         rotary = tuple(each.expand(embeds.shape[0], -1, -1) for each in rotary)
-        text, visual = geometry.text.gather(embeds), geometry.visual.gather(embeds)
-        text_rotary = tuple(geometry.text.gather(each) for each in rotary)
-        visual_rotary = tuple(geometry.visual.gather(each) for each in rotary)
-    with fast_products(decoder.layers, text):
+        text, visual = masks.text.gather(embeds), masks.visual.gather(embeds)
+        text_rotary = tuple(masks.text.gather(each) for each in rotary)
+        visual_rotary = tuple(masks.visual.gather(each) for each in rotary)
+    with fast_gemm(decoder.layers, text):
         for number, layer in enumerate(decoder.layers):
             if number == state.plan.visual_depth:
                 visual = None
             part = state.visual[number] if visual is not None else None
-            run = LayerRun(layer, part, state.names, geometry, cache[number])
+            run = LayerRun(layer, part, state.names, masks, cache[number])
             run = partial(checkpointed, run) if is_checkpointed(layer) else run
             text, visual = run(text, visual, text_rotary, visual_rotary)
             if visual is not None and number < len(stack):
-                visual = visual + geometry.visual.unflatten(stack[number].to(visual))
+                visual = visual + masks.visual.unflatten(stack[number].to(visual))
     text = decoder.norm(text)
-    if geometry.visual is None:
+    if masks.visual is None:
         return text
     hidden = torch.zeros_like(embeds)
-    geometry.text.scatter(hidden, text)
+    masks.text.scatter(hidden, text)
     if visual is not None:
-        geometry.visual.scatter(hidden, rows.replace(visual, decoder.norm))
+        masks.visual.scatter(hidden, rows.replace(visual, decoder.norm))
         return hidden
-    state.labels.warn_of_dropped(geometry.visual.index, geometry.visual.mask)
-    if bool((geometry.visual.index == embeds.shape[1] - 1).any()):
+    state.labels.warn_of_dropped(masks.visual.index, masks.visual.mask)
+    if bool((masks.visual.index == embeds.shape[1] - 1).any()):
         warnings.warn(
             "A prompt ends in an image whose visual tokens the plan drops: its next-token logits "
             "mean nothing. Put text behind the image.",

@@ -20,7 +20,7 @@ few at a time, into memory that stays in the cache: 94 to 98 GFLOP/s at 576 rows
 even at 64 rows, where it stays with MKL.
 
 The dense model is left on MKL, as transformers has it. So a pruned prefill gains by its kernel as
-well as by its plan, and `yopo bench` tells the two apart: :func:`same_products` puts a dense model
+well as by its plan, and `yopo bench` tells the two apart: :func:`same_gemm` puts a dense model
 on this kernel, too.
 """
 
@@ -48,7 +48,7 @@ COPY_BYTES = 8 << 20
 """Of such a weight that are copied at a time."""
 
 
-def fast_products(layers: nn.ModuleList, hidden: torch.Tensor) -> AbstractContextManager[object]:
+def fast_gemm(layers: nn.ModuleList, hidden: torch.Tensor) -> AbstractContextManager[object]:
     """A context in which float32 ``linear`` of more than one row runs on the faster kernel.
 
     It changes rounding alone. Nothing happens, at no cost, in decode steps of one prompt, on models
@@ -70,17 +70,17 @@ def fast_products(layers: nn.ModuleList, hidden: torch.Tensor) -> AbstractContex
 
 
 @contextmanager
-def same_products(decoder: nn.Module) -> Iterator[None]:
+def same_gemm(decoder: nn.Module) -> Iterator[None]:
     """Run a dense decoder's forwards inside the block on the kernel that a pruned one would take.
 
-    What is then left between the two is what pruning itself saves. See :func:`fast_products`.
+    What is then left between the two is what pruning itself saves. See :func:`fast_gemm`.
     """
     stack = ExitStack()
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs.get("inputs_embeds", args[0] if args else None)
         if hidden is not None and hidden.is_floating_point():
-            stack.enter_context(fast_products(module.layers, hidden))
+            stack.enter_context(fast_gemm(module.layers, hidden))
 
     handles = (
         decoder.register_forward_pre_hook(enter, with_kwargs=True),

@@ -15,7 +15,7 @@ from yopo.models.family import Backbone, Family, GridsOf, shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder, is_same
 from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors, check_tensors, read_plan_with_tensors
 from yopo.runtime.adapters import unwrapped
 from yopo.runtime.decoder import PrunedDecoder, PrunedState
@@ -30,7 +30,7 @@ from yopo.support.errors import ModelError
 @contextmanager
 def pruned(
     model: PreTrainedModel,
-    plan: Plan | str | Path,
+    plan: PruningPlan | str | Path,
     tensors: PlanTensors | None = None,
     *,
     grids_of: GridsOf | None = None,
@@ -60,7 +60,7 @@ def pruned(
         ModelError: The model is unsupported, not the plan's, or already pruned.
         PlanError: The plan cannot be read.
     """
-    if not isinstance(plan, Plan):
+    if not isinstance(plan, PruningPlan):
         plan, tensors = read_plan_with_tensors(plan)
     install(model, plan, tensors, grids_of=grids_of, check=check, trainable=trainable)
     try:
@@ -71,7 +71,7 @@ def pruned(
 
 def install(
     model: PreTrainedModel,
-    plan: Plan,
+    plan: PruningPlan,
     tensors: PlanTensors | None = None,
     *,
     grids_of: GridsOf | None = None,
@@ -161,7 +161,9 @@ def fitted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def check_model(model: PreTrainedModel, plan: Plan, *, check: bool) -> tuple[Family, Backbone]:
+def check_model(
+    model: PreTrainedModel, plan: PruningPlan, *, check: bool
+) -> tuple[Family, Backbone]:
     """Check that a model is the plan's.
 
     Returns:
@@ -184,7 +186,7 @@ def check_model(model: PreTrainedModel, plan: Plan, *, check: bool) -> tuple[Fam
     return family, names
 
 
-def _check_fingerprint(decoder: nn.Module, plan: Plan) -> None:
+def _check_fingerprint(decoder: nn.Module, plan: PruningPlan) -> None:
     if any(weight.is_meta for weight in decoder.parameters()):
         raise ModelError(
             "A part of the decoder is offloaded by accelerate: its fingerprint cannot be taken.",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.runtime.decoder import PrunedState
 
 
-def plan_of(model: nn.Module) -> Plan | None:
+def plan_of(model: nn.Module) -> PruningPlan | None:
     """The plan that a model runs under, ``plan_of(model).budget.reached`` its visual budget.
 
     Args:

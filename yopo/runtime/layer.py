@@ -11,7 +11,7 @@ from torch import nn
 from yopo.models.family import Backbone
 from yopo.runtime import row_blocks as rows
 from yopo.runtime.attention import text_attention, visual_attention
-from yopo.runtime.attention_masks import Geometry
+from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.weights import VisualLayer
 
@@ -26,7 +26,7 @@ class LayerRun:
         layer: The stock decoder layer.
         part: Its visual part; None if visual tokens are gone or absent.
         names: Names of the layer's modules.
-        geometry: Positions and masks.
+        masks: Positions and masks.
         cache: The layer's keys and values.
     """
 
@@ -35,17 +35,17 @@ class LayerRun:
         layer: nn.Module,
         part: VisualLayer | None,
         names: Backbone,
-        geometry: Geometry,
+        masks: AttentionMasks,
         cache: PrunedCacheLayer,
     ):
         self.layer, self.part, self.names = layer, part, names
         self.attention = layer.self_attn
-        self.geometry, self.cache = geometry, cache
+        self.masks, self.cache = masks, cache
         self._rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
 
     def afresh(self) -> LayerRun:
         """The same run with an empty cache layer."""
-        return LayerRun(self.layer, self.part, self.names, self.geometry, self.cache.empty())
+        return LayerRun(self.layer, self.part, self.names, self.masks, self.cache.empty())
 
     def __call__(
         self,
@@ -84,15 +84,13 @@ class LayerRun:
             visual_queries = self._project_visual(visual, visual_rotary)
         scale = self.attention.scaling
         dropout = self.attention.attention_dropout if self.attention.training else 0.0
-        mixed = text_attention(queries, self.cache, self.geometry, scale, dropout)
+        mixed = text_attention(queries, self.cache, self.masks, scale, dropout)
         mixed = getattr(self.attention, self.names.output)(_join_heads(mixed))
         text = text + self._dropped(0)(mixed)
         if visual_queries is None:
             return text, None
         radius = self.part.plan.radius
-        gathered = visual_attention(
-            visual_queries, self.cache, self.geometry, radius, scale, dropout
-        )
+        gathered = visual_attention(visual_queries, self.cache, self.masks, radius, scale, dropout)
         return text, gathered
 
     def add_attention(self, visual: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from yopo.models.family import GridsOf
 from yopo.models.layout import LayoutProbe, TokenLayout
-from yopo.plans.schema import LayerPlan, Plan
+from yopo.plans.schema import LayerPlan, PruningPlan
 from yopo.plans.tensors import PlanTensors, Refit, check_tensors
 from yopo.runtime.install import check_model
 
@@ -25,7 +25,7 @@ from yopo.runtime.install import check_model
 @contextmanager
 def reference(
     model: PreTrainedModel,
-    plan: Plan,
+    plan: PruningPlan,
     tensors: PlanTensors | None = None,
     *,
     grids_of: GridsOf | None = None,
@@ -80,7 +80,7 @@ class LayerSpec:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: PruningPlan,
         tensors: PlanTensors,
         number: int,
         layout: TokenLayout | None,

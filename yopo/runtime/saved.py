@@ -46,7 +46,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors
 from yopo.runtime.adapters import has_adapters
 from yopo.support import console
@@ -59,7 +59,9 @@ CLAIMS = ("yopo", "auto_map")
 class Writer(Protocol):
     """Completes a directory that holds a dense model."""
 
-    def __call__(self, folder: Path, plan: Plan, tensors: PlanTensors, *, trained: bool) -> None:
+    def __call__(
+        self, folder: Path, plan: PruningPlan, tensors: PlanTensors, *, trained: bool
+    ) -> None:
         """Write what makes it pruned.
 
         Args:

@@ -21,7 +21,7 @@ from yopo.runtime.packed import PackedPart
 from yopo.support import console
 
 
-class Part(nn.Module):
+class SlicedLinear(nn.Module):
     """A linear layer restricted to some outputs (rows) or some inputs (columns) of another.
 
     Args:
@@ -135,7 +135,7 @@ def _is_like(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device
 
 
-class Fitted(nn.Module):
+class FittedLinear(nn.Module):
     """A fitted linear layer, in the precision and on the device of the layer that it stands for.
 
     Args:

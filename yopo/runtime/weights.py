@@ -16,12 +16,12 @@ from torch import nn
 
 from yopo.models.family import Backbone
 from yopo.models.fingerprint import is_plain
-from yopo.plans.schema import LayerPlan, ModelShape, Plan
+from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import PlanTensors, Refit
 from yopo.runtime.adapters import parts_of
 from yopo.runtime.heads import split_heads
 from yopo.runtime.offload import parameter
-from yopo.runtime.sliced_linear import Fitted, Part
+from yopo.runtime.sliced_linear import FittedLinear, SlicedLinear
 from yopo.support.errors import ModelError
 
 
@@ -75,7 +75,7 @@ class VisualLayer(nn.Module):
             if not len(kept):
                 continue
             if self.reduce is None:
-                part = Part(*self._source(name), kept + starts[name])
+                part = SlicedLinear(*self._source(name), kept + starts[name])
             else:
                 part = extras.fitted(name, f"{name}_bias", like)
             setattr(self, name, part)
@@ -87,7 +87,7 @@ class VisualLayer(nn.Module):
         elif self.plan.attend:
             columns = _rows(self.split.attending, shape.head_dim)
             place = self._source("output")
-            self.output = Part(*place, columns, columns=True, block=shape.head_dim)
+            self.output = SlicedLinear(*place, columns, columns=True, block=shape.head_dim)
 
     def _build_ffn(self, shape: ModelShape, extras: Extras) -> None:
         count, refit = self.plan.neurons, extras.refit
@@ -97,12 +97,12 @@ class VisualLayer(nn.Module):
             kept = torch.arange(shape.ffn) if is_as_it_stands else extras.order
             kept = kept[:count]
             up_start = _fused_offsets(self._names, shape)[2]
-            self.gate = Part(*self._source("gate"), kept)
-            self.up = Part(*self._source("up"), kept + up_start)
+            self.gate = SlicedLinear(*self._source("gate"), kept)
+            self.up = SlicedLinear(*self._source("up"), kept + up_start)
             if "down" in refit:
                 self.down = extras.fitted("down", "ffn_bias", like)
             else:
-                self.down = Part(*self._source("down"), kept, columns=True)
+                self.down = SlicedLinear(*self._source("down"), kept, columns=True)
         if "map_in" in refit:
             self.map_in = extras.fitted("map_in", None, like)
             self.map_out = extras.fitted("map_out", None if count else "ffn_bias", like)
@@ -111,7 +111,7 @@ class VisualLayer(nn.Module):
         """The fitted weights as they are now, by the names of ``plans.tensors.refit_sizes``."""
         found = {}
         for name, module in self.named_children():
-            if isinstance(module, Fitted):
+            if isinstance(module, FittedLinear):
                 found[name] = module.weight
                 if module.bias is not None:
                     is_ffn = name in ("down", "map_out")
@@ -176,10 +176,10 @@ class Extras:
     refit: Refit = field(default_factory=dict)
     trainable: bool = False
 
-    def fitted(self, weight: str, bias: str | None, like: torch.Tensor) -> Fitted:
+    def fitted(self, weight: str, bias: str | None, like: torch.Tensor) -> FittedLinear:
         """A fitted linear layer, of the named weights."""
         values = self.refit[weight], None if bias is None else self.refit[bias]
-        return Fitted(*values, like, trainable=self.trainable)
+        return FittedLinear(*values, like, trainable=self.trainable)
 
     @classmethod
     def of(
@@ -199,7 +199,7 @@ _FFN = ("gate", "up", "down")
 
 def visual_layers(
     decoder: nn.Module,
-    plan: Plan,
+    plan: PruningPlan,
     tensors: PlanTensors | None,
     names: Backbone,
     *,

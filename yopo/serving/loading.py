@@ -20,7 +20,7 @@ from yopo.checkpoint.sidecar_files import PLAN_FILE, PLAN_FILES
 from yopo.models.fingerprint import Source, is_same, remember_source
 from yopo.models.registry import ModelSource, family_of, resolve
 from yopo.plans.file import read_plan
-from yopo.plans.schema import Plan
+from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import PlanTensors, read_tensors
 from yopo.runtime.install import install
 from yopo.support.errors import CheckpointError, ModelError
@@ -43,7 +43,7 @@ class Baked:
 
     checkpoint: Checkpoint
     source: Source
-    plan: Plan
+    plan: PruningPlan
     tensors: PlanTensors | None
 
 
@@ -115,7 +115,7 @@ def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> B
 
 def read_baked_plan(
     path: str | Path, budget: float | None = None
-) -> tuple[Plan, PlanTensors | None]:
+) -> tuple[PruningPlan, PlanTensors | None]:
     """The plan inside a baked checkpoint's directory (see :func:`load`), and its tensors.
 
     Raises:
@@ -136,7 +136,7 @@ def _refuse_unbaked(folder: Path, name: str) -> None:
         )
 
 
-def _largest_within(budget: float, folder: Path) -> Plan:
+def _largest_within(budget: float, folder: Path) -> PruningPlan:
     plans = [read_plan(file) for file in sorted(folder.glob(PLAN_FILES))]
     within = [plan for plan in plans if plan.budget.reached <= budget + 1e-9]
     if not within:
