@@ -24,7 +24,7 @@ _PUBLIC = {
     "fitted_parameters": "yopo.runtime.install",
     "PruningPlan": "yopo.plans.schema",
     "LayerPlan": "yopo.plans.schema",
-    "read_plan": "yopo.plans.file",
+    "read_plan": "yopo.plans.storage",
     "YopoError": "yopo.support.errors",
 }
 

@@ -17,8 +17,8 @@ from yopo.baselines.settings import Setting, solve_for
 from yopo.models.family import GridsOf
 from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
+from yopo.plans.checks import check_tensors
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors, check_tensors
 from yopo.runtime.install import check_model
 from yopo.runtime.swap import restore_class, swap_class
 from yopo.support.errors import ModelError, PlanError
@@ -29,7 +29,6 @@ def rival(
     model: PreTrainedModel,
     which: str | Setting,
     plan: PruningPlan | None = None,
-    tensors: PlanTensors | None = None,
     *,
     budget: float | None = None,
     grids_of: GridsOf | None = None,
@@ -44,7 +43,6 @@ def rival(
         which: A name of ``settings.NAMES``, solved for the plan's prompt; or a ready setting.
         plan: Says which visual budget on which prompt; what ``masked`` simulates. A ready setting
             of another rival needs none.
-        tensors: The plan's tensors, for ``masked``.
         budget: Visual FLOPs over the dense model's, instead of the plan's.
         grids_of: Locates images instead of the family's rule (made-up features).
 
@@ -73,7 +71,7 @@ def rival(
             remedy="Compare with vtw and fastv.",
         )
     if setting.name == "masked":
-        check_tensors(plan, tensors or PlanTensors(), "The plan")
+        check_tensors(plan)
     probe = LayoutProbe(
         model.base_model, grids_of or family.grids_of, family.token_ids(model.config)
     )
@@ -82,7 +80,7 @@ def rival(
     try:
         swap_class(decoder, rival_class(stock))
         if setting.name == "masked":
-            state.masks = Masks(plan, tensors or PlanTensors(), decoder, names)
+            state.masks = Masks(plan, decoder, names)
         yield model
     finally:
         if state.masks is not None:

@@ -16,7 +16,6 @@ from torch import nn
 from yopo.models.family import Backbone
 from yopo.models.layout import TokenLayout
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.reference import LayerSpec
 from yopo.support.errors import PlanError
 
@@ -26,7 +25,6 @@ class Masks:
 
     Args:
         plan: The plan.
-        tensors: Its tensors.
         decoder: Whose projections are watched, until ``remove``.
         names: Of the decoder's modules.
 
@@ -34,16 +32,14 @@ class Masks:
         PlanError: The plan has fitted weights, which masks cannot stand for.
     """
 
-    def __init__(
-        self, plan: PruningPlan, tensors: PlanTensors, decoder: nn.Module, names: Backbone
-    ):
+    def __init__(self, plan: PruningPlan, decoder: nn.Module, names: Backbone):
         if plan.compensation == "refit":
             raise PlanError("Masks simulate pruning alone, and the plan has fitted weights.")
-        self.plan, self.tensors = plan, tensors
+        self.plan = plan
         self._is_visual: torch.Tensor | None = None
         self._handles = []
         for number, layer in enumerate(decoder.layers):
-            spec = LayerSpec(plan, tensors, number, None, None)
+            spec = LayerSpec(plan, number, None, None)
             output, down = getattr(layer.self_attn, names.output), getattr(layer.mlp, names.down)
             self._watch(output, spec.head_mean, _pruned_heads(spec), bool(spec.layer.attend))
             self._watch(down, spec.neuron_mean, _pruned_neurons(spec), spec.layer.neurons > 0)
@@ -68,7 +64,7 @@ class Masks:
     ) -> torch.Tensor:
         """(batch, heads, length, length) bool of one layer; an empty row attends itself."""
         with hidden.device:
-            allowed = LayerSpec(self.plan, self.tensors, number, layout, real).allowed(hidden)
+            allowed = LayerSpec(self.plan, number, layout, real).allowed(hidden)
             own = torch.eye(hidden.shape[1], dtype=torch.bool)
         return allowed | (own & ~allowed.any(dim=-1, keepdim=True))
 

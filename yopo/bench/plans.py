@@ -57,8 +57,8 @@ def preset_plan(
         known = (*PRESETS, FITTED)
         raise PlanError(f"Unknown preset '{name}'.", remedy=suggest(name, known))
     statistics = made_up_statistics(model, workload, seed=seed)
-    plan, tensors, _ = make_plan(statistics, PRESETS[name])
-    plan = baked_plan(plan, order_layers(plan, tensors), None, model.fingerprint)
+    plan, _ = make_plan(statistics, PRESETS[name])
+    plan = baked_plan(plan, order_layers(plan))
     return replace(plan, measured=None, provenance={"preset": name, "scores": "made up"})
 
 
@@ -234,6 +234,7 @@ def with_layers(plan: PruningPlan, indices: tuple[int, ...]) -> PruningPlan:
         plan,
         model=replace(plan.model, shape=shape),
         layers=tuple(plan.layers[index] for index in indices),
+        tensors=plan.tensors.of_layers(indices),
         measured=None,
     )
     return replace(few, budget=Budget(None, visual_budget(few)))

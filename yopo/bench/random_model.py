@@ -26,10 +26,9 @@ from yopo.bench.plans import MADE_UP, made_up_refit
 from yopo.models.family import GridsOf
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelIdentity, ModelShape, PruningPlan, Workload
-from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import ModelError, suggest
 
-TEMPLATES: dict[str, ModelShape] = {
+SHAPES: dict[str, ModelShape] = {
     "llava-1.5-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
     "llava-1.5-13b": ModelShape(40, 5120, 40, 40, 128, 13824),
 }
@@ -55,11 +54,11 @@ def published_model(name: str) -> ModelIdentity:
     """The identity of a published model's shape, without its weights.
 
     Raises:
-        ModelError: The name is none of ``TEMPLATES``.
+        ModelError: The name is none of ``SHAPES``.
     """
-    if name not in TEMPLATES:
-        raise ModelError(f"No published shape named '{name}'.", remedy=suggest(name, TEMPLATES))
-    return ModelIdentity(name, FAMILY, TEMPLATES[name], MADE_UP)
+    if name not in SHAPES:
+        raise ModelError(f"No published shape named '{name}'.", remedy=suggest(name, SHAPES))
+    return ModelIdentity(name, FAMILY, SHAPES[name], MADE_UP)
 
 
 def random_model(
@@ -135,18 +134,12 @@ def _fill(model: nn.Module) -> None:
             piece.copy_(block[: len(piece)])
 
 
-def fitted(
-    plan: PruningPlan, tensors: PlanTensors | None, used: tuple[int, ...]
-) -> tuple[PruningPlan, PlanTensors | None]:
-    """A plan of some layers as the random model wears it: of its family, with their tensors.
-
-    Fitted weights that are not at hand are made up, as the model's are.
-    """
-    model = replace(plan.model, family=FAMILY, fingerprint=MADE_UP)
-    plan = replace(plan, model=model)
-    if tensors is not None:
-        return plan, tensors.of_layers(used)
-    return plan, made_up_refit(plan) if plan.compensation == "refit" else None
+def fitted(plan: PruningPlan) -> PruningPlan:
+    """A plan as the random model wears it: of its family, fitted weights it lacks made up."""
+    plan = replace(plan, model=replace(plan.model, family=FAMILY, fingerprint=MADE_UP))
+    if plan.compensation == "refit" and not plan.tensors.refit:
+        plan = replace(plan, tensors=made_up_refit(plan))
+    return plan
 
 
 def grids_of(plan: PruningPlan) -> GridsOf:

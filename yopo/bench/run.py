@@ -44,7 +44,6 @@ from yopo.evaluation.timing import now
 from yopo.models.family import GridsOf
 from yopo.plans.flops import dense_prefill_flops, prefill_flops
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.gemm import fast_gemm, same_gemm
 from yopo.runtime.install import check_model, pruned
 from yopo.support.console import track
@@ -72,7 +71,6 @@ class Bench:
     Attributes:
         model: Dense, in memory.
         plan: For this model and this prompt.
-        tensors: The plan's.
         prompt: What is prefilled.
         grids_of: Locates images where the model's own rule does not (made-up features).
         rivals: What else is measured, by name.
@@ -80,7 +78,6 @@ class Bench:
 
     model: PreTrainedModel
     plan: PruningPlan
-    tensors: PlanTensors | None
     prompt: Prompt
     grids_of: GridsOf | None = None
     rivals: Mapping[str, Setting] = field(default_factory=dict)
@@ -103,14 +100,14 @@ class Bench:
     @contextmanager
     def switch(self, name: str) -> Iterator[None]:
         """The context in which one of the ``names`` runs."""
-        model, plan, tensors, where = self.model, self.plan, self.tensors, self.grids_of
+        model, plan, where = self.model, self.plan, self.grids_of
         with ExitStack() as stack:
             if name == PRUNED:
-                stack.enter_context(pruned(model, plan, tensors, grids_of=where, check=False))
+                stack.enter_context(pruned(model, plan, grids_of=where, check=False))
             elif name != STOCK:
                 if name != DENSE:
                     setting = self.rivals[name]
-                    stack.enter_context(rival(model, setting, plan, tensors, grids_of=where))
+                    stack.enter_context(rival(model, setting, plan, grids_of=where))
                 stack.enter_context(same_gemm(model.get_decoder()))
             yield
 
@@ -180,7 +177,6 @@ def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") 
 
 def bench_random(
     plan: PruningPlan,
-    tensors: PlanTensors | None,
     sizes: Sizes,
     options: BenchOptions,
     *,
@@ -192,7 +188,6 @@ def bench_random(
 
     Args:
         plan: Any plan; of another family than LLaVA, a Llama decoder of its shape stands in.
-        tensors: Its tensors.
         sizes: The prompt.
         options: How to measure.
         num_layers: Decoder layers to time, sampled from the plan; None: all.
@@ -205,10 +200,10 @@ def bench_random(
     """
     moved = with_prompt(plan, visual=sizes.visual, text=sizes.text)
     used = sampled_layers(moved, num_layers or len(moved.layers))
-    few, few_tensors = fitted(with_layers(moved, used), tensors, used)
+    few = fitted(with_layers(moved, used))
     model = random_model(few.model.shape, dtype=dtype, device=device)
     prompt = made_up_prompt(model, few, sizes.batch)
-    subject = Bench(model, few, few_tensors, prompt, grids_of(few))
+    subject = Bench(model, few, prompt, grids_of(few))
     return _bench(
         subject,
         options,
@@ -222,7 +217,6 @@ def bench_random(
 def bench_model(
     model: PreTrainedModel,
     plan: PruningPlan,
-    tensors: PlanTensors | None,
     sizes: Sizes,
     options: BenchOptions,
 ) -> Benchmark:
@@ -235,7 +229,7 @@ def bench_model(
     moved = with_prompt(plan, text=sizes.text)
     prompt, moved = noise_prompt(model, moved, sizes.batch, visual=sizes.visual)
     layers = Layers(len(plan.layers), tuple(range(len(plan.layers))), _flops_ratio(moved))
-    subject = Bench(model, moved, tensors, prompt)
+    subject = Bench(model, moved, prompt)
     return _bench(
         subject, options, asked=moved, layers=layers, weights="checkpoint", stand_in=False
     )

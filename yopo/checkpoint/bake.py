@@ -6,7 +6,6 @@ Everything is validated first; then shards, companions and, last of all, config.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,7 +17,7 @@ import torch
 
 from yopo.checkpoint.card import model_card
 from yopo.checkpoint.decoder_tensors import HEADS, KV_HEADS, NEURONS, UNITS, axes_of
-from yopo.checkpoint.order import BakedLayer, baked_plan, baked_tensors, order_layers
+from yopo.checkpoint.order import BakedLayer, baked_plan, order_layers
 from yopo.checkpoint.readback import check_unchanged, compare_shard, source_state
 from yopo.checkpoint.reader import INDEX_FILE, Checkpoint, fingerprint
 from yopo.checkpoint.shards import Reorder, Step, write_shard
@@ -40,9 +39,9 @@ from yopo.checkpoint.sidecar_files import (
 from yopo.checkpoint.values import FiniteCheck
 from yopo.checkpoint.writer import OutputDirectory
 from yopo.models.fingerprint import is_same
-from yopo.plans.file import to_yaml
-from yopo.plans.schema import PruningPlan, TensorsFile
-from yopo.plans.tensors import PlanTensors, check_tensors
+from yopo.plans.checks import check_tensors
+from yopo.plans.schema import PruningPlan
+from yopo.plans.storage import plan_files
 from yopo.support import console
 from yopo.support.errors import ModelError, PlanError
 
@@ -73,11 +72,10 @@ class BakeReport:
 
 def bake(
     plan: PruningPlan,
-    tensors: PlanTensors | None,
     source_dir: str | Path,
     output: str | Path,
     *,
-    also: Sequence[tuple[PruningPlan, PlanTensors | None]] = (),
+    also: Sequence[PruningPlan] = (),
     force: bool = False,
     dry_run: bool = False,
 ) -> BakeReport:
@@ -85,11 +83,10 @@ def bake(
 
     Args:
         plan: What to bake; made for this very checkpoint.
-        tensors: The plan's tensors, or None if it names none.
         source_dir: The checkpoint directory; only read.
         output: The directory to make.
-        also: Other plans for the same model, and their tensors: other budgets that the checkpoint
-            can be loaded at. Heads and neurons stand in the first plan's order.
+        also: Other plans for the same model: other budgets that the checkpoint can be loaded at.
+            Heads and neurons stand in the first plan's order.
         force: Whether a checkpoint in ``output`` may be replaced.
         dry_run: Validate everything, write nothing.
 
@@ -102,23 +99,21 @@ def bake(
     """
     started = time.perf_counter()
     before = source_state(source_dir)
-    plans = [(plan, tensors or PlanTensors())]
-    plans += [(each, given or PlanTensors()) for each, given in also]
+    plans = (plan, *also)
     checkpoint = Checkpoint.open(source_dir)
-    for each, given in plans:
-        _check_plan(each, given, plans[0][1])
+    for each in plans:
+        _check_plan(each, plan)
         _check_same_model(each, checkpoint)
-    orders = order_layers(*plans[0])
+    orders = order_layers(plan)
     reorders = find_reorders(checkpoint, orders)
-    sides = [baked_tensors(each, given, orders) for each, given in plans]
-    sides = [None if side is None else side.to_bytes() for side in sides]
+    moved = [baked_plan(each, orders) for each in plans]
     copies = files_to_copy(checkpoint)
     _tell_left_out(checkpoint)
     num_bytes = checkpoint.num_bytes + sum(path.stat().st_size for path in copies.values())
     target = OutputDirectory(
         output,
         source=source_dir,
-        num_bytes=num_bytes + sum(len(side or b"") for side in sides) + _ROOM,
+        num_bytes=num_bytes + sum(each.tensors.num_bytes for each in moved) + _ROOM,
         force=force,
     )
     target.check()
@@ -131,7 +126,9 @@ def bake(
                 compare_shard(checkpoint.path, folder, shard, reorders)
             # Read back from what was written: same layout, other bytes.
             written = fingerprint(replace(checkpoint, path=folder))
-            baked = _write_plans([each for each, _ in plans], orders, sides, written, folder)
+            moved = [_for_checkpoint(each, written) for each in moved]
+            _write_plans(moved, folder)
+            baked = moved[0]
             _write_documents(baked, checkpoint, folder, target.target.name, copies)
     return BakeReport(
         output=Path(output),
@@ -212,19 +209,15 @@ def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folde
             pass
 
 
-def _check_plan(plan: PruningPlan, tensors: PlanTensors, first: PlanTensors) -> None:
+def _check_plan(plan: PruningPlan, first: PruningPlan) -> None:
     if plan.baked:
         raise PlanError(
             "The plan is baked already: its checkpoint stands in this order.",
             remedy="Apply the plan that `yopo calibrate` wrote.",
         )
-    if plan.needs_order and tensors.neuron_order is None:
-        raise PlanError("The plan prunes neurons, but its neuron order is missing.")
-    if plan.compensation != "none":
-        check_tensors(plan, tensors, "The plan")
-    if plan.needs_order and (
-        first.neuron_order is None or not torch.equal(tensors.neuron_order, first.neuron_order)
-    ):
+    check_tensors(plan)
+    order, others = plan.tensors.neuron_order, first.tensors.neuron_order
+    if plan.needs_order and (others is None or not torch.equal(order, others)):
         raise PlanError(
             "The plans have different neuron orders, so no one checkpoint can serve them all.",
             remedy="Bake plans of one calibration together: `yopo calibrate --budgets`.",
@@ -263,30 +256,21 @@ def _tell_left_out(checkpoint: Checkpoint) -> None:
         console.note(f"{checkpoint.path}: its code is left out of the result: {names}.")
 
 
-def _write_plans(
-    plans: Sequence[PruningPlan],
-    orders: Sequence[BakedLayer],
-    sides: Sequence[bytes | None],
-    fingerprint: str,
-    folder: Path,
-) -> PruningPlan:
-    """Write every plan and its tensors; returns the first as baked."""
-    baked = []
-    for number, (plan, side) in enumerate(zip(plans, sides, strict=True)):
-        named = None
-        if side is not None:
-            named = TensorsFile(numbered(TENSORS_FILE, number), hashlib.sha256(side).hexdigest())
-            (folder / named.file).write_bytes(side)
-        baked.append(baked_plan(plan, orders, named, fingerprint))
-        path = folder / numbered(PLAN_FILE, number)
-        path.write_text(to_yaml(baked[-1]), encoding="utf-8")
-    return baked[0]
+def _for_checkpoint(plan: PruningPlan, fingerprint: str) -> PruningPlan:
+    return replace(plan, model=replace(plan.model, fingerprint=fingerprint))
+
+
+def _write_plans(plans: Sequence[PruningPlan], folder: Path) -> None:
+    for number, plan in enumerate(plans):
+        names = numbered(PLAN_FILE, number), numbered(TENSORS_FILE, number)
+        for name, content in plan_files(plan, *names).items():
+            (folder / name).write_bytes(content)
 
 
 def _write_documents(
     plan: PruningPlan, checkpoint: Checkpoint, folder: Path, name: str, copies: Mapping[str, Path]
 ) -> None:
-    size = 0 if plan.tensors is None else (folder / TENSORS_FILE).stat().st_size
+    size = (folder / TENSORS_FILE).stat().st_size if plan.tensors.num_bytes else 0
     index = index_json(checkpoint) if any(folder.glob(TENSORS_FILES)) else None
     if index is not None:
         (folder / INDEX_FILE).write_text(index, encoding="utf-8")

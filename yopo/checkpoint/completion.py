@@ -30,9 +30,9 @@ from yopo.checkpoint.sidecar_files import (
     numbered,
 )
 from yopo.models.fingerprint import is_same
-from yopo.plans.file import read_plan, to_yaml
-from yopo.plans.schema import PruningPlan, TensorsFile
-from yopo.plans.tensors import PlanTensors
+from yopo.plans.file import read_document
+from yopo.plans.schema import PruningPlan
+from yopo.plans.storage import plan_files
 from yopo.support import console
 from yopo.support.files import write_file
 
@@ -50,15 +50,12 @@ class Completion:
 
     source: Path
 
-    def __call__(
-        self, folder: Path, plan: PruningPlan, tensors: PlanTensors, *, trained: bool
-    ) -> None:
+    def __call__(self, folder: Path, plan: PruningPlan, *, trained: bool) -> None:
         """Write plans, their tensors, loader code, card and, last, config.json's entries.
 
         Args:
             folder: Weights and config.json, just written; files of a former plan are replaced.
-            plan: The plan that the model ran under.
-            tensors: Its means and its fitted weights as they are now.
+            plan: The plan that the model ran under, its fitted weights as they are now.
             trained: Whether the fitted weights may differ from those that were loaded.
 
         Raises:
@@ -72,11 +69,14 @@ class Completion:
         files = dict(self._other_plans(plan, is_changed=is_changed))
         number = 0 if is_changed else self._number_of(plan)
         if trained or is_changed or not _carry(plan, self.source, number, files):
-            plan = _write_plan(_retaken(plan, found), tensors, number, files)
+            plan = _retaken(plan, found)
+            names = numbered(PLAN_FILE, number), numbered(TENSORS_FILE, number)
+            plan = replace(plan, tensors=plan.tensors.for_plan(plan))
+            files |= plan_files(plan, *names)
         original = self.source / ORIGINAL_CARD_FILE
         if original.is_file():
             files[ORIGINAL_CARD_FILE] = original.read_bytes()
-        size = 0 if plan.tensors is None else len(files[plan.tensors.file])
+        size = len(files.get(numbered(TENSORS_FILE, number), b""))
         card = model_card(
             plan,
             folder.resolve().name,
@@ -101,14 +101,16 @@ class Completion:
         for file in self.source.glob(PLAN_FILES):
             suffix = file.stem.removeprefix(Path(PLAN_FILE).stem).removeprefix("-")
             if suffix.isdecimal() or not suffix:
-                found[int(suffix or 0)] = read_plan(file)
+                found[int(suffix or 0)] = read_document(file)[0]
         return dict(sorted(found.items()))
 
     def _number_of(self, plan: PruningPlan) -> int:
-        return next((number for number, each in self._siblings().items() if each == plan), 0)
+        same = plan.without_tensors()
+        return next((number for number, each in self._siblings().items() if each == same), 0)
 
     def _other_plans(self, plan: PruningPlan, *, is_changed: bool) -> dict[str, bytes]:
-        others = {number: each for number, each in self._siblings().items() if each != plan}
+        same = plan.without_tensors()
+        others = {number: each for number, each in self._siblings().items() if each != same}
         if is_changed and others:
             budgets = ", ".join(f"{each.budget.reached:.3g}" for each in others.values())
             console.warn(
@@ -125,13 +127,16 @@ class Completion:
 def _carry(plan: PruningPlan, source: Path, number: int, files: dict[str, bytes]) -> bool:
     """Take a plan and its tensors over as they are; returns whether they are there, unaltered."""
     file = source / numbered(PLAN_FILE, number)
-    if not file.is_file() or read_plan(file) != plan:
+    if not file.is_file():
+        return False
+    there, named = read_document(file)
+    if there != plan.without_tensors():
         return False
     found = {file.name: file.read_bytes()}
-    if plan.tensors is not None:
-        side = source / plan.tensors.file
+    if named is not None:
+        side = source / named.file
         content = side.read_bytes() if side.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != plan.tensors.sha256:
+        if hashlib.sha256(content).hexdigest() != named.sha256:
             return False
         found[side.name] = content
     files |= found
@@ -144,20 +149,6 @@ def _retaken(plan: PruningPlan, fingerprint: str) -> PruningPlan:
         return plan
     origin = {**plan.provenance, "trained_from": plan.model.fingerprint}
     return replace(plan, model=replace(plan.model, fingerprint=fingerprint), provenance=origin)
-
-
-def _write_plan(
-    plan: PruningPlan, tensors: PlanTensors, number: int, files: dict[str, bytes]
-) -> PruningPlan:
-    """Add a plan and its tensors as they are now; returns it as written."""
-    named = None
-    if plan.compensation != "none":
-        content = tensors.for_plan(plan).to_bytes()
-        named = TensorsFile(numbered(TENSORS_FILE, number), hashlib.sha256(content).hexdigest())
-        files[named.file] = content
-    plan = replace(plan, tensors=named)
-    files[numbered(PLAN_FILE, number)] = to_yaml(plan).encode()
-    return plan
 
 
 def _remove_own_index(folder: Path) -> None:

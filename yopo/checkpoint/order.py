@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, TensorsFile
+from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import PlanTensors, Refit
 
 
@@ -32,16 +32,15 @@ class BakedLayer:
     neuron_order: torch.Tensor
 
 
-def order_layers(plan: PruningPlan, tensors: PlanTensors | None) -> list[BakedLayer]:
+def order_layers(plan: PruningPlan) -> list[BakedLayer]:
     """The permutation to bake, layer by layer.
 
     Args:
-        plan: A plan that is not baked.
-        tensors: Its tensors; None leaves the neurons as they are.
+        plan: A plan that is not baked; without a neuron order, neurons stay where they are.
     """
     shape = plan.model.shape
     untouched = torch.arange(shape.ffn)
-    orders = None if tensors is None else tensors.neuron_order
+    orders = plan.tensors.neuron_order
     layers = []
     for index, layer in enumerate(plan.layers):
         activity = plan.measured.rho[index] if plan.measured else (0.0,) * shape.heads
@@ -84,19 +83,14 @@ def order_heads(
     )
 
 
-def baked_plan(
-    plan: PruningPlan,
-    orders: Sequence[BakedLayer],
-    tensors_file: TensorsFile | None,
-    fingerprint: str,
-) -> PruningPlan:
+def baked_plan(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PruningPlan:
     """The same plan for the baked checkpoint, heads renamed to where they now stand.
+
+    Its model is still the original one: the baked checkpoint has its fingerprint once written.
 
     Args:
         plan: The plan before baking.
         orders: What was baked, one per layer.
-        tensors_file: The side file of the baked plan, or None if it needs none.
-        fingerprint: The baked checkpoint's.
     """
     layers = []
     for layer, order in zip(plan.layers, orders, strict=True):
@@ -114,25 +108,20 @@ def baked_plan(
         measured = replace(measured, rho=rho)
     return replace(
         plan,
-        model=replace(plan.model, fingerprint=fingerprint),
         layers=tuple(layers),
         baked=True,
-        tensors=tensors_file,
+        tensors=_baked_tensors(plan, orders),
         measured=measured,
         provenance={**plan.provenance, "baked_from": plan.model.fingerprint},
     )
 
 
-def baked_tensors(
-    plan: PruningPlan, tensors: PlanTensors, orders: Sequence[BakedLayer]
-) -> PlanTensors | None:
-    """What a plan's compensation needs, in the baked checkpoint's order; None if nothing.
+def _baked_tensors(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PlanTensors:
+    """What a plan's compensation needs, in the baked checkpoint's order.
 
     The neuron order itself is no longer needed, and fitted down projections follow it already.
     """
-    if plan.compensation == "none":
-        return None
-    tensors = tensors.for_plan(plan)
+    tensors = plan.tensors.for_plan(plan)
     shape = plan.model.shape
     refit = {
         index: _baked_refit(weights, plan.layers[index], orders[index], shape)

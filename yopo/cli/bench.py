@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from yopo.bench.result import Benchmark
     from yopo.plans.schema import PruningPlan
 
-DEFAULT_TEMPLATE = "llava-1.5-7b"
+DEFAULT_SHAPE = "llava-1.5-7b"
 
 _COUNT = click.IntRange(min=1)
 
@@ -29,7 +29,7 @@ def _count(name: str, text: str, **settings: Any) -> Any:
 @click.option(
     "--shape-of",
     metavar="NAME",
-    help=f"The preset's model: llava-1.5-7b or llava-1.5-13b.  [default: {DEFAULT_TEMPLATE}]",
+    help=f"The preset's model: llava-1.5-7b or llava-1.5-13b.  [default: {DEFAULT_SHAPE}]",
 )
 @click.option("--model", help="The dense model, if it is elsewhere than the plan says.")
 @click.option(
@@ -131,14 +131,13 @@ def _measure(values: dict[str, Any]) -> Benchmark:
     )
     device, dtype = serving.torch_device(values["device"]), serving.torch_dtype(values["dtype"])
     if values["preset"]:
-        plan, tensors = _preset(values["preset"], values["shape_of"]), None
+        plan = _preset(values["preset"], values["shape_of"])
     else:
-        plan, tensors = workflow.read_target(values["target"])
+        plan = workflow.read_target(values["target"])
     if values["preset"] or values["random_weights"]:
         kind = serving.torch_dtype("float32") if dtype == "auto" else dtype
         return bench.bench_random(
             plan,
-            tensors,
             sizes,
             options,
             num_layers=values["layers"],
@@ -150,10 +149,10 @@ def _measure(values: dict[str, Any]) -> Benchmark:
     else:
         source = workflow.source_of_target(values["target"], plan, None)
     model = serving.load_dense(source, dtype=dtype).to(device)
-    return bench.bench_model(model, plan, tensors, sizes, options)
+    return bench.bench_model(model, plan, sizes, options)
 
 
 def _preset(name: str, shape_of: str | None) -> PruningPlan:
     random_model = load("yopo.bench.random_model")
-    model = random_model.published_model(shape_of or DEFAULT_TEMPLATE)
+    model = random_model.published_model(shape_of or DEFAULT_SHAPE)
     return load("yopo.bench.plans").preset_plan(name, model, random_model.WORKLOAD)

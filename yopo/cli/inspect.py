@@ -20,13 +20,13 @@ from yopo.support.files import PAGE, check_writable, write_file
 @force_option
 def command(plan: str, as_json: bool, page: Path | None, force: bool) -> None:
     """Show what PLAN (a file, or - for stdin) prunes, layer by layer, and what that saves."""
-    from yopo.plans.file import read_plan
+    from yopo.plans.file import read_document
 
     if as_json and page is not None:
         raise click.UsageError("--json and --html exclude one another.")
     if page is not None:
         check_writable(page, PAGE, force=force)
-    found = read_plan(plan)
+    found, _ = read_document(plan)
     if as_json:
         from yopo.cli.output import print_json
         from yopo.report.json import plan_document

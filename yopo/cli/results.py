@@ -30,7 +30,7 @@ def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) ->
     Raises:
         OutputError: A file exists, has no folder, or two outputs would be one file.
     """
-    from yopo.plans.tensors_file import check_plan_writable
+    from yopo.plans.side_file import check_plan_writable
 
     plans = [Path(output) for output in outputs if output != "-"]
     paths = [*plans, *([] if stats is None else [stats])]
@@ -85,7 +85,7 @@ class Keeper:
             warn(sentence)
 
     def _rescue(self) -> Path | None:
-        from yopo.plans.tensors import cache_directory
+        from yopo.plans.storage import cache_directory
 
         data = self._statistics.to_bytes()
         name = f"statistics-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
@@ -98,12 +98,12 @@ class Keeper:
 
 def save(made: Calibrated, output: str, *, force: bool) -> None:
     """Write a plan and say in one line what was written."""
-    from yopo.plans.tensors import write_plan
+    from yopo.plans.storage import write_plan
 
     if made.candidates:
         _show_candidates(made.plan)
-    plan = write_plan(made.plan, made.tensors, output, force=force)
-    note(_written(plan, output))
+    write_plan(made.plan, output, force=force)
+    note(_written(made.plan, output))
 
 
 def _show_candidates(plan: PruningPlan) -> None:

@@ -25,7 +25,6 @@ from yopo.plans.flops import (
     visual_kv_bytes,
 )
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.support.console import track
 
@@ -99,7 +98,6 @@ def evaluate(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     plan: PruningPlan,
-    tensors: PlanTensors | None,
     pairs: Iterable[Pair],
     *,
     batch_size: int = 8,
@@ -114,7 +112,6 @@ def evaluate(
         model: The dense model in memory (a baked checkpoint's, for its baked plan).
         processor: Its processor.
         plan: What to evaluate.
-        tensors: The plan's tensors.
         pairs: Held-out pairs, with answers where accuracy is wanted.
         batch_size: Pairs per forward.
         max_new_tokens: Longest answer.
@@ -139,14 +136,14 @@ def evaluate(
         model,
         processor,
         records,
-        lambda: pruned(model, plan, tensors),
+        lambda: pruned(model, plan),
         max_new_tokens=max_new_tokens,
     )
     prefill = None
     if timing_runs:
         largest = max((record.batch for record in records), key=len)
         prefill = time_prefill(
-            model, largest, lambda: pruned(model, plan, tensors, check=False), runs=timing_runs
+            model, largest, lambda: pruned(model, plan, check=False), runs=timing_runs
         )
     fields = (kept.pairs, kept.accuracy, kept.by_kind, kept.same_answers, kept.fidelity)
     return Evaluation(plan, *fields, prefill)

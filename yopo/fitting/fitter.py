@@ -15,7 +15,6 @@ from yopo.fitting.profile import Profile, profile
 from yopo.fitting.refit import refit
 from yopo.models.family import shape_of
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import YopoError
 
 
@@ -45,11 +44,11 @@ class Fitter:
         with self._in_memory():
             return profile(self._model, self._batches, shape_of(self._model.config))
 
-    def tensors(self, plan: PruningPlan, tensors: PlanTensors) -> PlanTensors:
-        """The tensors with the weights that a plan with ``compensation: refit`` needs."""
+    def fit(self, plan: PruningPlan) -> PruningPlan:
+        """The plan with the weights that its ``compensation: refit`` needs."""
         with self._in_memory():
-            fitted = refit(self._model, self._batches, plan, tensors.neuron_order)
-        return replace(tensors, refit=fitted)
+            fitted = refit(self._model, self._batches, plan)
+        return replace(plan, tensors=replace(plan.tensors, refit=fitted))
 
     @contextmanager
     def _in_memory(self) -> Iterator[None]:

@@ -44,15 +44,14 @@ Weights = dict[str, torch.Tensor]
 
 @torch.no_grad()
 def refit(
-    model: PreTrainedModel, batches: Iterable[Batch], plan: PruningPlan, order: torch.Tensor | None
+    model: PreTrainedModel, batches: Iterable[Batch], plan: PruningPlan
 ) -> dict[int, Weights]:
     """Fit the weights that a plan with ``compensation: refit`` needs.
 
     Args:
         model: The dense model, in memory.
         batches: Encoded prompts with images.
-        plan: The plan.
-        order: (layers, ffn) neurons from most to least important; None: as they stand.
+        plan: The plan, with its neuron order; without one, neurons count as they stand.
 
     Returns:
         Layer -> its weights (see ``refit_sizes``), in the model's dtype, on the CPU.
@@ -63,6 +62,7 @@ def refit(
     walk = DenseWalk(model, batches)
     pruned = pruned_batches(walk, plan)
     fitted = {}
+    order = plan.tensors.neuron_order
     for number in range(plan.visual_depth):
         dense = walk.step(number)
         extras = Extras(None if order is None else order[number])

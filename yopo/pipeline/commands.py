@@ -23,7 +23,7 @@ from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
 from yopo.planning.request import Wishes
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors, read_plan_with_tensors
+from yopo.plans.storage import read_plan
 from yopo.serving.loading import load_dense, open_baked, torch_dtype
 from yopo.support.errors import ModelError, PlanError
 
@@ -95,8 +95,8 @@ def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:
             remedy="Use `yopo calibrate`.",
         )
     statistics = load_statistics(path)
-    plan, tensors, candidates = make_plan(statistics, wishes)
-    return Calibrated(plan, tensors, statistics, candidates)
+    plan, candidates = make_plan(statistics, wishes)
+    return Calibrated(plan, statistics, candidates)
 
 
 def evaluate_target(
@@ -119,7 +119,7 @@ def evaluate_target(
     Raises:
         YopoError: Anything that the model, the plan or the data lack.
     """
-    plan, tensors = read_target(target, budget)
+    plan = read_target(target, budget)
     source = source_of_target(target, plan, model_name)
     checkpoint = Checkpoint.open(fetch(source))  # before anything takes long
     pairs = open_demo_or(options, plan.model.name, "heldout")
@@ -130,7 +130,6 @@ def evaluate_target(
         model,
         processor,
         plan,
-        tensors,
         pairs,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
@@ -139,7 +138,7 @@ def evaluate_target(
     )
 
 
-def read_target(target: str, budget: float | None = None) -> tuple[PruningPlan, PlanTensors | None]:
+def read_target(target: str, budget: float | None = None) -> PruningPlan:
     """The plan of a baked checkpoint (directory or hub id), of a plan file, or of stdin for ``-``.
 
     Raises:
@@ -147,10 +146,10 @@ def read_target(target: str, budget: float | None = None) -> tuple[PruningPlan, 
     """
     if _is_checkpoint(target):
         baked = open_baked(target, budget)
-        return baked.plan, baked.tensors
+        return baked.plan
     if budget is not None:
         raise PlanError(f"{target}: is one plan; a budget chooses among a checkpoint's.")
-    return read_plan_with_tensors(target)
+    return read_plan(target)
 
 
 def source_of_target(target: str, plan: PruningPlan, model_name: str | None) -> ModelSource:
@@ -196,13 +195,13 @@ def apply_plan(
     Raises:
         YopoError: Anything that the plan, the model or the output directory lack.
     """
-    plan, tensors = read_plan_with_tensors(target)
+    plan = read_plan(target)
     source = fetch(_source_of(plan, model_name))
     if output is None:
         output = f"{plan.model.name.partition('@')[0].rpartition('/')[2]}-yopo"
-    also = [read_plan_with_tensors(each) for each in others]
-    report = bake(plan, tensors, source, output, also=also, force=force, dry_run=dry_run)
-    verification = verify(output, source, plan, tensors) if check and not dry_run else None
+    also = [read_plan(each) for each in others]
+    report = bake(plan, source, output, also=also, force=force, dry_run=dry_run)
+    verification = verify(output, source, plan) if check and not dry_run else None
     return Applied(plan, report, verification)
 
 

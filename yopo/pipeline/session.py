@@ -27,7 +27,6 @@ from yopo.planning.allocate import FACTOR, Weighting
 from yopo.planning.planner import Candidate, Planner
 from yopo.planning.request import Wishes
 from yopo.plans.schema import Budget, PruningPlan, full_plan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense, torch_dtype
 from yopo.support.console import note, warn
@@ -89,10 +88,9 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a calibration makes: the plan, its tensors, the statistics and the candidates."""
+    """What a calibration makes: the plan, the statistics and the candidates."""
 
     plan: PruningPlan
-    tensors: PlanTensors
     statistics: Statistics
     candidates: list[Candidate] = field(default_factory=list)
 
@@ -171,9 +169,9 @@ class CalibrationSession:
         wishes = self._with_few_pairs(self._in_flops(wishes))
         judge = self.kl if wishes.budget is not None and self.split.held_out else None
         planner = Planner(self.statistics, wishes, judge, self.fitter, tried)
-        plan, tensors, candidates = planner.make()
+        plan, candidates = planner.make()
         plan = replace(plan, provenance={**plan.provenance, "split": self.split.summary})
-        return Calibrated(plan, tensors, self.statistics, candidates)
+        return Calibrated(plan, self.statistics, candidates)
 
     def _with_few_pairs(self, wishes: Wishes) -> Wishes:
         """The wishes as the number of pairs allows them.
@@ -209,13 +207,13 @@ class CalibrationSession:
         note(f"{asked} are a visual budget of {budget:.1%} by {self.fit_options.costs}.")
         return replace(wishes, budget=budget, milliseconds=None)
 
-    def kl(self, plan: PruningPlan, tensors: PlanTensors) -> float:
+    def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
-        return self._compare(plan, tensors, self._judged).kl
+        return self._compare(plan, self._judged).kl
 
-    def agreement(self, plan: PruningPlan, tensors: PlanTensors) -> float:
+    def agreement(self, plan: PruningPlan) -> float:
         """Share of answer tokens that a plan predicts as the dense model does, on pairs aside."""
-        return self._compare(plan, tensors, self._set_aside).agreement
+        return self._compare(plan, self._set_aside).agreement
 
     def within(self, wishes: Wishes) -> Calibrated:
         """The plan of the smallest budget whose agreement stays within ``wishes.tolerance``.
@@ -228,7 +226,7 @@ class CalibrationSession:
         while high / low > PRECISION:
             budget = round((low * high) ** 0.5, 4)
             found = self._at(replace(wishes, budget=budget, tolerance=None), tried)
-            share = 0.0 if found is None else self.agreement(found.plan, found.tensors)
+            share = 0.0 if found is None else self.agreement(found.plan)
             note(f"budget {budget:.1%}: agreement {share:.2%} on the pairs set aside")
             if found is None or share < 1 - asked:
                 low = budget
@@ -262,12 +260,10 @@ class CalibrationSession:
         plan = replace(
             plan, budget=Budget(None, 1.0), measured=statistics.measured, provenance=provenance
         )
-        return Calibrated(plan, PlanTensors(), statistics)
+        return Calibrated(plan, statistics)
 
-    def _compare(
-        self, plan: PruningPlan, tensors: PlanTensors, records: list[Recorded]
-    ) -> Fidelity:
-        with pruned(self.model, plan, tensors, check=False):
+    def _compare(self, plan: PruningPlan, records: list[Recorded]) -> Fidelity:
+        with pruned(self.model, plan, check=False):
             return compare(self.model, records)
 
     @cached_property

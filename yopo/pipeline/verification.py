@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from yopo.models.registry import family_of, resolve
 from yopo.plans.schema import ModelShape, PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load, load_dense
 from yopo.support.errors import CheckpointError
@@ -60,16 +59,13 @@ class Verification:
     dtype: str
 
 
-def verify(
-    baked: str | Path, original: str | Path, plan: PruningPlan, tensors: PlanTensors | None
-) -> Verification:
+def verify(baked: str | Path, original: str | Path, plan: PruningPlan) -> Verification:
     """Compare a baked checkpoint with the original and its plan.
 
     Args:
         baked: The directory that ``bake`` wrote.
         original: The checkpoint that it was made from.
         plan: The plan that was baked.
-        tensors: The plan's tensors.
 
     Raises:
         CheckpointError: A weight is missing, or a difference is more than rounding.
@@ -77,7 +73,7 @@ def verify(
     model = load_dense(resolve(str(original)))
     inputs = random_prompt(model, plan)
     dense_logits = _logits(model, inputs)
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         pruned_logits = _logits(model, inputs)
     dtype = model.dtype
     model = None  # frees it before the next one is loaded

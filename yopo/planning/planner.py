@@ -21,19 +21,15 @@ from yopo.planning.request import Wishes
 from yopo.planning.search import Search, moves, resolve, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
 from yopo.plans.flops import visual_budget
-from yopo.plans.schema import Budget, PruningPlan, TensorsFile
-from yopo.plans.tensors import PlanTensors
+from yopo.plans.schema import Budget, PruningPlan
 from yopo.strategies.neighbors import PAPER_RADIUS
 from yopo.support.console import track
 from yopo.support.errors import PlanError, suggest
 
-UNWRITTEN = TensorsFile("", "")
-"""Stands for the side file until the plan is written."""
-
 DEFAULT_TEMPLATE = "reader-heads"
 """What a budget means when nothing can be measured (no model at hand)."""
 
-Measure = Callable[[PruningPlan, PlanTensors], float]
+Measure = Callable[[PruningPlan], float]
 """Logit KL of a plan to the dense model on pairs that nothing was fitted on."""
 
 
@@ -45,7 +41,6 @@ class Candidate:
         shape: Name in ``TEMPLATES``, or how the budget was allocated.
         compensation: ``none``, ``mean`` or ``refit``.
         plan: The plan.
-        tensors: Its tensors.
         kl: Logit KL to the dense model, per answer token; None if not measured.
         worth: What the allocation was made by, if it was one.
     """
@@ -53,7 +48,6 @@ class Candidate:
     shape: str
     compensation: str
     plan: PruningPlan
-    tensors: PlanTensors
     kl: float | None
     weighting: Weighting | None = None
 
@@ -63,7 +57,7 @@ def make_plan(
     wishes: Wishes,
     measure: Measure | None = None,
     fitter: Fitter | None = None,
-) -> tuple[PruningPlan, PlanTensors, list[Candidate]]:
+) -> tuple[PruningPlan, list[Candidate]]:
     """Make the plan that the wishes describe.
 
     Args:
@@ -74,7 +68,7 @@ def make_plan(
         fitter: Fits visual weights of their own; None: plans go without.
 
     Returns:
-        (plan, its tensors, the candidates that were considered, best first).
+        (plan, the candidates that were considered, best first).
 
     Raises:
         PlanError: No shape fits the budget, or the wishes do not fit the model.
@@ -115,12 +109,12 @@ class Planner:
                 remedy="Use `yopo calibrate --compensation refit`.",
             )
 
-    def make(self) -> tuple[PruningPlan, PlanTensors, list[Candidate]]:
-        """Plan, tensors and candidates."""
+    def make(self) -> tuple[PruningPlan, list[Candidate]]:
+        """Plan and candidates."""
         if self.wishes.budget is None:
             kind = self.wishes.compensation or "none"
-            plan, tensors = self.assemble(self._paper_layers(), kind)
-            return plan, tensors, []
+            plan = self.assemble(self._paper_layers(), kind)
+            return plan, []
         found = list(track(self.candidates(), label="plans", total=None, unit="plans"))
         if not found:
             raise self._unaffordable()
@@ -139,7 +133,7 @@ class Planner:
             for each in found
         ]
         provenance = {**best.plan.provenance, "shape": best.shape, "candidates": table}
-        return replace(best.plan, provenance=provenance), best.tensors, found
+        return replace(best.plan, provenance=provenance), found
 
     def candidates(self) -> Iterator[Candidate]:
         """Every shape with every kind of compensation, and allocations, each measured."""
@@ -158,9 +152,9 @@ class Planner:
         self, shape: str, layers: Layers, kind: str, weighting: Weighting | None = None
     ) -> Candidate:
         """Assemble and measure."""
-        plan, tensors = self.assemble(layers, kind)
-        kl = None if self.measure is None else self.measure(plan, tensors)
-        return Candidate(shape, kind, plan, tensors, kl, weighting)
+        plan = self.assemble(layers, kind)
+        kl = None if self.measure is None else self.measure(plan)
+        return Candidate(shape, kind, plan, kl, weighting)
 
     def _allocated(self) -> Iterator[Candidate]:
         """Allocations at a few exchange rates, then around the best of them."""
@@ -213,14 +207,14 @@ class Planner:
             (layers, kind), kl = search.run(state_of(*first), first, start.kl)
         if layers == start.plan.layers and kind == start.compensation:
             return start
-        plan, tensors = self.assemble(layers, kind)
-        return Candidate(f"search from {start.shape}", kind, plan, tensors, kl)
+        plan = self.assemble(layers, kind)
+        return Candidate(f"search from {start.shape}", kind, plan, kl)
 
     def _kl(self, layers: Layers, kind: str) -> float:
-        return self.measure(*self.assemble(layers, kind))
+        return self.measure(self.assemble(layers, kind))
 
-    def assemble(self, layers: Layers, compensation: str) -> tuple[PruningPlan, PlanTensors]:
-        """A plan of some layers, fitted if its compensation is ``refit``, and its tensors."""
+    def assemble(self, layers: Layers, compensation: str) -> PruningPlan:
+        """A plan of some layers, fitted if its compensation is ``refit``."""
         plan = PruningPlan(
             model=self.statistics.model,
             workload=self.statistics.workload,
@@ -228,14 +222,12 @@ class Planner:
             budget=Budget(self.wishes.budget, 0.0),
             compensation=compensation,
             bidirectional=self.wishes.bidirectional,
-            tensors=UNWRITTEN,
+            tensors=self.tensors,
             measured=self.statistics.measured,
             provenance={"yopo": __version__, **self.statistics.provenance, **self._asked()},
         )
         plan = replace(plan, budget=Budget(self.wishes.budget, visual_budget(plan)))
-        if compensation != "refit":
-            return plan, self.tensors
-        return plan, self.fitter.tensors(plan, self.tensors)
+        return plan if compensation != "refit" else self.fitter.fit(plan)
 
     def _builder(self) -> TemplateBuilder:
         groups = self.wishes.groups(self.statistics.model.shape)

@@ -7,7 +7,7 @@ Long orders live in a safetensors file beside it, named with its sha256.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from yopo.plans.schema import (
     ModelIdentity,
     ModelShape,
     PruningPlan,
-    TensorsFile,
     Workload,
     full_layer,
     shape_problem,
@@ -34,6 +33,15 @@ FORMAT_VERSION = 1
 
 BUDGET_DIGITS = 6
 """Decimals to which a visual budget is written."""
+
+
+@dataclass(frozen=True)
+class TensorsFile:
+    """The side file with a plan's tensors: its name beside the plan, and its sha256."""
+
+    file: str
+    sha256: str
+
 
 _SHAPE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")
 _LAYER_KEYS = ("heads", "attend", "radius", "neurons", "rank", "linear")
@@ -52,8 +60,8 @@ _KEYS = (
 )
 
 
-def to_yaml(plan: PruningPlan) -> str:
-    """Serialise a plan; the same plan gives the same bytes."""
+def to_yaml(plan: PruningPlan, tensors: TensorsFile | None = None) -> str:
+    """Serialise a plan, its tensors by their file; the same plan gives the same bytes."""
     budget = {"asked": plan.budget.asked, "reached": round(plan.budget.reached, BUDGET_DIGITS)}
     data: dict[str, Any] = {
         "yopo_plan": FORMAT_VERSION,
@@ -69,8 +77,8 @@ def to_yaml(plan: PruningPlan) -> str:
     }
     if plan.baked:
         data["baked"] = True
-    if plan.tensors is not None:
-        data["tensors"] = asdict(plan.tensors)
+    if tensors is not None:
+        data["tensors"] = asdict(tensors)
     data["layers"] = [_layer_to_dict(layer, plan.model.shape) for layer in plan.layers]
     if plan.measured is not None:
         data["measured"] = {
@@ -84,8 +92,11 @@ def to_yaml(plan: PruningPlan) -> str:
     return dump(data)
 
 
-def read_plan(source: str | Path) -> PruningPlan:
-    """Read and validate a plan from a file, or from stdin for ``-``.
+def read_document(source: str | Path) -> tuple[PruningPlan, TensorsFile | None]:
+    """Read and validate a plan from a file, or from stdin for ``-``, without its tensors.
+
+    Returns:
+        The plan, and the file that it names for its tensors.
 
     Raises:
         PlanError: Unreadable, not YAML, unknown key, wrong type or value; names line and key.
@@ -93,8 +104,8 @@ def read_plan(source: str | Path) -> PruningPlan:
     return parse_plan(*read_text(source))
 
 
-def parse_plan(name: str, text: str) -> PruningPlan:
-    """Parse a plan's text; ``name`` is what error messages call it."""
+def parse_plan(name: str, text: str) -> tuple[PruningPlan, TensorsFile | None]:
+    """Parse a plan's text, as for :func:`read_document`; messages call it ``name``."""
     document = Document(name, text)
     data = document.data
     if "yopo_plan" not in data:
@@ -121,13 +132,17 @@ def parse_plan(name: str, text: str) -> PruningPlan:
                 ("bidirectional",), data.get("bidirectional", False), bool
             ),
             baked=document.typed(("baked",), data.get("baked", False), bool),
-            tensors=_read_tensors(document),
             measured=_read_measured(document, model.shape),
             provenance=document.typed(("provenance",), data.get("provenance") or {}, dict),
         )
     except InvalidPlan as invalid:
         raise document.error(invalid.path, invalid.problem) from None
-    return _with_true_budget(plan, data.get("budget") or {}, name)
+    tensors = _read_tensors(document)
+    if plan.needs_order and tensors is None and not plan.baked:
+        raise document.error(
+            ("tensors",), "must name the file with the neuron orders, since neurons are pruned"
+        )
+    return _with_true_budget(plan, data.get("budget") or {}, name), tensors
 
 
 def _with_true_budget(plan: PruningPlan, said: dict[str, Any], name: str) -> PruningPlan:

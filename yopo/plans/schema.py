@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from yopo.plans.grid import Grid
+from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import PlanError
 
 COMPENSATIONS = ("none", "mean", "refit")
@@ -155,14 +156,6 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class TensorsFile:
-    """The side file with neuron orders and means: its name beside the plan, and its sha256."""
-
-    file: str
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Budget:
     """Visual FLOPs over dense visual FLOPs: asked for (None: a shape was) and reached."""
 
@@ -202,7 +195,8 @@ class PruningPlan:
         bidirectional: Whether visual tokens attend neighbors behind them too, as in the paper's
             fine-tuned checkpoints; training-free plans stay causal.
         baked: Whether the checkpoint's heads and neurons already stand in order of importance.
-        tensors: The side file with neuron orders and means, or None if none is needed.
+        tensors: Neuron orders, means and fitted weights. Not checked here: a plan that is being
+            made, or whose file is looked at without them, holds none.
         measured: What calibration saw.
         provenance: Where the plan comes from: pairs, samples, seed, version, candidates.
 
@@ -217,7 +211,7 @@ class PruningPlan:
     compensation: str = "none"
     bidirectional: bool = False
     baked: bool = False
-    tensors: TensorsFile | None = None
+    tensors: PlanTensors = field(default_factory=PlanTensors)
     measured: Measured | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -236,6 +230,10 @@ class PruningPlan:
     def needs_order(self) -> bool:
         """Whether some layer keeps a part of its neurons, so that their order matters."""
         return any(0 < layer.neurons < self.model.shape.ffn for layer in self.layers)
+
+    def without_tensors(self) -> PruningPlan:
+        """The same plan, its numbers alone."""
+        return replace(self, tensors=PlanTensors())
 
     def with_layers(self, layers: Sequence[LayerPlan]) -> PruningPlan:
         """The same plan with other layers; the budget is the caller's to restate."""
@@ -284,8 +282,6 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
         if layer.is_fitted and plan.compensation != "refit":
             key = "linear" if layer.rank is None else "rank"
             return ("layers", index, key), "needs 'compensation: refit', whose weights it uses"
-    if plan.needs_order and plan.tensors is None and not plan.baked:
-        return ("tensors",), "must name the file with the neuron orders, since neurons are pruned"
     return None
 
 

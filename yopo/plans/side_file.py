@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from yopo.plans.schema import TensorsFile
+from yopo.plans.file import TensorsFile
 from yopo.support import console
 from yopo.support.errors import OutputError
 from yopo.support.files import PLAN, check_writable, write_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MethodType
@@ -15,8 +16,10 @@ from yopo.models.family import Backbone, Family, GridsOf, shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder, is_same
 from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
+from yopo.plans.checks import check_tensors
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors, check_tensors, read_plan_with_tensors
+from yopo.plans.storage import read_plan
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.adapters import unwrapped
 from yopo.runtime.decoder import PrunedDecoder, PrunedState
 from yopo.runtime.inputs import no_paged_attention
@@ -31,7 +34,6 @@ from yopo.support.errors import ModelError
 def pruned(
     model: PreTrainedModel,
     plan: PruningPlan | str | Path,
-    tensors: PlanTensors | None = None,
     *,
     grids_of: GridsOf | None = None,
     check: bool = True,
@@ -48,7 +50,6 @@ def pruned(
         model: A multimodal model of a supported family, weights in memory; or the PEFT model
             around it.
         plan: A plan, or the path of its YAML file.
-        tensors: The plan's tensors; read from beside the file if ``plan`` is a path.
         grids_of: Locates images among visual tokens instead of the family's rule (custom towers).
         check: Whether the model's fingerprint must be the plan's.
         trainable: Whether fitted weights are parameters (see :func:`fitted_parameters`).
@@ -61,8 +62,8 @@ def pruned(
         PlanError: The plan cannot be read.
     """
     if not isinstance(plan, PruningPlan):
-        plan, tensors = read_plan_with_tensors(plan)
-    install(model, plan, tensors, grids_of=grids_of, check=check, trainable=trainable)
+        plan = read_plan(plan)
+    install(model, plan, grids_of=grids_of, check=check, trainable=trainable)
     try:
         yield model
     finally:
@@ -72,7 +73,6 @@ def pruned(
 def install(
     model: PreTrainedModel,
     plan: PruningPlan,
-    tensors: PlanTensors | None = None,
     *,
     grids_of: GridsOf | None = None,
     check: bool = True,
@@ -90,20 +90,26 @@ def install(
     if hasattr(decoder, "yopo"):
         raise ModelError("The model is pruned already.", remedy="Leave the first block before.")
     family, names = check_model(model, plan, check=check)
-    check_tensors(plan, tensors or PlanTensors(), "The plan")
-    layers = visual_layers(decoder, plan, tensors, names, trainable=trainable)
+    check_tensors(plan)
+    layers = visual_layers(decoder, plan, names, trainable=trainable)
     tokens = family.token_ids(model.config)
     # Other threads may be using the model: first what the pruned forward needs, then the forward.
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
-    decoder.yopo = PrunedState(plan, layers, names, probe, LabelProbe(model))
+    # Orders and fitted weights are in the layers now: not twice in memory.
+    decoder.yopo = PrunedState(_with_means_alone(plan), layers, names, probe, LabelProbe(model))
     try:
         swap_class(decoder, pruned_class(type(decoder)))
     except ModelError:
         _remove_probes(decoder)
         raise
     vars(model)[_CONTINUOUS_BATCHING] = MethodType(_refuse_continuous_batching, model)
-    make_savable(model, tensors or PlanTensors(), writer)
+    make_savable(model, writer)
     probe.must_be_read = True
+
+
+def _with_means_alone(plan: PruningPlan) -> PruningPlan:
+    means = PlanTensors(neuron_mean=plan.tensors.neuron_mean, head_mean=plan.tensors.head_mean)
+    return replace(plan, tensors=means)
 
 
 def uninstall(model: PreTrainedModel) -> None:

@@ -16,7 +16,8 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
             of yours.
 
     Returns:
-        The plan; None for a dense model.
+        The plan, without the neuron order and the fitted weights, which the model's layers hold;
+        None for a dense model.
     """
     for module in model.modules():
         state = getattr(module, "yopo", None)

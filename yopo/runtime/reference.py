@@ -17,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from yopo.models.family import GridsOf
 from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, PruningPlan
-from yopo.plans.tensors import PlanTensors, Refit, check_tensors
+from yopo.plans.tensors import Refit
 from yopo.runtime.install import check_model
 
 
@@ -26,14 +27,13 @@ from yopo.runtime.install import check_model
 def reference(
     model: PreTrainedModel,
     plan: PruningPlan,
-    tensors: PlanTensors | None = None,
     *,
     grids_of: GridsOf | None = None,
     check: bool = True,
 ) -> Iterator[PreTrainedModel]:
     """Run a model under the specification inside a ``with`` block; arguments as for ``pruned``."""
     family, names = check_model(model, plan, check=check)
-    check_tensors(plan, tensors or PlanTensors(), "The plan")
+    check_tensors(plan)
     decoder = model.get_decoder()
     tokens = family.token_ids(model.config)
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
@@ -58,7 +58,7 @@ def reference(
         rotary = decoder.rotary_emb(embeds, position_ids=position_ids)
         hidden = embeds
         for number, layer in enumerate(decoder.layers):
-            spec = LayerSpec(plan, tensors or PlanTensors(), number, probe.layout, attention_mask)
+            spec = LayerSpec(plan, number, probe.layout, attention_mask)
             hidden = hidden + spec.attention(layer.self_attn, layer.input_layernorm(hidden), rotary)
             hidden = hidden + spec.ffn(layer.mlp, layer.post_attention_layernorm(hidden))
             if number < len(stack):
@@ -81,7 +81,6 @@ class LayerSpec:
     def __init__(
         self,
         plan: PruningPlan,
-        tensors: PlanTensors,
         number: int,
         layout: TokenLayout | None,
         attention_mask: torch.Tensor | None,
@@ -91,6 +90,7 @@ class LayerSpec:
         self.layout, self.padding = layout, attention_mask
         self.bidirectional = plan.bidirectional
         compensated = plan.compensation == "mean"
+        tensors = plan.tensors
         self.neuron_mean = tensors.neuron_mean[number] if compensated else None
         self.head_mean = tensors.head_mean[number] if compensated else None
         self.refit: Refit = tensors.refit.get(number, {}) if plan.compensation == "refit" else {}

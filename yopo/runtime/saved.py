@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +47,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.adapters import has_adapters
 from yopo.support import console
 from yopo.support.errors import ModelError
@@ -59,24 +58,20 @@ CLAIMS = ("yopo", "auto_map")
 class Writer(Protocol):
     """Completes a directory that holds a dense model."""
 
-    def __call__(
-        self, folder: Path, plan: PruningPlan, tensors: PlanTensors, *, trained: bool
-    ) -> None:
+    def __call__(self, folder: Path, plan: PruningPlan, *, trained: bool) -> None:
         """Write what makes it pruned.
 
         Args:
             folder: Weights and config.json, just written.
-            plan: The plan that the model ran under.
-            tensors: Its tensors, fitted weights as they are now.
+            plan: The plan that the model ran under, its fitted weights as they are now.
             trained: Whether the fitted weights may differ from those that were loaded.
         """
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What saving a pruned model needs: the plan's means, and who completes the directory."""
+    """What saving a pruned model needs: who completes the directory, if anybody does."""
 
-    tensors: PlanTensors
     writer: Writer | None
 
 
@@ -152,15 +147,14 @@ class SavesWhole:
             }
             if weights:
                 refit[index] = weights
-        means = self.yopo_saving.tensors
-        tensors = PlanTensors(None, means.neuron_mean, means.head_mean, refit)
-        self.yopo_saving.writer(folder, state.plan, tensors, trained=bool(names))
+        tensors = replace(state.plan.tensors, refit=refit)
+        plan = replace(state.plan, tensors=tensors)
+        self.yopo_saving.writer(folder, plan, trained=bool(names))
 
 
-def make_savable(model: PreTrainedModel, tensors: PlanTensors, writer: Writer | None) -> None:
+def make_savable(model: PreTrainedModel, writer: Writer | None) -> None:
     """Make ``save_pretrained`` of a pruned model write all of it, until :func:`restore_saving`."""
-    means = PlanTensors(neuron_mean=tensors.neuron_mean, head_mean=tensors.head_mean)
-    model.yopo_saving = Saving(means, writer)
+    model.yopo_saving = Saving(writer)
     model.__class__ = saving_class(type(model))
 
 

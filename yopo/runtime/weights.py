@@ -17,7 +17,7 @@ from torch import nn
 from yopo.models.family import Backbone
 from yopo.models.fingerprint import is_plain
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
-from yopo.plans.tensors import PlanTensors, Refit
+from yopo.plans.tensors import Refit
 from yopo.runtime.adapters import parts_of
 from yopo.runtime.heads import split_heads
 from yopo.runtime.offload import parameter
@@ -182,10 +182,9 @@ class Extras:
         return FittedLinear(*values, like, trainable=self.trainable)
 
     @classmethod
-    def of(
-        cls, tensors: PlanTensors, index: int, compensation: str, *, trainable: bool = False
-    ) -> Extras:
+    def of(cls, plan: PruningPlan, index: int, *, trainable: bool = False) -> Extras:
         """Pick one layer's."""
+        tensors, compensation = plan.tensors, plan.compensation
         order = None if tensors.neuron_order is None else tensors.neuron_order[index]
         if compensation == "mean":
             return cls(order, tensors.neuron_mean[index], tensors.head_mean[index])
@@ -200,20 +199,19 @@ _FFN = ("gate", "up", "down")
 def visual_layers(
     decoder: nn.Module,
     plan: PruningPlan,
-    tensors: PlanTensors | None,
     names: Backbone,
     *,
     trainable: bool = False,
 ) -> nn.ModuleList:
     """Build the visual part of every layer up to the plan's visual depth, as ``check_plain``ed."""
-    tensors, shape = tensors or PlanTensors(), plan.model.shape
+    shape = plan.model.shape
     return nn.ModuleList(
         VisualLayer(
             decoder.layers[index],
             plan.layers[index],
             shape,
             names,
-            Extras.of(tensors, index, plan.compensation, trainable=trainable),
+            Extras.of(plan, index, trainable=trainable),
         )
         for index in range(plan.visual_depth)
     )

@@ -19,9 +19,9 @@ from yopo.checkpoint.reader import Checkpoint, fetch, fetch_some, read_source
 from yopo.checkpoint.sidecar_files import PLAN_FILE, PLAN_FILES
 from yopo.models.fingerprint import Source, is_same, remember_source
 from yopo.models.registry import ModelSource, family_of, resolve
-from yopo.plans.file import read_plan
+from yopo.plans.file import read_document
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors, read_tensors
+from yopo.plans.storage import read_plan
 from yopo.runtime.install import install
 from yopo.support.errors import CheckpointError, ModelError
 from yopo.support.finite import check_weights
@@ -38,13 +38,11 @@ class Baked:
         checkpoint: Its directory, in the hub's cache if that is where it is from.
         source: What its files are known by.
         plan: The plan to load it at.
-        tensors: The plan's tensors, or None.
     """
 
     checkpoint: Checkpoint
     source: Source
     plan: PruningPlan
-    tensors: PlanTensors | None
 
 
 def load(
@@ -79,7 +77,7 @@ def load(
 def _install(model: PreTrainedModel, baked: Baked, *, trainable: bool) -> None:
     writer = Completion(baked.checkpoint.path)
     # Unchecked: the files were, which unlike weights in memory have one precision.
-    install(model, baked.plan, baked.tensors, check=False, trainable=trainable, writer=writer)
+    install(model, baked.plan, check=False, trainable=trainable, writer=writer)
     remember_source(model.get_decoder(), baked.source)
 
 
@@ -102,7 +100,7 @@ def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> B
     small = fetch_some(source, ("config.json", PLAN_FILES), subfolder=subfolder, **place)
     _refuse_unbaked(small, source.name)
     checkpoint = Checkpoint.open(fetch(source, subfolder=subfolder, **place))
-    plan, tensors = read_baked_plan(checkpoint.path, budget)
+    plan = read_baked_plan(checkpoint.path, budget)
     files = read_source(checkpoint)
     if not is_same(files.fingerprint, plan.model.fingerprint):
         raise ModelError(
@@ -110,22 +108,18 @@ def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> B
             f"{files.fingerprint}, the plan's is {plan.model.fingerprint}.",
             remedy="Restore the weights, or calibrate and apply again.",
         )
-    return Baked(checkpoint, files, plan, tensors)
+    return Baked(checkpoint, files, plan)
 
 
-def read_baked_plan(
-    path: str | Path, budget: float | None = None
-) -> tuple[PruningPlan, PlanTensors | None]:
-    """The plan inside a baked checkpoint's directory (see :func:`load`), and its tensors.
+def read_baked_plan(path: str | Path, budget: float | None = None) -> PruningPlan:
+    """The plan inside a baked checkpoint's directory (see :func:`load`).
 
     Raises:
         CheckpointError: The directory holds no plan, or none within the budget.
     """
     _refuse_unbaked(Path(path), str(path))
-    plan = read_plan(Path(path) / PLAN_FILE)
-    if budget is not None:
-        plan = _largest_within(budget, Path(path))
-    return plan, None if plan.tensors is None else read_tensors(plan, Path(path))
+    file = Path(path) / PLAN_FILE
+    return read_plan(file if budget is None else _largest_within(budget, Path(path)))
 
 
 def _refuse_unbaked(folder: Path, name: str) -> None:
@@ -136,16 +130,17 @@ def _refuse_unbaked(folder: Path, name: str) -> None:
         )
 
 
-def _largest_within(budget: float, folder: Path) -> PruningPlan:
-    plans = [read_plan(file) for file in sorted(folder.glob(PLAN_FILES))]
-    within = [plan for plan in plans if plan.budget.reached <= budget + 1e-9]
+def _largest_within(budget: float, folder: Path) -> Path:
+    files = sorted(folder.glob(PLAN_FILES))
+    budgets = {file: read_document(file)[0].budget.reached for file in files}
+    within = [file for file in files if budgets[file] <= budget + 1e-9]
     if not within:
-        known = ", ".join(f"{plan.budget.reached:.3g}" for plan in plans)
+        known = ", ".join(f"{reached:.3g}" for reached in budgets.values())
         raise CheckpointError(
             f"{folder}: has no plan within a visual budget of {budget}; it has {known}.",
             remedy="Ask for one of these, or bake another plan with the others.",
         )
-    return max(within, key=lambda plan: plan.budget.reached)
+    return max(within, key=lambda file: budgets[file])
 
 
 def load_dense(

@@ -1,0 +1,210 @@
+"""Plans on disk and in pipelines: ``plan.yaml``, and its tensors in a safetensors file beside it.
+
+The YAML names the side file with its sha256. A plan that goes to stdout leaves its tensors in a
+content-addressed cache, so that a pipeline can still apply it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from yopo.plans.checks import check_tensors
+from yopo.plans.file import TensorsFile, read_document, to_yaml
+from yopo.plans.schema import PruningPlan
+from yopo.plans.side_file import (
+    check_plan_writable,
+    own_side_file,
+    remove_unless_named,
+    write_side_file,
+)
+from yopo.plans.tensors import PlanTensors, refit_sizes
+from yopo.support.errors import PlanError
+from yopo.support.files import write_file
+from yopo.support.reading import read_bytes
+
+_DTYPES = {
+    "neuron_order": torch.int32,
+    "neuron_mean": torch.float32,
+    "head_mean": torch.float32,
+}
+
+
+def to_bytes(tensors: PlanTensors) -> bytes:
+    """Serialise as safetensors; the same tensors give the same bytes."""
+    stored = {
+        name: tensor.detach().to("cpu", _DTYPES.get(name, tensor.dtype)).contiguous()
+        for name, tensor in tensors.named()
+    }
+    return save(stored, metadata={"format": "pt"})
+
+
+def from_bytes(data: bytes) -> PlanTensors:
+    """Inverse of :func:`to_bytes`.
+
+    Raises:
+        SafetensorError: Not safetensors, or tensors of a kind that torch or a plan lacks.
+    """
+    try:
+        stored = load(data)
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:  # a dtype torch lacks, say
+        raise SafetensorError(f"{type(error).__name__}: {error}") from error
+    for name, tensor in stored.items():
+        if tensor.is_complex() or tensor.is_floating_point() == (name == "neuron_order"):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise SafetensorError(f"'{name}' holds values of type {dtype}")
+    order = stored.get("neuron_order")
+    refit: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in stored.items():
+        kind, _, rest = name.partition(".")
+        layer, _, weight = rest.partition(".")
+        if kind == "refit" and layer.isdecimal() and len(layer) < 6:
+            refit.setdefault(int(layer), {})[weight] = tensor
+    return PlanTensors(
+        neuron_order=None if order is None else order.long(),
+        neuron_mean=stored.get("neuron_mean"),
+        head_mean=stored.get("head_mean"),
+        refit=dict(sorted(refit.items())),
+    )
+
+
+def cache_directory() -> Path:
+    """Where tensors of plans on stdout are kept: ``$YOPO_CACHE`` or ``~/.cache/yopo``."""
+    return Path(os.environ.get("YOPO_CACHE") or Path.home() / ".cache" / "yopo")
+
+
+def plan_files(plan: PruningPlan, name: str, tensors_name: str) -> Mapping[str, bytes]:
+    """A plan as the contents of files, by name: its tensors', if it holds any, and its own last.
+
+    Args:
+        plan: The plan.
+        name: Of the YAML file.
+        tensors_name: Of the file with its tensors; ``{sha256}`` in it stands for its digest.
+    """
+    files, named = {}, None
+    if plan.tensors.num_bytes:
+        data = to_bytes(plan.tensors)
+        sha256 = hashlib.sha256(data).hexdigest()
+        named = TensorsFile(tensors_name.format(sha256=sha256), sha256)
+        files[named.file] = data
+    return {**files, name: to_yaml(plan, named).encode()}
+
+
+def write_plan(plan: PruningPlan, target: str, *, force: bool = False) -> None:
+    """Write ``plan.yaml`` and its side file, or the plan to stdout for ``-``.
+
+    The side file has its hash in its name, ``plan.1a2b3c4d.safetensors``, so that it never takes
+    the place of the one that an older plan names: a plan and its tensors are a pair at every
+    moment. The replaced plan's own tensors go last.
+
+    Args:
+        plan: The plan.
+        target: Path of the YAML file, or ``-``.
+        force: Whether an existing plan may be replaced.
+
+    Raises:
+        OutputError: A file exists (without ``force``), is no plan, or cannot be written.
+        PlanError: The plan lacks tensors that it needs.
+    """
+    check_tensors(plan)
+    if target == "-":
+        files = plan_files(plan, target, "{sha256}.safetensors")
+        for name, content in files.items():
+            if name != target:
+                write_side_file(cache_directory() / name, content)
+        sys.stdout.write(files[target].decode())
+        sys.stdout.flush()
+        return
+    path = Path(target)
+    check_plan_writable(path, force=force)
+    former = _former_side_file(path)
+    escaped = path.stem.replace("{", "{{").replace("}", "}}")
+    files = plan_files(plan, path.name, escaped + ".{sha256:.8}.safetensors")
+    for name, content in files.items():
+        if name != path.name:
+            write_side_file(path.with_name(name), content)
+    write_file(path, files[path.name])
+    if former is not None and former.name not in files:
+        remove_unless_named(former)
+
+
+def _former_side_file(path: Path) -> Path | None:
+    try:
+        named = read_document(path)[1] if path.exists() else None
+    except PlanError:  # edited, and wrong now: what it named stays
+        return None
+    return None if named is None else own_side_file(path, named)
+
+
+def read_plan(source: str | Path) -> PruningPlan:
+    """Read a plan from a file, or from stdin for ``-``, and its tensors from beside it.
+
+    Example:
+        >>> plan = yopo.read_plan("plan.yaml")
+        >>> plan.budget.reached < 0.26
+        True
+
+    Raises:
+        PlanError: Unreadable, not YAML, unknown key, wrong type or value (names line and key); or
+            the side file is missing, altered or misshapen.
+    """
+    plan, named = read_document(source)
+    if named is None:
+        return plan
+    folder = Path.cwd() if str(source) == "-" else Path(source).absolute().parent
+    candidates = [folder / named.file, cache_directory() / f"{named.sha256}.safetensors"]
+    path = next((each for each in candidates if os.path.lexists(each)), None)
+    if path is None or not path.exists():
+        raise PlanError(
+            f"{candidates[0]}: the plan's tensors are missing.",
+            remedy="Keep the .safetensors file beside the plan, or calibrate again.",
+        )
+    plan = replace(plan, tensors=_read_tensors(path, named, plan))
+    check_tensors(plan, str(path))
+    return plan
+
+
+def _read_tensors(path: Path, named: TensorsFile, plan: PruningPlan) -> PlanTensors:
+    _check_inside(path)
+    data = read_bytes(path, limit=_most_bytes(plan), error=PlanError)
+    found = hashlib.sha256(data).hexdigest()
+    if found != named.sha256:
+        raise PlanError(
+            f"{path}: is not the file that the plan names (sha256 {found[:12]}..., "
+            f"expected {named.sha256[:12]}...).",
+            remedy="The plan and its tensors come from different runs; calibrate again.",
+        )
+    try:
+        return from_bytes(data)
+    except SafetensorError as error:
+        raise PlanError(f"{path}: is not a safetensors file: {error}.") from error
+
+
+def _check_inside(path: Path) -> None:
+    """Refuse a link that leads out of its folder, other than into the hub's cache of blobs."""
+    folder, real = path.parent.resolve(), path.resolve()
+    blobs = [each.parent / "blobs" for each in folder.parents if each.name == "snapshots"]
+    blobs += [folder.parent / "blobs"] if folder.name == "snapshots" else []
+    if real.parent not in (folder, *blobs):
+        raise PlanError(
+            f"{path}: is a link that leads out of its folder.",
+            remedy="Put the file itself beside the plan.",
+        )
+
+
+def _most_bytes(plan: PruningPlan) -> int:
+    """What a side file of this plan may hold at most: 8 bytes a value, and some for its header."""
+    shape = plan.model.shape
+    values = shape.layers * (2 * shape.ffn + shape.heads * shape.head_dim)
+    for layer in plan.layers:
+        values += sum(math.prod(size) for size in refit_sizes(layer, shape).values())
+    return 8 * values + (1 << 20)
