@@ -48,11 +48,10 @@ from yopo.pipeline.session import CalibrationSession, FitOptions, RunOptions
 from yopo.planning.allocate import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.planner import Planner
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.planning.templates import Layers, TemplateBuilder, random_rho
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.strategies.neighbors import PAPER_RADIUS
 from yopo.support.errors import YopoError
@@ -74,7 +73,7 @@ ABLATIONS = {
 """What an allocation may use."""
 
 Change = Callable[[], AbstractContextManager[object]]
-Made = tuple[PruningPlan, PlanTensors]
+Made = PruningPlan
 
 
 class Results:
@@ -173,11 +172,11 @@ class Study:
         if self.results.has(key):
             return
         try:
-            plan, tensors = make()
+            plan = make()
         except YopoError as error:
             self.results.add(key, {"missing": error.message})
             return
-        change = partial(pruned, session.model, plan, tensors, check=False)
+        change = partial(pruned, session.model, plan, check=False)
         self.measure(key, session, change, visual_budget(plan))
 
     def key(self, study: str, method: str, budget: float, seed: int, **more: object) -> dict:
@@ -298,20 +297,20 @@ def authors(session: CalibrationSession, budget: float) -> Made:
     layers = builder.scale(build)
     if layers is None:
         raise YopoError(f"The authors' shape does not fit a budget of {budget}.")
-    plan, tensors = planner(session, Wishes(budget=budget)).assemble(layers, "none")
+    plan = planner(session, plan_request(budget=budget)).assemble(layers, "none")
     identity = torch.arange(shape.ffn).expand(shape.layers, -1).clone()
     return plan, replace(tensors, neuron_order=identity)
 
 
 def paper(session: CalibrationSession, budget: float, compensation: str = "none") -> Made:
     """The paper's shape, by scores."""
-    made = session.make(Wishes(budget=budget, shape="paper", compensation=compensation))
+    made = session.make(plan_request(budget=budget, template="paper", compensation=compensation))
     return made.plan, made.tensors
 
 
 def search(session: CalibrationSession, budget: float) -> Made:
     """The best shape without compensation, searched on."""
-    wishes = Wishes(budget=budget, compensation="none", search=SEARCH_RUNS)
+    wishes = plan_request(budget=budget, compensation="none", search=SEARCH_RUNS)
     made = session.make(wishes)
     return made.plan, made.tensors
 
@@ -323,21 +322,21 @@ def allocated(
     kv_budget: float | None = None,
 ) -> Made:
     """Measured worths, fitted weights."""
-    wishes = Wishes(budget=budget, compensation="refit", kv_budget=kv_budget)
+    wishes = plan_request(budget=budget, compensation="refit", kv_budget=kv_budget)
     chosen = planner(session, wishes)
     chosen.levers = levers or Levers()
-    plan, tensors, _ = chosen.make()
+    plan, _ = chosen.make()
     return plan, tensors
 
 
 def searched(session: CalibrationSession, budget: float) -> Made:
     """An allocation, searched on as far as the shapes are."""
-    wishes = Wishes(budget=budget, compensation="refit", search=SEARCH_RUNS)
+    wishes = plan_request(budget=budget, compensation="refit", search=SEARCH_RUNS)
     made = session.make(wishes)
     return made.plan, made.tensors
 
 
-def planner(session: CalibrationSession, wishes: Wishes) -> Planner:
+def planner(session: CalibrationSession, wishes: PlanRequest) -> Planner:
     """A planner of a session."""
     return Planner(session.statistics, wishes, session.kl, session.fitter)
 
@@ -345,8 +344,8 @@ def planner(session: CalibrationSession, wishes: Wishes) -> Planner:
 def random(session: CalibrationSession, budget: float) -> Made:
     """The paper's shape, by random scores."""
     shuffled = random_rho(session.statistics, session.options.seed)
-    wishes = Wishes(budget=budget, shape="paper", compensation="none")
-    plan, tensors, _ = Planner(shuffled, wishes, None, None).make()
+    wishes = plan_request(budget=budget, template="paper", compensation="none")
+    plan, _ = Planner(shuffled, wishes, None, None).make()
     return plan, tensors
 
 

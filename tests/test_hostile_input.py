@@ -24,7 +24,8 @@ from yopo.data.sources import open_pairs
 from yopo.plans.file import parse_plan, read_plan, to_yaml
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import Budget, ModelIdentity, ModelShape, PruningPlan, TensorsFile
-from yopo.plans.tensors import PlanTensors, read_plan_with_tensors
+from yopo.plans.storage import read_plan
+from yopo.plans.tensors import PlanTensors, 
 from yopo.support import console
 from yopo.support.documents import MAX_BYTES, read_text
 from yopo.support.errors import DataError, PlanError, YopoError, printable
@@ -118,7 +119,7 @@ def test_a_side_file_is_a_name_beside_the_plan(plan: PruningPlan, name: str) -> 
     refused(lambda: parse_plan("plan.yaml", text), "tensors.sha256 must be 64 hex digits")
 
 
-def write(plan: PruningPlan, tensors: PlanTensors, folder: Path, side: Path | None = None) -> Path:
+def write(plan: PruningPlan, folder: Path, side: Path | None = None) -> Path:
     """A plan and its tensors as files; ``side`` is where the tensors really lie."""
     content = tensors.to_bytes()
     path = folder / "plan.yaml"
@@ -133,7 +134,7 @@ def test_a_side_file_is_no_link_out_of_the_folder(plan: PruningPlan, tmp_path: P
     folder.mkdir()
     path = write(plan, tiny.random_tensors(plan, 1), folder, outside)
     (folder / "plan.safetensors").symlink_to(outside)
-    refused(lambda: read_plan_with_tensors(path), "is a link that leads out of its folder")
+    refused(lambda: read_plan(path), "is a link that leads out of its folder")
 
 
 def test_the_hub_cache_links_to_its_blobs(plan: PruningPlan, tmp_path: Path) -> None:
@@ -142,13 +143,13 @@ def test_the_hub_cache_links_to_its_blobs(plan: PruningPlan, tmp_path: Path) -> 
         each.mkdir(parents=True)
     path = write(plan, tiny.random_tensors(plan, 1), folder, blobs / "b10b")
     (folder / "plan.safetensors").symlink_to("../../blobs/b10b")
-    assert read_plan_with_tensors(path)[1] is not None
+    assert read_plan(path)[1] is not None
 
 
 def test_a_side_file_far_too_long_is_not_read(plan: PruningPlan, tmp_path: Path) -> None:
     path = write(plan, tiny.random_tensors(plan, 1), tmp_path)
     os.truncate(tmp_path / "plan.safetensors", 1 << 40)  # a hole: it takes no room
-    refused(lambda: read_plan_with_tensors(path), "plan.safetensors: has 1,099,511,627,776 bytes")
+    refused(lambda: read_plan(path), "plan.safetensors: has 1,099,511,627,776 bytes")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -159,10 +160,10 @@ def test_a_side_file_holds_finite_values(tmp_path: Path, value: float, kind: tor
     layer, weights = next((layer, each) for layer, each in tensors.refit.items() if each)
     name = next(iter(weights))
     weights[name] = weights[name].to(kind)
-    read_plan_with_tensors(write(plan, tensors, tmp_path))
+    read_plan(write(plan, tmp_path))
     weights[name].view(-1)[-1] = value
     refused(
-        lambda: read_plan_with_tensors(write(plan, tensors, tmp_path)),
+        lambda: read_plan(write(plan, tmp_path)),
         f"layer {layer}'s fitted '{name}' holds values that are not finite",
     )
 

@@ -20,7 +20,7 @@ from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan,
 from yopo.plans.tensors import (
     PlanTensors,
     cache_directory,
-    read_plan_with_tensors,
+    read_plan,
     write_plan,
 )
 from yopo.support.errors import OutputError, PlanError
@@ -73,28 +73,26 @@ def test_bytes_round_trip(tensors: PlanTensors) -> None:
     assert copies.to_bytes() == tensors.to_bytes()
 
 
-def test_files_round_trip(plan: PruningPlan, tensors: PlanTensors, tmp_path: Path) -> None:
+def test_files_round_trip(plan: PruningPlan, tmp_path: Path) -> None:
     target = tmp_path / "half.yaml"
-    written = write_plan(plan, tensors, str(target), force=False)
+    written = write_plan(plan, str(target), force=False)
     sha256 = hashlib.sha256(tensors.to_bytes()).hexdigest()
     assert written.tensors == TensorsFile(f"half.{sha256[:8]}.safetensors", sha256)
     assert files(tmp_path) == [written.tensors.file, "half.yaml"]
     assert (tmp_path / written.tensors.file).read_bytes() == tensors.to_bytes()
-    again, found = read_plan_with_tensors(target)
-    assert_same(found, tensors)
+    again, found = read_plan(target)
+    assert_same(found)
     assert to_yaml(again) == target.read_text() == to_yaml(written)
 
 
-def test_the_pair_can_be_moved_together(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
-) -> None:
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+def test_the_pair_can_be_moved_together(plan: PruningPlan, tmp_path: Path) -> None:
+    write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "plan.yaml").read_text().index("file: plan.")  # no path in it
     other = tmp_path / "other"
     other.mkdir()
     for name in files(tmp_path):
         (tmp_path / name).rename(other / name)
-    assert_same(read_plan_with_tensors(other / "plan.yaml")[1], tensors)
+    assert_same(read_plan(other / "plan.yaml")[1], tensors)
 
 
 def test_a_plan_without_tensors_has_no_side_file(plan: PruningPlan, tmp_path: Path) -> None:
@@ -102,7 +100,7 @@ def test_a_plan_without_tensors_has_no_side_file(plan: PruningPlan, tmp_path: Pa
     bare = replace(plan, layers=tuple(layers), tensors=None, compensation="none")
     written = write_plan(bare, None, str(tmp_path / "plan.yaml"), force=False)
     assert written == bare and files(tmp_path) == ["plan.yaml"]
-    assert read_plan_with_tensors(tmp_path / "plan.yaml") == (
+    assert read_plan(tmp_path / "plan.yaml") == (
         read_plan(tmp_path / "plan.yaml"),
         None,
     )
@@ -110,23 +108,22 @@ def test_a_plan_without_tensors_has_no_side_file(plan: PruningPlan, tmp_path: Pa
 
 def test_a_plan_on_stdout_leaves_its_tensors_in_the_cache(
     plan: PruningPlan,
-    tensors: PlanTensors,
     cache: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    written = write_plan(plan, tensors, "-", force=False)
+    written = write_plan(plan, "-", force=False)
     text = capsys.readouterr().out
     assert text == to_yaml(written)
     assert files(cache) == [f"{written.tensors.sha256}.safetensors"]
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    again, found = read_plan_with_tensors("-")
-    assert_same(found, tensors)
+    again, found = read_plan("-")
+    assert_same(found)
     assert to_yaml(again) == text
     (tmp_path / "saved.yaml").write_text(text)  # and through a file, redirected by the shell
-    assert_same(read_plan_with_tensors(tmp_path / "saved.yaml")[1], tensors)
-    write_plan(plan, tensors, "-", force=False)  # the same content again is no conflict
+    assert_same(read_plan(tmp_path / "saved.yaml")[1], tensors)
+    write_plan(plan, "-", force=False)  # the same content again is no conflict
     assert len(files(cache)) == 1
 
 
@@ -141,74 +138,70 @@ def altered(tensors: PlanTensors) -> PlanTensors:
     return replace(tensors, neuron_mean=tensors.neuron_mean + 1)
 
 
-def test_existing_files_need_force(plan: PruningPlan, tensors: PlanTensors, tmp_path: Path) -> None:
+def test_existing_files_need_force(plan: PruningPlan, tmp_path: Path) -> None:
     target = tmp_path / "plan.yaml"
-    write_plan(plan, tensors, str(target), force=False)
+    write_plan(plan, str(target), force=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OutputError, match=r"plan\.yaml: exists already") as caught:
         write_plan(plan, altered(tensors), str(target), force=False)
     assert "--force" in caught.value.remedy
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     write_plan(plan, altered(tensors), str(target), force=True)
-    assert_same(read_plan_with_tensors(target)[1], altered(tensors))
+    assert_same(read_plan(target)[1], altered(tensors))
     assert len(files(tmp_path)) == 2  # the replaced plan's tensors are gone
 
 
 def test_replacing_a_plan_leaves_its_copies_their_tensors(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
+    plan: PruningPlan, tmp_path: Path
 ) -> None:
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "mine.yaml").write_bytes((tmp_path / "plan.yaml").read_bytes())
     write_plan(plan, altered(tensors), str(tmp_path / "plan.yaml"), force=True)
-    assert_same(read_plan_with_tensors(tmp_path / "mine.yaml")[1], tensors)
-    assert_same(read_plan_with_tensors(tmp_path / "plan.yaml")[1], altered(tensors))
+    assert_same(read_plan(tmp_path / "mine.yaml")[1], tensors)
+    assert_same(read_plan(tmp_path / "plan.yaml")[1], altered(tensors))
 
 
 @pytest.mark.parametrize("broken", ["yopo_plan: 1\nlayers: [", "yopo_plan: 1\n"])
 def test_force_replaces_a_plan_that_was_spoiled_by_hand(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path, broken: str
+    plan: PruningPlan, tmp_path: Path, broken: str
 ) -> None:
     (tmp_path / "plan.yaml").write_text(broken)
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=True)
-    assert_same(read_plan_with_tensors(tmp_path / "plan.yaml")[1], tensors)
+    write_plan(plan, str(tmp_path / "plan.yaml"), force=True)
+    assert_same(read_plan(tmp_path / "plan.yaml")[1], tensors)
 
 
 def test_a_side_files_name_is_never_taken_from_another_file(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
+    plan: PruningPlan, tmp_path: Path
 ) -> None:
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "plan.yaml").unlink()
     side = side_file(tmp_path)
     former = side.stat().st_ino
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+    write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     assert side.stat().st_ino == former  # the same content is there: nothing to write
     (tmp_path / "plan.yaml").unlink()
     side.write_bytes(b"mine")
     with pytest.raises(OutputError, match="is not what its name says"):
-        write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=True)
+        write_plan(plan, str(tmp_path / "plan.yaml"), force=True)
     assert side.read_bytes() == b"mine" and files(tmp_path) == [side.name]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_no_plan_goes_among_a_models_weights(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path, name: str
-) -> None:
+def test_no_plan_goes_among_a_models_weights(plan: PruningPlan, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(OutputError, match="its folder is a model's"):
-        write_plan(plan, tensors, str(tmp_path / "model.yaml"), force=True)
+        write_plan(plan, str(tmp_path / "model.yaml"), force=True)
     assert files(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"weights"
 
 
-def test_targets_that_cannot_be_written_are_refused(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
-) -> None:
+def test_targets_that_cannot_be_written_are_refused(plan: PruningPlan, tmp_path: Path) -> None:
     for target, message in (
         (tmp_path / "none" / "plan.yaml", "folder does not exist"),
         (tmp_path, "is a directory"),
         (tmp_path / "plan.safetensors", "is a name for tensors"),
     ):
         with pytest.raises(OutputError, match=message):
-            write_plan(plan, tensors, str(target), force=True)
+            write_plan(plan, str(target), force=True)
     assert files(tmp_path) == []
 
 
@@ -219,14 +212,13 @@ class Killed(BaseException):
 @pytest.mark.parametrize("step", range(8))
 def test_plan_and_tensors_are_a_pair_at_every_moment(
     plan: PruningPlan,
-    tensors: PlanTensors,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     step: int,
 ) -> None:
     """Killed before any step that changes a name, the old pair or the new one can be read."""
     target, new = tmp_path / "plan.yaml", altered(tensors)
-    write_plan(plan, tensors, str(target), force=False)
+    write_plan(plan, str(target), force=False)
     steps: list[str] = []
 
     def stop_at(function):
@@ -244,32 +236,28 @@ def test_plan_and_tensors_are_a_pair_at_every_moment(
     monkeypatch.setattr(Path, "unlink", stop_at(Path.unlink))
     with pytest.raises(Killed) if step < 7 else contextlib.nullcontext():
         write_plan(plan, new, str(target), force=True)
-    found = read_plan_with_tensors(target)[1]
+    found = read_plan(target)[1]
     assert_same(found, tensors if step < 5 else new)
     # The tensors, then the plan: file synced, renamed, folder synced; what nothing names goes last.
     assert steps == [*["fsync", "replace", "fsync"] * 2, "unlink"][:step]
 
 
-def test_a_missing_side_file_is_named(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path
-) -> None:
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+def test_a_missing_side_file_is_named(plan: PruningPlan, tmp_path: Path) -> None:
+    write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     side_file(tmp_path).unlink()
     with pytest.raises(
         PlanError, match=r"plan\.\w{8}\.safetensors: the plan's tensors are missing"
     ):
-        read_plan_with_tensors(tmp_path / "plan.yaml")
+        read_plan(tmp_path / "plan.yaml")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"?"])
-def test_an_altered_side_file_is_refused(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path, damage: object
-) -> None:
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
+def test_an_altered_side_file_is_refused(plan: PruningPlan, tmp_path: Path, damage: object) -> None:
+    write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     side = side_file(tmp_path)
     side.write_bytes(damage(side.read_bytes()))
     with pytest.raises(PlanError, match="is not the file that the plan names"):
-        read_plan_with_tensors(tmp_path / "plan.yaml")
+        read_plan(tmp_path / "plan.yaml")
 
 
 def rename_in(plan: PruningPlan, folder: Path) -> Path:
@@ -283,7 +271,7 @@ def rename_in(plan: PruningPlan, folder: Path) -> Path:
 def test_a_side_file_of_another_format_is_refused(plan: PruningPlan, tmp_path: Path) -> None:
     (tmp_path / "odd.safetensors").write_bytes(b"not tensors")
     with pytest.raises(PlanError, match="is not a safetensors file"):
-        read_plan_with_tensors(rename_in(plan, tmp_path))
+        read_plan(rename_in(plan, tmp_path))
 
 
 WRONG = {
@@ -299,17 +287,17 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_a_side_file_that_does_not_fit_is_refused(
-    plan: PruningPlan, tensors: PlanTensors, tmp_path: Path, message: str
+    plan: PruningPlan, tmp_path: Path, message: str
 ) -> None:
     wrong = vars(tensors) | WRONG[message]
     stored = {name: tensor for name, tensor in wrong.items() if torch.is_tensor(tensor)}
     save_file(stored, tmp_path / "odd.safetensors")
     with pytest.raises(PlanError, match=f"odd.safetensors: {message}"):
-        read_plan_with_tensors(rename_in(plan, tmp_path))
+        read_plan(rename_in(plan, tmp_path))
 
 
 @pytest.fixture
-def fitted() -> tuple[PruningPlan, PlanTensors]:
+def fitted() -> PruningPlan:
     """A plan with bottlenecks, maps and subsets of attending heads, and its fitted weights."""
     layers = (
         LayerPlan((0, 1, 4), (1, 4), 2, 20, rank=7, linear=3),
@@ -333,10 +321,8 @@ def assert_same_refit(one: PlanTensors, other: PlanTensors) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fitted_weights_round_trip(
-    fitted: tuple[PruningPlan, PlanTensors], tmp_path: Path, dtype: torch.dtype
-) -> None:
-    plan, tensors = fitted
+def test_fitted_weights_round_trip(fitted: PruningPlan, tmp_path: Path, dtype: torch.dtype) -> None:
+    plan = fitted
     weights = {
         index: {name: each.to(dtype) for name, each in layer.items()}
         for index, layer in tensors.refit.items()
@@ -346,14 +332,14 @@ def test_fitted_weights_round_trip(
     assert_same(again, tensors)
     assert_same_refit(again, tensors)
     assert again.to_bytes() == tensors.to_bytes()
-    write_plan(plan, tensors, str(tmp_path / "plan.yaml"), force=False)
-    read, found = read_plan_with_tensors(tmp_path / "plan.yaml")
+    write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
+    read, found = read_plan(tmp_path / "plan.yaml")
     assert read.layers == plan.layers
-    assert_same_refit(found, tensors)
+    assert_same_refit(found)
 
 
 def test_a_plan_takes_the_tensors_of_its_own_compensation(
-    fitted: tuple[PruningPlan, PlanTensors], plan: PruningPlan, tensors: PlanTensors
+    fitted: PruningPlan, plan: PruningPlan, tensors: PlanTensors
 ) -> None:
     refit_plan, weights = fitted
     both = replace(tensors, refit=weights.refit)
@@ -374,9 +360,9 @@ SPOILED = {
 
 @pytest.mark.parametrize("message", SPOILED)
 def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
-    fitted: tuple[PruningPlan, PlanTensors], tmp_path: Path, message: str
+    fitted: PruningPlan, tmp_path: Path, message: str
 ) -> None:
-    plan, tensors = fitted
+    plan = fitted
     index, name, size = SPOILED[message]
     layers = {number: dict(weights) for number, weights in tensors.refit.items()}
     layers[index].pop(name, None)
@@ -385,15 +371,13 @@ def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
     wrong = replace(tensors, refit=layers)
     write_plan(plan, wrong, str(tmp_path / "plan.yaml"), force=False)
     with pytest.raises(PlanError) as caught:
-        read_plan_with_tensors(tmp_path / "plan.yaml")
+        read_plan(tmp_path / "plan.yaml")
     assert f"{side_file(tmp_path).name}: {message}" in str(caught.value)
     assert "calibrate again" in caught.value.remedy
 
 
-def test_a_refit_plan_without_any_weight_is_refused(
-    fitted: tuple[PruningPlan, PlanTensors], tmp_path: Path
-) -> None:
-    plan, tensors = fitted
+def test_a_refit_plan_without_any_weight_is_refused(fitted: PruningPlan, tmp_path: Path) -> None:
+    plan = fitted
     write_plan(plan, replace(tensors, refit={}), str(tmp_path / "plan.yaml"), force=False)
     with pytest.raises(PlanError, match="layer 0's fitted '.*' has shape None"):
-        read_plan_with_tensors(tmp_path / "plan.yaml")
+        read_plan(tmp_path / "plan.yaml")

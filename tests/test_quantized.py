@@ -80,8 +80,8 @@ def baked(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
     gqa = tiny.make_subject("gqa")
     folder = tmp_path_factory.mktemp("quantized")
     gqa.model.save_pretrained(folder / "source")
-    plan, tensors = gqa.random_plan(7, compensation=request.param, baked=False)
-    bake(plan, tensors, folder / "source", folder / "out")
+    plan = gqa.random_plan(7, compensation=request.param, baked=False)
+    bake(plan, folder / "source", folder / "out")
     return folder / "out"
 
 
@@ -129,9 +129,9 @@ def test_a_part_is_cut_once_for_each_weight() -> None:
 def test_a_quantized_model_in_memory_has_no_fingerprint(mha: Subject) -> None:
     model = copy.deepcopy(mha.model)
     pack(model)
-    plan, tensors = mha.random_plan(7)
+    plan = mha.random_plan(7)
     with pytest.raises(ModelError, match="is a Packed, which has no fingerprint"):
-        with pruned(model, plan, tensors):
+        with pruned(model, plan):
             pass
 
 

@@ -21,9 +21,8 @@ from transformers.utils import hub
 
 import yopo
 from yopo.checkpoint.bake import bake
-from yopo.plans.file import read_plan
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
+from yopo.plans.storage import read_plan
 from yopo.runtime.install import fitted_parameters, pruned
 from yopo.support.errors import CheckpointError, ModelError
 
@@ -39,7 +38,7 @@ LOADERS: dict[str, Callable[..., nn.Module]] = {
 SHARDS = {"one file": {}, "shards": {"max_shard_size": "100KB"}}
 
 
-def three_plans(subject: Subject) -> list[tuple[PruningPlan, PlanTensors]]:
+def three_plans(subject: Subject) -> list[PruningPlan]:
     """Plans of one calibration: fitted, with means, and neither; one neuron order."""
     made = []
     for seed, compensation in enumerate(KINDS, start=7):
@@ -272,9 +271,9 @@ def test_a_trained_checkpoint_can_be_baked_again(mha: Subject, tmp_path: Path) -
 def test_a_plan_in_memory_is_no_part_of_what_is_saved(
     baked: Path, mha: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan, tensors = three_plans(mha)[0]
+    plan = three_plans(mha)[0]
     model = copy.deepcopy(mha.model)
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         model.save_pretrained(tmp_path / "dense")
     assert "holds the dense model" in capsys.readouterr().err
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
@@ -282,7 +281,7 @@ def test_a_plan_in_memory_is_no_part_of_what_is_saved(
     check_same(AutoModelForImageTextToText.from_pretrained(tmp_path / "dense"), mha.model)
     with pytest.raises(CheckpointError, match="not a pruned checkpoint"):
         yopo.load(tmp_path / "dense")
-    with pruned(model, plan, tensors, trainable=True), pytest.raises(ModelError, match="be saved"):
+    with pruned(model, plan, trainable=True), pytest.raises(ModelError, match="be saved"):
         model.save_pretrained(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
     stock = AutoModelForImageTextToText.from_pretrained(baked)  # its configuration says yopo

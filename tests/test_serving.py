@@ -34,13 +34,13 @@ ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10], [1, *PICTURE, 3, 4, *PICTURE, 9]]
 
 @pytest.fixture(scope="module", params=["hub layout", "module names"])
 def baked(request: pytest.FixtureRequest, subject: Subject, tmp_path_factory):
-    """(baked directory, plan, tensors, subject) in both key layouts."""
+    """(baked directory, plan, subject) in both key layouts."""
     folder = tmp_path_factory.mktemp("baked")
     is_hub = request.param == "hub layout"
     subject.model.save_pretrained(folder / "source", save_original_format=is_hub)
-    plan, tensors = subject.random_plan(7, compensation="mean", baked=False)
-    bake(plan, tensors, folder / "source", folder / "out")
-    return folder / "out", plan, tensors, subject
+    plan = subject.random_plan(7, compensation="mean", baked=False)
+    bake(plan, folder / "source", folder / "out")
+    return folder / "out", plan, subject
 
 
 def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -50,11 +50,11 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def check_pruned(found: torch.nn.Module, plan, tensors, subject: Subject) -> None:
+def check_pruned(found: torch.nn.Module, plan, subject: Subject) -> None:
     inputs = tiny.batch(ROWS)
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         usual = tiny.logits(subject.model, inputs)
-    with pruned(subject.oracle, plan, tensors, check=False):
+    with pruned(subject.oracle, plan, check=False):
         oracle = tiny.logits(subject.oracle, inputs)
     where = tiny.real_text(inputs)
     tiny.assert_close(tiny.logits(found, inputs), usual, oracle, where)
@@ -62,17 +62,17 @@ def check_pruned(found: torch.nn.Module, plan, tensors, subject: Subject) -> Non
 
 
 def test_load_gives_the_pruned_model(baked) -> None:
-    path, plan, tensors, subject = baked
-    check_pruned(yopo.load(path), plan, tensors, subject)
+    path, plan, subject = baked
+    check_pruned(yopo.load(path), plan, subject)
 
 
 def test_remote_code_gives_the_pruned_model_and_no_random_weight(baked) -> None:
-    path, plan, tensors, subject = baked
+    path, plan, subject = baked
     model, report = AutoModelForImageTextToText.from_pretrained(
         path, trust_remote_code=True, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["mismatched_keys"]
-    check_pruned(model, plan, tensors, subject)
+    check_pruned(model, plan, subject)
 
 
 def test_stock_load_is_the_original_model(baked) -> None:
@@ -160,13 +160,13 @@ def test_unreachable_and_unsupported_models_are_a_sentence(tmp_path: Path) -> No
 
 @torch.no_grad()
 def test_auto_model_is_the_pruned_one_without_its_head(baked) -> None:
-    path, plan, tensors, subject = baked
+    path, plan, subject = baked
     base = AutoModel.from_pretrained(path, trust_remote_code=True)
     assert type(base).__name__ == "LlavaModel" and yopo.is_pruned(base)
     inputs = tiny.batch(ROWS)
     where = tiny.real_text(inputs)
     found = subject.model.lm_head(base(**inputs).last_hidden_state)
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         usual = tiny.logits(subject.model, inputs)
     assert torch.allclose(found[where], usual[where], atol=1e-4)
 
@@ -180,14 +180,14 @@ def test_a_pruned_model_is_not_made_of_a_configuration(baked) -> None:
 
 
 def test_a_model_says_whether_it_is_pruned_and_how_far(baked) -> None:
-    path, plan, tensors, subject = baked
+    path, plan, subject = baked
     model = yopo.load(path)
     wrapped = torch.nn.ModuleDict({"inside": model})
     for each in (model, wrapped, torch.compile(model), model.get_decoder()):
         assert yopo.is_pruned(each)
         assert yopo.plan_of(each).budget.reached == plan.budget.reached
     assert not yopo.is_pruned(subject.model) and yopo.plan_of(subject.model) is None
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         assert yopo.plan_of(subject.model) is plan
     assert not yopo.is_pruned(subject.model)
 
@@ -203,8 +203,8 @@ def test_any_precision_loads_in_any_other(mha: Subject, stored, loaded, tmp_path
     model.save_pretrained(tmp_path / "source")
     source = resolve(str(tmp_path / "source"))
     identity = identify(load_dense(source, dtype=loaded), "tiny")  # as `calibrate --dtype` does
-    plan, tensors = replace(mha, identity=identity).random_plan(7, baked=False)
-    bake(plan, tensors, source.location, tmp_path / "out")
+    plan = replace(mha, identity=identity).random_plan(7, baked=False)
+    bake(plan, source.location, tmp_path / "out")
     found = yopo.load(tmp_path / "out", dtype=loaded)
     assert found.dtype == loaded and yopo.is_pruned(found)
     dense = load_dense(resolve(str(tmp_path / "out")), dtype=loaded)
@@ -285,9 +285,9 @@ def test_only_our_code_is_in_a_baked_checkpoint(mha: Subject, tmp_path: Path) ->
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
         about = {"kept": "é", "auto_map": {"AutoTokenizer": ["theirs.C", None]}}
         (source / name).write_text(json.dumps(about))
-    plan, tensors = mha.random_plan(7, baked=False)
+    plan = mha.random_plan(7, baked=False)
     out = tmp_path / "out"
-    bake(plan, tensors, source, out)
+    bake(plan, source, out)
     assert [path.name for path in out.rglob("*.py")] == ["modeling_yopo.py"]
     for path in out.glob("*.json"):
         assert "theirs" not in path.read_text()

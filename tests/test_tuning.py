@@ -12,7 +12,7 @@ from yopo.data.split import MIN_SIDE
 from yopo.pipeline import session as tuning
 from yopo.pipeline.commands import calibrate
 from yopo.pipeline.session import Calibrated, CalibrationSession, FitOptions, RunOptions
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.plans.file import to_yaml
 from yopo.support.errors import DataError
 
@@ -32,7 +32,7 @@ def one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(samples: int, **wishes: object) -> Calibrated:
-    return calibrate(MODEL, Wishes(**wishes), options(samples))
+    return calibrate(MODEL, plan_request(**wishes), options(samples))
 
 
 def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +51,9 @@ def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tuning, "encode_for", spy("encoded", tuning.encode_for, 2))
     monkeypatch.setattr(tuning, "record_dense", spy("answered", tuning.record_dense, 2))
     fit_options = FitOptions(fit_pairs=8)
-    session = CalibrationSession(MODEL, options(40), fit_options, sets_aside=True)
+    session = CalibrationSession(MODEL, options(40), fit_options, needs_holdout=True)
     assert not seen["answered"]
-    made = session.make(Wishes(budget=0.3, compensation="refit"))
+    made = session.make(plan_request(budget=0.3, compensation="refit"))
     judged = set(seen["answered"])
     session.agreement(made.plan, made.tensors)
     aside = seen["answered"] - judged
@@ -123,6 +123,6 @@ def test_questions_about_one_image_are_as_good_as_one_pair(
     ]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    made = calibrate(MODEL, Wishes(budget=0.2), options(40, data=str(data)))
+    made = calibrate(MODEL, plan_request(budget=0.2), options(40, data=str(data)))
     assert "Only 40 pairs of 1 different image to calibrate on" in capsys.readouterr().err
     assert made.plan.provenance["split"]["held_out"] == 0 and made.plan.compensation == "none"

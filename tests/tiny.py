@@ -136,7 +136,7 @@ class Subject:
         """Dimensions of its decoder."""
         return self.identity.shape
 
-    def random_plan(self, seed: int, **fixed: Any) -> tuple[PruningPlan, PlanTensors]:
+    def random_plan(self, seed: int, **fixed: Any) -> PruningPlan:
         """A plan by ``random_plan`` and the tensors that go with it."""
         plan = random_plan(self.identity, random.Random(seed), **fixed)
         return plan, random_tensors(plan, seed)

@@ -18,7 +18,7 @@ from yopo.data.prompts import encode, load_processor
 from yopo.evaluation.fidelity import compare, record_dense
 from yopo.models.processors import image_class, load_without_videos
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
 from yopo.runtime.install import pruned
@@ -173,11 +173,11 @@ def test_pairs_are_measured_planned_and_compared(folder: Path, kind: str) -> Non
     assert statistics.rho.shape == (3, 3, 4) and statistics.workload.grids in GRIDS
     records = record_dense(model, processor, PAIRS, batch_size=2, max_new_tokens=3)
 
-    def judge(plan, tensors) -> float:
-        with pruned(model, plan, tensors):
+    def judge(plan) -> float:
+        with pruned(model, plan):
             return compare(model, records).kl
 
-    plan, _, candidates = make_plan(statistics, Wishes(budget=0.5), judge)
+    plan, _, candidates = make_plan(statistics, plan_request(budget=0.5), judge)
     assert visual_budget(plan) <= 0.5
     assert all(each.kl > 0 for each in candidates) and len(candidates) > 3
 

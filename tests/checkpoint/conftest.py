@@ -141,12 +141,10 @@ def saved(tmp_path_factory) -> Callable[..., Saved]:
 
 
 @pytest.fixture(scope="session")
-def make_plan() -> Callable[..., tuple[PruningPlan, PlanTensors]]:
+def make_plan() -> Callable[..., PruningPlan]:
     """Factory: model -> a plan that needs a non-trivial order in every layer, and its tensors."""
 
-    def make(
-        model: LlavaForConditionalGeneration, *, compensation: str = "none"
-    ) -> tuple[PruningPlan, PlanTensors]:
+    def make(model: LlavaForConditionalGeneration, *, compensation: str = "none") -> PruningPlan:
         shape = shape_of(model.config)
         generator = torch.Generator().manual_seed(3)
         rho = torch.rand(shape.layers, shape.heads, generator=generator)

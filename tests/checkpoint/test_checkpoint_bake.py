@@ -28,7 +28,8 @@ from yopo.checkpoint.reader import Checkpoint, fingerprint
 from yopo.checkpoint.writer import format_bytes
 from yopo.models.fingerprint import fingerprint_of_decoder, is_same
 from yopo.plans.schema import LayerPlan
-from yopo.plans.tensors import PlanTensors, read_plan_with_tensors
+from yopo.plans.storage import read_plan
+from yopo.plans.tensors import PlanTensors, 
 from yopo.runtime.install import pruned
 from yopo.serving.loading import PrunedForConditionalGeneration
 from yopo.support.errors import CheckpointError, ModelError, OutputError, PlanError
@@ -44,12 +45,12 @@ CASES = [
 
 @pytest.fixture
 def baked(saved, make_plan, tmp_path):
-    """Factory: bake a fixture model; gives (source, plan, tensors, report)."""
+    """Factory: bake a fixture model; gives (source, plan, report)."""
 
     def make(kind: str = "mha", *, compensation: str = "none", **layout):
         source = saved(kind, **layout)
-        plan, tensors = make_plan(source.model, compensation=compensation)
-        return source, plan, tensors, bake(plan, tensors, source.path, tmp_path / "out")
+        plan = make_plan(source.model, compensation=compensation)
+        return source, plan, bake(plan, source.path, tmp_path / "out")
 
     return make
 
@@ -111,10 +112,10 @@ def test_float32_logits_are_as_near_to_the_oracle_as_the_originals(baked, inputs
 
 @pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
 def test_every_decoder_tensor_stands_in_the_plans_order(baked, kind) -> None:
-    source, plan, tensors, report = baked(kind)
+    source, plan, report = baked(kind)
     before, after = read_all(source.path), read_all(report.output)
     assert before.keys() == after.keys()
-    orders = order_layers(plan, tensors)
+    orders = order_layers(plan)
     head_dim = plan.model.shape.head_dim
 
     def rows(order) -> torch.Tensor:
@@ -195,7 +196,7 @@ assert not [name for name in sys.modules if name.startswith("yopo")]
 @pytest.mark.parametrize("kind", ["mha", "gqa"])
 def test_baked_plan_is_the_checkpoints_own(baked, kind) -> None:
     source, plan, _, report = baked(kind)
-    found, tensors = read_plan_with_tensors(report.output / "yopo_plan.yaml")
+    found, tensors = read_plan(report.output / "yopo_plan.yaml")
     assert tensors is None and not (report.output / "yopo.safetensors").exists()
     assert found.baked and found.tensors is None
     assert found.layers == report.plan.layers
@@ -209,11 +210,11 @@ def test_baked_plan_is_the_checkpoints_own(baked, kind) -> None:
 
 
 def test_means_travel_in_a_side_file(baked) -> None:
-    source, plan, tensors, report = baked(compensation="mean")
-    found, means = read_plan_with_tensors(report.output / "yopo_plan.yaml")
+    source, plan, report = baked(compensation="mean")
+    found, means = read_plan(report.output / "yopo_plan.yaml")
     assert found.tensors.file == "yopo.safetensors"
     assert means.neuron_order is None
-    order = order_layers(plan, tensors)[1]
+    order = order_layers(plan)[1]
     assert torch.equal(means.neuron_mean[1], tensors.neuron_mean[1, order.neuron_order])
     assert torch.equal(means.head_mean[1, 0], tensors.head_mean[1, order.head_order[0]])
     assert "yopo.safetensors" not in (report.output / "model.safetensors.index.json").read_text()
@@ -223,10 +224,10 @@ def test_means_travel_in_a_side_file(baked) -> None:
 @pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
 @pytest.mark.parametrize("compensation", ["none", "mean", "refit"])
 def test_baked_and_loaded_is_the_pruned_model_in_memory(baked, inputs, kind, compensation) -> None:
-    source, plan, tensors, report = baked(kind, compensation=compensation)
-    found_plan, found_tensors = read_plan_with_tensors(report.output / "yopo_plan.yaml")
+    source, plan, report = baked(kind, compensation=compensation)
+    found_plan, found_tensors = read_plan(report.output / "yopo_plan.yaml")
     original, reordered = load(source.path), load(report.output)
-    with pruned(original, plan, tensors, check=False):
+    with pruned(original, plan, check=False):
         expected = logits(original, inputs)
     with pruned(reordered, found_plan, found_tensors, check=False):
         found = logits(reordered, inputs)
@@ -240,7 +241,7 @@ def test_baked_and_loaded_is_the_pruned_model_in_memory(baked, inputs, kind, com
 
 def test_fitted_weights_travel_in_a_side_file(baked) -> None:
     _, _, tensors, report = baked("gqa", compensation="refit")
-    found, own = read_plan_with_tensors(report.output / "yopo_plan.yaml")
+    found, own = read_plan(report.output / "yopo_plan.yaml")
     assert found.tensors.file == "yopo.safetensors" and own.neuron_order is None
     assert {index: set(weights) for index, weights in own.refit.items()} == {
         index: set(weights) for index, weights in tensors.refit.items()
@@ -298,9 +299,9 @@ def test_model_card_of_a_compensated_plan(baked, compensation) -> None:
 
 
 def test_no_license_is_invented(saved, make_plan, tmp_path) -> None:
-    plan, tensors = make_plan(saved().model)
+    plan = make_plan(saved().model)
     source = tmp_path / "source"
-    bake(plan, tensors, saved().path, source)
+    bake(plan, saved().path, source)
     for name in ("README.original.md", "README.md"):
         (source / name).unlink()
     again = replace(
@@ -312,10 +313,10 @@ def test_no_license_is_invented(saved, make_plan, tmp_path) -> None:
 
 @pytest.mark.parametrize("compensation", ["mean", "refit"])
 def test_the_same_input_gives_the_same_bytes(saved, make_plan, tmp_path, compensation) -> None:
-    plan, tensors = make_plan(saved().model, compensation=compensation)
+    plan = make_plan(saved().model, compensation=compensation)
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        bake(plan, tensors, saved().path, folder / "model")
+        bake(plan, saved().path, folder / "model")
     assert contents(tmp_path / "a" / "model") == contents(tmp_path / "b" / "model")
 
 
@@ -324,8 +325,8 @@ def test_a_baked_checkpoint_can_be_baked_again(
     baked, make_plan, inputs, tmp_path, compensation
 ) -> None:
     source, _, _, first = baked("gqa", compensation=compensation)
-    plan, tensors = make_plan(load(first.output, torch.float32))
-    second = bake(plan, tensors, first.output, tmp_path / "again")
+    plan = make_plan(load(first.output, torch.float32))
+    second = bake(plan, first.output, tmp_path / "again")
     before, after = logits(load(source.path), inputs), logits(load(second.output), inputs)
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
     assert not (second.output / "yopo.safetensors").exists()
@@ -350,14 +351,14 @@ def test_remote_code_without_yopo_says_so(baked, monkeypatch) -> None:
 
 
 def test_dry_run_validates_and_writes_nothing(saved, make_plan, tmp_path) -> None:
-    plan, tensors = make_plan(saved().model)
-    report = bake(plan, tensors, saved().path, tmp_path / "out", dry_run=True)
+    plan = make_plan(saved().model)
+    report = bake(plan, saved().path, tmp_path / "out", dry_run=True)
     assert report.num_reordered > 0 and report.plan is None
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     with pytest.raises(OutputError, match="exists already"):
-        bake(plan, tensors, saved().path, tmp_path / "out", dry_run=True)
+        bake(plan, saved().path, tmp_path / "out", dry_run=True)
 
 
 def test_an_identity_plan_copies_every_byte(saved, make_plan, tmp_path) -> None:
@@ -396,29 +397,29 @@ def break_write(monkeypatch, error: BaseException, *, after: int) -> None:
 def test_failure_in_the_middle_leaves_nothing(
     saved, make_plan, tmp_path, monkeypatch, error, expected, message, force
 ) -> None:
-    plan, tensors = make_plan(saved().model)
+    plan = make_plan(saved().model)
     out = tmp_path / "out"
     if force:
-        bake(plan, tensors, saved().path, out)
+        bake(plan, saved().path, out)
     before = contents(tmp_path)
     break_write(monkeypatch, error, after=9)
     with pytest.raises(expected, match=message):
-        bake(plan, tensors, saved().path, out, force=force)
+        bake(plan, saved().path, out, force=force)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if force else [])
 
 
 def test_force_replaces_the_former_result(baked, saved, tmp_path) -> None:
-    _, plan, tensors, first = baked()
+    _, plan, first = baked()
     before, inode = contents(first.output), first.output.stat().st_ino
-    bake(plan, tensors, saved().path, first.output, force=True)
+    bake(plan, saved().path, first.output, force=True)
     assert contents(first.output) == before and first.output.stat().st_ino != inode
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("mine", ["notes.txt", "README.md", "my/notes.txt", "my/empty", ".git/x"])
 def test_force_takes_no_file_of_the_users_with_it(baked, saved, tmp_path, mine) -> None:
-    _, plan, tensors, first = baked()
+    _, plan, first = baked()
     path = first.output / mine
     path.parent.mkdir(exist_ok=True)
     if mine == "my/empty":
@@ -426,7 +427,7 @@ def test_force_takes_no_file_of_the_users_with_it(baked, saved, tmp_path, mine) 
     else:
         path.write_text("mine")
     with pytest.raises(OutputError, match=f"did not write, or that were changed since: {mine}"):
-        bake(plan, tensors, saved().path, first.output, force=True)
+        bake(plan, saved().path, first.output, force=True)
     assert path.is_dir() or path.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -436,7 +437,7 @@ def test_force_takes_no_file_of_the_users_with_it(baked, saved, tmp_path, mine) 
 def test_a_source_that_changes_during_the_copy_is_refused(
     saved, make_plan, tmp_path, monkeypatch, file, how
 ) -> None:
-    plan, tensors = make_plan(saved().model)
+    plan = make_plan(saved().model)
     source = shutil.copytree(saved().path, tmp_path / "source")
     path = next(source.glob("*.safetensors")) if file == "weights" else source / file
     write = bake_module.write_weights
@@ -453,14 +454,14 @@ def test_a_source_that_changes_during_the_copy_is_refused(
 
     monkeypatch.setattr(bake_module, "write_weights", write_and_change)
     with pytest.raises(CheckpointError, match=f"{path.name}: this file of the source changed"):
-        bake(plan, tensors, source, tmp_path / "out")
+        bake(plan, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
 def test_what_is_read_back_is_compared(saved, make_plan, tmp_path, monkeypatch, kind) -> None:
     """A last byte that is wrong in any tensor, reordered or not, is found."""
-    plan, tensors = make_plan(saved(kind).model)
+    plan = make_plan(saved(kind).model)
     checkpoint = Checkpoint.open(saved(kind).path)
     entries = [entry for shard in checkpoint.shards for entry in shard.tensors]
     write = bake_module.write_weights
@@ -481,7 +482,7 @@ def test_what_is_read_back_is_compared(saved, make_plan, tmp_path, monkeypatch, 
     for entry in entries[:: len(entries) // 12]:
         spoiled.append(entry.name)
         with pytest.raises(OutputError, match=f"'{entry.name}' reads back differently"):
-            bake(plan, tensors, saved(kind).path, tmp_path / "out")
+            bake(plan, saved(kind).path, tmp_path / "out")
     assert len(spoiled) >= 12 and not list(tmp_path.iterdir())
 
 
@@ -489,10 +490,10 @@ def test_what_is_read_back_is_compared(saved, make_plan, tmp_path, monkeypatch, 
 def refused(saved, make_plan, tmp_path):
     """Factory: bake with an altered plan or tensors must raise and write nothing."""
 
-    def check(kind, match: str, alter=lambda plan, tensors: (plan, tensors), *, on=None) -> None:
-        plan, tensors = alter(*make_plan(saved().model))
+    def check(kind, match: str, alter=lambda plan, tensors: (plan), *, on=None) -> None:
+        plan = alter(*make_plan(saved().model))
         with pytest.raises(kind, match=match):
-            bake(plan, tensors, (on or saved()).path, tmp_path / "out")
+            bake(plan, (on or saved()).path, tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
     return check
@@ -518,7 +519,7 @@ def test_refuses_fitted_weights_that_are_missing_or_another_plans(refused, make_
         lambda plan, t: (_refitted(plan), t),
     )
 
-    def other(plan, tensors):
+    def other(plan):
         plan = _refitted(plan)
         weights = {"output": torch.zeros(1, 2), "output_bias": torch.zeros(32)}
         return plan, replace(tensors, refit={0: weights})
@@ -533,7 +534,7 @@ def _refitted(plan):
 
 
 def test_refuses_another_checkpoint_and_names_both(refused) -> None:
-    def other(plan, tensors):
+    def other(plan):
         return replace(plan, model=replace(plan.model, fingerprint="abcdef")), tensors
 
     refused(ModelError, r"fingerprint is [-0-9a-f]{97}, the plan's is abcdef", other)
@@ -545,16 +546,16 @@ def test_refuses_another_shape(refused, saved) -> None:
 
 
 def test_refuses_another_family(refused) -> None:
-    def other(plan, tensors):
+    def other(plan):
         return replace(plan, model=replace(plan.model, family="qwen2_vl")), tensors
 
     refused(ModelError, "is a llava model, the plan was made for qwen2_vl", other)
 
 
 def test_refuses_a_broken_source(saved, make_plan, tmp_path) -> None:
-    plan, tensors = make_plan(saved().model)
+    plan = make_plan(saved().model)
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
-        bake(plan, tensors, tmp_path / "nothing", tmp_path / "out")
+        bake(plan, tmp_path / "nothing", tmp_path / "out")
 
 
 def test_refuses_a_full_disk_before_the_first_byte(refused, monkeypatch) -> None:

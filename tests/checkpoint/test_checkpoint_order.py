@@ -49,8 +49,8 @@ def test_gqa_keeps_groups_whole(kept, heads, kv_heads) -> None:
 def test_baked_plan_keeps_the_same_heads_under_new_names(
     kind, compensation, saved, make_plan
 ) -> None:
-    plan, tensors = make_plan(saved(kind).model, compensation=compensation)
-    orders = order_layers(plan, tensors)
+    plan = make_plan(saved(kind).model, compensation=compensation)
+    orders = order_layers(plan)
     baked = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab" * 32), "new fingerprint")
     for old, new, order in zip(plan.layers, baked.layers, orders, strict=True):
         assert {order.head_order[head] for head in new.heads} == set(old.heads)
@@ -71,9 +71,9 @@ def test_baked_plan_keeps_the_same_heads_under_new_names(
 
 
 def test_baked_tensors_follow_the_order(saved, make_plan) -> None:
-    plan, tensors = make_plan(saved().model, compensation="mean")
-    orders = order_layers(plan, tensors)
-    baked = baked_tensors(plan, tensors, orders)
+    plan = make_plan(saved().model, compensation="mean")
+    orders = order_layers(plan)
+    baked = baked_tensors(plan, orders)
     assert baked.neuron_order is None
     for layer, order in enumerate(orders):
         assert torch.equal(order.neuron_order, tensors.neuron_order[layer])
@@ -85,9 +85,9 @@ def test_baked_tensors_follow_the_order(saved, make_plan) -> None:
 
 @pytest.mark.parametrize("kind", ["mha", "gqa"])
 def test_fitted_weights_follow_the_heads(kind, saved, make_plan) -> None:
-    plan, tensors = make_plan(saved(kind).model, compensation="refit")
-    orders = order_layers(plan, tensors)
-    baked = baked_tensors(plan, tensors, orders)
+    plan = make_plan(saved(kind).model, compensation="refit")
+    orders = order_layers(plan)
+    baked = baked_tensors(plan, orders)
     renamed = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab" * 32), "new")
     assert baked.neuron_order is None
     check_tensors(renamed, baked, "The baked plan")
@@ -117,8 +117,8 @@ def test_fitted_weights_follow_the_heads(kind, saved, make_plan) -> None:
 
 
 def test_plans_without_compensation_bake_no_tensors(saved, make_plan) -> None:
-    plan, tensors = make_plan(saved().model)
-    assert baked_tensors(plan, tensors, order_layers(plan, tensors)) is None
+    plan = make_plan(saved().model)
+    assert baked_tensors(plan, order_layers(plan)) is None
 
 
 def test_no_tensors_leave_the_neurons_alone(saved, make_plan) -> None:

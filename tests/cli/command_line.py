@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from yopo.demo.scenes import IMAGE_SIZE
-from yopo.plans.file import read_plan
+from yopo.plans.storage import read_plan
 
 LAYERS, HEADS, FFN = 3, 4, 40
 transformers_logging.disable_progress_bar()  # `yopo` does, where it imports transformers itself

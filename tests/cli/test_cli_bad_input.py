@@ -162,7 +162,7 @@ def test_prompt_without_visual_token(calibrate, model: Path, tmp_path: Path) -> 
     assert "Found total 0 <image> tokens" in calibrate(of=blind)
 
 
-# Wishes
+# PlanRequest
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.01, "nan"])

@@ -9,9 +9,9 @@ import pytest
 from command_line import LAYERS, Yopo
 
 from yopo.bench import random_model
-from yopo.plans.file import read_plan
 from yopo.plans.flops import dense_prefill_flops, prefill_flops
 from yopo.plans.schema import ModelShape, Workload
+from yopo.plans.storage import read_plan
 
 FAST = ("--runs", 2, "--decode-steps", 1, "--device", "cpu")
 SPREAD = {"median", "low", "high"}

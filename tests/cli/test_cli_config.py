@@ -9,7 +9,7 @@ import pytest
 from command_line import Run, Yopo
 
 from yopo.pipeline.session import FitOptions, RunOptions
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 
 
 @pytest.fixture
@@ -21,7 +21,9 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     got: dict[str, Any] = {}
 
-    def calibrate(model: str, wishes: Wishes, options: Any, fit_options: Any, **_: Any) -> None:
+    def calibrate(
+        model: str, wishes: PlanRequest, options: Any, fit_options: Any, **_: Any
+    ) -> None:
         got.update(model=model, wishes=wishes, options=options, fit_options=fit_options)
         raise Called
 
@@ -40,7 +42,7 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_defaults(called) -> None:
     got, _ = called(None, "--model", "m", "--device", "cpu")
-    assert got["wishes"] == Wishes(budget=0.25)
+    assert got["wishes"] == plan_request(budget=0.25)
     assert got["options"] == RunOptions(device="cpu")
     assert got["effort"] == FitOptions("text", measure_pairs=64, fit_pairs=256)
 
@@ -49,30 +51,30 @@ def test_file_overrides_defaults_and_flags_override_the_file(called) -> None:
     text = "model: a\nsamples: 7\nbatch_size: 3\ndtype: bfloat16\nbudget: 0.5\nqueries: last\n"
     got, _ = called(text)
     assert (got["model"], got["options"].samples, got["options"].batch_size) == ("a", 7, 3)
-    assert got["wishes"] == Wishes(budget=0.5) and got["effort"].queries == "last"
+    assert got["wishes"] == plan_request(budget=0.5) and got["effort"].queries == "last"
     flags = ("--model", "b", "--samples", 9, "--budget", 0.75, "--queries", "all")
     got, _ = called(text, *flags)
     assert (got["model"], got["options"].samples, got["options"].batch_size) == ("b", 9, 3)
-    assert got["wishes"] == Wishes(budget=0.75) and got["effort"].queries == "all"
+    assert got["wishes"] == plan_request(budget=0.75) and got["effort"].queries == "all"
 
 
 def test_null_means_unset_and_whole_numbers_are_numbers(called) -> None:
     got, _ = called("model: a\ndata: null\nbudget: 1\nbidirectional: true\n")
     assert got["options"].data is None
-    assert got["wishes"] == Wishes(budget=1.0, bidirectional=True)
+    assert got["wishes"] == plan_request(budget=1.0, bidirectional=True)
     got, _ = called("model: a\nbidirectional: true\n", "--causal")
-    assert got["wishes"] == Wishes(budget=0.25)
+    assert got["wishes"] == plan_request(budget=0.25)
 
 
 def test_a_flag_overrules_the_file_s_other_way_of_asking(called) -> None:
     got, _ = called("model: a\nbudget: 0.25\nshape: paper\n", "--preset", "yopo-12")
-    assert got["wishes"] == Wishes(preset="yopo-12")
+    assert got["wishes"] == plan_request(preset="yopo-12")
     got, _ = called("model: a\npreset: yopo-25\nradius: 1\n", "--budget", 0.1)
-    assert got["wishes"] == Wishes(budget=0.1)
+    assert got["wishes"] == plan_request(budget=0.1)
     got, _ = called("model: a\nhead_ratio: 0.5\nneuron_ratio: 0.5\n", "--alpha", 0.02)
-    assert got["wishes"] == Wishes(alpha=0.02, neuron_ratio=0.5)
+    assert got["wishes"] == plan_request(alpha=0.02, neuron_ratio=0.5)
     got, _ = called("model: a\npreset: yopo-25\n", "--head-ratio", 0.1)
-    assert got["wishes"] == Wishes(preset="yopo-25", head_ratio=0.1)
+    assert got["wishes"] == plan_request(preset="yopo-25", head_ratio=0.1)
 
 
 def test_contradictions_in_one_place_are_refused(called) -> None:

@@ -9,7 +9,7 @@ import pytest
 from command_line import Yopo, side_file
 
 import yopo as package
-from yopo.plans.file import read_plan
+from yopo.plans.storage import read_plan
 from yopo.support.errors import CheckpointError
 
 QUICK = ("--model", "llava-tiny", "--samples", 16, "--measure-pairs", 8, "--fit-pairs", 8)

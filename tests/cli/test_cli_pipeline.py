@@ -15,8 +15,9 @@ from command_line import FAST, FFN, LAYERS, Yopo, side_file
 from transformers import AutoModelForImageTextToText
 
 import yopo as library
-from yopo.plans.file import read_plan
-from yopo.plans.tensors import read_plan_with_tensors
+from yopo.plans.storage import read_plan
+from yopo.plans.storage import read_plan
+from yopo.plans.tensors import 
 
 BIN = Path(sys.executable).parent
 
@@ -57,7 +58,7 @@ def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> 
     )
     side = side_file(Path("p.yaml"))
     assert sorted(os.listdir()) == [side.name, "p.yaml", "s.safetensors"]
-    plan, _ = read_plan_with_tensors("p.yaml")
+    plan, _ = read_plan("p.yaml")
     assert plan.provenance["preset"] == "yopo-25" and plan.provenance["pairs"] == "pairs.jsonl"
     assert plan.budget.asked is None and len(plan.layers[0].heads) == 2
     first = Path("p.yaml").read_bytes(), side.read_bytes()
@@ -81,7 +82,7 @@ def test_plan_without_the_model(yopo: Yopo, calibrated: Path) -> None:
     done = yopo("plan", stats, "--head-ratio", 0.5, "--visual-layers", 2, "-o", "-")
     assert done.code == 0 and done.out.startswith("yopo_plan: 1\n")
     Path("two.yaml").write_text(done.out)
-    plan, tensors = read_plan_with_tensors("two.yaml")  # the tensors are in the cache
+    plan = read_plan("two.yaml")  # the tensors are in the cache
     assert plan.layers[1].neurons == FFN and plan.layers[2].is_empty
     assert tensors.neuron_order.shape == (LAYERS, FFN)
 

@@ -15,7 +15,7 @@ from yopo.demo.glyphs.grids import TASK
 from yopo.models.registry import resolve
 from yopo.pipeline.commands import calibrate, evaluate_target
 from yopo.pipeline.session import Calibrated, FitOptions, RunOptions
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
 from yopo.plans.schema import full_plan
@@ -28,7 +28,7 @@ NAME = "qwen2-vl-tiny"
 @pytest.fixture(scope="module")
 def calibrated() -> Calibrated:
     options = RunOptions(samples=32, batch_size=16, max_new_tokens=12)
-    return calibrate(NAME, Wishes(budget=0.5), options, FitOptions(measure_pairs=12))
+    return calibrate(NAME, plan_request(budget=0.5), options, FitOptions(measure_pairs=12))
 
 
 def test_calibration_takes_the_models_own_pairs(calibrated: Calibrated) -> None:

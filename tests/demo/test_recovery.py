@@ -24,7 +24,7 @@ from yopo.demo.scenes import pairs
 from yopo.fitting.fitter import Fitter
 from yopo.models.registry import resolve
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.runtime import saved
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense
@@ -60,7 +60,7 @@ def collate() -> Collate:
     return Collate(load_processor(str(LLAVA_TINY)))
 
 
-def calibrated(folder: Path, collate: Collate, wishes: Wishes) -> tuple[Any, Any]:
+def calibrated(folder: Path, collate: Collate, wishes: PlanRequest) -> tuple[Any, Any]:
     """A plan for the model in a directory, fitted if it wishes that."""
     processor, model = collate.processor, load_dense(resolve(str(folder)))
     shown = list(open_pairs("demo:calibration", samples=PAIRS, seed=0))
@@ -71,7 +71,7 @@ def calibrated(folder: Path, collate: Collate, wishes: Wishes) -> tuple[Any, Any
         options = {"image_token_id": token, "device": "cpu", "dtype": model.dtype}
         return [encode(processor, group, **options) for group in batches(shown, PAIRS)]
 
-    plan, tensors, _ = make_plan(statistics, wishes, None, Fitter(model, encoded))
+    plan, _ = make_plan(statistics, wishes, None, Fitter(model, encoded))
     return plan, tensors
 
 
@@ -90,8 +90,8 @@ def test_the_documented_recovery_works(
     collate: Collate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plan, tensors = calibrated(LLAVA_TINY, collate, Wishes(**SHAPE, compensation="refit"))
-    bake(plan, tensors, LLAVA_TINY, "llava-tiny-yopo")
+    plan = calibrated(LLAVA_TINY, collate, plan_request(**SHAPE, compensation="refit"))
+    bake(plan, LLAVA_TINY, "llava-tiny-yopo")
     unseen = collate(list(pairs("heldout", 24, seed=5)))
     before = loss(yopo.load("llava-tiny-yopo"), unseen)
     space = {"rows": list(pairs("train", 80, seed=1)), "collate": collate}
@@ -112,7 +112,7 @@ def test_the_documented_recovery_works(
     )
 
     # The trained model is a checkpoint like any other: another plan can be made for it.
-    second, more = calibrated(Path("llava-tiny-recovered"), collate, Wishes(**SHAPE))
+    second, more = calibrated(Path("llava-tiny-recovered"), collate, plan_request(**SHAPE))
     bake(second, more, "llava-tiny-recovered", "llava-tiny-again")
     stock = load_dense(resolve("llava-tiny-recovered"))
     with pruned(stock, second, more):

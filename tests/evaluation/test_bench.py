@@ -261,7 +261,7 @@ def state(model: Any) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_behind(mha: Subject, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     tiny.logits(mha.model, tiny.batch([[1, *tiny.PICTURE, 3]]))  # transformers hooks its own tower
     before, threads = state(mha.model), torch.get_num_threads()
     options = replace(QUICK, threads=2)
@@ -273,30 +273,30 @@ def test_nothing_is_left_behind(mha: Subject, monkeypatch: pytest.MonkeyPatch, f
 
         monkeypatch.setattr(Bench, "prefill", fail)
         with pytest.raises(ZeroDivisionError):
-            bench_model(mha.model, plan, tensors, Sizes(), options)
+            bench_model(mha.model, plan, Sizes(), options)
     else:
-        found = bench_model(mha.model, plan, tensors, Sizes(batch=2), options)
+        found = bench_model(mha.model, plan, Sizes(batch=2), options)
         assert found.threads == 2 and found.weights == "checkpoint"
     assert state(mha.model) == before and torch.get_num_threads() == threads
 
 
 def test_a_real_model_is_timed_on_its_own_images(subject: Subject) -> None:
-    plan, tensors = subject.random_plan(5)
+    plan = subject.random_plan(5)
     sizes = Sizes(batch=2, visual=2 * tiny.SIDE**2, text=11)
-    found = bench_model(subject.model, plan, tensors, sizes, replace(QUICK, decode_steps=0))
+    found = bench_model(subject.model, plan, sizes, replace(QUICK, decode_steps=0))
     assert found.plan.workload.grids == (Grid(tiny.SIDE, tiny.SIDE),) * 2
     assert found.layers.used == (0, 1, 2, 3) and found.decode is None
     assert found.visual_kv[1] == found.planned_kv == 2 * visual_kv_bytes(found.plan, 4)
     with pytest.raises(
         ModelError, match="9 visual tokens are wanted, 1 of the model.s images have 16"
     ):
-        bench_model(subject.model, plan, tensors, Sizes(visual=9), QUICK)
+        bench_model(subject.model, plan, Sizes(visual=9), QUICK)
 
 
 def test_another_familys_plan_runs_on_a_stand_in(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(5)
+    plan = mha.random_plan(5)
     plan = replace(plan, model=replace(plan.model, family="internvl"))
-    found = bench_random(plan, tensors, Sizes(), QUICK, num_layers=2)
+    found = bench_random(plan, Sizes(), QUICK, num_layers=2)
     assert found.stand_in and document(found)["stand_in"]
     assert not bench_random(plan_for(), None, Sizes(), QUICK).stand_in
 
@@ -398,7 +398,7 @@ def test_some_layers_of_a_refit_plan_take_their_weights_along(mha: Subject) -> N
         LayerPlan(heads, True, None, mha.shape.ffn),
         LayerPlan(heads, False, None, 0, linear=3),
     )
-    plan, tensors = mha.random_plan(1, layers=layers, compensation="refit", baked=False)
+    plan = mha.random_plan(1, layers=layers, compensation="refit", baked=False)
     used = (1, 3)
     few, parts = fitted(with_layers(plan, used), tensors, used)
     check_tensors(few, parts, "The plan")

@@ -43,8 +43,8 @@ def test_answers_are_predicted_from_the_token_before(subject: Subject) -> None:
 
 def test_kl_and_agreement_follow_their_definition(subject: Subject) -> None:
     records = record(subject)
-    plan, tensors = subject.random_plan(3)
-    with pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(3)
+    with pruned(subject.model, plan):
         found = compare(subject.model, records)
         ours = answer_log_probs(subject.model, records[0].batch).double()
     dense = records[0].log_probs.double()
@@ -69,12 +69,10 @@ def test_no_pairs_are_an_error(mha: Subject) -> None:
 
 
 def test_prefill_is_timed_in_pairs_and_leaves_no_hook(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     batch = answered()
     runs = 3
-    found = time_prefill(
-        mha.model, batch, lambda: pruned(mha.model, plan, tensors), runs=runs, warmup=1
-    )
+    found = time_prefill(mha.model, batch, lambda: pruned(mha.model, plan), runs=runs, warmup=1)
     assert found.runs == runs and found.batch_size == len(ROWS)
     assert min(found.dense_ms, found.pruned_ms, found.ratio) > 0
     decoder = mha.model.get_decoder()

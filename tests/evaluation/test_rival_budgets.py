@@ -90,9 +90,9 @@ def test_ranking_is_counted_to_the_last_product(large: Subject) -> None:
 
 
 def test_the_simulation_runs_everything(large: Subject) -> None:
-    plan, tensors = large.random_plan(3, workload=PROMPT)
+    plan = large.random_plan(3, workload=PROMPT)
     setting, shape = solve_for("masked", plan), large.shape
-    with rival(large.model, setting, plan, tensors):
+    with rival(large.model, setting, plan):
         count = executed(large)
     dense = dense_prefill_flops(shape, PROMPT)
     assert count == pytest.approx(dense, rel=0.01)

@@ -69,12 +69,10 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(
     whole = LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
     none = LayerPlan((), attend=False, radius=None, neurons=0)
     layer_plans = (whole,) * layers + (none,) * (LAYERS - layers)
-    plan, tensors = subject.random_plan(
-        0, layers=layer_plans, compensation="none", bidirectional=False
-    )
-    with pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(0, layers=layer_plans, compensation="none", bidirectional=False)
+    with pruned(subject.model, plan):
         usual, said = tiny.logits(subject.model, inputs), generated(subject.model, inputs)
-    with pruned(subject.oracle, plan, tensors, check=False):
+    with pruned(subject.oracle, plan, check=False):
         oracle = tiny.logits(subject.oracle, inputs)
     with rival(subject.model, Setting("vtw", layers)):
         found = tiny.logits(subject.model, inputs)
@@ -170,14 +168,14 @@ def test_downsampling_is_the_stock_model_on_a_shorter_prompt(subject: Subject) -
 def test_the_simulation_means_what_the_reference_means(
     subject: Subject, prompt: str, seed: int
 ) -> None:
-    plan, tensors = subject.random_plan(seed, compensation=("none", "mean")[seed % 2])
+    plan = subject.random_plan(seed, compensation=("none", "mean")[seed % 2])
     inputs = inputs_of(prompt)
-    with reference(subject.model, plan, tensors):
+    with reference(subject.model, plan):
         usual = tiny.logits(subject.model, inputs)
         said = generated(subject.model, inputs, use_cache=False)
-    with reference(subject.oracle, plan, tensors, check=False):
+    with reference(subject.oracle, plan, check=False):
         oracle = tiny.logits(subject.oracle, inputs)
-    with rival(subject.model, "masked", plan, tensors):
+    with rival(subject.model, "masked", plan):
         found = tiny.logits(subject.model, inputs)
         assert torch.equal(generated(subject.model, inputs), said)
     tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
@@ -188,8 +186,8 @@ def test_the_simulation_means_what_the_reference_means(
 def test_generate_is_teacher_forcing(subject: Subject, name: str, prompt: str) -> None:
     """Decode steps see what one forward of prompt and answer sees."""
     model, inputs = subject.model, inputs_of(prompt)
-    plan, tensors = subject.random_plan(1)
-    with torch.no_grad(), rival(model, SOME.get(name, name), plan, tensors):
+    plan = subject.random_plan(1)
+    with torch.no_grad(), rival(model, SOME.get(name, name), plan):
         length = inputs["input_ids"].shape[1]
         whole = generated(model, inputs)
         more = torch.ones(len(whole), whole.shape[1] - length, dtype=torch.int64)
@@ -238,10 +236,10 @@ def test_dropped_tokens_are_in_no_later_cache(subject: Subject) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_restored_bit_for_bit(mha: Subject, name: str, fails: bool) -> None:
     model, inputs = mha.model, inputs_of("two images")
-    plan, tensors = mha.random_plan(2)
+    plan = mha.random_plan(2)
     before, state = tiny.logits(model, inputs), trace(model)
     with pytest.raises(ZeroDivisionError) if fails else torch.no_grad():
-        with rival(model, SOME.get(name, name), plan, tensors):
+        with rival(model, SOME.get(name, name), plan):
             assert not torch.equal(tiny.logits(model, inputs), before)
             if fails:
                 raise ZeroDivisionError
@@ -260,9 +258,9 @@ def trace(model: Any) -> tuple[object, ...]:
 def test_text_alone_is_the_stock_model(mha: Subject) -> None:
     inputs = tiny.batch([[1, 5, 6, 7], [2, 3]])
     usual, said = tiny.logits(mha.model, inputs), generated(mha.model, inputs)
-    plan, tensors = mha.random_plan(2)
+    plan = mha.random_plan(2)
     for name in NAMES:
-        with rival(mha.model, SOME.get(name, name), plan, tensors):
+        with rival(mha.model, SOME.get(name, name), plan):
             found = tiny.logits(mha.model, inputs)
             assert torch.equal(generated(mha.model, inputs), said)
         assert torch.allclose(found[tiny.real(inputs)], usual[tiny.real(inputs)], atol=1e-4)
@@ -271,11 +269,11 @@ def test_text_alone_is_the_stock_model(mha: Subject) -> None:
 def test_eager_attention_gets_masks_that_it_adds(mha: Subject) -> None:
     inputs, eager = inputs_of("padded"), copy.deepcopy(mha.model)
     eager.set_attn_implementation("eager")
-    plan, tensors = mha.random_plan(1)
+    plan = mha.random_plan(1)
     for name in NAMES:
         found = []
         for model in (mha.model, eager):
-            with rival(model, SOME.get(name, name), plan, tensors):
+            with rival(model, SOME.get(name, name), plan):
                 found.append(tiny.logits(model, inputs)[tiny.real_text(inputs)])
                 said = generated(model, inputs)
         assert torch.allclose(*found, atol=1e-4) and said.shape[1] > inputs["input_ids"].shape[1]
@@ -335,8 +333,8 @@ def test_one_change_at_a_time(mha: Subject) -> None:
     with rival(mha.model, SOME["vtw"]), pytest.raises(ModelError, match="already"):
         with rival(mha.model, SOME["fastv"]):
             pass
-    plan, tensors = mha.random_plan(2)
-    with pruned(mha.model, plan, tensors), pytest.raises(ModelError, match="already"):
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan), pytest.raises(ModelError, match="already"):
         with rival(mha.model, SOME["fastv"]):
             pass
 
@@ -356,8 +354,8 @@ def test_several_forwards_are_one(subject: Subject, name: str) -> None:
     """Steps of one and of several tokens, padded rows: as if all had been in one prompt."""
     turns = [PROMPTS["padded"], [[40, 41, 42], [50, 51]], [[43], [52]], [[44, 45], [53, 54]]]
     parts = [tiny.batch(rows) for rows in turns]
-    plan, tensors = subject.random_plan(1)
-    with torch.no_grad(), rival(subject.model, SOME.get(name, name), plan, tensors):
+    plan = subject.random_plan(1)
+    with torch.no_grad(), rival(subject.model, SOME.get(name, name), plan):
         cache, found, mask = None, [], []
         for part in parts:
             mask.append(part.pop("attention_mask"))
@@ -380,8 +378,8 @@ def test_several_forwards_are_one(subject: Subject, name: str) -> None:
 def test_a_second_turn_of_text_continues_the_first(mha: Subject, name: str) -> None:
     """``generate`` over a used cache says what it says when it prefills everything."""
     model, inputs = mha.model, inputs_of("one image")
-    plan, tensors = mha.random_plan(1)
-    with rival(model, SOME.get(name, name), plan, tensors):
+    plan = mha.random_plan(1)
+    with rival(model, SOME.get(name, name), plan):
         first = generated(model, inputs, return_dict_in_generate=True)
         more = torch.tensor([[30, 31, 32]])
         ids = torch.cat([first.sequences, more], dim=1)

@@ -20,7 +20,7 @@ from yopo.calibration.statistics import MAX_DISTANCE, Statistics
 from yopo.checkpoint.bake import bake
 from yopo.data.prompts import Batch
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.plans.file import to_yaml
 from yopo.runtime.install import pruned
 
@@ -148,8 +148,8 @@ def measured(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> Statistics:
 def test_the_same_pairs_give_the_same_bytes(
     specimen: Specimen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = [make_plan(measured(specimen, monkeypatch), Wishes(budget=0.4)) for _ in range(2)]
-    (plan, tensors, _), (again, same, _) = made
+    made = [make_plan(measured(specimen, monkeypatch), plan_request(budget=0.4)) for _ in range(2)]
+    (plan, _), (again, same, _) = made
     assert to_yaml(plan) == to_yaml(again) and tensors.to_bytes() == same.to_bytes()
 
 
@@ -157,16 +157,16 @@ def test_the_same_pairs_give_the_same_bytes(
 def test_from_pairs_to_a_served_model(
     specimen: Specimen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: str
 ) -> None:
-    plan, tensors, _ = make_plan(measured(specimen, monkeypatch), Wishes(budget=0.5, shape=shape))
+    plan, _ = make_plan(measured(specimen, monkeypatch), plan_request(budget=0.5, shape=shape))
     assert 0.3 < plan.budget.reached <= 0.5
     specimen.model.save_pretrained(tmp_path / "source")
-    bake(plan, tensors, tmp_path / "source", tmp_path / "out")
+    bake(plan, tmp_path / "source", tmp_path / "out")
     model = yopo.load(tmp_path / "out")
     inputs = specimen.inputs(ROWS)
-    with pruned(specimen.model, plan, tensors):
+    with pruned(specimen.model, plan):
         usual = tiny.logits(specimen.model, inputs)
         said = specimen.generate(specimen.model, inputs)
-    with pruned(specimen.oracle, plan, tensors):
+    with pruned(specimen.oracle, plan):
         oracle = tiny.logits(specimen.oracle, inputs)
     where = specimen.text_positions(inputs)
     tiny.assert_close(tiny.logits(model, inputs), usual, oracle, where)

@@ -22,7 +22,7 @@ ENTRIES = {type(entry).__module__: entry for entry in zoo.all_entries()}
 def test_images_that_are_encoded_at_once_are_not_mixed_up(module: str) -> None:
     """All threads encode before any prefills, as two calls of ``generate`` may."""
     specimen = zoo.build(ENTRIES[module])
-    plan, tensors = specimen.plan(3)
+    plan = specimen.plan(3)
     batches = [specimen.inputs(rows, seed) for seed, rows in enumerate(ROWS)]
     barrier = threading.Barrier(len(batches), timeout=PATIENCE)
 
@@ -38,7 +38,7 @@ def test_images_that_are_encoded_at_once_are_not_mixed_up(module: str) -> None:
         )
         return said.logits[0]
 
-    with pruned(specimen.model, plan, tensors):
+    with pruned(specimen.model, plan):
         expected = [tiny.logits(specimen.model, each)[:, -1] for each in batches]
         handle = specimen.model.base_model.register_forward_pre_hook(lambda *_: meet(barrier))
         try:

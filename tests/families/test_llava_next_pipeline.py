@@ -24,7 +24,7 @@ from zoo_llava_next import PATCH, PINPOINTS, TILE
 import yopo
 from yopo.cli.main import main
 from yopo.data.prompts import load_processor
-from yopo.plans.file import read_plan
+from yopo.plans.storage import read_plan
 
 FAST = ("--samples", 16, "--batch-size", 3, "--measure-pairs", 8, "--max-new-tokens", 2)
 

@@ -22,7 +22,6 @@ from yopo.models.layout import LayoutProbe
 from yopo.pipeline.verification import random_prompt, verify
 from yopo.plans.flops import dense_prefill_flops, prefill_flops, visual_kv_bytes
 from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 
@@ -55,12 +54,12 @@ def test_the_whole_plan_is_the_stock_model(specimen: Specimen) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_prefill_is_the_reference(specimen: Specimen, seed: int) -> None:
     for name, inputs in prompts_of(specimen).items():
-        plan, tensors = specimen.plan(seed)
-        with reference(specimen.model, plan, tensors):
+        plan = specimen.plan(seed)
+        with reference(specimen.model, plan):
             usual = tiny.logits(specimen.model, inputs)
-        with reference(specimen.oracle, plan, tensors):
+        with reference(specimen.oracle, plan):
             oracle = tiny.logits(specimen.oracle, inputs)
-        with pruned(specimen.model, plan, tensors):
+        with pruned(specimen.model, plan):
             found = tiny.logits(specimen.model, inputs)
         where = specimen.text_positions(inputs)
         tiny.assert_close(found, usual, oracle, where)
@@ -71,7 +70,7 @@ def test_prefill_is_the_reference(specimen: Specimen, seed: int) -> None:
 
 def specified(
     specimen: Specimen,
-    case: tuple[PruningPlan, PlanTensors],
+    case: PruningPlan,
     inputs: dict[str, Any],
     **options: Any,
 ) -> torch.Tensor:
@@ -111,14 +110,14 @@ def test_a_second_turn_with_a_new_image_continues_the_cache(
 
 @pytest.fixture(scope="module", params=["hub layout", "module names"])
 def baked(request: pytest.FixtureRequest, specimen: Specimen, tmp_path_factory) -> tuple:
-    """(baked directory, plan, tensors, specimen)."""
+    """(baked directory, plan, specimen)."""
     folder = tmp_path_factory.mktemp("baked")
     is_hub = request.param == "hub layout"
     specimen.model.save_pretrained(folder / "source", save_original_format=is_hub)
     fixed = {"workload": specimen.workload(LARGE), "compensation": "mean", "baked": False}
-    plan, tensors = specimen.plan(7, **fixed)
-    bake(plan, tensors, folder / "source", folder / "out")
-    return folder / "out", plan, tensors, specimen
+    plan = specimen.plan(7, **fixed)
+    bake(plan, folder / "source", folder / "out")
+    return folder / "out", plan, specimen
 
 
 def check_stock(path: Path, specimen: Specimen) -> None:
@@ -139,7 +138,7 @@ def test_baked_in_stock_transformers_is_the_original(baked: tuple) -> None:
 
 @pytest.mark.parametrize("how", ["yopo.load", "trust_remote_code"])
 def test_baked_and_loaded_is_pruned_in_memory(baked: tuple, how: str) -> None:
-    path, plan, tensors, specimen = baked
+    path, plan, specimen = baked
     if how == "yopo.load":
         model = yopo.load(path)
     else:
@@ -148,10 +147,10 @@ def test_baked_and_loaded_is_pruned_in_memory(baked: tuple, how: str) -> None:
         )
         assert not report["missing_keys"] and not report["mismatched_keys"]
     inputs = specimen.inputs(PROMPTS["padded, different images"])
-    with pruned(specimen.model, plan, tensors):
+    with pruned(specimen.model, plan):
         usual = tiny.logits(specimen.model, inputs)
         said = specimen.generate(specimen.model, inputs)
-    with pruned(specimen.oracle, plan, tensors):
+    with pruned(specimen.oracle, plan):
         oracle = tiny.logits(specimen.oracle, inputs)
     where = specimen.text_positions(inputs)
     tiny.assert_close(tiny.logits(model, inputs), usual, oracle, where)
@@ -160,10 +159,10 @@ def test_baked_and_loaded_is_pruned_in_memory(baked: tuple, how: str) -> None:
 
 def test_verify_compares_both_checkpoints(baked: tuple) -> None:
     """What ``yopo apply --verify`` does: noise of the family's own making."""
-    path, plan, tensors, specimen = baked
+    path, plan, specimen = baked
     inputs = random_prompt(specimen.model, plan)
     assert 0 < (~specimen.text_positions(inputs)).sum() < inputs["input_ids"].numel()
-    found = verify(path, path.parent / "source", plan, tensors)
+    found = verify(path, path.parent / "source", plan)
     assert found.dense.relative <= found.tolerance and found.pruned.relative <= found.tolerance
 
 
@@ -190,8 +189,8 @@ def test_the_dense_models_flops(specimen: Specimen) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_flops_and_bytes(specimen: Specimen, seed: int) -> None:
     inputs = specimen.inputs([LARGE])
-    plan, tensors = specimen.plan(seed, workload=specimen.workload(LARGE))
-    with pruned(specimen.model, plan, tensors):
+    plan = specimen.plan(seed, workload=specimen.workload(LARGE))
+    with pruned(specimen.model, plan):
         assert executed(specimen, inputs) == pytest.approx(prefill_flops(plan), rel=0.01)
         with torch.no_grad():
             cache = specimen.model(**inputs, use_cache=True).past_key_values
@@ -247,10 +246,10 @@ def test_grids_are_found_in_forward_generate_and_beams(specimen: Specimen) -> No
 
 def test_nothing_visual_is_nothing_pruned(specimen: Specimen, capsys: Any, recwarn: Any) -> None:
     none = LayerPlan((), attend=False, radius=None, neurons=0)
-    plan, tensors = specimen.plan(0, layers=(none,) * 4)
+    plan = specimen.plan(0, layers=(none,) * 4)
     inputs = specimen.inputs(PROMPTS["text"])
     usual, oracle = (tiny.logits(each, inputs) for each in (specimen.model, specimen.oracle))
-    with pruned(specimen.model, plan, tensors):
+    with pruned(specimen.model, plan):
         found = tiny.logits(specimen.model, inputs)
     tiny.assert_close(found, usual, oracle, inputs["attention_mask"].bool())
     assert capsys.readouterr() == ("", "") and not recwarn.list

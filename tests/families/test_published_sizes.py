@@ -11,7 +11,7 @@ import statistics_maker
 from yopo.cli.calibrate import command
 from yopo.cli.config import load_config
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.plans.flops import dense_visual_flops
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape, Workload
@@ -57,7 +57,7 @@ def test_the_papers_share_is_reached(name: str, tiles: int) -> None:
     statistics = statistics_maker.make(
         shape=TEMPLATES[name], family="internvl", workload=Workload((TILE,) * tiles, 40), samples=2
     )
-    wishes = Wishes(budget=values["budget"], shape="paper", compensation="none")
+    wishes = plan_request(budget=values["budget"], template="paper", compensation="none")
     plan, _, _ = make_plan(statistics, wishes)
     assert plan.budget.reached == pytest.approx(PAPER[name], rel=0.01)
     assert plan.budget.reached <= PAPER[name]

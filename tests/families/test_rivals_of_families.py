@@ -59,12 +59,12 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(specimen: Specimen, p
     shape, inputs = specimen.identity.shape, specimen.inputs(PROMPTS[prompt])
     whole = LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
     none = LayerPlan((), attend=False, radius=None, neurons=0)
-    plan, tensors = specimen.plan(
+    plan = specimen.plan(
         0, layers=(whole, none, none, none), compensation="none", bidirectional=False
     )
-    with reference(specimen.oracle, plan, tensors, check=False):
+    with reference(specimen.oracle, plan, check=False):
         oracle = tiny.logits(specimen.oracle, inputs)
-    with pruned(specimen.model, plan, tensors):
+    with pruned(specimen.model, plan):
         usual, said = tiny.logits(specimen.model, inputs), specimen.generate(specimen.model, inputs)
     with rival(specimen.model, Setting("vtw", 1)):
         found = tiny.logits(specimen.model, inputs)
@@ -75,14 +75,14 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(specimen: Specimen, p
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_simulation_means_what_the_reference_means(specimen: Specimen, prompt: str) -> None:
     inputs = specimen.inputs(PROMPTS[prompt])
-    plan, tensors = specimen.plan(1)
-    with reference(specimen.model, plan, tensors):
+    plan = specimen.plan(1)
+    with reference(specimen.model, plan):
         usual = tiny.logits(specimen.model, inputs)
-    with reference(specimen.oracle, plan, tensors, check=False):
+    with reference(specimen.oracle, plan, check=False):
         oracle = tiny.logits(specimen.oracle, inputs)
-    with pruned(specimen.model, plan, tensors):
+    with pruned(specimen.model, plan):
         said = specimen.generate(specimen.model, inputs)
-    with rival(specimen.model, "masked", plan, tensors):
+    with rival(specimen.model, "masked", plan):
         found = tiny.logits(specimen.model, inputs)
         assert torch.equal(specimen.generate(specimen.model, inputs), said)
     tiny.assert_close(found, usual, oracle, specimen.text_positions(inputs))
@@ -183,12 +183,12 @@ def test_pooling_is_a_mean_over_areas() -> None:
 
 
 def test_rivals_are_timed_on_the_models_own_images(specimen: Specimen) -> None:
-    plan, tensors = specimen.plan(3, workload=specimen.workload([1, 5, 6, "L", 7, 8, 9]))
+    plan = specimen.plan(3, workload=specimen.workload([1, 5, 6, "L", 7, 8, 9]))
     options = BenchOptions(
         runs=1, warmup=0, decode_steps=1, rivals=NAMES, may_leave_out=True, contexts=(300,)
     )
     plan = plan.with_layers([full_layer(plan.model.shape)] * 3 + [plan.layers[0]])
-    found = bench_model(specimen.model, plan, tensors, Sizes(), options)
+    found = bench_model(specimen.model, plan, Sizes(), options)
     assert list(found.left_out) == ([] if pools(specimen) else ["downsample"])
     for name, measured in found.measured.items():
         assert measured.visual_kv == found.planned_kv_of(name), name

@@ -24,7 +24,6 @@ from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.models.registry import family_of
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelIdentity, PruningPlan, Workload
-from yopo.plans.tensors import PlanTensors
 
 Row = Sequence[int | str]
 """One prompt: token ids, and letters for images."""
@@ -152,7 +151,7 @@ class Specimen:
                 grids += self.entry.pictures[piece].grids
         return Workload(tuple(grids), text, before or 0)
 
-    def plan(self, seed: int, **fixed: Any) -> tuple[PruningPlan, PlanTensors]:
+    def plan(self, seed: int, **fixed: Any) -> PruningPlan:
         """A random plan and its tensors."""
         plan = tiny.random_plan(self.identity, random.Random(seed), **fixed)
         return plan, tiny.random_tensors(plan, seed)

@@ -16,7 +16,7 @@ from yopo.fitting.profile import Profile
 from yopo.planning import planner
 from yopo.planning.allocate import FACTOR, Allocator, Weighting, weighting_moves
 from yopo.planning.planner import Candidate, make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.plans.flops import visual_budget, visual_flops_of_layer
 from yopo.plans.schema import LayerPlan, PruningPlan, full_layer
@@ -73,8 +73,8 @@ def damage(layers: Layers, allocator: Allocator) -> float:
             total += mixed * lost if head in layer.attend else mixed
         ranked = statistics.importance[number].sort(descending=True).values
         share = float(ranked[: layer.neurons].sum() / ranked.sum())
-        bent = float(profile.bent[number])
-        straight = max(float(profile.unmapped[number, layer.linear]) - bent, 0.0)
+        bent = float(profile.nonlinear_residual[number])
+        straight = max(float(profile.map_residual[number, layer.linear]) - bent, 0.0)
         total += later * (1 - share) * (bent + straight)
     return total
 
@@ -212,7 +212,7 @@ class FakeFitter:
         self.profile = make_profile(statistics)
         self.fitted: list[Layers] = []
 
-    def tensors(self, plan: PruningPlan, tensors: PlanTensors) -> PlanTensors:
+    def tensors(self, plan: PruningPlan) -> PlanTensors:
         self.fitted.append(plan.layers)
         return tensors
 
@@ -221,7 +221,7 @@ def counting(kl: Callable[[PruningPlan], float]) -> tuple[Callable, list[tuple[L
     """A measure, and what it was asked for."""
     seen: list[tuple[Layers, str]] = []
 
-    def measure(plan: PruningPlan, tensors: PlanTensors) -> float:
+    def measure(plan: PruningPlan) -> float:
         seen.append((plan.layers, plan.compensation))
         return kl(plan)
 
@@ -240,7 +240,7 @@ def test_the_best_candidate_wins(kv_heads: int, asked: str | None) -> None:
     statistics = make_statistics(kv_heads)
     measure, seen = counting(wants_rank)
     fitter = FakeFitter(statistics)
-    wishes = Wishes(budget=0.3, compensation=asked)
+    wishes = plan_request(budget=0.3, compensation=asked)
     plan, _, candidates = make_plan(statistics, wishes, measure, fitter)
     assert candidates[0].kl == min(each.kl for each in candidates) == wants_rank(plan)
     assert plan.layers == candidates[0].plan.layers
@@ -265,7 +265,7 @@ def test_a_search_from_an_allocation_keeps_the_budget() -> None:
         return 0.01 + visual_flops_of_layer(plan.layers[0], shape, workload) / dense
 
     measure, seen = counting(kl)
-    wishes = Wishes(budget=0.12, compensation="refit", search=40)
+    wishes = plan_request(budget=0.12, compensation="refit", search=40)
     plan, _, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
     assert plan.provenance["shape"].startswith("search from allocated, rate ")
     assert candidates[0].kl == kl(plan) < candidates[1].kl
@@ -277,14 +277,17 @@ def test_a_search_from_an_allocation_keeps_the_budget() -> None:
 def test_a_search_that_finds_nothing_keeps_the_best_candidate() -> None:
     statistics = make_statistics()
     measure, seen = counting(lambda plan: 1.0)
-    wishes = Wishes(budget=0.3, compensation="refit", search=10)
+    wishes = plan_request(budget=0.3, compensation="refit", search=10)
     plan, _, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
     assert plan.provenance["shape"].startswith("allocated, rate ")
     assert candidates[0] is candidates[1] and len(seen) == len(set(seen))
 
 
 def test_a_refit_needs_the_model() -> None:
-    for wishes in (Wishes(preset="yopo-25", compensation="refit"), Wishes(compensation="refit")):
+    for wishes in (
+        plan_request(preset="yopo-25", compensation="refit"),
+        plan_request(compensation="refit"),
+    ):
         with pytest.raises(PlanError, match="fitted on the model, and there is none") as caught:
             make_plan(make_statistics(), wishes)
         assert caught.value.remedy == "Use `yopo calibrate --compensation refit`."
@@ -295,7 +298,7 @@ def test_a_refit_needs_the_model() -> None:
 def test_what_no_budget_pays_for_is_a_sentence(asked: str | None, shape: str | None) -> None:
     statistics = make_statistics()
     measure, seen = counting(wants_rank)
-    wishes = Wishes(budget=1e-6, compensation=asked, shape=shape)
+    wishes = plan_request(budget=1e-6, compensation=asked, shape=shape)
     with pytest.raises(PlanError, match="fits a visual budget of 1e-06"):
         make_plan(statistics, wishes, measure, FakeFitter(statistics))
     assert seen == []
@@ -307,8 +310,8 @@ def test_shapes_are_candidates_where_nothing_can_be_allocated(
     statistics = make_statistics()
     monkeypatch.setattr(planner.Allocator, "allocate", lambda self: None)
     measure, _ = counting(wants_rank)
-    _, _, found = make_plan(statistics, Wishes(budget=0.3), measure, FakeFitter(statistics))
+    _, _, found = make_plan(statistics, plan_request(budget=0.3), measure, FakeFitter(statistics))
     assert found and all(isinstance(each, Candidate) and each.weighting is None for each in found)
     with pytest.raises(PlanError, match="fits a visual budget"):
-        wishes = Wishes(budget=0.3, compensation="refit")
+        wishes = plan_request(budget=0.3, compensation="refit")
         make_plan(statistics, wishes, measure, FakeFitter(statistics))

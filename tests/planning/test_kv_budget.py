@@ -8,11 +8,10 @@ from test_allocate import LAYERS, damage, make_allocator, make_profile, make_sta
 
 from yopo.planning.allocate import Allocator, Weighting
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.planning.templates import TEMPLATES, TemplateBuilder
 from yopo.plans.flops import dense_visual_kv_bytes, visual_budget, visual_kv_bytes
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import PlanError
 
 SHARES = (0.1, 0.25, 0.5, 0.75)
@@ -53,7 +52,7 @@ def test_the_heads_that_are_left_are_those_that_read_most() -> None:
     """With nothing but reading to lose, a KV budget is a threshold on what reading is worth."""
     statistics = make_statistics()
     profile = make_profile(statistics)
-    profile.mixing.zero_(), profile.bent.zero_(), profile.unmapped.zero_()
+    profile.mixing.zero_(), profile.nonlinear_residual.zero_(), profile.map_residual.zero_()
     builder = TemplateBuilder(statistics, 1.0, kv_budget=0.5)
     layers = Allocator(builder, profile, Weighting.even(1.0, None, LAYERS)).allocate()
     effect = statistics.head_effect
@@ -80,11 +79,11 @@ def test_shapes_keep_it(share: float) -> None:
 def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
     seen: list[PruningPlan] = []
 
-    def measure(plan: PruningPlan, tensors: PlanTensors) -> float:
+    def measure(plan: PruningPlan) -> float:
         seen.append(plan)
         return 1 / (1 + sum(len(layer.heads) for layer in plan.layers))
 
-    wishes = Wishes(budget=0.4, kv_budget=0.3, search=search)
+    wishes = plan_request(budget=0.4, kv_budget=0.3, search=search)
     plan, _, _ = make_plan(make_statistics(2), wishes, measure)
     assert plan.provenance["kv_budget"] == 0.3
     for each in (plan, *seen):
@@ -94,8 +93,8 @@ def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
 
 def test_what_cannot_be_had_is_a_sentence() -> None:
     with pytest.raises(PlanError, match=r"a KV budget of 0.01: one layer .* caches 0.1667"):
-        make_plan(make_statistics(), Wishes(budget=0.5, kv_budget=0.01, shape="reader"))
+        make_plan(make_statistics(), plan_request(budget=0.5, kv_budget=0.01, template="reader"))
     with pytest.raises(PlanError, match=r"kv_budget must lie in \(0, 1\], found 2"):
-        Wishes(budget=0.5, kv_budget=2)
+        plan_request(budget=0.5, kv_budget=2)
     with pytest.raises(PlanError, match="kv_budget stands beside a budget"):
-        Wishes(preset="yopo-25", kv_budget=0.5)
+        plan_request(preset="yopo-25", kv_budget=0.5)

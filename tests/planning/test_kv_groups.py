@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from yopo.calibration.statistics import Statistics
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.planning.templates import TEMPLATES, TemplateBuilder
 from yopo.plans.flops import visual_budget, visual_kv_bytes
 from yopo.plans.schema import PruningPlan
@@ -34,7 +34,7 @@ def spread() -> Statistics:
 
 
 def plan_of(statistics: Statistics, **wish: object) -> PruningPlan:
-    return make_plan(statistics, Wishes(**wish))[0]
+    return make_plan(statistics, plan_request(**wish))[0]
 
 
 def is_whole(plan: PruningPlan) -> bool:

@@ -176,7 +176,12 @@ def test_degenerate_inputs_give_finite_fits(name: str, pieces: int) -> None:
     out, inner, shift = reduced_rank(gram, 2)
     bottleneck = Projections(gram, [own]).at_rank(2, [None])
     found = (weight, bias, out, inner, shift, bottleneck.reduce, *bottleneck.expand)
-    for each in (*found, *bottleneck.bias, explained(gram), Projections(gram, [own]).lost()):
+    for each in (
+        *found,
+        *bottleneck.bias,
+        explained(gram),
+        Projections(gram, [own]).residual_by_rank(),
+    ):
         assert torch.isfinite(each).all()
     # However little varies, a fit is at worst about as good as the best constant.
     constant = centred(y).square().sum(dim=1).mean().item()
@@ -300,11 +305,11 @@ def test_a_bottleneck_of_full_rank_changes_nothing(seed: int) -> None:
 @given(seed=st.integers(0, 999))
 def test_losses_fall_from_all_to_nothing(seed: int) -> None:
     x, weights, _ = projections(seed)
-    lost = Projections(gram_of(x), weights).lost()
+    lost = Projections(gram_of(x), weights).residual_by_rank()
     assert lost.shape == (7,) and lost[0] == 1 and lost[-1] < 1e-12
     assert (lost.diff() <= 0).all()
     scaled = [100 * weights[0], weights[1], 1e-3 * weights[2]]  # every projection counts the same
-    torch.testing.assert_close(Projections(gram_of(x), scaled).lost(), lost)
+    torch.testing.assert_close(Projections(gram_of(x), scaled).residual_by_rank(), lost)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -316,7 +321,7 @@ def test_a_loss_is_the_measured_one(undamped: None, rank: int) -> None:
     off = x.double() @ best.reduce.T @ best.expand[0].T + best.bias[0] - full
     assert off.mean(dim=0).abs().max() < 1e-5  # means are kept
     measured = off.square().sum() / centred(full).square().sum()
-    assert found.lost()[rank] == pytest.approx(measured.item(), rel=1e-4)
+    assert found.residual_by_rank()[rank] == pytest.approx(measured.item(), rel=1e-4)
 
 
 def test_all_projections_share_the_loss(undamped: None) -> None:
@@ -328,4 +333,4 @@ def test_all_projections_share_the_loss(undamped: None) -> None:
         full = x.double() @ weight.double().T + (0 if own is None else own)
         off = x.double() @ best.reduce.T @ expand.T + bias - full
         losses.append((off.square().sum() / centred(full).square().sum()).item())
-    assert found.lost()[3] == pytest.approx(sum(losses) / 3, rel=1e-4)
+    assert found.residual_by_rank()[3] == pytest.approx(sum(losses) / 3, rel=1e-4)

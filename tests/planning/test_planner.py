@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from yopo.calibration.statistics import Statistics
 from yopo.planning.planner import make_plan
-from yopo.planning.request import PRESETS, Wishes
+from yopo.planning.request import PRESETS
 from yopo.planning.templates import TEMPLATES, TemplateBuilder, random_rho, trim
 from yopo.plans.file import parse_plan, to_yaml
 from yopo.plans.flops import visual_budget
@@ -60,7 +60,7 @@ def test_presets_are_the_papers_shapes_on_llava_7b(preset: str, expected: float)
         neuron_sum=wide,
         down_norm=wide,
     )
-    plan, _, _ = make_plan(statistics, Wishes(preset=preset))
+    plan, _, _ = make_plan(statistics, plan_request(preset=preset))
     assert visual_budget(plan) == pytest.approx(expected, abs=5e-4)
     assert plan.visual_depth == 16
     kept = sum(len(layer.heads) for layer in plan.layers)
@@ -69,7 +69,7 @@ def test_presets_are_the_papers_shapes_on_llava_7b(preset: str, expected: float)
 
 
 def test_heads_are_kept_by_activity(statistics: Statistics) -> None:
-    plan, _, _ = make_plan(statistics, Wishes(head_ratio=0.5, visual_layers=3))
+    plan, _, _ = make_plan(statistics, plan_request(head_ratio=0.5, visual_layers=3))
     mean = statistics.rho.mean(dim=0)[:3]
     kept = torch.zeros_like(mean, dtype=torch.bool)
     for index, layer in enumerate(plan.layers[:3]):
@@ -80,7 +80,7 @@ def test_heads_are_kept_by_activity(statistics: Statistics) -> None:
 
 
 def test_vote_follows_the_authors_rule(statistics: Statistics) -> None:
-    plan, _, _ = make_plan(statistics, Wishes(alpha=0.5))
+    plan, _, _ = make_plan(statistics, plan_request(alpha=0.5))
     votes = (statistics.rho > 0.5).float().mean(dim=0)
     for index, layer in enumerate(plan.layers):
         expected = range(8) if index < 2 else [h for h in range(8) if votes[index, h] > 0.4]
@@ -88,11 +88,11 @@ def test_vote_follows_the_authors_rule(statistics: Statistics) -> None:
 
 
 def test_the_measured_best_wins_and_the_table_is_kept(statistics: Statistics) -> None:
-    def measure(plan, tensors) -> float:
+    def measure(plan) -> float:
         frozen = sum(not layer.attend for layer in plan.layers)
         return abs(frozen - 3) + (plan.compensation == "none") / 2
 
-    plan, _, candidates = make_plan(statistics, Wishes(budget=0.4), measure)
+    plan, _, candidates = make_plan(statistics, plan_request(budget=0.4), measure)
     assert [each.kl for each in candidates] == sorted(each.kl for each in candidates)
     assert plan.layers == candidates[0].plan.layers
     assert plan.provenance["shape"] == candidates[0].shape
@@ -101,15 +101,15 @@ def test_the_measured_best_wins_and_the_table_is_kept(statistics: Statistics) ->
 
 
 def test_without_a_model_a_budget_means_the_named_shape(statistics: Statistics) -> None:
-    plan, _, candidates = make_plan(statistics, Wishes(budget=0.3, shape="withdraw"))
+    plan, _, candidates = make_plan(statistics, plan_request(budget=0.3, template="withdraw"))
     assert plan.provenance["shape"] == "withdraw" and len(candidates) == 1
     assert candidates[0].kl is None
 
 
 @given(seed=st.integers(0, 99), budget=st.floats(0.05, 1.0))
 def test_same_inputs_give_the_same_bytes(seed: int, budget: float) -> None:
-    first, tensors, _ = make_plan(statistics_maker.make(seed), Wishes(budget=budget))
-    again, same, _ = make_plan(statistics_maker.make(seed), Wishes(budget=budget))
+    first, tensors, _ = make_plan(statistics_maker.make(seed), plan_request(budget=budget))
+    again, same, _ = make_plan(statistics_maker.make(seed), plan_request(budget=budget))
     assert to_yaml(first) == to_yaml(again) and tensors.to_bytes() == same.to_bytes()
     written = replace(first, tensors=TensorsFile("plan.safetensors", "0" * 64))
     assert parse_plan("plan.yaml", to_yaml(written)).layers == first.layers
@@ -117,8 +117,8 @@ def test_same_inputs_give_the_same_bytes(seed: int, budget: float) -> None:
 
 def test_random_scores_change_the_selection_but_not_the_shape() -> None:
     statistics = statistics_maker.make()
-    usual, _, _ = make_plan(statistics, Wishes(preset="yopo-25"))
-    other, _, _ = make_plan(random_rho(statistics, 1), Wishes(preset="yopo-25"))
+    usual, _, _ = make_plan(statistics, plan_request(preset="yopo-25"))
+    other, _, _ = make_plan(random_rho(statistics, 1), plan_request(preset="yopo-25"))
     assert usual.budget.reached == pytest.approx(other.budget.reached, abs=1e-9)
     assert [layer.heads for layer in usual.layers] != [layer.heads for layer in other.layers]
 
@@ -139,14 +139,14 @@ def test_random_scores_change_the_selection_but_not_the_shape() -> None:
 )
 def test_impossible_wishes_are_a_sentence(wish: dict, message: str) -> None:
     with pytest.raises(PlanError, match=message.replace("'", ".")) as caught:
-        Wishes(**wish)
+        plan_request(**wish)
     assert "\n\n" not in str(caught.value)
 
 
 def test_wishes_that_do_not_fit_the_model(statistics: Statistics) -> None:
     with pytest.raises(PlanError, match="the model has 8 layers"):
-        make_plan(statistics, Wishes(visual_layers=9))
+        make_plan(statistics, plan_request(visual_layers=9))
     with pytest.raises(PlanError, match="fits a visual budget of 0.0001"):
-        make_plan(statistics, Wishes(budget=0.0001))
+        make_plan(statistics, plan_request(budget=0.0001))
     with pytest.raises(PlanError, match="Did you mean 'reader"):
-        make_plan(statistics, Wishes(budget=0.3, shape="readr"))
+        make_plan(statistics, plan_request(budget=0.3, template="readr"))

@@ -90,12 +90,18 @@ def residual(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_shapes_and_signs(specimen: Specimen, found: Profile) -> None:
     shape = specimen.identity.shape
     assert found.mixing.shape == (shape.layers, shape.heads)
-    assert found.lost.shape == found.unmapped.shape == (shape.layers, shape.hidden + 1)
-    assert found.bent.shape == (shape.layers,)
+    assert (
+        found.bottleneck_residual.shape
+        == found.map_residual.shape
+        == (shape.layers, shape.hidden + 1)
+    )
+    assert found.nonlinear_residual.shape == (shape.layers,)
     for name, values in vars(found).items():
         assert values.dtype == torch.float64 and torch.isfinite(values).all(), name
         assert (values >= 0).all(), name
-    assert found.mixing.min() > 1e-6 and found.bent.min() > 1e-6  # real heads mix, FFNs bend
+    assert (
+        found.mixing.min() > 1e-6 and found.nonlinear_residual.min() > 1e-6
+    )  # real heads mix, FFNs bend
 
 
 def test_energies_are_relative_to_the_residual_stream(
@@ -107,7 +113,7 @@ def test_energies_are_relative_to_the_residual_stream(
         update = behind - before
         energy = before.square().sum(dim=1).mean()
         spread = (update - update.mean(dim=0)).square().sum(dim=1).mean() / energy
-        assert found.unmapped[number, 0].item() == pytest.approx(spread.item(), rel=1e-4)
+        assert found.map_residual[number, 0].item() == pytest.approx(spread.item(), rel=1e-4)
 
 
 def test_what_no_map_explains_is_what_least_squares_leave(
@@ -120,11 +126,11 @@ def test_what_no_map_explains_is_what_least_squares_leave(
         energy = before.square().sum(dim=1).mean().item()
         left = residual(normed, truth["behind"][number] - before) / energy
         bent = residual(truth["fed"][number], truth["ffn"][number]) / energy
-        whole = found.unmapped[number, 0].item()
+        whole = found.map_residual[number, 0].item()
         feeds = truth["ffn"][number].square().sum(dim=1).mean().item() / energy
-        assert left - 1e-5 * whole <= found.unmapped[number, -1].item() <= left + 0.02 * whole
-        assert bent - 1e-5 * feeds <= found.bent[number].item() <= bent + 0.02 * feeds
-    assert (found.unmapped.diff(dim=1) <= 0).all()
+        assert left - 1e-5 * whole <= found.map_residual[number, -1].item() <= left + 0.02 * whole
+        assert bent - 1e-5 * feeds <= found.nonlinear_residual[number].item() <= bent + 0.02 * feeds
+    assert (found.map_residual.diff(dim=1) <= 0).all()
 
 
 def test_losses_are_those_of_the_stacked_projections(
@@ -148,7 +154,7 @@ def test_losses_are_those_of_the_stacked_projections(
         values = torch.linalg.svdvals(stacked).square()
         kept = torch.cat([torch.zeros(1).double(), values.cumsum(0)]) / values.sum()
         torch.testing.assert_close(
-            found.lost[number], (1 - kept).clamp(min=0), rtol=1e-4, atol=1e-6
+            found.bottleneck_residual[number], (1 - kept).clamp(min=0), rtol=1e-4, atol=1e-6
         )
 
 

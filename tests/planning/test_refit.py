@@ -66,9 +66,9 @@ def test_a_fit_is_what_the_plan_asks_for(
             assert each.dtype == torch.float32 and each.device.type == "cpu"
             assert torch.isfinite(each).all() and each.abs().max() > 0
     tensors = PlanTensors(order, refit=fitted)
-    check_tensors(plan, tensors, "The plan")
+    check_tensors(plan, "The plan")
     check_tensors(plan, PlanTensors.from_bytes(tensors.to_bytes()), "The plan")
-    with pruned(specimen.model, plan, tensors):
+    with pruned(specimen.model, plan):
         assert torch.isfinite(tiny.logits(specimen.model, batches[1].inputs)).all()
 
 

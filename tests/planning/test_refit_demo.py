@@ -15,11 +15,11 @@ from yopo.evaluation.fidelity import Recorded, compare, record_dense
 from yopo.fitting.fitter import Fitter
 from yopo.models.registry import resolve
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.plans.file import to_yaml
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import LayerPlan, PruningPlan
-from yopo.plans.tensors import PlanTensors, check_tensors
+from yopo.plans.tensors import check_tensors
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense
 
@@ -35,17 +35,15 @@ class Demo:
     fitter: Fitter
     records: list[Recorded]
 
-    def kl(self, plan: PruningPlan, tensors: PlanTensors) -> float:
-        with pruned(self.model, plan, tensors):
+    def kl(self, plan: PruningPlan) -> float:
+        with pruned(self.model, plan):
             return compare(self.model, self.records).kl
 
-    def plan(
-        self, layers: tuple[LayerPlan, ...], compensation: str
-    ) -> tuple[PruningPlan, PlanTensors]:
+    def plan(self, layers: tuple[LayerPlan, ...], compensation: str) -> PruningPlan:
         """A plan of some layers, fitted if it asks for that."""
-        made, tensors, _ = make_plan(self.statistics, Wishes(preset="yopo-25"))
+        made, tensors, _ = make_plan(self.statistics, plan_request(preset="yopo-25"))
         plan = replace(made, layers=layers, compensation=compensation)
-        return plan, self.fitter.tensors(plan, tensors) if compensation == "refit" else tensors
+        return plan, self.fitter.tensors(plan) if compensation == "refit" else tensors
 
 
 @pytest.fixture(scope="module")
@@ -87,24 +85,26 @@ def test_a_refit_lowers_the_kl(demo: Demo) -> None:
 
 
 def test_a_preset_with_a_refit(demo: Demo) -> None:
-    wishes = Wishes(preset="yopo-25", compensation="refit")
-    plan, tensors, candidates = make_plan(demo.statistics, wishes, None, demo.fitter)
-    bare, _, _ = make_plan(demo.statistics, Wishes(preset="yopo-25"))
+    wishes = plan_request(preset="yopo-25", compensation="refit")
+    plan, candidates = make_plan(demo.statistics, wishes, None, demo.fitter)
+    bare, _, _ = make_plan(demo.statistics, plan_request(preset="yopo-25"))
     assert plan.compensation == "refit" and plan.layers == bare.layers and candidates == []
-    check_tensors(plan, tensors, "The plan")
+    check_tensors(plan, "The plan")
     assert set(tensors.refit) <= set(range(plan.visual_depth)) and tensors.refit
-    assert demo.kl(plan, tensors) < demo.kl(bare, tensors)
+    assert demo.kl(plan) < demo.kl(bare, tensors)
 
 
 def test_a_budget_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yopo.planning.planner.RATES", (1.0, 10.0))
-    wishes = Wishes(budget=0.2, compensation="refit")
-    plan, tensors, found = make_plan(demo.statistics, wishes, demo.kl, demo.fitter)
+    wishes = plan_request(budget=0.2, compensation="refit")
+    plan, found = make_plan(demo.statistics, wishes, demo.kl, demo.fitter)
     assert 0.15 < plan.budget.reached == visual_budget(plan) <= 0.2
-    assert found[0].kl == demo.kl(plan, tensors) == min(each.kl for each in found)
+    assert found[0].kl == demo.kl(plan) == min(each.kl for each in found)
     assert any(layer.is_fitted for layer in plan.layers)
     shapes, _, others = make_plan(
-        demo.statistics, Wishes(budget=0.2, compensation="mean", shape="reader-heads"), demo.kl
+        demo.statistics,
+        plan_request(budget=0.2, compensation="mean", template="reader-heads"),
+        demo.kl,
     )
     assert found[0].kl < others[0].kl and shapes.compensation == "mean"
     again, same, _ = make_plan(demo.statistics, wishes, demo.kl, demo.fitter)

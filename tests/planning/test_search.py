@@ -6,7 +6,7 @@ import pytest
 import statistics_maker
 
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import plan_request
 from yopo.planning.search import Measure, Search, moves, resolve, state_of
 from yopo.planning.templates import Layers, TemplateBuilder
 from yopo.support.errors import PlanError
@@ -77,10 +77,10 @@ def test_runs_are_limited_and_no_plan_is_measured_twice(builder: TemplateBuilder
 def test_a_searched_plan_says_where_it_comes_from() -> None:
     statistics = statistics_maker.make()
 
-    def measure(plan, tensors) -> float:
+    def measure(plan) -> float:
         return wants_attention_in_layer_3(plan.layers, plan.compensation)
 
-    plan, _, candidates = make_plan(statistics, Wishes(budget=BUDGET, search=300), measure)
+    plan, _, candidates = make_plan(statistics, plan_request(budget=BUDGET, search=300), measure)
     assert plan.provenance["shape"].startswith("search from ")
     assert candidates[0].kl < candidates[1].kl
     assert plan.budget.reached <= BUDGET
@@ -88,6 +88,6 @@ def test_a_searched_plan_says_where_it_comes_from() -> None:
 
 def test_a_search_needs_a_model_and_a_budget() -> None:
     with pytest.raises(PlanError, match="there is none here"):
-        make_plan(statistics_maker.make(), Wishes(budget=BUDGET, search=10))
+        make_plan(statistics_maker.make(), plan_request(budget=BUDGET, search=10))
     with pytest.raises(PlanError, match="search needs a budget"):
-        Wishes(search=10)
+        plan_request(search=10)

@@ -97,14 +97,14 @@ def say(
 def check_talk(
     subject: Subject, talk: Talk, seed: int, *, grids: tuple[GridsOf | None, GridsOf | None]
 ) -> None:
-    plan, tensors = subject.random_plan(seed)
+    plan = subject.random_plan(seed)
     by_turn, at_once = grids
-    with reference(subject.model, plan, tensors, grids_of=at_once):
+    with reference(subject.model, plan, grids_of=at_once):
         usual = tiny.logits(subject.model, talk.together)
-    with reference(subject.oracle, plan, tensors, grids_of=at_once):
+    with reference(subject.oracle, plan, grids_of=at_once):
         oracle = tiny.logits(subject.oracle, talk.together)
     cache = DynamicCache()
-    with pruned(subject.model, plan, tensors, grids_of=by_turn):
+    with pruned(subject.model, plan, grids_of=by_turn):
         found = say(subject.model, talk.turns, cache)
     tiny.assert_close(found, usual, oracle, tiny.real_text(talk.together))
     assert cache.get_seq_length() == talk.together["input_ids"].shape[1]

@@ -48,8 +48,8 @@ def test_the_dense_model(subject: Subject) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_plans(subject: Subject, seed: int) -> None:
-    plan, tensors = subject.random_plan(seed, workload=WORKLOAD)
-    with pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(seed, workload=WORKLOAD)
+    with pruned(subject.model, plan):
         assert executed(subject) == pytest.approx(prefill_flops(plan), rel=0.01)
 
 
@@ -59,10 +59,10 @@ def test_the_papers_shape(subject: Subject) -> None:
     heads = tuple(range(1, shape.heads, 2))
     some = LayerPlan(heads, attend=True, radius=2, neurons=shape.ffn // 2)
     none = LayerPlan((), attend=False, radius=None, neurons=0)
-    plan, tensors = subject.random_plan(
+    plan = subject.random_plan(
         0, layers=(some, some, none, none), workload=WORKLOAD, compensation="none"
     )
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         count = executed(subject)
     assert count == pytest.approx(prefill_flops(plan), rel=0.01)
     assert count < 0.5 * dense_prefill_flops(shape, WORKLOAD)
@@ -70,11 +70,11 @@ def test_the_papers_shape(subject: Subject) -> None:
 
 def test_layers_without_anything_visual_cost_what_text_costs(subject: Subject) -> None:
     none = LayerPlan((), attend=False, radius=None, neurons=0)
-    plan, tensors = subject.random_plan(0, layers=(none,) * 4, workload=WORKLOAD)
+    plan = subject.random_plan(0, layers=(none,) * 4, workload=WORKLOAD)
     text = {key: INPUTS[key][:, :20] for key in ("input_ids", "attention_mask")}
     text["input_ids"] = torch.arange(1, 21)[None]
     assert visual_flops(plan) == 0
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         assert executed(subject) == pytest.approx(executed(subject, text), rel=0.01)
 
 
@@ -82,8 +82,8 @@ def test_a_decode_step_reads_visual_keys_of_kept_heads_alone(subject: Subject) -
     none = LayerPlan((), attend=False, radius=None, neurons=0)
     counts = {}
     for name, layers in (("none", (none,) * 4), ("all", tiny.whole(subject).layers)):
-        plan, tensors = subject.random_plan(0, layers=layers, compensation="none")
-        with torch.no_grad(), pruned(subject.model, plan, tensors):
+        plan = subject.random_plan(0, layers=layers, compensation="none")
+        with torch.no_grad(), pruned(subject.model, plan):
             cache = subject.model(**INPUTS).past_key_values
             step = {"input_ids": torch.tensor([[9]]), "past_key_values": cache}
             counts[name] = executed(subject, step)

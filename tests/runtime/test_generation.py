@@ -13,7 +13,6 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 from transformers.generation import BaseStreamer
 
 from yopo.plans.schema import PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 from yopo.support.errors import ModelError
@@ -40,18 +39,15 @@ def generate(
 def specified(
     subject: Subject,
     plan: PruningPlan,
-    tensors: PlanTensors,
     inputs: dict[str, Any],
     **options: Any,
 ) -> torch.Tensor:
-    with reference(subject.oracle, plan, tensors):
+    with reference(subject.oracle, plan):
         return generate(subject.oracle, inputs, use_cache=False, **options)
 
 
 @pytest.fixture(params=range(2))
-def case(
-    request: pytest.FixtureRequest, subject: Subject
-) -> Iterator[tuple[PruningPlan, PlanTensors]]:
+def case(request: pytest.FixtureRequest, subject: Subject) -> Iterator[PruningPlan]:
     return subject.random_plan(40 + request.param)
 
 

@@ -42,13 +42,13 @@ class Counting(ModelHook):
 @pytest.fixture
 def case(mha: Subject) -> Iterator[tuple]:
     """A model of its own, a plan, the plan's tensors, and what both models say."""
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     model = tiny.llava("mha")
     dense = tiny.logits(model, INPUTS)
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         sparse = tiny.logits(model, INPUTS)
     assert not torch.equal(dense, sparse)
-    return model, plan, tensors, dense, sparse
+    return model, plan, dense, sparse
 
 
 def dispatched(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
@@ -56,31 +56,31 @@ def dispatched(model: LlavaForConditionalGeneration) -> LlavaForConditionalGener
 
 
 def test_a_dispatched_model_is_pruned_and_restored(case: tuple) -> None:
-    model, plan, tensors, dense, sparse = case
+    model, plan, dense, sparse = case
     decoder = dispatched(model).get_decoder()
     before = {name: vars(decoder).get(name) for name in ("forward", "_old_forward", "_hf_hook")}
     assert all(before.values())
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         assert torch.equal(tiny.logits(model, INPUTS), sparse)
         said = model.generate(**INPUTS, max_new_tokens=3, do_sample=False)
     assert {name: vars(decoder).get(name) for name in before} == before
     assert torch.equal(tiny.logits(model, INPUTS), dense)
     remove_hook_from_module(model, recurse=True)
-    with pruned(model, plan, tensors):  # accelerate leaves a forward of its own behind
+    with pruned(model, plan):  # accelerate leaves a forward of its own behind
         assert torch.equal(tiny.logits(model, INPUTS), sparse)
         assert torch.equal(model.generate(**INPUTS, max_new_tokens=3, do_sample=False), said)
     assert torch.equal(tiny.logits(model, INPUTS), dense)
 
 
 def test_hooks_that_come_and_go_while_pruned(case: tuple) -> None:
-    model, plan, tensors, dense, sparse = case
+    model, plan, dense, sparse = case
     decoder, hook = model.get_decoder(), Counting()
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         add_hook_to_module(decoder, hook)
         assert torch.equal(tiny.logits(model, INPUTS), sparse)
     assert torch.equal(tiny.logits(model, INPUTS), dense)
     assert (hook.entered, hook.left) == (2, 2)
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         assert torch.equal(tiny.logits(model, INPUTS), sparse)
         remove_hook_from_module(decoder)
         assert torch.equal(tiny.logits(model, INPUTS), sparse)
@@ -89,10 +89,10 @@ def test_hooks_that_come_and_go_while_pruned(case: tuple) -> None:
 
 
 def test_a_checkpoint_is_loaded_under_a_device_map(tmp_path: Path, mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3, baked=False, compensation="none")
+    plan = mha.random_plan(3, baked=False, compensation="none")
     source, path = tmp_path / "source", tmp_path / "baked"
     mha.model.save_pretrained(source)
-    bake(plan, tensors, source, path)
+    bake(plan, source, path)
     expected = tiny.logits(yopo.load(path), INPUTS)
     places = dict.fromkeys(PIECES, "cpu") | {"model.vision_tower": "disk"}
     model = yopo.load(path, device_map=places, offload_folder=tmp_path / "offloaded")
@@ -108,8 +108,8 @@ def test_a_checkpoint_is_loaded_under_a_device_map(tmp_path: Path, mha: Subject)
 def test_weights_that_are_offloaded_afterwards_are_fetched(
     case: tuple, kind: str, tmp_path: Path
 ) -> None:
-    model, plan, tensors, _, sparse = case
-    install(model, plan, tensors)
+    model, plan, _, sparse = case
+    install(model, plan)
     said = model.generate(**INPUTS, max_new_tokens=3, do_sample=False)
     if kind == "cpu":
         accelerate.cpu_offload(model, execution_device="cpu")
@@ -121,8 +121,8 @@ def test_weights_that_are_offloaded_afterwards_are_fetched(
 
 
 def test_weights_that_are_nowhere_are_refused(case: tuple) -> None:
-    model, plan, tensors, *_ = case
-    install(model, plan, tensors)
+    model, plan, *_ = case
+    install(model, plan)
     for layer in model.get_decoder().layers:
         layer.self_attn.k_proj.to("meta")
     keys = [part.key for part in model.get_decoder().yopo.visual if hasattr(part, "key")]
@@ -141,13 +141,13 @@ def wrapped(forward: Any) -> Any:
 
 @pytest.mark.parametrize("how", ["wrapped", "compiled"])
 def test_a_forward_that_would_hide_the_pruned_one_is_refused(case: tuple, how: str) -> None:
-    model, plan, tensors, dense, _ = case
+    model, plan, dense, _ = case
     decoder = model.get_decoder()
     before = (type(decoder), sorted(vars(model)), len(model.base_model._forward_pre_hooks))
     stock = decoder.forward
     decoder.forward = wrapped(stock) if how == "wrapped" else torch.compile(stock, backend="eager")
     with pytest.raises(ModelError, match="forward of the LlamaModel was replaced"):
-        with pruned(model, plan, tensors):
+        with pruned(model, plan):
             pass
     del decoder.forward
     assert not hasattr(decoder, "yopo")
@@ -156,19 +156,19 @@ def test_a_forward_that_would_hide_the_pruned_one_is_refused(case: tuple, how: s
 
 
 def test_a_forward_that_is_wrapped_while_pruned_is_pruned_and_then_dense(case: tuple) -> None:
-    model, plan, tensors, dense, sparse = case
+    model, plan, dense, sparse = case
     decoder = model.get_decoder()
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         decoder.forward = wrapped(decoder.forward)
         assert torch.equal(tiny.logits(model, INPUTS), sparse)
     assert torch.equal(tiny.logits(model, INPUTS), dense)
 
 
 def test_a_forward_that_never_reaches_the_pruned_one_is_no_answer(case: tuple) -> None:
-    model, plan, tensors, dense, sparse = case
+    model, plan, dense, sparse = case
     decoder = model.get_decoder()
     stock = decoder.forward
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         decoder.forward = stock
         with pytest.raises(ModelError, match="was not reached"):
             tiny.logits(model, INPUTS)
@@ -183,20 +183,20 @@ def test_a_decoder_that_was_compiled_before_is_pruned(monkeypatch: pytest.Monkey
     """Traced by dynamo, run as written: what guards see is the same for every backend."""
     monkeypatch.setitem(tiny._COMMON, "num_hidden_layers", 1)  # tracing takes seconds per layer
     subject = tiny.make_subject("mha")
-    model, (plan, tensors) = subject.model, subject.random_plan(3)
+    model, (plan) = subject.model, subject.random_plan(3)
     dense = tiny.logits(model, INPUTS)
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         sparse = tiny.logits(model, INPUTS)
     assert not torch.allclose(dense, sparse, atol=1e-2)
     model.get_decoder().compile(backend="eager")
     assert torch.allclose(tiny.logits(model, INPUTS), dense, atol=1e-5)
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         assert torch.allclose(tiny.logits(model, INPUTS), sparse, atol=1e-5)
 
 
 def test_autocast_is_close_to_the_models_own_precision(case: tuple) -> None:
-    model, plan, tensors, _, sparse = case
-    with pruned(model, plan, tensors), torch.autocast("cpu", torch.bfloat16):
+    model, plan, _, sparse = case
+    with pruned(model, plan), torch.autocast("cpu", torch.bfloat16):
         found = tiny.logits(model, INPUTS)
     assert found.isfinite().all()
     error = (found.float() - sparse)[tiny.real_text(INPUTS)].norm()

@@ -38,9 +38,9 @@ def merged(subject: Subject, inputs: dict[str, Any]) -> torch.Tensor:
 def test_features_that_are_merged_already_are_not_dense_without_a_word(
     mha: Subject, how: str
 ) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     embeds = merged(mha, tiny.batch(ROWS))
-    with pruned(mha.model, plan, tensors), torch.no_grad():
+    with pruned(mha.model, plan), torch.no_grad():
         with pytest.warns(UserWarning, match=f"16 {NO_TOKEN}"):
             if how == "forward":
                 mha.model(inputs_embeds=embeds)
@@ -51,12 +51,12 @@ def test_features_that_are_merged_already_are_not_dense_without_a_word(
 
 
 def test_a_second_image_that_is_merged_already_is_noticed(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     both = tiny.batch([[*ROWS[0], *PICTURE, 9]])
     embeds = merged(mha, both)
     marker = mha.model.get_input_embeddings()(torch.tensor(IMAGE)).detach()
     embeds[:, 3:19] = marker
-    with pruned(mha.model, plan, tensors), pytest.warns(UserWarning, match=f"16 {NO_TOKEN}"):
+    with pruned(mha.model, plan), pytest.warns(UserWarning, match=f"16 {NO_TOKEN}"):
         tiny.logits(mha.model, {"inputs_embeds": embeds, "pixel_values": both["pixel_values"][:1]})
 
 
@@ -65,7 +65,7 @@ def test_a_second_image_that_is_merged_already_is_noticed(mha: Subject) -> None:
 def test_embeddings_of_tokens_are_no_features(subject: Subject, dtype: torch.dtype) -> None:
     """A prompt of text, placeholders whose pixels come along, and single steps."""
     model = copy.deepcopy(subject.model).to(dtype)
-    plan, tensors = subject.random_plan(3, layers=tiny.whole(subject).layers)
+    plan = subject.random_plan(3, layers=tiny.whole(subject).layers)
     embed = model.get_input_embeddings()
     text = {"inputs_embeds": embed(torch.tensor([[1, 2, 3, 0, 4]])).detach()}
     inputs = tiny.as_dtype(tiny.batch(ROWS), dtype)
@@ -73,7 +73,7 @@ def test_embeddings_of_tokens_are_no_features(subject: Subject, dtype: torch.dty
         "inputs_embeds": embed(inputs["input_ids"]).detach(),
         "pixel_values": inputs["pixel_values"],
     }
-    with pruned(model, plan, tensors, check=False), torch.no_grad():
+    with pruned(model, plan, check=False), torch.no_grad():
         by_ids = model(**inputs).logits
         for each in (text, image):
             model.generate(**each, max_new_tokens=2, do_sample=False)
@@ -85,9 +85,9 @@ def test_embeddings_of_tokens_are_no_features(subject: Subject, dtype: torch.dty
 
 def test_the_remedy_is_one(mha: Subject) -> None:
     """Images that are encoded already come along as encoder outputs."""
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     inputs = tiny.batch(ROWS)
-    with pruned(mha.model, plan, tensors), warnings.catch_warnings():
+    with pruned(mha.model, plan), warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = tiny.logits(mha.model, inputs)
         encoded = mha.model.get_image_features(inputs.pop("pixel_values"))
@@ -152,9 +152,9 @@ def test_labels_that_are_shifted_already_and_padded_rows(mha: Subject) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 10, 18])
 def test_chunks_that_cut_an_image_are_refused(mha: Subject, size: int) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     two = tiny.batch([[1, 5, *PICTURE, *PICTURE, 7, 8]])
-    with pruned(mha.model, plan, tensors):
+    with pruned(mha.model, plan):
         if size == 18:  # between the images: nothing is cut
             options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
             expected = mha.model.generate(**two, **options)
@@ -166,9 +166,9 @@ def test_chunks_that_cut_an_image_are_refused(mha: Subject, size: int) -> None:
 
 
 def test_continuous_batching_is_refused_at_once_and_only_while_pruned(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     before = sorted(vars(mha.model))
-    with pruned(mha.model, plan, tensors):
+    with pruned(mha.model, plan):
         for call in (mha.model.generate_batch, lambda _: mha.model.init_continuous_batching()):
             with pytest.raises(ModelError, match="no paged attention"):
                 call([[1, 2, 3]])
@@ -180,10 +180,10 @@ def test_continuous_batching_is_refused_at_once_and_only_while_pruned(mha: Subje
 
 @torch.no_grad()
 def test_a_copied_cache_goes_its_own_way(subject: Subject) -> None:
-    plan, tensors = subject.random_plan(2)
+    plan = subject.random_plan(2)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "suppress_tokens": [IMAGE]}
     prompt = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 7, 8, 9, 10]])
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         cache = DynamicCache()
         subject.model(**prompt, past_key_values=cache)
         found = []
@@ -205,8 +205,8 @@ def test_a_copied_cache_goes_its_own_way(subject: Subject) -> None:
 
 @torch.no_grad()
 def test_cropping_by_a_length_is_refused_as_in_stock(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(2)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan):
         cache = mha.model(**tiny.batch(ROWS)).past_key_values
         with pytest.raises(ModelError, match=r"crop\(2\)"):
             cache.crop(2)

@@ -58,8 +58,8 @@ def assert_unchanged(before: dict[str, Any], model: LlavaForConditionalGeneratio
 @pytest.mark.parametrize("run", [pruned, reference])
 def test_leaving_the_block_restores_the_model(subject: Subject, run: Callable) -> None:
     before = portrait(subject.model)
-    plan, tensors = subject.random_plan(3)
-    with run(subject.model, plan, tensors) as model:
+    plan = subject.random_plan(3)
+    with run(subject.model, plan) as model:
         assert model is subject.model
         assert not torch.equal(tiny.logits(model, INPUTS), before["logits"])
         model.generate(**INPUTS, max_new_tokens=3, use_cache=run is pruned)
@@ -69,8 +69,8 @@ def test_leaving_the_block_restores_the_model(subject: Subject, run: Callable) -
 @pytest.mark.parametrize("run", [pruned, reference])
 def test_an_exception_inside_the_block_restores_it_too(subject: Subject, run: Callable) -> None:
     before = portrait(subject.model)
-    plan, tensors = subject.random_plan(3)
-    with pytest.raises(KeyboardInterrupt), run(subject.model, plan, tensors):
+    plan = subject.random_plan(3)
+    with pytest.raises(KeyboardInterrupt), run(subject.model, plan):
         raise KeyboardInterrupt
     assert_unchanged(before, subject.model)
 
@@ -78,12 +78,12 @@ def test_an_exception_inside_the_block_restores_it_too(subject: Subject, run: Ca
 @pytest.mark.parametrize("run", [pruned, reference])
 def test_an_exception_inside_a_forward_restores_it_too(subject: Subject, run: Callable) -> None:
     before = portrait(subject.model)
-    plan, tensors = subject.random_plan(3)
+    plan = subject.random_plan(3)
 
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory, say")
 
-    with pytest.raises(RuntimeError, match="out of memory"), run(subject.model, plan, tensors):
+    with pytest.raises(RuntimeError, match="out of memory"), run(subject.model, plan):
         down = subject.model.get_decoder().layers[2].mlp.down_proj
         handle = down.register_forward_pre_hook(fail)
         try:
@@ -95,8 +95,8 @@ def test_an_exception_inside_a_forward_restores_it_too(subject: Subject, run: Ca
 
 def test_state_dict_and_class_name_stay_while_pruned(subject: Subject) -> None:
     keys, name = list(subject.model.state_dict()), type(subject.model.get_decoder()).__name__
-    plan, tensors = subject.random_plan(3)
-    with pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(3)
+    with pruned(subject.model, plan):
         assert list(subject.model.state_dict()) == keys
         assert type(subject.model.get_decoder()).__name__ == name
 
@@ -104,8 +104,8 @@ def test_state_dict_and_class_name_stay_while_pruned(subject: Subject) -> None:
 def test_the_same_model_can_be_pruned_again(mha: Subject) -> None:
     said = []
     for seed in (1, 2, 1):
-        plan, tensors = mha.random_plan(seed)
-        with pruned(mha.model, plan, tensors):
+        plan = mha.random_plan(seed)
+        with pruned(mha.model, plan):
             said.append(tiny.logits(mha.model, INPUTS))
     assert torch.equal(said[0], said[2])
     assert not torch.equal(said[0], said[1])
@@ -113,21 +113,21 @@ def test_the_same_model_can_be_pruned_again(mha: Subject) -> None:
 
 def test_nested_use_is_refused_and_the_outer_block_goes_on(mha: Subject) -> None:
     before = portrait(mha.model)
-    plan, tensors = mha.random_plan(3)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(3)
+    with pruned(mha.model, plan):
         outer = tiny.logits(mha.model, INPUTS)
         with pytest.raises(ModelError, match="pruned already"):
-            with pruned(mha.model, plan, tensors):
+            with pruned(mha.model, plan):
                 pass
         assert torch.equal(tiny.logits(mha.model, INPUTS), outer)
     assert_unchanged(before, mha.model)
 
 
 def test_a_plan_is_read_from_its_file(mha: Subject, tmp_path: Any) -> None:
-    plan, tensors = mha.random_plan(3, baked=False, compensation="mean")
+    plan = mha.random_plan(3, baked=False, compensation="mean")
     path = tmp_path / "plan.yaml"
-    write_plan(plan, tensors, str(path), force=False)
-    with pruned(mha.model, plan, tensors):
+    write_plan(plan, str(path), force=False)
+    with pruned(mha.model, plan):
         expected = tiny.logits(mha.model, INPUTS)
     with pruned(mha.model, path):
         assert torch.equal(tiny.logits(mha.model, INPUTS), expected)
@@ -137,8 +137,8 @@ def test_a_plan_is_read_from_its_file(mha: Subject, tmp_path: Any) -> None:
 
 def test_the_pruned_parts_follow_the_model_to_another_dtype(mha: Subject) -> None:
     model = tiny.llava("mha")
-    plan, tensors = mha.random_plan(3, baked=False, compensation="mean")
-    with pruned(model, plan, tensors):
+    plan = mha.random_plan(3, baked=False, compensation="mean")
+    with pruned(model, plan):
         model.to(torch.bfloat16)
         found = tiny.logits(model, INPUTS)
     assert found.dtype == torch.bfloat16 and found.isfinite().all()
@@ -219,7 +219,7 @@ def test_another_shape_or_family_is_refused(mha: Subject) -> None:
 
 def test_plans_in_memory_need_their_tensors(mha: Subject) -> None:
     """Without an order the first neurons would be kept instead of the important ones."""
-    plan, tensors = mha.random_plan(3, baked=False, compensation="mean")
+    plan = mha.random_plan(3, baked=False, compensation="mean")
     assert plan.needs_order
     lacking = {
         "lacks neuron_order": replace(tensors, neuron_order=None),
@@ -248,9 +248,9 @@ def test_a_baked_plan_takes_neurons_in_the_checkpoints_order(mha: Subject) -> No
 
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
 def test_states_of_all_layers_are_refused(mha: Subject, option: str) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     model = copy.deepcopy(mha.model)  # asking for them installs hooks of transformers' own
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         with pytest.raises(ModelError, match=option.removeprefix("output_")):
             tiny.logits(model, INPUTS | {option: True})
 
@@ -260,16 +260,16 @@ def test_states_of_all_layers_are_refused(mha: Subject, option: str) -> None:
     [(torch.ones(1, 1, 21, 21), "4-D"), (torch.ones(1, 20), r"expected \(1, 21\)")],
 )
 def test_other_attention_masks_are_refused(mha: Subject, mask: torch.Tensor, message: str) -> None:
-    plan, tensors = mha.random_plan(3)
-    with pruned(mha.model, plan, tensors), pytest.raises(ModelError, match=message):
+    plan = mha.random_plan(3)
+    with pruned(mha.model, plan), pytest.raises(ModelError, match=message):
         tiny.logits(mha.model, INPUTS | {"attention_mask": mask})
 
 
 def test_image_tokens_that_are_not_whole_images_are_refused(mha: Subject) -> None:
     inputs = INPUTS | tiny.batch([[1, 5, *PICTURE[1:], 7]])
     inputs["pixel_values"] = tiny.pictures(1)
-    plan, tensors = mha.random_plan(3)
-    with pruned(mha.model, plan, tensors), pytest.raises(ModelError, match="15 visual tokens"):
+    plan = mha.random_plan(3)
+    with pruned(mha.model, plan), pytest.raises(ModelError, match="15 visual tokens"):
         tiny.logits(mha.model, inputs)
 
 
@@ -295,9 +295,9 @@ def test_a_sliding_window_holds_until_it_is_outgrown(monkeypatch: pytest.MonkeyP
 
 
 def test_a_plan_is_left_as_it_was(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     before = to_yaml(plan)
-    with pruned(mha.model, plan, tensors):
+    with pruned(mha.model, plan):
         tiny.logits(mha.model, INPUTS)
     assert to_yaml(plan) == before
 
@@ -316,8 +316,8 @@ def test_a_decoder_on_several_devices_is_refused(
 
 
 def test_head_positions_are_moved_once_per_device(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(3)
+    with pruned(mha.model, plan):
         state = mha.model.get_decoder().yopo
         here = torch.device("cpu")
         assert state.splits(here) is state.splits(here)

@@ -51,12 +51,12 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SAMPLES)
 def test_packed_samples_are_what_they_are_alone(subject: Subject, name: str, seed: int) -> None:
-    plan, tensors = subject.random_plan(60 + seed)
+    plan = subject.random_plan(60 + seed)
     together, alone = packed(SAMPLES[name])
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         found = tiny.logits(subject.model, together)
         usual = torch.cat([tiny.logits(subject.model, each) for each in alone], dim=1)
-    with pruned(subject.oracle, plan, tensors):
+    with pruned(subject.oracle, plan):
         oracle = torch.cat([tiny.logits(subject.oracle, each) for each in alone], dim=1)
     where = together["input_ids"] != tiny.IMAGE
     tiny.assert_close(found, usual, oracle, where)
@@ -74,11 +74,11 @@ def test_under_the_whole_plan_it_is_the_stock_model(subject: Subject, has_cache:
 
 @pytest.mark.parametrize("has_positions", [False, True])
 def test_a_padding_free_collators_lengths_say_the_same(mha: Subject, has_positions: bool) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     together, _ = packed(SAMPLES["images"])
     ends = starts(SAMPLES["images"])
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 20, "max_length_k": 20}
-    with pruned(mha.model, plan, tensors):
+    with pruned(mha.model, plan):
         expected = tiny.logits(mha.model, together)
         if has_positions:
             found = tiny.logits(mha.model, together | lengths | {"use_cache": True})
@@ -96,8 +96,8 @@ def test_a_padding_free_collators_lengths_say_the_same(mha: Subject, has_positio
 
 @torch.no_grad()
 def test_packed_rows_do_not_continue_a_cache(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(3)
+    with pruned(mha.model, plan):
         cache = mha.model(**tiny.batch([SAMPLES["images"][0]])).past_key_values
         step = {"input_ids": torch.tensor([[9, 10]]), "cu_seq_lens_q": torch.tensor([0, 1, 2])}
         with pytest.raises(ModelError, match="packed"):
@@ -105,16 +105,16 @@ def test_packed_rows_do_not_continue_a_cache(mha: Subject) -> None:
 
 
 def test_lengths_that_do_not_fit_are_refused(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     together, _ = packed(SAMPLES["images"])
     together["cu_seq_lens_q"] = starts(SAMPLES["images"])[:-1]
-    with pruned(mha.model, plan, tensors), pytest.raises(ModelError, match="do not end at the"):
+    with pruned(mha.model, plan), pytest.raises(ModelError, match="do not end at the"):
         tiny.logits(mha.model, together)
 
 
 def test_several_packed_rows(mha: Subject) -> None:
     """Of one length, with samples that begin elsewhere."""
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     rows = [[[1, 5, *PICTURE, 7], [1, 2, *PICTURE, 8, 9]], [[1, 2, 3, *PICTURE], [*PICTURE, 4, 5]]]
     rows[1][1] += [6, 7]
     singles = [packed(row)[0] for row in rows]
@@ -123,7 +123,7 @@ def test_several_packed_rows(mha: Subject) -> None:
         name: torch.cat([each[name] for each in singles])
         for name in ("input_ids", "position_ids", "pixel_values")
     } | {"use_cache": False}
-    with pruned(mha.model, plan, tensors):
+    with pruned(mha.model, plan):
         found = tiny.logits(mha.model, together)
         expected = torch.cat([tiny.logits(mha.model, each) for each in singles])
     where = together["input_ids"] != tiny.IMAGE
@@ -131,7 +131,7 @@ def test_several_packed_rows(mha: Subject) -> None:
 
 
 def test_the_mask_says_what_it_takes(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     inputs = tiny.batch([SAMPLES["images"][0]])
     length = inputs["input_ids"].shape[1]
     masks = {
@@ -139,5 +139,5 @@ def test_the_mask_says_what_it_takes(mha: Subject) -> None:
         "found a dict": {"full_attention": inputs["attention_mask"]},
     }
     for message, mask in masks.items():
-        with pruned(mha.model, plan, tensors), pytest.raises(ModelError, match=message):
+        with pruned(mha.model, plan), pytest.raises(ModelError, match=message):
             tiny.logits(mha.model, inputs | {"attention_mask": mask})

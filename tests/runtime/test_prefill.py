@@ -52,12 +52,12 @@ GRIDS = {
 def check_plan(
     subject: Subject, seed: int, inputs: dict[str, torch.Tensor], grids_of: GridsOf | None = None
 ) -> None:
-    plan, tensors = subject.random_plan(seed)
-    with reference(subject.model, plan, tensors, grids_of=grids_of):
+    plan = subject.random_plan(seed)
+    with reference(subject.model, plan, grids_of=grids_of):
         usual = tiny.logits(subject.model, inputs)
-    with reference(subject.oracle, plan, tensors, grids_of=grids_of):
+    with reference(subject.oracle, plan, grids_of=grids_of):
         oracle = tiny.logits(subject.oracle, inputs)
-    with pruned(subject.model, plan, tensors, grids_of=grids_of):
+    with pruned(subject.model, plan, grids_of=grids_of):
         found = tiny.logits(subject.model, inputs)
     tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
 
@@ -110,8 +110,8 @@ def test_plans_change_what_the_model_says(subject: Subject) -> None:
     stock, text = tiny.logits(subject.model, inputs), tiny.real_text(inputs)
     said = [stock]
     for seed in range(6):
-        plan, tensors = subject.random_plan(seed)
-        with pruned(subject.model, plan, tensors):
+        plan = subject.random_plan(seed)
+        with pruned(subject.model, plan):
             said.append(tiny.logits(subject.model, inputs))
     for one, other in zip(said, said[1:], strict=False):
         assert (one - other)[text].abs().max() > 0.01 * stock.abs().max()
@@ -120,8 +120,8 @@ def test_plans_change_what_the_model_says(subject: Subject) -> None:
 def test_text_before_the_image_is_untouched(mha: Subject) -> None:
     inputs = tiny.batch(PROMPTS["one image"])
     usual, oracle = tiny.logits(mha.model, inputs), tiny.logits(mha.oracle, inputs)
-    plan, tensors = mha.random_plan(3)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(3)
+    with pruned(mha.model, plan):
         found = tiny.logits(mha.model, inputs)
     front = torch.zeros_like(tiny.real(inputs))
     front[:, :3] = True
@@ -142,9 +142,9 @@ def test_an_image_that_the_attention_mask_hides(subject: Subject, seed: int) -> 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_embeddings_instead_of_ids(subject: Subject, seed: int) -> None:
-    plan, tensors = subject.random_plan(seed)
+    plan = subject.random_plan(seed)
     inputs = tiny.batch(PROMPTS["one and two images"])
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         by_ids = tiny.logits(subject.model, inputs)
         embeds = subject.model.get_input_embeddings()(inputs.pop("input_ids"))
         by_embeds = tiny.logits(subject.model, inputs | {"inputs_embeds": embeds})
@@ -157,9 +157,9 @@ def test_position_ids_are_used_and_optional(subject: Subject, seed: int) -> None
     counted = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     check_plan(subject, seed, inputs | {"position_ids": counted})
     check_plan(subject, seed, inputs | {"position_ids": counted[:1] + 5})
-    plan, tensors = subject.random_plan(seed)
+    plan = subject.random_plan(seed)
     places = torch.arange(inputs["input_ids"].shape[1])[None]
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         implied = tiny.logits(subject.model, inputs)
         given = tiny.logits(subject.model, inputs | {"position_ids": places})
     assert torch.equal(given, implied)
@@ -167,8 +167,8 @@ def test_position_ids_are_used_and_optional(subject: Subject, seed: int) -> None
 
 def test_no_attention_mask_means_no_padding(subject: Subject) -> None:
     inputs = tiny.batch(PROMPTS["two images apart"])
-    plan, tensors = subject.random_plan(2)
-    with pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(2)
+    with pruned(subject.model, plan):
         with_mask = tiny.logits(subject.model, inputs)
         inputs.pop("attention_mask")
         assert torch.equal(tiny.logits(subject.model, inputs), with_mask)
@@ -176,8 +176,8 @@ def test_no_attention_mask_means_no_padding(subject: Subject) -> None:
 
 def test_without_a_cache_the_result_is_the_same_and_nothing_is_kept(subject: Subject) -> None:
     inputs = tiny.batch(PROMPTS["one and two images"])
-    plan, tensors = subject.random_plan(2)
-    with torch.no_grad(), pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(2)
+    with torch.no_grad(), pruned(subject.model, plan):
         with_cache = subject.model(**inputs, use_cache=True)
         without = subject.model(**inputs, use_cache=False)
         as_tuple = subject.model(**inputs, use_cache=False, return_dict=False)
@@ -188,8 +188,8 @@ def test_without_a_cache_the_result_is_the_same_and_nothing_is_kept(subject: Sub
 
 def test_logits_to_keep_gives_the_last_positions(mha: Subject) -> None:
     inputs = tiny.batch(PROMPTS["one image"])
-    plan, tensors = mha.random_plan(2)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan):
         whole = tiny.logits(mha.model, inputs)
         last = tiny.logits(mha.model, inputs | {"logits_to_keep": 1})
     torch.testing.assert_close(last, whole[:, -1:])
@@ -198,13 +198,13 @@ def test_logits_to_keep_gives_the_last_positions(mha: Subject) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_bfloat16_is_as_good_as_the_stock_models(mha: Subject, seed: int) -> None:
     inputs = tiny.batch(PROMPTS["one and two images"])
-    plan, tensors = mha.random_plan(seed)
+    plan = mha.random_plan(seed)
     model = tiny.llava("mha").to(torch.bfloat16)
-    with reference(mha.oracle, plan, tensors):
+    with reference(mha.oracle, plan):
         oracle = tiny.logits(mha.oracle, inputs)
-    with reference(model, plan, tensors):
+    with reference(model, plan):
         usual = tiny.logits(model, inputs)
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         found = tiny.logits(model, inputs)
     assert found.dtype == torch.bfloat16
     tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
@@ -214,12 +214,12 @@ def test_bfloat16_is_as_good_as_the_stock_models(mha: Subject, seed: int) -> Non
 def test_float64_is_as_exact_as_float64(subject: Subject, seed: int) -> None:
     """In the oracle's own precision only the order of the sums differs."""
     inputs = tiny.batch(PROMPTS["one and two images"])
-    plan, tensors = subject.random_plan(seed)
-    with reference(subject.model, plan, tensors):
+    plan = subject.random_plan(seed)
+    with reference(subject.model, plan):
         single = tiny.logits(subject.model, inputs)
-    with reference(subject.oracle, plan, tensors):
+    with reference(subject.oracle, plan):
         oracle = tiny.logits(subject.oracle, inputs)
-    with pruned(subject.oracle, plan, tensors):
+    with pruned(subject.oracle, plan):
         found = tiny.logits(subject.oracle, inputs)
     text = tiny.real_text(inputs)
     rounding = (single.double() - oracle)[text].abs().max()
@@ -228,7 +228,7 @@ def test_float64_is_as_exact_as_float64(subject: Subject, seed: int) -> None:
 
 
 def test_a_prompt_that_ends_in_a_dropped_image_warns(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(5)
+    plan = mha.random_plan(5)
     gone = plan.with_layers((plan.layers[0], *[LayerPlan((), False, None, 0)] * 3))
     with pruned(mha.model, gone, tensors), pytest.warns(UserWarning, match="ends in an image"):
         tiny.logits(mha.model, tiny.batch([[1, 5, *PICTURE]]))

@@ -29,9 +29,9 @@ def visual_bytes(cache: DynamicCache) -> int:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_visual_bytes_are_the_predicted_ones(subject: Subject, seed: int) -> None:
-    plan, tensors = subject.random_plan(seed)
+    plan = subject.random_plan(seed)
     predicted = visual_kv_bytes(plan, itemsize=4)
-    with torch.no_grad(), pruned(subject.model, plan, tensors):
+    with torch.no_grad(), pruned(subject.model, plan):
         assert visual_bytes(filled(subject, TWO_ROWS)) == 2 * predicted
         cache = filled(subject, ONE)
         assert visual_bytes(cache) == predicted
@@ -49,7 +49,7 @@ def test_dense_bytes_are_those_of_the_stock_cache_and_more_than_a_plans(subject:
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
     predicted = dense_visual_kv_bytes(subject.shape, workload, itemsize=4)
     assert predicted == round(held * share)
-    plan, tensors = subject.random_plan(1)
+    plan = subject.random_plan(1)
     assert visual_kv_bytes(plan, itemsize=4) < predicted
     with pruned(subject.model, tiny.whole(subject)):
         assert visual_bytes(filled(subject, ONE)) == predicted
@@ -58,8 +58,8 @@ def test_dense_bytes_are_those_of_the_stock_cache_and_more_than_a_plans(subject:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_dropped_layer_holds_text_alone(subject: Subject, seed: int) -> None:
     """Not only reports: the buffers that exist are no longer than their tokens."""
-    plan, tensors = subject.random_plan(seed)
-    with pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(seed)
+    with pruned(subject.model, plan):
         cache = filled(subject, ONE)
     text = ONE["input_ids"].shape[1] - len(PICTURE)
     for layer, layer_plan in zip(cache.layers, plan.layers, strict=True):
@@ -72,8 +72,8 @@ def test_a_dropped_layer_holds_text_alone(subject: Subject, seed: int) -> None:
 
 
 def test_generate_reports_the_logical_length(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(2)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan):
         cache = DynamicCache()
         said = mha.model.generate(
             **ONE, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False
@@ -84,8 +84,8 @@ def test_generate_reports_the_logical_length(mha: Subject) -> None:
 
 @torch.no_grad()
 def test_cropping_takes_back_text(subject: Subject) -> None:
-    plan, tensors = subject.random_plan(2)
-    with pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(2)
+    with pruned(subject.model, plan):
         cache = filled(subject, ONE)
         expected = subject.model(**NEXT, past_key_values=cache).logits
         subject.model(input_ids=torch.tensor([[20, 21, 22]]), past_key_values=cache)
@@ -97,8 +97,8 @@ def test_cropping_takes_back_text(subject: Subject) -> None:
 
 
 def test_cropping_into_an_image_is_refused(subject: Subject) -> None:
-    plan, tensors = subject.random_plan(2)
-    with pruned(subject.model, plan, tensors):
+    plan = subject.random_plan(2)
+    with pruned(subject.model, plan):
         cache = filled(subject, ONE)
         with pytest.raises(ModelError, match="into an image"):
             cache.crop(-3)
@@ -109,10 +109,10 @@ def test_cropping_into_an_image_is_refused(subject: Subject) -> None:
 
 @torch.no_grad()
 def test_rows_are_selected_repeated_and_forgotten(subject: Subject) -> None:
-    plan, tensors = subject.random_plan(2)
+    plan = subject.random_plan(2)
     step = {"input_ids": torch.tensor([[9], [11]])}
     mask = torch.cat([TWO_ROWS["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
-    with pruned(subject.model, plan, tensors):
+    with pruned(subject.model, plan):
         expected = subject.model(
             **step, attention_mask=mask, past_key_values=filled(subject, TWO_ROWS)
         ).logits
@@ -131,15 +131,15 @@ def test_rows_are_selected_repeated_and_forgotten(subject: Subject) -> None:
 @torch.no_grad()
 def test_a_cache_of_the_dense_model_is_not_continued(mha: Subject) -> None:
     cache = filled(mha, ONE)
-    plan, tensors = mha.random_plan(2)
-    with pruned(mha.model, plan, tensors), pytest.raises(ModelError, match="by the dense model"):
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan), pytest.raises(ModelError, match="by the dense model"):
         mha.model(**NEXT, past_key_values=cache)
 
 
 @torch.no_grad()
 def test_the_dense_model_does_not_continue_a_pruned_cache(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(2)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan):
         cache = filled(mha, ONE)
     with pytest.raises(ModelError, match="cannot serve the dense one"):
         mha.model(**NEXT, past_key_values=cache)
@@ -147,8 +147,8 @@ def test_the_dense_model_does_not_continue_a_pruned_cache(mha: Subject) -> None:
 
 @torch.no_grad()
 def test_another_plan_does_not_continue_a_pruned_cache(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(2)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan):
         cache = filled(mha, ONE)
     with pruned(mha.model, tiny.whole(mha)), pytest.raises(ModelError, match="another plan"):
         mha.model(**NEXT, past_key_values=cache)
@@ -156,8 +156,8 @@ def test_another_plan_does_not_continue_a_pruned_cache(mha: Subject) -> None:
 
 @torch.no_grad()
 def test_a_refused_forward_leaves_the_cache_usable(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(2)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan):
         expected = mha.model(**NEXT, past_key_values=filled(mha, ONE)).logits
         cache = filled(mha, ONE)
         with pytest.raises(ModelError, match="attention mask"):

@@ -69,16 +69,16 @@ def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
 def test_without_anything_visual_images_do_not_matter(subject: Subject, run: type) -> None:
     """No layer reads, so other pixels change no text logit; with reads they do."""
     none = LayerPlan((), attend=False, radius=None, neurons=0)
-    plan, tensors = subject.random_plan(0, layers=(none,) * 4, compensation="none")
+    plan = subject.random_plan(0, layers=(none,) * 4, compensation="none")
     rows = [[1, 5, *PICTURE, 7, 8]]
     one, other = tiny.batch(rows, seed=1), tiny.batch(rows, seed=2)
     text = tiny.real_text(one)
-    with run(subject.model, plan, tensors):
+    with run(subject.model, plan):
         blind = [tiny.logits(subject.model, inputs)[text] for inputs in (one, other)]
     assert torch.equal(*blind)
     sees = LayerPlan((0,), attend=False, radius=None, neurons=0)
-    plan, tensors = subject.random_plan(0, layers=(none, sees, none, none), compensation="none")
-    with run(subject.model, plan, tensors):
+    plan = subject.random_plan(0, layers=(none, sees, none, none), compensation="none")
+    with run(subject.model, plan):
         seen = [tiny.logits(subject.model, inputs)[text] for inputs in (one, other)]
     assert not torch.allclose(*seen)
 
@@ -90,7 +90,7 @@ def test_reading_heads_are_the_named_ones(subject: Subject, run: type) -> None:
     none = LayerPlan((), attend=False, radius=None, neurons=0)
     reader = subject.shape.heads - 2
     sees = LayerPlan((reader,), attend=False, radius=None, neurons=0)
-    plan, tensors = subject.random_plan(0, layers=(none, sees, none, none), compensation="none")
+    plan = subject.random_plan(0, layers=(none, sees, none, none), compensation="none")
     rows = [[1, 5, *PICTURE, 7, 8]]
     one, other = tiny.batch(rows, seed=1), tiny.batch(rows, seed=2)
     text = tiny.real_text(one)
@@ -99,7 +99,7 @@ def test_reading_heads_are_the_named_ones(subject: Subject, run: type) -> None:
     for head in range(subject.shape.heads):
         with torch.no_grad():
             weight[:, head * head_dim : (head + 1) * head_dim] = 0.0
-            with run(subject.model, plan, tensors, check=False):
+            with run(subject.model, plan, check=False):
                 pair = [tiny.logits(subject.model, inputs)[text] for inputs in (one, other)]
             weight.copy_(before)
         assert torch.equal(*pair) == (head == reader)

@@ -57,9 +57,9 @@ def meeting(mha: Subject) -> Any:
 def test_overlapping_forwards_do_not_see_one_anothers_images(
     mha: Subject, meeting: Any, pair: tuple[int, int]
 ) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     prompts = [PROMPTS[number] for number in pair]
-    with pruned(mha.model, plan, tensors):
+    with pruned(mha.model, plan):
         found = at_once([lambda each=each: tiny.logits(mha.model, each) for each in prompts])
         meeting.remove()
         expected = [tiny.logits(mha.model, each) for each in prompts]
@@ -68,8 +68,8 @@ def test_overlapping_forwards_do_not_see_one_anothers_images(
 
 
 def test_many_forwards_and_generations_in_many_threads(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(3)
+    with pruned(mha.model, plan):
         logits = [tiny.logits(mha.model, each) for each in PROMPTS]
         tokens = [say(mha, each) for each in PROMPTS]
 
@@ -87,8 +87,8 @@ def test_many_forwards_and_generations_in_many_threads(mha: Subject) -> None:
 
 def test_a_thread_that_is_started_inside_a_block_is_pruned(mha: Subject) -> None:
     """As a streamer's is."""
-    plan, tensors = mha.random_plan(3)
-    with pruned(mha.model, plan, tensors):
+    plan = mha.random_plan(3)
+    with pruned(mha.model, plan):
         expected = tiny.logits(mha.model, PROMPTS[0])
         assert torch.equal(at_once([lambda: tiny.logits(mha.model, PROMPTS[0])])[0], expected)
     assert not torch.equal(tiny.logits(mha.model, PROMPTS[0]), expected)
@@ -99,11 +99,11 @@ def test_a_thread_that_is_started_inside_a_block_is_pruned(mha: Subject) -> None
 def test_a_forward_under_way_when_a_block_is_entered_or_left_is_no_mixture(
     mha: Subject, where: str, begins: str
 ) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     decoder = mha.model.get_decoder()
     module = {"base_model": mha.model.model, "decoder": decoder, "layer": decoder.layers[1].mlp}
     dense = tiny.logits(mha.model, PROMPTS[0])
-    with pruned(mha.model, plan, tensors):
+    with pruned(mha.model, plan):
         sparse = tiny.logits(mha.model, PROMPTS[0])
     under_way, go_on = threading.Event(), threading.Event()
 
@@ -113,7 +113,7 @@ def test_a_forward_under_way_when_a_block_is_entered_or_left_is_no_mixture(
 
     with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         if begins == "pruned":
-            install(mha.model, plan, tensors)
+            install(mha.model, plan)
         handle = module[where].register_forward_pre_hook(wait)
         stack.callback(handle.remove)
         future = pool.submit(tiny.logits, mha.model, PROMPTS[0])
@@ -121,7 +121,7 @@ def test_a_forward_under_way_when_a_block_is_entered_or_left_is_no_mixture(
         if begins == "pruned":
             uninstall(mha.model)
         else:
-            install(mha.model, plan, tensors)
+            install(mha.model, plan)
             stack.callback(uninstall, mha.model)
         go_on.set()
         found = future.result()
@@ -131,7 +131,7 @@ def test_a_forward_under_way_when_a_block_is_entered_or_left_is_no_mixture(
 
 @torch.no_grad()
 def test_a_conversation_across_the_edge_of_a_block_is_refused(mha: Subject) -> None:
-    plan, tensors = mha.random_plan(3)
+    plan = mha.random_plan(3)
     cache, step = DynamicCache(), {"input_ids": torch.tensor([[9]])}
     entered, prefilled, left = (threading.Event() for _ in range(3))
 
@@ -144,7 +144,7 @@ def test_a_conversation_across_the_edge_of_a_block_is_refused(mha: Subject) -> N
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(torch.no_grad()(talk))
-        with pruned(mha.model, plan, tensors):
+        with pruned(mha.model, plan):
             entered.set()
             assert prefilled.wait(PATIENCE)
         left.set()

@@ -16,7 +16,6 @@ from transformers import DynamicCache, Phi3Config
 import yopo
 from yopo.models import internvl, llava
 from yopo.plans.schema import LayerPlan, PruningPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import fitted_parameters, install, pruned, uninstall
 from yopo.support.errors import ModelError
 
@@ -42,7 +41,7 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
     return losses
 
 
-def halved(subject: Subject, compensation: str, **fixed: Any) -> tuple[PruningPlan, PlanTensors]:
+def halved(subject: Subject, compensation: str, **fixed: Any) -> PruningPlan:
     """Half of everything, ragged under GQA: every kind of part in every layer."""
     shape = subject.shape
     heads = tuple(range(0, shape.heads, 2)) + ((shape.heads - 1,) if shape.heads % 2 == 0 else ())
@@ -58,14 +57,14 @@ def halved(subject: Subject, compensation: str, **fixed: Any) -> tuple[PruningPl
 @pytest.mark.parametrize("baked", [True, False], ids=["baked", "in memory"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_seen_by_visual_tokens_at_once(subject: Subject, kind: str, baked: bool) -> None:
-    plan, tensors = halved(subject, kind, baked=baked)
+    plan = halved(subject, kind, baked=baked)
     model = copy.deepcopy(subject.model)
-    install(model, plan, tensors)
+    install(model, plan)
     first = tiny.logits(model, INPUTS)  # whatever an evaluation keeps must not outlive a step
     train(model)
     live = tiny.logits(model, INPUTS)
     uninstall(model)
-    with pruned(model, plan, tensors, check=False):
+    with pruned(model, plan, check=False):
         again = tiny.logits(model, INPUTS)
     where = tiny.real_text(INPUTS)
     assert torch.equal(live[where], again[where])
@@ -74,16 +73,16 @@ def test_a_step_is_seen_by_visual_tokens_at_once(subject: Subject, kind: str, ba
 
 def test_values_that_are_set_behind_autograds_back_are_seen_too(subject: Subject) -> None:
     """``.data`` counts no version: what mergers of adapters write to."""
-    plan, tensors = halved(subject, "mean", baked=False)
+    plan = halved(subject, "mean", baked=False)
     model = copy.deepcopy(subject.model)
-    install(model, plan, tensors)
+    install(model, plan)
     with torch.inference_mode():
         model(**INPUTS)
     for parameter in model.get_decoder().parameters():
         parameter.data *= 0.9
     live = tiny.logits(model, INPUTS)
     uninstall(model)
-    with pruned(model, plan, tensors, check=False):
+    with pruned(model, plan, check=False):
         assert torch.equal(tiny.logits(model, INPUTS), live)
 
 
@@ -129,11 +128,11 @@ def gradients(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
 def test_checkpointing_keeps_less_and_gives_the_same_gradients(
     subject: Subject, kind: str, reentrant: bool
 ) -> None:
-    plan, tensors = halved(subject, kind, baked=False)
+    plan = halved(subject, kind, baked=False)
     model = copy.deepcopy(subject.model)
     for layer in model.get_decoder().layers:
         layer.self_attn.attention_dropout = 0.1  # the same ones fall out when it is run again
-    install(model, plan, tensors, trainable=True)
+    install(model, plan, trainable=True)
     model.train()
     expected, whole = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -161,10 +160,10 @@ def test_checkpointing_is_off_in_evaluation_and_refuses_a_filled_cache(mha: Subj
 
 def test_dropout_of_attention_is_the_dense_models(subject: Subject) -> None:
     """With a probability of one nothing is random: attention gives nothing at all."""
-    plan, tensors = subject.random_plan(1, compensation="none")
+    plan = subject.random_plan(1, compensation="none")
     model = copy.deepcopy(subject.model)
     layers = [*model.get_decoder().layers]
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         plain = tiny.logits(model, INPUTS)
         for layer in layers:
             layer.self_attn.attention_dropout = 0.5
@@ -189,9 +188,9 @@ def test_residual_dropouts_are_the_dense_models(monkeypatch: pytest.MonkeyPatch)
         llava.LLAVA.__class__, "backbone", lambda self, config: internvl.PHI3, raising=True
     )
     subject = tiny.make_subject("phi3")
-    plan, tensors = subject.random_plan(1, layers=tiny.whole(subject).layers, compensation="none")
+    plan = subject.random_plan(1, layers=tiny.whole(subject).layers, compensation="none")
     model = subject.model
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         model.train()
         assert not torch.equal(tiny.logits(model, INPUTS), tiny.logits(model, INPUTS))
         for layer in model.get_decoder().layers:
@@ -201,15 +200,15 @@ def test_residual_dropouts_are_the_dense_models(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_fitted_weights_are_parameters_on_request_alone(subject: Subject) -> None:
-    plan, tensors = halved(subject, "refit", baked=True)
+    plan = halved(subject, "refit", baked=True)
     model = copy.deepcopy(subject.model)
     keys, before = list(model.state_dict()), copy.deepcopy(tensors)
-    with pruned(model, plan, tensors):
+    with pruned(model, plan):
         plain = tiny.logits(model, INPUTS)
         assert list(model.state_dict()) == keys
         with pytest.raises(ModelError, match="no fitted weights"):
             fitted_parameters(model)
-    with pruned(model, plan, tensors, trainable=True):
+    with pruned(model, plan, trainable=True):
         assert torch.equal(tiny.logits(model, INPUTS), plain)
         fitted = yopo.fitted_parameters(model)
         held = sum(len(weights) for weights in tensors.refit.values())
@@ -226,9 +225,9 @@ def test_fitted_weights_are_parameters_on_request_alone(subject: Subject) -> Non
 
 
 def test_an_adapter_and_fitted_weights_train_together(mha: Subject) -> None:
-    plan, tensors = halved(mha, "refit", baked=True)
+    plan = halved(mha, "refit", baked=True)
     model = copy.deepcopy(mha.model)
-    install(model, plan, tensors, trainable=True)
+    install(model, plan, trainable=True)
     adapter = LoraConfig(r=2, target_modules=r".*language_model.*(q|v|up|down)_proj")
     peft_model = get_peft_model(model, adapter)
     fitted = fitted_parameters(peft_model)
@@ -245,13 +244,13 @@ def test_weights_without_fitted_ones_are_not_loaded_in_silence(
     mha: Subject, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A Trainer loads a checkpoint's shards alone when it resumes."""
-    plan, tensors = halved(mha, "refit", baked=True)
+    plan = halved(mha, "refit", baked=True)
     model = copy.deepcopy(mha.model)
     dense = model.state_dict()
-    install(model, plan, tensors)
+    install(model, plan)
     model.load_state_dict(dense)
     uninstall(model)
-    install(model, plan, tensors, trainable=True)
+    install(model, plan, trainable=True)
     model.load_state_dict(model.state_dict())
     assert not capsys.readouterr().err
     model.load_state_dict(dense, strict=False)

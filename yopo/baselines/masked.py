@@ -41,7 +41,7 @@ class Masks:
         for number, layer in enumerate(decoder.layers):
             spec = LayerSpec(plan, number, None, None)
             output, down = getattr(layer.self_attn, names.output), getattr(layer.mlp, names.down)
-            self._watch(output, spec.head_mean, _pruned_heads(spec), bool(spec.layer.attend))
+            self._watch(output, spec.head_mean, _pruned_heads(spec), bool(spec.layer.attend_heads))
             self._watch(down, spec.neuron_mean, _pruned_neurons(spec), spec.layer.neurons > 0)
 
     def remove(self) -> None:
@@ -82,7 +82,7 @@ class Masks:
         Returns:
             (batch, heads, queries or 1, keys) bool, or ``mask`` where all heads are kept.
         """
-        shape, heads = self.plan.model.shape, self.plan.layers[number].heads
+        shape, heads = self.plan.model.shape, self.plan.layers[number].read_heads
         if len(heads) == shape.heads:
             return mask
         is_visual = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, visual, True)
@@ -124,7 +124,7 @@ class Masks:
 def _pruned_heads(spec: LayerSpec) -> torch.Tensor:
     """(heads * head_dim,) bool: what visual tokens' attention does not output."""
     is_silent = torch.ones(spec.shape.heads, dtype=torch.bool)
-    is_silent[list(spec.layer.attend)] = False
+    is_silent[list(spec.layer.attend_heads)] = False
     return is_silent.repeat_interleave(spec.shape.head_dim)
 
 

@@ -2,7 +2,7 @@
 
 Time depends on how many heads, neurons and layers a plan keeps, not on which: so a plan with
 made-up scores, taken through the real planner and the real baking order, costs what a calibrated
-one of the same wishes costs.
+one of the same request costs.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from yopo.calibration.statistics import MAX_DISTANCE, Statistics
 from yopo.checkpoint.order import baked_plan, order_layers
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
 from yopo.plans.schema import Budget, LayerPlan, ModelIdentity, PruningPlan, Workload
 from yopo.plans.tensors import PlanTensors, refit_sizes
 from yopo.support.errors import PlanError, suggest
 
-PRESETS: dict[str, Wishes] = {
-    "yopo-25": Wishes(preset="yopo-25"),
-    "yopo-12": Wishes(preset="yopo-12"),
-    "reader-12": Wishes(budget=0.12, shape="reader", compensation="none"),
+PRESETS: dict[str, BudgetRequest | PaperRequest] = {
+    "yopo-25": PaperRequest(preset="yopo-25"),
+    "yopo-12": PaperRequest(preset="yopo-12"),
+    "reader-12": BudgetRequest(0.12, template="reader", compensation="none"),
 }
 """The paper's two shapes, and frozen visual tokens that the text reads in most layers."""
 
@@ -79,7 +79,7 @@ def fitted_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
 
     def plan_of(rank: int) -> PruningPlan:
         layer = LayerPlan(
-            heads, attend, None, shape.ffn // 32, rank, linear=max(1, shape.hidden // 32)
+            heads, attend, None, shape.ffn // 32, rank, map_rank=max(1, shape.hidden // 32)
         )
         plan = PruningPlan(
             model=model,
@@ -223,8 +223,8 @@ def sampled_layers(plan: PruningPlan, count: int) -> tuple[int, ...]:
 def _kind(layer: LayerPlan, plan: PruningPlan, index: int) -> tuple[object, ...]:
     neurons = (layer.neurons > 0) + (layer.neurons == plan.model.shape.ffn)
     gone = index >= plan.visual_depth
-    fitted = (layer.rank is None, layer.linear > 0)
-    return bool(layer.heads), bool(layer.attend), layer.radius, neurons, gone, fitted
+    fitted = (layer.qkv_rank is None, layer.map_rank > 0)
+    return bool(layer.read_heads), bool(layer.attend_heads), layer.radius, neurons, gone, fitted
 
 
 def with_layers(plan: PruningPlan, indices: tuple[int, ...]) -> PruningPlan:

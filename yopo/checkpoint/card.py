@@ -21,7 +21,7 @@ from yopo.plans.flops import (
     visual_flops,
     visual_kv_bytes,
 )
-from yopo.plans.schema import LayerPlan, PruningPlan
+from yopo.plans.schema import LEVERS, LayerPlan, PruningPlan, used_levers
 
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
 
@@ -136,21 +136,21 @@ def _flops(count: int) -> str:
 
 def _layers(plan: PruningPlan, tensors_bytes: int) -> str:
     shape = plan.model.shape
-    fitted = [each for each in _FITTED if any(getattr(layer, each[0]) for layer in plan.layers)]
-    titles = "".join(f" {title} |" for _, title in fitted)
+    levers = used_levers(plan)
+    titles = "".join(f" {lever.title} |" for lever in levers)
     lines = [
         "## What visual tokens still do",
         "",
         f"| layers | read by heads (of {shape.heads}) | attend | neighborhood "
         f"| FFN neurons (of {shape.ffn}) |{titles}",
-        "|---|---:|---|---|---:|" + "---:|" * len(fitted),
+        "|---|---:|---|---|---:|" + "---:|" * len(levers),
     ]
     for first, last, layer in _runs(plan.layers):
         label = f"{first}" if first == last else f"{first} to {last}"
         radius = "everything" if layer.radius is None else f"radius {layer.radius}"
-        attend, reach = (_attend(layer), radius) if layer.attend else ("no", "-")
-        more = "".join(f" {getattr(layer, name) or '-'} |" for name, _ in fitted)
-        row = f"| {label} | {len(layer.heads)} | {attend} | {reach} | {layer.neurons} |{more}"
+        attend, reach = (_attend(layer), radius) if layer.attend_heads else ("no", "-")
+        more = "".join(f" {getattr(layer, lever.name) or '-'} |" for lever in levers)
+        row = f"| {label} | {len(layer.read_heads)} | {attend} | {reach} | {layer.neurons} |{more}"
         lines.append(row)
     direction = "both directions" if plan.bidirectional else "causal"
     compensation = _compensation(plan, tensors_bytes)
@@ -158,12 +158,10 @@ def _layers(plan: PruningPlan, tensors_bytes: int) -> str:
     return "\n".join(lines)
 
 
-_FITTED = (("rank", "bottleneck of queries, keys, values"), ("linear", "rank of the linear map"))
-"""Fields of a layer plan that only some plans have, and their columns."""
-
-
 def _attend(layer: LayerPlan) -> str:
-    return "yes" if layer.attend == layer.heads else f"in {len(layer.attend)} heads"
+    return (
+        "yes" if layer.attend_heads == layer.read_heads else f"in {len(layer.attend_heads)} heads"
+    )
 
 
 def _compensation(plan: PruningPlan, tensors_bytes: int) -> str:
@@ -177,8 +175,8 @@ def _compensation(plan: PruningPlan, tensors_bytes: int) -> str:
 def _runs(layers: tuple[LayerPlan, ...]) -> Iterator[tuple[int, int, LayerPlan]]:
     def look(indexed: tuple[int, LayerPlan]) -> tuple[Any, ...]:
         layer = indexed[1]
-        width = len(layer.heads), len(layer.attend), layer.radius
-        return *width, layer.neurons, layer.rank, layer.linear
+        width = len(layer.read_heads), len(layer.attend_heads), layer.radius
+        return *width, layer.neurons, *(getattr(layer, each.name) for each in LEVERS)
 
     for _, run in groupby(enumerate(layers), key=look):
         members = list(run)

@@ -65,7 +65,7 @@ def order_heads(
         (query heads, KV heads), each new position -> old index. KV heads with more kept query
         heads come first, among equals those with more attending ones.
     """
-    kept, attending = set(layer.heads), set(layer.attend)
+    kept, attending = set(layer.read_heads), set(layer.attend_heads)
     groups = []
     for kv_head in range(shape.kv_heads):
         members = range(kv_head * shape.group, (kv_head + 1) * shape.group)
@@ -96,9 +96,9 @@ def baked_plan(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PruningPlan:
     for layer, order in zip(plan.layers, orders, strict=True):
         heads, attend = (
             tuple(new for new, old in enumerate(order.head_order) if old in chosen)
-            for chosen in (layer.heads, layer.attend)
+            for chosen in (layer.read_heads, layer.attend_heads)
         )
-        layers.append(replace(layer, heads=heads, attend=attend))
+        layers.append(replace(layer, read_heads=heads, attend_heads=attend))
     measured = plan.measured
     if measured is not None:
         rho = tuple(
@@ -144,7 +144,9 @@ def _baked_refit(
 ) -> dict[str, torch.Tensor]:
     """One layer's fitted weights, rows and columns of its heads moved to where they now stand."""
     kept_kv = layer.kept_kv(shape)
-    queries = _block_rows([old for old in order.head_order if old in layer.attend], layer.attend)
+    queries = _block_rows(
+        [old for old in order.head_order if old in layer.attend_heads], layer.attend_heads
+    )
     keys = _block_rows([old for old in order.kv_order if old in kept_kv], kept_kv)
     queries, keys = (
         (rows[:, None] * shape.head_dim + torch.arange(shape.head_dim)).flatten()

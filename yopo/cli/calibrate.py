@@ -12,10 +12,10 @@ from yopo.cli.config import config_option
 from yopo.cli.options import (
     DATA_FORMS,
     force_option,
+    plan_request,
+    request_options,
     run_options,
     run_settings,
-    wish_options,
-    wishes,
 )
 from yopo.cli.results import Keeper, check_outputs, save
 
@@ -49,7 +49,7 @@ def _named(output: str, budget: float | None) -> str:
 @click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
 @click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration, or glyphs]")
 @run_options
-@wish_options
+@request_options
 @click.option(
     "--queries",
     type=click.Choice(("text", "all", "last")),
@@ -99,26 +99,27 @@ def _named(output: str, budget: float | None) -> str:
 def command(context: click.Context, **values: Any) -> None:
     """Measure a model on image-question pairs once, and write a plan.
 
-    The plan either meets a visual budget (--budget: several plan shapes are measured, the best
+    The plan either meets a visual budget (--budget: several templates are measured, the best
     one wins), or has the paper's shape (--preset, or its knobs, from --head-ratio to --alpha).
     """
     output, stats, force = values["output"], values["stats"], values["force"]
     outputs = {budget: _named(output, budget) for budget in values["budgets"] or (None,)}
     check_outputs(outputs.values(), stats, force=force)
-    workflow, tuning = load("yopo.pipeline.commands"), load("yopo.pipeline.session")
+    commands, session = load("yopo.pipeline.commands"), load("yopo.pipeline.session")
     if (values["milliseconds"] is None) != (values["costs"] is None):
         raise click.UsageError("--milliseconds and --costs go together.")
     counts = (values["measure_pairs"], values["fit_pairs"])
-    fit_options = tuning.FitOptions(values["queries"], *counts, values["costs"])
-    asked = (wishes(context), run_settings(context), fit_options)
+    fit_options = session.FitOptions(values["queries"], *counts)
+    costs = values["costs"]
+    requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
+    how = (run_settings(context), fit_options)
     keeper = Keeper(stats, force=force)
     with keeper.guarding():
         if not values["budgets"]:
-            made: Calibrated = workflow.calibrate(values["model"], *asked, keep=keeper.keep)
+            made: Calibrated = commands.calibrate(
+                values["model"], requests[0], *how, keep=keeper.keep
+            )
             save(made, output, force=force)
             return
-        front = workflow.calibrate_front(
-            values["model"], values["budgets"], *asked, keep=keeper.keep
-        )
-        for each in front:
+        for each in commands.calibrate_front(values["model"], requests, *how, keep=keeper.keep):
             save(each, outputs[each.plan.budget.asked], force=force)

@@ -12,15 +12,16 @@ from yopo.cli.config import drop_overruled
 
 if TYPE_CHECKING:
     from yopo.pipeline.session import RunOptions
-    from yopo.planning.request import Wishes
+    from yopo.planning.request import PlanRequest
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 DEFAULT_BUDGET = 0.25
 SEARCH_RUNS = 200
 
-_BUDGET = ("budget", "shape", "search", "tolerance", "milliseconds", "kv_budget")
+_BUDGET = ("budget", "template", "search", "tolerance", "milliseconds", "kv_budget")
 _RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
+_BESIDE = ("compensation", "kv_groups", "bidirectional")
 
 
 def _chain(*options: Decorator) -> Decorator:
@@ -32,7 +33,7 @@ def _chain(*options: Decorator) -> Decorator:
     return decorate
 
 
-wish_options = _chain(
+request_options = _chain(
     click.option(
         "--budget",
         type=float,
@@ -44,7 +45,7 @@ wish_options = _chain(
         type=float,
         metavar="F",
         help="Instead: the smallest budget that agrees with the dense model within F (0.01), on "
-        "pairs set aside.",
+        "holdout pairs.",
     ),
     click.option(
         "--milliseconds",
@@ -58,14 +59,20 @@ wish_options = _chain(
         metavar="F",
         help="Beside one of these: keep at most this share of the visual KV cache.",
     ),
-    click.option("--shape", metavar="NAME", help="Plan shape for the budget, not the best one."),
+    click.option(
+        "--template",
+        "--shape",
+        "template",
+        metavar="NAME",
+        help="Plan template for the budget, not the best one.",
+    ),
     click.option(
         "--search",
         type=click.IntRange(min=1),
         is_flag=False,
         flag_value=SEARCH_RUNS,
         metavar="[N]",
-        help=f"Improve the best shape layer by layer, measuring N ({SEARCH_RUNS}) plans at most.",
+        help=f"Improve the best plan layer by layer, measuring N ({SEARCH_RUNS}) plans at most.",
     ),
     click.option("--preset", metavar="NAME", help="The paper's shapes: yopo-25 or yopo-12."),
     click.option("--head-ratio", type=float, metavar="F", help="Share of the heads that is kept."),
@@ -149,17 +156,26 @@ force_option = click.option("--force", is_flag=True, help="Replace existing outp
 DATA_FORMS = "JSONL, LLaVA JSON, parquet, image folder, hub id org/name:split, or demo:SPLIT."
 
 
-def wishes(context: click.Context) -> Wishes:
-    """The wishes of a command with ``wish_options``; a budget if nothing else is asked for."""
+def plan_request(
+    context: click.Context, *, costs: str | None = None, budget: float | None = None
+) -> PlanRequest:
+    """What a command with ``request_options`` asks of a plan; a budget if nothing else is said.
+
+    Args:
+        context: Of the running command.
+        costs: The file of its ``--costs``, if it has that option.
+        budget: Instead of its ``--budget``.
+    """
     drop_overruled(context, _BUDGET, _RATIOS)
     drop_overruled(context, ("alpha",), ("head_ratio",))
-    from yopo.planning.request import Wishes
+    from yopo.planning.request import plan_request
 
-    values = {each.name: context.params[each.name] for each in fields(Wishes)}
+    values = {name: context.params[name] for name in (*_BUDGET, *_RATIOS, *_BESIDE)}
+    values["budget"] = values["budget"] if budget is None else budget
     ways = ("budget", "tolerance", "milliseconds", *_RATIOS)
     if all(values[name] is None for name in ways):
         values["budget"] = DEFAULT_BUDGET
-    return Wishes(**values)
+    return plan_request(**values, costs=costs)
 
 
 def run_settings(context: click.Context) -> RunOptions:

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from yopo.cli.command import Command, load
-from yopo.cli.options import force_option, wish_options, wishes
+from yopo.cli.options import force_option, plan_request, request_options
 from yopo.cli.results import check_outputs, save
 
 
 @click.command(cls=Command)
 @click.argument("stats", type=click.Path(path_type=Path))
-@wish_options
+@request_options
 @click.option(
     "-o",
     "--output",
@@ -28,8 +28,8 @@ from yopo.cli.results import check_outputs, save
 def command(context: click.Context, stats: Path, **values: Any) -> None:
     """Make another plan from STATS, which `yopo calibrate --stats` saved, without the model.
 
-    Nothing can be measured without the model: a budget means the shape of --shape, or `reader`.
+    Nothing can be measured without the model: a budget means the one of --template, or `reader-heads`.
     """
     check_outputs([values["output"]], None, force=values["force"])
-    made = load("yopo.pipeline.commands").plan_from_statistics(stats, wishes(context))
+    made = load("yopo.pipeline.commands").plan_from_statistics(stats, plan_request(context))
     save(made, values["output"], force=values["force"])

@@ -110,7 +110,11 @@ def _show_candidates(plan: PruningPlan) -> None:
     from yopo.report.plan_tables import candidate_table
 
     split = plan.provenance.get("split", {})
-    show(candidate_table(plan.provenance["candidates"], split.get("held_out")))
+    show(
+        candidate_table(
+            plan.provenance["candidates"], split.get("comparison", split.get("held_out"))
+        )
+    )
 
 
 def _written(plan: PruningPlan, output: str) -> str:

@@ -34,17 +34,17 @@ class Split:
     Attributes:
         statistics: Scores and means are taken from these.
         fit: Visual weights are fitted on these: some or all of ``statistics``.
-        held_out: Candidate plans are compared on these, and nothing else is done with them. Empty
+        comparison: Candidate plans are compared on these, and nothing else is done with them. Empty
             if that is not wanted, or there are too few pairs.
-        aside: A tolerance is met on these, and nothing else is done with them; as ``held_out``.
+        holdout: A tolerance is met on these, and nothing else is done with them; as ``comparison``.
         total: Pairs of the source.
         images: Pairs that share an image count once here.
     """
 
     statistics: frozenset[int]
     fit: frozenset[int]
-    held_out: frozenset[int]
-    aside: frozenset[int]
+    comparison: frozenset[int]
+    holdout: frozenset[int]
     total: int
     images: int
 
@@ -52,25 +52,25 @@ class Split:
     def summary(self) -> dict[str, int]:
         """What a plan says of it."""
         sides = {"statistics": self.statistics, "fit": self.fit}
-        sides |= {"held_out": self.held_out, "aside": self.aside}
+        sides |= {"comparison": self.comparison, "holdout": self.holdout}
         return {name: len(numbers) for name, numbers in sides.items()}
 
 
 def split_pairs(
-    pairs: Iterable[Pair], *, seed: int, fit: int, held_out: int = 0, aside: int = 0
+    pairs: Iterable[Pair], *, seed: int, fit: int, comparison: int = 0, holdout: int = 0
 ) -> Split:
     """Divide pairs, at random but always alike for a seed.
 
-    Held-out pairs and pairs aside are a quarter of all each, but at least ``MIN_SIDE``, and never
+    Comparison and holdout get a quarter of all each, but at least ``MIN_SIDE``, and never
     more than is asked for. If that leaves less than ``MIN_SIDE`` to any purpose, nothing is held
-    out or set aside.
+    out.
 
     Args:
         pairs: Read once; images are digested, not decoded.
         seed: Another seed, another division.
         fit: Pairs to fit weights on at most.
-        held_out: Pairs to judge on at most; 0: none are needed.
-        aside: Pairs to set aside at most; 0: none are needed.
+        comparison: Pairs to judge on at most; 0: none are needed.
+        holdout: Pairs to meet a tolerance on at most; 0: none are needed.
 
     Raises:
         DataError: A pair or its image cannot be read.
@@ -80,13 +80,13 @@ def split_pairs(
     everything = [number for group in groups for number in group]
     total = len(everything)
     share = max(total // 4, MIN_SIDE)
-    apart, left = _take(groups, min(aside, share))
-    judged, left = _take(left, min(held_out, share))
+    kept_out, left = _take(groups, min(holdout, share))
+    compared, left = _take(left, min(comparison, share))
     rest = [number for group in left for number in group]
-    needed = [rest] + [judged] * bool(held_out) + [apart] * bool(aside)
+    needed = [rest] + [compared] * bool(comparison) + [kept_out] * bool(holdout)
     if min(map(len, needed)) < MIN_SIDE:
-        rest, judged, apart = everything, [], []
-    sides = (frozenset(numbers) for numbers in (rest, rest[:fit], judged, apart))
+        rest, compared, kept_out = everything, [], []
+    sides = (frozenset(numbers) for numbers in (rest, rest[:fit], compared, kept_out))
     return Split(*sides, total, len(groups))
 
 

@@ -188,7 +188,7 @@ class Projections:
         values, vectors = torch.linalg.eigh(metric)
         self._values, self._vectors = values.flip(0).clamp(min=0), vectors.flip(1)
 
-    def lost(self) -> torch.Tensor:
+    def residual_by_rank(self) -> torch.Tensor:
         """(inputs + 1,) float64: share of the outputs' variance lost at rank 0, 1, 2, ..."""
         total = self._values.sum().clamp(min=1e-30)
         kept = torch.cat([total.new_zeros(1), self._values.cumsum(0)]) / total

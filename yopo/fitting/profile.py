@@ -37,17 +37,17 @@ class Profile:
     Attributes:
         mixing: (L, H), what a head gathers from other tokens: the energy of its output behind the
             output projection that no affine map of the token's own normed state predicts.
-        lost: (L, d + 1), share of the variance of queries, keys and values that a bottleneck of
+        bottleneck_residual: (L, d + 1), share of the variance of queries, keys and values that a bottleneck of
             rank 0, 1, ..., d loses.
-        unmapped: (L, d + 1), energy of a layer's update that an affine map of rank 0, 1, ..., d of
+        map_residual: (L, d + 1), energy of a layer's update that an affine map of rank 0, 1, ..., d of
             the normed state leaves.
-        bent: (L,), energy of the FFN's output that no affine map of its input predicts.
+        nonlinear_residual: (L,), energy of the FFN's output that no affine map of its input predicts.
     """
 
     mixing: torch.Tensor
-    lost: torch.Tensor
-    unmapped: torch.Tensor
-    bent: torch.Tensor
+    bottleneck_residual: torch.Tensor
+    map_residual: torch.Tensor
+    nonlinear_residual: torch.Tensor
 
 
 @torch.no_grad()
@@ -64,14 +64,14 @@ def profile(model: PreTrainedModel, batches: Iterable[Batch], shape: ModelShape)
 
 
 def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[torch.Tensor, ...]:
-    """(mixing, lost, unmapped, bent) of one layer; takes the walk past it."""
+    """The four energies of one layer; takes the walk past it."""
     layer, names = walk.decoder.layers[number], walk.names
     device, width = next(layer.parameters()).device, shape.heads * shape.head_dim
     heads = Moments(shape.hidden, width, device)
     outputs = Moments(width, 0, device)
     update = Moments(shape.hidden, shape.hidden, device)
     ffn = Moments(shape.hidden, shape.hidden, device)
-    change, bend, energy, count = 0.0, 0.0, 0.0, 0
+    change, ffn_energy, energy, count = 0.0, 0.0, 0.0, 0
     gathered: list[torch.Tensor] = []
     handle = getattr(layer.self_attn, names.output).register_forward_pre_hook(
         lambda module, args: gathered.append(args[0])
@@ -89,23 +89,23 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
         ffn.add(ffn_norm(each.middle), each.behind - each.middle)
         energy += float(each.before.float().square().sum(dtype=torch.float64))
         change += float((each.behind - each.before).float().square().sum(dtype=torch.float64))
-        bend += float((each.behind - each.middle).float().square().sum(dtype=torch.float64))
+        ffn_energy += float((each.behind - each.middle).float().square().sum(dtype=torch.float64))
         count += len(each.before)
-    energy, change, bend = energy / count, change / count, bend / count
+    energy, change, ffn_energy = energy / count, change / count, ffn_energy / count
     stock = VisualLayer(layer, full_layer(shape), shape, names, Extras())  # its own projections
     inputs, updated, fed = heads.gram(), update.gram(), ffn.gram()
     mixing = _mixing(inputs, outputs.gram(), stock, shape)
-    lost = _lost(inputs, stock)
+    bottleneck = _bottleneck_residual(inputs, stock)
     left = change - float(updated.target_mean.square().sum())
-    unmapped = _tail(left, explained(updated), shape.hidden)
+    mapped = _tail(left, explained(updated), shape.hidden)
     straight = float(fed.target_mean.square().sum()) + explained_in_all(fed)
-    bent = torch.tensor(max(bend - straight, 0.0), dtype=torch.float64)
-    return mixing / energy, lost, unmapped / energy, bent / energy
+    nonlinear = torch.tensor(max(ffn_energy - straight, 0.0), dtype=torch.float64)
+    return mixing / energy, bottleneck, mapped / energy, nonlinear / energy
 
 
-def _lost(inputs: Gram, stock: VisualLayer) -> torch.Tensor:
+def _bottleneck_residual(inputs: Gram, stock: VisualLayer) -> torch.Tensor:
     weights = [getattr(stock, name).matrix()[0] for name in ("query", "key", "value")]
-    return Projections(inputs, weights).lost()
+    return Projections(inputs, weights).residual_by_rank()
 
 
 def _mixing(inputs: Gram, outputs: Gram, stock: VisualLayer, shape: ModelShape) -> torch.Tensor:

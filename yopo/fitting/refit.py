@@ -133,7 +133,7 @@ class LayerFit:
     def projections(self, batches: list[PrunedBatch]) -> Weights:
         """Queries, keys and values through the bottleneck."""
         stock = VisualLayer(
-            self.module, replace(self.layer, rank=None), self.shape, self.names, Extras()
+            self.module, replace(self.layer, qkv_rank=None), self.shape, self.names, Extras()
         )
         norm = getattr(self.module, self.names.attention_norm)
         moments = self._moments(0)
@@ -142,7 +142,7 @@ class LayerFit:
         names = [name for name in ("query", "key", "value") if name in self.wanted]
         parts = [getattr(stock, name).matrix() for name in names]
         projections = Projections(moments.gram(), [weight for weight, _ in parts])
-        best = projections.at_rank(self.layer.rank, [bias for _, bias in parts])
+        best = projections.at_rank(self.layer.qkv_rank, [bias for _, bias in parts])
         weights = {"reduce": best.reduce}
         for name, expand, bias in zip(names, best.expand, best.bias, strict=True):
             weights |= {name: expand, f"{name}_bias": bias}
@@ -180,10 +180,10 @@ class LayerFit:
                 inputs = torch.cat([batch.real(part.activations(normed)), inputs], dim=1)
             moments.add(inputs, states.behind - batch.real(batch.visual))
         if not neurons:
-            out, inner, bias = reduced_rank(moments.gram(), self.layer.linear)
+            out, inner, bias = reduced_rank(moments.gram(), self.layer.map_rank)
             return {"map_out": out, "map_in": inner, "ffn_bias": bias}
         own, _ = part.down.matrix()
-        return neurons_and_map(moments.gram(), own, self.layer.linear)
+        return neurons_and_map(moments.gram(), own, self.layer.map_rank)
 
     def _moments(self, targets: int, more: int = 0) -> Moments:
         device = next(self.module.parameters()).device

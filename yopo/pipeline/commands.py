@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from yopo.calibration.statistics import Statistics, load_statistics
@@ -21,7 +21,13 @@ from yopo.pipeline.session import (
 )
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
-from yopo.planning.request import Wishes
+from yopo.planning.request import (
+    BudgetRequest,
+    LatencyRequest,
+    PaperRequest,
+    PlanRequest,
+    ToleranceRequest,
+)
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.serving.loading import load_dense, open_baked, torch_dtype
@@ -32,7 +38,7 @@ Keep = Callable[[Statistics], None]
 
 def calibrate(
     model_name: str,
-    wishes: Wishes,
+    request: PlanRequest,
     options: RunOptions,
     fit_options: FitOptions | None = None,
     *,
@@ -42,28 +48,29 @@ def calibrate(
 
     Args:
         model_name: Alias, directory or hub id.
-        wishes: What the plan should look like.
+        request: What is asked of the plan.
         options: Data and how to run it.
         effort: On what plans are measured and fitted.
         keep: Given the statistics as soon as they exist, before anything is planned or fitted.
 
     Raises:
-        YopoError: Unknown model, unreadable data, wishes that cannot be met, ...
+        YopoError: Unknown model, unreadable data, a request that cannot be met, ...
     """
-    sets_aside = wishes.tolerance is not None
-    compares = sets_aside or wishes.budget is not None or wishes.milliseconds is not None
     session = CalibrationSession(
-        model_name, options, fit_options or FitOptions(), sets_aside=sets_aside, compares=compares
+        model_name,
+        options,
+        fit_options or FitOptions(),
+        needs_holdout=isinstance(request, ToleranceRequest),
+        compares=not isinstance(request, PaperRequest),
     )
     if keep is not None:
         keep(session.statistics)
-    return session.within(wishes) if sets_aside else session.make(wishes)
+    return session.make(request)
 
 
 def calibrate_front(
     model_name: str,
-    budgets: Sequence[float],
-    wishes: Wishes,
+    requests: Sequence[BudgetRequest],
     options: RunOptions,
     fit_options: FitOptions | None = None,
     *,
@@ -79,23 +86,23 @@ def calibrate_front(
     session = CalibrationSession(model_name, options, fit_options or FitOptions())
     if keep is not None:
         keep(session.statistics)
-    for budget in sorted(set(budgets), reverse=True):
-        yield session.make(replace(wishes, budget=budget))
+    for request in sorted(requests, key=lambda each: -each.budget):
+        yield session.make(request)
 
 
-def plan_from_statistics(path: str | Path, wishes: Wishes) -> Calibrated:
+def plan_from_statistics(path: str | Path, request: PlanRequest) -> Calibrated:
     """Make another plan from saved statistics, without the model.
 
     Raises:
-        YopoError: The file holds no statistics, or the wishes cannot be met.
+        YopoError: The file holds no statistics, or the request cannot be met.
     """
-    if wishes.tolerance is not None or wishes.milliseconds is not None:
+    if isinstance(request, (ToleranceRequest, LatencyRequest)):
         raise PlanError(
             "A tolerance and a budget in milliseconds need the model.",
             remedy="Use `yopo calibrate`.",
         )
     statistics = load_statistics(path)
-    plan, candidates = make_plan(statistics, wishes)
+    plan, candidates = make_plan(statistics, request)
     return Calibrated(plan, statistics, candidates)
 
 

@@ -24,8 +24,14 @@ from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
 from yopo.fitting.fitter import Fitter
 from yopo.models.registry import resolve
 from yopo.planning.allocate import FACTOR, Weighting
-from yopo.planning.planner import Candidate, Planner
-from yopo.planning.request import Wishes
+from yopo.planning.planner import Candidate, make_plan
+from yopo.planning.request import (
+    BudgetRequest,
+    LatencyRequest,
+    PaperRequest,
+    PlanRequest,
+    ToleranceRequest,
+)
 from yopo.plans.schema import Budget, PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense, torch_dtype
@@ -38,8 +44,8 @@ SMALLEST = 0.01
 PRECISION = 1.15
 """Ratio of two budgets between which a tolerance looks no closer."""
 
-MAX_ASIDE = 256
-"""Pairs set aside for a tolerance at most."""
+MAX_HOLDOUT = 256
+"""Holdout pairs for a tolerance at most."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,11 @@ class FitOptions:
         measure_pairs: Calibration pairs that are held out to compare candidate plans on, at most;
             never more than a quarter (see ``split_pairs``).
         fit_pairs: Of the others, those on which visual weights are fitted, at most.
-        costs: What `yopo bench --json` printed, for a budget in milliseconds.
     """
 
     queries: str = "text"
     measure_pairs: int = 64
     fit_pairs: int = 256
-    costs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class CalibrationSession:
         model_name: Alias, directory or hub id.
         options: Data and how to run it.
         effort: On what plans are measured and fitted.
-        sets_aside: Whether a quarter of the pairs is kept out of everything but ``agreement``.
+        needs_holdout: Whether a quarter of the pairs is kept out of everything but ``agreement``.
         compares: Whether pairs are held out to compare plans on. Without it ``make`` knows no
             budget, and all pairs are measured.
 
@@ -119,7 +123,7 @@ class CalibrationSession:
         options: RunOptions,
         fit_options: FitOptions,
         *,
-        sets_aside: bool = False,
+        needs_holdout: bool = False,
         compares: bool = True,
     ):
         self.options, self.fit_options = options, fit_options
@@ -133,11 +137,11 @@ class CalibrationSession:
             self._pairs,
             seed=options.seed,
             fit=fit_options.fit_pairs,
-            held_out=fit_options.measure_pairs if compares else 0,
-            aside=MAX_ASIDE if sets_aside else 0,
+            comparison=fit_options.measure_pairs if compares else 0,
+            holdout=MAX_HOLDOUT if needs_holdout else 0,
         )
-        if sets_aside and not self.split.aside:
-            raise _too_few(self.split, "to set some aside for a tolerance", 3 * MIN_SIDE)
+        if needs_holdout and not self.split.holdout:
+            raise _too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
         model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
         self.model = model.to(options.device)
@@ -156,107 +160,117 @@ class CalibrationSession:
         )
         self.fitter = Fitter(self.model, self._encoded)
 
-    def make(self, wishes: Wishes, tried: Sequence[Weighting] = ()) -> Calibrated:
-        """Make one plan; ``tried``: measure allocations by these worths alone.
+    def make(self, request: PlanRequest) -> Calibrated:
+        """Make the plan that a request describes.
 
         With too few pairs to hold any out nothing is fitted: the plan for a budget then has the
-        default shape and the original weights, unmeasured.
+        default template and the original weights, unmeasured.
 
         Raises:
-            PlanError: The wishes cannot be met.
-            DataError: They cannot be met with so few pairs.
+            PlanError: The request cannot be met.
+            DataError: It cannot be met with this few pairs.
         """
-        wishes = self._with_few_pairs(self._in_flops(wishes))
-        judge = self.kl if wishes.budget is not None and self.split.held_out else None
-        planner = Planner(self.statistics, wishes, judge, self.fitter, tried)
-        plan, candidates = planner.make()
+        if isinstance(request, ToleranceRequest):
+            return self._within(request)
+        return self._make(self._in_flops(request))
+
+    def _make(
+        self, request: BudgetRequest | PaperRequest, tried: Sequence[Weighting] = ()
+    ) -> Calibrated:
+        """The same; ``tried``: measure allocations by these weightings alone."""
+        request = self._with_few_pairs(request)
+        is_measured = isinstance(request, BudgetRequest) and self.split.comparison
+        judge = self.kl if is_measured else None
+        plan, candidates = make_plan(self.statistics, request, judge, self.fitter, tried)
         plan = replace(plan, provenance={**plan.provenance, "split": self.split.summary})
         return Calibrated(plan, self.statistics, candidates)
 
-    def _with_few_pairs(self, wishes: Wishes) -> Wishes:
-        """The wishes as the number of pairs allows them.
+    def _with_few_pairs(
+        self, request: BudgetRequest | PaperRequest
+    ) -> BudgetRequest | PaperRequest:
+        """The request as the number of pairs allows it.
 
         Raises:
             DataError: A fit or a search is asked for, and there are too few pairs.
         """
-        split = self.split
-        can_fit = len(split.fit) >= MIN_SIDE
-        if wishes.budget is not None:
-            can_fit = bool(split.held_out)
-        if can_fit:
-            return wishes
-        if wishes.compensation == "refit" or wishes.search:
-            what = "to search" if wishes.search else "to fit visual weights"
-            raise _too_few(split, what, MIN_SIDE if wishes.budget is None else 2 * MIN_SIDE)
-        if wishes.budget is None:
-            return wishes
+        split, has_budget = self.split, isinstance(request, BudgetRequest)
+        if split.comparison if has_budget else len(split.fit) >= MIN_SIDE:
+            return request
+        searches = isinstance(request, BudgetRequest) and request.search
+        if request.compensation == "refit" or searches:
+            what = "to search" if searches else "to fit visual weights"
+            raise _too_few(split, what, 2 * MIN_SIDE if has_budget else MIN_SIDE)
+        if not has_budget:
+            return request
         warn(
             f"{describe(split)}: too few to hold any out, so nothing is fitted or compared: the "
-            "plan has the default shape and the original weights."
+            "plan has the default template and the original weights."
         )
-        return replace(wishes, compensation=wishes.compensation or "none")
+        return replace(request, compensation=request.compensation or "none")
 
-    def _in_flops(self, wishes: Wishes) -> Wishes:
-        """The wishes with a budget in milliseconds, if that is what they are, as one in FLOPs."""
-        if wishes.milliseconds is None:
-            return wishes
+    def _in_flops(
+        self, request: BudgetRequest | PaperRequest | LatencyRequest
+    ) -> BudgetRequest | PaperRequest:
+        """The request with a budget in milliseconds, if that is what it asks for, in FLOPs."""
+        if not isinstance(request, LatencyRequest):
+            return request
         model, workload = self.statistics.model, self.statistics.workload
-        costs = read_costs(self.fit_options.costs, model.shape)
-        budget = costs.budget(wishes.milliseconds, model.shape, workload)
-        asked = f"{wishes.milliseconds:g} ms"
-        note(f"{asked} are a visual budget of {budget:.1%} by {self.fit_options.costs}.")
-        return replace(wishes, budget=budget, milliseconds=None)
+        costs = read_costs(request.costs, model.shape)
+        budget = costs.budget(request.milliseconds, model.shape, workload)
+        asked = f"{request.milliseconds:g} ms"
+        note(f"{asked} are a visual budget of {budget:.1%} by {request.costs}.")
+        return request.at(budget)
 
     def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
-        return self._compare(plan, self._judged).kl
+        return self._compare(plan, self._comparison).kl
 
     def agreement(self, plan: PruningPlan) -> float:
-        """Share of answer tokens that a plan predicts as the dense model does, on pairs aside."""
-        return self._compare(plan, self._set_aside).agreement
+        """Share of answer tokens that a plan predicts as the dense model does, on the holdout."""
+        return self._compare(plan, self._holdout).agreement
 
-    def within(self, wishes: Wishes) -> Calibrated:
-        """The plan of the smallest budget whose agreement stays within ``wishes.tolerance``.
+    def _within(self, request: ToleranceRequest) -> Calibrated:
+        """The plan of the smallest budget whose agreement stays within the tolerance.
 
         Raises:
-            PlanError: The wishes cannot be met.
+            PlanError: The request cannot be met.
         """
-        asked, low, high = wishes.tolerance, SMALLEST, 1.0
+        asked, low, high = request.tolerance, SMALLEST, 1.0
         best, tried, agreement = self._unpruned(), (), 1.0
         while high / low > PRECISION:
             budget = round((low * high) ** 0.5, 4)
-            found = self._at(replace(wishes, budget=budget, tolerance=None), tried)
+            found = self._at(request.at(budget), tried)
             share = 0.0 if found is None else self.agreement(found.plan)
-            note(f"budget {budget:.1%}: agreement {share:.2%} on the pairs set aside")
+            note(f"budget {budget:.1%}: agreement {share:.2%} on the holdout")
             if found is None or share < 1 - asked:
                 low = budget
             else:
                 best, high, agreement = found, budget, share
             if found is not None:
                 tried = _around(found.candidates[0].weighting)
-        if wishes.kv_budget is not None and best.plan.budget.reached >= 1.0:
+        if request.kv_budget is not None and best.plan.budget.reached >= 1.0:
             raise PlanError(
-                f"No plan within a KV budget of {wishes.kv_budget} agrees with the dense model "
+                f"No plan within a KV budget of {request.kv_budget} agrees with the dense model "
                 f"within {asked:.1%}.",
                 remedy="Allow more of either.",
             )
-        pairs = sum(len(record.answers) for record in self._set_aside)
+        pairs = sum(len(record.answers) for record in self._holdout)
         about = {"asked": asked, "agreement": round(agreement, 6), "pairs": pairs}
         plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": about})
         _tell(plan, asked, agreement, pairs)
         return replace(best, plan=plan)
 
-    def _at(self, wishes: Wishes, tried: Sequence[Weighting]) -> Calibrated | None:
+    def _at(self, request: BudgetRequest, tried: Sequence[Weighting]) -> Calibrated | None:
         try:
-            return self.make(wishes, tried)
+            return self._make(request, tried)
         except PlanError:
             return None
 
     def _unpruned(self) -> Calibrated:
         statistics = self.statistics
         plan = full_plan(statistics.model, statistics.workload)
-        provenance = {"yopo": __version__, **statistics.provenance, "shape": "everything is kept"}
-        provenance["split"] = self.split.summary
+        provenance = {"yopo": __version__, **statistics.provenance}
+        provenance |= {"template": "everything is kept", "split": self.split.summary}
         plan = replace(
             plan, budget=Budget(None, 1.0), measured=statistics.measured, provenance=provenance
         )
@@ -267,12 +281,12 @@ class CalibrationSession:
             return compare(self.model, records)
 
     @cached_property
-    def _judged(self) -> list[Recorded]:
-        return self._record(self.split.held_out)
+    def _comparison(self) -> list[Recorded]:
+        return self._record(self.split.comparison)
 
     @cached_property
-    def _set_aside(self) -> list[Recorded]:
-        return self._record(self.split.aside)
+    def _holdout(self) -> list[Recorded]:
+        return self._record(self.split.holdout)
 
     def _record(self, numbers: frozenset[int]) -> list[Recorded]:
         return record_dense(
@@ -312,8 +326,9 @@ def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
 def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
     if weighting is None:
         return ()
-    rates = (weighting.rate, weighting.rate * FACTOR, weighting.rate / FACTOR)
-    return tuple(replace(weighting, rate=rate) for rate in rates)
+    weight = weighting.visual_weight
+    weights = (weight, weight * FACTOR, weight / FACTOR)
+    return tuple(replace(weighting, visual_weight=each) for each in weights)
 
 
 def _too_few(split: Split, what: str, least: int) -> DataError:
@@ -329,5 +344,5 @@ def _tell(plan: PruningPlan, asked: float, agreement: float, pairs: int) -> None
         return
     note(
         f"The smallest budget within a tolerance of {asked:.1%} is {plan.budget.reached:.1%}: "
-        f"agreement {agreement:.2%} on {pairs} pairs set aside."
+        f"agreement {agreement:.2%} on {pairs} holdout pairs."
     )

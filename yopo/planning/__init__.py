@@ -1,1 +1,1 @@
-"""From statistics and wishes to a plan: presets, explicit knobs, or the best shape at a budget."""
+"""From statistics and a request to a plan: the paper's shape, or the best plan at a budget."""

@@ -5,12 +5,12 @@ Damage is estimated in one currency, the share of the text's residual stream tha
 * a layer's head that may not read costs its head effect e (capped: ``e / (1 + e)``);
 * a bottleneck loses its share of what is read through it;
 * an error of the visual stream - attention that does not happen, an update that no map stands for -
-  costs its relative energy times what later layers read, times an exchange rate.
+  costs its relative energy times what later layers read, times a visual weight.
 
 The estimate is additive over layers, so for a price per FLOP every layer has its best choice, found
 by going through all of them; bisecting the price meets the budget. Where KV bytes are limited too,
 they have a price of their own, bisected around it. What the estimate cannot know is
-the exchange rate: how much an error of visual states matters beside an error of reading. So the
+the visual weight: how much an error of visual states matters beside an error of reading. So the
 planner tries a few and measures.
 """
 
@@ -45,7 +45,7 @@ KV_STEPS = 24
 """Bisections of the price of KV bytes, where they are limited."""
 
 VISUAL_WEIGHTS = (0.1, 1.0, 10.0, 100.0)
-"""Exchange rates tried first."""
+"""Visual weights tried first."""
 
 MOST = 1e12
 """Highest price tried."""
@@ -56,34 +56,37 @@ FACTOR = 3.0
 
 @dataclass(frozen=True)
 class Weighting:
-    """What the estimate cannot know: how much things matter beside one another.
+    """What the estimate cannot know: how much each kind of damage counts.
 
     Attributes:
-        rate: Exchange rate: damage of visual states over damage of reading.
+        visual_weight: Damage of an error in visual states over damage of one in reading.
         radius: Neighborhood in which visual tokens attend.
         reading: (layers,) factors on what reading is worth in a layer.
         visual: (layers,) factors on what visual states are worth behind a layer.
     """
 
-    rate: float
+    visual_weight: float
     radius: int | None
     reading: tuple[float, ...]
     visual: tuple[float, ...]
 
     @classmethod
-    def even(cls, rate: float, radius: int | None, layers: int) -> Weighting:
+    def even(cls, visual_weight: float, radius: int | None, layers: int) -> Weighting:
         """Every layer alike."""
-        return cls(rate, radius, (1.0,) * layers, (1.0,) * layers)
+        return cls(visual_weight, radius, (1.0,) * layers, (1.0,) * layers)
 
     def __str__(self) -> str:
         where = "" if self.radius is None else f", radius {self.radius}"
-        return f"rate {self.rate:.3g}{where}"
+        return f"visual weight {self.visual_weight:.3g}{where}"
 
 
 def weighting_moves(weighting: Weighting) -> Iterator[tuple[str, Weighting]]:
     """Every single step away from a worth, as (what changes, new worth)."""
     for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
-        yield f"visual states count {verb}", replace(weighting, rate=weighting.rate * factor)
+        yield (
+            f"visual states count {verb}",
+            replace(weighting, visual_weight=weighting.visual_weight * factor),
+        )
     other = PAPER_RADIUS if weighting.radius is None else None
     yield f"radius {other}", replace(weighting, radius=other)
     for name in ("visual", "reading"):
@@ -156,18 +159,20 @@ class Allocator:
         behind = reading.sum(dim=1).flip(0).cumsum(0).flip(0)
         # What later layers read is what an error of the visual stream can spoil.
         later = torch.cat([behind[1:], behind.new_zeros(1)])
-        self.later = weighting.rate * later * torch.tensor(weighting.visual, dtype=later.dtype)
+        self.later = (
+            weighting.visual_weight * later * torch.tensor(weighting.visual, dtype=later.dtype)
+        )
         self.reading = reading * torch.tensor(weighting.reading, dtype=later.dtype)[:, None]
 
     def allocate(self) -> Layers | None:
         """Layers within the budgets; None if nothing that reads fits."""
-        least = (LayerPlan((0,), attend=False, radius=None, neurons=0),)
+        least = (LayerPlan((0,), attend_heads=(), radius=None, neurons=0),)
         if not self.builder.keeps_kv(least):  # not one KV head; no price would tell sooner
             return None
         best = self._at_kv_price(0.0)
         if best is not None and not self.builder.keeps_kv(best):
             best = self._within_kv()
-        return best if best and any(layer.heads for layer in best) else None
+        return best if best and any(layer.read_heads for layer in best) else None
 
     def _within_kv(self) -> Layers | None:
         """The least price of KV bytes at which they keep to their budget."""
@@ -208,7 +213,7 @@ class Allocator:
             key=lambda each: each.damage + price * each.flops + kv_price * each.kv,
         )
         ffn = min(self._ffn_choices[number], key=lambda each: each.damage + price * each.flops)
-        return replace(attention.layer, neurons=ffn.layer.neurons, linear=ffn.layer.linear)
+        return replace(attention.layer, neurons=ffn.layer.neurons, map_rank=ffn.layer.map_rank)
 
     @cached_property
     def _dense(self) -> int:
@@ -224,7 +229,11 @@ class Allocator:
         kv_share = 1 / (self.shape.layers * self.shape.kv_heads)
         yield Choice(EMPTY, 0, missed)
         for rank in self._ranks:
-            lost = float(self.profile.lost[number][self.shape.hidden if rank is None else rank])
+            lost = float(
+                self.profile.bottleneck_residual[number][
+                    self.shape.hidden if rank is None else rank
+                ]
+            )
             start, kv_flops, attend_flops = self._head_flops(rank)
             heads, attend = [], []
             for group in range(self.shape.kv_heads):
@@ -290,16 +299,19 @@ class Allocator:
         shares = shares / shares[:, -1:].clamp(min=1e-30)
         choices = []
         for number in range(shape.layers):
-            weighting, found = float(self.later[number]), []
-            bent, unmapped = float(self.profile.bent[number]), self.profile.unmapped[number]
+            weight, found = float(self.later[number]), []
+            nonlinear, by_rank = (
+                float(self.profile.nonlinear_residual[number]),
+                self.profile.map_residual[number],
+            )
             for width in widths:
                 share = float(shares[number, width])
                 for rank in maps if width < shape.ffn else (0,):
                     # Neurons bear the update in their share, maps what is straight of the rest.
-                    straight = max(float(unmapped[rank]) - bent, 0.0)
-                    left = (1 - share) * (bent + straight)
-                    layer = replace(EMPTY, neurons=width, linear=rank)
-                    found.append(Choice(layer, self._flops(layer), weighting * left))
+                    straight = max(float(by_rank[rank]) - nonlinear, 0.0)
+                    left = (1 - share) * (nonlinear + straight)
+                    layer = replace(EMPTY, neurons=width, map_rank=rank)
+                    found.append(Choice(layer, self._flops(layer), weight * left))
             choices.append(found)
         return choices
 

@@ -7,7 +7,7 @@ import torch
 from yopo.plans.schema import LayerPlan, ModelShape
 from yopo.strategies import heads as head_strategy
 
-EMPTY = LayerPlan((), attend=False, radius=None, neurons=0)
+EMPTY = LayerPlan((), attend_heads=(), radius=None, neurons=0)
 
 
 def paper_layers(
@@ -46,7 +46,7 @@ def paper_layers(
         keep = head_strategy.select_top(scores, count, whole_layers=whole, groups=groups)
     width = round(shape.ffn * neuron_ratio)
     layers = [
-        LayerPlan(kept, attend=bool(kept), radius=radius if kept else None, neurons=width)
+        LayerPlan(kept, kept, radius=radius if kept else None, neurons=width)
         for kept in map(kept_heads, keep)
     ]
     return (*layers, *(EMPTY,) * (shape.layers - visual_layers))

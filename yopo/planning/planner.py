@@ -1,4 +1,4 @@
-"""Turn wishes into a plan: build the shape asked for, or measure candidates at a budget."""
+"""Turn a request into a plan: build the paper's shape, or measure candidates at a budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yopo.planning.allocate import (
     weighting_moves,
 )
 from yopo.planning.paper import paper_layers
-from yopo.planning.request import Wishes
+from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.search import Search, moves, resolve, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
 from yopo.plans.flops import visual_budget
@@ -38,14 +38,14 @@ class Candidate:
     """A plan at the budget and how far it strays from the dense model.
 
     Attributes:
-        shape: Name in ``TEMPLATES``, or how the budget was allocated.
+        template: Name in ``TEMPLATES``, or how the budget was allocated.
         compensation: ``none``, ``mean`` or ``refit``.
         plan: The plan.
         kl: Logit KL to the dense model, per answer token; None if not measured.
-        worth: What the allocation was made by, if it was one.
+        weighting: What the allocation was made by, if it was one.
     """
 
-    shape: str
+    template: str
     compensation: str
     plan: PruningPlan
     kl: float | None
@@ -54,116 +54,159 @@ class Candidate:
 
 def make_plan(
     statistics: Statistics,
-    wishes: Wishes,
+    request: BudgetRequest | PaperRequest,
     measure: Measure | None = None,
     fitter: Fitter | None = None,
+    tried: Sequence[Weighting] = (),
 ) -> tuple[PruningPlan, list[Candidate]]:
-    """Make the plan that the wishes describe.
+    """Make the plan that a request describes.
 
     Args:
         statistics: What calibration measured.
-        wishes: What is asked for.
-        measure: Measures a candidate; None if there is no model at hand: then a budget means
-            the shape ``wishes.shape`` or ``DEFAULT_TEMPLATE``, unmeasured.
+        request: What is asked for.
+        measure: Measures a candidate; None without a model: then a budget means the template
+            ``request.template`` or ``DEFAULT_TEMPLATE``, unmeasured.
         fitter: Fits visual weights of their own; None: plans go without.
+        tried: Measure allocations by these weightings, and no other candidate.
 
     Returns:
         (plan, the candidates that were considered, best first).
 
     Raises:
-        PlanError: No shape fits the budget, or the wishes do not fit the model.
+        PlanError: No template fits the budget, or the request does not fit the model.
     """
-    return Planner(statistics, wishes, measure, fitter).make()
+    if isinstance(request, PaperRequest):
+        layers = _paper_layers(statistics, request)
+        kind = request.compensation or "none"
+        return Assembler(statistics, request, fitter).assemble(layers, kind), []
+    return Planner(statistics, request, measure, fitter, tried).make()
 
 
-class Planner:
-    """Makes one plan; arguments as for :func:`make_plan`.
+def _paper_layers(statistics: Statistics, request: PaperRequest) -> Layers:
+    shape = statistics.model.shape
+    return paper_layers(
+        shape,
+        statistics.rho,
+        visual_layers=request.num_visual_layers(shape),
+        head_ratio=request.ratio("head_ratio"),
+        neuron_ratio=request.ratio("neuron_ratio"),
+        radius=request.radius_or_default,
+        alpha=request.alpha,
+        groups=request.group(shape),
+    )
 
-    ``tried``: measure allocations by these worths, and no other candidate.
 
-    Attributes:
-        levers: What allocations may use.
-    """
+class Assembler:
+    """Makes plans of layers that somebody chose; arguments as for :func:`make_plan`."""
 
     def __init__(
         self,
         statistics: Statistics,
-        wishes: Wishes,
-        measure: Measure | None,
+        request: BudgetRequest | PaperRequest,
         fitter: Fitter | None,
-        tried: Sequence[Weighting] = (),
     ):
-        self.tried = tuple(tried)
-        self.levers = Levers()
-        self.statistics, self.wishes = statistics, wishes
-        self.measure, self.fitter = measure, fitter
+        self.statistics, self.request, self.fitter = statistics, request, fitter
         self.tensors = statistics.plan_tensors()
-        if wishes.search and measure is None:
-            raise PlanError(
-                "A search measures plans on the model, and there is none here.",
-                remedy="Use `yopo calibrate --search`.",
-            )
-        if wishes.compensation == "refit" and fitter is None:
+        if request.compensation == "refit" and fitter is None:
             raise PlanError(
                 "Visual weights are fitted on the model, and there is none here.",
                 remedy="Use `yopo calibrate --compensation refit`.",
             )
 
+    def assemble(self, layers: Layers, compensation: str) -> PruningPlan:
+        """A plan of some layers, fitted if its compensation is ``refit``."""
+        asked = self.request.budget if isinstance(self.request, BudgetRequest) else None
+        plan = PruningPlan(
+            model=self.statistics.model,
+            workload=self.statistics.workload,
+            layers=layers,
+            budget=Budget(asked, 0.0),
+            compensation=compensation,
+            bidirectional=self.request.bidirectional,
+            tensors=self.tensors,
+            measured=self.statistics.measured,
+            provenance={"yopo": __version__, **self.statistics.provenance, **self.request.asked()},
+        )
+        plan = replace(plan, budget=Budget(asked, visual_budget(plan)))
+        return plan if compensation != "refit" else self.fitter.fit(plan)
+
+
+class Planner(Assembler):
+    """Makes the plan of a budget; arguments as for :func:`make_plan`.
+
+    Attributes:
+        levers: What allocations may use.
+    """
+
+    request: BudgetRequest
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        request: BudgetRequest,
+        measure: Measure | None,
+        fitter: Fitter | None,
+        tried: Sequence[Weighting] = (),
+    ):
+        super().__init__(statistics, request, fitter)
+        self.measure, self.tried, self.levers = measure, tuple(tried), Levers()
+        if request.search and measure is None:
+            raise PlanError(
+                "A search measures plans on the model, and there is none here.",
+                remedy="Use `yopo calibrate --search`.",
+            )
+
     def make(self) -> tuple[PruningPlan, list[Candidate]]:
         """Plan and candidates."""
-        if self.wishes.budget is None:
-            kind = self.wishes.compensation or "none"
-            plan = self.assemble(self._paper_layers(), kind)
-            return plan, []
         found = list(track(self.candidates(), label="plans", total=None, unit="plans"))
         if not found:
             raise self._unaffordable()
         if self.measure is not None:
             found.sort(key=lambda each: each.kl)
-            if self.wishes.search:
+            if self.request.search:
                 found.insert(0, self.improved(found))
         best = found[0]
         table = [
             {
-                "shape": each.shape,
+                "template": each.template,
                 "compensation": each.compensation,
                 "budget": round(each.plan.budget.reached, 6),
                 "kl": None if each.kl is None else float(f"{each.kl:.4g}"),
             }
             for each in found
         ]
-        provenance = {**best.plan.provenance, "shape": best.shape, "candidates": table}
+        provenance = {**best.plan.provenance, "template": best.template, "candidates": table}
         return replace(best.plan, provenance=provenance), found
 
     def candidates(self) -> Iterator[Candidate]:
-        """Every shape with every kind of compensation, and allocations, each measured."""
-        asked = self.wishes.compensation
+        """Every template with every kind of compensation, and allocations, each measured."""
+        asked = self.request.compensation
         kinds = (asked,) if asked else ("mean", "none")
         kinds = kinds if self.measure or asked else ("mean",)
-        allocates = asked in (None, "refit") and not self.wishes.shape
-        if not self.tried and (asked != "refit" or self.wishes.shape):
-            for shape, layers in self._shapes():
+        allocates = asked in (None, "refit") and not self.request.template
+        if not self.tried and (asked != "refit" or self.request.template):
+            for template, layers in self._templates():
                 for kind in kinds:
-                    yield self.candidate(shape, layers, kind)
+                    yield self.candidate(template, layers, kind)
         if allocates and self.measure is not None and self.fitter is not None:
             yield from self._allocated()
 
     def candidate(
-        self, shape: str, layers: Layers, kind: str, weighting: Weighting | None = None
+        self, template: str, layers: Layers, kind: str, weighting: Weighting | None = None
     ) -> Candidate:
         """Assemble and measure."""
         plan = self.assemble(layers, kind)
         kl = None if self.measure is None else self.measure(plan)
-        return Candidate(shape, kind, plan, kl, weighting)
+        return Candidate(template, kind, plan, kl, weighting)
 
     def _allocated(self) -> Iterator[Candidate]:
-        """Allocations at a few exchange rates, then around the best of them."""
+        """Allocations at a few visual weights, then around the best of them."""
         found: list[Candidate] = []
         layers = self.statistics.model.shape.layers
         tried = self.tried or [
-            Weighting.even(rate, radius, layers)
+            Weighting.even(weight, radius, layers)
             for radius in (None, PAPER_RADIUS)
-            for rate in VISUAL_WEIGHTS
+            for weight in VISUAL_WEIGHTS
         ]
         for weighting in tried:
             yield from self._new_allocation(weighting, found)
@@ -171,7 +214,9 @@ class Planner:
             return
         best = min(found, key=lambda each: each.kl).weighting
         for factor in (FACTOR, 1 / FACTOR):
-            yield from self._new_allocation(replace(best, rate=best.rate * factor), found)
+            yield from self._new_allocation(
+                replace(best, visual_weight=best.visual_weight * factor), found
+            )
 
     def _new_allocation(self, weighting: Weighting, found: list[Candidate]) -> Iterator[Candidate]:
         layers = self._allocate(weighting)
@@ -193,7 +238,7 @@ class Planner:
                 layers = self._allocate(weighting)
                 return None if layers is None else (layers, "refit")
 
-            search = Search(weighting_moves, allocated, self._kl, self.wishes.search, known)
+            search = Search(weighting_moves, allocated, self._kl, self.request.search, known)
             (layers, kind), kl = search.run(start.weighting, first, start.kl)
         else:
             builder = self._builder()
@@ -201,85 +246,49 @@ class Planner:
                 lambda state: moves(state, builder),
                 lambda state: resolve(state, builder),
                 self._kl,
-                self.wishes.search,
+                self.request.search,
                 known,
             )
             (layers, kind), kl = search.run(state_of(*first), first, start.kl)
         if layers == start.plan.layers and kind == start.compensation:
             return start
         plan = self.assemble(layers, kind)
-        return Candidate(f"search from {start.shape}", kind, plan, kl)
+        return Candidate(f"search from {start.template}", kind, plan, kl)
 
     def _kl(self, layers: Layers, kind: str) -> float:
         return self.measure(self.assemble(layers, kind))
 
-    def assemble(self, layers: Layers, compensation: str) -> PruningPlan:
-        """A plan of some layers, fitted if its compensation is ``refit``."""
-        plan = PruningPlan(
-            model=self.statistics.model,
-            workload=self.statistics.workload,
-            layers=layers,
-            budget=Budget(self.wishes.budget, 0.0),
-            compensation=compensation,
-            bidirectional=self.wishes.bidirectional,
-            tensors=self.tensors,
-            measured=self.statistics.measured,
-            provenance={"yopo": __version__, **self.statistics.provenance, **self._asked()},
-        )
-        plan = replace(plan, budget=Budget(self.wishes.budget, visual_budget(plan)))
-        return plan if compensation != "refit" else self.fitter.fit(plan)
-
     def _builder(self) -> TemplateBuilder:
-        groups = self.wishes.groups(self.statistics.model.shape)
-        kv_budget = 1.0 if self.wishes.kv_budget is None else self.wishes.kv_budget
+        groups = self.request.group(self.statistics.model.shape)
+        kv_budget = 1.0 if self.request.kv_budget is None else self.request.kv_budget
         return TemplateBuilder(
-            self.statistics, self.wishes.budget, groups=groups, kv_budget=kv_budget
+            self.statistics, self.request.budget, groups=groups, kv_budget=kv_budget
         )
 
-    def _paper_layers(self) -> Layers:
-        wishes, shape = self.wishes, self.statistics.model.shape
-        return paper_layers(
-            shape,
-            self.statistics.rho,
-            visual_layers=wishes.num_visual_layers(shape),
-            head_ratio=wishes.knob("head_ratio"),
-            neuron_ratio=wishes.knob("neuron_ratio"),
-            radius=wishes.radius_or_default,
-            alpha=wishes.alpha,
-            groups=wishes.groups(shape),
-        )
-
-    def _shapes(self) -> list[tuple[str, Layers]]:
+    def _templates(self) -> list[tuple[str, Layers]]:
         builder = self._builder()
-        name = self.wishes.shape or (None if self.measure else DEFAULT_TEMPLATE)
+        name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
         if name is None:
-            shapes = list(builder.candidates())
+            found = list(builder.candidates())
         elif name not in TEMPLATES:
-            raise PlanError(f"Unknown shape '{name}'.", remedy=suggest(name, TEMPLATES))
+            raise PlanError(f"Unknown template '{name}'.", remedy=suggest(name, TEMPLATES))
         else:
             layers = builder.build(name)
-            is_read = layers is not None and any(layer.heads for layer in layers)
-            shapes = [(name, layers)] if is_read else []
-        return shapes
+            is_read = layers is not None and any(layer.read_heads for layer in layers)
+            found = [(name, layers)] if is_read else []
+        return found
 
     def _unaffordable(self) -> PlanError:
         builder = self._builder()
-        name = self.wishes.shape or (None if self.measure else DEFAULT_TEMPLATE)
-        kind = f"of shape {name} " if name else ""
+        name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
+        kind = f"of template {name} " if name else ""
         costs = f"costs {builder.cost((builder.reader_layer,)):.4f}"
         cached = ""
-        if self.wishes.kv_budget is not None:
-            cached = f" and a KV budget of {self.wishes.kv_budget}"
+        if self.request.kv_budget is not None:
+            cached = f" and a KV budget of {self.request.kv_budget}"
             costs += f" and caches {builder.kv_share((builder.reader_layer,)):.4f}"
         return PlanError(
-            f"No plan {kind}fits a visual budget of {self.wishes.budget}{cached}: one layer that "
+            f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: one layer that "
             f"reads the image {costs}.",
             remedy="Ask for a larger budget.",
         )
-
-    def _asked(self) -> dict[str, object]:
-        names = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
-        names += ("kv_budget",)
-        values = {name: getattr(self.wishes, name) for name in names}
-        asked = {name: value for name, value in values.items() if value is not None}
-        return asked | ({"kv_groups": True} if self.wishes.kv_groups else {})

@@ -1,8 +1,14 @@
-"""What a user may ask of a plan, checked in one place."""
+"""What may be asked of a plan: a visual budget, the paper's shape, a tolerance, or a time.
+
+Each is a type of its own, so that what excludes one another cannot be said at once; each checks its
+values when it is made.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from yopo.plans.schema import COMPENSATIONS, ModelShape
 from yopo.strategies.neighbors import PAPER_RADIUS
@@ -15,15 +21,143 @@ PRESETS: dict[str, dict[str, float]] = {
 """The paper's two shapes: half the layers, a half (a quarter) of the heads and neurons."""
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What the plan should look like. Either a budget, or the paper's shape with its knobs.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every request may say beside what it asks for.
 
     Attributes:
-        budget: Visual budget to solve for, in (0, 1].
-        milliseconds: Instead of a budget: prefill time of the workload's prompt, by a cost table.
-        tolerance: Instead of a budget: take the smallest one whose agreement with the dense model
-            stays within this, on pairs set aside.
+        compensation: ``none``, ``mean`` or ``refit``; None: what the request usually means.
+        bidirectional: Whether visual tokens attend later neighbors too (fine-tuned models).
+        kv_groups: Whether the query heads of one KV head are kept or dropped together: then every
+            dropped head shrinks the KV cache. Single query heads are a finer choice.
+    """
+
+    compensation: str | None = None
+    bidirectional: bool = False
+    kv_groups: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compensation is not None and self.compensation not in COMPENSATIONS:
+            known = ", ".join(COMPENSATIONS)
+            raise PlanError(f"compensation must be one of {known}; found '{self.compensation}'.")
+
+    def group(self, shape: ModelShape) -> int:
+        """Query heads of a model that are kept or dropped together."""
+        return shape.group if self.kv_groups else 1
+
+    def asked(self) -> dict[str, object]:
+        """What a plan's provenance says of the request, defaults left out."""
+        return {"kv_groups": True} if self.kv_groups else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Budgeted(Options):
+    """Options of a request that ends in a visual budget.
+
+    Attributes:
+        kv_budget: Share of the dense model's visual KV bytes that is allowed, in (0, 1]; None: all.
+        template: Name of the plan template to scale to the budget; None: the best is measured.
+        search: Measure at most this many more plans to improve the best one layer by layer; None:
+            do not.
+    """
+
+    kv_budget: float | None = None
+    template: str | None = None
+    search: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share("kv_budget", self.kv_budget)
+
+    def asked(self) -> dict[str, object]:
+        """The KV budget as well."""
+        kv = {} if self.kv_budget is None else {"kv_budget": self.kv_budget}
+        return kv | super().asked()
+
+    def at(self, budget: float) -> BudgetRequest:
+        """The same at a visual budget."""
+        names = [each.name for each in fields(_Budgeted)]
+        return BudgetRequest(budget, **{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class BudgetRequest(_Budgeted):
+    """The best plan within a share of the visual FLOPs.
+
+    Attributes:
+        budget: Visual FLOPs over the dense model's, in (0, 1].
+
+    Raises:
+        PlanError: A value is out of range.
+    """
+
+    budget: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share("budget", self.budget)
+
+
+@dataclass(frozen=True)
+class LatencyRequest(_Budgeted):
+    """The best plan within a prefill time of the calibration's usual prompt.
+
+    Attributes:
+        milliseconds: The time.
+        costs: What ``yopo bench --json`` printed on this machine.
+
+    Raises:
+        PlanError: A value is out of range.
+    """
+
+    milliseconds: float
+    costs: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.milliseconds > 0:
+            raise PlanError(f"milliseconds must be positive, found {self.milliseconds}.")
+
+
+@dataclass(frozen=True)
+class ToleranceRequest(Options):
+    """The plan of the smallest budget that agrees with the dense model within a tolerance.
+
+    Attributes:
+        tolerance: Share of answer tokens that may be predicted otherwise, on pairs held out.
+        kv_budget: As for a budget.
+
+    Raises:
+        PlanError: A value is out of range.
+    """
+
+    tolerance: float
+    kv_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tolerance < 1:
+            raise PlanError(f"tolerance must lie in (0, 1), found {self.tolerance}.")
+        _check_share("kv_budget", self.kv_budget)
+        if self.compensation not in (None, "refit"):
+            raise PlanError("A tolerance is met with fitted weights: compensation must be refit.")
+
+    def at(self, budget: float) -> BudgetRequest:
+        """The request that tries one budget."""
+        return BudgetRequest(
+            budget,
+            kv_budget=self.kv_budget,
+            compensation=self.compensation,
+            bidirectional=self.bidirectional,
+            kv_groups=self.kv_groups,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperRequest(Options):
+    """The paper's shape: a cut, a share of the heads and neurons, a neighborhood.
+
+    Attributes:
         preset: Name in ``PRESETS``; explicit knobs override its values.
         head_ratio: Share of the query heads of visual layers that are kept.
         neuron_ratio: Share of the FFN neurons of visual layers that are kept.
@@ -31,42 +165,20 @@ class Wishes:
             preset, else all.
         radius: Chebyshev radius of visual attention; None: 2 under a preset, else no limit.
         alpha: Select heads by the authors' vote at this activity, not by ratio.
-        compensation: ``none``, ``mean`` or ``refit``; None: the paper's shape has none, a budget
-            measures.
-        bidirectional: Whether visual tokens attend neighbors behind them (fine-tuned models).
-        shape: Name of the candidate shape to scale to the budget; None: the best is measured.
-        search: Measure at most so many more plans to improve the best shape layer by layer;
-            None: do not.
-        kv_groups: Whether the query heads of one KV head are kept or dropped together: then every
-            dropped head shrinks the KV cache. Single query heads are a finer choice.
-        kv_budget: Beside a budget: share of the dense model's visual KV bytes that is allowed, in
-            (0, 1].
 
     Raises:
         PlanError: A value is out of range, or two exclude one another.
     """
 
-    budget: float | None = None
     preset: str | None = None
     head_ratio: float | None = None
     neuron_ratio: float | None = None
     visual_layers: int | None = None
     radius: int | None = None
     alpha: float | None = None
-    compensation: str | None = None
-    bidirectional: bool = False
-    shape: str | None = None
-    search: int | None = None
-    kv_groups: bool = False
-    tolerance: float | None = None
-    milliseconds: float | None = None
-    kv_budget: float | None = None
 
     def __post_init__(self) -> None:
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise PlanError(f"budget must lie in (0, 1], found {self.budget}.")
-        if self.tolerance is not None:
-            self._check_tolerance()
+        super().__post_init__()
         if self.preset is not None and self.preset not in PRESETS:
             raise PlanError(
                 f"Unknown preset '{self.preset}'.", remedy=suggest(self.preset, PRESETS)
@@ -75,65 +187,21 @@ class Wishes:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise PlanError(f"{name} must lie in [0, 1], found {value}.")
-        if self.compensation is not None and self.compensation not in COMPENSATIONS:
-            known = ", ".join(COMPENSATIONS)
-            raise PlanError(f"compensation must be one of {known}; found '{self.compensation}'.")
-        for name in ("radius", "visual_layers"):
+        for name in ("radius", "visual_layers", "alpha"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise PlanError(f"{name} must be at least 0, found {value}.")
-        if self.alpha is not None and self.alpha < 0:
-            raise PlanError(f"alpha must be at least 0, found {self.alpha}.")
         if self.alpha is not None and self.head_ratio is not None:
             raise PlanError("head_ratio and alpha exclude one another: both select heads.")
-        if self.milliseconds is not None:
-            self._check_milliseconds()
-        if self.kv_budget is not None:
-            self._check_kv_budget()
-        for name in ("shape", "search"):
-            if getattr(self, name) and self.budget is None and self.milliseconds is None:
-                raise PlanError(f"{name} needs a budget to keep to.")
-        knobs = [name for name in _SHAPE_KNOBS if getattr(self, name) is not None]
-        if self.budget is not None and knobs:
-            raise PlanError(
-                f"budget and {knobs[0]} exclude one another.",
-                remedy="Ask for a budget and let it be solved, or give the shape yourself.",
-            )
 
-    def _check_milliseconds(self) -> None:
-        if not self.milliseconds > 0:
-            raise PlanError(f"milliseconds must be positive, found {self.milliseconds}.")
-        for name in ("budget", "tolerance", *_SHAPE_KNOBS):
-            if getattr(self, name) is not None:
-                raise PlanError(f"milliseconds and {name} exclude one another.")
+    def asked(self) -> dict[str, object]:
+        """The preset and the knobs as well."""
+        values = {name: getattr(self, name) for name in KNOBS}
+        return {name: value for name, value in values.items() if value is not None} | (
+            super().asked()
+        )
 
-    def _check_kv_budget(self) -> None:
-        if not 0 < self.kv_budget <= 1:
-            raise PlanError(f"kv_budget must lie in (0, 1], found {self.kv_budget}.")
-        if self.budget is None and self.tolerance is None and self.milliseconds is None:
-            raise PlanError(
-                "kv_budget stands beside a budget, and there is none.",
-                remedy="A shape of your own decides what is cached: give --budget instead.",
-            )
-
-    def _check_tolerance(self) -> None:
-        if not 0 < self.tolerance < 1:
-            raise PlanError(f"tolerance must lie in (0, 1), found {self.tolerance}.")
-        for name in ("budget", "shape", "search", *_SHAPE_KNOBS):
-            if getattr(self, name) is not None:
-                raise PlanError(
-                    f"tolerance and {name} exclude one another.",
-                    remedy="A tolerance finds the budget, and allocates it.",
-                )
-        if self.compensation not in (None, "refit"):
-            raise PlanError("A tolerance is met with fitted weights: compensation must be refit.")
-
-    @property
-    def asks_for_shape(self) -> bool:
-        """Whether anything but the defaults describes the paper's shape."""
-        return any(getattr(self, name) is not None for name in _SHAPE_KNOBS)
-
-    def knob(self, name: str) -> float:
+    def ratio(self, name: str) -> float:
         """An explicit ratio, else the preset's, else 1 (keep all)."""
         explicit = getattr(self, name)
         if explicit is not None:
@@ -154,10 +222,6 @@ class Wishes:
             )
         return self.visual_layers
 
-    def groups(self, shape: ModelShape) -> int:
-        """Query heads of a model that are kept or dropped together."""
-        return shape.group if self.kv_groups else 1
-
     @property
     def radius_or_default(self) -> int | None:
         """The radius asked for; the paper's under a preset; else no limit."""
@@ -166,4 +230,61 @@ class Wishes:
         return PAPER_RADIUS if self.preset else None
 
 
-_SHAPE_KNOBS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
+KNOBS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
+"""Attributes of a :class:`PaperRequest` that describe the shape."""
+
+PlanRequest = BudgetRequest | PaperRequest | ToleranceRequest | LatencyRequest
+"""Whatever a plan can be made from."""
+
+
+def _check_share(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise PlanError(f"{name} must lie in (0, 1], found {value}.")
+
+
+def plan_request(**options: Any) -> PlanRequest:
+    """The request that options describe, as the command line and configuration files have them.
+
+    Args:
+        **options: Fields of one of the requests, None where nothing is said. They say which request
+            it is: ``tolerance``, ``milliseconds`` with ``costs``, or ``budget``; without any of
+            these it is the paper's shape, which keeps everything where nothing is said.
+
+    Raises:
+        PlanError: Options exclude one another, or a value is out of range.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    kind = next((kind for key, kind in _KINDS.items() if key in given), PaperRequest)
+    known = {each.name for each in fields(kind)}
+    foreign = [name for name in given if name not in known and given[name] is not False]
+    if foreign:
+        raise _excluded(foreign[0], kind, given)
+    if kind is LatencyRequest and "costs" not in given:
+        raise PlanError("milliseconds needs the costs that `yopo bench --json` measured.")
+    return kind(**{name: value for name, value in given.items() if name in known})
+
+
+_KINDS: dict[str, type[PlanRequest]] = {
+    "tolerance": ToleranceRequest,
+    "milliseconds": LatencyRequest,
+    "budget": BudgetRequest,
+}
+"""The requests by what they ask for; other options describe the paper's shape."""
+
+
+def _excluded(name: str, kind: type[PlanRequest], given: Mapping[str, Any]) -> PlanError:
+    """Why an option is none of a request's."""
+    asked = next((key for key, each in _KINDS.items() if each is kind), None)
+    if asked is not None:
+        return PlanError(
+            f"{asked} and {name} exclude one another.",
+            remedy="A tolerance finds the budget, and allocates it."
+            if kind is ToleranceRequest
+            else "Ask for a budget and let it be solved, or give the shape yourself.",
+        )
+    if name == "kv_budget":
+        return PlanError(
+            "kv_budget goes with a budget, and there is none.",
+            remedy="A shape of your own decides what is cached: give --budget instead.",
+        )
+    return PlanError(f"{name} needs a budget to keep to.")

@@ -62,7 +62,8 @@ class State:
 def state_of(layers: Layers, compensation: str) -> State:
     """The work of a plan's layers."""
     work = tuple(
-        Work(bool(layer.heads), bool(layer.attend), layer.radius, layer.neurons) for layer in layers
+        Work(bool(layer.read_heads), bool(layer.attend_heads), layer.radius, layer.neurons)
+        for layer in layers
     )
     return State(work, compensation)
 
@@ -87,7 +88,7 @@ def resolve(state: State, builder: TemplateBuilder) -> Resolved | None:
         return tuple(
             LayerPlan(
                 heads,
-                attend=work.attend and bool(heads),
+                attend_heads=heads if work.attend else (),
                 radius=work.radius if work.attend and heads else None,
                 neurons=work.neurons,
             )
@@ -95,7 +96,7 @@ def resolve(state: State, builder: TemplateBuilder) -> Resolved | None:
         )
 
     layers = builder.fill(builder.scale(build))
-    if layers is None or not any(layer.heads for layer in layers):
+    if layers is None or not any(layer.read_heads for layer in layers):
         return None
     return layers, state.compensation
 

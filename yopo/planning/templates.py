@@ -61,7 +61,7 @@ class TemplateBuilder:
         self.shape, self.workload = statistics.model.shape, statistics.workload
         self._dense = dense_visual_flops(self.shape, self.workload)
         self._all_heads = tuple(range(self.shape.heads))
-        self.reader_layer = LayerPlan(self._all_heads, attend=False, radius=None, neurons=0)
+        self.reader_layer = LayerPlan(self._all_heads, attend_heads=(), radius=None, neurons=0)
 
     def cost(self, layers: Layers) -> float:
         """Visual budget of some layers."""
@@ -88,7 +88,7 @@ class TemplateBuilder:
             layers = build(self)
             if layers is None or not self.fits(layers) or layers in seen:
                 continue
-            if any(layer.heads for layer in layers):
+            if any(layer.read_heads for layer in layers):
                 seen.add(layers)
                 yield name, layers
 
@@ -165,13 +165,13 @@ class TemplateBuilder:
 
         def build(scale: float) -> Layers:
             keep = head_strategy.select_top(scores, int(scale * total), groups=self.groups)
-            return tuple(replace(self.reader_layer, heads=kept_heads(row)) for row in keep)
+            return tuple(replace(self.reader_layer, read_heads=kept_heads(row)) for row in keep)
 
         return self.fill(self.scale(build))
 
     def attend(self) -> Layers | None:
         """All layers read; the first ones attend to their neighbors as well."""
-        attending = replace(self.reader_layer, attend=True, radius=PAPER_RADIUS)
+        attending = replace(self.reader_layer, attend_heads=self._all_heads, radius=PAPER_RADIUS)
         return self._working(attending, lambda count: (self.reader_layer,) * count)
 
     def frozen_late(self) -> Layers | None:
@@ -223,7 +223,7 @@ class TemplateBuilder:
         return self.fill(self.scale(build))
 
     def _attending(self, count: int) -> Layers | None:
-        layer = replace(self.reader_layer, attend=True, radius=PAPER_RADIUS)
+        layer = replace(self.reader_layer, attend_heads=self._all_heads, radius=PAPER_RADIUS)
         return self.fill((layer,) * count + (EMPTY,) * (self.shape.layers - count))
 
 
@@ -245,13 +245,15 @@ def trim(layers: Layers) -> Layers:
     """Drop what nobody would read: visual queries, FFNs and maps from the last reading layer on."""
     last = _last_reader(layers)
     return tuple(
-        layer if index < last else replace(layer, attend=False, radius=None, neurons=0, linear=0)
+        layer
+        if index < last
+        else replace(layer, attend_heads=(), radius=None, neurons=0, map_rank=0)
         for index, layer in enumerate(layers)
     )
 
 
 def _last_reader(layers: Layers) -> int:
-    return max((index for index, layer in enumerate(layers) if layer.heads), default=0)
+    return max((index for index, layer in enumerate(layers) if layer.read_heads), default=0)
 
 
 def random_rho(statistics: Statistics, seed: int) -> Statistics:

@@ -13,16 +13,15 @@ from typing import Any
 
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
+from yopo.plans.layer_file import as_spelled, layer_to_dict, read_layers
 from yopo.plans.schema import (
     Budget,
     InvalidPlan,
-    LayerPlan,
     Measured,
     ModelIdentity,
     ModelShape,
     PruningPlan,
     Workload,
-    full_layer,
     shape_problem,
 )
 from yopo.support import console
@@ -44,7 +43,6 @@ class TensorsFile:
 
 
 _SHAPE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")
-_LAYER_KEYS = ("heads", "attend", "radius", "neurons", "rank", "linear")
 _KEYS = (
     "yopo_plan",
     "model",
@@ -79,7 +77,7 @@ def to_yaml(plan: PruningPlan, tensors: TensorsFile | None = None) -> str:
         data["baked"] = True
     if tensors is not None:
         data["tensors"] = asdict(tensors)
-    data["layers"] = [_layer_to_dict(layer, plan.model.shape) for layer in plan.layers]
+    data["layers"] = [layer_to_dict(layer, plan.model.shape) for layer in plan.layers]
     if plan.measured is not None:
         data["measured"] = {
             "rho": [[_short(value) for value in row] for row in plan.measured.rho],
@@ -125,7 +123,7 @@ def parse_plan(name: str, text: str) -> tuple[PruningPlan, TensorsFile | None]:
         plan = PruningPlan(
             model=model,
             workload=_read_workload(document),
-            layers=_read_layers(document, model.shape),
+            layers=read_layers(document, model.shape),
             budget=_read_budget(document),
             compensation=document.typed(("compensation",), data.get("compensation", "none"), str),
             bidirectional=document.typed(
@@ -136,7 +134,7 @@ def parse_plan(name: str, text: str) -> tuple[PruningPlan, TensorsFile | None]:
             provenance=document.typed(("provenance",), data.get("provenance") or {}, dict),
         )
     except InvalidPlan as invalid:
-        raise document.error(invalid.path, invalid.problem) from None
+        raise document.error(as_spelled(document, invalid.path), invalid.problem) from None
     tensors = _read_tensors(document)
     if plan.needs_order and tensors is None and not plan.baked:
         raise document.error(
@@ -161,21 +159,6 @@ def _with_true_budget(plan: PruningPlan, said: dict[str, Any], name: str) -> Pru
     return replace(plan, budget=replace(plan.budget, reached=round(true, BUDGET_DIGITS)))
 
 
-def _layer_to_dict(layer: LayerPlan, shape: ModelShape) -> dict[str, Any]:
-    heads: Any = list(layer.heads)
-    if not heads:
-        heads = "none"
-    elif len(heads) == shape.heads:
-        heads = "all"
-    attend: Any = bool(layer.attend)
-    if attend and layer.attend != layer.heads:
-        attend = list(layer.attend)
-    data = {"heads": heads, "attend": attend, "radius": layer.radius, "neurons": layer.neurons}
-    if layer.is_fitted:
-        data |= {"rank": layer.rank, "linear": layer.linear}
-    return data
-
-
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -186,12 +169,12 @@ def _read_model(document: Document) -> ModelIdentity:
         path, document.data["model"], ("name", "family", "shape", "fingerprint")
     )
     texts = {
-        key: _required(document, path, data, key, str) for key in ("name", "family", "fingerprint")
+        key: document.required(path, data, key, str) for key in ("name", "family", "fingerprint")
     }
     shape_path = (*path, "shape")
-    shape = _required(document, path, data, "shape", dict)
+    shape = document.required(path, data, "shape", dict)
     document.check_keys(shape_path, shape, _SHAPE_KEYS)
-    sizes = {key: _required(document, shape_path, shape, key, int) for key in _SHAPE_KEYS}
+    sizes = {key: document.required(shape_path, shape, key, int) for key in _SHAPE_KEYS}
     problem = shape_problem(ModelShape(**sizes))
     if problem is not None:  # now: "heads: all" makes as many as it says
         raise document.error(*problem)
@@ -202,46 +185,14 @@ def _read_workload(document: Document) -> Workload:
     path: tuple[Key, ...] = ("workload",)
     data = document.check_keys(path, document.data["workload"], ("grids", "text", "text_before"))
     grids = []
-    for index, pair in enumerate(_required(document, path, data, "grids", list)):
+    for index, pair in enumerate(document.required(path, data, "grids", list)):
         here = (*path, "grids", index)
         if not isinstance(pair, list) or len(pair) != 2:
             raise document.error(here, "must be [rows, columns]")
         grids.append(Grid(*(document.typed(here, size, int) for size in pair)))
-    text = _required(document, path, data, "text", int)
+    text = document.required(path, data, "text", int)
     before = document.typed((*path, "text_before"), data.get("text_before", 0), int)
     return Workload(tuple(grids), text, before)
-
-
-def _read_layers(document: Document, shape: ModelShape) -> tuple[LayerPlan, ...]:
-    entries = document.typed(("layers",), document.data["layers"], list)
-    layers = []
-    for index, entry in enumerate(entries):
-        path: tuple[Key, ...] = ("layers", index)
-        data = document.check_keys(path, entry, _LAYER_KEYS)
-        radius = document.typed((*path, "radius"), data.get("radius"), (int, type(None)))
-        heads = _required(document, path, data, "heads", (str, list))
-        heads = _read_heads(document, (*path, "heads"), heads, shape)
-        attend = _required(document, path, data, "attend", (bool, list))
-        if isinstance(attend, list):
-            attend = _read_heads(document, (*path, "attend"), attend, shape)
-        neurons = _required(document, path, data, "neurons", int)
-        rank = document.typed((*path, "rank"), data.get("rank"), (int, type(None)))
-        linear = document.typed((*path, "linear"), data.get("linear", 0), int)
-        layers.append(LayerPlan(heads, attend, radius, neurons, rank, linear))
-    return tuple(layers)
-
-
-def _read_heads(
-    document: Document, path: tuple[Key, ...], value: Any, shape: ModelShape
-) -> tuple[int, ...]:
-    if value == "all":
-        return full_layer(shape).heads
-    if value == "none":
-        return ()
-    if not isinstance(value, list):
-        problem = f"must be 'all', 'none' or a list of heads, found {describe(value)}"
-        raise document.error(path, problem)
-    return tuple(document.typed((*path, index), head, int) for index, head in enumerate(value))
 
 
 def _read_budget(document: Document) -> Budget:
@@ -255,7 +206,7 @@ def _read_tensors(document: Document) -> TensorsFile | None:
     if document.data.get("tensors") is None:
         return None
     data = document.check_keys(path, document.data["tensors"], ("file", "sha256"))
-    file, sha256 = (_required(document, path, data, key, str) for key in ("file", "sha256"))
+    file, sha256 = (document.required(path, data, key, str) for key in ("file", "sha256"))
     if not _is_file_name(file):
         raise document.error(
             (*path, "file"), f"must be the name of a file beside the plan, found {describe(file)}"
@@ -276,7 +227,7 @@ def _read_measured(document: Document, shape: ModelShape) -> Measured | None:
         return None
     keys = ("rho", "cross_modal", "concentration", "locality")
     data = document.check_keys(path, document.data["measured"], keys)
-    rows = _required(document, path, data, "rho", list)
+    rows = document.required(path, data, "rho", list)
     rho = []
     for index, row in enumerate(rows):
         here = (*path, "rho", index)
@@ -286,7 +237,7 @@ def _read_measured(document: Document, shape: ModelShape) -> Measured | None:
         rho.append(tuple(document.typed(here, value, float) for value in values))
     lists = {}
     for key, kind in (("cross_modal", float), ("concentration", float), ("locality", int)):
-        values = _required(document, path, data, key, list)
+        values = document.required(path, data, key, list)
         lists[key] = tuple(document.typed((*path, key, i), v, kind) for i, v in enumerate(values))
     for key, values in (("rho", rho), *lists.items()):
         if len(values) != shape.layers:
@@ -294,15 +245,3 @@ def _read_measured(document: Document, shape: ModelShape) -> Measured | None:
                 (*path, key), f"must have {shape.layers} entries, found {len(values)}"
             )
     return Measured(rho=tuple(rho), **lists)
-
-
-def _required(
-    document: Document,
-    path: tuple[Key, ...],
-    data: dict[str, Any],
-    key: str,
-    kind: type | tuple[type, ...],
-) -> Any:
-    if key not in data:
-        raise document.error(path, f"lacks the key '{key}'")
-    return document.typed((*path, key), data[key], kind)

@@ -41,7 +41,8 @@ class HeadCounts:
 def head_counts(layer: LayerPlan, shape: ModelShape) -> HeadCounts:
     """Count the rectangles of query heads that the runtime multiplies in this layer."""
     kept, attending = (
-        Counter(head // shape.group for head in heads) for heads in (layer.heads, layer.attend)
+        Counter(head // shape.group for head in heads)
+        for heads in (layer.read_heads, layer.attend_heads)
     )
     if not kept:
         return HeadCounts(0, shape.heads, 0)
@@ -58,19 +59,19 @@ def _linear_flops(layer: LayerPlan, shape: ModelShape) -> int:
     """FLOPs of one visual token's linear layers: projections, FFN, fitted map."""
     width = shape.hidden
     keys = 2 * len(layer.kept_kv(shape)) * shape.head_dim  # and values
-    queries = len(layer.attend) * shape.head_dim
-    if layer.rank is None:
+    queries = len(layer.attend_heads) * shape.head_dim
+    if layer.qkv_rank is None:
         flops = 2 * width * (keys + queries)
     else:
-        flops = 2 * layer.rank * (width + keys + queries)
-    return flops + 2 * width * queries + 6 * width * layer.neurons + 4 * width * layer.linear
+        flops = 2 * layer.qkv_rank * (width + keys + queries)
+    return flops + 2 * width * queries + 6 * width * layer.neurons + 4 * width * layer.map_rank
 
 
 def visual_flops_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
     """Visual FLOPs of one layer for one prompt, in the paper's convention."""
     flops = workload.visual * _linear_flops(layer, shape)
-    if layer.attend:
-        attending = len(layer.attend) * shape.head_dim
+    if layer.attend_heads:
+        attending = len(layer.attend_heads) * shape.head_dim
         flops += 4 * window_pairs(workload.grids, layer.radius) * attending
     return flops
 
@@ -122,7 +123,7 @@ def _text_flops(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
 def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
     shape, workload = plan.model.shape, plan.workload
     flops = workload.visual * _linear_flops(layer, shape)
-    if layer.attend:
+    if layer.attend_heads:
         width = head_counts(layer, shape).attending * shape.head_dim
         for block in row_blocks(workload.grids, layer.radius, plan.bidirectional):
             text_pairs = (block.stop - block.start) * workload.text_before

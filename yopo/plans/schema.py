@@ -1,14 +1,14 @@
 """The pruning plan: what visual tokens stop doing, layer by layer. Frozen, validated, no torch.
 
-For layer ``l`` a plan says which query heads may read visual keys (``heads``), in which of them
-visual tokens run attention as queries (``attend``), how far they see (``radius``) and how many FFN
-neurons they use (``neurons``, a prefix of the layer's importance order). The paper's method
-(arXiv 2410.06169) is the case where the same heads read and attend and layers behind a cut are
-empty; visual token withdrawal, frozen visual tokens and vision-only cross-attention are others.
+For every layer a plan says which query heads may read visual keys (``read_heads``), in which of
+them visual tokens run attention as queries (``attend_heads``), how far they see (``radius``) and
+how many FFN neurons they use (``neurons``, a prefix of the layer's importance order). The paper's
+method (arXiv 2410.06169) is the case where the same heads read and attend and layers after a cut
+are empty; visual token withdrawal, frozen visual tokens and vision-only cross-attention are others.
 
 Text keeps the original weights, so visual tokens may have small ones of their own, fitted on the
-calibration pairs: projections through a bottleneck (``rank``), and a linear map of low rank in
-place of what the layer no longer computes for them (``linear``).
+calibration pairs: projections through a bottleneck (``qkv_rank``), and a linear map of low rank in
+place of what the layer no longer computes for them (``map_rank``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from yopo.plans.grid import Grid
+from yopo.plans.layer_plan import LEVERS, LayerPlan, Lever, ModelShape, full_layer, layer_problem
 from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import PlanError
 
@@ -36,8 +37,6 @@ LARGEST_SHAPE = {
 MAX_IMAGES, MAX_VISUAL, MAX_TEXT = 1 << 10, 1 << 17, 1 << 24
 """Images, visual tokens and text tokens of a workload."""
 
-MAX_RADIUS = 1 << 20
-
 
 class InvalidPlan(PlanError):
     """A plan whose parts do not fit together; ``path`` leads to the offending key."""
@@ -46,23 +45,6 @@ class InvalidPlan(PlanError):
         self.path, self.problem = path, problem
         label = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
         super().__init__(f"plan: {label.lstrip('.')} {problem}.")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Dimensions of a text decoder: L layers, width d, H query heads, FFN width m."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -100,59 +82,6 @@ class Workload:
     def visual(self) -> int:
         """Visual tokens of one prompt."""
         return sum(grid.tokens for grid in self.grids)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What visual tokens still do in one layer.
-
-    Attributes:
-        heads: Sorted query heads that may read visual keys. Empty: no visual K/V exists here.
-        attend: Those of them in which visual tokens run attention as queries, sorted. True stands
-            for all of ``heads``, False for none.
-        radius: Chebyshev radius of a visual query's neighborhood; None means no limit.
-        neurons: FFN neurons that visual tokens use; 0 skips the FFN.
-        rank: Width of the bottleneck through which visual queries, keys and values are computed;
-            None: by the original projections.
-        linear: Rank of the fitted linear map of the normed FFN input that stands for what visual
-            tokens no longer compute here; 0: none.
-    """
-
-    heads: tuple[int, ...]
-    attend: tuple[int, ...] | bool
-    radius: int | None
-    neurons: int
-    rank: int | None = None
-    linear: int = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.attend, bool):
-            object.__setattr__(self, "attend", self.heads if self.attend else ())
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing visual happens in this layer."""
-        return not self.heads and not self.has_ffn
-
-    @property
-    def has_ffn(self) -> bool:
-        """Whether visual tokens compute anything in place of the FFN."""
-        return self.neurons > 0 or self.linear > 0
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether the layer needs weights of its own for visual tokens."""
-        return self.rank is not None or self.linear > 0
-
-    def is_full(self, shape: ModelShape) -> bool:
-        """Whether visual tokens do everything that they do in the dense model."""
-        everything = len(self.heads) == shape.heads and self.neurons == shape.ffn
-        attends = self.attend == self.heads and self.radius is None
-        return everything and attends and not self.is_fitted
-
-    def kept_kv(self, shape: ModelShape) -> tuple[int, ...]:
-        """KV heads whose visual keys and values exist: those with a kept query head."""
-        return tuple(sorted({head // shape.group for head in self.heads}))
 
 
 @dataclass(frozen=True)
@@ -240,9 +169,13 @@ class PruningPlan:
         return replace(self, layers=tuple(layers))
 
 
-def full_layer(shape: ModelShape) -> LayerPlan:
-    """The layer plan that prunes nothing."""
-    return LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
+def used_levers(plan: PruningPlan) -> list[Lever]:
+    """The levers that some layer of a plan uses."""
+    return [
+        each
+        for each in LEVERS
+        if any(getattr(layer, each.name) != each.default for layer in plan.layers)
+    ]
 
 
 def full_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
@@ -275,12 +208,12 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
     if len(plan.layers) != shape.layers:
         return ("layers",), f"must have {shape.layers} entries, found {len(plan.layers)}"
     for index, layer in enumerate(plan.layers):
-        problem = _layer_problem(layer, shape)
+        problem = layer_problem(layer, shape)
         if problem is not None:
             key, what = problem
             return ("layers", index, key), what
         if layer.is_fitted and plan.compensation != "refit":
-            key = "linear" if layer.rank is None else "rank"
+            key = "map_rank" if layer.qkv_rank is None else "qkv_rank"
             return ("layers", index, key), "needs 'compensation: refit', whose weights it uses"
     return None
 
@@ -315,29 +248,4 @@ def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
         return ("workload", "text"), f"must be at most {MAX_TEXT}, found {workload.text}"
     if not 0 <= workload.text_before <= workload.text:
         return ("workload", "text_before"), "must lie between 0 and workload.text"
-    return None
-
-
-def _layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
-    outside = [head for head in layer.heads if not 0 <= head < shape.heads]
-    if outside:
-        return "heads", f"names head {outside[0]}, but the heads are 0 to {shape.heads - 1}"
-    if list(layer.heads) != sorted(set(layer.heads)):
-        return "heads", "must be ascending and without repetition"
-    if not set(layer.attend) <= set(layer.heads):
-        return "attend", "must name heads that read visual tokens, or be true or false"
-    if list(layer.attend) != sorted(set(layer.attend)):
-        return "attend", "must be ascending and without repetition"
-    if layer.radius is not None and layer.radius < 0:
-        return "radius", f"must be null or at least 0, found {layer.radius}"
-    if layer.radius is not None and layer.radius > MAX_RADIUS:
-        return "radius", f"must be null (no limit) or at most {MAX_RADIUS}, found {layer.radius}"
-    if not 0 <= layer.neurons <= shape.ffn:
-        return "neurons", f"must lie between 0 and {shape.ffn}, found {layer.neurons}"
-    if layer.rank is not None and not (layer.heads and 1 <= layer.rank <= shape.hidden):
-        return "rank", f"must lie between 1 and {shape.hidden}, in a layer that is read"
-    if not 0 <= layer.linear <= shape.hidden:
-        return "linear", f"must lie between 0 and {shape.hidden}, found {layer.linear}"
-    if layer.linear and layer.neurons == shape.ffn:
-        return "linear", "must be 0 where all neurons are kept"
     return None

@@ -94,19 +94,19 @@ def refit_sizes(layer: LayerPlan, shape: ModelShape) -> dict[str, tuple[int, ...
     ``ffn_bias`` goes with ``down`` or the map.
     """
     hidden, sizes = shape.hidden, {}
-    queries = len(layer.attend) * shape.head_dim
+    queries = len(layer.attend_heads) * shape.head_dim
     keys = len(layer.kept_kv(shape)) * shape.head_dim
-    if layer.rank is not None:
-        sizes["reduce"] = (layer.rank, hidden)
+    if layer.qkv_rank is not None:
+        sizes["reduce"] = (layer.qkv_rank, hidden)
         for name, rows in (("query", queries), ("key", keys), ("value", keys)):
             if rows:
-                sizes |= {name: (rows, layer.rank), f"{name}_bias": (rows,)}
-    if 0 < len(layer.attend) < shape.heads:
+                sizes |= {name: (rows, layer.qkv_rank), f"{name}_bias": (rows,)}
+    if 0 < len(layer.attend_heads) < shape.heads:
         sizes |= {"output": (hidden, queries), "output_bias": (hidden,)}
     if 0 < layer.neurons < shape.ffn:
         sizes["down"] = (hidden, layer.neurons)
-    if layer.linear:
-        sizes |= {"map_in": (layer.linear, hidden), "map_out": (hidden, layer.linear)}
+    if layer.map_rank:
+        sizes |= {"map_in": (layer.map_rank, hidden), "map_out": (hidden, layer.map_rank)}
     if "down" in sizes or "map_in" in sizes:
         sizes["ffn_bias"] = (hidden,)
     return sizes

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from yopo.plans.flops import visual_budget
 from yopo.report import units
-from yopo.report.plan_tables import plain_table
+from yopo.report.plan_tables import plain_table, template_of
 
 if TYPE_CHECKING:  # the measuring needs torch, its table does not
     from yopo.bench.result import Benchmark, Compared, Spread
@@ -135,7 +135,7 @@ def _label(name: str) -> str:
 
 def _title(found: Benchmark) -> str:
     plan = found.plan
-    named = plan.provenance.get("preset") or plan.provenance.get("shape") or "plan"
+    named = plan.provenance.get("preset") or template_of(plan.provenance) or "plan"
     return f"{plan.model.name}, {named}, visual budget {units.share(visual_budget(plan))}"
 
 

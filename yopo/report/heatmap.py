@@ -55,7 +55,7 @@ class Heatmap:
     def _cells(self, per_cell: int) -> Iterator[list[Cell]]:
         heads = self.plan.model.shape.heads
         for rho, layer in zip(self.plan.measured.rho, self.plan.layers, strict=True):
-            kept = set(layer.heads)
+            kept = set(layer.read_heads)
             yield [
                 Cell(max(rho[start : start + per_cell]), not kept.isdisjoint(members))
                 for start in range(0, heads, per_cell)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -19,7 +19,7 @@ from yopo.plans.flops import (
     visual_flops_of_layer,
     visual_kv_bytes,
 )
-from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, full_layer
+from yopo.plans.schema import LEVERS, LayerPlan, ModelShape, PruningPlan, full_layer, used_levers
 from yopo.report import units
 
 _BAR = 8
@@ -28,11 +28,8 @@ _BAR = 8
 _WIDE = 70
 """From this console width on the layer table has bars; every fitted column asks for more."""
 
-_FITTED_WIDTH = 6
-"""Characters that a column of ``_FITTED`` takes."""
-
-_FITTED = (("rank", "rank"), ("linear", "map"))
-"""Fields of a layer plan that only some plans have, and their columns."""
+_LEVER_WIDTH = 6
+"""Characters that a lever's column takes."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -43,7 +40,7 @@ def header(plan: PruningPlan) -> RenderableType:
     kv_heads = "" if shape.kv_heads == shape.heads else f" on {shape.kv_heads} KV heads"
     grids = ", ".join(f"{grid.rows} x {grid.cols}" for grid in plan.workload.grids)
     asked = "" if plan.budget.asked is None else f" ({units.share(plan.budget.asked)} asked)"
-    named = plan.provenance.get("shape") or plan.provenance.get("preset")
+    named = template_of(plan.provenance) or plan.provenance.get("preset")
     kind = [f"shape {named}"] if named else []
     kind.append(f"compensation {plan.compensation}")
     kind.append("bidirectional" if plan.bidirectional else "causal")
@@ -102,17 +99,17 @@ class LayerTable:
         shape, workload = self.plan.model.shape, self.plan.workload
         dense = visual_flops_of_layer(full_layer(shape), shape, workload)
         kv_bytes = 4 * shape.head_dim * workload.visual
-        fitted = [each for each in _FITTED if any(getattr(it, each[0]) for it in self.plan.layers)]
-        has_bars = options.max_width >= _WIDE + _FITTED_WIDTH * len(fitted)
+        levers = used_levers(self.plan)
+        has_bars = options.max_width >= _WIDE + _LEVER_WIDTH * len(levers)
         table = plain_table()
-        if fitted and options.max_width < _WIDE:
+        if levers and options.max_width < _WIDE:
             table.padding = (0, 1, 0, 0)
         table.add_column("layer", justify="right")
         table.add_column(f"heads /{shape.heads}", justify="right")
         table.add_column("attends")
         table.add_column(f"neurons /{shape.ffn}", justify="right")
-        for _, title in fitted:
-            table.add_column(title, justify="right")
+        for lever in levers:
+            table.add_column(lever.column, justify="right")
         table.add_column("FLOPs", justify="right")
         table.add_column("KV", justify="right")
         for first, last, layer in runs(self.plan.layers):
@@ -122,10 +119,10 @@ class LayerTable:
                 flops = Text.assemble((bar(ratio, _BAR), "cyan"), f" {flops.plain:>7}")
             table.add_row(
                 str(first) if first == last else f"{first}-{last}",
-                _count(len(layer.heads)),
+                _count(len(layer.read_heads)),
                 _reach(layer),
                 _count(layer.neurons),
-                *(_count(getattr(layer, name)) for name, _ in fitted),
+                *(_count(getattr(layer, lever.name)) for lever in levers),
                 flops,
                 _kv(layer, shape, kv_bytes),
                 style="dim" if layer.is_empty else "",
@@ -139,7 +136,8 @@ def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
 
     def look(entry: tuple[int, LayerPlan]) -> tuple[object, ...]:
         layer = entry[1]
-        return layer.heads, layer.attend, _reach(layer), layer.neurons, layer.rank, layer.linear
+        levers = (getattr(layer, each.name) for each in LEVERS)
+        return layer.read_heads, layer.attend_heads, _reach(layer), layer.neurons, *levers
 
     for _, run in groupby(enumerate(layers), key=look):
         members = list(run)
@@ -147,26 +145,31 @@ def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
 
 
 def candidate_table(
-    candidates: list[dict[str, object]], held_out: int | None = None
+    candidates: list[dict[str, object]], pairs: int | None = None
 ) -> RenderableType:
-    """The plan shapes that were compared, best first, the chosen one marked.
+    """The plans that were compared, best first, the chosen one marked.
 
     Args:
-        candidates: What a plan's provenance says: shape, compensation, budget, kl.
-        held_out: On how many pairs the KL was measured that nothing was fitted on, if known.
+        candidates: What a plan's provenance says: template, compensation, budget, kl.
+        pairs: On how many pairs the KL was measured that nothing was fitted on, if known.
     """
     table = plain_table()
     table.add_column("")
-    table.add_column("shape")
+    table.add_column("template")
     table.add_column("compensation")
     table.add_column("visual budget", justify="right")
-    where = f" on {held_out} held-out pairs" if held_out else ""
+    where = f" on {pairs} held-out pairs" if pairs else ""
     table.add_column(f"logit KL{where}", justify="right")
     for rank, each in enumerate(candidates):
         kl = "not measured" if each["kl"] is None else f"{each['kl']:.3g}"
-        cells = (str(each["shape"]), str(each["compensation"]), units.share(each["budget"]), kl)
+        cells = (str(template_of(each)), str(each["compensation"]), units.share(each["budget"]), kl)
         table.add_row("" if rank else ">", *cells, style="" if rank else "bold")
     return Group("", table)
+
+
+def template_of(document: Mapping[str, object]) -> object:
+    """The template that a plan's provenance, or one of its candidates, names; by either key."""
+    return document.get("template") or document.get("shape")
 
 
 def plain_table() -> Table:
@@ -187,11 +190,11 @@ def _count(number: int | None) -> str:
 
 
 def _reach(layer: LayerPlan) -> str:
-    if not layer.attend:
+    if not layer.attend_heads:
         return "-"
     reach = [] if layer.radius is None else [f"radius {layer.radius}"]
-    if layer.attend != layer.heads:
-        return ", ".join([f"in {len(layer.attend)}", *reach])
+    if layer.attend_heads != layer.read_heads:
+        return ", ".join([f"in {len(layer.attend_heads)}", *reach])
     return ", ".join(reach) or "all"
 
 

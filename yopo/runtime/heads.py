@@ -91,8 +91,10 @@ def split_heads(layer: LayerPlan, shape: ModelShape) -> HeadSplit:
     kept_kv = list(layer.kept_kv(shape))
     other_kv = [head for head in range(shape.kv_heads) if head not in kept_kv]
     groups = {kv: range(kv * shape.group, (kv + 1) * shape.group) for kv in range(shape.kv_heads)}
-    reading_groups = [[head for head in groups[kv] if head in layer.heads] for kv in kept_kv]
-    dropped_groups = [[head for head in groups[kv] if head not in layer.heads] for kv in kept_kv]
+    reading_groups = [[head for head in groups[kv] if head in layer.read_heads] for kv in kept_kv]
+    dropped_groups = [
+        [head for head in groups[kv] if head not in layer.read_heads] for kv in kept_kv
+    ]
     reading, reading_width = _rectangle(reading_groups, [g[0] for g in reading_groups])
     dropped, dropped_width = _rectangle(dropped_groups, [groups[kv][0] for kv in kept_kv])
     other = [head for kv in other_kv for head in groups[kv]]
@@ -130,7 +132,7 @@ def split_heads(layer: LayerPlan, shape: ModelShape) -> HeadSplit:
 def _attending(layer: LayerPlan, shape: ModelShape, kept_kv: list[int]) -> dict[str, Any]:
     """The fields that say in which heads visual tokens attend."""
     by_kv: dict[int, list[int]] = {}
-    for head in layer.attend:
+    for head in layer.attend_heads:
         by_kv.setdefault(head // shape.group, []).append(head)
     attending = [head for group in by_kv.values() for head in group]
     rectangle, width = _rectangle(list(by_kv.values()), [group[0] for group in by_kv.values()])

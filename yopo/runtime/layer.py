@@ -80,7 +80,7 @@ class LayerRun:
         queries, keys, values = self._project_text(norm(text), text_rotary)
         self.cache.append(keys, values)
         visual_queries = None
-        if visual is not None and self.part.plan.heads:
+        if visual is not None and self.part.plan.read_heads:
             visual_queries = self._project_visual(visual, visual_rotary)
         scale = self.attention.scaling
         dropout = self.attention.attention_dropout if self.attention.training else 0.0
@@ -159,8 +159,8 @@ class LayerRun:
         batch, length, _ = visual.shape
         all_keys, all_values = self.cache.make_room(length)
         all_queries = None
-        if part.plan.attend:
-            size = (batch, len(part.plan.attend), length, head_dim)
+        if part.plan.attend_heads:
+            size = (batch, len(part.plan.attend_heads), length, head_dim)
             all_queries = visual.new_empty(size)
         for place in rows.blocks(visual):
             inputs = part.reduced(rows.mapped(visual[place], norm))

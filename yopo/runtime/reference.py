@@ -121,8 +121,8 @@ class LayerSpec:
         """(batch, heads, queries, keys) bool: who may attend whom, before the softmax."""
         batch, length, _ = hidden.shape
         visual, cells = self.is_visual(hidden), self.cells(hidden)
-        reads = self.is_one_of(self.layer.heads)[None, :, None, None]
-        attends = self.is_one_of(self.layer.attend)[None, :, None, None]
+        reads = self.is_one_of(self.layer.read_heads)[None, :, None, None]
+        attends = self.is_one_of(self.layer.attend_heads)[None, :, None, None]
         place = torch.arange(length)
         not_later = (place[None, :] <= place[:, None])[None]
         same_image = cells[:, :, None, 0] == cells[:, None, :, 0]
@@ -155,9 +155,9 @@ class LayerSpec:
                 getattr(module, f"{name}_proj")(normed).unflatten(-1, (-1, module.head_dim))
                 for name in "qkv"
             )
-        if self.layer.rank is not None:
+        if self.layer.qkv_rank is not None:
             kv_heads = self.layer.kept_kv(self.shape)
-            queries = self.through_bottleneck("query", self.layer.attend, queries, normed)
+            queries = self.through_bottleneck("query", self.layer.attend_heads, queries, normed)
             keys = self.through_bottleneck("key", kv_heads, keys, normed)
             values = self.through_bottleneck("value", kv_heads, values, normed)
         if hasattr(module, "q_norm"):
@@ -171,14 +171,14 @@ class LayerSpec:
         mixed = scores.softmax(dim=-1).nan_to_num(0.0) @ values
         mixed = mixed.transpose(1, 2)  # (batch, sequence, heads, head_dim)
         visual = self.is_visual(normed)[..., None]
-        is_silent = ~self.is_one_of(self.layer.attend)[:, None]
+        is_silent = ~self.is_one_of(self.layer.attend_heads)[:, None]
         instead = torch.zeros(()) if self.head_mean is None else self.head_mean
         mixed = torch.where(visual[..., None] & is_silent, instead.to(mixed), mixed)
         output = module.o_proj(mixed.flatten(2))
         if "output" in self.refit:
-            attending = mixed[:, :, list(self.layer.attend)].flatten(2)
+            attending = mixed[:, :, list(self.layer.attend_heads)].flatten(2)
             output = torch.where(visual, self.fitted("output", attending), output)
-        elif not self.layer.attend and self.head_mean is None:
+        elif not self.layer.attend_heads and self.head_mean is None:
             output = output.masked_fill(visual, 0.0)
         return output
 

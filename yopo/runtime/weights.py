@@ -84,7 +84,7 @@ class VisualLayer(nn.Module):
         if "output" in extras.refit:
             like = getattr(*self._source("output")).weight
             self.output = extras.fitted("output", "output_bias", like)
-        elif self.plan.attend:
+        elif self.plan.attend_heads:
             columns = _rows(self.split.attending, shape.head_dim)
             place = self._source("output")
             self.output = SlicedLinear(*place, columns, columns=True, block=shape.head_dim)
@@ -152,7 +152,7 @@ class VisualLayer(nn.Module):
         output = None
         if self.plan.neurons:
             output = self.down(self.activations(normed), bias)
-        if self.plan.linear:
+        if self.plan.map_rank:
             mapped = self.map_out(self.map_in(normed))
             output = mapped if output is None else output + mapped
         return output
@@ -265,10 +265,10 @@ def _silent_heads(
     means: torch.Tensor | None, plan: LayerPlan, shape: ModelShape
 ) -> torch.Tensor | None:
     """Means of the heads in which visual tokens do not attend, 0 in the others."""
-    if means is None or len(plan.attend) == shape.heads:
+    if means is None or len(plan.attend_heads) == shape.heads:
         return None
     silent = means.clone()
-    silent[list(plan.attend)] = 0
+    silent[list(plan.attend_heads)] = 0
     return silent.flatten()
 
 

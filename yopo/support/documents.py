@@ -154,6 +154,18 @@ class Document:
                 )
         return value
 
+    def required(
+        self,
+        path: tuple[Key, ...],
+        data: dict[str, Any],
+        key: str,
+        kind: type | tuple[type, ...],
+    ) -> Any:
+        """The value of a key of the mapping ``data`` at ``path``, of ``kind``, or raise."""
+        if key not in data:
+            raise self.error(path, f"lacks the key '{key}'")
+        return self.typed((*path, key), data[key], kind)
+
     def typed(self, path: tuple[Key, ...], value: Any, kind: type | tuple[type, ...]) -> Any:
         """Return ``value`` if it is of ``kind`` (bool is no int, an int is a float), or raise."""
         kinds = kind if isinstance(kind, tuple) else (kind,)
