@@ -62,7 +62,7 @@ from yopo.fitting.refit import refit
 from yopo.models.registry import family_of
 from yopo.planning.planner import make_plan
 from yopo.plans.grid import Grid
-from yopo.plans.tensors import write_plan
+from yopo.plans.storage import write_plan
 from yopo.serving.loading import load
 
 PARTS = ("calibration", "memory", "apply", "load", "fit")

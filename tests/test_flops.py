@@ -49,8 +49,8 @@ def identity(shape: ModelShape) -> ModelIdentity:
 def papers_plan(shape: ModelShape, share: int) -> PruningPlan:
     """Half the layers, one of ``share`` heads and neurons, two neighbors around."""
     heads = tuple(range(shape.heads // share))
-    some = LayerPlan(heads, attend=True, radius=2, neurons=shape.ffn // share)
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    some = LayerPlan(heads, attend_heads=heads, radius=2, neurons=shape.ffn // share)
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     half = shape.layers // 2
     layers = (some,) * half + (none,) * (shape.layers - half)
     return PruningPlan(identity(shape), IMAGE, layers, Budget(None, 0.0), baked=True)
@@ -94,7 +94,7 @@ def test_the_whole_plan_costs_what_the_dense_model_costs(shape: ModelShape) -> N
 
 @TEMPLATES
 def test_a_plan_without_anything_visual_costs_nothing_visual(shape: ModelShape) -> None:
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = full_plan(identity(shape), IMAGE).with_layers((none,) * shape.layers)
     text_alone = Workload((Grid(1, 1),), IMAGE.text)
     assert visual_budget(plan) == 0.0 and visual_kv_bytes(plan) == 0
@@ -104,8 +104,8 @@ def test_a_plan_without_anything_visual_costs_nothing_visual(shape: ModelShape) 
 
 def test_grouped_heads_shrink_keys_and_values_by_kv_head() -> None:
     """Two query heads of one KV head need one key; of two KV heads, two."""
-    same = LayerPlan((0, 1), attend=False, radius=None, neurons=0)
-    two = LayerPlan((0, 3), attend=False, radius=None, neurons=0)
+    same = LayerPlan((0, 1), attend_heads=(), radius=None, neurons=0)
+    two = LayerPlan((0, 3), attend_heads=(), radius=None, neurons=0)
     workload = Workload((Grid(4, 4),), 10)
     one_kv = visual_flops_of_layer(same, TINY, workload)
     assert one_kv == 2 * 2 * workload.visual * TINY.hidden * TINY.head_dim
@@ -119,17 +119,19 @@ def test_grouped_heads_shrink_keys_and_values_by_kv_head() -> None:
 def smaller(layer: LayerPlan, rng: random.Random) -> LayerPlan:
     """The layer with one thing removed, if there is one left."""
     choice = rng.choice(["head", "attend", "radius", "neurons", "rank", "linear"])
-    if choice == "head" and layer.heads:
-        gone = rng.choice(layer.heads)
-        heads = tuple(head for head in layer.heads if head != gone)
-        attend = tuple(head for head in layer.attend if head != gone)
-        return replace(layer, heads=heads, attend=attend, rank=layer.rank if heads else None)
+    if choice == "head" and layer.read_heads:
+        gone = rng.choice(layer.read_heads)
+        heads = tuple(head for head in layer.read_heads if head != gone)
+        attend = tuple(head for head in layer.attend_heads if head != gone)
+        return replace(
+            layer, read_heads=heads, attend=attend, rank=layer.qkv_rank if heads else None
+        )
     if choice == "attend":
-        return replace(layer, attend=layer.attend[1:])
-    if choice == "rank" and layer.rank:
-        return replace(layer, rank=max(1, layer.rank - 3))
+        return replace(layer, attend_heads=layer.attend_heads[1:])
+    if choice == "rank" and layer.qkv_rank:
+        return replace(layer, qkv_rank=max(1, layer.qkv_rank - 3))
     if choice == "linear":
-        return replace(layer, linear=max(0, layer.linear - 2))
+        return replace(layer, map_rank=max(0, layer.map_rank - 2))
     if choice == "radius":
         return replace(layer, radius=3 if layer.radius is None else max(0, layer.radius - 1))
     return replace(layer, neurons=max(0, layer.neurons - rng.randint(1, 20)))
@@ -160,10 +162,13 @@ def test_removing_neurons_or_attention_never_adds_prefill_flops(rng: random.Rand
 def test_head_rectangles_hold_every_head(rng: random.Random) -> None:
     layer = random_layer(TINY, rng)
     counts = head_counts(layer, TINY)
-    assert counts.reading >= len(layer.heads)
-    assert counts.text_only >= TINY.heads - len(layer.heads)
-    if len(layer.heads) in (0, TINY.heads):
-        assert (counts.reading, counts.text_only) == (len(layer.heads), TINY.heads - counts.reading)
+    assert counts.reading >= len(layer.read_heads)
+    assert counts.text_only >= TINY.heads - len(layer.read_heads)
+    if len(layer.read_heads) in (0, TINY.heads):
+        assert (counts.reading, counts.text_only) == (
+            len(layer.read_heads),
+            TINY.heads - counts.reading,
+        )
 
 
 def test_head_rectangles_of_multi_head_attention_are_never_padded() -> None:

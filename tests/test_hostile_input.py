@@ -21,11 +21,10 @@ from PIL import Image
 from yopo.data.pairs import ImageRef
 from yopo.data.rows import pair_from_row
 from yopo.data.sources import open_pairs
-from yopo.plans.file import parse_plan, read_plan, to_yaml
+from yopo.plans.file import TensorsFile, parse_plan, to_yaml
 from yopo.plans.flops import visual_budget
-from yopo.plans.schema import Budget, ModelIdentity, ModelShape, PruningPlan, TensorsFile
+from yopo.plans.schema import Budget, ModelIdentity, ModelShape, PruningPlan
 from yopo.plans.storage import read_plan
-from yopo.plans.tensors import PlanTensors, 
 from yopo.support import console
 from yopo.support.documents import MAX_BYTES, read_text
 from yopo.support.errors import DataError, PlanError, YopoError, printable

@@ -19,7 +19,6 @@ from yopo.plans.schema import (
     ModelIdentity,
     ModelShape,
     PruningPlan,
-    TensorsFile,
     Workload,
     full_layer,
     full_plan,
@@ -30,7 +29,7 @@ SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50
 IDENTITY = ModelIdentity("some", "llava", SHAPE, "0" * 64)
 WORKLOAD = Workload((Grid(3, 5), Grid(2, 2)), text=10, text_before=3)
 WHOLE = full_plan(IDENTITY, WORKLOAD)
-NONE = LayerPlan((), attend=False, radius=None, neurons=0)
+NONE = LayerPlan((), attend_heads=(), radius=None, neurons=0)
 
 
 def with_layer(**changes: object) -> PruningPlan:
@@ -50,19 +49,19 @@ def test_the_whole_plan_is_valid_and_keeps_everything() -> None:
 
 
 INVALID = {
-    "layers[1].heads names head 6": lambda: with_layer(heads=(0, 6)),
-    "layers[1].heads names head -1": lambda: with_layer(heads=(-1, 0)),
-    "layers[1].heads must be ascending": lambda: with_layer(heads=(2, 1)),
-    "layers[1].heads must be ascending and without": lambda: with_layer(heads=(1, 1)),
-    "layers[1].attend must name heads that read": lambda: with_layer(heads=()),
-    "layers[1].attend must name heads": lambda: with_layer(heads=(1, 2), attend=(2, 3)),
-    "layers[1].attend must be ascending": lambda: with_layer(attend=(2, 1)),
-    "layers[1].rank must lie between 1 and": lambda: with_layer(rank=0),
-    "layers[1].rank must lie between 1": lambda: with_layer(heads=(), attend=False, rank=4),
-    "layers[1].rank needs 'compensation: refit'": lambda: with_layer(rank=4),
-    "layers[1].linear needs 'compensation: refit'": lambda: with_layer(neurons=7, linear=4),
-    "layers[1].linear must lie between 0": lambda: with_layer(neurons=7, linear=-1),
-    "layers[1].linear must be 0 where all neurons": lambda: with_layer(linear=4),
+    "layers[1].read_heads names head 6": lambda: with_layer(heads=(0, 6)),
+    "layers[1].read_heads names head -1": lambda: with_layer(heads=(-1, 0)),
+    "layers[1].read_heads must be ascending": lambda: with_layer(heads=(2, 1)),
+    "layers[1].read_heads must be ascending and without": lambda: with_layer(heads=(1, 1)),
+    "layers[1].attend_heads must name heads that read": lambda: with_layer(heads=()),
+    "layers[1].attend_heads must name heads": lambda: with_layer(heads=(1, 2), attend=(2, 3)),
+    "layers[1].attend_heads must be ascending": lambda: with_layer(attend=(2, 1)),
+    "layers[1].qkv_rank must lie between 1 and": lambda: with_layer(rank=0),
+    "layers[1].qkv_rank must lie between 1": lambda: with_layer(heads=(), attend=False, rank=4),
+    "layers[1].qkv_rank needs 'compensation: refit'": lambda: with_layer(rank=4),
+    "layers[1].map_rank needs 'compensation: refit'": lambda: with_layer(neurons=7, linear=4),
+    "layers[1].map_rank must lie between 0": lambda: with_layer(neurons=7, linear=-1),
+    "layers[1].map_rank must be 0 where all neurons": lambda: with_layer(linear=4),
     "layers[1].radius must be null or at least 0, found -1": lambda: with_layer(radius=-1),
     "layers[1].neurons must lie between 0 and 50, found 51": lambda: with_layer(neurons=51),
     "layers[1].neurons must lie": lambda: with_layer(neurons=-1),
@@ -93,7 +92,7 @@ def test_pruned_neurons_need_an_order_unless_they_stand_in_it() -> None:
     layers = with_layer(neurons=0).layers  # nothing left to order
     assert not WHOLE.with_layers(layers).needs_order
     some = replace(full_layer(SHAPE), neurons=7)
-    named = replace(WHOLE, layers=(some,) * 3, tensors=TensorsFile("plan.safetensors", "0" * 64))
+    named = replace(WHOLE, layers=(some,) * 3)
     assert named.needs_order
     assert replace(named, tensors=None, baked=True).needs_order
 
@@ -120,9 +119,9 @@ def test_a_kv_head_is_kept_if_one_of_its_query_heads_is() -> None:
 def test_kept_kv_heads_are_those_of_kept_heads(rng: random.Random) -> None:
     layer = tiny.random_layer(SHAPE, rng)
     kept = layer.kept_kv(SHAPE)
-    assert set(kept) == {head // 3 for head in layer.heads}
-    assert len(kept) <= len(layer.heads) <= len(kept) * SHAPE.group
-    assert layer.is_empty == (not layer.heads and not layer.neurons)
+    assert set(kept) == {head // 3 for head in layer.read_heads}
+    assert len(kept) <= len(layer.read_heads) <= len(kept) * SHAPE.group
+    assert layer.is_empty == (not layer.read_heads and not layer.neurons)
 
 
 def test_plans_are_frozen() -> None:

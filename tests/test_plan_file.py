@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yopo.plans.file import parse_plan, read_plan, to_yaml
+from yopo.plans.file import TensorsFile, parse_plan, to_yaml
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
 from yopo.plans.schema import (
@@ -24,9 +24,9 @@ from yopo.plans.schema import (
     ModelIdentity,
     ModelShape,
     PruningPlan,
-    TensorsFile,
     Workload,
 )
+from yopo.plans.storage import read_plan
 from yopo.support.errors import PlanError
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
@@ -111,9 +111,9 @@ def test_the_same_plan_gives_the_same_bytes() -> None:
 
 def test_fits_and_attending_heads_are_written_where_a_layer_has_them() -> None:
     layers = (
-        LayerPlan((0, 1, 4), (1, 4), 2, 20, rank=7, linear=3),
-        LayerPlan((0, 1), True, None, 50),
-        LayerPlan((3,), False, None, 0, linear=2),
+        LayerPlan((0, 1, 4), (1, 4), 2, 20, qkv_rank=7, map_rank=3),
+        LayerPlan((0, 1), (0, 1), None, 50),
+        LayerPlan((3,), (), None, 0, map_rank=2),
     )
     plan = replace(some_plan(random.Random(5)), layers=layers, compensation="refit")
     text = to_yaml(plan)
@@ -128,10 +128,10 @@ def test_fits_and_attending_heads_are_written_where_a_layer_has_them() -> None:
 
 def test_attending_heads_may_be_a_list_or_a_switch() -> None:
     listed = parse_plan("plan.yaml", GOOD.replace("attend: true", "attend: [5]"))
-    assert listed.layers[0].attend == (5,)
-    assert parse_plan("plan.yaml", GOOD).layers[0].attend == (0, 5)
+    assert listed.layers[0].attend_heads == (5,)
+    assert parse_plan("plan.yaml", GOOD).layers[0].attend_heads == (0, 5)
     nobody = parse_plan("plan.yaml", GOOD.replace("attend: true", "attend: []"))
-    assert nobody.layers[0].attend == ()
+    assert nobody.layers[0].attend_heads == ()
 
 
 def test_numbers_for_people_are_short() -> None:
@@ -148,10 +148,10 @@ def test_a_small_file_may_leave_defaults_out(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD, encoding="utf-8")
     plan = read_plan(path)
-    first = LayerPlan((0, 5), attend=True, radius=2, neurons=7)
+    first = LayerPlan((0, 5), attend_heads=(0, 5), radius=2, neurons=7)
     assert plan.layers[0] == first
-    assert plan.layers[1] == LayerPlan(tuple(range(6)), attend=False, radius=None, neurons=50)
-    assert plan.layers[2] == LayerPlan((), attend=False, radius=None, neurons=0)
+    assert plan.layers[1] == LayerPlan(tuple(range(6)), attend_heads=(), radius=None, neurons=50)
+    assert plan.layers[2] == LayerPlan((), attend_heads=(), radius=None, neurons=0)
     assert plan.compensation == "none" and not plan.bidirectional and not plan.baked
     assert plan.budget == Budget(None, round(visual_budget(plan), 6))
     assert plan.measured is None and plan.provenance == {}
@@ -198,14 +198,39 @@ MISTAKES = {
     "unknown layer key": ("  neurons: 7", "  neurns: 7", "18: layers[0].neurns is not a", "'neuro"),
     "unknown model key": ("  family", "  famly", "4: model.famly is not a known key", "'family'"),
     "wrong type": ("neurons: 7", "neurons: many", "18: layers[0].neurons must be a whole", None),
-    "number for a switch": ("attend: true", "attend: 1", "16: layers[0].attend must be true", None),
+    "number for a switch": (
+        "attend: true",
+        "attend: 1",
+        "16: layers[0].attend_heads must be true",
+        None,
+    ),
     "text for a radius": ("radius: 2", "radius: far", "17: layers[0].radius must be a wh", None),
-    "head out of range": ("[0, 5]", "[0, 6]", "15: layers[0].heads names head 6", None),
-    "a head that is no number": ("[0, 5]", "[0, x]", "15: layers[0].heads[1] must be a wh", None),
-    "unknown word for heads": ("heads: all", "heads: some", "19: layers[1].heads must be 'all'", 0),
-    "heads of no kind": ("heads: all", "heads: 3", "19: layers[1].heads must be text or a li", 0),
+    "head out of range": ("[0, 5]", "[0, 6]", "15: layers[0].read_heads names head 6", None),
+    "a head that is no number": (
+        "[0, 5]",
+        "[0, x]",
+        "15: layers[0].read_heads[1] must be a wh",
+        None,
+    ),
+    "unknown word for heads": (
+        "heads: all",
+        "heads: some",
+        "19: layers[1].read_heads must be 'all'",
+        0,
+    ),
+    "heads of no kind": (
+        "heads: all",
+        "heads: 3",
+        "19: layers[1].read_heads must be text or a li",
+        0,
+    ),
     "negative radius": ("radius: 2", "radius: -2", "17: layers[0].radius must be null or at", 0),
-    "duplicate key": ("radius: 2", "attend: true", "17: layers[0].attend appears twice (fir", 0),
+    "duplicate key": (
+        "radius: 2",
+        "attend: true",
+        "17: layers[0].attend_heads appears twice (fir",
+        0,
+    ),
     "duplicate root key": ("tensors:", "layers: []\ntensors:", "15: layers appears twice (f", 0),
     "missing key": ("  fingerprint: abc\n", "", "2: model lacks the key 'fingerprint'", None),
     "missing shape": ("  shape", "  # shape", "2: model lacks the key 'shape'", None),
@@ -247,16 +272,48 @@ def test_mistakes_name_line_and_key(name: str) -> None:
 FITTED = GOOD.replace("layers:\n", "compensation: refit\nlayers:\n")
 
 FITTED_MISTAKES = {
-    "a head that does not read": ("attend: true", "attend: [1]", "layers[0].attend must name hea"),
-    "a head twice": ("attend: true", "attend: [5, 5]", "layers[0].attend must be ascending"),
-    "a head that is text": ("attend: true", "attend: [x]", "layers[0].attend[0] must be a whole"),
-    "a rank of nothing": ("neurons: 7", "neurons: 7\n  rank: 0", "layers[0].rank must lie betwe"),
-    "a rank too wide": ("neurons: 7", "neurons: 7\n  rank: 61", "layers[0].rank must lie between"),
-    "a rank nobody reads": ("neurons: 0", "neurons: 0, rank: 3", "layers[2].rank must lie betwe"),
-    "a rank of text": ("neurons: 7", "neurons: 7\n  rank: x", "layers[0].rank must be a whole"),
-    "a negative map": ("neurons: 7", "neurons: 7\n  linear: -1", "layers[0].linear must lie betw"),
-    "a map too wide": ("neurons: 7", "neurons: 7\n  linear: 61", "layers[0].linear must lie betw"),
-    "a map beside all": ("neurons: 50", "neurons: 50, linear: 2", "layers[1].linear must be 0 whe"),
+    "a head that does not read": (
+        "attend: true",
+        "attend: [1]",
+        "layers[0].attend_heads must name hea",
+    ),
+    "a head twice": ("attend: true", "attend: [5, 5]", "layers[0].attend_heads must be ascending"),
+    "a head that is text": (
+        "attend: true",
+        "attend: [x]",
+        "layers[0].attend_heads[0] must be a whole",
+    ),
+    "a rank of nothing": (
+        "neurons: 7",
+        "neurons: 7\n  rank: 0",
+        "layers[0].qkv_rank must lie betwe",
+    ),
+    "a rank too wide": (
+        "neurons: 7",
+        "neurons: 7\n  rank: 61",
+        "layers[0].qkv_rank must lie between",
+    ),
+    "a rank nobody reads": (
+        "neurons: 0",
+        "neurons: 0, rank: 3",
+        "layers[2].qkv_rank must lie betwe",
+    ),
+    "a rank of text": ("neurons: 7", "neurons: 7\n  rank: x", "layers[0].qkv_rank must be a whole"),
+    "a negative map": (
+        "neurons: 7",
+        "neurons: 7\n  linear: -1",
+        "layers[0].map_rank must lie betw",
+    ),
+    "a map too wide": (
+        "neurons: 7",
+        "neurons: 7\n  linear: 61",
+        "layers[0].map_rank must lie betw",
+    ),
+    "a map beside all": (
+        "neurons: 50",
+        "neurons: 50, linear: 2",
+        "layers[1].map_rank must be 0 whe",
+    ),
 }
 
 
@@ -310,7 +367,7 @@ def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
 
 def test_plans_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(GOOD))
-    assert read_plan("-").layers[0].heads == (0, 5)
+    assert read_plan("-").layers[0].read_heads == (0, 5)
     monkeypatch.setattr("sys.stdin", io.StringIO(GOOD.replace("radius: 2", "radius: x")))
     with pytest.raises(PlanError, match="<stdin>:17: layers"):
         read_plan("-")

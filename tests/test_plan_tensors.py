@@ -15,14 +15,10 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from yopo.plans.file import read_plan, to_yaml
-from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan, TensorsFile
-from yopo.plans.tensors import (
-    PlanTensors,
-    cache_directory,
-    read_plan,
-    write_plan,
-)
+from yopo.plans.file import TensorsFile, to_yaml
+from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan
+from yopo.plans.storage import cache_directory, read_plan, write_plan
+from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import OutputError, PlanError
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
@@ -300,9 +296,9 @@ def test_a_side_file_that_does_not_fit_is_refused(
 def fitted() -> PruningPlan:
     """A plan with bottlenecks, maps and subsets of attending heads, and its fitted weights."""
     layers = (
-        LayerPlan((0, 1, 4), (1, 4), 2, 20, rank=7, linear=3),
-        LayerPlan(tuple(range(6)), True, None, 50),  # nothing is fitted here
-        LayerPlan((3,), False, None, 0, linear=2),
+        LayerPlan((0, 1, 4), (1, 4), 2, 20, qkv_rank=7, map_rank=3),
+        LayerPlan(tuple(range(6)), tuple(range(6)), None, 50),  # nothing is fitted here
+        LayerPlan((3,), (), None, 0, map_rank=2),
     )
     plan = tiny.random_plan(
         IDENTITY, random.Random(2), layers=layers, compensation="refit", baked=False

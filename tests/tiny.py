@@ -33,7 +33,6 @@ from yopo.plans.schema import (
     ModelIdentity,
     ModelShape,
     PruningPlan,
-    TensorsFile,
     Workload,
     full_plan,
 )
@@ -137,9 +136,9 @@ class Subject:
         return self.identity.shape
 
     def random_plan(self, seed: int, **fixed: Any) -> PruningPlan:
-        """A plan by ``random_plan`` and the tensors that go with it."""
+        """A plan by ``random_plan``, with tensors."""
         plan = random_plan(self.identity, random.Random(seed), **fixed)
-        return plan, random_tensors(plan, seed)
+        return replace(plan, tensors=random_tensors(plan, seed))
 
 
 def make_subject(backbone: str, *, side: int = SIDE) -> Subject:
@@ -166,12 +165,12 @@ def random_layer(shape: ModelShape, rng: random.Random, *, fitted: bool = False)
     neurons = rng.choice([0, 1, shape.ffn // 5, shape.ffn - 1, shape.ffn])
     has_map = fitted and neurons < shape.ffn and rng.random() < 0.6
     return LayerPlan(
-        heads=heads,
-        attend=attend,
+        read_heads=heads,
+        attend_heads=attend,
         radius=rng.choice([None, 0, 1, 2, 3]),
         neurons=neurons,
-        rank=rng.randint(1, shape.hidden) if fitted and heads and rng.random() < 0.6 else None,
-        linear=rng.randint(1, 12) if has_map else 0,
+        qkv_rank=rng.randint(1, shape.hidden) if fitted and heads and rng.random() < 0.6 else None,
+        map_rank=rng.randint(1, 12) if has_map else 0,
     )
 
 
@@ -187,7 +186,6 @@ def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> Pr
         "compensation": compensation,
         "bidirectional": rng.random() < 0.3,
         "baked": rng.random() < 0.3,
-        "tensors": TensorsFile("plan.safetensors", "0" * 64),
     }
     plan = PruningPlan(identity, **(drawn | fixed))
     return replace(plan, budget=Budget(plan.budget.asked, round(visual_budget(plan), 6)))

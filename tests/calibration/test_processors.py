@@ -177,7 +177,7 @@ def test_pairs_are_measured_planned_and_compared(folder: Path, kind: str) -> Non
         with pruned(model, plan):
             return compare(model, records).kl
 
-    plan, _, candidates = make_plan(statistics, plan_request(budget=0.5), judge)
+    plan, candidates = make_plan(statistics, plan_request(budget=0.5), judge)
     assert visual_budget(plan) <= 0.5
     assert all(each.kl > 0 for each in candidates) and len(candidates) > 3
 

@@ -26,7 +26,6 @@ from yopo.plans.schema import (
     ModelIdentity,
     ModelShape,
     PruningPlan,
-    TensorsFile,
     Workload,
 )
 from yopo.plans.tensors import PlanTensors, refit_sizes
@@ -142,7 +141,7 @@ def saved(tmp_path_factory) -> Callable[..., Saved]:
 
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., PruningPlan]:
-    """Factory: model -> a plan that needs a non-trivial order in every layer, and its tensors."""
+    """Factory: model -> a plan that needs a non-trivial order in every layer."""
 
     def make(model: LlavaForConditionalGeneration, *, compensation: str = "none") -> PruningPlan:
         shape = shape_of(model.config)
@@ -150,15 +149,20 @@ def make_plan() -> Callable[..., PruningPlan]:
         rho = torch.rand(shape.layers, shape.heads, generator=generator)
         rho[0] = torch.arange(shape.heads) / shape.heads  # most active last: never the identity
         layers = (
-            LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn),
-            LayerPlan((1, 3), attend=True, radius=1, neurons=20),
-            LayerPlan((2,), attend=False, radius=None, neurons=7),
+            LayerPlan(
+                tuple(range(shape.heads)),
+                attend_heads=tuple(range(shape.heads)),
+                radius=None,
+                neurons=shape.ffn,
+            ),
+            LayerPlan((1, 3), attend_heads=(1, 3), radius=1, neurons=20),
+            LayerPlan((2,), attend_heads=(), radius=None, neurons=7),
         )
         if compensation == "refit":  # heads that read but do not attend stand among the others
             layers = (
-                LayerPlan((0, 1, 2, 3), (1, 2), None, shape.ffn, rank=9),
-                LayerPlan((0, 1, 3), (0, 3), 1, 20, rank=5, linear=3),
-                LayerPlan((2,), (2,), None, 0, linear=4),
+                LayerPlan((0, 1, 2, 3), (1, 2), None, shape.ffn, qkv_rank=9),
+                LayerPlan((0, 1, 3), (0, 3), 1, 20, qkv_rank=5, map_rank=3),
+                LayerPlan((2,), (2,), None, 0, map_rank=4),
             )
         order = torch.stack(
             [torch.randperm(shape.ffn, generator=generator) for _ in range(shape.layers)]
@@ -181,7 +185,7 @@ def make_plan() -> Callable[..., PruningPlan]:
             layers=layers,
             budget=Budget(None, 0.5),
             compensation=compensation,
-            tensors=TensorsFile("plan.safetensors", "0" * 64),
+            tensors=tensors,
             measured=Measured(
                 rho=tuple(tuple(row) for row in rho.tolist()),
                 cross_modal=(0.1,) * shape.layers,
@@ -190,7 +194,7 @@ def make_plan() -> Callable[..., PruningPlan]:
             ),
             provenance={"pairs": "synthetic", "samples": 2},
         )
-        return plan, tensors
+        return plan
 
     return make
 

@@ -29,7 +29,7 @@ from yopo.checkpoint.writer import format_bytes
 from yopo.models.fingerprint import fingerprint_of_decoder, is_same
 from yopo.plans.schema import LayerPlan
 from yopo.plans.storage import read_plan
-from yopo.plans.tensors import PlanTensors, 
+from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.serving.loading import PrunedForConditionalGeneration
 from yopo.support.errors import CheckpointError, ModelError, OutputError, PlanError
@@ -201,7 +201,7 @@ def test_baked_plan_is_the_checkpoints_own(baked, kind) -> None:
     assert found.baked and found.tensors is None
     assert found.layers == report.plan.layers
     if kind == "mha":
-        assert [layer.heads for layer in found.layers] == [(0, 1, 2, 3), (0, 1), (0,)]
+        assert [layer.read_heads for layer in found.layers] == [(0, 1, 2, 3), (0, 1), (0,)]
     loaded = load(report.output, torch.float32)
     assert is_same(found.model.fingerprint, fingerprint_of_decoder(loaded.get_decoder()))
     assert found.model.fingerprint == fingerprint(Checkpoint.open(report.output))
@@ -364,7 +364,12 @@ def test_dry_run_validates_and_writes_nothing(saved, make_plan, tmp_path) -> Non
 def test_an_identity_plan_copies_every_byte(saved, make_plan, tmp_path) -> None:
     plan, _ = make_plan(saved().model)
     shape = plan.model.shape
-    full = LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
+    full = LayerPlan(
+        tuple(range(shape.heads)),
+        attend_heads=tuple(range(shape.heads)),
+        radius=None,
+        neurons=shape.ffn,
+    )
     plan = replace(plan.with_layers((full,) * shape.layers), measured=None, tensors=None)
     report = bake(plan, None, saved().path, tmp_path / "out")
     assert report.num_reordered == 0
@@ -490,7 +495,7 @@ def test_what_is_read_back_is_compared(saved, make_plan, tmp_path, monkeypatch, 
 def refused(saved, make_plan, tmp_path):
     """Factory: bake with an altered plan or tensors must raise and write nothing."""
 
-    def check(kind, match: str, alter=lambda plan, tensors: (plan), *, on=None) -> None:
+    def check(kind, match: str, alter=lambda plan, tensors: plan, *, on=None) -> None:
         plan = alter(*make_plan(saved().model))
         with pytest.raises(kind, match=match):
             bake(plan, (on or saved()).path, tmp_path / "out")

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from yopo.checkpoint.order import baked_plan, baked_tensors, order_heads, order_layers
-from yopo.plans.file import parse_plan, to_yaml
-from yopo.plans.schema import LayerPlan, ModelShape, TensorsFile
-from yopo.plans.tensors import check_tensors
+from yopo.plans.checks import check_tensors
+from yopo.plans.file import TensorsFile, parse_plan, to_yaml
+from yopo.plans.schema import LayerPlan, ModelShape
 
 MHA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=6, head_dim=2, ffn=4)
 GQA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=2, head_dim=2, ffn=4)
 
 
 def keep(*heads: int) -> LayerPlan:
-    return LayerPlan(heads, attend=bool(heads), radius=None, neurons=2)
+    return LayerPlan(heads, attend_heads=bool(heads), radius=None, neurons=2)
 
 
 def test_mha_puts_kept_heads_first_and_both_parts_in_order_of_activity() -> None:
@@ -53,14 +53,14 @@ def test_baked_plan_keeps_the_same_heads_under_new_names(
     orders = order_layers(plan)
     baked = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab" * 32), "new fingerprint")
     for old, new, order in zip(plan.layers, baked.layers, orders, strict=True):
-        assert {order.head_order[head] for head in new.heads} == set(old.heads)
-        assert {order.head_order[head] for head in new.attend} == set(old.attend)
+        assert {order.head_order[head] for head in new.read_heads} == set(old.read_heads)
+        assert {order.head_order[head] for head in new.attend_heads} == set(old.attend_heads)
         assert len(new.kept_kv(plan.model.shape)) == len(old.kept_kv(plan.model.shape))
         assert (new.radius, new.neurons) == (old.radius, old.neurons)
-        assert (new.rank, new.linear) == (old.rank, old.linear)
+        assert (new.qkv_rank, new.map_rank) == (old.qkv_rank, old.map_rank)
         if kind == "mha":
-            assert new.heads == tuple(range(len(old.heads)))
-            assert new.attend == tuple(range(len(old.attend)))
+            assert new.read_heads == tuple(range(len(old.read_heads)))
+            assert new.attend_heads == tuple(range(len(old.attend_heads)))
     assert baked.baked and baked.model.fingerprint == "new fingerprint"
     assert baked.provenance == {**plan.provenance, "baked_from": plan.model.fingerprint}
     rho = [plan.measured.rho[0][old] for old in orders[0].head_order]
@@ -98,7 +98,7 @@ def test_fitted_weights_follow_the_heads(kind, saved, make_plan) -> None:
         before, after = tensors.refit[index], baked.refit[index]
         assert before.keys() == after.keys()
         kv_pairs = (new.kept_kv(shape), old.kept_kv(shape), order.kv_order)
-        pairs = {"query": (new.attend, old.attend, order.head_order)}
+        pairs = {"query": (new.attend_heads, old.attend_heads, order.head_order)}
         pairs |= {"key": kv_pairs, "value": kv_pairs, "output": pairs["query"]}
         for name in before:
             kind_of = name.removesuffix("_bias")

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from yopo.demo.scenes import IMAGE_SIZE
-from yopo.plans.storage import read_plan
+from yopo.plans.file import read_document
 
 LAYERS, HEADS, FFN = 3, 4, 40
 transformers_logging.disable_progress_bar()  # `yopo` does, where it imports transformers itself
@@ -55,7 +55,9 @@ Yopo = Callable[..., Run]
 
 def side_file(plan: Path) -> Path:
     """Where a plan's tensors are."""
-    return plan.with_name(read_plan(plan).tensors.file)
+    _, named = read_document(plan)
+    assert named is not None
+    return plan.with_name(named.file)
 
 
 def save_model(path: Path, *, seed: int = 0, shard: str = "1GB") -> Path:

@@ -16,8 +16,6 @@ from transformers import AutoModelForImageTextToText
 
 import yopo as library
 from yopo.plans.storage import read_plan
-from yopo.plans.storage import read_plan
-from yopo.plans.tensors import 
 
 BIN = Path(sys.executable).parent
 
@@ -60,7 +58,7 @@ def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> 
     assert sorted(os.listdir()) == [side.name, "p.yaml", "s.safetensors"]
     plan, _ = read_plan("p.yaml")
     assert plan.provenance["preset"] == "yopo-25" and plan.provenance["pairs"] == "pairs.jsonl"
-    assert plan.budget.asked is None and len(plan.layers[0].heads) == 2
+    assert plan.budget.asked is None and len(plan.layers[0].read_heads) == 2
     first = Path("p.yaml").read_bytes(), side.read_bytes()
     again = ("calibrate", "--model", model, "--data", pairs, *FAST, "--preset", "yopo-25")
     assert yopo(*again, "-o", "p.yaml").code == 1

@@ -49,6 +49,7 @@ from yopo.bench.result import (
 )
 from yopo.bench.run import Bench, Sample, Sizes, bench_model, bench_random, run_rounds
 from yopo.models.family import shape_of
+from yopo.plans.checks import check_tensors
 from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_kv_bytes,
@@ -58,7 +59,6 @@ from yopo.plans.flops import (
 )
 from yopo.plans.grid import Grid
 from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan, Workload
-from yopo.plans.tensors import check_tensors
 from yopo.report.bench_tables import bench_report
 from yopo.runtime import gemm as products
 from yopo.runtime.install import pruned
@@ -85,20 +85,20 @@ def test_presets_have_the_papers_budget_on_the_published_shape(name: str, budget
     assert visual_budget(plan) == pytest.approx(budget, abs=0.01)
     assert plan.baked and plan.visual_depth == 16
     for layer in plan.layers:  # kept heads are a prefix, as baking leaves them
-        assert layer.heads == tuple(range(len(layer.heads)))
+        assert layer.read_heads == tuple(range(len(layer.read_heads)))
 
 
 def test_the_reader_preset_freezes_visual_tokens() -> None:
     plan = preset_plan("reader-12", published_model("llava-1.5-7b"), WORKLOAD)
     assert visual_budget(plan) == pytest.approx(0.12, abs=0.001)
-    assert not any(layer.attend for layer in plan.layers)
-    assert sum(len(layer.heads) == 32 for layer in plan.layers) > 16
+    assert not any(layer.attend_heads for layer in plan.layers)
+    assert sum(len(layer.read_heads) == 32 for layer in plan.layers) > 16
 
 
 def test_the_fitted_preset_meets_its_budget_and_runs_with_made_up_weights() -> None:
     plan = preset_plan("fitted-12", published_model("llava-1.5-7b"), WORKLOAD)
     assert 0.119 < visual_budget(plan) <= 0.12
-    assert all(0 < len(layer.attend) < len(layer.heads) == 32 for layer in plan.layers)
+    assert all(0 < len(layer.attend_heads) < len(layer.read_heads) == 32 for layer in plan.layers)
     shape = replace(SHAPE, layers=2, hidden=128, heads=8, kv_heads=8, head_dim=16, ffn=352)
     model = replace(MODEL, shape=shape)
     small = preset_plan("fitted-12", model, Workload((Grid(6, 6),), text=20, text_before=3))
@@ -111,7 +111,7 @@ def look(plan: PruningPlan, index: int) -> tuple[object, ...]:
     layer = plan.layers[index]
     neurons = 2 if layer.neurons == plan.model.shape.ffn else int(layer.neurons > 0)
     gone = index >= plan.visual_depth
-    return bool(layer.heads), bool(layer.attend), layer.radius, neurons, gone
+    return bool(layer.read_heads), bool(layer.attend_heads), layer.radius, neurons, gone
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -184,7 +184,9 @@ def test_unknown_shapes_suggest() -> None:
 def test_made_up_images_reach_the_decoder() -> None:
     """The dense model attends to the features, and a plan that prunes nothing changes nothing."""
     plan = plan_for()
-    whole = plan.with_layers([LayerPlan((0, 1, 2, 3), True, None, SHAPE.ffn)] * SHAPE.layers)
+    whole = plan.with_layers(
+        [LayerPlan((0, 1, 2, 3), (0, 1, 2, 3), None, SHAPE.ffn)] * SHAPE.layers
+    )
     subject = subject_of(whole)
     with torch.no_grad():
         dense = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
@@ -393,10 +395,10 @@ def test_a_steps_bytes_are_weights_and_text() -> None:
 def test_some_layers_of_a_refit_plan_take_their_weights_along(mha: Subject) -> None:
     heads = tuple(range(mha.shape.heads))
     layers = (
-        LayerPlan(heads, heads[:1], None, 20, rank=7),
-        LayerPlan(heads, heads[:2], None, 20, rank=9, linear=2),
-        LayerPlan(heads, True, None, mha.shape.ffn),
-        LayerPlan(heads, False, None, 0, linear=3),
+        LayerPlan(heads, heads[:1], None, 20, qkv_rank=7),
+        LayerPlan(heads, heads[:2], None, 20, qkv_rank=9, map_rank=2),
+        LayerPlan(heads, heads, None, mha.shape.ffn),
+        LayerPlan(heads, (), None, 0, map_rank=3),
     )
     plan = mha.random_plan(1, layers=layers, compensation="refit", baked=False)
     used = (1, 3)
@@ -410,7 +412,7 @@ def test_layers_of_other_fits_are_of_other_kinds(mha: Subject) -> None:
     """One layer in four is asked for: each kind has its share, heads do not make kinds."""
     heads = tuple(range(mha.shape.heads))
     plain, same = (LayerPlan(heads, heads[:count], None, 20) for count in (2, 3))
-    mapped = LayerPlan(heads, heads[:2], None, 20, rank=5, linear=2)
+    mapped = LayerPlan(heads, heads[:2], None, 20, qkv_rank=5, map_rank=2)
     plan, _ = mha.random_plan(
         1, layers=(plain, same, mapped, mapped), compensation="refit", baked=False
     )

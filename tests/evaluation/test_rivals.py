@@ -66,8 +66,13 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(
     subject: Subject, layers: int, prompt: str
 ) -> None:
     shape, inputs = subject.shape, inputs_of(prompt)
-    whole = LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    whole = LayerPlan(
+        tuple(range(shape.heads)),
+        attend_heads=tuple(range(shape.heads)),
+        radius=None,
+        neurons=shape.ffn,
+    )
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     layer_plans = (whole,) * layers + (none,) * (LAYERS - layers)
     plan = subject.random_plan(0, layers=layer_plans, compensation="none", bidirectional=False)
     with pruned(subject.model, plan):

@@ -245,7 +245,7 @@ def test_grids_are_found_in_forward_generate_and_beams(specimen: Specimen) -> No
 
 
 def test_nothing_visual_is_nothing_pruned(specimen: Specimen, capsys: Any, recwarn: Any) -> None:
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = specimen.plan(0, layers=(none,) * 4)
     inputs = specimen.inputs(PROMPTS["text"])
     usual, oracle = (tiny.logits(each, inputs) for each in (specimen.model, specimen.oracle))

@@ -58,11 +58,13 @@ def test_the_papers_share_is_reached(name: str, tiles: int) -> None:
         shape=TEMPLATES[name], family="internvl", workload=Workload((TILE,) * tiles, 40), samples=2
     )
     wishes = plan_request(budget=values["budget"], template="paper", compensation="none")
-    plan, _, _ = make_plan(statistics, wishes)
+    plan, _ = make_plan(statistics, wishes)
     assert plan.budget.reached == pytest.approx(PAPER[name], rel=0.01)
     assert plan.budget.reached <= PAPER[name]
     used = [layer for layer in plan.layers if not layer.is_empty]
     *whole, last = used
-    assert all(layer.attend and layer.radius == 2 for layer in whole)  # the paper's kind of plan
+    assert all(
+        layer.attend_heads and layer.radius == 2 for layer in whole
+    )  # the paper's kind of plan
     assert last.heads and not last.attend and not last.neurons  # it only reads
     assert len(used) < len(plan.layers) and plan.layers[: len(used)] == tuple(used)

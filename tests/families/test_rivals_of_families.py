@@ -57,8 +57,13 @@ def test_dropping_nothing_is_the_stock_model(
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_withdrawal_is_the_plan_of_whole_then_empty_layers(specimen: Specimen, prompt: str) -> None:
     shape, inputs = specimen.identity.shape, specimen.inputs(PROMPTS[prompt])
-    whole = LayerPlan(tuple(range(shape.heads)), attend=True, radius=None, neurons=shape.ffn)
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    whole = LayerPlan(
+        tuple(range(shape.heads)),
+        attend_heads=tuple(range(shape.heads)),
+        radius=None,
+        neurons=shape.ffn,
+    )
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = specimen.plan(
         0, layers=(whole, none, none, none), compensation="none", bidirectional=False
     )

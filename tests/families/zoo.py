@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -152,9 +152,9 @@ class Specimen:
         return Workload(tuple(grids), text, before or 0)
 
     def plan(self, seed: int, **fixed: Any) -> PruningPlan:
-        """A random plan and its tensors."""
+        """A random plan, with its tensors."""
         plan = tiny.random_plan(self.identity, random.Random(seed), **fixed)
-        return plan, tiny.random_tensors(plan, seed)
+        return replace(plan, tensors=tiny.random_tensors(plan, seed))
 
     def inputs(self, rows: Sequence[Row], seed: int = 0) -> dict[str, Any]:
         """A left-padded batch."""

@@ -30,8 +30,9 @@ from yopo.checkpoint.headers import read_shard
 from yopo.checkpoint.reader import read_shards
 from yopo.data.rows import pair_from_row
 from yopo.data.sources import open_pairs
-from yopo.plans.file import parse_plan, read_plan, to_yaml
-from yopo.plans.schema import Measured, ModelIdentity, ModelShape, TensorsFile
+from yopo.plans.file import TensorsFile, parse_plan, to_yaml
+from yopo.plans.schema import Measured, ModelIdentity, ModelShape
+from yopo.plans.storage import read_plan
 from yopo.plans.tensors import read_tensors
 from yopo.report.json import plan_document
 from yopo.report.summary import plan_report

@@ -65,16 +65,18 @@ def damage(layers: Layers, allocator: Allocator) -> float:
     total = 0.0
     for number, layer in enumerate(layers):
         later = rate * float(reading[number + 1 :].sum())
-        lost = float(profile.lost[number][shape.hidden if layer.rank is None else layer.rank])
+        lost = float(
+            profile.lost[number][shape.hidden if layer.qkv_rank is None else layer.qkv_rank]
+        )
         for head in range(shape.heads):
             whole = float(reading[number, head])
-            total += whole * lost if head in layer.heads else whole
+            total += whole * lost if head in layer.read_heads else whole
             mixed = later * float(profile.mixing[number, head])
-            total += mixed * lost if head in layer.attend else mixed
+            total += mixed * lost if head in layer.attend_heads else mixed
         ranked = statistics.importance[number].sort(descending=True).values
         share = float(ranked[: layer.neurons].sum() / ranked.sum())
         bent = float(profile.nonlinear_residual[number])
-        straight = max(float(profile.map_residual[number, layer.linear]) - bent, 0.0)
+        straight = max(float(profile.map_residual[number, layer.map_rank]) - bent, 0.0)
         total += later * (1 - share) * (bent + straight)
     return total
 
@@ -100,10 +102,12 @@ def test_budgets_are_kept_and_spent(kv_heads: int, rate: float, radius: int | No
         assert cost <= budget and len(layers) == LAYERS and layers == trim(layers)
         reached.append(cost / budget)
         for layer in layers:
-            assert layer.radius in ((None, radius) if layer.attend else (None,))
-            assert not (layer.linear and layer.neurons == allocator.shape.ffn)
+            assert layer.radius in ((None, radius) if layer.attend_heads else (None,))
+            assert not (layer.map_rank and layer.neurons == allocator.shape.ffn)
             group = allocator.shape.group
-            assert len(layer.heads) == group * len(layer.kept_kv(allocator.shape))  # whole groups
+            assert len(layer.read_heads) == group * len(
+                layer.kept_kv(allocator.shape)
+            )  # whole groups
     assert len(reached) >= 4 and min(reached) > 0.5, reached
 
 
@@ -138,9 +142,11 @@ def test_no_single_change_is_a_bargain() -> None:
 
 def test_a_tiny_rate_reads_and_a_huge_one_computes() -> None:
     reads, computes = (make_allocator(0.1, rate).allocate() for rate in (1e-6, 3.0))
-    assert not any(layer.attend or layer.has_ffn for layer in reads)
-    assert any(layer.attend for layer in computes) and any(layer.has_ffn for layer in computes)
-    heads = [sum(len(layer.heads) for layer in layers) for layers in (reads, computes)]
+    assert not any(layer.attend_heads or layer.has_ffn for layer in reads)
+    assert any(layer.attend_heads for layer in computes) and any(
+        layer.has_ffn for layer in computes
+    )
+    heads = [sum(len(layer.read_heads) for layer in layers) for layers in (reads, computes)]
     assert heads[1] < heads[0]
 
 
@@ -148,9 +154,9 @@ def test_at_the_full_budget_everything_is_done_that_is_read() -> None:
     """A budget of 1 prunes only what no later layer reads."""
     allocator = make_allocator(1.0)
     layers = allocator.allocate()
-    assert all(len(layer.heads) == HEADS and layer.rank is None for layer in layers)
+    assert all(len(layer.read_heads) == HEADS and layer.qkv_rank is None for layer in layers)
     assert all(layer.is_full(allocator.shape) for layer in layers[:-1])
-    assert not layers[-1].attend and not layers[-1].has_ffn
+    assert not layers[-1].attend_heads and not layers[-1].has_ffn
 
 
 def test_where_nothing_fits_there_is_none() -> None:
@@ -165,12 +171,12 @@ def test_where_nothing_fits_there_is_none() -> None:
 
 def test_unread_layers_do_nothing_at_the_end() -> None:
     """``trim`` takes maps, too: nobody reads what stands behind the last reader."""
-    reader = LayerPlan((0, 1), True, 2, 7, rank=3, linear=2)
-    trimmed = trim((reader, reader, LayerPlan((), False, None, 5, linear=2)))
+    reader = LayerPlan((0, 1), (0, 1), 2, 7, qkv_rank=3, map_rank=2)
+    trimmed = trim((reader, reader, LayerPlan((), (), None, 5, map_rank=2)))
     assert trimmed == (
         reader,
-        LayerPlan((0, 1), False, None, 0, rank=3),
-        LayerPlan((), False, None, 0),
+        LayerPlan((0, 1), (), None, 0, qkv_rank=3),
+        LayerPlan((), (), None, 0),
     )
 
 
@@ -180,7 +186,7 @@ def test_worth_of_single_layers_counts() -> None:
     even = Weighting.even(1.0, None, LAYERS)
     favoured = replace(even, reading=(1e-3,) * 2 + (1e3,) + (1e-3,) * (LAYERS - 3))
     layers = Allocator(builder, profile, favoured).allocate()
-    assert len(layers[2].heads) == HEADS
+    assert len(layers[2].read_heads) == HEADS
     usual = Allocator(builder, profile, even).allocate()
     assert layers != usual
 
@@ -230,7 +236,7 @@ def counting(kl: Callable[[PruningPlan], float]) -> tuple[Callable, list[tuple[L
 
 def wants_rank(plan: PruningPlan) -> float:
     """A made-up KL: reading heads are good, attending ones and neurons too, at other prices."""
-    heads = sum(len(layer.heads) + 2 * len(layer.attend) for layer in plan.layers)
+    heads = sum(len(layer.read_heads) + 2 * len(layer.attend_heads) for layer in plan.layers)
     return 10.0 / (1 + heads) + (plan.compensation == "none") + 0.1 * plan.budget.reached
 
 
@@ -241,7 +247,7 @@ def test_the_best_candidate_wins(kv_heads: int, asked: str | None) -> None:
     measure, seen = counting(wants_rank)
     fitter = FakeFitter(statistics)
     wishes = plan_request(budget=0.3, compensation=asked)
-    plan, _, candidates = make_plan(statistics, wishes, measure, fitter)
+    plan, candidates = make_plan(statistics, wishes, measure, fitter)
     assert candidates[0].kl == min(each.kl for each in candidates) == wants_rank(plan)
     assert plan.layers == candidates[0].plan.layers
     assert len(seen) == len(set(seen)) == len(candidates)
@@ -266,7 +272,7 @@ def test_a_search_from_an_allocation_keeps_the_budget() -> None:
 
     measure, seen = counting(kl)
     wishes = plan_request(budget=0.12, compensation="refit", search=40)
-    plan, _, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
+    plan, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
     assert plan.provenance["shape"].startswith("search from allocated, rate ")
     assert candidates[0].kl == kl(plan) < candidates[1].kl
     assert plan.budget.reached <= 0.12 and plan.compensation == "refit"
@@ -278,7 +284,7 @@ def test_a_search_that_finds_nothing_keeps_the_best_candidate() -> None:
     statistics = make_statistics()
     measure, seen = counting(lambda plan: 1.0)
     wishes = plan_request(budget=0.3, compensation="refit", search=10)
-    plan, _, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
+    plan, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
     assert plan.provenance["shape"].startswith("allocated, rate ")
     assert candidates[0] is candidates[1] and len(seen) == len(set(seen))
 

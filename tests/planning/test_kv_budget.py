@@ -42,7 +42,7 @@ def test_allocations_keep_both_and_spend_the_scarce_one(kv_heads: int) -> None:
 def test_less_than_one_kv_head_is_known_without_trying(monkeypatch: pytest.MonkeyPatch) -> None:
     one = 1 / (LAYERS * 4)
     kept = limited(1.001 * one, 4).allocate()
-    assert sum(bool(layer.heads) for layer in kept) == 1
+    assert sum(bool(layer.read_heads) for layer in kept) == 1
     allocator = limited(0.999 * one, 4)
     monkeypatch.setattr(allocator, "_layers", None)  # no price is tried
     assert allocator.allocate() is None
@@ -58,7 +58,7 @@ def test_the_heads_that_are_left_are_those_that_read_most() -> None:
     effect = statistics.head_effect
     kept = torch.zeros_like(effect, dtype=torch.bool)
     for number, layer in enumerate(layers):
-        kept[number, list(layer.heads)] = True
+        kept[number, list(layer.read_heads)] = True
     assert kept.sum() == effect.numel() // 2
     assert effect[kept].min() > effect[~kept].max()
 
@@ -81,10 +81,10 @@ def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
 
     def measure(plan: PruningPlan) -> float:
         seen.append(plan)
-        return 1 / (1 + sum(len(layer.heads) for layer in plan.layers))
+        return 1 / (1 + sum(len(layer.read_heads) for layer in plan.layers))
 
     wishes = plan_request(budget=0.4, kv_budget=0.3, search=search)
-    plan, _, _ = make_plan(make_statistics(2), wishes, measure)
+    plan, _ = make_plan(make_statistics(2), wishes, measure)
     assert plan.provenance["kv_budget"] == 0.3
     for each in (plan, *seen):
         dense = dense_visual_kv_bytes(each.model.shape, each.workload)

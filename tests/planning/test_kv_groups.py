@@ -39,7 +39,9 @@ def plan_of(statistics: Statistics, **wish: object) -> PruningPlan:
 
 def is_whole(plan: PruningPlan) -> bool:
     shape = plan.model.shape
-    return all(len(each.heads) == shape.group * len(each.kept_kv(shape)) for each in plan.layers)
+    return all(
+        len(each.read_heads) == shape.group * len(each.kept_kv(shape)) for each in plan.layers
+    )
 
 
 @pytest.mark.parametrize("wish", [{"head_ratio": 0.5}, {"preset": "yopo-25"}, {"alpha": 0.6}])
@@ -54,7 +56,7 @@ def test_the_cache_shrinks_with_groups_and_not_with_single_heads(spread: Statist
     dense = visual_kv_bytes(plan_of(spread, head_ratio=1.0))
     single = plan_of(spread, head_ratio=0.5)
     grouped = plan_of(spread, head_ratio=0.5, kv_groups=True)
-    kept = [sum(len(layer.heads) for layer in plan.layers) for plan in (single, grouped)]
+    kept = [sum(len(layer.read_heads) for layer in plan.layers) for plan in (single, grouped)]
     assert kept[0] == kept[1] == 8 * 8 // 2
     assert visual_kv_bytes(single) == dense  # every group still has its reader
     assert visual_kv_bytes(grouped) == dense // 2

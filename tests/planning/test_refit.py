@@ -19,8 +19,9 @@ from yopo.fitting import least_squares, refit
 from yopo.fitting.layerwise import PrunedBatch, pruned_batches
 from yopo.fitting.least_squares import Moments
 from yopo.fitting.refit import neurons_and_map
+from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
-from yopo.plans.tensors import PlanTensors, check_tensors, refit_sizes
+from yopo.plans.tensors import PlanTensors, refit_sizes
 from yopo.runtime.install import pruned
 from yopo.support.errors import DataError
 
@@ -46,7 +47,7 @@ def plan_of(specimen: Specimen, *layers: LayerPlan, **fixed: Any) -> PruningPlan
 def everything(shape: ModelShape) -> LayerPlan:
     """A layer with all that a plan can say: part of the heads, fewer attending, both fits."""
     heads = tuple(range(1, shape.heads))
-    return LayerPlan(heads, heads[1:], 1, shape.ffn // 3, rank=shape.hidden // 2, linear=5)
+    return LayerPlan(heads, heads[1:], 1, shape.ffn // 3, qkv_rank=shape.hidden // 2, map_rank=5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -66,7 +67,7 @@ def test_a_fit_is_what_the_plan_asks_for(
             assert each.dtype == torch.float32 and each.device.type == "cpu"
             assert torch.isfinite(each).all() and each.abs().max() > 0
     tensors = PlanTensors(order, refit=fitted)
-    check_tensors(plan, "The plan")
+    check_tensors(plan)
     check_tensors(plan, PlanTensors.from_bytes(tensors.to_bytes()), "The plan")
     with pruned(specimen.model, plan):
         assert torch.isfinite(tiny.logits(specimen.model, batches[1].inputs)).all()
@@ -104,7 +105,7 @@ def test_a_bottleneck_as_wide_as_the_model_is_the_dense_model(
     """In float64, where what the fit rounds away is far below what a mistake would change."""
     shape = specimen.identity.shape
     every = tuple(range(shape.heads))
-    plan = plan_of(specimen, LayerPlan(every, True, None, shape.ffn, rank=shape.hidden))
+    plan = plan_of(specimen, LayerPlan(every, every, None, shape.ffn, qkv_rank=shape.hidden))
     oracle = specimen.oracle
     precise = [Batch(tiny.as_dtype(each.inputs, torch.float64), None, ()) for each in batches]
     weights = refit.refit(oracle, precise, plan, None)
@@ -145,10 +146,10 @@ def test_a_fit_makes_up_for_the_layers_in_front(
     the layers in front made: the target starts from the pruned states."""
     shape = specimen.identity.shape
     total, heads = shape.layers, tuple(range(shape.heads))
-    spoiled = LayerPlan(heads, False, None, 0)
+    spoiled = LayerPlan(heads, (), None, 0)
     mended = LayerPlan(heads, heads[1:], None, 0)
     if where == "behind":
-        mended = LayerPlan(heads, False, None, shape.ffn // 3)
+        mended = LayerPlan(heads, (), None, shape.ffn // 3)
     plan = plan_of(specimen, *(spoiled,) * (total - 1), mended)
     refit.refit(specimen.model, batches, plan, orders(shape))
     found = torch.cat([each.real(each.visual) for each in carried])
@@ -166,7 +167,7 @@ def test_the_fit_sees_what_the_runtime_computes(
 ) -> None:
     """Both streams behind the last layer of a plan with everything, DeepStack included."""
     shape = specimen.identity.shape
-    frozen = LayerPlan(tuple(range(shape.heads)), False, None, 0, linear=4)
+    frozen = LayerPlan(tuple(range(shape.heads)), (), None, 0, map_rank=4)
     plan = plan_of(specimen, everything(shape), frozen, bidirectional=bidirectional)
     order = orders(shape)
     fitted = refit.refit(specimen.model, batches, plan, order)
@@ -332,8 +333,8 @@ def test_a_map_recovers_an_affine_ffn(
     shape, last = specimen.identity.shape, specimen.identity.shape.layers - 1
     prompts = [PROMPTS["padded, different images"]] * 6
     batches = specimens.make_batches(specimen, prompts)
-    full = LayerPlan(tuple(range(shape.heads)), True, None, shape.ffn)
-    layers = (*(full,) * last, replace(full, neurons=0, linear=rank))
+    full = LayerPlan(tuple(range(shape.heads)), tuple(range(shape.heads)), None, shape.ffn)
+    layers = (*(full,) * last, replace(full, neurons=0, map_rank=rank))
     plan = plan_of(specimen, *layers)
     layer = specimen.model.get_decoder().layers[last]
     mlp = layer.mlp

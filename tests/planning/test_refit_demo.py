@@ -16,10 +16,10 @@ from yopo.fitting.fitter import Fitter
 from yopo.models.registry import resolve
 from yopo.planning.planner import make_plan
 from yopo.planning.request import plan_request
+from yopo.plans.checks import check_tensors
 from yopo.plans.file import to_yaml
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import LayerPlan, PruningPlan
-from yopo.plans.tensors import check_tensors
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense
 
@@ -74,7 +74,7 @@ def test_a_refit_lowers_the_kl(demo: Demo) -> None:
         kind: demo.kl(*demo.plan((layer,) * shape.layers, kind))
         for kind in ("none", "mean", "refit")
     }
-    mapped = replace(layer, linear=shape.hidden // 8)
+    mapped = replace(layer, map_rank=shape.hidden // 8)
     kl["map"] = demo.kl(*demo.plan((mapped,) * shape.layers, "refit"))
     narrow = replace(mapped, rank=shape.hidden // 2)
     kl["rank"] = demo.kl(*demo.plan((narrow,) * shape.layers, "refit"))
@@ -89,7 +89,7 @@ def test_a_preset_with_a_refit(demo: Demo) -> None:
     plan, candidates = make_plan(demo.statistics, wishes, None, demo.fitter)
     bare, _, _ = make_plan(demo.statistics, plan_request(preset="yopo-25"))
     assert plan.compensation == "refit" and plan.layers == bare.layers and candidates == []
-    check_tensors(plan, "The plan")
+    check_tensors(plan)
     assert set(tensors.refit) <= set(range(plan.visual_depth)) and tensors.refit
     assert demo.kl(plan) < demo.kl(bare, tensors)
 

@@ -21,7 +21,7 @@ def builder(request: pytest.FixtureRequest) -> TemplateBuilder:
 
 def wants_attention_in_layer_3(layers: Layers, compensation: str) -> float:
     """A made-up KL whose best plan attends in layer 3 alone and is not compensated."""
-    wrong = sum(bool(layer.attend) is not (index == 3) for index, layer in enumerate(layers))
+    wrong = sum(bool(layer.attend_heads) is not (index == 3) for index, layer in enumerate(layers))
     return 1.0 + wrong + (compensation == "mean") / 2
 
 
@@ -51,7 +51,7 @@ def test_the_search_finds_what_the_measure_wants(builder: TemplateBuilder) -> No
     search = make_search(builder, wants_attention_in_layer_3, 500)
     (layers, compensation), kl = search.run(state_of(start, "mean"), (start, "mean"), first)
     assert kl == wants_attention_in_layer_3(layers, compensation) == 1.0 < first
-    assert [index for index, layer in enumerate(layers) if layer.attend] == [3]
+    assert [index for index, layer in enumerate(layers) if layer.attend_heads] == [3]
     assert compensation == "none" and builder.cost(layers) <= BUDGET
 
 
@@ -80,7 +80,7 @@ def test_a_searched_plan_says_where_it_comes_from() -> None:
     def measure(plan) -> float:
         return wants_attention_in_layer_3(plan.layers, plan.compensation)
 
-    plan, _, candidates = make_plan(statistics, plan_request(budget=BUDGET, search=300), measure)
+    plan, candidates = make_plan(statistics, plan_request(budget=BUDGET, search=300), measure)
     assert plan.provenance["shape"].startswith("search from ")
     assert candidates[0].kl < candidates[1].kl
     assert plan.budget.reached <= BUDGET

@@ -20,7 +20,6 @@ from yopo.plans.schema import (
     ModelIdentity,
     ModelShape,
     PruningPlan,
-    TensorsFile,
     Workload,
 )
 from yopo.report import units
@@ -30,7 +29,7 @@ from yopo.report.plan_tables import LayerTable, bar, candidate_table, runs, savi
 from yopo.report.profile import LEVELS, Profile, pooled, sparkline
 from yopo.report.summary import plan_report
 
-GONE = LayerPlan((), attend=False, radius=None, neurons=0)
+GONE = LayerPlan((), attend_heads=(), radius=None, neurons=0)
 
 
 def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -> PruningPlan:
@@ -38,9 +37,9 @@ def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -
     shape = ModelShape(layers, 16 * heads, heads, kv_heads or heads, 16, 352)
     every = tuple(range(heads))
     kinds = (
-        LayerPlan(every, attend=True, radius=None, neurons=352),
-        LayerPlan(every[::2], attend=True, radius=2, neurons=88),
-        LayerPlan(every[:1], attend=False, radius=None, neurons=0),
+        LayerPlan(every, attend_heads=every, radius=None, neurons=352),
+        LayerPlan(every[::2], attend_heads=every[::2], radius=2, neurons=88),
+        LayerPlan(every[:1], attend_heads=(), radius=None, neurons=0),
     )
     measured = Measured(
         rho=tuple(tuple((1 + row * heads + col) / 100 for col in every) for row in range(layers)),
@@ -53,7 +52,6 @@ def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -
         Workload((Grid(8, 8),), text=14, text_before=2),
         (*kinds, *(GONE,) * (layers - len(kinds))),
         Budget(0.25, 0.2),
-        tensors=TensorsFile("plan.safetensors", "0" * 64),
         measured=measured,
         provenance={"shape": "light"},
     )
@@ -102,10 +100,10 @@ def make_fitted(layers: int = 8, heads: int = 8, **kinds: int) -> PruningPlan:
     plan = make_plan(layers, heads, **kinds)
     every = tuple(range(heads))
     first = (
-        LayerPlan(every, every[::2], None, 88, rank=12, linear=4),
-        LayerPlan(every[::2], every[2::2], 2, 88, rank=64),
-        LayerPlan(every[::2], True, 2, 88, rank=64),
-        LayerPlan(every[:1], False, None, 0, linear=16),
+        LayerPlan(every, every[::2], None, 88, qkv_rank=12, map_rank=4),
+        LayerPlan(every[::2], every[2::2], 2, 88, qkv_rank=64),
+        LayerPlan(every[::2], every[::2], 2, 88, qkv_rank=64),
+        LayerPlan(every[:1], (), None, 0, map_rank=16),
     )
     return replace(plan, layers=(*first, *(GONE,) * (layers - 4)), compensation="refit")
 
@@ -134,14 +132,14 @@ def test_only_the_columns_of_what_a_plan_has() -> None:
     head = text_of(LayerTable(make_plan()))[1]
     assert "rank" not in head and "map" not in head
     fitted = make_fitted()
-    straight = replace(fitted, layers=tuple(replace(each, rank=None) for each in fitted.layers))
+    straight = replace(fitted, layers=tuple(replace(each, qkv_rank=None) for each in fitted.layers))
     head = text_of(LayerTable(straight))[1]
     assert "rank" not in head and "map" in head
 
 
 @pytest.mark.parametrize("change", [{"attend": (0,)}, {"rank": 3}, {"linear": 3}])
 def test_layers_that_differ_in_a_fit_alone_are_two_rows(change: dict[str, object]) -> None:
-    layer = LayerPlan((0, 1, 2), (1,), None, 5, rank=2, linear=2)
+    layer = LayerPlan((0, 1, 2), (1,), None, 5, qkv_rank=2, map_rank=2)
     found = [span for *span, _ in runs((layer, layer, replace(layer, **change)))]
     assert found == [[0, 1], [2, 2]]
 
@@ -182,7 +180,7 @@ def test_heatmap_marks_kept_heads_and_grows_with_rho() -> None:
     assert [len(row) for row in rows] == [8] * 8
     for row, layer in zip(rows, plan.layers, strict=True):
         for head, glyph in enumerate(row):
-            assert glyph in (KEPT if head in layer.heads else DROPPED)
+            assert glyph in (KEPT if head in layer.read_heads else DROPPED)
     steps = [(KEPT if glyph in KEPT else DROPPED).index(glyph) for row in rows for glyph in row]
     assert steps == sorted(steps) and [steps.count(step) for step in range(4)] == [16] * 4
 

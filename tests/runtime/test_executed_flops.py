@@ -57,8 +57,8 @@ def test_the_papers_shape(subject: Subject) -> None:
     """Half the layers, half the heads, half the neurons, two neighbors around."""
     shape = subject.shape
     heads = tuple(range(1, shape.heads, 2))
-    some = LayerPlan(heads, attend=True, radius=2, neurons=shape.ffn // 2)
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    some = LayerPlan(heads, attend_heads=heads, radius=2, neurons=shape.ffn // 2)
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = subject.random_plan(
         0, layers=(some, some, none, none), workload=WORKLOAD, compensation="none"
     )
@@ -69,7 +69,7 @@ def test_the_papers_shape(subject: Subject) -> None:
 
 
 def test_layers_without_anything_visual_cost_what_text_costs(subject: Subject) -> None:
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = subject.random_plan(0, layers=(none,) * 4, workload=WORKLOAD)
     text = {key: INPUTS[key][:, :20] for key in ("input_ids", "attention_mask")}
     text["input_ids"] = torch.arange(1, 21)[None]
@@ -79,7 +79,7 @@ def test_layers_without_anything_visual_cost_what_text_costs(subject: Subject) -
 
 
 def test_a_decode_step_reads_visual_keys_of_kept_heads_alone(subject: Subject) -> None:
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     counts = {}
     for name, layers in (("none", (none,) * 4), ("all", tiny.whole(subject).layers)):
         plan = subject.random_plan(0, layers=layers, compensation="none")

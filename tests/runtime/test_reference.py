@@ -39,12 +39,12 @@ def may_attend(layer: LayerPlan, bidirectional: bool, head: int, query: int, key
     if key_place is None:
         return not_later
     if query_place is None:
-        return not_later and head in layer.heads
+        return not_later and head in layer.read_heads
     same_image = query_place[0] == key_place[0]
     distance = max(abs(query_place[1] - key_place[1]), abs(query_place[2] - key_place[2]))
     is_neighbor = layer.radius is None or (same_image and distance <= layer.radius)
     in_order = not_later or (bidirectional and same_image)
-    return head in layer.attend and is_neighbor and in_order
+    return head in layer.attend_heads and is_neighbor and in_order
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -60,7 +60,7 @@ def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
         for query in range(len(ROW)):
             for key in range(len(ROW)):
                 expected = may_attend(plan.layers[0], plan.bidirectional, head, query, key)
-                if places()[query] is not None and head not in plan.layers[0].attend:
+                if places()[query] is not None and head not in plan.layers[0].attend_heads:
                     continue  # such a head contributes nothing, whatever it attends
                 assert found[head, query, key] == expected, (head, query, key)
 
@@ -68,7 +68,7 @@ def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
 @pytest.mark.parametrize("run", [reference, pruned])
 def test_without_anything_visual_images_do_not_matter(subject: Subject, run: type) -> None:
     """No layer reads, so other pixels change no text logit; with reads they do."""
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = subject.random_plan(0, layers=(none,) * 4, compensation="none")
     rows = [[1, 5, *PICTURE, 7, 8]]
     one, other = tiny.batch(rows, seed=1), tiny.batch(rows, seed=2)
@@ -76,7 +76,7 @@ def test_without_anything_visual_images_do_not_matter(subject: Subject, run: typ
     with run(subject.model, plan):
         blind = [tiny.logits(subject.model, inputs)[text] for inputs in (one, other)]
     assert torch.equal(*blind)
-    sees = LayerPlan((0,), attend=False, radius=None, neurons=0)
+    sees = LayerPlan((0,), attend_heads=(), radius=None, neurons=0)
     plan = subject.random_plan(0, layers=(none, sees, none, none), compensation="none")
     with run(subject.model, plan):
         seen = [tiny.logits(subject.model, inputs)[text] for inputs in (one, other)]
@@ -87,9 +87,9 @@ def test_without_anything_visual_images_do_not_matter(subject: Subject, run: typ
 def test_reading_heads_are_the_named_ones(subject: Subject, run: type) -> None:
     """Cutting a head off at the output projection hides what it reads, and only that."""
     layer, head_dim = 1, subject.shape.head_dim
-    none = LayerPlan((), attend=False, radius=None, neurons=0)
+    none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     reader = subject.shape.heads - 2
-    sees = LayerPlan((reader,), attend=False, radius=None, neurons=0)
+    sees = LayerPlan((reader,), attend_heads=(), radius=None, neurons=0)
     plan = subject.random_plan(0, layers=(none, sees, none, none), compensation="none")
     rows = [[1, 5, *PICTURE, 7, 8]]
     one, other = tiny.batch(rows, seed=1), tiny.batch(rows, seed=2)

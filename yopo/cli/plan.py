@@ -28,7 +28,7 @@ from yopo.cli.results import check_outputs, save
 def command(context: click.Context, stats: Path, **values: Any) -> None:
     """Make another plan from STATS, which `yopo calibrate --stats` saved, without the model.
 
-    Nothing can be measured without the model: a budget means the one of --template, or `reader-heads`.
+    Nothing can be measured without the model: a budget means --template, or `reader-heads`.
     """
     check_outputs([values["output"]], None, force=values["force"])
     made = load("yopo.pipeline.commands").plan_from_statistics(stats, plan_request(context))

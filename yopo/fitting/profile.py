@@ -37,11 +37,12 @@ class Profile:
     Attributes:
         mixing: (L, H), what a head gathers from other tokens: the energy of its output behind the
             output projection that no affine map of the token's own normed state predicts.
-        bottleneck_residual: (L, d + 1), share of the variance of queries, keys and values that a bottleneck of
-            rank 0, 1, ..., d loses.
-        map_residual: (L, d + 1), energy of a layer's update that an affine map of rank 0, 1, ..., d of
-            the normed state leaves.
-        nonlinear_residual: (L,), energy of the FFN's output that no affine map of its input predicts.
+        bottleneck_residual: (L, d + 1), share of the variance of queries, keys and values
+            that a bottleneck of rank 0, 1, ..., d loses.
+        map_residual: (L, d + 1), energy of a layer's update that an affine map of rank
+            0, 1, ..., d of the normed state leaves.
+        nonlinear_residual: (L,), energy of the FFN's output that no affine map of its input
+            predicts.
     """
 
     mixing: torch.Tensor

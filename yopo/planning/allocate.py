@@ -51,7 +51,7 @@ MOST = 1e12
 """Highest price tried."""
 
 FACTOR = 3.0
-"""By which a move changes a worth."""
+"""By which a move changes a weight."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Weighting:
 
 
 def weighting_moves(weighting: Weighting) -> Iterator[tuple[str, Weighting]]:
-    """Every single step away from a worth, as (what changes, new worth)."""
+    """Every single step away from a weighting, as (what changes, new weighting)."""
     for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
         yield (
             f"visual states count {verb}",
