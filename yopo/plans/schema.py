@@ -113,6 +113,14 @@ class Measured:
 class PruningPlan:
     """A whole pruning plan. Construction validates; a valid plan is never mutated.
 
+    Example:
+        >>> from dataclasses import replace
+        >>> first = plan.layers[0]
+        >>> less = replace(first, attend_heads=(), radius=None)
+        >>> edited = plan.with_layers([less, *plan.layers[1:]])
+        >>> edited.layers[0].attend_heads
+        ()
+
     Attributes:
         model: The model that it was made for.
         workload: The prompt that its FLOPs and bytes are quoted for.
