@@ -18,6 +18,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from yopo.support.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from yopo.pipeline.commands import apply as apply
     from yopo.pipeline.commands import calibrate as calibrate
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from yopo.runtime.introspect import plan_of as plan_of
     from yopo.serving.loading import load as load
     from yopo.support.errors import YopoError as YopoError
-
-__version__ = "0.1.0"
 
 _PUBLIC = {
     "calibrate": "yopo.pipeline.commands",

@@ -12,7 +12,6 @@ from functools import cached_property
 
 from transformers import ProcessorMixin
 
-from yopo import __version__
 from yopo.bench.costs import read_costs
 from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
@@ -38,6 +37,7 @@ from yopo.plans.schema import Budget, PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
 from yopo.support.errors import DataError, PlanError
+from yopo.support.version import __version__
 
 SMALLEST = 0.01
 """Visual budget below which a tolerance is not tried."""

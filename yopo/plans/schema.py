@@ -168,6 +168,17 @@ class PruningPlan:
         """Whether some layer keeps a part of its neurons, so that their order matters."""
         return any(0 < layer.neurons < self.model.shape.ffn for layer in self.layers)
 
+    @property
+    def needed_tensors(self) -> PlanTensors:
+        """Those of its tensors that the plan uses."""
+        tensors, has_means = self.tensors, self.compensation == "mean"
+        return PlanTensors(
+            neuron_order=tensors.neuron_order if self.needs_order else None,
+            neuron_mean=tensors.neuron_mean if has_means else None,
+            head_mean=tensors.head_mean if has_means else None,
+            refit=tensors.refit if self.compensation == "refit" else {},
+        )
+
     def without_tensors(self) -> PruningPlan:
         """The same plan, its numbers alone."""
         return replace(self, tensors=PlanTensors())

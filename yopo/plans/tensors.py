@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
+    from yopo.plans.layer_plan import LayerPlan, ModelShape
 
 Refit = Mapping[str, "torch.Tensor"]
 """One layer's fitted weights for visual tokens, by name: see :func:`refit_sizes`."""
@@ -71,16 +71,6 @@ class PlanTensors:
         parts = {name: None if each is None else each[rows] for name, each in parts.items()}
         refit = {new: self.refit[old] for new, old in enumerate(rows) if old in self.refit}
         return PlanTensors(**parts, refit=refit)
-
-    def for_plan(self, plan: PruningPlan) -> PlanTensors:
-        """Those of the tensors that a plan uses."""
-        means = plan.compensation == "mean"
-        return PlanTensors(
-            neuron_order=self.neuron_order if plan.needs_order else None,
-            neuron_mean=self.neuron_mean if means else None,
-            head_mean=self.head_mean if means else None,
-            refit=self.refit if plan.compensation == "refit" else {},
-        )
 
 
 def refit_sizes(layer: LayerPlan, shape: ModelShape) -> dict[str, tuple[int, ...]]:
