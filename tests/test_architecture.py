@@ -1,4 +1,4 @@
-"""The layout that DESIGN section 4 draws: imports go down only, and everything stays small."""
+"""The layout that yopo/README.md draws: imports go down only, and everything stays small."""
 
 from __future__ import annotations
 
