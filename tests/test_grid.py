@@ -31,7 +31,7 @@ def cells(grids: list[Grid]) -> list[tuple[int, int, int]]:
 
 
 def neighbors(grids: list[Grid], query: int, radius: int | None, bidirectional: bool) -> set[int]:
-    """Keys that a visual query may attend, from DESIGN's sentences."""
+    """Keys that a visual query may attend, from the sentences of yopo/README.md."""
     places = cells(grids)
     image, row, col = places[query]
     found = set()

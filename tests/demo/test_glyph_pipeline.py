@@ -28,7 +28,8 @@ NAME = "qwen2-vl-tiny"
 @pytest.fixture(scope="module")
 def calibrated() -> Calibrated:
     options = RunOptions(samples=32, batch_size=16, max_new_tokens=12)
-    return calibrate(NAME, BudgetRequest(0.5), options, FitOptions(measure_pairs=12))
+    fit_options = FitOptions(measure_pairs=12)
+    return calibrate(NAME, BudgetRequest(0.5), options=options, fit_options=fit_options)
 
 
 def test_calibration_takes_the_models_own_pairs(calibrated: Calibrated) -> None:
@@ -68,7 +69,7 @@ def test_baked_and_evaluated_on_held_out_grids(calibrated: Calibrated, tmp_path:
     target = tmp_path / "smaller"
     bake(calibrated.plan, fetch(resolve(NAME)), target)
     options = RunOptions(samples=36, batch_size=18, max_new_tokens=12)
-    found = evaluate(str(target), options, timing_runs=0)
+    found = evaluate(target, options=options, timing_runs=0)
     assert set(found.by_kind) == set(TASK.short_kinds)
     assert found.accuracy.total == 36 and found.accuracy.dense >= 32
     assert found.accuracy.pruned >= 0.7 * found.accuracy.dense

@@ -1,4 +1,4 @@
-"""The properties that must hold on every family (DESIGN, section 3), family by family.
+"""The properties that must hold on every family (yopo/README.md), family by family.
 
 One test is one column of the table family x property; ``-k qwen3`` shows one row.
 """

@@ -1,4 +1,4 @@
-"""The specification itself: who may attend whom, against the sentences of DESIGN in plain loops."""
+"""The specification itself: who may attend whom, in plain loops by the words of yopo/README.md."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def places() -> list[tuple[int, int, int] | None]:
 
 
 def may_attend(layer: LayerPlan, bidirectional: bool, head: int, query: int, key: int) -> bool:
-    """DESIGN section 2, word by word."""
+    """yopo/README.md, word by word."""
     query_place, key_place = places()[query], places()[key]
     not_later = key <= query
     if key_place is None:

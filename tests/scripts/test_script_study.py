@@ -86,13 +86,13 @@ def test_seeds_become_a_mean_and_a_spread() -> None:
     assert cell(found[:1], "kl", "{:.1f}") == "0.1" and cell(None, "kl", "{:.1f}") == ""
 
 
-def test_readme_prints_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_prints_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
     report = script("study_report")
     report.report(report.read(FOUND))
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "scripts" / "README.md").read_text()
     tables = [each for each in capsys.readouterr().out.split("\n\n") if each.startswith("| |")]
     assert tables
-    assert [each for each in tables if each.strip() not in readme] == []
+    assert [each for each in tables if each.strip() not in page] == []
 
 
 def test_orders_of_neurons_are_permutations() -> None:

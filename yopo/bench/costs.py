@@ -1,7 +1,7 @@
 """A budget in milliseconds, by what `yopo bench --json` measured.
 
-Prefill time follows the executed FLOPs (README, "Speed"), so the two points that a benchmark
-measures, dense and pruned, make a line: milliseconds = fixed + slope x FLOPs. A budget in
+Prefill time follows the executed FLOPs (scripts/README.md, "Speed"), so the two points that a
+benchmark measures, dense and pruned, make a line: milliseconds = fixed + slope x FLOPs. A budget in
 milliseconds is the visual budget at which the prefill FLOPs, text included, lie on that line.
 """
 

@@ -1,13 +1,14 @@
 """What one calibration pass measures: mergeable sums, small enough to keep for every plan to come.
 
-Vocabulary and formulas are DESIGN's: visual mass ``A_v(q)`` is the share of a query's softmax
-attention on visual keys; head activity ``rho = sum_q A_v / sum_q A_t`` per sample (the paper's
-Eq. 6); neuron importance ``||W_down[:, j]||^2 E[a_j^2]`` over visual tokens, the exact output error
-of removing neuron j alone; cross-modal attention is the mean visual mass of the text queries behind
-the image; locality distributes visual-to-visual attention over the Chebyshev distance.
+Vocabulary and formulas are those of yopo/README.md: visual mass ``A_v(q)`` is the share of a
+query's softmax attention on visual keys; head activity ``rho = sum_q A_v / sum_q A_t`` per sample
+(the paper's Eq. 6); neuron importance ``||W_down[:, j]||^2 E[a_j^2]`` over visual tokens, the exact
+output error of removing neuron j alone; cross-modal attention is the mean visual mass of the text
+queries after the image; locality distributes visual-to-visual attention over the Chebyshev
+distance.
 
 Head effect is ours: what hiding the visual keys from one head alone changes in the layer's output,
-``E ||W_o^h (o_h - o_h^text)||^2`` over the text queries behind the image, where ``o_h^text`` is the
+``E ||W_o^h (o_h - o_h^text)||^2`` over the text queries after the image, where ``o_h^text`` is the
 head's output with its softmax over text keys only; relative to the squared norm of the residual
 stream. On the demo model, keeping half of all heads for reading (everything else frozen) strays by
 a logit KL of 0.18 when chosen by effect and 0.35 when chosen by rho: a head may look at the image

@@ -1,8 +1,8 @@
 """Which token may attend which, in one forward: positions, masks and blocks for all layers.
 
-The semantics (DESIGN: a query q may attend key k iff k is not later than q, and) - k is text:
-always; k visual and q text: in kept heads; k visual and q visual: in kept heads, if the layer
-attends and k is a neighbor. Heads are the attention calls' business, the rest is decided here,
+The semantics are those of yopo/README.md: a query q may attend key k if and only if k is not later
+than q, and k is text; or q is text, in the heads that read; or both are visual and k is a neighbor
+of q, in the heads that attend. Heads are the attention calls' business, the rest is decided here,
 once per forward, and shared by all layers.
 """
 

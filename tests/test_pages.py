@@ -1,0 +1,344 @@
+"""The pages stay true: tables are what the code says, links lead somewhere, commands run.
+
+What takes seconds on the demo model is run as printed; every other command is taken by the parser
+of its program, which refuses options and choices that it does not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from graphlib import TopologicalSorter
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+import yopo
+from yopo.cli.calibrate import command as calibrate
+from yopo.cli.config import _NOT_IN_FILES
+from yopo.cli.group import cli
+from yopo.data.pairs import Pair
+from yopo.data.prompts import encode_for, load_processor
+from yopo.data.sources import open_pairs
+from yopo.demo import LLAVA_TINY
+from yopo.demo.pair_files import write_pairs
+from yopo.models.registry import ALIASES, FAMILIES, resolve
+from yopo.plans.file import _KEYS
+from yopo.plans.layer_file import _FORMER_KEYS
+from yopo.plans.layer_plan import LayerPlan
+from yopo.serving.loading import load_dense
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("README.md", "scripts/README.md", "yopo/README.md", "configs/README.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README, SCRIPTS, DESIGN, CONFIGS = PAGES.values()
+TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def card(folder: str) -> str:
+    return (ROOT / "yopo" / "demo" / folder / "README.md").read_text(encoding="utf-8")
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table under a heading line."""
+    (_, after) = page.split(f"{heading}\n", 1)
+    lines = after.split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def keys(cell: str) -> list[str]:
+    return re.findall(r"`(\w+)`", cell)
+
+
+# What the tables say.
+
+
+def test_supported_models_are_those_of_the_registry() -> None:
+    found = {
+        (name, architecture, frozenset(texts.split(", ")), frozenset(aliases.split(", ")))
+        for name, architecture, texts, aliases in rows(
+            README, "| family | transformers class | text decoders | aliases |"
+        )
+    }
+    expected = {
+        (
+            family.name,
+            family.architecture,
+            frozenset(name for backbone in family.backbones for name in backbone.model_types),
+            frozenset(family.aliases),
+        )
+        for family in FAMILIES
+    }
+    assert found == expected
+
+
+def test_the_demo_models_table_is_its_cards() -> None:
+    table = card("llava_tiny")
+    assert table[table.index("| kind |") :].strip() in SCRIPTS
+
+
+def test_the_second_demo_models_figures_are_its_cards() -> None:
+    about = card("qwen2_vl_tiny")
+    about = about[: about.index("## Other pictures")]
+    (short,) = re.findall(r"all short answers\*\* \| \d+ \| \*\*([\d.]+)%", about)
+    (grid,) = re.findall(r"^\| grid \| \d+ \| ([\d.]+)%", about, re.M)
+    text = " ".join(SCRIPTS.split())
+    assert f"{short} % of held-out short questions, and {grid} % of the requests" in text
+
+
+def test_the_headlines_are_figures_of_the_tables() -> None:
+    (at_12,) = [line for line in README.splitlines() if "of the visual FLOPs keep" in line]
+    for label, share in (("paper's shape, scores", "55.8"), ("VTW", "22.3")):
+        assert f"{share} %" in at_12
+        assert re.search(rf"^\| {label} \|[^|]*\| {share}", SCRIPTS, re.M)
+    best = re.findall(r"^\| \*\*allocated, refit\*\* \|[^|]*\| ([\d.]+) ±", SCRIPTS, re.M)
+    assert best == ["99.4", "99.5"] and all(f"{share} %" in README for share in best)
+    (yopo_12,) = re.findall(r"^\| yopo-12 \| ([\d.]+)% \|[^|]*\| ([\d.]+)% ", SCRIPTS, re.M)
+    assert "{} % of the FLOPs takes {} % of the time".format(*yopo_12) in README
+
+
+def test_models_and_configurations_are_listed() -> None:
+    heading = "| alias | hub id | weights | dtype | batch size | budget |"
+    found = {re.findall(r"\[(.*?)\]", row[0])[0]: row[1:] for row in rows(CONFIGS, heading)}
+    assert set(found) == set(ALIASES)
+    for alias, (hub, weights, dtype, size, budget) in found.items():
+        text = (ROOT / "configs" / f"{alias}.yaml").read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        is_here = ALIASES[alias].startswith("package:")
+        assert hub == ("comes with yopo" if is_here else f"`{ALIASES[alias]}`")
+        assert is_here or f"weights alone: {weights}" in text
+        assert (dtype, int(size)) == (values["dtype"], values["batch_size"])
+        paper = ", paper" if values.get("template") == "paper" else ""
+        assert budget == f"{values['budget']:g}{paper}"
+
+
+def test_the_keys_of_files_are_listed() -> None:
+    of_configs = [key for row in rows(CONFIGS, "| keys | meaning |") for key in keys(row[0])]
+    taken = {each.name for each in calibrate.params} - set(_NOT_IN_FILES)
+    assert sorted(of_configs) == sorted(taken)
+    of_plans = [keys(row[0])[0] for row in rows(CONFIGS, "| key | meaning |")]
+    assert of_plans == list(_KEYS)
+    layer = rows(CONFIGS, "| key | value | formerly |")
+    names = [each.name for each in fields(LayerPlan)]
+    assert [keys(row[0])[0] for row in layer] == names
+    former = {key: keys(row[0])[0] for row in layer for key in keys(row[2])}
+    assert former == _FORMER_KEYS
+    for page, heading in ((README, "| key | column | meaning |"), (DESIGN, "| key | meaning |")):
+        assert [keys(row[0])[0] for row in rows(page, heading)] == names
+
+
+def test_the_figure_draws_the_rooms() -> None:
+    (figure,) = re.findall(r"```mermaid\n(.*?)```", DESIGN, re.S)
+    rooms = {path.parent.name for path in (ROOT / "yopo").glob("*/__init__.py")}
+    assert set(re.findall(r"^ +(\w+)\[", figure, re.M)) == rooms
+    arrows = set(re.findall(r"^ +(\w+) --> (\w+)$", figure, re.M))
+    assert len(arrows) == figure.count("-->")
+    for above, below in arrows:
+        assert any(
+            re.search(rf"^\s*from yopo\.{below}\b", path.read_text(encoding="utf-8"), re.M)
+            for path in (ROOT / "yopo" / above).rglob("*.py")
+        ), f"{above} does not import {below}"
+    order = TopologicalSorter()
+    for above, below in arrows:
+        order.add(above, below)
+    assert set(order.static_order()) == rooms  # no circle, and every room has an arrow
+
+
+# How the pages look, and where they lead.
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lines_fit_a_window(name: str) -> None:
+    text = re.sub(r"```.*?```", "", PAGES[name], flags=re.S)
+    prose = [each for each in text.splitlines() if not each.startswith(("|", "    "))]
+    assert [each for each in prose if len(each) > 120] == []
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[name])
+    assert links
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_named_exist(name: str) -> None:
+    for path in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|sh|md|yml|txt|png))`", PAGES[name]):
+        places = (ROOT, ROOT / "yopo", (ROOT / name).parent)
+        assert any((place / path).is_file() for place in places), path
+
+
+# The commands.
+
+
+def listings(page: str) -> str:
+    """Indented code and shell blocks, a command on each line."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
+    blocks += re.findall(r"(?:^ {4}.*\n)+", page, re.M)
+    return "\n".join(blocks).replace("\\\n", " ")
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """The words of every command of a page, those of a pipeline one by one.
+
+    ``...`` in front of flags stands for the command above.
+    """
+    above: list[str] = []
+    spans = re.findall(r"`((?:yopo|python|scripts/)[^`\n]*)`", page)
+    for line in [*listings(page).splitlines(), *spans]:
+        for part in re.split(r"[|>]", re.sub(r"[\[\]]", "", line)):
+            words = shlex.split(part.replace("PLAN...", "PLAN"), comments=True)
+            if words[:1] == ["..."]:
+                words = above + words
+            words = [word for word in words if word != "..."]
+            if words[:1] in (["yopo"], ["python"]) or words[:1] == ["pip"]:
+                above = words
+                yield words
+
+
+COMMANDS = {shlex.join(words): words for page in PAGES.values() for words in commands(page)}
+
+
+def test_there_are_commands() -> None:
+    programs = {tuple(words[:2]) for words in COMMANDS.values()}
+    assert {("yopo", name) for name in cli.list_commands(click.Context(cli))} <= programs
+    assert len(COMMANDS) > 50
+
+
+@pytest.mark.parametrize("line", [each for each in COMMANDS if each.startswith("yopo ")])
+def test_the_command_line_takes_them(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # configurations are named from there
+    _, name, *arguments = COMMANDS[line]
+    if "--help" in (name, *arguments):
+        return
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    try:
+        command.make_context(name, arguments)
+    except click.MissingParameter:  # the text speaks of some options alone
+        assert len(arguments) <= 1 or "-o" in arguments
+
+
+class Parsed(Exception):
+    """A script took its arguments."""
+
+
+@pytest.mark.parametrize("line", [each for each in COMMANDS if each.startswith("python ")])
+def test_scripts_take_them(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = COMMANDS[line]
+    if words[1] == "-c":  # the end of a pipeline, which is run below
+        return
+    if words[1:3] == ["-m", "pytest"]:
+        (file,) = [word for word in words if word.endswith(".py")]
+        assert (ROOT / file).is_file()
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(*arguments: Any, **options: Any) -> None:
+        parse(*arguments, **options)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    script = import_module(Path(words[1]).stem)
+    with pytest.raises(Parsed):
+        script.main()
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh"])
+def test_scripts_can_be_started(script: str) -> None:
+    assert f"scripts/{script}" in README and os.access(ROOT / "scripts" / script, os.X_OK)
+
+
+# Those that run as printed.
+
+
+def run(command: str, folder: Path) -> str:
+    """What a shell prints; the demo model and its pairs stand for the reader's."""
+    done = subprocess.run(
+        ["bash", "-e", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PATH": TOOLS, "YOPO_CACHE": str(folder / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def with_demo(code: str) -> str:
+    """The same with the demo model and pairs in place of the reader's."""
+    for theirs, ours in (
+        ("llava-1.5-7b", "llava-tiny"),
+        ("heldout.jsonl", "heldout/held.jsonl"),
+        ("pairs.jsonl", "calibration/pairs.jsonl"),
+    ):
+        code = code.replace(theirs, ours)
+    return code
+
+
+def test_pipelines_run_as_printed(tmp_path: Path) -> None:
+    found = re.findall(r"```bash\n([^`]*)```\n\nprints `(.*?)`", README)
+    assert found
+    for command, printed in found:
+        assert run(command, tmp_path).strip() == printed
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's first commands were run."""
+    folder = tmp_path_factory.mktemp("walk")
+    for split in ("calibration", "heldout"):
+        write_pairs(folder / split, split, 24, seed=0)
+    (folder / "heldout" / "pairs.jsonl").rename(folder / "heldout" / "held.jsonl")
+    section = README[README.index("## Your model and your data") :]
+    run(with_demo(re.findall(r"```bash\n(.*?)```", section, re.S)[0]), folder)
+    return folder
+
+
+def test_the_first_commands_run(walked: Path) -> None:
+    assert (walked / "llava-tiny-yopo" / "yopo_plan.yaml").is_file()
+    assert yopo.read_plan(walked / "plan.yaml").budget.reached <= 0.12
+    assert yopo.read_plan(walked / "other.yaml").budget.reached < 0.13
+
+
+def test_python_runs(walked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(walked)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 2
+    model = load_dense(resolve(str(LLAVA_TINY)))
+    pairs: list[Pair] = list(open_pairs("demo:heldout", samples=1, seed=0))
+    inputs = encode_for(model, load_processor(str(LLAVA_TINY)), pairs).inputs
+    space: dict[str, Any] = {"yopo": yopo, "model_in_memory": model, "inputs": inputs}
+    for block in blocks:
+        if "yopo.calibrate" in block and "calibrate" not in yopo.__all__:
+            continue
+        exec(compile(with_demo(block), "README.md", "exec"), space)
+    assert yopo.is_pruned(space["model"]) and not yopo.is_pruned(model)
