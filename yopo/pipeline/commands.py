@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from yopo.calibration.statistics import Statistics, load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
 from yopo.checkpoint.reader import Checkpoint, fetch
@@ -132,7 +134,7 @@ def evaluate_target(
     pairs = open_demo_or(options, plan.model.name, "heldout")
     processor = load_processor(str(checkpoint.path), trust_remote_code=options.trust_remote_code)
     model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
-    model = model.to(options.device)
+    nn.Module.to(model, options.device)  # transformers' own `to` has no usable type
     return evaluate(
         model,
         processor,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from torch import nn
+
 from yopo import __version__
 from yopo.bench.costs import read_costs
 from yopo.calibration.measure import measure
@@ -32,7 +34,7 @@ from yopo.planning.request import (
     PlanRequest,
     ToleranceRequest,
 )
-from yopo.plans.schema import Budget, PruningPlan, full_plan
+from yopo.plans.schema import PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense, torch_dtype
 from yopo.support.console import note, warn
@@ -143,8 +145,8 @@ class CalibrationSession:
         if needs_holdout and not self.split.holdout:
             raise _too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
-        model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
-        self.model = model.to(options.device)
+        self.model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
+        nn.Module.to(self.model, options.device)  # transformers' own `to` has no usable type
         about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
@@ -236,7 +238,8 @@ class CalibrationSession:
             PlanError: The request cannot be met.
         """
         asked, low, high = request.tolerance, SMALLEST, 1.0
-        best, tried, agreement = self._unpruned(), (), 1.0
+        best, agreement = self._unpruned(), 1.0
+        tried: tuple[Weighting, ...] = ()
         while high / low > PRECISION:
             budget = round((low * high) ** 0.5, 4)
             found = self._at(request.at(budget), tried)
@@ -271,9 +274,7 @@ class CalibrationSession:
         plan = full_plan(statistics.model, statistics.workload)
         provenance = {"yopo": __version__, **statistics.provenance}
         provenance |= {"template": "everything is kept", "split": self.split.summary}
-        plan = replace(
-            plan, budget=Budget(None, 1.0), measured=statistics.measured, provenance=provenance
-        )
+        plan = replace(plan, measured=statistics.measured, provenance=provenance)
         return Calibrated(plan, statistics)
 
     def _compare(self, plan: PruningPlan, records: list[Recorded]) -> Fidelity:
