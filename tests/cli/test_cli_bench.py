@@ -22,7 +22,7 @@ COMPARED = {"dense", "pruned", "ratio"}
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Published shapes, in small."""
     shape = ModelShape(layers=6, hidden=32, heads=4, kv_heads=4, head_dim=8, ffn=64)
-    monkeypatch.setitem(random_model.TEMPLATES, "llava-1.5-7b", shape)
+    monkeypatch.setitem(random_model.SHAPES, "llava-1.5-7b", shape)
 
 
 def test_the_document_for_machines(yopo: Yopo) -> None:

@@ -79,28 +79,28 @@ class Run:
             (batch, sequence, hidden) after the final norm.
         """
         past = self.record.length
-        passage, added = self._enter(embeds, position_ids, stack)
-        before = passage
+        stream, added = self._enter(embeds, position_ids, stack)
+        before = stream
         for number, layer in enumerate(self.decoder.layers):
             if self._drops_before(number):
-                index = self._chosen(number, before, passage)
-                passage, added = passage.keep(index), [pick(each, index) for each in added]
-                self._begin(number, passage, index.shape[1] - self.layout.text.length)
-            before = passage
+                index = self._chosen(number, before, stream)
+                stream, added = stream.keep(index), [pick(each, index) for each in added]
+                self._begin(number, stream, index.shape[1] - self.layout.text.length)
+            before = stream
             hidden = layer(
-                passage.hidden,
-                attention_mask=self._mask(number, passage),
-                position_embeddings=passage.rotary,
+                stream.hidden,
+                attention_mask=self._mask(number, stream),
+                position_embeddings=stream.rotary,
                 past_key_values=self.cache,
                 use_cache=True,
             )
-            passage = replace(
-                passage, hidden=hidden + added[number] if number < len(added) else hidden
+            stream = replace(
+                stream, hidden=hidden + added[number] if number < len(added) else hidden
             )
-        normed = self.decoder.norm(passage.hidden)
-        if passage.hidden.shape[1] == embeds.shape[1]:
+        normed = self.decoder.norm(stream.hidden)
+        if stream.hidden.shape[1] == embeds.shape[1]:
             return normed
-        places = (passage.places - past)[..., None].expand_as(normed)
+        places = (stream.places - past)[..., None].expand_as(normed)
         return torch.zeros_like(embeds).scatter_(1, places, normed)
 
     def _enter(
@@ -131,37 +131,37 @@ class Run:
                 visual, record.shift = smaller.visual, smaller.shift
             stack = [_spread(each, visual, embeds) for each in features]
         rotary = self.decoder.rotary_emb(embeds, position_ids=positions)
-        passage = TokenStream(embeds, rotary, places)
+        stream = TokenStream(embeds, rotary, places)
         if record.stretches:
             self._masks = {each.first: self._causal(each, places) for each in record.stretches}
         else:
-            self._begin(0, passage, 0 if layout is None else visual.shape[1])
-        return passage, list(stack)
+            self._begin(0, stream, 0 if layout is None else visual.shape[1])
+        return stream, list(stack)
 
-    def _begin(self, first: int, passage: TokenStream, num_visual: int) -> None:
-        """From this layer on, the passage's tokens are what layers hold."""
-        stretch = Stretch(first, passage.places, num_visual)
+    def _begin(self, first: int, stream: TokenStream, num_visual: int) -> None:
+        """From this layer on, the stream's tokens are what layers hold."""
+        stretch = Stretch(first, stream.places, num_visual)
         self.record.stretches = [*self.record.stretches[: first > 0], stretch]
-        self._masks[first] = self._causal(stretch, passage.places)
+        self._masks[first] = self._causal(stretch, stream.places)
 
     def _causal(self, stretch: Stretch, places: torch.Tensor) -> torch.Tensor | None:
         is_eager = self.decoder.config._attn_implementation == "eager"
         return causal_mask(places, stretch.places, self.real, is_always=is_eager)
 
-    def _mask(self, number: int, passage: TokenStream) -> torch.Tensor | None:
+    def _mask(self, number: int, stream: TokenStream) -> torch.Tensor | None:
         stretch, masks = self.record.stretch(number), self.state.masks
         mask = self._masks[stretch.first]
         if masks is not None and self.layout is not None:
-            mask = masks.prefill_mask(number, self.layout, self.real, passage.hidden)
+            mask = masks.prefill_mask(number, self.layout, self.real, stream.hidden)
         elif masks is not None and self.record.visual is not None:
             mask = masks.later_mask(number, self.record.visual, stretch.places, mask)
-        return for_attention(mask, passage.hidden, self.decoder.config._attn_implementation)
+        return for_attention(mask, stream.hidden, self.decoder.config._attn_implementation)
 
     def _drops_before(self, number: int) -> bool:
         drops = self.state.setting.name in ("vtw", "fastv")
         return drops and self.layout is not None and number == self.state.setting.layers
 
-    def _chosen(self, number: int, before: TokenStream, passage: TokenStream) -> torch.Tensor:
+    def _chosen(self, number: int, before: TokenStream, stream: TokenStream) -> torch.Tensor:
         """(batch, fewer) int64: all text and the visual tokens that go on into this layer."""
         setting, text = self.state.setting, self.layout.text.index
         count = setting.kept(self.layout.visual.length)
@@ -173,7 +173,7 @@ class Run:
             before.hidden,
             self.cache.layers[number - 1].keys,
             before.rotary,
-            self._ends(passage.places),
+            self._ends(stream.places),
             self.real,
         )
         chosen = most_attended(row, self.layout, count)

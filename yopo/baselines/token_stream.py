@@ -25,7 +25,7 @@ class TokenStream:
     places: torch.Tensor
 
     def keep(self, index: torch.Tensor) -> TokenStream:
-        """The passage with some of its tokens: (batch, fewer) int64, ascending."""
+        """The stream with some of its tokens: (batch, fewer) int64, ascending."""
         batch = len(self.places)
         rotary = tuple(pick(each.expand(batch, -1, -1), index) for each in self.rotary)
         return TokenStream(pick(self.hidden, index), rotary, self.places.gather(1, index))
