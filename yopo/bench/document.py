@@ -16,6 +16,7 @@ def document(found: Benchmark) -> dict[str, Any]:
     """Everything a machine wants to know, as plain values."""
     dense_flops, pruned_flops = found.flops
     shipped = found.shipped
+    decode = found.decode if shipped is None else shipped.decode
     workload, memory = found.plan.workload, found.peak_memory
     return {
         "model": found.plan.model.name,
@@ -47,9 +48,7 @@ def document(found: Benchmark) -> dict[str, Any]:
             "other_kernels": shipped is not None,
             "prefill_ms": asdict(found.prefill if shipped is None else shipped.prefill),
             "time_ratio_over_flops_ratio": found.over_bound_as_shipped,
-            "decode_ms_per_token": None
-            if found.decode is None
-            else asdict(found.decode if shipped is None else shipped.decode),
+            "decode_ms_per_token": None if decode is None else asdict(decode),
         },
         "rates": {
             "flops_per_second": 1e3 * found.rates.flops,
@@ -95,8 +94,8 @@ def _context(benchmark: Benchmark, at: AtContext) -> dict[str, Any]:
         "context": at.context,
         "decode": {
             name: {
-                "ms_per_token": decode and asdict(decode.pruned),
-                "time_ratio": decode and asdict(decode.ratio),
+                "ms_per_token": asdict(decode.pruned),
+                "time_ratio": asdict(decode.ratio),
                 "bytes_ratio": benchmark.bytes_ratio_of(name, at.plan),
             }
             for name, decode in at.decode.items()

@@ -8,8 +8,9 @@ embedding, merging image features, (pruned) finding the layout, the text decoder
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from yopo.models.registry import family_of
 from yopo.plans.schema import PruningPlan, Workload
 from yopo.support.errors import ModelError, PlanError
+
+Encode = Callable[..., BaseModelOutputWithPooling]
+"""A model's own way from pixels to image features."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,10 @@ def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Pro
         for grid in workload.grids
     ]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Prompt(inputs, BaseModelOutputWithPooling(pooler_output=features), batch, words[0])
+    encoded = BaseModelOutputWithPooling(
+        pooler_output=features  # type: ignore[arg-type]  # the models put one tensor per image there
+    )
+    return Prompt(inputs, encoded, batch, words[0])
 
 
 @torch.no_grad()
@@ -100,7 +107,8 @@ def noise_prompt(
     """
     config, family, workload = model.config, family_of(model.config), plan.workload
     generator = torch.Generator().manual_seed(0)
-    counts, images = [], []
+    counts: list[int] = []
+    images: list[dict[str, torch.Tensor]] = []
     while sum(counts) < (visual or workload.visual):
         grid = workload.grids[len(counts) % len(workload.grids)]
         count, image = family.noise(config, grid, generator)
@@ -110,7 +118,7 @@ def noise_prompt(
         name: torch.cat([each[name] for each in images] * batch).to(model.device)
         for name in images[0]
     }
-    encode = model.base_model.get_image_features
+    encode = cast(Encode, model.base_model.get_image_features)
     wanted = inspect.signature(encode).parameters
     arguments = {
         name: value.to(model.dtype) if value.is_floating_point() else value
@@ -118,6 +126,7 @@ def noise_prompt(
         if name in wanted
     }
     encoded = encode(**arguments, return_dict=True)
+    assert encoded.pooler_output is not None, "every family's encoder gives features"
     found = sum(each.numel() for each in encoded.pooler_output)
     found //= batch * plan.model.shape.hidden
     if visual is not None and not visual == found == sum(counts):

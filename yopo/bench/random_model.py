@@ -80,10 +80,14 @@ def random_model(
         ModelError: The weights would not fit into the device's free memory.
     """
     _check_memory(shape, dtype, device)
-    tiny = {"num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            num_hidden_layers=1, image_size=8 * side, patch_size=8, **tiny
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            hidden_size=8,
+            intermediate_size=8,
+            image_size=8 * side,
+            patch_size=8,
         ),
         text_config=LlamaConfig(
             vocab_size=VOCABULARY,
@@ -97,12 +101,13 @@ def random_model(
             tie_word_embeddings=False,
             pad_token_id=0,
         ),
-        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
         image_seq_length=side**2,
         vision_feature_layer=-1,
     )
     with no_init_weights(), torch.device("meta"):
-        model = LlavaForConditionalGeneration(config).to(dtype)
+        model = LlavaForConditionalGeneration(config)
+        nn.Module.to(model, dtype)  # in place; transformers' own `to` has no usable type
     model = model.to_empty(device=device).eval()
     _restore_buffers(model, config, device)
     _fill(model)

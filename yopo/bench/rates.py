@@ -7,6 +7,8 @@ others only say that the machine was busy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -36,7 +38,7 @@ def best(rates: list[Rates]) -> Rates:
 
 
 def _milliseconds(
-    layers: nn.ModuleList, weights: list[torch.Tensor], batch: int, length: int
+    layers: nn.ModuleList, weights: Sequence[torch.Tensor], batch: int, length: int
 ) -> float:
     inputs = weights[0].new_ones(batch, length, weights[0].shape[1])
     times = []

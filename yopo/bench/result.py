@@ -165,7 +165,7 @@ class AtContext:
     """
 
     context: int
-    decode: dict[str, Compared | None]
+    decode: dict[str, Compared]
     plan: PruningPlan
 
 
@@ -219,8 +219,8 @@ class Benchmark:
     @property
     def peak_memory(self) -> tuple[int, int] | None:
         """(dense, pruned) bytes above the weights during prefill; None if not measured."""
-        peaks = (self.measured[DENSE].peak_memory, self.measured[PRUNED].peak_memory)
-        return None if None in peaks else peaks
+        dense, pruned = self.measured[DENSE].peak_memory, self.measured[PRUNED].peak_memory
+        return None if dense is None or pruned is None else (dense, pruned)
 
     @property
     def visual_kv(self) -> tuple[int, int]:

@@ -22,15 +22,21 @@ class Rounds:
     samples: dict[str, list[Sample]]
     rates: list[Rates] = field(default_factory=list)
 
-    def compared(self, name: str, what: str, beside: str = DENSE) -> Compared | None:
-        """Summarise ``prefill`` or ``decode`` of one of the names, ``beside`` another."""
+    def prefill(self, name: str, beside: str = DENSE) -> Compared:
+        """Summarise the prefills of one of the names, ``beside`` another."""
+        dense, other = ([each.prefill for each in self.samples[side]] for side in (beside, name))
+        return Compared.of(dense, other)
+
+    def decode(self, name: str, beside: str = DENSE) -> Compared | None:
+        """Summarise the decode steps likewise; None if they were skipped."""
         dense, other = (
-            [getattr(each, what) for each in self.samples[side]] for side in (beside, name)
+            [each.decode for each in self.samples[side] if each.decode is not None]
+            for side in (beside, name)
         )
-        return None if None in dense else Compared.of(dense, other)
+        return Compared.of(dense, other) if dense else None
 
     def shipped(self) -> Shipped | None:
         """Pruned beside stock, if stock was timed."""
         if STOCK not in self.samples:
             return None
-        return Shipped(*(self.compared(PRUNED, what, STOCK) for what in ("prefill", "decode")))
+        return Shipped(self.prefill(PRUNED, STOCK), self.decode(PRUNED, STOCK))

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from yopo.baselines.install import rival
 from yopo.baselines.settings import SIMULATED, Setting, solve_for
@@ -48,6 +49,14 @@ from yopo.runtime.gemm import fast_gemm, same_gemm
 from yopo.runtime.install import check_model, pruned
 from yopo.support.console import track
 from yopo.support.errors import YopoError
+
+
+@runtime_checkable
+class _CountsVisual(Protocol):
+    """A cache layer that knows which of its keys and values are visual."""
+
+    def visual_bytes(self) -> int:
+        """Bytes of visual keys and values that the layer holds."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,9 @@ class Bench:
     def has_other_kernels(self) -> bool:
         """Whether a pruned prefill of this prompt takes other kernels than the stock model's."""
         rows = self.prompt.inputs["input_ids"].shape
-        hidden = self.model.get_input_embeddings().weight[:1].expand(*rows, -1)
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        hidden = weight[:1].expand(*rows, -1)
         context = fast_gemm(self.model.get_decoder().layers, hidden)
         return not isinstance(context, nullcontext)
 
@@ -145,8 +156,8 @@ class Bench:
         with self.switch(name):
             layers = self.prefill().layers
         if name != DENSE:
-            return sum(layer.visual_bytes() for layer in layers)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+            return sum(_visual_bytes(layer) for layer in layers)
+        held = sum(_all_bytes(layer) for layer in layers)
         return held * self.plan.workload.visual // self.prompt.length
 
     def lengthened(self, context: int) -> Bench:
@@ -159,6 +170,17 @@ class Bench:
         plan = with_prompt(self.plan, text=context - self.plan.workload.visual)
         rivals = {name: each for name, each in self.rivals.items() if name != SIMULATED}
         return replace(self, plan=plan, prompt=prompt, rivals=rivals)
+
+
+def _visual_bytes(layer: object) -> int:
+    assert isinstance(layer, _CountsVisual), "not a cache of a changed model"
+    return layer.visual_bytes()
+
+
+def _all_bytes(layer: object) -> int:
+    assert isinstance(layer, CacheLayerMixin), "not a cache of keys and values"
+    assert layer.keys is not None and layer.values is not None, "nothing was prefilled"
+    return layer.keys.nbytes + layer.values.nbytes
 
 
 def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") -> Rounds:
@@ -254,8 +276,8 @@ def _bench(
         rounds = run_rounds(subject, options)
         measured = {
             name: Contender(
-                prefill=rounds.compared(name, "prefill"),
-                decode=rounds.compared(name, "decode"),
+                prefill=rounds.prefill(name),
+                decode=rounds.decode(name),
                 peak_memory=subject.peak(name),
                 visual_kv=subject.visual_kv(name),
             )
@@ -303,10 +325,9 @@ def _with_rivals(
 def _at_context(subject: Bench, options: BenchOptions, context: int) -> AtContext:
     longer = subject.lengthened(context)
     rounds = run_rounds(longer, options, label=f"context {context}")
-    names = [name for name in longer.names if name != STOCK]
-    return AtContext(
-        context, {name: rounds.compared(name, "decode") for name in names}, longer.plan
-    )
+    steps = {name: rounds.decode(name) for name in longer.names if name != STOCK}
+    timed = {name: each for name, each in steps.items() if each is not None}
+    return AtContext(context, timed, longer.plan)
 
 
 @contextmanager

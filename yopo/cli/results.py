@@ -71,11 +71,11 @@ class Keeper:
             yield
         except Exception as error:
             if self._statistics is not None:
-                self._tell(error)
+                self._tell(self._statistics, error)
             raise
 
-    def _tell(self, error: Exception) -> None:
-        path = self._path or self._rescue()
+    def _tell(self, statistics: Statistics, error: Exception) -> None:
+        path = self._path or self._rescue(statistics)
         if path is None:
             return
         sentence = f"The statistics are not lost: `yopo plan {path}` makes plans of them."
@@ -84,10 +84,11 @@ class Keeper:
         else:
             warn(sentence)
 
-    def _rescue(self) -> Path | None:
+    @staticmethod
+    def _rescue(statistics: Statistics) -> Path | None:
         from yopo.plans.storage import cache_directory
 
-        data = self._statistics.to_bytes()
+        data = statistics.to_bytes()
         name = f"statistics-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         try:
             write_file(cache_directory() / name, data)

@@ -26,10 +26,21 @@ MIN_DESCRIBED = 4  # objects from which on a description has 32 tokens or more
 class Placed(Protocol):
     """What a question needs to know of an object."""
 
-    color: str
-    shape: str
-    row: int
-    col: int
+    @property
+    def color(self) -> str:
+        """Its color's name."""
+
+    @property
+    def shape(self) -> str:
+        """Its shape's name."""
+
+    @property
+    def row(self) -> int:
+        """Of the grid."""
+
+    @property
+    def col(self) -> int:
+        """Of the grid."""
 
 
 Objects = Sequence[Placed]

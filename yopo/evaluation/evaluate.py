@@ -188,17 +188,21 @@ def measure_kept(
 def _count(
     seen: list[tuple[Pair, str, str]],
 ) -> tuple[Accuracy | None, dict[str, Accuracy]]:
-    right: dict[str | None, Counter[str]] = {}
+    overall: Counter[str] = Counter()
+    by_kind: dict[str, Counter[str]] = {}
     for pair, dense, ours in seen:
         if not pair.answers:
             continue
-        for kind in {None, pair.kind}:
-            counter = right.setdefault(kind, Counter())
+        counters = [overall]
+        if pair.kind is not None:
+            counters.append(by_kind.setdefault(pair.kind, Counter()))
+        for counter in counters:
             counter["total"] += 1
             counter["dense"] += is_correct(dense, pair.answers)
             counter["pruned"] += is_correct(ours, pair.answers)
-    counts = {
-        kind: Accuracy(each["dense"], each["pruned"], each["total"]) for kind, each in right.items()
-    }
-    overall = counts.pop(None, None)
-    return overall, dict(sorted(counts.items()))
+    kinds = {kind: _accuracy(each) for kind, each in sorted(by_kind.items())}
+    return _accuracy(overall) if overall else None, kinds
+
+
+def _accuracy(counter: Counter[str]) -> Accuracy:
+    return Accuracy(counter["dense"], counter["pruned"], counter["total"])

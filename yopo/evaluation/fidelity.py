@@ -7,8 +7,9 @@ most likely prediction. The end token counts: knowing when to stop is part of an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
@@ -20,6 +21,9 @@ from yopo.models.registry import family_of
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
 from yopo.support.finite import is_finite
+
+Generate = Callable[..., torch.Tensor]
+"""A model's own way from a prompt to token ids, prompt included: (batch, length) int64."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def generate_answers(
     """Greedy answers as token ids, up to and including the end token."""
     batch = encode_for(model, processor, pairs)
     length = batch.inputs["input_ids"].shape[1]
-    output = model.generate(
+    output = cast(Generate, model.generate)(
         **batch.inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -89,10 +93,12 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     Raises:
         ModelError: They are not finite.
     """
-    with teacher_forced(model, batch.answer_mask):
+    mask = batch.answer_mask
+    assert mask is not None, "the batch holds no answers"
+    with teacher_forced(model, mask):
         hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     # The token at position p is predicted from position p - 1.
-    chosen = hidden[:, :-1][batch.answer_mask[:, 1:]]
+    chosen = hidden[:, :-1][mask[:, 1:]]
     log_probs = model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
     if not is_finite(log_probs):
         raise ModelError(

@@ -23,6 +23,7 @@ from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, TokenIndex
 from yopo.runtime.decoder import rotary_positions
 from yopo.runtime.layer import LayerRun, Rotary
+from yopo.runtime.sliced_linear import SlicedLinear
 from yopo.runtime.weights import VisualLayer, check_plain
 from yopo.support.errors import DataError
 
@@ -56,6 +57,13 @@ def real_rows(layout: TokenLayout, states: torch.Tensor) -> torch.Tensor:
     """(tokens, width) of (batch, visual, width) states, stream padding left out."""
     mask = layout.visual.mask
     return states.flatten(0, 1) if mask is None else states[mask]
+
+
+def own_matrix(part: VisualLayer, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias, or None, of a visual layer's projection that is cut from the model's own."""
+    projection = getattr(part, name)
+    assert isinstance(projection, SlicedLinear), f"{name} is fitted already"
+    return projection.matrix()
 
 
 @dataclass(frozen=True)
@@ -212,12 +220,12 @@ def _split(walk: DenseWalk, plan: PruningPlan, batch: DenseBatch) -> PrunedBatch
         positions = torch.arange(length, device=hidden.device).expand(count, -1)
     positions = rotary_positions(positions, walk.names.position_axes)
     rotary = walk.decoder.rotary_emb(hidden, position_ids=positions)
-    rotary = tuple(each.expand(count, -1, -1) for each in rotary)
+    cosines, sines = (each.expand(count, -1, -1) for each in rotary)
     return PrunedBatch(
         text=layout.text.gather(hidden),
         visual=layout.visual.gather(hidden),
-        text_rotary=tuple(layout.text.gather(each) for each in rotary),
-        visual_rotary=tuple(layout.visual.gather(each) for each in rotary),
+        text_rotary=(layout.text.gather(cosines), layout.text.gather(sines)),
+        visual_rotary=(layout.visual.gather(cosines), layout.visual.gather(sines)),
         masks=masks,
         dense=batch,
     )

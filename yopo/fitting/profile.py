@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
-from yopo.fitting.layerwise import DenseWalk
+from yopo.fitting.layerwise import DenseWalk, own_matrix
 from yopo.fitting.least_squares import (
     Gram,
     Moments,
@@ -105,7 +105,7 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
 
 
 def _bottleneck_residual(inputs: Gram, stock: VisualLayer) -> torch.Tensor:
-    weights = [getattr(stock, name).matrix()[0] for name in ("query", "key", "value")]
+    weights = [own_matrix(stock, name)[0] for name in ("query", "key", "value")]
     return Projections(inputs, weights).residual_by_rank()
 
 
@@ -113,7 +113,7 @@ def _mixing(inputs: Gram, outputs: Gram, stock: VisualLayer, shape: ModelShape) 
     """(heads,) energy behind the output projection that the token's own state does not predict."""
     weight, _ = ridge(inputs)
     rest = outputs.covariance - weight @ inputs.cross
-    out = stock.output.matrix()[0].to(rest).unflatten(1, (shape.heads, shape.head_dim))
+    out = own_matrix(stock, "output")[0].to(rest).unflatten(1, (shape.heads, shape.head_dim))
     blocks = rest.unflatten(0, (shape.heads, shape.head_dim))
     blocks = blocks.unflatten(2, (shape.heads, shape.head_dim))
     energies = [

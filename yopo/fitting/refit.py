@@ -25,7 +25,13 @@ import torch
 from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
-from yopo.fitting.layerwise import DenseStates, DenseWalk, PrunedBatch, pruned_batches
+from yopo.fitting.layerwise import (
+    DenseStates,
+    DenseWalk,
+    PrunedBatch,
+    own_matrix,
+    pruned_batches,
+)
 from yopo.fitting.least_squares import (
     Gram,
     Moments,
@@ -118,11 +124,12 @@ class LayerFit:
             part = self.part()
         for batch, run in zip(batches, runs, strict=True):
             run.part = part
-            batch.text, batch.visual = run.feed(batch.text, batch.visual)
+            batch.text, visual = run.feed(batch.text, batch.visual)
+            assert visual is not None, "what has visual tokens keeps them"
             if self.number < len(batch.dense.stack):
                 stream = batch.dense.layout.visual
-                added = stream.unflatten(batch.dense.stack[self.number].to(batch.visual))
-                batch.visual = batch.visual + added
+                visual = visual + stream.unflatten(batch.dense.stack[self.number].to(visual))
+            batch.visual = visual
         return self.weights
 
     def part(self) -> VisualLayer:
@@ -140,9 +147,11 @@ class LayerFit:
         for batch in batches:
             moments.add(batch.real(norm(batch.visual)))
         names = [name for name in ("query", "key", "value") if name in self.wanted]
-        parts = [getattr(stock, name).matrix() for name in names]
+        parts = [own_matrix(stock, name) for name in names]
         projections = Projections(moments.gram(), [weight for weight, _ in parts])
-        best = projections.at_rank(self.layer.qkv_rank, [bias for _, bias in parts])
+        rank = self.layer.qkv_rank
+        assert rank is not None, "only a layer with a bottleneck has projections to fit"
+        best = projections.at_rank(rank, [bias for _, bias in parts])
         weights = {"reduce": best.reduce}
         for name, expand, bias in zip(names, best.expand, best.bias, strict=True):
             weights |= {name: expand, f"{name}_bias": bias}
@@ -151,13 +160,14 @@ class LayerFit:
     def output(
         self,
         batches: list[PrunedBatch],
-        mixed: list[torch.Tensor],
+        mixed: list[torch.Tensor | None],
         dense: list[DenseStates],
     ) -> Weights:
         """The output projection over the attending heads."""
-        own, _ = self.part().output.matrix()
+        own, _ = own_matrix(self.part(), "output")
         moments = Moments(own.shape[1], self.shape.hidden, own.device)
         for batch, gathered, states in zip(batches, mixed, dense, strict=True):
+            assert gathered is not None, "in a layer without attending heads no output is fitted"
             moments.add(batch.real(gathered), states.middle - batch.real(batch.visual))
         weight, bias = ridge(moments.gram(), toward=own)
         return {"output": weight, "output_bias": bias}
@@ -182,7 +192,7 @@ class LayerFit:
         if not neurons:
             out, inner, bias = reduced_rank(moments.gram(), self.layer.map_rank)
             return {"map_out": out, "map_in": inner, "ffn_bias": bias}
-        own, _ = part.down.matrix()
+        own, _ = own_matrix(part, "down")
         return neurons_and_map(moments.gram(), own, self.layer.map_rank)
 
     def _moments(self, targets: int, more: int = 0) -> Moments:

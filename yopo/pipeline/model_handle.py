@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.checkpoint.reader import Checkpoint, fetch
@@ -68,7 +69,8 @@ class ModelHandle:
         """The model, in eval mode; loaded at the first use."""
         dtype = torch_dtype(self._options.dtype)
         model = load_dense(self._source, checkpoint=self._checkpoint, dtype=dtype)
-        return model.to(self._options.device)
+        nn.Module.to(model, self._options.device)  # transformers' own `to` has no usable type
+        return model
 
 
 def _name_of(model: PreTrainedModel) -> str:

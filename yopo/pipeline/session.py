@@ -33,7 +33,7 @@ from yopo.planning.request import (
     PlanRequest,
     ToleranceRequest,
 )
-from yopo.plans.schema import Budget, PruningPlan, full_plan
+from yopo.plans.schema import PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
 from yopo.support.errors import DataError, PlanError
@@ -193,7 +193,8 @@ class CalibrationSession:
             PlanError: The request cannot be met.
         """
         asked, low, high = request.tolerance, SMALLEST, 1.0
-        best, tried, agreement = self._unpruned(), (), 1.0
+        best, agreement = self._unpruned(), 1.0
+        tried: tuple[Weighting, ...] = ()
         while high / low > PRECISION:
             budget = round((low * high) ** 0.5, 4)
             found = self._at(request.at(budget), tried)
@@ -228,9 +229,7 @@ class CalibrationSession:
         plan = full_plan(statistics.model, statistics.workload)
         provenance = {"yopo": __version__, **statistics.provenance}
         provenance |= {"template": "everything is kept", "split": self.split.summary}
-        plan = replace(
-            plan, budget=Budget(None, 1.0), measured=statistics.measured, provenance=provenance
-        )
+        plan = replace(plan, measured=statistics.measured, provenance=provenance)
         return Calibrated(plan, statistics)
 
     def _compare(self, plan: PruningPlan, records: list[Recorded]) -> Fidelity:

@@ -76,7 +76,7 @@ def verify(baked: str | Path, original: str | Path, plan: PruningPlan) -> Verifi
     with pruned(model, plan):
         pruned_logits = _logits(model, inputs)
     dtype = model.dtype
-    model = None  # frees it before the next one is loaded
+    del model  # frees it before the next one is loaded
     dense = difference(_logits(load_dense(resolve(str(baked))), inputs), dense_logits)
     found = difference(_logits(load(baked), inputs), pruned_logits)
     tolerance = rounding(dtype, plan.model.shape)

@@ -89,15 +89,19 @@ def weighting_moves(weighting: Weighting) -> Iterator[tuple[str, Weighting]]:
         )
     other = PAPER_RADIUS if weighting.radius is None else None
     yield f"radius {other}", replace(weighting, radius=other)
-    for name in ("visual", "reading"):
-        values = getattr(weighting, name)
-        for layer in range(len(values)):
-            for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
-                changed = (*values[:layer], values[layer] * factor, *values[layer + 1 :])
-                yield (
-                    f"{name} counts {verb} in layer {layer}",
-                    replace(weighting, **{name: changed}),
-                )
+    for change, values in _one_layer_changed(weighting.visual):
+        yield f"visual {change}", replace(weighting, visual=values)
+    for change, values in _one_layer_changed(weighting.reading):
+        yield f"reading {change}", replace(weighting, reading=values)
+
+
+def _one_layer_changed(
+    values: tuple[float, ...],
+) -> Iterator[tuple[str, tuple[float, ...]]]:
+    for layer, value in enumerate(values):
+        for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
+            changed = (*values[:layer], value * factor, *values[layer + 1 :])
+            yield f"counts {verb} in layer {layer}", changed
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,8 @@ class Allocator:
                 ]
             )
             start, kv_flops, attend_flops = self._head_flops(rank)
-            heads, attend = [], []
+            heads: list[int] = []
+            attend: list[int] = []
             for group in range(self.shape.kv_heads):
                 members = range(group * self.shape.group, (group + 1) * self.shape.group)
                 gains = {h: (1 - lost) * mixing[h] for h in members if self.levers.attend}

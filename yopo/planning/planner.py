@@ -17,7 +17,7 @@ from yopo.planning.allocate import (
 )
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
-from yopo.planning.search import Search, moves, resolve, state_of
+from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import Budget, PruningPlan
@@ -128,7 +128,10 @@ class Assembler:
             provenance={"yopo": __version__, **self.statistics.provenance, **self.request.asked()},
         )
         plan = replace(plan, budget=Budget(asked, visual_budget(plan)))
-        return plan if compensation != "refit" else self.fitter.fit(plan)
+        if compensation != "refit":
+            return plan
+        assert self.fitter is not None, "without a fitter nothing is assembled as refit"
+        return self.fitter.fit(plan)
 
 
 class Planner(Assembler):
@@ -162,9 +165,9 @@ class Planner(Assembler):
         if not found:
             raise self._unaffordable()
         if self.measure is not None:
-            found.sort(key=lambda each: each.kl)
+            found.sort(key=_kl_of)
             if self.request.search:
-                found.insert(0, self.improved(found))
+                found.insert(0, self.improved(found, self.request.search))
         best = found[0]
         table = [
             {
@@ -201,7 +204,7 @@ class Planner(Assembler):
 
     def _allocated(self) -> Iterator[Candidate]:
         """Allocations at a few visual weights, then around the best of them."""
-        found: list[Candidate] = []
+        found: dict[Weighting, Candidate] = {}
         layers = self.statistics.model.shape.layers
         tried = self.tried or [
             Weighting.even(weight, radius, layers)
@@ -212,50 +215,54 @@ class Planner(Assembler):
             yield from self._new_allocation(weighting, found)
         if not found or self.tried:
             return
-        best = min(found, key=lambda each: each.kl).weighting
+        best = min(found, key=lambda weighting: _kl_of(found[weighting]))
         for factor in (FACTOR, 1 / FACTOR):
             yield from self._new_allocation(
                 replace(best, visual_weight=best.visual_weight * factor), found
             )
 
-    def _new_allocation(self, weighting: Weighting, found: list[Candidate]) -> Iterator[Candidate]:
+    def _new_allocation(
+        self, weighting: Weighting, found: dict[Weighting, Candidate]
+    ) -> Iterator[Candidate]:
         layers = self._allocate(weighting)
-        if layers is not None and layers not in (each.plan.layers for each in found):
-            found.append(self.candidate(f"allocated, {weighting}", layers, "refit", weighting))
-            yield found[-1]
+        if layers is not None and layers not in (each.plan.layers for each in found.values()):
+            made = self.candidate(f"allocated, {weighting}", layers, "refit", weighting)
+            found[weighting] = made
+            yield made
 
     def _allocate(self, weighting: Weighting) -> Layers | None:
+        assert self.fitter is not None, "allocations are made from a fitter's profile"
         return Allocator(self._builder(), self.fitter.profile, weighting, self.levers).allocate()
 
-    def improved(self, found: list[Candidate]) -> Candidate:
+    def improved(self, found: list[Candidate], max_runs: int) -> Candidate:
         """Improve the first of the measured candidates; itself if nothing is better."""
         start = found[0]
-        first = (start.plan.layers, start.compensation)
-        known = {(each.plan.layers, each.compensation): each.kl for each in found}
+        first, first_kl = (start.plan.layers, start.compensation), _kl_of(start)
+        known = {(each.plan.layers, each.compensation): _kl_of(each) for each in found}
         if start.weighting is not None:
-
-            def allocated(weighting: Weighting) -> tuple[Layers, str] | None:
-                layers = self._allocate(weighting)
-                return None if layers is None else (layers, "refit")
-
-            search = Search(weighting_moves, allocated, self._kl, self.request.search, known)
-            (layers, kind), kl = search.run(start.weighting, first, start.kl)
+            weightings = Search(weighting_moves, self._resolve, self._kl, max_runs, known)
+            (layers, kind), kl = weightings.run(start.weighting, first, first_kl)
         else:
             builder = self._builder()
-            search = Search(
+            states = Search[State](
                 lambda state: moves(state, builder),
                 lambda state: resolve(state, builder),
                 self._kl,
-                self.request.search,
+                max_runs,
                 known,
             )
-            (layers, kind), kl = search.run(state_of(*first), first, start.kl)
+            (layers, kind), kl = states.run(state_of(*first), first, first_kl)
         if layers == start.plan.layers and kind == start.compensation:
             return start
         plan = self.assemble(layers, kind)
         return Candidate(f"search from {start.template}", kind, plan, kl)
 
+    def _resolve(self, weighting: Weighting) -> Resolved | None:
+        layers = self._allocate(weighting)
+        return None if layers is None else (layers, "refit")
+
     def _kl(self, layers: Layers, kind: str) -> float:
+        assert self.measure is not None, "a search is refused without a measure"
         return self.measure(self.assemble(layers, kind))
 
     def _builder(self) -> TemplateBuilder:
@@ -274,8 +281,9 @@ class Planner(Assembler):
             raise PlanError(f"Unknown template '{name}'.", remedy=suggest(name, TEMPLATES))
         else:
             layers = builder.build(name)
-            is_read = layers is not None and any(layer.read_heads for layer in layers)
-            found = [(name, layers)] if is_read else []
+            found = []
+            if layers is not None and any(layer.read_heads for layer in layers):
+                found.append((name, layers))
         return found
 
     def _unaffordable(self) -> PlanError:
@@ -292,3 +300,9 @@ class Planner(Assembler):
             f"reads the image {costs}.",
             remedy="Ask for a larger budget.",
         )
+
+
+def _kl_of(candidate: Candidate) -> float:
+    """By which candidates are ordered: all of them are measured, or none."""
+    assert candidate.kl is not None, "candidates are ordered where there is a measure"
+    return candidate.kl

@@ -52,11 +52,9 @@ class State:
     work: tuple[Work, ...]
     compensation: str
 
-    def change(self, layer: int, **fields: object) -> State:
-        """The state with one layer's work changed."""
-        work = list(self.work)
-        work[layer] = replace(work[layer], **fields)
-        return replace(self, work=tuple(work))
+    def change(self, layer: int, work: Work) -> State:
+        """The state with other work in one layer."""
+        return replace(self, work=(*self.work[:layer], work, *self.work[layer + 1 :]))
 
 
 def state_of(layers: Layers, compensation: str) -> State:
@@ -106,20 +104,24 @@ def moves(state: State, builder: TemplateBuilder) -> Iterator[tuple[str, State]]
     full = builder.shape.ffn
     for layer, work in enumerate(state.work):
         verb = "is not read" if work.reads else "is read"
-        yield f"layer {layer} {verb}", state.change(layer, reads=not work.reads)
+        yield f"layer {layer} {verb}", state.change(layer, replace(work, reads=not work.reads))
     for layer, work in enumerate(state.work[:-1]):  # nobody reads what the last layer makes
         if not work.attend:
-            yield f"layer {layer} attends", state.change(layer, attend=True, radius=PAPER_RADIUS)
+            attending = replace(work, attend=True, radius=PAPER_RADIUS)
+            yield f"layer {layer} attends", state.change(layer, attending)
         else:
-            yield f"layer {layer} does not attend", state.change(layer, attend=False, radius=None)
-            other = PAPER_RADIUS if work.radius is None else None
-            yield f"layer {layer} has radius {other}", state.change(layer, radius=other)
+            idle = replace(work, attend=False, radius=None)
+            yield f"layer {layer} does not attend", state.change(layer, idle)
+            radius = PAPER_RADIUS if work.radius is None else None
+            moved = replace(work, radius=radius)
+            yield f"layer {layer} has radius {radius}", state.change(layer, moved)
         levels = [round(share * full) for share in WIDTHS]
         wider = next((level for level in levels if level > work.neurons), None)
         narrower = next((level for level in reversed(levels) if level < work.neurons), None)
         for level in (wider, narrower):
             if level is not None:
-                yield f"layer {layer} has {level} neurons", state.change(layer, neurons=level)
+                changed = replace(work, neurons=level)
+                yield f"layer {layer} has {level} neurons", state.change(layer, changed)
     other = "none" if state.compensation == "mean" else "mean"
     yield f"compensation {other}", replace(state, compensation=other)
 
@@ -175,11 +177,13 @@ class Search(Generic[S]):
                 if measured is not None and measured[1] < current * (1 - MARGIN):
                     good.append((measured[1], name))
             for _, name in sorted(good):
-                changed = dict(self._moves(state)).get(name)
-                measured = None if changed is None else self.measure(changed)
+                again = dict(self._moves(state)).get(name)
+                if again is None:
+                    continue
+                measured = self.measure(again)
                 if measured is None or measured[1] >= current * (1 - MARGIN):
                     continue
-                state, current, improved = changed, measured[1], True
+                state, current, improved = again, measured[1], True
                 console.note(f"search: {name}, logit KL {current:.3g} ({self.runs} runs)")
                 if current < best[1]:
                     best = measured

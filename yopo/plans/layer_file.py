@@ -86,7 +86,7 @@ def as_spelled(document: Document, path: tuple[Key, ...]) -> tuple[Key, ...]:
         return path
     data = document.data["layers"][path[1]]
     former = next((old for old, new in _FORMER_KEYS.items() if new == path[2]), None)
-    return (*path[:2], former) if former in data else path
+    return path if former is None or former not in data else (*path[:2], former)
 
 
 def _read_heads(

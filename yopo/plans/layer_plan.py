@@ -27,7 +27,8 @@ class ModelShape:
 
 def _lever(default: Any, *, column: str, title: str) -> Any:
     """A field of a layer plan that only some plans have: see :class:`Lever`."""
-    return field(default=default, metadata={"column": column, "title": title})
+    about = {"default": default, "column": column, "title": title}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,7 @@ class Lever:
     title: str
 
 
-LEVERS = tuple(
-    Lever(each.name, each.default, **each.metadata) for each in fields(LayerPlan) if each.metadata
-)
+LEVERS = tuple(Lever(each.name, **each.metadata) for each in fields(LayerPlan) if each.metadata)
 
 
 def full_layer(shape: ModelShape) -> LayerPlan:

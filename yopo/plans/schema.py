@@ -227,9 +227,9 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
     if len(plan.layers) != shape.layers:
         return ("layers",), f"must have {shape.layers} entries, found {len(plan.layers)}"
     for index, layer in enumerate(plan.layers):
-        problem = layer_problem(layer, shape)
-        if problem is not None:
-            key, what = problem
+        wrong = layer_problem(layer, shape)
+        if wrong is not None:
+            key, what = wrong
             return ("layers", index, key), what
         if layer.is_fitted and plan.compensation != "refit":
             key = "map_rank" if layer.qkv_rank is None else "qkv_rank"

@@ -38,15 +38,13 @@ class PlanTensors:
     head_mean: torch.Tensor | None = None
     refit: Mapping[int, Refit] = field(default_factory=dict)
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other: object) -> bool:  # and so without a hash: tensors can be changed
         if not isinstance(other, PlanTensors):
             return NotImplemented
         own, others = dict(self.named()), dict(other.named())
         return own.keys() == others.keys() and all(
             tensor.equal(others[name]) for name, tensor in own.items()
         )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor there is, by name: ``neuron_order``, ``refit.3.down``, ..."""

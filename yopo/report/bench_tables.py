@@ -46,7 +46,7 @@ def bench_report(found: Benchmark) -> RenderableType:
     if found.visual_kv[1]:
         kept = found.planned_kv / found.visual_kv[1]
         table.add_row("  bound reached", "", "", units.share(kept))
-    parts = [Text(_title(found), "bold"), _subtitle(found), "", table]
+    parts: list[RenderableType] = [Text(_title(found), "bold"), _subtitle(found), "", table]
     if found.settings:
         parts += ["", prefill_table(found), "", memory_table(found)]
     if found.contexts:
@@ -56,7 +56,12 @@ def bench_report(found: Benchmark) -> RenderableType:
 
 def _reached(found: Benchmark, what: str) -> list[str]:
     bound = found.prefill_bound_of if what == "prefill" else found.decode_bound_of
-    return [units.share(bound(name)) for name in (DENSE, PRUNED)]
+    return [_share(bound(name)) for name in (DENSE, PRUNED)]
+
+
+def _share(value: float | None) -> str:
+    """Empty where nothing was measured."""
+    return "" if value is None else units.share(value)
 
 
 def _shipped(found: Benchmark) -> Iterator[tuple[RenderableType, ...]]:
@@ -97,12 +102,11 @@ def memory_table(found: Benchmark) -> Table:
     table = _table("decode, memory", "per token", "/ dense", "bound", "peak", "visual KV")
     for name, measured in found.measured.items():
         decode, peak = measured.decode, measured.peak_memory
-        is_plain = decode is None or name == DENSE
         table.add_row(
             _label(name),
             "-" if decode is None else _ms(decode.pruned),
-            "" if is_plain else units.share(decode.ratio.median),
-            "" if decode is None else units.share(found.decode_bound_of(name)),
+            "" if decode is None or name == DENSE else units.share(decode.ratio.median),
+            _share(found.decode_bound_of(name)),
             "-" if peak is None else units.num_bytes(peak),
             units.num_bytes(measured.visual_kv),
         )

@@ -36,8 +36,8 @@ class Heatmap:
 
     def __init__(self, plan: PruningPlan):
         assert plan.measured is not None
-        self.plan = plan
-        self.limits = _quartiles([value for row in plan.measured.rho for value in row])
+        self.plan, self.rho = plan, plan.measured.rho
+        self.limits = _quartiles([value for row in self.rho for value in row])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         heads = self.plan.model.shape.heads
@@ -54,7 +54,7 @@ class Heatmap:
 
     def _cells(self, per_cell: int) -> Iterator[list[Cell]]:
         heads = self.plan.model.shape.heads
-        for rho, layer in zip(self.plan.measured.rho, self.plan.layers, strict=True):
+        for rho, layer in zip(self.rho, self.plan.layers, strict=True):
             kept = set(layer.read_heads)
             yield [
                 Cell(max(rho[start : start + per_cell]), not kept.isdisjoint(members))
@@ -85,4 +85,5 @@ class Heatmap:
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
     # Steps at quartiles, since rho spans orders of magnitude: equal steps would show one head.
     ordered = sorted(values)
-    return tuple(ordered[len(ordered) * part // 4] for part in (1, 2, 3))
+    low, middle, high = (ordered[len(ordered) * part // 4] for part in (1, 2, 3))
+    return low, middle, high

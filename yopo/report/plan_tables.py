@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
@@ -69,7 +70,7 @@ def savings_table(plan: PruningPlan) -> Table:
     return table
 
 
-def savings(plan: PruningPlan) -> tuple[tuple, ...]:
+def savings(plan: PruningPlan) -> tuple[tuple[str, int, int, Callable[[float], str]], ...]:
     """(label, dense, pruned, how to write it) of everything that a plan saves."""
     shape, workload = plan.model.shape, plan.workload
     return (
@@ -145,7 +146,7 @@ def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
 
 
 def candidate_table(
-    candidates: list[dict[str, object]], pairs: int | None = None
+    candidates: Sequence[Mapping[str, Any]], pairs: int | None = None
 ) -> RenderableType:
     """The plans that were compared, best first, the chosen one marked.
 

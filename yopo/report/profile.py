@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -22,15 +22,15 @@ class Profile:
 
     def __init__(self, plan: PruningPlan):
         assert plan.measured is not None
-        self.plan = plan
+        self.plan, self.measured = plan, plan.measured
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        measured = self.plan.measured
+        measured = self.measured
         layers = self.plan.model.shape.layers
         label_width = max(map(len, _LABELS))
         room = max(options.max_width - label_width - _RANGE - 4, 1)
         per_bar = -(-layers // room)
-        rows = (
+        rows: tuple[tuple[Sequence[float], float, Callable[[float], str]], ...] = (
             (measured.cross_modal, max(measured.cross_modal), _decimal),
             (measured.concentration, 1.0, _decimal),
             (measured.locality, max(measured.locality), str),

@@ -76,13 +76,15 @@ def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) ->
         TimeRemainingColumn,
     )
 
-    rate = TextColumn("{task.fields[rate]}")
     columns = (
         TextColumn(label),
         BarColumn(20),
         TextColumn("{task.completed:.0f}/{task.fields[of]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
     )
-    columns = (*columns, rate, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
     _bar_is_up = True
     try:
         with Progress(*columns, console=_stderr(), transient=True) as progress:

@@ -12,7 +12,7 @@ import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -40,7 +40,13 @@ _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
 _DATE, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float"))
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+if TYPE_CHECKING:
+    _SafeLoader = yaml.SafeLoader
+else:  # libyaml's is many times faster, where it was built
+    _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):
     """The safe loader, but 2026-01-01 is text and not a date, and numbers are short and finite."""
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
@@ -91,15 +97,16 @@ class Document:
             root = loader.get_single_node()
             if root is not None:
                 self._index(root, ())  # first: constructing merges keys
-            self.data = None if root is None else loader.construct_document(root)
+            data = None if root is None else loader.construct_document(root)
         except yaml.YAMLError as error:
             problem = " ".join(str(error).split())
             raise PlanError(f"{name}: not valid YAML: {problem}") from error
         except RecursionError as error:
             raise PlanError(f"{name}: nests too deeply, or an alias contains itself.") from error
-        if not isinstance(self.data, dict):
-            found = "nothing" if self.data is None else type(self.data).__name__
+        if not isinstance(data, dict):
+            found = "nothing" if data is None else type(data).__name__
             raise PlanError(f"{name}: expected a YAML mapping, found {found}.")
+        self.data: dict[str, Any] = data
 
     def _index(self, node: yaml.Node, path: tuple[Key, ...]) -> None:
         self._lines[path] = node.start_mark.line + 1
@@ -183,10 +190,10 @@ def _check_events(name: str, text: str) -> None:
     for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
         if number > 2 * MAX_NODES:  # a collection has two
             raise _too_many(name)
-        if getattr(event, "tag", None) is not None:
-            raise PlanError(
-                f"{name}:{event.start_mark.line + 1}: not valid YAML here: no tags ({event.tag})."
-            )
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            line = 1 if event.start_mark is None else event.start_mark.line + 1
+            raise PlanError(f"{name}:{line}: not valid YAML here: no tags ({tag}).")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:

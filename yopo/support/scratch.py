@@ -40,7 +40,13 @@ class Scratch:
     @property
     def new(self) -> Path:
         """What becomes the target; the caller makes it, as a file or as a directory."""
-        return self._folder / _NEW
+        return self._held / _NEW
+
+    @property
+    def _held(self) -> Path:
+        """The scratch directory, which there is inside the block alone."""
+        assert self._folder is not None, "a Scratch is used inside its with block"
+        return self._folder
 
     def __enter__(self) -> Scratch:
         try:
@@ -83,12 +89,12 @@ class Scratch:
                 os.rename(self.new, self.target)
             elif not exchange(self.new, self.target):
                 self._swap()
-            sync_directory(self._folder)
+            sync_directory(self._held)
             sync_directory(self.target.parent)
 
     def _swap(self) -> None:
         """As ``exchange``, but with a moment without a target: ``remove_leftover`` undoes it."""
-        old = self._folder / _OLD
+        old = self._held / _OLD
         os.rename(self.target, old)
         try:
             os.rename(self.new, self.target)
@@ -168,7 +174,9 @@ def remove_leftover(path: Path) -> Path | None:
 
 
 def _target_of(path: Path) -> Path:
-    return path.with_name(_NAME.fullmatch(path.name)["target"])
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, f"{path} is no scratch directory"
+    return path.with_name(match["target"])
 
 
 def _holds_the_only_copy(path: Path) -> bool:

@@ -116,7 +116,7 @@ def random_grid(rng: random.Random, *, blanks: Sequence[float] = _BLANKS) -> Gly
 def shifted_grid(rng: random.Random) -> GlyphGrid:
     """Draw a grid as no model was trained on: mostly empty, in dim ink, on noisy paper."""
     grid = random_grid(rng, blanks=(0.7, 0.85))
-    inks = tuple(tuple(int(0.8 * level) for level in ink) for ink in grid.look.inks)
+    inks = tuple((int(0.8 * r), int(0.8 * g), int(0.8 * b)) for r, g, b in grid.look.inks)
     look = replace(grid.look, inks=inks, noise=12, noise_seed=rng.getrandbits(32))
     return replace(grid, look=look)
 
