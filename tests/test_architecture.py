@@ -42,6 +42,8 @@ WITHOUT_TORCH = (
     "yopo.plans.file",
     "yopo.plans.flops",
     "yopo.plans.grid",
+    "yopo.baselines.baseline",
+    "yopo.baselines.registry",
     "yopo.support.documents",
     "yopo.support.reading",
     "yopo.support.errors",
@@ -104,6 +106,18 @@ def test_every_module_has_a_level_and_imports_lower_ones_only(path: Path) -> Non
         assert other in LEVEL_OF, f"{path}:{line} imports {name}, which has no level"
         assert unit, f"{path}:{line}: the root package imports nothing when it is imported"
         assert LEVEL_OF[other] < LEVEL_OF[unit], f"{path}:{line}: {unit} may not import {name}"
+
+
+def test_evaluation_knows_no_baselines() -> None:
+    """A plan is measured the same way as what it has to beat, and without it."""
+    found = [
+        (name_of(path), name)
+        for path in MODULES
+        if unit_of(name_of(path)) == "evaluation"
+        for _, name in imports(path)
+        if unit_of(name) == "baselines"
+    ]
+    assert found == []
 
 
 def test_no_level_names_what_does_not_exist() -> None:
