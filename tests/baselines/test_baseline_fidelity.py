@@ -104,9 +104,7 @@ def test_a_plan_that_drops_nothing_is_evaluated_the_same_way() -> None:
     identity = ModelIdentity("llava-tiny", "llava", shape_of(model.config), fingerprint)
     plan = full_plan(identity, tiny.workload(side=8))
     pairs = list(open_pairs("demo:heldout", samples=8, seed=0))
-    found = evaluate(
-        model, processor, plan, None, pairs, batch_size=8, max_new_tokens=8, timing_runs=0
-    )
+    found = evaluate(model, processor, plan, pairs, batch_size=8, max_new_tokens=8, timing_runs=0)
     assert found.pairs == found.same_answers == 8 and found.prefill is None
     assert found.accuracy.dense == found.accuracy.pruned > 0
     assert found.fidelity.agreement == 1 and abs(found.fidelity.kl) < 1e-6

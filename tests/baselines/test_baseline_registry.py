@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import subprocess
+import sys
 
 import pytest
+import thinning
 import tiny
 import torch
+from thinning import Thinning
 from tiny import EOS, IMAGE, PICTURE, Subject
 
+from yopo.baselines import registry
 from yopo.baselines.baseline import Baseline
 from yopo.baselines.install import baseline
-from yopo.baselines.prefill import Between
 from yopo.baselines.registry import BASELINES, baseline_class, solve_for, with_own_budget
 from yopo.bench.run import BenchOptions, Sizes, bench_model
 from yopo.models.answer_tokens import teacher_forced
-from yopo.plans.grid import Grid
-from yopo.plans.schema import ModelShape, Workload
 from yopo.support.errors import PlanError
-
-
-@dataclass(frozen=True)
-class Halving(Baseline):
-    """Every second visual token goes in front of every second layer: two drops in four layers."""
-
-    name = "halving"
-    label = "Halving"
-    source = "here"
-
-    @classmethod
-    def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Halving]:
-        return (cls(),)
-
-    def tokens(self, shape: ModelShape, grids: Sequence[Grid]) -> tuple[int, ...]:
-        count, counts = sum(grid.tokens for grid in grids), []
-        for layer in range(shape.layers):
-            count = (count + 1) // 2 if layer % 2 else count
-            counts.append(count)
-        return tuple(counts)
-
-    def describe(self, shape: ModelShape, workload: Workload) -> str:
-        return "half, and half again"
-
-    def keep(self, between: Between) -> torch.Tensor | None:
-        if between.number % 2 == 0:
-            return None
-        length = between.stream.hidden.shape[1]
-        assert between.keys.shape[2] == between.entered.hidden.shape[1] == length
-        assert between.real is None or between.real.shape[1] == length
-        rows = torch.arange(len(between.ends))
-        assert torch.equal(between.stream.places[rows, between.ends], between.prompt.ends)
-        kept = torch.arange(0, between.num_visual, 2)
-        return kept.expand(len(between.ends), -1)
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -60,6 +26,14 @@ def test_an_entry_is_a_class_of_that_name(name: str) -> None:
     found = baseline_class(name)
     assert issubclass(found, Baseline) and found.name == name
     assert found.label and found.__doc__
+
+
+def test_names_are_known_without_any_method() -> None:
+    """A command line shows them before torch is there; classes come when they are asked for."""
+    modules = {target.partition(":")[0] for target in BASELINES.values()}
+    code = f"import sys, yopo.baselines.registry; print({modules} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_labels_tell_baselines_apart() -> None:
@@ -81,7 +55,7 @@ def test_a_method_from_outside_may_drop_at_several_layers(subject: Subject) -> N
     """Its cache shrinks layer by layer; decode steps see what one forward of all tokens sees."""
     model, inputs = subject.model, tiny.batch(PROMPTS)
     length, settings = inputs["input_ids"].shape[1], {"do_sample": False, "max_new_tokens": 5}
-    with torch.no_grad(), baseline(model, Halving()):
+    with torch.no_grad(), baseline(model, Thinning()):
         cache = model(**inputs, use_cache=True).past_key_values
         whole = model.generate(
             **inputs, **settings, min_new_tokens=5, suppress_tokens=[IMAGE], use_cache=True
@@ -93,7 +67,7 @@ def test_a_method_from_outside_may_drop_at_several_layers(subject: Subject) -> N
             forced = model(**{**inputs, "input_ids": whole, "attention_mask": mask}).logits
     visual = len(PICTURE)
     counts = [layer.keys.shape[2] - (length - visual) for layer in cache.layers]
-    assert counts == list(Halving().tokens(subject.shape, tiny.workload().grids))
+    assert counts == list(Thinning().tokens(subject.shape, tiny.workload().grids))
     assert counts == [visual, visual // 2, visual // 2, visual // 4]
     token = 2 * subject.shape.kv_heads * subject.shape.head_dim * 4 * len(PROMPTS)
     assert [layer.visual_bytes() for layer in cache.layers] == [count * token for count in counts]
@@ -104,14 +78,16 @@ def test_a_method_from_outside_may_drop_at_several_layers(subject: Subject) -> N
 def test_a_method_from_outside_is_benched_by_its_line(
     mha: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(BASELINES, "halving", f"{__name__}:Halving")
-    plan = mha.random_plan(3, compensation="none")
-    with pytest.raises(PlanError, match="halving needs at least"):
-        solve_for("halving", plan, 0.1)
-    options = BenchOptions(runs=1, warmup=0, decode_steps=0, baselines=("halving",))
+    monkeypatch.setattr(registry, "BASELINES", BASELINES | thinning.LINE)
     plan = tiny.whole(mha)
-    found = bench_model(mha.model, plan, None, Sizes(), options)
+    with pytest.raises(PlanError, match="thinning needs at least"):
+        solve_for("thinning", plan, 0.1)
+    assert [solve_for("thinning", plan, budget).step for budget in (0.3, 0.6)] == [64, 2]
+    options = BenchOptions(runs=1, warmup=0, decode_steps=0, baselines=("thinning",))
+    found = bench_model(mha.model, plan, Sizes(), options)
     shape, grids = mha.shape, plan.workload.grids
     per_layer = 2 * shape.kv_heads * shape.head_dim * 4
-    held = found.measured["halving"].visual_kv
-    assert held == per_layer * sum(Halving().tokens(shape, grids)) == found.planned_kv_of("halving")
+    held = found.measured["thinning"].visual_kv
+    assert (
+        held == per_layer * sum(Thinning(2).tokens(shape, grids)) == found.planned_kv_of("thinning")
+    )

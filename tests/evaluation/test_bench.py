@@ -76,7 +76,7 @@ def plan_for(name: str = "yopo-25", workload: Workload = PROMPT) -> PruningPlan:
 
 def subject_of(plan: PruningPlan, *, batch: int = 2) -> Bench:
     model = random_model(plan.model.shape)
-    return Bench(model, plan, None, made_up_prompt(model, plan, batch), grids_of(plan))
+    return Bench(model, plan, made_up_prompt(model, plan, batch), grids_of(plan))
 
 
 @pytest.mark.parametrize(("name", "budget"), [("yopo-25", 0.25), ("yopo-12", 0.125)])
@@ -208,7 +208,7 @@ def test_the_flops_beside_the_time_are_those_that_ran(name: str) -> None:
         with subject.switch(name), counter, sdpa_kernel(SDPBackend.MATH):
             subject.prefill()
         counts.append(counter.get_total_flops())
-    found = bench_random(plan, None, Sizes(batch=2), QUICK, num_layers=5)
+    found = bench_random(plan, Sizes(batch=2), QUICK, num_layers=5)
     assert counts == [pytest.approx(each, rel=0.01) for each in found.flops]
 
 
@@ -326,7 +326,7 @@ def test_one_run_has_no_spread() -> None:
 def test_baselines_are_measured_at_the_plans_budget() -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
     options = replace(QUICK, baselines=tuple(BASELINES), may_leave_out=True)
-    found = bench_random(plan, None, Sizes(batch=2), options)
+    found = bench_random(plan, Sizes(batch=2), options)
     runs = [name for name in BASELINES if name != "fastv"]  # half of its layers are too many
     assert list(found.measured) == [DENSE, PRUNED, *runs]
     assert list(found.left_out) == ["fastv"] and "25.0 %" in found.left_out["fastv"]
@@ -349,7 +349,7 @@ def test_the_flops_beside_a_baselines_time_are_those_that_ran() -> None:
     model = random_model(plan.model.shape)
     methods = {name: solve_for(name, plan, 0.6) for name in BASELINES}
     prompt, where = made_up_prompt(model, plan, 2), grids_of(plan)
-    subject = Bench(model, plan, None, prompt, where, methods)
+    subject = Bench(model, plan, prompt, where, methods)
     for name, method in methods.items():
         counter = FlopCounterMode(display=False)
         with subject.switch(name), counter, sdpa_kernel(SDPBackend.MATH):

@@ -34,5 +34,5 @@ def script() -> Callable[[str], ModuleType]:
 def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> str:
     """The alias of a shape of tiny layers."""
     shape = ModelShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=160)
-    monkeypatch.setitem(random_model.TEMPLATES, "tiny", shape)
+    monkeypatch.setitem(random_model.SHAPES, "tiny", shape)
     return "tiny"

@@ -19,10 +19,9 @@ from yopo.support.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
-    from yopo.baselines.prefill import Between, Prompt
+    from yopo.baselines.prefill import Between, Decoder, Prompt
     from yopo.baselines.reduction import Reduction
     from yopo.models.family import Backbone, Family
 
@@ -151,13 +150,16 @@ class Baseline(ABC):
         """
         return None
 
-    def hooks(self, decoder: nn.Module, names: Backbone, plan: PruningPlan | None) -> Hooks:
+    def hooks(self, decoder: Decoder, names: Backbone, plan: PruningPlan | None) -> Hooks:
         """Put on a decoder what the method needs there.
 
         Args:
             decoder: Stock layers.
             names: Of their modules.
-            plan: What was given; if the method ``needs_plan``, there is one, tensors checked.
+            plan: What was given; of the model's shape.
+
+        Raises:
+            PlanError: The method ``needs_plan``, and there is none or it cannot be shown.
         """
         return Hooks()
 

@@ -79,6 +79,7 @@ class BaselineLayer(DynamicLayer):
 
     def visual_bytes(self) -> int:
         """Bytes of visual keys and values that this layer holds."""
+        assert self.keys is not None and self.values is not None, "the layer is empty"
         held, count = self.keys.shape[-2], self.record.stretch(self.number).num_visual
         return (self.keys.nbytes + self.values.nbytes) * count // held
 
@@ -105,7 +106,7 @@ class BaselineLayer(DynamicLayer):
         )
 
 
-def adopt(cache: Cache, num_layers: int, owner: object) -> Record:
+def adopt(cache: Cache, num_layers: int, owner: object) -> list[BaselineLayer]:
     """Make a cache object that transformers handed over hold a baseline's layers.
 
     Args:
@@ -113,13 +114,16 @@ def adopt(cache: Cache, num_layers: int, owner: object) -> Record:
         num_layers: Of the decoder.
         owner: Who the baseline is.
 
+    Returns:
+        The cache's layers, which share a record.
+
     Raises:
         ModelError: The cache is of another kind, or was filled by another model.
     """
     layers = cache.layers
-    own = [isinstance(layer, BaselineLayer) and layer.owner is owner for layer in layers]
-    if layers and all(own):
-        return layers[0].record
+    own = [each for each in layers if isinstance(each, BaselineLayer) and each.owner is owner]
+    if layers and len(own) == len(layers):
+        return own
     usable = (DynamicLayer, DynamicSlidingWindowLayer)
     if cache.get_seq_length() > 0 or any(type(layer) not in usable for layer in layers):
         raise ModelError(
@@ -127,5 +131,6 @@ def adopt(cache: Cache, num_layers: int, owner: object) -> Record:
             remedy="Start with an empty DynamicCache, or none.",
         )
     record = Record()
-    cache.layers[:] = [BaselineLayer(record, number, owner) for number in range(num_layers)]
-    return record
+    own = [BaselineLayer(record, number, owner) for number in range(num_layers)]
+    cache.layers[:] = own
+    return own

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
@@ -22,14 +24,19 @@ class BaselineDecoder:
     """
 
     baseline: BaselineState
+    config: PreTrainedConfig
+    layers: nn.ModuleList
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    norm: nn.Module
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -47,7 +54,8 @@ class BaselineDecoder:
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         keep = bool(use_cache) or past_key_values is not None
         cache = DynamicCache() if past_key_values is None else past_key_values
-        record = adopt(cache, len(self.layers), self.baseline)
+        held = adopt(cache, len(self.layers), self.baseline)
+        record = held[0].record
         batch, length, _ = embeds.shape
         if position_ids is None:
             place = torch.arange(length, device=embeds.device) + record.length
@@ -55,7 +63,8 @@ class BaselineDecoder:
         layout, total = self.baseline.probe.layout, record.length + length
         _check_config(self.config, kwargs, total)
         _check_layout(layout, record)
-        run = Run(self, cache, record, layout, _padding(attention_mask, batch, total))
+        real = _padding(attention_mask, batch, total)
+        run = Run(self, self.baseline, cache, held, layout, real)
         record.is_open = True
         try:
             hidden = run(embeds, position_ids, self.baseline.names.added_features(kwargs))
@@ -67,7 +76,7 @@ class BaselineDecoder:
         )
 
 
-def _check_config(config: object, kwargs: dict[str, object], length: int) -> None:
+def _check_config(config: PreTrainedConfig, kwargs: dict[str, object], length: int) -> None:
     refuse_captures(config, kwargs, "A baseline")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(

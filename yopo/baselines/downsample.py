@@ -133,10 +133,12 @@ def _moved(
     """Positions as the shorter prompt has them, at the remaining places; and the total shift."""
     axes, batch, length = positions.shape
     after = torch.zeros(batch, length, dtype=torch.int64, device=positions.device)
-    images, begin, total = [], None, 0
+    images: list[torch.Tensor] = []
+    before: torch.Tensor | None = None
+    total = 0
     for (start, new), old in zip(_starts(grids, smaller), grids, strict=True):
         first, last = visual[:, start], visual[:, start + old.tokens - 1]
-        before, begin = begin, positions.gather(2, first.expand(axes, batch)[..., None])
+        begin = positions.gather(2, first.expand(axes, batch)[..., None])
         if axes > 1 and before is not None and bool((begin[1] == before[1]).any()):
             raise ModelError(
                 "Downsampling does not know how a video's frames are placed.",
@@ -146,6 +148,7 @@ def _moved(
         shrunk = _span(old, axes) - _span(new, axes)
         after.scatter_(1, last[:, None], shrunk)
         total += shrunk
+        before = begin
     moved = positions - after.cumsum(dim=1)
     moved.scatter_(2, remaining.expand(axes, -1, -1), torch.cat(images, dim=2))
     return moved, total

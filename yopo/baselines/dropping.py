@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from yopo.baselines.baseline import Baseline
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
+from yopo.support.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,13 @@ class Dropping(Baseline):
 
     layers: int
     least_layers: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if self.layers < self.least_layers:
+            raise PlanError(
+                f"{self.name} cannot drop tokens after {self.layers} layers, it needs at least "
+                f"{self.least_layers}."
+            )
 
     @abstractmethod
     def kept(self, visual: int) -> int:

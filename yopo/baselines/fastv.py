@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import nn
 
 from yopo.baselines.baseline import share_of
 from yopo.baselines.dropping import Dropping
-from yopo.baselines.prefill import Between
-from yopo.models.family import Backbone
+from yopo.baselines.prefill import Between, Front
 from yopo.plans.schema import ModelShape, Workload
 
 FRONT_LAYERS = 2
@@ -60,15 +58,8 @@ class FastV(Dropping):
         """Those with the highest attention: (batch, count) int64, ascending."""
         if not count:
             return between.stream.visual[:, :0]
-        row = last_row(
-            between.layer,
-            between.names,
-            between.entered.hidden,
-            between.keys,
-            between.entered.rotary,
-            between.ends,
-            between.real,
-        )
+        assert between.front is not None, "least_layers"
+        row = last_row(between.front, between.ends, between.real)
         best = row.gather(1, between.stream.visual).topk(count, dim=1).indices
         return best.sort(dim=1).values
 
@@ -77,37 +68,27 @@ class FastV(Dropping):
         return f"K = {self.layers} of {shape.layers} layers, R = {100 * self.share:.1f} %"
 
 
-def last_row(
-    layer: nn.Module,
-    names: Backbone,
-    hidden: torch.Tensor,
-    keys: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    ends: torch.Tensor,
-    real: torch.Tensor | None,
-) -> torch.Tensor:
+def last_row(front: Front, ends: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """The attention of one query per prompt over everything before it, mean over heads.
 
     Args:
-        layer: A stock decoder layer.
-        names: Of its modules.
-        hidden: (batch, length, hidden), the layer's input.
-        keys: (batch, kv_heads, length, head_dim), RoPE applied.
-        rotary: (1 or batch, length, head_dim) each.
+        front: The layer that attends, its input and its keys.
         ends: (batch,) int64, position of the prompt's last token.
         real: (batch, length) bool, False on padding; None: no padding.
 
     Returns:
         (batch, length) float32, rows adding up to 1.
     """
-    attention, rows = layer.self_attn, torch.arange(len(ends), device=ends.device)
-    normed = getattr(layer, names.attention_norm)(hidden[rows, ends][:, None])
+    names, entered, keys = front.names, front.entered, front.keys
+    attention: Any = front.layer.self_attn
+    rows = torch.arange(len(ends), device=ends.device)
+    normed = getattr(front.layer, names.attention_norm)(entered.hidden[rows, ends][:, None])
     width = attention.config.num_attention_heads * attention.head_dim  # in front, if it is fused
     query = getattr(attention, names.query)(normed)[..., :width]
     query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     if names.head_norms is not None:
         query = getattr(attention, names.head_norms[0])(query)
-    cos, sin = (each.expand(len(ends), -1, -1)[rows, ends][:, None] for each in rotary)
+    cos, sin = (each.expand(len(ends), -1, -1)[rows, ends][:, None] for each in entered.rotary)
     query = names.rotate(query, query, cos, sin)[0]  # (batch, heads, 1, head_dim)
     grouped = query.float().unflatten(1, (keys.shape[1], -1)).squeeze(3)
     logits = grouped @ keys.float().transpose(-1, -2) * attention.scaling

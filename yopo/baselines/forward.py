@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from yopo.baselines.baseline import Baseline, Hooks
-from yopo.baselines.baseline_cache import Record, Stretch
-from yopo.baselines.prefill import Between, Prompt
+from yopo.baselines.baseline_cache import BaselineLayer, Stretch
+from yopo.baselines.prefill import Between, Decoder, Front, Prompt
 from yopo.baselines.token_stream import TokenStream, causal_mask, for_attention, spread
 from yopo.models.answer_tokens import forced_ends
 from yopo.models.family import Backbone
@@ -41,24 +40,26 @@ class Run:
     """One forward.
 
     Args:
-        decoder: Stock layers and ``baseline`` state.
-        cache: With the baseline's layers, which ``record`` describes.
-        record: Extended by this forward's tokens.
+        decoder: Its stock parts.
+        state: What a baseline put beside them.
+        cache: What stock layers append to.
+        held: The cache's layers; their record is extended by this forward's tokens.
         layout: Text and visual tokens; None if there is no visual token in this forward.
         real: (batch, cached + length) bool, False on padding; None: no padding.
     """
 
     def __init__(
         self,
-        decoder: nn.Module,
+        decoder: Decoder,
+        state: BaselineState,
         cache: DynamicCache,
-        record: Record,
+        held: Sequence[BaselineLayer],
         layout: TokenLayout | None,
         real: torch.Tensor | None,
     ):
-        self.decoder, self.cache, self.record = decoder, cache, record
+        self.decoder, self.state = decoder, state
+        self.cache, self.held, self.record = cache, held, held[0].record
         self.layout, self.real = layout, real
-        self.state: BaselineState = decoder.baseline
         self.prompt: Prompt | None = None
         self._masks: dict[int, torch.Tensor | None] = {}
 
@@ -154,12 +155,12 @@ class Run:
         """(batch, kept) int64, the visual tokens that go on into this layer; None: all."""
         if self.prompt is None:
             return None
-        layer, keys = None, None
+        front = None
         if number:
-            layer, keys = self.decoder.layers[number - 1], self.cache.layers[number - 1].keys
-        return self.state.method.keep(
-            Between(number, self.prompt, stream, entered, layer, keys, self.state.names)
-        )
+            layer, keys = self.decoder.layers[number - 1], self.held[number - 1].keys
+            assert keys is not None, "the layer in front has run"
+            front = Front(layer, self.state.names, entered, keys)
+        return self.state.method.keep(Between(number, self.prompt, stream, front))
 
     def _begin(self, first: int, stream: TokenStream) -> None:
         """From this layer on, the stream's tokens are what layers hold."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,7 +15,6 @@ from yopo.baselines.registry import solve_for
 from yopo.models.family import GridsOf
 from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
-from yopo.plans.checks import check_tensors
 from yopo.plans.schema import PruningPlan
 from yopo.runtime.install import check_model
 from yopo.runtime.swap import restore_class, swap_class
@@ -63,13 +61,15 @@ def baseline(
     method = which if isinstance(which, Baseline) else _solved(which, plan, budget)
     family = family_of(model.config)
     names = family.backbone(model.config)
-    _check_plan(method, model, plan)
+    if plan is not None:
+        check_model(model, plan, check=False)
     method.check_model(model, family)
     probe = LayoutProbe(
         model.base_model, grids_of or family.grids_of, family.token_ids(model.config)
     )
     state = BaselineState(method, names, probe, Hooks())
-    stock, decoder.baseline = type(decoder), state
+    stock: type[nn.Module] = type(decoder)
+    decoder.baseline = state
     try:
         swap_class(decoder, decoder_class(stock))
         state.hooks = method.hooks(decoder, names, plan)
@@ -82,16 +82,6 @@ def baseline(
         del decoder.baseline
 
 
-def _check_plan(method: Baseline, model: PreTrainedModel, plan: PruningPlan | None) -> None:
-    if plan is not None:
-        check_model(model, plan, check=False)
-    if not method.needs_plan:
-        return
-    if plan is None:
-        raise PlanError(f"The baseline '{method.name}' shows a plan.", remedy="Give one.")
-    check_tensors(plan)
-
-
 def _solved(name: str, plan: PruningPlan | None, budget: float | None) -> Baseline:
     if plan is None:
         raise PlanError(
@@ -101,8 +91,12 @@ def _solved(name: str, plan: PruningPlan | None, budget: float | None) -> Baseli
     return solve_for(name, plan, budget)
 
 
-@cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def decoder_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The baselines' subclass of a decoder class; it keeps the name that transformers looks at."""
-    members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    return type(stock.__name__, (BaselineDecoder, stock), members)
+    if stock not in _CLASSES:
+        members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+        _CLASSES[stock] = type(stock.__name__, (BaselineDecoder, stock), members)
+    return _CLASSES[stock]

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from yopo.baselines.baseline import Baseline, Hooks
-from yopo.baselines.prefill import Prompt
+from yopo.baselines.prefill import Decoder, Prompt
 from yopo.models.family import Backbone
 from yopo.models.layout import TokenLayout
+from yopo.plans.checks import check_tensors
 from yopo.plans.schema import ModelShape, PruningPlan, Workload
 from yopo.runtime.reference import LayerSpec
 from yopo.support.errors import PlanError
@@ -48,12 +50,16 @@ class MaskedPlan(Baseline):
         """That it saves nothing."""
         return "the plan as masks, nothing is skipped"
 
-    def hooks(self, decoder: nn.Module, names: Backbone, plan: PruningPlan | None) -> Hooks:
+    def hooks(self, decoder: Decoder, names: Backbone, plan: PruningPlan | None) -> Hooks:
         """Hooks on the projections, and attention masks.
 
         Raises:
-            PlanError: The plan has fitted weights, which masks cannot stand for.
+            PlanError: There is no plan, it lacks tensors, or it has fitted weights, which masks
+                cannot stand for.
         """
+        if plan is None:
+            raise PlanError(f"The baseline '{self.name}' shows a plan.", remedy="Give one.")
+        check_tensors(plan)
         return Masks(plan, decoder, names)
 
 
@@ -69,12 +75,13 @@ class Masks(Hooks):
         PlanError: The plan has fitted weights, which masks cannot stand for.
     """
 
-    def __init__(self, plan: PruningPlan, decoder: nn.Module, names: Backbone):
+    def __init__(self, plan: PruningPlan, decoder: Decoder, names: Backbone):
         if plan.compensation == "refit":
             raise PlanError("Masks simulate pruning alone, and the plan has fitted weights.")
         self.plan = plan
         self._is_visual: torch.Tensor | None = None
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
+        layer: Any
         for number, layer in enumerate(decoder.layers):
             spec = LayerSpec(plan, number, None, None)
             output, down = getattr(layer.self_attn, names.output), getattr(layer.mlp, names.down)
@@ -144,7 +151,7 @@ class Masks(Hooks):
         return readable if mask is None else readable & mask
 
     def _watch(
-        self, module: nn.Module, mean: torch.Tensor | None, is_pruned: torch.Tensor, is_on: bool
+        self, module: nn.Linear, mean: torch.Tensor | None, is_pruned: torch.Tensor, is_on: bool
     ) -> None:
         """Replace pruned inputs of visual tokens by their mean (or 0); outputs too if all are."""
         device = module.weight.device

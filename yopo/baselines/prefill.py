@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from yopo.baselines.token_stream import TokenStream
 from yopo.models.family import Backbone
 from yopo.models.layout import TokenLayout
+
+
+class Decoder(Protocol):
+    """The parts of a stock text decoder that baselines call.
+
+    Attributes:
+        config: The text configuration.
+        layers: Decoder layers.
+        embed_tokens, rotary_emb, norm: In front of the layers, beside them, behind them.
+    """
+
+    config: PreTrainedConfig
+    layers: nn.ModuleList
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    norm: nn.Module
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,23 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Front:
+    """A layer that has just run, in front of a place where tokens may be dropped.
+
+    Attributes:
+        layer: A stock decoder layer.
+        names: Of its modules.
+        entered: What went into it: the tokens that came out of it.
+        keys: (batch, kv_heads, length, head_dim), its keys of these tokens, RoPE applied.
+    """
+
+    layer: nn.Module
+    names: Backbone
+    entered: TokenStream
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Between:
     """A place between two layers of a prefill.
 
@@ -44,20 +79,13 @@ class Between:
         number: The layer that comes next.
         prompt: What is prefilled.
         stream: What goes into that layer, unless tokens are dropped here.
-        entered: What went into the layer in front: the same tokens.
-        layer: The layer in front, a stock one; None before the first layer.
-        keys: (batch, kv_heads, length, head_dim), its keys of these tokens, RoPE applied; None
-            before the first layer.
-        names: Of its modules.
+        front: The layer in front; None before the first layer.
     """
 
     number: int
     prompt: Prompt
     stream: TokenStream
-    entered: TokenStream
-    layer: nn.Module | None
-    keys: torch.Tensor | None
-    names: Backbone
+    front: Front | None
 
     @property
     def num_visual(self) -> int:

@@ -46,9 +46,10 @@ class TokenStream:
         is_text.scatter_(1, self.visual, False)
         text = is_text.nonzero()[:, 1].reshape(batch, -1)
         index = torch.cat([text, chosen], dim=1).sort(dim=1).values
+        cos, sin = (pick(each.expand(batch, -1, -1), index) for each in self.rotary)
         return TokenStream(
             pick(self.hidden, index),
-            tuple(pick(each.expand(batch, -1, -1), index) for each in self.rotary),
+            (cos, sin),
             self.places.gather(1, index),
             torch.searchsorted(index, chosen),
             tuple(pick(each, index) for each in self.added),
