@@ -15,6 +15,7 @@ from tiny import Subject
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from yopo.baselines.downsample import Downsampling
 from yopo.baselines.registry import BASELINES, solve_for
 from yopo.baselines.vtw import TokenWithdrawal
 from yopo.bench import run as benching
@@ -452,8 +453,8 @@ def other_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_all_but_the_stock_model_run_on_the_same_kernels(other_kernel: list[int]) -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
     subject = subject_of(plan)
-    rivals = {name: Setting(name, 2) for name in ("vtw", "downsample")}
-    subject = replace(subject, rivals=rivals)
+    baselines = {"vtw": TokenWithdrawal(2), "downsample": Downsampling()}
+    subject = replace(subject, baselines=baselines)
     assert subject.names == (DENSE, PRUNED, "vtw", "downsample", STOCK)
     linears = sum(type(each) is torch.nn.Linear for each in subject.model.get_decoder().modules())
     hooks = state(subject.model)
