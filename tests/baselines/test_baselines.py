@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny import EOS, IMAGE, PICTURE, Subject
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import DynamicCache
@@ -269,6 +270,30 @@ def trace(model: Any) -> tuple[object, ...]:
     return [type(each) for each in modules], hooks, attributes, list(model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["fastv", "downsample", "masked"])
+def test_hooks_of_accelerate_stay_around_the_forward(mha: Subject, name: str) -> None:
+    model, inputs, plan = copy.deepcopy(mha.model), inputs_of("two images"), mha.random_plan(2)
+    decoder, usual = model.get_decoder(), tiny.logits(model, inputs)
+    with baseline(model, SOME.get(name, name), plan):
+        expected = tiny.logits(model, inputs)
+    add_hook_to_module(decoder, ModelHook())
+    held = {slot: vars(decoder)[slot] for slot in ("forward", "_old_forward")}
+    with baseline(model, SOME.get(name, name), plan):
+        assert torch.equal(tiny.logits(model, inputs), expected)
+    assert {slot: vars(decoder)[slot] for slot in held} == held
+    assert torch.equal(tiny.logits(model, inputs), usual)
+
+
+def test_a_forward_that_would_not_be_reached_is_refused(mha: Subject) -> None:
+    model = copy.deepcopy(mha.model)
+    decoder = model.get_decoder()
+    decoder.forward = torch.compile(decoder.forward, backend="eager")
+    state = trace(model)
+    with pytest.raises(ModelError, match="was replaced"), baseline(model, SOME["vtw"]):
+        pass
+    assert trace(model) == state
+
+
 def test_text_alone_is_the_stock_model(mha: Subject) -> None:
     inputs = tiny.batch([[1, 5, 6, 7], [2, 3]])
     usual, said = tiny.logits(mha.model, inputs), generated(mha.model, inputs)
@@ -341,6 +366,12 @@ def test_caches_do_not_change_hands(mha: Subject) -> None:
         model(input_ids=step, past_key_values=theirs)
     with torch.no_grad(), baseline(model, SOME["vtw"]), pytest.raises(ModelError, match="another"):
         model(input_ids=step, past_key_values=theirs)
+
+
+def test_ranking_needs_a_layer_to_rank_in() -> None:
+    with pytest.raises(PlanError, match="fastv cannot drop tokens after 0 layers"):
+        FastV(0, share=0.5)
+    assert FastV(2, share=0.5).on_layers((2, 3)) == FastV(1, share=0.5)
 
 
 def test_one_change_at_a_time(mha: Subject) -> None:
