@@ -46,7 +46,7 @@ from yopo.bench.plans import (
 )
 from yopo.bench.prompt import made_up_prompt
 from yopo.bench.random_model import (
-    TEMPLATES,
+    SHAPES,
     WORKLOAD,
     fitted,
     grids_of,
@@ -111,7 +111,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:4])
-    parser.add_argument("--shape-of", choices=sorted(TEMPLATES), default="llava-1.5-7b")
+    parser.add_argument("--shape-of", choices=sorted(SHAPES), default="llava-1.5-7b")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the models")
     parser.add_argument("--visual-tokens", type=int, default=WORKLOAD.visual)
     parser.add_argument("--text-tokens", type=int, default=WORKLOAD.text)
@@ -168,11 +168,11 @@ class Calibration:
     """A calibration pass over one batch, a plain forward of it, and one that shows attention."""
 
     def __init__(self, options: argparse.Namespace):
-        shape = replace(TEMPLATES[options.shape_of], layers=options.layers)
+        shape = replace(SHAPES[options.shape_of], layers=options.layers)
         identity = replace(published_model(options.shape_of), shape=shape)
         plan = preset_plan("yopo-25", identity, WORKLOAD)
         plan = with_prompt(plan, visual=options.visual_tokens, text=options.text_tokens)
-        plan, _ = fitted(plan, None, tuple(range(options.layers)))
+        plan = fitted(plan)
         self.shape = shape
         self.model = random_model(shape, dtype=getattr(torch, options.dtype))
         self.prompt = made_up_prompt(self.model, plan, options.batch)
@@ -224,7 +224,7 @@ class Fit:
         side = math.isqrt(options.visual_tokens)
         if side**2 != options.visual_tokens:
             raise SystemExit(f"--visual-tokens {options.visual_tokens}: a fit wants a square.")
-        self.shape = replace(TEMPLATES[options.shape_of], layers=options.layers)
+        self.shape = replace(SHAPES[options.shape_of], layers=options.layers)
         identity = replace(published_model(options.shape_of), shape=self.shape)
         workload = replace(WORKLOAD, grids=(Grid(side, side),), text=options.text_tokens)
         self.plan = preset_plan(FITTED, identity, workload)
@@ -245,7 +245,7 @@ class Fit:
 
     def fit(self) -> object:
         """The fit of one plan."""
-        return refit(self.model, self.batches, self.plan, None)
+        return refit(self.model, self.batches, self.plan)
 
     def rows(self) -> Iterator[Row]:
         """Time and memory of both."""
@@ -266,18 +266,18 @@ class Checkpoints:
         self.options = options
         self.original, self.baked = folder / "original", folder / "baked"
         self.copy, self.plan_file = folder / "copy", folder / "plan.yaml"
-        shape = replace(TEMPLATES[options.shape_of], layers=options.layers)
+        shape = replace(SHAPES[options.shape_of], layers=options.layers)
         model = random_model(shape, dtype=getattr(torch, options.dtype))
         self.largest = max(weight.nbytes for weight in model.parameters())
         model.save_pretrained(self.original, max_shard_size=options.shard_size)
         statistics = made_up_statistics(identify(model, str(self.original)), WORKLOAD, seed=0)
-        self.plan, self.tensors, _ = make_plan(statistics, PRESETS[options.preset])
-        write_plan(self.plan, self.tensors, str(self.plan_file), force=False)
+        self.plan, _ = make_plan(statistics, PRESETS[options.preset])
+        write_plan(self.plan, str(self.plan_file), force=False)
 
     def apply(self) -> None:
         """Bake the plan, without the seconds that Python takes to start."""
         shutil.rmtree(self.baked, ignore_errors=True)
-        bake(self.plan, self.tensors, self.original, self.baked)
+        bake(self.plan, self.original, self.baked)
 
     def copy_files(self) -> None:
         """The system's copy of the original."""

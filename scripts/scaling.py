@@ -80,10 +80,10 @@ def measure(options: argparse.Namespace) -> Points:
         for name, plan in plans.items():
             plan = with_prompt(plan, visual=visual, text=options.text_tokens)
             used = sampled_layers(plan, options.layers)
-            few, tensors = fitted(with_layers(plan, used), None, used)
+            few = fitted(with_layers(plan, used))
             model = model or random_model(shape)  # one for all: time depends on its shape alone
             prompt = made_up_prompt(model, few, 1)
-            subjects[name] = Bench(model, few, tensors, prompt, grids_of(few))
+            subjects[name] = Bench(model, few, prompt, grids_of(few))
         times = take_turns(subjects, options.runs)
         flops = {name: prefill_flops(each.plan) for name, each in subjects.items()}
         flops["dense"] = dense_prefill_flops(shape, few.workload)

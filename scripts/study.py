@@ -19,7 +19,7 @@ Methods, all at the same visual FLOPs (the nearest below that a method can reach
 * ``paper``: the same shape with heads by mean activity and neurons by importance.
 * ``paper+refit``: and with output and down projections fitted for visual tokens.
 * ``search``: the best of ten shapes, improved layer by layer by measured KL; no weights fitted.
-* ``allocated``: what `yopo calibrate --budget` does: measured worths, fitted weights.
+* ``allocated``: what `yopo calibrate --budget` does: measured scores, fitted weights.
 * ``allocated+search``: what `yopo search` makes of it (study ``deeper``).
 * ``vtw``, ``fastv``, ...: baselines (``yopo.baselines.registry``), which need no calibration.
 """
@@ -48,7 +48,7 @@ from yopo.pipeline.session import CalibrationSession, FitOptions, RunOptions
 from yopo.planning.allocate import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.planner import Planner
-from yopo.planning.request import plan_request
+from yopo.planning.request import BudgetRequest
 from yopo.planning.templates import Layers, TemplateBuilder, random_rho
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import PruningPlan
@@ -73,7 +73,6 @@ ABLATIONS = {
 """What an allocation may use."""
 
 Change = Callable[[], AbstractContextManager[object]]
-Made = PruningPlan
 
 
 class Results:
@@ -167,7 +166,7 @@ class Study:
         kinds = {kind: asdict(each) for kind, each in kept.by_kind.items()}
         self.results.add(key, {"summary": summary, "kinds": kinds, "pairs": kept.pairs})
 
-    def plan(self, key: dict, session: CalibrationSession, make: Callable[[], Made]) -> None:
+    def plan(self, key: dict, session: CalibrationSession, make: Callable[[], PruningPlan]) -> None:
         """Make a plan and measure it; a budget that cannot be met is a result too."""
         if self.results.has(key):
             return
@@ -272,7 +271,7 @@ def long(study: Study) -> None:
                 study.plan(key, session, partial(METHODS[name], session, budget))
 
 
-def authors(session: CalibrationSession, budget: float) -> Made:
+def authors(session: CalibrationSession, budget: float) -> PruningPlan:
     """The released rules, scaled to a budget by one ratio for heads and neurons."""
     statistics, shape = session.statistics, session.statistics.model.shape
     builder = TemplateBuilder(statistics, budget)
@@ -296,22 +295,19 @@ def authors(session: CalibrationSession, budget: float) -> Made:
     layers = builder.scale(build)
     if layers is None:
         raise YopoError(f"The authors' shape does not fit a budget of {budget}.")
-    plan = planner(session, plan_request(budget=budget)).assemble(layers, "none")
+    plan = planner(session, BudgetRequest(budget)).assemble(layers, "none")
     identity = torch.arange(shape.ffn).expand(shape.layers, -1).clone()
-    return plan, replace(tensors, neuron_order=identity)
+    return replace(plan, tensors=replace(plan.tensors, neuron_order=identity))
 
 
-def paper(session: CalibrationSession, budget: float, compensation: str = "none") -> Made:
+def paper(session: CalibrationSession, budget: float, compensation: str = "none") -> PruningPlan:
     """The paper's shape, by scores."""
-    made = session.make(plan_request(budget=budget, template="paper", compensation=compensation))
-    return made.plan, made.tensors
+    return session.make(BudgetRequest(budget, template="paper", compensation=compensation)).plan
 
 
-def search(session: CalibrationSession, budget: float) -> Made:
+def search(session: CalibrationSession, budget: float) -> PruningPlan:
     """The best shape without compensation, searched on."""
-    wishes = plan_request(budget=budget, compensation="none", search=SEARCH_RUNS)
-    made = session.make(wishes)
-    return made.plan, made.tensors
+    return session.make(BudgetRequest(budget, compensation="none", search=SEARCH_RUNS)).plan
 
 
 def allocated(
@@ -319,36 +315,33 @@ def allocated(
     budget: float,
     levers: Levers | None = None,
     kv_budget: float | None = None,
-) -> Made:
-    """Measured worths, fitted weights."""
-    wishes = plan_request(budget=budget, compensation="refit", kv_budget=kv_budget)
-    chosen = planner(session, wishes)
+) -> PruningPlan:
+    """Measured scores, fitted weights."""
+    chosen = planner(session, BudgetRequest(budget, compensation="refit", kv_budget=kv_budget))
     chosen.levers = levers or Levers()
     plan, _ = chosen.make()
-    return plan, tensors
+    return plan
 
 
-def searched(session: CalibrationSession, budget: float) -> Made:
+def searched(session: CalibrationSession, budget: float) -> PruningPlan:
     """An allocation, searched on as far as the shapes are."""
-    wishes = plan_request(budget=budget, compensation="refit", search=SEARCH_RUNS)
-    made = session.make(wishes)
-    return made.plan, made.tensors
+    return session.make(BudgetRequest(budget, compensation="refit", search=SEARCH_RUNS)).plan
 
 
-def planner(session: CalibrationSession, wishes: PlanRequest) -> Planner:
+def planner(session: CalibrationSession, request: BudgetRequest) -> Planner:
     """A planner of a session."""
-    return Planner(session.statistics, wishes, session.kl, session.fitter)
+    return Planner(session.statistics, request, session.kl, session.fitter)
 
 
-def random(session: CalibrationSession, budget: float) -> Made:
+def random(session: CalibrationSession, budget: float) -> PruningPlan:
     """The paper's shape, by random scores."""
     shuffled = random_rho(session.statistics, session.options.seed)
-    wishes = plan_request(budget=budget, template="paper", compensation="none")
-    plan, _ = Planner(shuffled, wishes, None, None).make()
-    return plan, tensors
+    request = BudgetRequest(budget, template="paper", compensation="none")
+    plan, _ = Planner(shuffled, request, None, None).make()
+    return plan
 
 
-METHODS: dict[str, Callable[[CalibrationSession, float], Made]] = {
+METHODS: dict[str, Callable[[CalibrationSession, float], PruningPlan]] = {
     "paper+random": random,
     "authors": authors,
     "paper": paper,

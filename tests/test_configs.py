@@ -8,8 +8,9 @@ import pytest
 
 from yopo.cli.calibrate import command
 from yopo.cli.config import load_config
-from yopo.cli.options import run_settings, wishes
+from yopo.cli.options import plan_request, run_settings
 from yopo.models.registry import ALIASES, resolve
+from yopo.planning.request import BudgetRequest, PaperRequest
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 DTYPES = {True: ("float32",), False: ("float16", "bfloat16")}
@@ -26,8 +27,8 @@ def test_config_is_a_calibration(path: Path) -> None:
     assert values["model"] == path.stem and resolve(values["model"]).name == path.stem
     with command.make_context("calibrate", ["--config", str(path)]) as context:
         assert values.items() <= context.params.items()
-        wished, settings = wishes(context), run_settings(context)
-    assert 0 < wished.budget <= 1 and not wished.asks_for_shape
+        request, settings = plan_request(context), run_settings(context)
+    assert isinstance(request, BudgetRequest) and 0 < request.budget <= 1
     assert settings.samples == values["samples"] and settings.batch_size == values["batch_size"]
     known = ("float32",) if path.stem.endswith("-tiny") else ("float16", "bfloat16")
     assert settings.dtype in known
@@ -38,5 +39,5 @@ def test_config_is_a_calibration(path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_flags_override_it(path: Path) -> None:
     with command.make_context("calibrate", ["--preset", "yopo-12", "--config", str(path)]) as made:
-        wished = wishes(made)
-    assert (wished.budget, wished.preset) == (None, "yopo-12")
+        request = plan_request(made)
+    assert isinstance(request, PaperRequest) and request.preset == "yopo-12"

@@ -38,7 +38,7 @@ LLAVA_13B = ModelShape(layers=40, hidden=5120, heads=40, kv_heads=40, head_dim=1
 GQA = ModelShape(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, ffn=18944)
 TINY = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
 IMAGE = Workload((Grid(24, 24),), text=64, text_before=35)
-TEMPLATES = pytest.mark.parametrize("shape", [LLAVA_7B, LLAVA_13B, GQA, TINY], ids=str)
+SHAPES = pytest.mark.parametrize("shape", [LLAVA_7B, LLAVA_13B, GQA, TINY], ids=str)
 RANDOM = st.randoms(use_true_random=False)
 
 
@@ -69,7 +69,7 @@ def test_the_papers_pruned_flops(shape: ModelShape, share: int, percent: float) 
     assert round(100 * visual_budget(papers_plan(shape, share)), 1) == percent
 
 
-@TEMPLATES
+@SHAPES
 def test_dense_flops_by_the_papers_formula(shape: ModelShape) -> None:
     n, d, m = IMAGE.visual, shape.hidden, shape.ffn
     if shape.heads == shape.kv_heads:
@@ -83,7 +83,7 @@ def test_dense_flops_by_the_papers_formula(shape: ModelShape) -> None:
     )
 
 
-@TEMPLATES
+@SHAPES
 def test_the_whole_plan_costs_what_the_dense_model_costs(shape: ModelShape) -> None:
     plan = full_plan(identity(shape), IMAGE)
     assert visual_budget(plan) == 1.0
@@ -92,7 +92,7 @@ def test_the_whole_plan_costs_what_the_dense_model_costs(shape: ModelShape) -> N
     assert prefill_flops(plan) <= dense_prefill_flops(shape, IMAGE)
 
 
-@TEMPLATES
+@SHAPES
 def test_a_plan_without_anything_visual_costs_nothing_visual(shape: ModelShape) -> None:
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = full_plan(identity(shape), IMAGE).with_layers((none,) * shape.layers)
@@ -118,19 +118,18 @@ def test_grouped_heads_shrink_keys_and_values_by_kv_head() -> None:
 
 def smaller(layer: LayerPlan, rng: random.Random) -> LayerPlan:
     """The layer with one thing removed, if there is one left."""
-    choice = rng.choice(["head", "attend", "radius", "neurons", "rank", "linear"])
+    choice = rng.choice(["head", "attend", "radius", "neurons", "bottleneck", "map"])
     if choice == "head" and layer.read_heads:
         gone = rng.choice(layer.read_heads)
         heads = tuple(head for head in layer.read_heads if head != gone)
         attend = tuple(head for head in layer.attend_heads if head != gone)
-        return replace(
-            layer, read_heads=heads, attend=attend, rank=layer.qkv_rank if heads else None
-        )
+        rank = layer.qkv_rank if heads else None
+        return replace(layer, read_heads=heads, attend_heads=attend, qkv_rank=rank)
     if choice == "attend":
         return replace(layer, attend_heads=layer.attend_heads[1:])
-    if choice == "rank" and layer.qkv_rank:
+    if choice == "bottleneck" and layer.qkv_rank:
         return replace(layer, qkv_rank=max(1, layer.qkv_rank - 3))
-    if choice == "linear":
+    if choice == "map":
         return replace(layer, map_rank=max(0, layer.map_rank - 2))
     if choice == "radius":
         return replace(layer, radius=3 if layer.radius is None else max(0, layer.radius - 1))
@@ -153,7 +152,7 @@ def test_removing_anything_never_adds_visual_flops_or_bytes(rng: random.Random) 
 @given(rng=RANDOM)
 def test_removing_neurons_or_attention_never_adds_prefill_flops(rng: random.Random) -> None:
     plan = random_plan(identity(TINY), rng, bidirectional=False)
-    for change in ({"neurons": 0}, {"attend": False}, {"radius": 0}):
+    for change in ({"neurons": 0}, {"attend_heads": ()}, {"radius": 0}):
         less = plan.with_layers([replace(layer, **change) for layer in plan.layers])
         assert prefill_flops(less) <= prefill_flops(plan)
 
@@ -173,6 +172,7 @@ def test_head_rectangles_hold_every_head(rng: random.Random) -> None:
 
 def test_head_rectangles_of_multi_head_attention_are_never_padded() -> None:
     for count in range(33):
-        layer = replace(full_layer(LLAVA_7B), heads=tuple(range(count)), attend=bool(count))
+        heads = tuple(range(count))
+        layer = replace(full_layer(LLAVA_7B), read_heads=heads, attend_heads=heads)
         assert head_counts(layer, LLAVA_7B).reading == count
         assert head_counts(layer, LLAVA_7B).text_only == 32 - count

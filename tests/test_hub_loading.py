@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,8 @@ import json, sys
 import torch, transformers, yopo
 from transformers import pipeline
 from PIL import Image
-from yopo.serving.loading import loading as serving
-from yopo.pipeline import commands as workflow
+from yopo.pipeline import commands
+from yopo.serving.loading import load_dense
 
 def told(load):
     try:
@@ -60,9 +61,10 @@ pipe = pipeline("image-text-to-text", model="me/x", trust_remote_code=True)
 found["pipeline"] = told(lambda: pipe.model)
 found["answers"] = bool(pipe(text="<image>shape?", images=Image.new("RGB", (64, 64)),
                              generate_kwargs={"max_new_tokens": 2}))
-found["target"] = workflow.read_target("me/x")[0].budget.reached
-source = workflow.source_of_target("me/x", None, None)
-found["target dense"] = told(lambda: serving.load_dense(source))
+plan = commands.read_target("me/x")
+found["target"] = plan.budget.reached
+source = commands.source_of_target("me/x", plan, None)
+found["target dense"] = told(lambda: load_dense(source))
 found["name"] = yopo.load("me/x").config.name_or_path
 print(json.dumps(found))
 """
@@ -100,7 +102,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     for name, seed in (("first", 3), ("second", 4)):
         plan = tiny.random_plan(identity, random.Random(seed), compensation="mean", baked=False)
         budgets[name] = round(plan.budget.reached, BUDGET_DIGITS)
-        bake(plan, tiny.random_tensors(plan, 3), source.location, folder / name)
+        plan = replace(plan, tensors=tiny.random_tensors(plan, 3))
+        bake(plan, source.location, folder / name)
     shutil.copytree(folder / "first", folder / "second" / "inside" / "it")
     cache = folder / "home" / "hub"
     add_snapshot(cache, "me/x", "main", MAIN, folder / "first")

@@ -91,7 +91,7 @@ def check_numbers(found: PreTrainedModel, path: Path) -> None:
     inputs = tiny.batch(ROWS)
     where = tiny.real_text(inputs)
     usual = unpacked_copy(found, stock)
-    with pruned(usual, *read_baked_plan(path), check=False):
+    with pruned(usual, read_baked_plan(path), check=False):
         expected = tiny.logits(usual, inputs)[where]
     dense = tiny.logits(yopo.load(path), inputs)[where]
     assert torch.allclose(tiny.logits(found, inputs)[where], expected, atol=1e-3)
@@ -101,7 +101,7 @@ def check_numbers(found: PreTrainedModel, path: Path) -> None:
 def test_weights_that_cannot_be_cut_are_unpacked_in_part(baked: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(baked)
     pack(model)
-    with pruned(model, *read_baked_plan(baked), check=False):
+    with pruned(model, read_baked_plan(baked), check=False):
         check_numbers(model, baked)
 
 
@@ -112,7 +112,7 @@ def test_weights_that_are_packed_later_are_unpacked_as_well(baked: Path) -> None
     pack(model)
     pack(stock)
     inputs = tiny.batch(ROWS)
-    with pruned(stock, *read_baked_plan(baked), check=False):
+    with pruned(stock, read_baked_plan(baked), check=False):
         expected = tiny.logits(stock, inputs)
     # Parts that had been copied keep the values from before, which are the better ones.
     assert torch.allclose(tiny.logits(model, inputs), expected, atol=0.5)

@@ -40,11 +40,12 @@ SHARDS = {"one file": {}, "shards": {"max_shard_size": "100KB"}}
 
 def three_plans(subject: Subject) -> list[PruningPlan]:
     """Plans of one calibration: fitted, with means, and neither; one neuron order."""
-    made = []
-    for seed, compensation in enumerate(KINDS, start=7):
-        made.append(subject.random_plan(seed, compensation=compensation, baked=False))
-    order = made[0][1].neuron_order
-    return [(plan, replace(tensors, neuron_order=order)) for plan, tensors in made]
+    plans = [
+        subject.random_plan(seed, compensation=compensation, baked=False)
+        for seed, compensation in enumerate(KINDS, start=7)
+    ]
+    order = plans[0].tensors.neuron_order
+    return [replace(plan, tensors=replace(plan.tensors, neuron_order=order)) for plan in plans]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def baked(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subject.model.save_pretrained(folder / "source")
     (folder / "source" / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
     first, *others = three_plans(subject)
-    bake(*first, folder / "source", folder / "baked", also=others)
+    bake(first, folder / "source", folder / "baked", also=others)
     return folder / "baked"
 
 
@@ -239,7 +240,7 @@ def test_a_trainers_checkpoint_is_whole_and_training_goes_on_from_it(
 ) -> None:
     mha.model.save_pretrained(tmp_path / "source")
     first, *_ = three_plans(mha)
-    bake(*first, tmp_path / "source", tmp_path / "baked")
+    bake(first, tmp_path / "source", tmp_path / "baked")
     model = yopo.load(tmp_path / "baked", trainable=True)
     trainer(model, tmp_path / "run", 4).train()
     final = tmp_path / "run" / "checkpoint-4"
@@ -253,15 +254,15 @@ def test_a_trainers_checkpoint_is_whole_and_training_goes_on_from_it(
 def test_a_trained_checkpoint_can_be_baked_again(mha: Subject, tmp_path: Path) -> None:
     mha.model.save_pretrained(tmp_path / "source")
     first, second, _ = three_plans(mha)
-    bake(*first, tmp_path / "source", tmp_path / "baked")
+    bake(first, tmp_path / "source", tmp_path / "baked")
     model = yopo.load(tmp_path / "baked")
     shake(model)
     model.save_pretrained(tmp_path / "trained")
     found = read_plan(tmp_path / "trained" / "yopo_plan.yaml").model.fingerprint
-    plan = replace(second[0], model=replace(second[0].model, fingerprint=found))
-    bake(plan, second[1], tmp_path / "trained", tmp_path / "again")
+    plan = replace(second, model=replace(second.model, fingerprint=found))
+    bake(plan, tmp_path / "trained", tmp_path / "again")
     dense = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained")
-    with pruned(dense, plan, second[1]):
+    with pruned(dense, plan):
         expected = tiny.logits(dense, INPUTS)
     found = tiny.logits(yopo.load(tmp_path / "again"), INPUTS)
     where = tiny.real_text(INPUTS)

@@ -76,7 +76,7 @@ def test_remote_code_gives_the_pruned_model_and_no_random_weight(baked) -> None:
 
 
 def test_stock_load_is_the_original_model(baked) -> None:
-    path, _, _, subject = baked
+    path, _, subject = baked
     inputs = tiny.batch(ROWS)
     stock = AutoModelForImageTextToText.from_pretrained(path)
     assert not hasattr(stock.get_decoder(), "yopo")
@@ -84,17 +84,17 @@ def test_stock_load_is_the_original_model(baked) -> None:
     tiny.assert_close(tiny.logits(stock, inputs), usual, oracle, tiny.real(inputs))
 
 
-def test_baked_parts_are_views_not_copies(baked) -> None:
-    path, _, _, subject = baked
+def test_slices_of_baked_weights_are_views_not_copies(baked) -> None:
+    path, _, subject = baked
     if subject.shape.group > 1:
         pytest.skip("ragged groups of query heads are gathered")
     state = yopo.load(path).get_decoder().yopo
     held = [name for name, _ in state.named_buffers()]
     assert held and all(name.endswith("mean") for name in held)
     for layer in state.visual:
-        for part in (each for each in layer.children() if isinstance(each, SlicedLinear)):
-            own = part.source.weight.untyped_storage().data_ptr()
-            assert part.matrix()[0].untyped_storage().data_ptr() == own
+        for sliced in (each for each in layer.children() if isinstance(each, SlicedLinear)):
+            own = sliced.source.weight.untyped_storage().data_ptr()
+            assert sliced.matrix()[0].untyped_storage().data_ptr() == own
 
 
 def test_loading_needs_no_prompt_and_no_yopo_when_dense(baked) -> None:
@@ -131,7 +131,7 @@ def test_a_missing_weight_is_an_error_not_a_random_tensor(
 
 
 def test_other_weights_than_the_plans_are_refused(baked, tmp_path: Path) -> None:
-    path, _, _, subject = baked
+    path, _, subject = baked
     other = shutil.copytree(path, tmp_path / "other")
     stranger = tiny.llava("mha")
     if subject.shape != tiny.make_subject("mha").shape:
@@ -187,8 +187,9 @@ def test_a_model_says_whether_it_is_pruned_and_how_far(baked) -> None:
         assert yopo.is_pruned(each)
         assert yopo.plan_of(each).budget.reached == plan.budget.reached
     assert not yopo.is_pruned(subject.model) and yopo.plan_of(subject.model) is None
-    with pruned(subject.model, plan):
-        assert yopo.plan_of(subject.model) is plan
+    means = PlanTensors(neuron_mean=plan.tensors.neuron_mean, head_mean=plan.tensors.head_mean)
+    with pruned(subject.model, plan):  # the order is in its layers
+        assert yopo.plan_of(subject.model) == replace(plan, tensors=means)
     assert not yopo.is_pruned(subject.model)
 
 
@@ -208,19 +209,17 @@ def test_any_precision_loads_in_any_other(mha: Subject, stored, loaded, tmp_path
     found = yopo.load(tmp_path / "out", dtype=loaded)
     assert found.dtype == loaded and yopo.is_pruned(found)
     dense = load_dense(resolve(str(tmp_path / "out")), dtype=loaded)
-    with pruned(dense, yopo.read_plan(tmp_path / "out" / "yopo_plan.yaml"), baked_side(tmp_path)):
+    own = yopo.read_plan(tmp_path / "out" / "yopo_plan.yaml")
+    assert own == read_baked_plan(tmp_path / "out")
+    with pruned(dense, own):
         assert yopo.is_pruned(dense)  # a model in memory knows its files, too
-
-
-def baked_side(folder: Path) -> PlanTensors | None:
-    return read_baked_plan(folder / "out")[1]
 
 
 @pytest.mark.parametrize(
     "part", ["linear_1.weight", "lm_head.weight", "embed_tokens.weight", "mlp.up_proj.weight"]
 )
 def test_swapped_parts_and_inner_rows_are_noticed(baked, part: str, tmp_path: Path) -> None:
-    path, _, _, subject = baked
+    path, _, subject = baked
     if subject.shape != tiny.make_subject("mha").shape:
         pytest.skip("one shape is enough")
     other = shutil.copytree(path, tmp_path / "other")

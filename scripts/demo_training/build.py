@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from yopo.demo.scenes import IMAGE_SIZE
-from yopo.demo.vocabulary import COLORS, COLUMNS, NUMBERS, PLURALS, ROWS, TEMPLATES
+from yopo.demo.vocabulary import COLORS, COLUMNS, NUMBERS, PLURALS, ROWS, SHAPES
 
 PATCH_SIZE = 8  # 64 / 8: a grid of 8 x 8 visual tokens
 HIDDEN_SIZE = 128
@@ -55,7 +55,7 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer: every word of the scenes, and nothing else."""
-    words = [*_SPECIAL.values(), _IMAGE_TOKEN, *_WORDS, *COLORS, *TEMPLATES, *PLURALS.values()]
+    words = [*_SPECIAL.values(), _IMAGE_TOKEN, *_WORDS, *COLORS, *SHAPES, *PLURALS.values()]
     words += [*NUMBERS, *ROWS, *COLUMNS]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_SPECIAL["unk_token"]))

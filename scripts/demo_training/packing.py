@@ -12,9 +12,9 @@ from transformers import LlavaProcessor
 from demo_training.build import PATCH_SIZE
 from demo_training.rows import ChatForm, RowPacker
 from yopo.demo.scenes import IMAGE_SIZE, Scene, split_scenes, turns
-from yopo.demo.vocabulary import COLORS, GRID, TEMPLATES
+from yopo.demo.vocabulary import COLORS, GRID, SHAPES
 
-LABELS = {"color": 1 + len(COLORS), "shape": 1 + len(TEMPLATES), "cell": 1 + GRID * GRID}
+LABELS = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "cell": 1 + GRID * GRID}
 """What `patch_labels` says of a patch, and how many classes that has; 0 is the background."""
 
 _GRID_PATCHES = IMAGE_SIZE // PATCH_SIZE
@@ -45,7 +45,7 @@ def patch_labels(scene: Scene) -> Tensor:
     pixels = (blocks == np.arange(1, 1 + len(scene.objects))).sum(1)  # (patch, object)
     colors = list(COLORS)
     names = [
-        (1 + colors.index(o.color), 1 + TEMPLATES.index(o.shape), 1 + o.row * GRID + o.col)
+        (1 + colors.index(o.color), 1 + SHAPES.index(o.shape), 1 + o.row * GRID + o.col)
         for o in scene.objects
     ]
     covered = pixels.max(1) >= _MIN_PATCH_PIXELS

@@ -18,9 +18,10 @@ from yopo.data.prompts import encode, load_processor
 from yopo.evaluation.fidelity import compare, record_dense
 from yopo.models.processors import image_class, load_without_videos
 from yopo.planning.planner import make_plan
-from yopo.planning.request import plan_request
+from yopo.planning.request import BudgetRequest
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
+from yopo.plans.schema import PruningPlan
 from yopo.runtime.install import pruned
 from yopo.support.errors import ModelError
 
@@ -173,13 +174,22 @@ def test_pairs_are_measured_planned_and_compared(folder: Path, kind: str) -> Non
     assert statistics.rho.shape == (3, 3, 4) and statistics.workload.grids in GRIDS
     records = record_dense(model, processor, PAIRS, batch_size=2, max_new_tokens=3)
 
-    def judge(plan) -> float:
+    def judge(plan: PruningPlan) -> float:
         with pruned(model, plan):
             return compare(model, records).kl
 
-    plan, candidates = make_plan(statistics, plan_request(budget=0.5), judge)
+    plan, candidates = make_plan(statistics, BudgetRequest(0.5), judge)
     assert visual_budget(plan) <= 0.5
     assert all(each.kl > 0 for each in candidates) and len(candidates) > 3
+
+
+@pytest.mark.parametrize("often", range(len(PAIRS)))
+def test_the_usual_pair_has_the_commonest_grids(folder: Path, kind: str, often: int) -> None:
+    """Across batches, wherever they come, and however large they are."""
+    model, processor = make_model(kind), load_processor(str(folder))
+    pairs = [*PAIRS[:often], PAIRS[often], *PAIRS[often:]]
+    statistics = measure(model, processor, pairs, name="tiny", batch_size=3)
+    assert statistics.workload.grids == GRIDS[often]
 
 
 def test_whatever_else_is_missing_is_still_an_error(folder: Path, tmp_path: Path) -> None:

@@ -32,43 +32,43 @@ def different(count: int) -> list[Pair]:
 
 
 SIZES = {1: (1, 0), 8: (8, 0), 15: (15, 0), 16: (8, 8), 32: (24, 8), 256: (192, 64)}
-WITH_ASIDE = {16: (16, 0, 0), 24: (8, 8, 8), 256: (128, 64, 64), 2048: (1728, 64, 256)}
+WITH_HOLDOUT = {16: (16, 0, 0), 24: (8, 8, 8), 256: (128, 64, 64), 2048: (1728, 64, 256)}
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_the_sides_are_disjoint_and_sane(aside: bool) -> None:
-    for total, sizes in (WITH_ASIDE if aside else SIZES).items():
-        wanted = {"fit": 256, "held_out": 64, "aside": 256 if aside else 0}
+@pytest.mark.parametrize("holdout", [False, True])
+def test_the_sides_are_disjoint_and_sane(holdout: bool) -> None:
+    for total, sizes in (WITH_HOLDOUT if holdout else SIZES).items():
+        wanted = {"fit": 256, "comparison": 64, "holdout": 256 if holdout else 0}
         found = split_pairs(different(total), seed=0, **wanted)
-        assert tuple(map(len, (found.statistics, found.held_out, found.aside))) == (*sizes, 0)[:3]
+        sides = (found.statistics, found.comparison, found.holdout)
+        assert tuple(map(len, sides)) == (*sizes, 0)[:3]
         assert found.fit <= found.statistics and len(found.fit) == min(256, sizes[0])
-        sides = (found.statistics, found.held_out, found.aside)
         assert sum(map(len, sides)) == total and frozenset().union(*sides) == set(range(total))
-        assert not found.held_out or min(len(found.fit), len(found.held_out)) >= MIN_SIDE
+        assert not found.comparison or min(len(found.fit), len(found.comparison)) >= MIN_SIDE
 
 
 def test_all_pairs_are_measured_where_nothing_is_compared() -> None:
     found = split_pairs(different(9), seed=0, fit=4)
     assert found.statistics == set(range(9)) and len(found.fit) == 4
-    assert not found.held_out and not found.aside
+    assert not found.comparison and not found.holdout
 
 
 def test_a_seed_always_divides_alike() -> None:
     first, again, other = (
-        split_pairs(different(64), seed=seed, fit=256, held_out=16) for seed in (1, 1, 2)
+        split_pairs(different(64), seed=seed, fit=256, comparison=16) for seed in (1, 1, 2)
     )
     assert first == again != other
     # Not the first ones: data is often sorted.
-    assert first.held_out != set(range(16))
+    assert first.comparison != set(range(16))
 
 
 def test_pairs_that_share_an_image_stay_together() -> None:
     rng = random.Random(0)
     pairs = [pair(f"{rng.randrange(30)}".encode(), question=str(n)) for n in range(200)]
-    found = split_pairs(pairs, seed=3, fit=256, held_out=64, aside=256)
+    found = split_pairs(pairs, seed=3, fit=256, comparison=64, holdout=256)
     shown = [
         {image.source for number in side for image in pairs[number].images}
-        for side in (found.statistics, found.held_out, found.aside)
+        for side in (found.statistics, found.comparison, found.holdout)
     ]
     assert all(shown) and not any(shown[a] & shown[b] for a, b in ((0, 1), (0, 2), (1, 2)))
     assert found.images == 30 and found.total == 200
@@ -79,13 +79,13 @@ def test_images_join_pairs_through_others() -> None:
     assert group_by_image(pairs) == [[0, 1, 3, 4], [2], [5]]
 
 
-def test_of_two_images_with_many_questions_one_is_held_out() -> None:
+def test_of_two_images_with_many_questions_one_is_compared_on() -> None:
     pairs = [pair(b"one", question=str(n)) for n in range(20)]
     pairs += [pair(b"two", question=str(n)) for n in range(12)]
-    found = split_pairs(pairs, seed=0, fit=256, held_out=64)
-    assert found.statistics == set(range(20)) and len(found.held_out) == 8
-    alone = split_pairs(pairs[:20], seed=0, fit=256, held_out=64)
-    assert not alone.held_out and len(alone.statistics) == 20 and alone.images == 1
+    found = split_pairs(pairs, seed=0, fit=256, comparison=64)
+    assert found.statistics == set(range(20)) and len(found.comparison) == 8
+    alone = split_pairs(pairs[:20], seed=0, fit=256, comparison=64)
+    assert not alone.comparison and len(alone.statistics) == 20 and alone.images == 1
 
 
 def test_the_same_bytes_are_the_same_image(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_few_pairs_or_images_are_warned_of(capsys: pytest.CaptureFixture) -> Non
         ([pair(b"one")] * 40, "warning: Only 40 pairs of 1 different image to"),
         (different(FEW), ""),
     ):
-        warn_if_few(split_pairs(pairs, seed=0, fit=256, held_out=64))
+        warn_if_few(split_pairs(pairs, seed=0, fit=256, comparison=64))
         said = capsys.readouterr().err
         assert said.startswith(expected) and bool(said) == bool(expected)
         assert not said or f"at least {FEW}" in said and "--samples" in said

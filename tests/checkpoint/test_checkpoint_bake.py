@@ -27,6 +27,7 @@ from yopo.checkpoint.order import order_layers
 from yopo.checkpoint.reader import Checkpoint, fingerprint
 from yopo.checkpoint.writer import format_bytes
 from yopo.models.fingerprint import fingerprint_of_decoder, is_same
+from yopo.plans.file import read_document
 from yopo.plans.schema import LayerPlan
 from yopo.plans.storage import read_plan
 from yopo.plans.tensors import PlanTensors
@@ -91,7 +92,7 @@ def test_stock_transformers_loads_the_original_function(
     baked, inputs, kind, hub_layout, sharded, compensation
 ) -> None:
     layout = {"hub_layout": hub_layout, "sharded": sharded}
-    source, _, _, report = baked(kind, compensation=compensation, **layout)
+    source, _, report = baked(kind, compensation=compensation, **layout)
     original, reordered = load(source.path), load(report.output)
     before, after = logits(original, inputs), logits(reordered, inputs)
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
@@ -103,7 +104,7 @@ def test_stock_transformers_loads_the_original_function(
 
 
 def test_float32_logits_are_as_near_to_the_oracle_as_the_originals(baked, inputs) -> None:
-    source, _, _, report = baked()
+    source, _, report = baked()
     oracle = logits(load(source.path), inputs)
     error = (logits(load(source.path, torch.float32), inputs) - oracle).abs().max()
     found = (logits(load(report.output, torch.float32), inputs) - oracle).abs().max()
@@ -145,7 +146,7 @@ def test_every_decoder_tensor_stands_in_the_plans_order(baked, kind) -> None:
 
 @pytest.mark.parametrize("sharded", [True, False])
 def test_names_dtypes_and_shard_layout_are_the_sources(baked, sharded) -> None:
-    source, _, _, report = baked(sharded=sharded)
+    source, _, report = baked(sharded=sharded)
     before, after = Checkpoint.open(source.path), Checkpoint.open(report.output)
     assert before.shards == after.shards
     assert report.num_bytes == before.num_bytes
@@ -159,7 +160,7 @@ def test_names_dtypes_and_shard_layout_are_the_sources(baked, sharded) -> None:
 
 
 def test_bfloat16_stays_bfloat16(baked, inputs) -> None:
-    source, plan, _, report = baked(dtype=torch.bfloat16)
+    source, plan, report = baked(dtype=torch.bfloat16)
     tensors = read_all(report.output)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     before, after = (logits(load(path), inputs) for path in (source.path, report.output))
@@ -168,7 +169,7 @@ def test_bfloat16_stays_bfloat16(baked, inputs) -> None:
 
 def test_plain_process_without_yopo(baked, inputs, tmp_path) -> None:
     """Where yopo is not even imported, the result is the original model, without a prompt."""
-    source, _, _, report = baked("gqa")
+    source, _, report = baked("gqa")
     torch.save(inputs, tmp_path / "inputs.pt")
     code = """
 import sys, torch
@@ -195,10 +196,10 @@ assert not [name for name in sys.modules if name.startswith("yopo")]
 
 @pytest.mark.parametrize("kind", ["mha", "gqa"])
 def test_baked_plan_is_the_checkpoints_own(baked, kind) -> None:
-    source, plan, _, report = baked(kind)
-    found, tensors = read_plan(report.output / "yopo_plan.yaml")
-    assert tensors is None and not (report.output / "yopo.safetensors").exists()
-    assert found.baked and found.tensors is None
+    source, plan, report = baked(kind)
+    found = read_plan(report.output / "yopo_plan.yaml")
+    assert not (report.output / "yopo.safetensors").exists()
+    assert found.baked and found.tensors == PlanTensors()
     assert found.layers == report.plan.layers
     if kind == "mha":
         assert [layer.read_heads for layer in found.layers] == [(0, 1, 2, 3), (0, 1), (0,)]
@@ -211,9 +212,9 @@ def test_baked_plan_is_the_checkpoints_own(baked, kind) -> None:
 
 def test_means_travel_in_a_side_file(baked) -> None:
     source, plan, report = baked(compensation="mean")
-    found, means = read_plan(report.output / "yopo_plan.yaml")
-    assert found.tensors.file == "yopo.safetensors"
-    assert means.neuron_order is None
+    tensors, means = plan.tensors, read_plan(report.output / "yopo_plan.yaml").tensors
+    assert read_document(report.output / "yopo_plan.yaml")[1].file == "yopo.safetensors"
+    assert means.neuron_order is None and means == report.plan.tensors
     order = order_layers(plan)[1]
     assert torch.equal(means.neuron_mean[1], tensors.neuron_mean[1, order.neuron_order])
     assert torch.equal(means.head_mean[1, 0], tensors.head_mean[1, order.head_order[0]])
@@ -225,11 +226,11 @@ def test_means_travel_in_a_side_file(baked) -> None:
 @pytest.mark.parametrize("compensation", ["none", "mean", "refit"])
 def test_baked_and_loaded_is_the_pruned_model_in_memory(baked, inputs, kind, compensation) -> None:
     source, plan, report = baked(kind, compensation=compensation)
-    found_plan, found_tensors = read_plan(report.output / "yopo_plan.yaml")
+    found_plan = read_plan(report.output / "yopo_plan.yaml")
     original, reordered = load(source.path), load(report.output)
     with pruned(original, plan, check=False):
         expected = logits(original, inputs)
-    with pruned(reordered, found_plan, found_tensors, check=False):
+    with pruned(reordered, found_plan, check=False):
         found = logits(reordered, inputs)
     text = inputs["input_ids"] != IMAGE_TOKEN
     torch.testing.assert_close(found[text], expected[text], rtol=1e-10, atol=1e-9)
@@ -240,9 +241,10 @@ def test_baked_and_loaded_is_the_pruned_model_in_memory(baked, inputs, kind, com
 
 
 def test_fitted_weights_travel_in_a_side_file(baked) -> None:
-    _, _, tensors, report = baked("gqa", compensation="refit")
-    found, own = read_plan(report.output / "yopo_plan.yaml")
-    assert found.tensors.file == "yopo.safetensors" and own.neuron_order is None
+    _, plan, report = baked("gqa", compensation="refit")
+    tensors, own = plan.tensors, read_plan(report.output / "yopo_plan.yaml").tensors
+    assert read_document(report.output / "yopo_plan.yaml")[1].file == "yopo.safetensors"
+    assert own.neuron_order is None and own == report.plan.tensors
     assert {index: set(weights) for index, weights in own.refit.items()} == {
         index: set(weights) for index, weights in tensors.refit.items()
     }
@@ -251,7 +253,7 @@ def test_fitted_weights_travel_in_a_side_file(baked) -> None:
 
 
 def test_companions(baked) -> None:
-    source, _, _, report = baked()
+    source, _, report = baked()
     found = {path.name for path in report.output.iterdir()}
     assert {"chat_template.jinja", "generation_config.json", "README.original.md"} <= found
     assert not {"pytorch_model.bin", ".git"} & found
@@ -269,7 +271,7 @@ def test_companions(baked) -> None:
 
 
 def test_model_card(baked) -> None:
-    _, plan, _, report = baked()
+    _, plan, report = baked()
     card = (report.output / "README.md").read_text()
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["license"] == "llama2"
@@ -284,7 +286,7 @@ def test_model_card(baked) -> None:
 
 @pytest.mark.parametrize("compensation", ["mean", "refit"])
 def test_model_card_of_a_compensated_plan(baked, compensation) -> None:
-    _, _, _, report = baked(compensation=compensation)
+    _, _, report = baked(compensation=compensation)
     card = (report.output / "README.md").read_text()
     size = format_bytes((report.output / "yopo.safetensors").stat().st_size)
     words = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
@@ -307,7 +309,7 @@ def test_no_license_is_invented(saved, make_plan, tmp_path) -> None:
     again = replace(
         plan, model=replace(plan.model, fingerprint=fingerprint(Checkpoint.open(source)))
     )
-    bake(again, tensors, source, tmp_path / "out")
+    bake(again, source, tmp_path / "out")
     assert "license" not in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -324,7 +326,7 @@ def test_the_same_input_gives_the_same_bytes(saved, make_plan, tmp_path, compens
 def test_a_baked_checkpoint_can_be_baked_again(
     baked, make_plan, inputs, tmp_path, compensation
 ) -> None:
-    source, _, _, first = baked("gqa", compensation=compensation)
+    source, _, first = baked("gqa", compensation=compensation)
     plan = make_plan(load(first.output, torch.float32))
     second = bake(plan, first.output, tmp_path / "again")
     before, after = logits(load(source.path), inputs), logits(load(second.output), inputs)
@@ -334,7 +336,7 @@ def test_a_baked_checkpoint_can_be_baked_again(
 
 
 def test_remote_code_defines_the_class(baked) -> None:
-    _, _, _, report = baked()
+    _, _, report = baked()
     name = json.loads((report.output / "config.json").read_text())["auto_map"]
     found = get_class_from_dynamic_module(
         name["AutoModelForImageTextToText"], str(report.output), local_files_only=True
@@ -345,7 +347,7 @@ def test_remote_code_defines_the_class(baked) -> None:
 
 def test_remote_code_without_yopo_says_so(baked, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "yopo.serving.loading", None)
-    _, _, _, report = baked()
+    _, _, report = baked()
     with pytest.raises(ImportError, match="needs the Python package yopo: install it"):
         exec((report.output / "modeling_yopo.py").read_text(), {"__name__": "modeling_yopo"})
 
@@ -362,7 +364,7 @@ def test_dry_run_validates_and_writes_nothing(saved, make_plan, tmp_path) -> Non
 
 
 def test_an_identity_plan_copies_every_byte(saved, make_plan, tmp_path) -> None:
-    plan, _ = make_plan(saved().model)
+    plan = make_plan(saved().model)
     shape = plan.model.shape
     full = LayerPlan(
         tuple(range(shape.heads)),
@@ -370,8 +372,8 @@ def test_an_identity_plan_copies_every_byte(saved, make_plan, tmp_path) -> None:
         radius=None,
         neurons=shape.ffn,
     )
-    plan = replace(plan.with_layers((full,) * shape.layers), measured=None, tensors=None)
-    report = bake(plan, None, saved().path, tmp_path / "out")
+    plan = replace(plan.with_layers((full,) * shape.layers), measured=None, tensors=PlanTensors())
+    report = bake(plan, saved().path, tmp_path / "out")
     assert report.num_reordered == 0
     assert is_same(report.plan.model.fingerprint, plan.model.fingerprint)
     for file in saved().path.glob("*.safetensors"):
@@ -493,10 +495,10 @@ def test_what_is_read_back_is_compared(saved, make_plan, tmp_path, monkeypatch, 
 
 @pytest.fixture
 def refused(saved, make_plan, tmp_path):
-    """Factory: bake with an altered plan or tensors must raise and write nothing."""
+    """Factory: bake with an altered plan must raise and write nothing."""
 
-    def check(kind, match: str, alter=lambda plan, tensors: plan, *, on=None) -> None:
-        plan = alter(*make_plan(saved().model))
+    def check(kind, match: str, alter=lambda plan: plan, *, on=None) -> None:
+        plan = alter(make_plan(saved().model))
         with pytest.raises(kind, match=match):
             bake(plan, (on or saved()).path, tmp_path / "out")
         assert not list(tmp_path.iterdir())
@@ -505,42 +507,36 @@ def refused(saved, make_plan, tmp_path):
 
 
 def test_refuses_a_baked_plan(refused) -> None:
-    refused(PlanError, "baked already", lambda plan, t: (replace(plan, baked=True), t))
+    refused(PlanError, "baked already", lambda plan: replace(plan, baked=True))
 
 
 def test_refuses_a_plan_without_its_neuron_order(refused) -> None:
-    refused(PlanError, "its neuron order is missing", lambda plan, _: (plan, None))
-    refused(PlanError, "its neuron order is missing", lambda plan, _: (plan, PlanTensors()))
+    refused(PlanError, "The plan: lacks neuron_order", lambda plan: plan.without_tensors())
 
 
 def test_refuses_compensation_without_means(refused) -> None:
-    refused(PlanError, "lacks the means", lambda p, t: (replace(p, compensation="mean"), t))
+    refused(PlanError, "lacks the means", lambda plan: replace(plan, compensation="mean"))
 
 
-def test_refuses_fitted_weights_that_are_missing_or_another_plans(refused, make_plan) -> None:
-    refused(
-        PlanError,
-        "layer 0's fitted 'output' has shape None",
-        lambda plan, t: (_refitted(plan), t),
-    )
+def test_refuses_fitted_weights_that_are_missing_or_another_plans(refused) -> None:
+    refused(PlanError, "layer 0's fitted 'output' has shape None", _refitted)
 
     def other(plan):
-        plan = _refitted(plan)
         weights = {"output": torch.zeros(1, 2), "output_bias": torch.zeros(32)}
-        return plan, replace(tensors, refit={0: weights})
+        return replace(_refitted(plan), tensors=replace(plan.tensors, refit={0: weights}))
 
     refused(PlanError, r"fitted 'output' has shape \(1, 2\), expected \(32, 16\)", other)
 
 
 def _refitted(plan):
     """The plan with two of four heads attending in its first layer."""
-    first = replace(plan.layers[0], attend=(1, 2))
+    first = replace(plan.layers[0], attend_heads=(1, 2))
     return replace(plan.with_layers((first, *plan.layers[1:])), compensation="refit")
 
 
 def test_refuses_another_checkpoint_and_names_both(refused) -> None:
     def other(plan):
-        return replace(plan, model=replace(plan.model, fingerprint="abcdef")), tensors
+        return replace(plan, model=replace(plan.model, fingerprint="abcdef"))
 
     refused(ModelError, r"fingerprint is [-0-9a-f]{97}, the plan's is abcdef", other)
 
@@ -552,7 +548,7 @@ def test_refuses_another_shape(refused, saved) -> None:
 
 def test_refuses_another_family(refused) -> None:
     def other(plan):
-        return replace(plan, model=replace(plan.model, family="qwen2_vl")), tensors
+        return replace(plan, model=replace(plan.model, family="qwen2_vl"))
 
     refused(ModelError, "is a llava model, the plan was made for qwen2_vl", other)
 

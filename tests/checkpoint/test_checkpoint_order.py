@@ -7,17 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from yopo.checkpoint.order import baked_plan, baked_tensors, order_heads, order_layers
+from yopo.checkpoint.order import baked_plan, order_heads, order_layers
 from yopo.plans.checks import check_tensors
-from yopo.plans.file import TensorsFile, parse_plan, to_yaml
+from yopo.plans.file import parse_plan, to_yaml
 from yopo.plans.schema import LayerPlan, ModelShape
+from yopo.plans.tensors import PlanTensors
 
 MHA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=6, head_dim=2, ffn=4)
 GQA = ModelShape(layers=1, hidden=8, heads=6, kv_heads=2, head_dim=2, ffn=4)
 
 
 def keep(*heads: int) -> LayerPlan:
-    return LayerPlan(heads, attend_heads=bool(heads), radius=None, neurons=2)
+    return LayerPlan(heads, attend_heads=heads, radius=None, neurons=2)
 
 
 def test_mha_puts_kept_heads_first_and_both_parts_in_order_of_activity() -> None:
@@ -51,7 +52,7 @@ def test_baked_plan_keeps_the_same_heads_under_new_names(
 ) -> None:
     plan = make_plan(saved(kind).model, compensation=compensation)
     orders = order_layers(plan)
-    baked = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab" * 32), "new fingerprint")
+    baked = baked_plan(plan, orders)
     for old, new, order in zip(plan.layers, baked.layers, orders, strict=True):
         assert {order.head_order[head] for head in new.read_heads} == set(old.read_heads)
         assert {order.head_order[head] for head in new.attend_heads} == set(old.attend_heads)
@@ -61,19 +62,20 @@ def test_baked_plan_keeps_the_same_heads_under_new_names(
         if kind == "mha":
             assert new.read_heads == tuple(range(len(old.read_heads)))
             assert new.attend_heads == tuple(range(len(old.attend_heads)))
-    assert baked.baked and baked.model.fingerprint == "new fingerprint"
+    assert baked.baked and baked.model == plan.model
     assert baked.provenance == {**plan.provenance, "baked_from": plan.model.fingerprint}
     rho = [plan.measured.rho[0][old] for old in orders[0].head_order]
     assert baked.measured.rho[0] == tuple(rho)
     if compensation == "mean":  # all heads of this layer attend, so activity alone decides
         assert rho == sorted(rho, reverse=True)
-    assert parse_plan("again", to_yaml(baked)).layers == baked.layers
+    again, _ = parse_plan("again", to_yaml(baked))
+    assert again.layers == baked.layers
 
 
 def test_baked_tensors_follow_the_order(saved, make_plan) -> None:
     plan = make_plan(saved().model, compensation="mean")
     orders = order_layers(plan)
-    baked = baked_tensors(plan, orders)
+    tensors, baked = plan.tensors, baked_plan(plan, orders).tensors
     assert baked.neuron_order is None
     for layer, order in enumerate(orders):
         assert torch.equal(order.neuron_order, tensors.neuron_order[layer])
@@ -87,15 +89,14 @@ def test_baked_tensors_follow_the_order(saved, make_plan) -> None:
 def test_fitted_weights_follow_the_heads(kind, saved, make_plan) -> None:
     plan = make_plan(saved(kind).model, compensation="refit")
     orders = order_layers(plan)
-    baked = baked_tensors(plan, orders)
-    renamed = baked_plan(plan, orders, TensorsFile("yopo.safetensors", "ab" * 32), "new")
-    assert baked.neuron_order is None
-    check_tensors(renamed, baked, "The baked plan")
+    renamed = baked_plan(plan, orders)
+    assert renamed.tensors.neuron_order is None
+    check_tensors(renamed, "The baked plan")
     shape, moved = plan.model.shape, 0
     for index, (old, new, order) in enumerate(
         zip(plan.layers, renamed.layers, orders, strict=True)
     ):
-        before, after = tensors.refit[index], baked.refit[index]
+        before, after = plan.tensors.refit[index], renamed.tensors.refit[index]
         assert before.keys() == after.keys()
         kv_pairs = (new.kept_kv(shape), old.kept_kv(shape), order.kv_order)
         pairs = {"query": (new.attend_heads, old.attend_heads, order.head_order)}
@@ -118,11 +119,12 @@ def test_fitted_weights_follow_the_heads(kind, saved, make_plan) -> None:
 
 def test_plans_without_compensation_bake_no_tensors(saved, make_plan) -> None:
     plan = make_plan(saved().model)
-    assert baked_tensors(plan, order_layers(plan)) is None
+    assert plan.tensors.num_bytes
+    assert baked_plan(plan, order_layers(plan)).tensors == PlanTensors()
 
 
 def test_no_tensors_leave_the_neurons_alone(saved, make_plan) -> None:
-    plan, _ = make_plan(saved().model)
+    plan = make_plan(saved().model).without_tensors()
     full = tuple(replace(layer, neurons=plan.model.shape.ffn) for layer in plan.layers)
-    for order in order_layers(plan.with_layers(full), None):
+    for order in order_layers(plan.with_layers(full)):
         assert torch.equal(order.neuron_order, torch.arange(plan.model.shape.ffn))

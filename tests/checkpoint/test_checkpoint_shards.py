@@ -113,6 +113,77 @@ def test_a_source_that_shrinks_is_noticed(tmp_path, changes) -> None:
         list(write_shard(source, target, shard, changes))
 
 
+@pytest.mark.parametrize("in_kernel", [True, False], ids=["by the kernel", "by hand"])
+@pytest.mark.parametrize("min_read", [1, 10**6], ids=["by row", "whole"])
+@pytest.mark.parametrize("most", [1, 7, 100])
+def test_calls_that_move_less_than_asked_go_on_where_they_stopped(
+    tmp_path, monkeypatch, most, min_read, in_kernel
+) -> None:
+    """Signals and network file systems cut reads and writes short, at any byte."""
+    preadv, pwrite, cut = os.preadv, os.pwrite, {"preadv": 0, "pwrite": 0, "copy_file_range": 0}
+
+    def short_read(file, buffers, start):
+        (view,) = buffers
+        cut["preadv"] += len(view) > most
+        return preadv(file, [view[:most]], start)
+
+    def short_write(file, data, start):
+        cut["pwrite"] += len(data) > most
+        return pwrite(file, data[:most], start)
+
+    def short_copy(source, target, size, source_start, target_start):
+        cut["copy_file_range"] += size > most
+        return pwrite(target, os.pread(source, min(size, most), source_start), target_start)
+
+    tensors = make_tensors(torch.float32, BLOCK)
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(tensors, source)
+    monkeypatch.setattr(shards, "MIN_READ", min_read)
+    monkeypatch.setattr(os, "preadv", short_read)
+    monkeypatch.setattr(os, "pwrite", short_write)
+    if in_kernel:
+        monkeypatch.setattr(os, "copy_file_range", short_copy, raising=False)
+    else:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    run(source, target, reorders())
+    monkeypatch.undo()
+    assert cut["preadv"] and cut["pwrite"] and bool(cut["copy_file_range"]) == in_kernel
+    found = load_file(target)
+    for name, tensor in expected(tensors, BLOCK).items():
+        assert torch.equal(found[name], tensor), name
+    assert target.stat().st_size == source.stat().st_size
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize("min_read", [1, 10**6], ids=["by row", "whole"])
+@pytest.mark.parametrize("changes", [{}, reorders()], ids=["copied", "reordered"])
+def test_a_source_that_ends_within_a_read_is_noticed(
+    tmp_path, monkeypatch, after, min_read, changes
+) -> None:
+    """A part of what was asked for, then nothing: whatever lay in memory must not be written."""
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(make_tensors(torch.float32, BLOCK), source)
+    shard = read_shard(source)
+    preadv, calls = os.preadv, []
+
+    def run_dry(file, buffers, start):
+        calls.append(start)
+        (view,) = buffers
+        assert len(calls) < 100, "asked for more again and again"
+        if len(calls) > after + 1:
+            return 0
+        return preadv(file, [view[: len(view) // 2]] if len(calls) > after else buffers, start)
+
+    monkeypatch.setattr(shards, "MIN_READ", min_read)
+    monkeypatch.setattr(shards, "CHUNK", 64)
+    monkeypatch.setattr(shards, "WORKERS", 1)
+    monkeypatch.setattr(os, "preadv", run_dry)
+    monkeypatch.delattr(os, "copy_file_range", raising=False)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        list(write_shard(source, target, shard, changes))
+    assert after + 2 <= len(calls) < 100
+
+
 def test_no_worker_goes_on_when_nobody_asks_for_more(tmp_path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(make_tensors(torch.float32, BLOCK), source)

@@ -162,7 +162,7 @@ def test_prompt_without_visual_token(calibrate, model: Path, tmp_path: Path) -> 
     assert "Found total 0 <image> tokens" in calibrate(of=blind)
 
 
-# PlanRequest
+# Requests
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.01, "nan"])
@@ -172,15 +172,16 @@ def test_budget_outside_0_to_1(yopo: Yopo, model: Path, calibrated: Path, budget
         assert done.is_sentence and "budget must lie in (0, 1]" in done.err and not os.listdir()
 
 
-def test_wishes_that_cannot_be_met(yopo: Yopo, calibrated: Path) -> None:
+def test_requests_that_cannot_be_met(yopo: Yopo, calibrated: Path) -> None:
     cases = {
         ("--budget", 1e-4): "fits a visual budget of 0.0001",
-        ("--budget", 0.5, "--shape", "readr"): "Did you mean 'reader'",
+        ("--budget", 0.5, "--template", "readr"): "Did you mean 'reader'",
         ("--preset", "yopo-24"): "Did you mean 'yopo-25'",
         ("--visual-layers", 9): "the model has 3 layers",
         ("--head-ratio", 2): "head_ratio must lie in [0, 1]",
         ("--alpha", 0.1, "--head-ratio", 0.5): "exclude one another",
-        ("--shape", "reader", "--radius", 1): "shape needs a budget",
+        ("--template", "reader", "--radius", 1): "template needs a budget",
+        ("--shape", "reader", "--radius", 1): "template needs a budget",  # its former name
     }
     for arguments, sentence in cases.items():
         done = yopo("plan", calibrated / "stats.safetensors", *arguments)

@@ -21,10 +21,8 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     got: dict[str, Any] = {}
 
-    def calibrate(
-        model: str, wishes: PlanRequest, options: Any, fit_options: Any, **_: Any
-    ) -> None:
-        got.update(model=model, wishes=wishes, options=options, fit_options=fit_options)
+    def calibrate(model: str, request: Any, options: Any, fit_options: Any, **_: Any) -> None:
+        got.update(model=model, request=request, options=options, fit_options=fit_options)
         raise Called
 
     monkeypatch.setattr("yopo.pipeline.commands.calibrate", calibrate)
@@ -42,39 +40,53 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_defaults(called) -> None:
     got, _ = called(None, "--model", "m", "--device", "cpu")
-    assert got["wishes"] == plan_request(budget=0.25)
+    assert got["request"] == plan_request(budget=0.25)
     assert got["options"] == RunOptions(device="cpu")
-    assert got["effort"] == FitOptions("text", measure_pairs=64, fit_pairs=256)
+    assert got["fit_options"] == FitOptions("text", measure_pairs=64, fit_pairs=256)
 
 
 def test_file_overrides_defaults_and_flags_override_the_file(called) -> None:
     text = "model: a\nsamples: 7\nbatch_size: 3\ndtype: bfloat16\nbudget: 0.5\nqueries: last\n"
     got, _ = called(text)
     assert (got["model"], got["options"].samples, got["options"].batch_size) == ("a", 7, 3)
-    assert got["wishes"] == plan_request(budget=0.5) and got["effort"].queries == "last"
+    assert got["request"] == plan_request(budget=0.5) and got["fit_options"].queries == "last"
     flags = ("--model", "b", "--samples", 9, "--budget", 0.75, "--queries", "all")
     got, _ = called(text, *flags)
     assert (got["model"], got["options"].samples, got["options"].batch_size) == ("b", 9, 3)
-    assert got["wishes"] == plan_request(budget=0.75) and got["effort"].queries == "all"
+    assert got["request"] == plan_request(budget=0.75) and got["fit_options"].queries == "all"
 
 
 def test_null_means_unset_and_whole_numbers_are_numbers(called) -> None:
     got, _ = called("model: a\ndata: null\nbudget: 1\nbidirectional: true\n")
     assert got["options"].data is None
-    assert got["wishes"] == plan_request(budget=1.0, bidirectional=True)
+    assert got["request"] == plan_request(budget=1.0, bidirectional=True)
     got, _ = called("model: a\nbidirectional: true\n", "--causal")
-    assert got["wishes"] == plan_request(budget=0.25)
+    assert got["request"] == plan_request(budget=0.25)
 
 
 def test_a_flag_overrules_the_file_s_other_way_of_asking(called) -> None:
-    got, _ = called("model: a\nbudget: 0.25\nshape: paper\n", "--preset", "yopo-12")
-    assert got["wishes"] == plan_request(preset="yopo-12")
+    for key in ("template", "shape"):
+        got, _ = called(f"model: a\nbudget: 0.25\n{key}: paper\n", "--preset", "yopo-12")
+        assert got["request"] == plan_request(preset="yopo-12")
     got, _ = called("model: a\npreset: yopo-25\nradius: 1\n", "--budget", 0.1)
-    assert got["wishes"] == plan_request(budget=0.1)
+    assert got["request"] == plan_request(budget=0.1)
     got, _ = called("model: a\nhead_ratio: 0.5\nneuron_ratio: 0.5\n", "--alpha", 0.02)
-    assert got["wishes"] == plan_request(alpha=0.02, neuron_ratio=0.5)
+    assert got["request"] == plan_request(alpha=0.02, neuron_ratio=0.5)
     got, _ = called("model: a\npreset: yopo-25\n", "--head-ratio", 0.1)
-    assert got["wishes"] == plan_request(preset="yopo-25", head_ratio=0.1)
+    assert got["request"] == plan_request(preset="yopo-25", head_ratio=0.1)
+
+
+def test_a_former_name_of_an_option_is_read(called) -> None:
+    for key in ("template", "shape"):
+        got, _ = called(f"model: a\nbudget: 0.5\n{key}: paper\n")
+        assert got["request"] == plan_request(budget=0.5, template="paper")
+        got, _ = called(None, "--model", "a", "--budget", 0.5, f"--{key}", "paper")
+        assert got["request"] == plan_request(budget=0.5, template="paper")
+        got, done = called(f"model: a\nbudget: 0.5\n{key}: 3\n")
+        assert not got and f"config.yaml:3: {key} must be text, found 3" in done.err
+    got, done = called("model: a\nbudget: 0.5\ntemplate: paper\nshape: paper\n")
+    sentence = "config.yaml:4: shape is another name of template, given as well."
+    assert not got and done.is_sentence and sentence in done.err
 
 
 def test_contradictions_in_one_place_are_refused(called) -> None:

@@ -83,7 +83,7 @@ def test_a_tolerance_finds_its_budget(yopo: Yopo, tmp_path: Path) -> None:
         (("--tolerance", 0.1, "--compensation", "mean"), "compensation must be refit"),
         (("--budgets", "0.1,many"), "expected numbers between commas, found '0.1,many'"),
         (("--budgets", "0.1,0.2", "-o", "-"), "--budgets writes several plans"),
-        (("--tolerance", 0.1, "--samples", 3), "too few to set some aside"),
+        (("--tolerance", 0.1, "--samples", 3), "too few to hold some out"),
     ],
 )
 def test_what_cannot_be_asked_is_a_sentence(yopo: Yopo, flags: tuple, sentence: str) -> None:
@@ -100,7 +100,16 @@ def test_milliseconds_by_a_benchmark_of_the_same_shape(yopo: Yopo, tmp_path: Pat
     for side, milliseconds in (("dense", 9.0), ("pruned", 4.0)):
         document["prefill_ms"][side]["median"] = milliseconds
     costs.write_text(json.dumps(document))
-    asked = ("--milliseconds", 1e6, "--costs", costs, "--compensation", "none", "--shape", "thin")
+    asked = (
+        "--milliseconds",
+        1e6,
+        "--costs",
+        costs,
+        "--compensation",
+        "none",
+        "--template",
+        "thin",
+    )
     done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "slow.yaml")
     assert done.code == 0 and "1e+06 ms are a visual budget of 100.0%" in done.err
     done = yopo(
@@ -116,7 +125,7 @@ def test_a_budget_chooses_among_a_checkpoint_s_plans_only(yopo: Yopo, front: Pat
     assert done.is_sentence and "is one plan" in done.err
 
 
-def test_a_kv_budget_stands_beside_a_budget(yopo: Yopo, tmp_path: Path) -> None:
+def test_a_kv_budget_goes_with_a_budget(yopo: Yopo, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     done = yopo("calibrate", *QUICK, "--budget", 0.3, "--kv-budget", 0.4, "-o", plan)
     assert done.code == 0
@@ -124,7 +133,7 @@ def test_a_kv_budget_stands_beside_a_budget(yopo: Yopo, tmp_path: Path) -> None:
     assert 0.2 < kept <= 0.4
     asked = ("--preset", "yopo-25", "--kv-budget", 0.4)
     done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "none.yaml")
-    assert done.code == 1 and "kv_budget stands beside a budget" in done.err
+    assert done.code == 1 and "kv_budget goes with a budget" in done.err
     asked = ("--samples", 24, "--tolerance", 1e-6, "--kv-budget", 0.01)
     done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "none.yaml")
     assert done.code == 1 and "No plan within a KV budget of 0.01 agrees" in done.err

@@ -95,7 +95,7 @@ def test_a_plan_that_fails_does_not_lose_the_statistics(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("yopo.pipeline.session.Planner.make", fail)
+    monkeypatch.setattr("yopo.pipeline.session.CalibrationSession.make", fail)
     stats = ("--stats", "s.safetensors") if asked else ()
     done = yopo("calibrate", "--model", model, *QUICK, *stats)
     (path,) = [Path("s.safetensors")] if asked else (tmp_path / "cache").glob("statistics-*")

@@ -56,7 +56,7 @@ def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> 
     )
     side = side_file(Path("p.yaml"))
     assert sorted(os.listdir()) == [side.name, "p.yaml", "s.safetensors"]
-    plan, _ = read_plan("p.yaml")
+    plan = read_plan("p.yaml")
     assert plan.provenance["preset"] == "yopo-25" and plan.provenance["pairs"] == "pairs.jsonl"
     assert plan.budget.asked is None and len(plan.layers[0].read_heads) == 2
     first = Path("p.yaml").read_bytes(), side.read_bytes()
@@ -76,13 +76,13 @@ def test_plan_without_the_model(yopo: Yopo, calibrated: Path) -> None:
     stats = calibrated / "stats.safetensors"
     done = yopo("plan", stats, "--budget", 0.5)
     assert (done.code, done.out) == (0, "") and "not measured" in done.err
-    assert read_plan("plan.yaml").provenance["shape"] == "reader-heads"
+    assert read_plan("plan.yaml").provenance["template"] == "reader-heads"
     done = yopo("plan", stats, "--head-ratio", 0.5, "--visual-layers", 2, "-o", "-")
     assert done.code == 0 and done.out.startswith("yopo_plan: 1\n")
     Path("two.yaml").write_text(done.out)
     plan = read_plan("two.yaml")  # the tensors are in the cache
     assert plan.layers[1].neurons == FFN and plan.layers[2].is_empty
-    assert tensors.neuron_order.shape == (LAYERS, FFN)
+    assert plan.tensors.neuron_order.shape == (LAYERS, FFN)
 
 
 def test_inspect(yopo: Yopo, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -88,7 +89,7 @@ def test_any_failure_is_a_sentence(
     def fail(source: str) -> None:
         raise error
 
-    monkeypatch.setattr("yopo.plans.file.read_plan", fail)
+    monkeypatch.setattr("yopo.plans.file.read_document", fail)
     done = yopo("inspect", plan)
     assert (done.code, done.out) == (1, "") and sentence in done.err
     assert "Traceback" not in done.err
@@ -106,7 +107,6 @@ def test_closed_pipe_is_quiet(plan: Path) -> None:
 
 
 def test_terminal_that_lacks_characters(plan: Path) -> None:
-    done = subprocess.run(
-        [YOPO, "inspect", plan], capture_output=True, env={"PYTHONIOENCODING": "ascii"}
-    )
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    done = subprocess.run([YOPO, "inspect", plan], capture_output=True, env=environment)
     assert done.returncode == 0 and b"?" in done.stdout and done.stdout.isascii()

@@ -15,7 +15,7 @@ from yopo.demo.glyphs.grids import TASK
 from yopo.models.registry import resolve
 from yopo.pipeline.commands import calibrate, evaluate_target
 from yopo.pipeline.session import Calibrated, FitOptions, RunOptions
-from yopo.planning.request import plan_request
+from yopo.planning.request import BudgetRequest
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
 from yopo.plans.schema import full_plan
@@ -28,7 +28,7 @@ NAME = "qwen2-vl-tiny"
 @pytest.fixture(scope="module")
 def calibrated() -> Calibrated:
     options = RunOptions(samples=32, batch_size=16, max_new_tokens=12)
-    return calibrate(NAME, plan_request(budget=0.5), options, FitOptions(measure_pairs=12))
+    return calibrate(NAME, BudgetRequest(0.5), options, FitOptions(measure_pairs=12))
 
 
 def test_calibration_takes_the_models_own_pairs(calibrated: Calibrated) -> None:
@@ -57,7 +57,7 @@ def test_the_plan_that_prunes_nothing_is_the_dense_model(calibrated: Calibrated)
         dense = model(**inputs).logits
         with pruned(model, plan):
             empty = model(**inputs).logits
-        with pruned(model, calibrated.plan, calibrated.tensors):
+        with pruned(model, calibrated.plan):
             half = model(**inputs).logits
     is_text = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != model.config.image_token_id)
     torch.testing.assert_close(empty[is_text], dense[is_text], atol=1e-4, rtol=1e-4)
@@ -66,7 +66,7 @@ def test_the_plan_that_prunes_nothing_is_the_dense_model(calibrated: Calibrated)
 
 def test_baked_and_evaluated_on_held_out_grids(calibrated: Calibrated, tmp_path: Path) -> None:
     target = tmp_path / "smaller"
-    bake(calibrated.plan, calibrated.tensors, fetch(resolve(NAME)), target)
+    bake(calibrated.plan, fetch(resolve(NAME)), target)
     options = RunOptions(samples=36, batch_size=18, max_new_tokens=12)
     found = evaluate_target(str(target), options, timing_runs=0)
     assert set(found.by_kind) == set(TASK.short_kinds)

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 from yopo.demo import LLAVA_TINY
 from yopo.demo.scenes import KINDS, pairs, split_scenes, turns
 from yopo.demo.task import Turn
-from yopo.demo.vocabulary import COLORS, GRID, TEMPLATES
+from yopo.demo.vocabulary import COLORS, GRID, SHAPES
 
 NUM_VISUAL = 64
 
@@ -115,7 +115,7 @@ def test_patch_labels_name_the_object_that_covers_the_patch() -> None:
             assert bool(color) == bool(len(pixels) and pixels.max() >= 5)
             if color:
                 item = scene.objects[pixels.argmax()]
-                assert (list(COLORS)[color - 1], TEMPLATES[shape - 1]) == (item.color, item.shape)
+                assert (list(COLORS)[color - 1], SHAPES[shape - 1]) == (item.color, item.shape)
                 assert cell - 1 == item.row * GRID + item.col
 
 

@@ -24,7 +24,8 @@ from yopo.demo.scenes import pairs
 from yopo.fitting.fitter import Fitter
 from yopo.models.registry import resolve
 from yopo.planning.planner import make_plan
-from yopo.planning.request import plan_request
+from yopo.planning.request import PaperRequest
+from yopo.plans.schema import PruningPlan
 from yopo.runtime import saved
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense
@@ -60,8 +61,8 @@ def collate() -> Collate:
     return Collate(load_processor(str(LLAVA_TINY)))
 
 
-def calibrated(folder: Path, collate: Collate, wishes: PlanRequest) -> tuple[Any, Any]:
-    """A plan for the model in a directory, fitted if it wishes that."""
+def calibrated(folder: Path, collate: Collate, request: PaperRequest) -> PruningPlan:
+    """A plan for the model in a directory, fitted if the request says so."""
     processor, model = collate.processor, load_dense(resolve(str(folder)))
     shown = list(open_pairs("demo:calibration", samples=PAIRS, seed=0))
     statistics = measure(model, processor, shown, name="llava-tiny", batch_size=PAIRS)
@@ -71,8 +72,7 @@ def calibrated(folder: Path, collate: Collate, wishes: PlanRequest) -> tuple[Any
         options = {"image_token_id": token, "device": "cpu", "dtype": model.dtype}
         return [encode(processor, group, **options) for group in batches(shown, PAIRS)]
 
-    plan, _ = make_plan(statistics, wishes, None, Fitter(model, encoded))
-    return plan, tensors
+    return make_plan(statistics, request, None, Fitter(model, encoded))[0]
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def test_the_documented_recovery_works(
     collate: Collate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plan = calibrated(LLAVA_TINY, collate, plan_request(**SHAPE, compensation="refit"))
+    plan = calibrated(LLAVA_TINY, collate, PaperRequest(**SHAPE, compensation="refit"))
     bake(plan, LLAVA_TINY, "llava-tiny-yopo")
     unseen = collate(list(pairs("heldout", 24, seed=5)))
     before = loss(yopo.load("llava-tiny-yopo"), unseen)
@@ -112,10 +112,10 @@ def test_the_documented_recovery_works(
     )
 
     # The trained model is a checkpoint like any other: another plan can be made for it.
-    second, more = calibrated(Path("llava-tiny-recovered"), collate, plan_request(**SHAPE))
-    bake(second, more, "llava-tiny-recovered", "llava-tiny-again")
+    second = calibrated(Path("llava-tiny-recovered"), collate, PaperRequest(**SHAPE))
+    bake(second, "llava-tiny-recovered", "llava-tiny-again")
     stock = load_dense(resolve("llava-tiny-recovered"))
-    with pruned(stock, second, more):
+    with pruned(stock, second):
         expected = stock(**unseen).logits[text]
     same = yopo.load("llava-tiny-again")(**unseen).logits[text]
     torch.testing.assert_close(same, expected, atol=1e-3, rtol=1e-3)

@@ -20,7 +20,7 @@ from yopo.demo.scenes import (
     turns,
 )
 from yopo.demo.task import SPLITS
-from yopo.demo.vocabulary import COLORS, COLUMNS, NUMBERS, PLURALS, ROWS, TEMPLATES
+from yopo.demo.vocabulary import COLORS, COLUMNS, NUMBERS, PLURALS, ROWS, SHAPES
 
 SINGULARS = {plural: shape for shape, plural in PLURALS.items()}
 
@@ -107,10 +107,10 @@ def test_what_is_drawn_is_what_is_recorded() -> None:
 
 def test_shapes_are_drawn_differently() -> None:
     drawings = set()
-    for shape in TEMPLATES:
+    for shape in SHAPES:
         item = SceneObject("red", shape, 1, 1, (32, 32), 8, COLORS["red"])
         drawings.add(Scene((item,), 0).render_indices().tobytes())
-    assert len(drawings) == len(TEMPLATES)
+    assert len(drawings) == len(SHAPES)
 
 
 def test_objects_of_a_scene_differ_in_color_or_shape() -> None:

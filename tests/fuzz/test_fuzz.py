@@ -13,7 +13,6 @@ import random
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,7 @@ from yopo.data.rows import pair_from_row
 from yopo.data.sources import open_pairs
 from yopo.plans.file import TensorsFile, parse_plan, to_yaml
 from yopo.plans.schema import Measured, ModelIdentity, ModelShape
-from yopo.plans.storage import read_plan
-from yopo.plans.tensors import read_tensors
+from yopo.plans.storage import read_plan, to_bytes
 from yopo.report.json import plan_document
 from yopo.report.summary import plan_report
 from yopo.support.console import set_quiet
@@ -86,15 +84,17 @@ def some_plan_text(rng: random.Random) -> str:
         concentration=tuple(rng.random() for _ in layers),
         locality=tuple(rng.randrange(9) for _ in layers),
     )
-    candidates = [{"shape": "reader", "compensation": "none", "budget": 0.5, "kl": None}]
-    about = {"pairs": "own.jsonl", "samples": 4, "shape": "reader", "candidates": candidates}
-    return to_yaml(tiny.random_plan(IDENTITY, rng, measured=measured, provenance=about))
+    key = rng.choice(["template", "shape"])  # the latter in plans of long ago
+    candidates = [{key: "reader", "compensation": "none", "budget": 0.5, "kl": None}]
+    about = {"pairs": "own.jsonl", "samples": 4, key: "reader", "candidates": candidates}
+    plan = tiny.random_plan(IDENTITY, rng, measured=measured, provenance=about)
+    return to_yaml(plan, TensorsFile("plan.safetensors", "a" * 64))
 
 
 def use_plan(text: str) -> None:
-    plan = parse_plan("plan.yaml", text)
-    again = parse_plan("plan.yaml", to_yaml(plan))
-    assert again.layers == plan.layers
+    plan, named = parse_plan("plan.yaml", text)
+    again = parse_plan("plan.yaml", to_yaml(plan, named))
+    assert again[0].layers == plan.layers and again[1] == named
     Console(file=io.StringIO(), width=100).print(plan_report(plan))
     json.dumps(plan_document(plan), allow_nan=False)
 
@@ -138,17 +138,18 @@ def damaged_tensors(content: bytes, rng: random.Random) -> bytes:
 def damaged_side_file(folder: Path) -> Callable[[random.Random], None]:
     def case(rng: random.Random) -> None:
         plan = tiny.random_plan(IDENTITY, rng)
-        content = damaged_tensors(tiny.random_tensors(plan, 1).to_bytes(), rng)
+        content = damaged_tensors(to_bytes(tiny.random_tensors(plan, 1)), rng)
         (folder / "plan.safetensors").write_bytes(content)
         named = TensorsFile("plan.safetensors", hashlib.sha256(content).hexdigest())
-        read_tensors(replace(plan, tensors=named), folder)
+        (folder / "plan.yaml").write_text(to_yaml(plan, named))
+        read_plan(folder / "plan.yaml")
 
     return case
 
 
 def damaged_shard(folder: Path) -> Callable[[random.Random], None]:
     plan = tiny.random_plan(IDENTITY, random.Random(1), compensation="mean", baked=False)
-    content = tiny.random_tensors(plan, 1).to_bytes()
+    content = to_bytes(tiny.random_tensors(plan, 1))
     index = {"weight_map": dict.fromkeys(("neuron_order", "neuron_mean", "head_mean"), "a")}
 
     def case(rng: random.Random) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 import zoo
 from zoo_llava import Llava

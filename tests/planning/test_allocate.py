@@ -1,4 +1,4 @@
-"""Budgets spent by worth: kept, spent, whole KV groups, and no work that nobody would read."""
+"""Budgets spent by weightings: kept, spent, whole KV groups, no work that nobody would read."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from yopo.fitting.profile import Profile
 from yopo.planning import planner
 from yopo.planning.allocate import FACTOR, Allocator, Weighting, weighting_moves
 from yopo.planning.planner import Candidate, make_plan
-from yopo.planning.request import plan_request
+from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.plans.flops import visual_budget, visual_flops_of_layer
 from yopo.plans.schema import LayerPlan, PruningPlan, full_layer
-from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import PlanError
 
 LAYERS, HEADS = 6, 4
 
 
 def make_profile(statistics: Statistics, seed: int = 0) -> Profile:
-    """Random energies of the right shapes: losses fall from 1 to 0, what is unmapped to a rest."""
+    """Random energies of the right shapes: those of bottlenecks fall from 1 to 0, of maps to what
+    no map of any rank explains."""
     shape, generator = statistics.model.shape, torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> torch.Tensor:
@@ -38,10 +38,10 @@ def make_profile(statistics: Statistics, seed: int = 0) -> Profile:
         kept = torch.cat([torch.zeros(rows, 1).double(), steps.cumsum(dim=1)], dim=1)
         return 1 - kept / kept[:, -1:]
 
-    bent = draw(shape.layers) * 0.1
-    unmapped = bent[:, None] + draw(shape.layers)[:, None] * falling(shape.layers)
+    nonlinear = draw(shape.layers) * 0.1
+    by_rank = nonlinear[:, None] + draw(shape.layers)[:, None] * falling(shape.layers)
     mixing = draw(shape.layers, shape.heads) * 0.1
-    return Profile(mixing, falling(shape.layers), unmapped, bent)
+    return Profile(mixing, falling(shape.layers), by_rank, nonlinear)
 
 
 def make_statistics(kv_heads: int = HEADS, seed: int = 0) -> Statistics:
@@ -49,54 +49,55 @@ def make_statistics(kv_heads: int = HEADS, seed: int = 0) -> Statistics:
 
 
 def make_allocator(
-    budget: float, rate: float = 1.0, *, kv_heads: int = HEADS, radius: int | None = None
+    budget: float, visual_weight: float = 1.0, *, kv_heads: int = HEADS, radius: int | None = None
 ) -> Allocator:
     statistics = make_statistics(kv_heads)
-    weighting = Weighting.even(rate, radius, LAYERS)
+    weighting = Weighting.even(visual_weight, radius, LAYERS)
     return Allocator(TemplateBuilder(statistics, budget), make_profile(statistics), weighting)
 
 
 def damage(layers: Layers, allocator: Allocator) -> float:
     """The estimate, written down once more from the words of the module."""
     statistics, profile = allocator.builder.statistics, allocator.profile
-    shape, rate = statistics.model.shape, allocator_rate(allocator)
+    shape, visual_weight = statistics.model.shape, weight_of(allocator)
     effect = statistics.head_effect
     reading = effect / (1 + effect)
     total = 0.0
     for number, layer in enumerate(layers):
-        later = rate * float(reading[number + 1 :].sum())
-        lost = float(
-            profile.lost[number][shape.hidden if layer.qkv_rank is None else layer.qkv_rank]
-        )
+        later = visual_weight * float(reading[number + 1 :].sum())
+        rank = shape.hidden if layer.qkv_rank is None else layer.qkv_rank
+        missed = float(profile.bottleneck_residual[number][rank])
         for head in range(shape.heads):
             whole = float(reading[number, head])
-            total += whole * lost if head in layer.read_heads else whole
+            total += whole * missed if head in layer.read_heads else whole
             mixed = later * float(profile.mixing[number, head])
-            total += mixed * lost if head in layer.attend_heads else mixed
+            total += mixed * missed if head in layer.attend_heads else mixed
         ranked = statistics.importance[number].sort(descending=True).values
         share = float(ranked[: layer.neurons].sum() / ranked.sum())
-        bent = float(profile.nonlinear_residual[number])
-        straight = max(float(profile.map_residual[number, layer.map_rank]) - bent, 0.0)
-        total += later * (1 - share) * (bent + straight)
+        nonlinear = float(profile.nonlinear_residual[number])
+        straight = max(float(profile.map_residual[number, layer.map_rank]) - nonlinear, 0.0)
+        total += later * (1 - share) * (nonlinear + straight)
     return total
 
 
-def allocator_rate(allocator: Allocator) -> float:
-    """The rate that the allocator was made with; its ``later`` is that times later reading."""
+def weight_of(allocator: Allocator) -> float:
+    """The visual weight that the allocator was made with: ``later`` is that times later reading."""
     effect = allocator.builder.statistics.head_effect
     reading = (effect / (1 + effect)).sum(dim=1)
     return float(allocator.later[0] / reading[1:].sum())
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("rate", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("visual_weight", [0.1, 1.0, 100.0])
 @pytest.mark.parametrize("radius", [None, 1])
-def test_budgets_are_kept_and_spent(kv_heads: int, rate: float, radius: int | None) -> None:
+def test_budgets_are_kept_and_spent(
+    kv_heads: int, visual_weight: float, radius: int | None
+) -> None:
     reached = []
     for budget in (0.02, 0.05, 0.12, 0.25, 0.5, 0.75, 1.0):
-        allocator = make_allocator(budget, rate, kv_heads=kv_heads, radius=radius)
+        allocator = make_allocator(budget, visual_weight, kv_heads=kv_heads, radius=radius)
         layers = allocator.allocate()
-        if rate > 1 and layers is None:
+        if visual_weight > 1 and layers is None:
             continue  # what visual states are made of is worth more than anybody's reading them
         cost = allocator.builder.cost(layers)
         assert cost <= budget and len(layers) == LAYERS and layers == trim(layers)
@@ -104,17 +105,21 @@ def test_budgets_are_kept_and_spent(kv_heads: int, rate: float, radius: int | No
         for layer in layers:
             assert layer.radius in ((None, radius) if layer.attend_heads else (None,))
             assert not (layer.map_rank and layer.neurons == allocator.shape.ffn)
-            group = allocator.shape.group
-            assert len(layer.read_heads) == group * len(
-                layer.kept_kv(allocator.shape)
-            )  # whole groups
+            groups = len(layer.kept_kv(allocator.shape))
+            assert len(layer.read_heads) == groups * allocator.shape.group  # whole ones
     assert len(reached) >= 4 and min(reached) > 0.5, reached
 
 
 @settings(max_examples=25)
-@given(first=st.floats(0.02, 1.0), second=st.floats(0.02, 1.0), rate=st.sampled_from([0.1, 1, 2]))
-def test_a_larger_budget_never_means_more_damage(first: float, second: float, rate: float) -> None:
-    allocators = [make_allocator(budget, rate) for budget in sorted((first, second))]
+@given(
+    first=st.floats(0.02, 1.0),
+    second=st.floats(0.02, 1.0),
+    visual_weight=st.sampled_from([0.1, 1, 2]),
+)
+def test_a_larger_budget_never_means_more_damage(
+    first: float, second: float, visual_weight: float
+) -> None:
+    allocators = [make_allocator(budget, visual_weight) for budget in sorted((first, second))]
     layers = [each.allocate() for each in allocators]
     assume(None not in layers)  # visual states may be worth more than anybody's reading them
     less, more = (damage(each, by) for each, by in zip(layers, allocators, strict=True))
@@ -132,7 +137,7 @@ def test_no_single_change_is_a_bargain() -> None:
         number = int(torch.randint(LAYERS, (), generator=generator))
         choices = allocator._ffn_choices[number]
         work = choices[int(torch.randint(len(choices), (), generator=generator))].layer
-        other = replace(layers[number], neurons=work.neurons, linear=work.linear)
+        other = replace(layers[number], neurons=work.neurons, map_rank=work.map_rank)
         changed = (*layers[:number], other, *layers[number + 1 :])
         if allocator.builder.cost(changed) <= cost:
             tried += 1
@@ -140,12 +145,11 @@ def test_no_single_change_is_a_bargain() -> None:
     assert tried > 50
 
 
-def test_a_tiny_rate_reads_and_a_huge_one_computes() -> None:
-    reads, computes = (make_allocator(0.1, rate).allocate() for rate in (1e-6, 3.0))
+def test_a_tiny_visual_weight_reads_and_a_huge_one_computes() -> None:
+    reads, computes = (make_allocator(0.1, weight).allocate() for weight in (1e-6, 3.0))
     assert not any(layer.attend_heads or layer.has_ffn for layer in reads)
-    assert any(layer.attend_heads for layer in computes) and any(
-        layer.has_ffn for layer in computes
-    )
+    assert any(layer.attend_heads for layer in computes)
+    assert any(layer.has_ffn for layer in computes)
     heads = [sum(len(layer.read_heads) for layer in layers) for layers in (reads, computes)]
     assert heads[1] < heads[0]
 
@@ -164,9 +168,8 @@ def test_where_nothing_fits_there_is_none() -> None:
     statistics = make_statistics()
     unread = replace(statistics, head_effect_sum=torch.zeros_like(statistics.head_effect_sum))
     weighting = Weighting.even(1.0, None, LAYERS)
-    assert (
-        Allocator(TemplateBuilder(unread, 0.5), make_profile(unread), weighting).allocate() is None
-    )
+    builder = TemplateBuilder(unread, 0.5)
+    assert Allocator(builder, make_profile(unread), weighting).allocate() is None
 
 
 def test_unread_layers_do_nothing_at_the_end() -> None:
@@ -180,7 +183,7 @@ def test_unread_layers_do_nothing_at_the_end() -> None:
     )
 
 
-def test_worth_of_single_layers_counts() -> None:
+def test_weights_of_single_layers_count() -> None:
     statistics = make_statistics()
     profile, builder = make_profile(statistics), TemplateBuilder(statistics, 0.1)
     even = Weighting.even(1.0, None, LAYERS)
@@ -196,9 +199,8 @@ def test_a_move_changes_exactly_one_thing(radius: int | None) -> None:
     start = Weighting.even(2.0, radius, 3)
     moves = list(weighting_moves(start))
     assert len(moves) == 3 + 2 * 2 * 3
-    assert (
-        len({name for name, _ in moves}) == len({weighting for _, weighting in moves}) == len(moves)
-    )
+    names, weightings = ({move[part] for move in moves} for part in (0, 1))
+    assert len(names) == len(weightings) == len(moves)
     for name, weighting in moves:
         changed = [
             field for field in vars(start) if getattr(weighting, field) != getattr(start, field)
@@ -218,9 +220,9 @@ class FakeFitter:
         self.profile = make_profile(statistics)
         self.fitted: list[Layers] = []
 
-    def tensors(self, plan: PruningPlan) -> PlanTensors:
+    def fit(self, plan: PruningPlan) -> PruningPlan:
         self.fitted.append(plan.layers)
-        return tensors
+        return plan
 
 
 def counting(kl: Callable[[PruningPlan], float]) -> tuple[Callable, list[tuple[Layers, str]]]:
@@ -246,8 +248,8 @@ def test_the_best_candidate_wins(kv_heads: int, asked: str | None) -> None:
     statistics = make_statistics(kv_heads)
     measure, seen = counting(wants_rank)
     fitter = FakeFitter(statistics)
-    wishes = plan_request(budget=0.3, compensation=asked)
-    plan, candidates = make_plan(statistics, wishes, measure, fitter)
+    request = BudgetRequest(0.3, compensation=asked)
+    plan, candidates = make_plan(statistics, request, measure, fitter)
     assert candidates[0].kl == min(each.kl for each in candidates) == wants_rank(plan)
     assert plan.layers == candidates[0].plan.layers
     assert len(seen) == len(set(seen)) == len(candidates)
@@ -259,7 +261,7 @@ def test_the_best_candidate_wins(kv_heads: int, asked: str | None) -> None:
     assert len(fitter.fitted) == len(allocated)
     for each in candidates:
         assert each.plan.budget.reached == visual_budget(each.plan) <= 0.3
-    assert plan.provenance["candidates"][0]["shape"] == candidates[0].shape
+    assert plan.provenance["candidates"][0]["template"] == candidates[0].template
 
 
 def test_a_search_from_an_allocation_keeps_the_budget() -> None:
@@ -271,9 +273,9 @@ def test_a_search_from_an_allocation_keeps_the_budget() -> None:
         return 0.01 + visual_flops_of_layer(plan.layers[0], shape, workload) / dense
 
     measure, seen = counting(kl)
-    wishes = plan_request(budget=0.12, compensation="refit", search=40)
-    plan, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
-    assert plan.provenance["shape"].startswith("search from allocated, rate ")
+    request = BudgetRequest(0.12, compensation="refit", search=40)
+    plan, candidates = make_plan(statistics, request, measure, FakeFitter(statistics))
+    assert plan.provenance["template"].startswith("search from allocated, visual weight ")
     assert candidates[0].kl == kl(plan) < candidates[1].kl
     assert plan.budget.reached <= 0.12 and plan.compensation == "refit"
     assert len(seen) == len(set(seen)), "a plan was measured twice"
@@ -283,41 +285,42 @@ def test_a_search_from_an_allocation_keeps_the_budget() -> None:
 def test_a_search_that_finds_nothing_keeps_the_best_candidate() -> None:
     statistics = make_statistics()
     measure, seen = counting(lambda plan: 1.0)
-    wishes = plan_request(budget=0.3, compensation="refit", search=10)
-    plan, candidates = make_plan(statistics, wishes, measure, FakeFitter(statistics))
-    assert plan.provenance["shape"].startswith("allocated, rate ")
+    request = BudgetRequest(0.3, compensation="refit", search=10)
+    plan, candidates = make_plan(statistics, request, measure, FakeFitter(statistics))
+    assert plan.provenance["template"].startswith("allocated, visual weight ")
     assert candidates[0] is candidates[1] and len(seen) == len(set(seen))
 
 
 def test_a_refit_needs_the_model() -> None:
-    for wishes in (
-        plan_request(preset="yopo-25", compensation="refit"),
-        plan_request(compensation="refit"),
+    for request in (
+        PaperRequest(preset="yopo-25", compensation="refit"),
+        PaperRequest(compensation="refit"),
+        BudgetRequest(0.3, compensation="refit"),
     ):
         with pytest.raises(PlanError, match="fitted on the model, and there is none") as caught:
-            make_plan(make_statistics(), wishes)
+            make_plan(make_statistics(), request)
         assert caught.value.remedy == "Use `yopo calibrate --compensation refit`."
 
 
 @pytest.mark.parametrize("asked", [None, "refit", "mean", "none"])
-@pytest.mark.parametrize("shape", [None, "reader"])
-def test_what_no_budget_pays_for_is_a_sentence(asked: str | None, shape: str | None) -> None:
+@pytest.mark.parametrize("template", [None, "reader"])
+def test_what_no_budget_pays_for_is_a_sentence(asked: str | None, template: str | None) -> None:
     statistics = make_statistics()
     measure, seen = counting(wants_rank)
-    wishes = plan_request(budget=1e-6, compensation=asked, shape=shape)
+    request = BudgetRequest(1e-6, compensation=asked, template=template)
     with pytest.raises(PlanError, match="fits a visual budget of 1e-06"):
-        make_plan(statistics, wishes, measure, FakeFitter(statistics))
+        make_plan(statistics, request, measure, FakeFitter(statistics))
     assert seen == []
 
 
-def test_shapes_are_candidates_where_nothing_can_be_allocated(
+def test_templates_are_candidates_where_nothing_can_be_allocated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     statistics = make_statistics()
     monkeypatch.setattr(planner.Allocator, "allocate", lambda self: None)
     measure, _ = counting(wants_rank)
-    _, _, found = make_plan(statistics, plan_request(budget=0.3), measure, FakeFitter(statistics))
+    _, found = make_plan(statistics, BudgetRequest(0.3), measure, FakeFitter(statistics))
     assert found and all(isinstance(each, Candidate) and each.weighting is None for each in found)
     with pytest.raises(PlanError, match="fits a visual budget"):
-        wishes = plan_request(budget=0.3, compensation="refit")
-        make_plan(statistics, wishes, measure, FakeFitter(statistics))
+        request = BudgetRequest(0.3, compensation="refit")
+        make_plan(statistics, request, measure, FakeFitter(statistics))

@@ -10,7 +10,6 @@ import torch
 from yopo.data.prompts import Batch
 from yopo.fitting import fitter as module
 from yopo.fitting.fitter import Fitter
-from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import YopoError
 
 
@@ -26,5 +25,5 @@ def test_out_of_memory_names_the_pairs_and_the_lever(
     batches = [Batch({}, None, (None,) * size) for size in (8, 3)]
     fitter = Fitter(Mock(), lambda: batches)
     with pytest.raises(YopoError, match="of 11 pairs") as caught:
-        fitter.profile if what == "profile" else fitter.tensors(Mock(), PlanTensors())  # noqa: B018
+        fitter.profile if what == "profile" else fitter.fit(Mock())  # noqa: B018
     assert "--fit-pairs" in caught.value.remedy

@@ -30,7 +30,7 @@ def test_half_of_the_heads_by_effect_stray_less_than_by_rho() -> None:
     def kl(scores: torch.Tensor) -> float:
         keep = select_top(scores, scores.numel() // 2)
         reads = LayerPlan((), attend_heads=(), radius=None, neurons=0)
-        layers = [replace(reads, heads=kept_heads(row)) for row in keep]
+        layers = [replace(reads, read_heads=kept_heads(row)) for row in keep]
         with pruned(model, dense.with_layers(layers)):
             return compare(model, records).kl
 

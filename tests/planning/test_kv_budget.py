@@ -8,7 +8,7 @@ from test_allocate import LAYERS, damage, make_allocator, make_profile, make_sta
 
 from yopo.planning.allocate import Allocator, Weighting
 from yopo.planning.planner import make_plan
-from yopo.planning.request import plan_request
+from yopo.planning.request import BudgetRequest
 from yopo.planning.templates import TEMPLATES, TemplateBuilder
 from yopo.plans.flops import dense_visual_kv_bytes, visual_budget, visual_kv_bytes
 from yopo.plans.schema import PruningPlan
@@ -64,7 +64,7 @@ def test_the_heads_that_are_left_are_those_that_read_most() -> None:
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_shapes_keep_it(share: float) -> None:
+def test_templates_keep_it(share: float) -> None:
     builder = TemplateBuilder(make_statistics(), 0.4, kv_budget=share)
     found = dict(builder.candidates())
     expected = {"reader-heads", "paper"}
@@ -83,8 +83,8 @@ def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
         seen.append(plan)
         return 1 / (1 + sum(len(layer.read_heads) for layer in plan.layers))
 
-    wishes = plan_request(budget=0.4, kv_budget=0.3, search=search)
-    plan, _ = make_plan(make_statistics(2), wishes, measure)
+    request = BudgetRequest(0.4, kv_budget=0.3, search=search)
+    plan, _ = make_plan(make_statistics(2), request, measure)
     assert plan.provenance["kv_budget"] == 0.3
     for each in (plan, *seen):
         dense = dense_visual_kv_bytes(each.model.shape, each.workload)
@@ -93,8 +93,4 @@ def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
 
 def test_what_cannot_be_had_is_a_sentence() -> None:
     with pytest.raises(PlanError, match=r"a KV budget of 0.01: one layer .* caches 0.1667"):
-        make_plan(make_statistics(), plan_request(budget=0.5, kv_budget=0.01, template="reader"))
-    with pytest.raises(PlanError, match=r"kv_budget must lie in \(0, 1\], found 2"):
-        plan_request(budget=0.5, kv_budget=2)
-    with pytest.raises(PlanError, match="kv_budget stands beside a budget"):
-        plan_request(preset="yopo-25", kv_budget=0.5)
+        make_plan(make_statistics(), BudgetRequest(0.5, kv_budget=0.01, template="reader"))

@@ -33,8 +33,8 @@ def spread() -> Statistics:
     return replace(statistics, rho=rho)
 
 
-def plan_of(statistics: Statistics, **wish: object) -> PruningPlan:
-    return make_plan(statistics, plan_request(**wish))[0]
+def plan_of(statistics: Statistics, **asked: object) -> PruningPlan:
+    return make_plan(statistics, plan_request(**asked))[0]
 
 
 def is_whole(plan: PruningPlan) -> bool:
@@ -44,12 +44,11 @@ def is_whole(plan: PruningPlan) -> bool:
     )
 
 
-@pytest.mark.parametrize("wish", [{"head_ratio": 0.5}, {"preset": "yopo-25"}, {"alpha": 0.6}])
-def test_groups_are_whole_if_asked_for(spread: Statistics, wish: dict) -> None:
-    assert is_whole(plan_of(spread, kv_groups=True, **wish))
-    assert not is_whole(plan_of(spread, **wish))
-    asked = plan_of(spread, kv_groups=True, **wish).provenance
-    assert asked["kv_groups"] is True and "kv_groups" not in plan_of(spread, **wish).provenance
+@pytest.mark.parametrize("asked", [{"head_ratio": 0.5}, {"preset": "yopo-25"}, {"alpha": 0.6}])
+def test_groups_are_whole_if_asked_for(spread: Statistics, asked: dict) -> None:
+    whole, single = (plan_of(spread, kv_groups=each, **asked) for each in (True, False))
+    assert is_whole(whole) and not is_whole(single)
+    assert whole.provenance["kv_groups"] is True and "kv_groups" not in single.provenance
 
 
 def test_the_cache_shrinks_with_groups_and_not_with_single_heads(spread: Statistics) -> None:
@@ -64,24 +63,24 @@ def test_the_cache_shrinks_with_groups_and_not_with_single_heads(spread: Statist
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_shape_at_a_budget_keeps_whole_groups(spread: Statistics, name: str) -> None:
+def test_every_template_at_a_budget_keeps_whole_groups(spread: Statistics, name: str) -> None:
     layers = TemplateBuilder(spread, 0.3, groups=GROUP).build(name)
     if layers is None:
-        pytest.skip("the smallest form of this shape exceeds the budget")
+        pytest.skip("the smallest form of this template exceeds the budget")
     plan = replace(plan_of(spread, head_ratio=1.0), layers=layers)
     assert is_whole(plan) and visual_budget(plan) <= 0.3
 
 
 def test_a_budget_is_met_with_groups(spread: Statistics) -> None:
-    for shape in ("paper", "reader-heads"):
-        plan = plan_of(spread, budget=0.3, shape=shape, kv_groups=True)
+    for template in ("paper", "reader-heads"):
+        plan = plan_of(spread, budget=0.3, template=template, kv_groups=True)
         assert is_whole(plan) and 0.2 < plan.budget.reached <= 0.3
 
 
 def test_without_groups_nothing_changes_for_multi_head_attention() -> None:
     statistics = statistics_maker.make(kv_heads=8)
-    for wish in ({"head_ratio": 0.5}, {"budget": 0.3, "shape": "paper"}):
-        found, usual = (plan_of(statistics, kv_groups=each, **wish) for each in (True, False))
+    for asked in ({"head_ratio": 0.5}, {"budget": 0.3, "template": "paper"}):
+        found, usual = (plan_of(statistics, kv_groups=each, **asked) for each in (True, False))
         assert found.layers == usual.layers
 
 

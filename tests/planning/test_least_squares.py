@@ -176,12 +176,8 @@ def test_degenerate_inputs_give_finite_fits(name: str, pieces: int) -> None:
     out, inner, shift = reduced_rank(gram, 2)
     bottleneck = Projections(gram, [own]).at_rank(2, [None])
     found = (weight, bias, out, inner, shift, bottleneck.reduce, *bottleneck.expand)
-    for each in (
-        *found,
-        *bottleneck.bias,
-        explained(gram),
-        Projections(gram, [own]).residual_by_rank(),
-    ):
+    residual = Projections(gram, [own]).residual_by_rank()
+    for each in (*found, *bottleneck.bias, explained(gram), residual):
         assert torch.isfinite(each).all()
     # However little varies, a fit is at worst about as good as the best constant.
     constant = centred(y).square().sum(dim=1).mean().item()
@@ -280,8 +276,8 @@ def test_low_rank_is_the_best_one_in_its_metric() -> None:
     weight = torch.randn(5, 7, generator=generator, dtype=torch.float64)
     root = torch.randn(7, 7, generator=generator, dtype=torch.float64).tril()
     out, inner = low_rank(weight, root, 2)
-    lost = ((weight - out @ inner) @ root).square().sum()
-    torch.testing.assert_close(lost, torch.linalg.svdvals(weight @ root)[2:].square().sum())
+    left = ((weight - out @ inner) @ root).square().sum()
+    torch.testing.assert_close(left, torch.linalg.svdvals(weight @ root)[2:].square().sum())
 
 
 def projections(seed: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
@@ -303,17 +299,17 @@ def test_a_bottleneck_of_full_rank_changes_nothing(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 999))
-def test_losses_fall_from_all_to_nothing(seed: int) -> None:
+def test_residuals_fall_from_all_to_nothing(seed: int) -> None:
     x, weights, _ = projections(seed)
-    lost = Projections(gram_of(x), weights).residual_by_rank()
-    assert lost.shape == (7,) and lost[0] == 1 and lost[-1] < 1e-12
-    assert (lost.diff() <= 0).all()
+    found = Projections(gram_of(x), weights).residual_by_rank()
+    assert found.shape == (7,) and found[0] == 1 and found[-1] < 1e-12
+    assert (found.diff() <= 0).all()
     scaled = [100 * weights[0], weights[1], 1e-3 * weights[2]]  # every projection counts the same
-    torch.testing.assert_close(Projections(gram_of(x), scaled).residual_by_rank(), lost)
+    torch.testing.assert_close(Projections(gram_of(x), scaled).residual_by_rank(), found)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_a_loss_is_the_measured_one(undamped: None, rank: int) -> None:
+def test_a_residual_is_the_measured_one(undamped: None, rank: int) -> None:
     x, weights, biases = projections(7)
     found = Projections(gram_of(x), weights[:1])
     best = found.at_rank(rank, biases[:1])
@@ -324,13 +320,13 @@ def test_a_loss_is_the_measured_one(undamped: None, rank: int) -> None:
     assert found.residual_by_rank()[rank] == pytest.approx(measured.item(), rel=1e-4)
 
 
-def test_all_projections_share_the_loss(undamped: None) -> None:
+def test_all_projections_share_the_residual(undamped: None) -> None:
     x, weights, biases = projections(9)
     found = Projections(gram_of(x), weights)
     best = found.at_rank(3, biases)
-    losses = []
+    residuals = []
     for weight, own, expand, bias in zip(weights, biases, best.expand, best.bias, strict=True):
         full = x.double() @ weight.double().T + (0 if own is None else own)
         off = x.double() @ best.reduce.T @ expand.T + bias - full
-        losses.append((off.square().sum() / centred(full).square().sum()).item())
-    assert found.residual_by_rank()[3] == pytest.approx(sum(losses) / 3, rel=1e-4)
+        residuals.append((off.square().sum() / centred(full).square().sum()).item())
+    assert found.residual_by_rank()[3] == pytest.approx(sum(residuals) / 3, rel=1e-4)

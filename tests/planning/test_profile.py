@@ -90,18 +90,14 @@ def residual(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_shapes_and_signs(specimen: Specimen, found: Profile) -> None:
     shape = specimen.identity.shape
     assert found.mixing.shape == (shape.layers, shape.heads)
-    assert (
-        found.bottleneck_residual.shape
-        == found.map_residual.shape
-        == (shape.layers, shape.hidden + 1)
-    )
+    by_rank = (shape.layers, shape.hidden + 1)
+    assert found.bottleneck_residual.shape == found.map_residual.shape == by_rank
     assert found.nonlinear_residual.shape == (shape.layers,)
     for name, values in vars(found).items():
         assert values.dtype == torch.float64 and torch.isfinite(values).all(), name
         assert (values >= 0).all(), name
-    assert (
-        found.mixing.min() > 1e-6 and found.nonlinear_residual.min() > 1e-6
-    )  # real heads mix, FFNs bend
+    assert found.mixing.min() > 1e-6  # real heads mix, FFNs are not linear
+    assert found.nonlinear_residual.min() > 1e-6
 
 
 def test_energies_are_relative_to_the_residual_stream(
@@ -125,15 +121,16 @@ def test_what_no_map_explains_is_what_least_squares_leave(
         before, normed = truth["before"][number], truth["normed"][number]
         energy = before.square().sum(dim=1).mean().item()
         left = residual(normed, truth["behind"][number] - before) / energy
-        bent = residual(truth["fed"][number], truth["ffn"][number]) / energy
+        nonlinear = residual(truth["fed"][number], truth["ffn"][number]) / energy
         whole = found.map_residual[number, 0].item()
         feeds = truth["ffn"][number].square().sum(dim=1).mean().item() / energy
         assert left - 1e-5 * whole <= found.map_residual[number, -1].item() <= left + 0.02 * whole
-        assert bent - 1e-5 * feeds <= found.nonlinear_residual[number].item() <= bent + 0.02 * feeds
+        own = found.nonlinear_residual[number].item()
+        assert nonlinear - 1e-5 * feeds <= own <= nonlinear + 0.02 * feeds
     assert (found.map_residual.diff(dim=1) <= 0).all()
 
 
-def test_losses_are_those_of_the_stacked_projections(
+def test_residuals_of_bottlenecks_are_those_of_the_stacked_projections(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
     """Singular values of W_i root over their norms, whatever modules the projections are in."""

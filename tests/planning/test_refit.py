@@ -21,6 +21,7 @@ from yopo.fitting.least_squares import Moments
 from yopo.fitting.refit import neurons_and_map
 from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
+from yopo.plans.storage import from_bytes, to_bytes
 from yopo.plans.tensors import PlanTensors, refit_sizes
 from yopo.runtime.install import pruned
 from yopo.support.errors import DataError
@@ -32,8 +33,10 @@ def orders(shape: ModelShape, seed: int = 0) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def plan_of(specimen: Specimen, *layers: LayerPlan, **fixed: Any) -> PruningPlan:
-    """A plan whose layers repeat the given ones."""
+def plan_of(
+    specimen: Specimen, *layers: LayerPlan, order: torch.Tensor | None = None, **fixed: Any
+) -> PruningPlan:
+    """A plan whose layers repeat the given ones, with a neuron order, if any, and not fitted."""
     total = specimen.identity.shape.layers
     chosen = tuple(layers[index % len(layers)] for index in range(total))
     return tiny.random_plan(
@@ -41,7 +44,14 @@ def plan_of(specimen: Specimen, *layers: LayerPlan, **fixed: Any) -> PruningPlan
         random.Random(0),
         **({"layers": chosen, "compensation": "refit", "bidirectional": False} | fixed),
         baked=False,
+        tensors=PlanTensors(order),
     )
+
+
+def fitted(model: nn.Module, batches: list[Batch], plan: PruningPlan) -> PruningPlan:
+    """The plan with the weights that a fit gives it."""
+    weights = refit.refit(model, batches, plan)
+    return replace(plan, tensors=replace(plan.tensors, refit=weights))
 
 
 def everything(shape: ModelShape) -> LayerPlan:
@@ -55,20 +65,21 @@ def test_a_fit_is_what_the_plan_asks_for(
     specimen: Specimen, batches: list[Batch], seed: int
 ) -> None:
     shape = specimen.identity.shape
-    plan, _ = specimen.plan(seed, compensation="refit", baked=False)
-    order = orders(shape, seed)
-    fitted = refit.refit(specimen.model, batches, plan, order)
+    asked = specimen.plan(seed, compensation="refit", baked=False)
+    plan = fitted(specimen.model, batches, replace(asked, tensors=PlanTensors(orders(shape, seed))))
+    by_layer = plan.tensors.refit
     for index, layer in enumerate(plan.layers[: plan.visual_depth]):
-        found = {name: tuple(each.shape) for name, each in fitted.get(index, {}).items()}
+        found = {name: tuple(each.shape) for name, each in by_layer.get(index, {}).items()}
         assert found == refit_sizes(layer, shape), index
-    assert set(fitted) <= set(range(plan.visual_depth))
-    for weights in fitted.values():
+    assert set(by_layer) <= set(range(plan.visual_depth))
+    for weights in by_layer.values():
         for each in weights.values():
             assert each.dtype == torch.float32 and each.device.type == "cpu"
             assert torch.isfinite(each).all() and each.abs().max() > 0
-    tensors = PlanTensors(order, refit=fitted)
     check_tensors(plan)
-    check_tensors(plan, PlanTensors.from_bytes(tensors.to_bytes()), "The plan")
+    again = from_bytes(to_bytes(plan.tensors))
+    assert again == plan.tensors
+    check_tensors(replace(plan, tensors=again))
     with pruned(specimen.model, plan):
         assert torch.isfinite(tiny.logits(specimen.model, batches[1].inputs)).all()
 
@@ -79,12 +90,11 @@ def test_fitted_weights_are_in_the_models_precision(
 ) -> None:
     model, shape = copy.deepcopy(specimen.model).to(dtype), specimen.identity.shape
     half = [Batch(tiny.as_dtype(each.inputs, dtype), None, ()) for each in batches]
-    plan, order = plan_of(specimen, everything(shape)), orders(shape)
-    fitted = refit.refit(model, half, plan, order)
-    for weights in fitted.values():
+    plan = fitted(model, half, plan_of(specimen, everything(shape), order=orders(shape)))
+    for weights in plan.tensors.refit.values():
         assert {each.dtype for each in weights.values()} == {dtype}
         assert all(torch.isfinite(each).all() for each in weights.values())
-    with pruned(model, plan, PlanTensors(order, refit=fitted), check=False):
+    with pruned(model, plan, check=False):
         found = tiny.logits(model, half[0].inputs)
     assert found.dtype == dtype and torch.isfinite(found).all()
 
@@ -93,7 +103,7 @@ def test_random_plans_ask_for_every_weight(specimen: Specimen) -> None:
     """Guards the test above."""
     asked = set()
     for seed in range(4):
-        plan, _ = specimen.plan(seed, compensation="refit", baked=False)
+        plan = specimen.plan(seed, compensation="refit", baked=False)
         for layer in plan.layers[: plan.visual_depth]:
             asked |= set(refit_sizes(layer, plan.model.shape))
     assert {"reduce", "query", "key", "value", "output", "down", "map_in", "ffn_bias"} <= asked
@@ -105,22 +115,20 @@ def test_a_bottleneck_as_wide_as_the_model_is_the_dense_model(
     """In float64, where what the fit rounds away is far below what a mistake would change."""
     shape = specimen.identity.shape
     every = tuple(range(shape.heads))
-    plan = plan_of(specimen, LayerPlan(every, every, None, shape.ffn, qkv_rank=shape.hidden))
     oracle = specimen.oracle
     precise = [Batch(tiny.as_dtype(each.inputs, torch.float64), None, ()) for each in batches]
-    weights = refit.refit(oracle, precise, plan, None)
-    assert {each.dtype for each in weights[0].values()} == {torch.float64}
+    wide = plan_of(specimen, LayerPlan(every, every, None, shape.ffn, qkv_rank=shape.hidden))
+    plan = fitted(oracle, precise, wide)
+    assert {each.dtype for each in plan.tensors.refit[0].values()} == {torch.float64}
     for batch in precise:
         dense, real = tiny.logits(oracle, batch.inputs), tiny.real(batch.inputs)
-        with pruned(oracle, plan, PlanTensors(refit=weights), check=False):
+        with pruned(oracle, plan, check=False):
             found = tiny.logits(oracle, batch.inputs)
         torch.testing.assert_close(found[real], dense[real], rtol=1e-8, atol=1e-8)
     # The tolerance can fail: one dimension less is far outside it.
-    narrow = replace(plan.layers[0], rank=shape.hidden // 2)
-    less = plan.with_layers((narrow,) * shape.layers)
-    with pruned(
-        oracle, less, PlanTensors(refit=refit.refit(oracle, precise, less, None)), check=False
-    ):
+    narrow = replace(wide.layers[0], qkv_rank=shape.hidden // 2)
+    less = fitted(oracle, precise, wide.with_layers((narrow,) * shape.layers))
+    with pruned(oracle, less, check=False):
         found = tiny.logits(oracle, precise[0].inputs)
     assert (found - tiny.logits(oracle, precise[0].inputs)).abs().max() > 1e-3
 
@@ -150,8 +158,8 @@ def test_a_fit_makes_up_for_the_layers_in_front(
     mended = LayerPlan(heads, heads[1:], None, 0)
     if where == "behind":
         mended = LayerPlan(heads, (), None, shape.ffn // 3)
-    plan = plan_of(specimen, *(spoiled,) * (total - 1), mended)
-    refit.refit(specimen.model, batches, plan, orders(shape))
+    plan = plan_of(specimen, *(spoiled,) * (total - 1), mended, order=orders(shape))
+    refit.refit(specimen.model, batches, plan)
     found = torch.cat([each.real(each.visual) for each in carried])
     dense = torch.cat(dense_ends(specimen, batches, where))
     torch.testing.assert_close(found.mean(dim=0), dense.mean(dim=0), rtol=1e-3, atol=1e-3)
@@ -168,13 +176,13 @@ def test_the_fit_sees_what_the_runtime_computes(
     """Both streams behind the last layer of a plan with everything, DeepStack included."""
     shape = specimen.identity.shape
     frozen = LayerPlan(tuple(range(shape.heads)), (), None, 0, map_rank=4)
-    plan = plan_of(specimen, everything(shape), frozen, bidirectional=bidirectional)
-    order = orders(shape)
-    fitted = refit.refit(specimen.model, batches, plan, order)
+    layers = (everything(shape), frozen)
+    asked = plan_of(specimen, *layers, order=orders(shape), bidirectional=bidirectional)
+    plan = fitted(specimen.model, batches, asked)
     decoder = specimen.model.get_decoder()
     for batch, found in zip(batches, carried, strict=True):
         layout = found.dense.layout
-        with pruned(specimen.model, plan, PlanTensors(order, refit=fitted)), torch.no_grad():
+        with pruned(specimen.model, plan), torch.no_grad():
             states = specimen.model.base_model(**batch.inputs, use_cache=False).last_hidden_state
             visual, text = decoder.norm(found.real(found.visual)), decoder.norm(found.text)
         expected = found.real(layout.visual.gather(states))
@@ -200,19 +208,18 @@ def test_a_refit_brings_visual_states_nearer(
     shape = specimen.identity.shape
     heads = tuple(range(shape.heads))
     partly = LayerPlan(heads, heads[1:], None, shape.ffn // 2)
-    order = orders(shape)
     errors = []
     for layers, compensation in (
         ((partly,), "none"),
         ((partly,), "refit"),
-        ((replace(partly, linear=8),), "refit"),
+        ((replace(partly, map_rank=8),), "refit"),
     ):
-        plan = plan_of(specimen, *layers, compensation=compensation)
+        plan = plan_of(specimen, *layers, order=orders(shape), compensation=compensation)
         if compensation == "refit":
-            refit.refit(specimen.model, batches, plan, order)
+            refit.refit(specimen.model, batches, plan)
             errors.append(visual_error(dense_ends(specimen, batches), carried))
         else:
-            errors.append(unfitted_error(specimen, batches, plan, order))
+            errors.append(unfitted_error(specimen, batches, plan))
     assert errors[1] < 0.7 * errors[0] and errors[2] < errors[1], errors
 
 
@@ -226,9 +233,7 @@ def dense_ends(
     return states
 
 
-def unfitted_error(
-    specimen: Specimen, batches: list[Batch], plan: PruningPlan, order: torch.Tensor
-) -> float:
+def unfitted_error(specimen: Specimen, batches: list[Batch], plan: PruningPlan) -> float:
     """The error of the plan without compensation: visual states in front of the final norm."""
     total, masks = 0.0, []
     walk = refit.DenseWalk(specimen.model, batches)
@@ -240,7 +245,7 @@ def unfitted_error(
             lambda module, args, given=given: given.append(args[0])
         )
         try:
-            with pruned(specimen.model, plan, PlanTensors(order)), torch.no_grad():
+            with pruned(specimen.model, plan), torch.no_grad():
                 specimen.model.base_model(**batch.inputs, use_cache=False)
         finally:
             handle.remove()
@@ -251,11 +256,8 @@ def unfitted_error(
 
 def test_two_fits_give_the_same_bytes(specimen: Specimen, batches: list[Batch]) -> None:
     shape = specimen.identity.shape
-    plan, order = plan_of(specimen, everything(shape)), orders(specimen.identity.shape)
-    first, again = (
-        PlanTensors(order, refit=refit.refit(specimen.model, batches, plan, order)).to_bytes()
-        for _ in range(2)
-    )
+    plan = plan_of(specimen, everything(shape), order=orders(shape))
+    first, again = (to_bytes(fitted(specimen.model, batches, plan).tensors) for _ in range(2))
     assert first == again
 
 
@@ -263,7 +265,7 @@ def test_data_without_any_image_is_a_sentence(specimen: Specimen) -> None:
     inputs = specimen.inputs(PROMPTS["text"])
     plan = plan_of(specimen, everything(specimen.identity.shape))
     with pytest.raises(DataError, match="No calibration pair holds an image"):
-        refit.refit(specimen.model, [Batch(inputs, None, (None, None))], plan, None)
+        refit.refit(specimen.model, [Batch(inputs, None, (None, None))], plan)
 
 
 @pytest.fixture
@@ -340,7 +342,7 @@ def test_a_map_recovers_an_affine_ffn(
     mlp = layer.mlp
     layer.mlp = Affine(mlp, shape.hidden)
     try:
-        refit.refit(specimen.model, batches, plan, None)
+        refit.refit(specimen.model, batches, plan)
         truth = dense_ends(specimen, batches)
     finally:
         layer.mlp = mlp

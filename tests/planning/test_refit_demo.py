@@ -1,4 +1,4 @@
-"""What a refit is worth on the trained demo model, and plans with it from pairs to answers."""
+"""What a refit gains on the trained demo model, and plans with it from pairs to answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from yopo.evaluation.fidelity import Recorded, compare, record_dense
 from yopo.fitting.fitter import Fitter
 from yopo.models.registry import resolve
 from yopo.planning.planner import make_plan
-from yopo.planning.request import plan_request
+from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.plans.checks import check_tensors
 from yopo.plans.file import to_yaml
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import LayerPlan, PruningPlan
+from yopo.plans.storage import to_bytes
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense
 
@@ -41,9 +42,9 @@ class Demo:
 
     def plan(self, layers: tuple[LayerPlan, ...], compensation: str) -> PruningPlan:
         """A plan of some layers, fitted if it asks for that."""
-        made, tensors, _ = make_plan(self.statistics, plan_request(preset="yopo-25"))
+        made, _ = make_plan(self.statistics, PaperRequest(preset="yopo-25"))
         plan = replace(made, layers=layers, compensation=compensation)
-        return plan, self.fitter.tensors(plan) if compensation == "refit" else tensors
+        return self.fitter.fit(plan) if compensation == "refit" else plan
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,13 @@ def test_a_refit_lowers_the_kl(demo: Demo) -> None:
     heads = tuple(range(shape.heads))
     layer = LayerPlan(heads, heads[::2], None, shape.ffn // 8)
     kl = {
-        kind: demo.kl(*demo.plan((layer,) * shape.layers, kind))
+        kind: demo.kl(demo.plan((layer,) * shape.layers, kind))
         for kind in ("none", "mean", "refit")
     }
     mapped = replace(layer, map_rank=shape.hidden // 8)
-    kl["map"] = demo.kl(*demo.plan((mapped,) * shape.layers, "refit"))
-    narrow = replace(mapped, rank=shape.hidden // 2)
-    kl["rank"] = demo.kl(*demo.plan((narrow,) * shape.layers, "refit"))
+    kl["map"] = demo.kl(demo.plan((mapped,) * shape.layers, "refit"))
+    narrow = replace(mapped, qkv_rank=shape.hidden // 2)
+    kl["rank"] = demo.kl(demo.plan((narrow,) * shape.layers, "refit"))
     print(", ".join(f"logit KL {value:.3g} with {kind}" for kind, value in kl.items()))
     assert kl["refit"] < 0.2 * min(kl["none"], kl["mean"])
     assert kl["map"] < 0.8 * kl["refit"]
@@ -85,27 +86,25 @@ def test_a_refit_lowers_the_kl(demo: Demo) -> None:
 
 
 def test_a_preset_with_a_refit(demo: Demo) -> None:
-    wishes = plan_request(preset="yopo-25", compensation="refit")
-    plan, candidates = make_plan(demo.statistics, wishes, None, demo.fitter)
-    bare, _, _ = make_plan(demo.statistics, plan_request(preset="yopo-25"))
+    request = PaperRequest(preset="yopo-25", compensation="refit")
+    plan, candidates = make_plan(demo.statistics, request, None, demo.fitter)
+    bare, _ = make_plan(demo.statistics, PaperRequest(preset="yopo-25"))
     assert plan.compensation == "refit" and plan.layers == bare.layers and candidates == []
     check_tensors(plan)
-    assert set(tensors.refit) <= set(range(plan.visual_depth)) and tensors.refit
-    assert demo.kl(plan) < demo.kl(bare, tensors)
+    fitted = plan.tensors.refit
+    assert fitted and set(fitted) <= set(range(plan.visual_depth)) and not bare.tensors.refit
+    assert demo.kl(plan) < demo.kl(bare)
 
 
 def test_a_budget_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("yopo.planning.planner.RATES", (1.0, 10.0))
-    wishes = plan_request(budget=0.2, compensation="refit")
-    plan, found = make_plan(demo.statistics, wishes, demo.kl, demo.fitter)
+    monkeypatch.setattr("yopo.planning.planner.VISUAL_WEIGHTS", (1.0, 10.0))
+    request = BudgetRequest(0.2, compensation="refit")
+    plan, found = make_plan(demo.statistics, request, demo.kl, demo.fitter)
     assert 0.15 < plan.budget.reached == visual_budget(plan) <= 0.2
     assert found[0].kl == demo.kl(plan) == min(each.kl for each in found)
     assert any(layer.is_fitted for layer in plan.layers)
-    shapes, _, others = make_plan(
-        demo.statistics,
-        plan_request(budget=0.2, compensation="mean", template="reader-heads"),
-        demo.kl,
-    )
-    assert found[0].kl < others[0].kl and shapes.compensation == "mean"
-    again, same, _ = make_plan(demo.statistics, wishes, demo.kl, demo.fitter)
-    assert to_yaml(again) == to_yaml(plan) and same.to_bytes() == tensors.to_bytes()
+    other = BudgetRequest(0.2, compensation="mean", template="reader-heads")
+    usual, others = make_plan(demo.statistics, other, demo.kl)
+    assert found[0].kl < others[0].kl and usual.compensation == "mean"
+    again, _ = make_plan(demo.statistics, request, demo.kl, demo.fitter)
+    assert to_yaml(again) == to_yaml(plan) and to_bytes(again.tensors) == to_bytes(plan.tensors)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import statistics_maker
 
 from yopo.planning.planner import make_plan
-from yopo.planning.request import plan_request
-from yopo.planning.search import Measure, Search, moves, resolve, state_of
+from yopo.planning.request import BudgetRequest
+from yopo.planning.search import MARGIN, Measure, Search, moves, resolve, state_of
 from yopo.planning.templates import Layers, TemplateBuilder
+from yopo.plans.schema import PruningPlan
 from yopo.support.errors import PlanError
 
 BUDGET = 0.3
@@ -74,20 +77,54 @@ def test_runs_are_limited_and_no_plan_is_measured_twice(builder: TemplateBuilder
     assert len(seen) == len(set(seen)) == search.runs <= 25
 
 
+def add_one_of(letters: str, kl: dict[str, float], max_runs: int = 100) -> tuple[str, float]:
+    """A search over sets of letters, from the empty one, whose moves add a letter each.
+
+    Args:
+        letters: The moves.
+        kl: Of every set, by its letters in order.
+        max_runs: Of the search.
+    """
+
+    def moves(state: str) -> Iterator[tuple[str, str]]:
+        return ((each, "".join(sorted(state + each))) for each in letters if each not in state)
+
+    search = Search(moves, lambda state: (state, "none"), lambda state, _: kl[state], max_runs)
+    (found, _), reached = search.run("", ("", "none"), kl[""])
+    return found, reached
+
+
+def test_a_gain_within_the_margin_is_noise() -> None:
+    for gain, expected in ((0.9 * MARGIN, ""), (1.1 * MARGIN, "a")):
+        kl = {"": 1.0, "a": 1.0 - gain}
+        assert add_one_of("a", kl) == (expected, kl[expected])
+
+
+def test_a_move_is_stacked_only_if_it_gains_more_than_the_margin_again() -> None:
+    kl = {"": 1.0, "a": 0.9, "b": 0.91}
+    for gain, expected in ((0.9 * MARGIN, "a"), (1.1 * MARGIN, "ab")):
+        kl["ab"] = kl["a"] * (1 - gain)
+        assert add_one_of("ab", kl) == (expected, kl[expected])
+
+
+def test_a_move_that_gains_little_alone_waits_for_the_next_sweep() -> None:
+    """There it competes with all others, and need not be the first."""
+    kl = {"": 1.0, "a": 0.9, "b": 0.998, "c": 0.999, "ab": 0.7, "ac": 0.5, "bc": 0.9, "abc": 0.8}
+    assert add_one_of("abc", kl) == ("ac", 0.5)
+
+
 def test_a_searched_plan_says_where_it_comes_from() -> None:
     statistics = statistics_maker.make()
 
-    def measure(plan) -> float:
+    def measure(plan: PruningPlan) -> float:
         return wants_attention_in_layer_3(plan.layers, plan.compensation)
 
-    plan, candidates = make_plan(statistics, plan_request(budget=BUDGET, search=300), measure)
-    assert plan.provenance["shape"].startswith("search from ")
+    plan, candidates = make_plan(statistics, BudgetRequest(BUDGET, search=300), measure)
+    assert plan.provenance["template"].startswith("search from ")
     assert candidates[0].kl < candidates[1].kl
     assert plan.budget.reached <= BUDGET
 
 
-def test_a_search_needs_a_model_and_a_budget() -> None:
+def test_a_search_needs_a_model() -> None:
     with pytest.raises(PlanError, match="there is none here"):
-        make_plan(statistics_maker.make(), plan_request(budget=BUDGET, search=10))
-    with pytest.raises(PlanError, match="search needs a budget"):
-        plan_request(search=10)
+        make_plan(statistics_maker.make(), BudgetRequest(BUDGET, search=10))

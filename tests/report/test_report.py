@@ -53,7 +53,7 @@ def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -
         (*kinds, *(GONE,) * (layers - len(kinds))),
         Budget(0.25, 0.2),
         measured=measured,
-        provenance={"shape": "light"},
+        provenance={"template": "light"},
     )
 
 
@@ -137,7 +137,7 @@ def test_only_the_columns_of_what_a_plan_has() -> None:
     assert "rank" not in head and "map" in head
 
 
-@pytest.mark.parametrize("change", [{"attend": (0,)}, {"rank": 3}, {"linear": 3}])
+@pytest.mark.parametrize("change", [{"attend_heads": (0,)}, {"qkv_rank": 3}, {"map_rank": 3}])
 def test_layers_that_differ_in_a_fit_alone_are_two_rows(change: dict[str, object]) -> None:
     layer = LayerPlan((0, 1, 2), (1,), None, 5, qkv_rank=2, map_rank=2)
     found = [span for *span, _ in runs((layer, layer, replace(layer, **change)))]
@@ -145,13 +145,16 @@ def test_layers_that_differ_in_a_fit_alone_are_two_rows(change: dict[str, object
 
 
 def test_json_holds_the_fits() -> None:
+    def fits(layer: dict[str, object]) -> tuple[object, ...]:
+        return layer["qkv_rank"], layer["map_rank"], layer["attend_heads"]
+
     plan = make_fitted()
     document = json.loads(json.dumps(plan_document(plan)))
     first, _, third, last = document["layers"][:4]
     assert document["compensation"] == "refit"
-    assert (first["rank"], first["linear"], first["attend"]) == (12, 4, [0, 2, 4, 6])
-    assert (third["rank"], third["linear"], third["attend"]) == (64, 0, [0, 2, 4, 6])
-    assert (last["rank"], last["linear"], last["attend"]) == (None, 16, [])
+    assert fits(first) == (12, 4, [0, 2, 4, 6])
+    assert fits(third) == (64, 0, [0, 2, 4, 6])
+    assert fits(last) == (None, 16, [])
     assert (
         sum(layer["visual_flops"] for layer in document["layers"])
         == (document["visual_flops"]["pruned"])
@@ -226,10 +229,11 @@ def test_units(shown: str, expected: str) -> None:
     assert shown == expected
 
 
-def test_candidates() -> None:
+@pytest.mark.parametrize("key", ["template", "shape"])  # the latter in plans of long ago
+def test_candidates(key: str) -> None:
     rows = [
-        {"shape": "reader", "compensation": "mean", "budget": 0.25, "kl": 0.0123},
-        {"shape": "paper", "compensation": "none", "budget": 0.2, "kl": None},
+        {key: "reader", "compensation": "mean", "budget": 0.25, "kl": 0.0123},
+        {key: "paper", "compensation": "none", "budget": 0.2, "kl": None},
     ]
     lines = text_of(candidate_table(rows), 60)
     assert lines[-2].split() == [">", "reader", "mean", "25.0", "%", "0.0123"]
@@ -250,11 +254,11 @@ def test_json_is_plain_and_complete() -> None:
     kv_bytes = sum(layer["visual_kv_bytes"] for layer in document["layers"])
     assert flops == document["visual_flops"]["pruned"]
     assert kv_bytes == document["visual_kv_bytes"]["pruned"] == visual_kv_bytes(plan)
-    assert document["layers"][1]["heads"] == [0, 2, 4, 6]
+    assert document["layers"][1]["read_heads"] == [0, 2, 4, 6]
 
 
 def test_reports_import_no_torch() -> None:
-    modules = "summary, json, evaluation, tables, heatmap, profile, units"
+    modules = "summary, json, evaluation, plan_tables, bench_tables, heatmap, profile, units"
     code = f"import sys; from yopo.report import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,42 +36,39 @@ def generate(
 
 
 def specified(
-    subject: Subject,
-    plan: PruningPlan,
-    inputs: dict[str, Any],
-    **options: Any,
+    subject: Subject, plan: PruningPlan, inputs: dict[str, Any], **options: Any
 ) -> torch.Tensor:
     with reference(subject.oracle, plan):
         return generate(subject.oracle, inputs, use_cache=False, **options)
 
 
 @pytest.fixture(params=range(2))
-def case(request: pytest.FixtureRequest, subject: Subject) -> Iterator[PruningPlan]:
+def plan(request: pytest.FixtureRequest, subject: Subject) -> PruningPlan:
     return subject.random_plan(40 + request.param)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [ONE, TWO_ROWS, ONE_WITHOUT], ids=["one", "two", "one without"])
-def test_the_same_tokens(subject: Subject, case: tuple, rows: list, mode: str) -> None:
+def test_the_same_tokens(subject: Subject, plan: PruningPlan, rows: list, mode: str) -> None:
     inputs, options = tiny.batch(rows), MODES[mode]
-    expected = specified(subject, *case, inputs, **options)
-    with pruned(subject.oracle, *case):
+    expected = specified(subject, plan, inputs, **options)
+    with pruned(subject.oracle, plan):
         found = generate(subject.oracle, inputs, **options)
     assert torch.equal(found, expected)
     new = expected[:, inputs["input_ids"].shape[1] :]
     assert len(new.unique()) > 2  # a model that repeats itself would hide mistakes
 
 
-def test_without_a_cache(subject: Subject, case: tuple) -> None:
+def test_without_a_cache(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch(TWO_ROWS)
-    with pruned(subject.oracle, *case):
+    with pruned(subject.oracle, plan):
         with_cache = generate(subject.oracle, inputs)
         assert torch.equal(generate(subject.oracle, inputs, use_cache=False), with_cache)
 
 
-def test_from_embeddings(subject: Subject, case: tuple) -> None:
+def test_from_embeddings(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch(ONE)
-    with pruned(subject.oracle, *case):
+    with pruned(subject.oracle, plan):
         by_ids = generate(subject.oracle, inputs)
         ids = inputs.pop("input_ids")
         embeds = subject.oracle.get_input_embeddings()(ids).detach()
@@ -94,53 +90,55 @@ class Collector(BaseStreamer):
         self.ended = True
 
 
-def test_streaming(subject: Subject, case: tuple) -> None:
+def test_streaming(subject: Subject, plan: PruningPlan) -> None:
     inputs, streamer = tiny.batch(ONE), Collector()
-    with pruned(subject.oracle, *case):
+    with pruned(subject.oracle, plan):
         tokens = generate(subject.oracle, inputs, streamer=streamer)
     assert streamer.ended and streamer.sent == tokens[0].tolist()
-    assert torch.equal(tokens, specified(subject, *case, inputs))
+    assert torch.equal(tokens, specified(subject, plan, inputs))
 
 
-def test_prompt_lookup(subject: Subject, case: tuple) -> None:
+def test_prompt_lookup(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch([[1, 5, 6, *PICTURE, 7, 8, 9, 7, 8, 9, 7, 8]])
-    with pruned(subject.oracle, *case):
+    with pruned(subject.oracle, plan):
         found = generate(subject.oracle, inputs, prompt_lookup_num_tokens=3)
-    assert torch.equal(found, specified(subject, *case, inputs))
+    assert torch.equal(found, specified(subject, plan, inputs))
 
 
-def test_a_second_turn_with_a_new_image_continues_the_cache(subject: Subject, case: tuple) -> None:
+def test_a_second_turn_with_a_new_image_continues_the_cache(
+    subject: Subject, plan: PruningPlan
+) -> None:
     first, cache = tiny.batch(ONE), DynamicCache()
     new = tiny.pictures(1, seed=7)
-    with pruned(subject.oracle, *case):
+    with pruned(subject.oracle, plan):
         said = generate(subject.oracle, first, past_key_values=cache)
         ids = torch.cat([said, torch.tensor([[11, *PICTURE, 12, 13]])], dim=1)
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": new}
         found = generate(subject.oracle, turn, past_key_values=cache)
     together = turn | {"pixel_values": torch.cat([first["pixel_values"], new])}
-    assert torch.equal(found, specified(subject, *case, together))
+    assert torch.equal(found, specified(subject, plan, together))
 
 
-def test_a_second_turn_of_beams(subject: Subject, case: tuple) -> None:
+def test_a_second_turn_of_beams(subject: Subject, plan: PruningPlan) -> None:
     """Of text alone: transformers cannot expand a new image beside one that is cached."""
     first, cache = tiny.batch(ONE), DynamicCache()
-    with pruned(subject.oracle, *case):
+    with pruned(subject.oracle, plan):
         said = generate(subject.oracle, first, past_key_values=cache)
         ids = torch.cat([said, torch.tensor([[11, 12, 13]])], dim=1)
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         cache.batch_repeat_interleave(3)
         found = generate(subject.oracle, turn, past_key_values=cache, num_beams=3)
     together = turn | {"pixel_values": first["pixel_values"]}
-    assert torch.equal(found, specified(subject, *case, together, num_beams=3))
+    assert torch.equal(found, specified(subject, plan, together, num_beams=3))
 
 
-def test_prefill_in_chunks_inside_an_image_is_refused(subject: Subject, case: tuple) -> None:
+def test_prefill_in_chunks_inside_an_image_is_refused(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch(ONE)
-    with pruned(subject.oracle, *case), pytest.raises(ModelError, match="whole number of images"):
+    with pruned(subject.oracle, plan), pytest.raises(ModelError, match="whole number of images"):
         generate(subject.oracle, inputs, prefill_chunk_size=10)
 
 
-def test_a_static_cache_is_refused(subject: Subject, case: tuple) -> None:
+def test_a_static_cache_is_refused(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch(ONE)
-    with pruned(subject.oracle, *case), pytest.raises(ModelError, match="StaticLayer"):
+    with pruned(subject.oracle, plan), pytest.raises(ModelError, match="StaticLayer"):
         generate(subject.oracle, inputs, cache_implementation="static")

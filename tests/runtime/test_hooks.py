@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ class Counting(ModelHook):
 
 
 @pytest.fixture
-def case(mha: Subject) -> Iterator[tuple]:
-    """A model of its own, a plan, the plan's tensors, and what both models say."""
+def case(mha: Subject) -> tuple:
+    """A model of its own, a plan, and the logits of the dense and of the pruned model."""
     plan = mha.random_plan(3)
     model = tiny.llava("mha")
     dense = tiny.logits(model, INPUTS)
@@ -125,7 +124,7 @@ def test_weights_that_are_nowhere_are_refused(case: tuple) -> None:
     install(model, plan)
     for layer in model.get_decoder().layers:
         layer.self_attn.k_proj.to("meta")
-    keys = [part.key for part in model.get_decoder().yopo.visual if hasattr(part, "key")]
+    keys = [layer.key for layer in model.get_decoder().yopo.visual if hasattr(layer, "key")]
     with pytest.raises(ModelError, match=r"weight of a Linear is on no device \(meta\)"):
         keys[0].matrix()
 
@@ -183,7 +182,7 @@ def test_a_decoder_that_was_compiled_before_is_pruned(monkeypatch: pytest.Monkey
     """Traced by dynamo, run as written: what guards see is the same for every backend."""
     monkeypatch.setitem(tiny._COMMON, "num_hidden_layers", 1)  # tracing takes seconds per layer
     subject = tiny.make_subject("mha")
-    model, (plan) = subject.model, subject.random_plan(3)
+    model, plan = subject.model, subject.random_plan(3)
     dense = tiny.logits(model, INPUTS)
     with pruned(model, plan):
         sparse = tiny.logits(model, INPUTS)

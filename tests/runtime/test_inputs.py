@@ -101,8 +101,8 @@ def test_the_remedy_is_one(mha: Subject) -> None:
 def dropping(subject: Subject) -> PruningPlan:
     """A plan under which visual tokens are gone before the last layer."""
     full, none = tiny.whole(subject).layers[0], LayerPlan((), (), None, 0)
-    plan, _ = subject.random_plan(1, compensation="none", baked=True, tensors=None)
-    return PruningPlan(**{**vars(plan), "layers": (full, full, none, none)})
+    plan = subject.random_plan(1, compensation="none", baked=True)
+    return plan.with_layers((full, full, none, none))
 
 
 LABELS = {

@@ -230,5 +230,5 @@ def test_float64_is_as_exact_as_float64(subject: Subject, seed: int) -> None:
 def test_a_prompt_that_ends_in_a_dropped_image_warns(mha: Subject) -> None:
     plan = mha.random_plan(5)
     gone = plan.with_layers((plan.layers[0], *[LayerPlan((), (), None, 0)] * 3))
-    with pruned(mha.model, gone, tensors), pytest.warns(UserWarning, match="ends in an image"):
+    with pruned(mha.model, gone), pytest.warns(UserWarning, match="ends in an image"):
         tiny.logits(mha.model, tiny.batch([[1, 5, *PICTURE]]))

@@ -12,7 +12,6 @@ from tiny import IMAGE, PICTURE, Subject
 from yopo.models.layout import build_layout
 from yopo.plans.grid import Grid
 from yopo.plans.schema import LayerPlan
-from yopo.plans.tensors import PlanTensors
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import LayerSpec, reference
 
@@ -53,7 +52,7 @@ def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
     plan = tiny.random_plan(mha.identity, rng, compensation="none")
     ids = torch.tensor([ROW])
     layout = build_layout(ids == IMAGE, [tuple(Grid(*size) for size in GRIDS)])
-    spec = LayerSpec(plan, PlanTensors(), 0, layout, None)
+    spec = LayerSpec(plan, 0, layout, None)
     found = spec.allowed(torch.zeros(1, len(ROW), mha.shape.hidden))[0]
     found = found.expand(mha.shape.heads, -1, -1)
     for head in range(mha.shape.heads):

@@ -42,10 +42,10 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
 
 
 def halved(subject: Subject, compensation: str, **fixed: Any) -> PruningPlan:
-    """Half of everything, ragged under GQA: every kind of part in every layer."""
+    """Half of everything, ragged under GQA: every kind of visual module in every layer."""
     shape = subject.shape
     heads = tuple(range(0, shape.heads, 2)) + ((shape.heads - 1,) if shape.heads % 2 == 0 else ())
-    more = {"rank": 8, "linear": 4} if compensation == "refit" else {}
+    more = {"qkv_rank": 8, "map_rank": 4} if compensation == "refit" else {}
     layer = LayerPlan(heads, heads[:-1], radius=1, neurons=shape.ffn // 2, **more)
     bare = LayerPlan(heads, (), radius=None, neurons=0)
     layers = (layer, layer, bare, LayerPlan((), (), radius=None, neurons=0))
@@ -146,7 +146,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(
 
 def test_checkpointing_is_off_in_evaluation_and_refuses_a_filled_cache(mha: Subject) -> None:
     model = copy.deepcopy(mha.model)
-    install(model, *mha.random_plan(3))
+    install(model, mha.random_plan(3))
     plain = tiny.logits(model, INPUTS)
     model.gradient_checkpointing_enable()
     assert torch.equal(tiny.logits(model, INPUTS), plain)
@@ -202,7 +202,7 @@ def test_residual_dropouts_are_the_dense_models(monkeypatch: pytest.MonkeyPatch)
 def test_fitted_weights_are_parameters_on_request_alone(subject: Subject) -> None:
     plan = halved(subject, "refit", baked=True)
     model = copy.deepcopy(subject.model)
-    keys, before = list(model.state_dict()), copy.deepcopy(tensors)
+    keys, before = list(model.state_dict()), copy.deepcopy(plan.tensors)
     with pruned(model, plan):
         plain = tiny.logits(model, INPUTS)
         assert list(model.state_dict()) == keys
@@ -211,16 +211,14 @@ def test_fitted_weights_are_parameters_on_request_alone(subject: Subject) -> Non
     with pruned(model, plan, trainable=True):
         assert torch.equal(tiny.logits(model, INPUTS), plain)
         fitted = yopo.fitted_parameters(model)
-        held = sum(len(weights) for weights in tensors.refit.values())
+        held = sum(len(weights) for weights in plan.tensors.refit.values())
         assert len(fitted) == held and all(p.requires_grad for p in fitted.values())
         assert len(model.state_dict()) == len(keys) + held
         for parameter in model.parameters():
             parameter.requires_grad = any(parameter is each for each in fitted.values())
         losses = train(model, 8)
         assert losses[-1] < losses[0]
-    for index, weights in tensors.refit.items():
-        for name, value in weights.items():
-            assert torch.equal(value, before.refit[index][name]), "the plan's own are left alone"
+    assert plan.tensors == before, "the plan's own are left alone"
     assert list(model.state_dict()) == keys
 
 

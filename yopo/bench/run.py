@@ -5,7 +5,7 @@ one right behind the other and the order reversed from round to round, then deco
 with each. Medians with quartiles; ratios are medians of the rounds' own ratios to the dense model,
 so that a machine that slows down half-way does not bend them.
 Like is compared with like: where a pruned prefill takes a faster kernel than transformers does
-(``runtime/products.py``), everything is timed on that kernel, and the stock model once more on its
+(``runtime/gemm.py``), everything is timed on that kernel, and the stock model once more on its
 own: what serving gains as shipped is a second figure.
 Beside the prefill ratio stands the ratio of the FLOPs that ``flops.py`` predicts for the very
 prompt and layers that ran: their quotient is 1.0 where all the saved work is saved time.

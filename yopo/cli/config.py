@@ -42,25 +42,37 @@ def load_config(path: Path, command: click.Command) -> dict[str, Any]:
     """
     document = Document(*read_text(path))
     options = {
-        each.name: each
+        key: each
         for each in command.params
         if isinstance(each, click.Option) and each.name not in _NOT_IN_FILES
+        for key in _spellings(each)
     }
-    document.check_keys((), document.data, options)
-    return {
-        name: _checked(document, options[name], value)
-        for name, value in document.data.items()
-        if value is not None
-    }
+    data = document.check_keys((), document.data, options)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if value is None:
+            continue
+        name = str(options[key].name)
+        if name in values:
+            other = next(each for each in _spellings(options[key]) if each != key)
+            raise document.error((key,), f"is another name of {other}, given as well")
+        values[name] = _checked(document, key, options[key], value)
+    return values
 
 
-def _checked(document: Document, option: click.Option, value: Any) -> Any:
-    value = document.typed((option.name,), value, _kind(option.type))
+def _spellings(option: click.Option) -> list[str]:
+    """What files call an option: its name, and former ones that the command line still takes."""
+    flags = [each[2:].replace("-", "_") for each in option.opts if each.startswith("--")]
+    return list(dict.fromkeys([str(option.name), *flags]))
+
+
+def _checked(document: Document, key: str, option: click.Option, value: Any) -> Any:
+    value = document.typed((key,), value, _kind(option.type))
     try:
         return option.type.convert(value, option, None)
     except click.BadParameter as error:
         problem = error.message[:1].lower() + error.message[1:].rstrip(".")
-        raise document.error((option.name,), f"is out of range: {problem}") from error
+        raise document.error((key,), f"is out of range: {problem}") from error
 
 
 def _kind(parameter: click.ParamType) -> type:

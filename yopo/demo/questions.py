@@ -16,7 +16,7 @@ from yopo.demo.vocabulary import (
     NUMBERS,
     PLURALS,
     RELATIONS,
-    TEMPLATES,
+    SHAPES,
     place,
 )
 
@@ -64,7 +64,7 @@ def _shape(objects: Objects) -> Candidates:
 def _count(objects: Objects) -> Candidates:
     colors = Counter(o.color for o in objects)
     shapes = Counter(o.shape for o in objects)
-    names = {PLURALS[shape]: shapes[shape] for shape in TEMPLATES}
+    names = {PLURALS[shape]: shapes[shape] for shape in SHAPES}
     names |= {f"{color} objects": colors[color] for color in COLORS}
     names["objects"] = len(objects)
     return [(f"how many {name} are there?", NUMBERS[count]) for name, count in names.items()]
@@ -80,7 +80,7 @@ def _existence(objects: Objects) -> Candidates:
     shapes = sorted({shape for _, shape in present})
     absent = [look for look in itertools.product(colors, shapes) if look not in present]
     if not absent:
-        absent = [(c, s) for c in COLORS for s in TEMPLATES if (c in colors) != (s in shapes)]
+        absent = [(c, s) for c in COLORS for s in SHAPES if (c in colors) != (s in shapes)]
     yes = [(f"is there a {color} {shape}?", "yes") for color, shape in sorted(present)]
     return yes + [(f"is there a {color} {shape}?", "no") for color, shape in absent]
 
@@ -127,7 +127,7 @@ SHORT_KINDS = KINDS[:-1]
 # The answers a kind can have, each equally likely in `yopo.demo.scenes.pairs`.
 ANSWERS: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
-    "shape": TEMPLATES,
+    "shape": SHAPES,
     "count": NUMBERS,
     "existence": ("yes", "no"),
     "relation": ("yes", "no"),

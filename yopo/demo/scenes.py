@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from yopo.demo.questions import ANSWERS, KINDS, candidates
 from yopo.demo.task import DemoPair, Task, Turn, digest, split_of
-from yopo.demo.vocabulary import COLORS, GRID, TEMPLATES
+from yopo.demo.vocabulary import COLORS, GRID, SHAPES
 
 IMAGE_SIZE = 64
 MIN_OBJECTS, MAX_OBJECTS = 2, 5
@@ -80,7 +80,7 @@ def random_scene(rng: random.Random) -> Scene:
     with three red objects, and counts would be guessable.
     """
     colors = rng.sample(list(COLORS), rng.randint(1, len(COLORS)))
-    shapes = rng.sample(TEMPLATES, rng.randint(1, len(TEMPLATES)))
+    shapes = rng.sample(SHAPES, rng.randint(1, len(SHAPES)))
     looks = list(itertools.product(colors, shapes))
     count = min(rng.randint(MIN_OBJECTS, MAX_OBJECTS), len(looks))
     if count < MIN_OBJECTS:

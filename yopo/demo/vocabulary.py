@@ -10,7 +10,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (160, 40, 190),
     "white": (235, 235, 235),
 }
-TEMPLATES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {
     "circle": "circles",
     "square": "squares",

@@ -50,7 +50,7 @@ def calibrate(
         model_name: Alias, directory or hub id.
         request: What is asked of the plan.
         options: Data and how to run it.
-        effort: On what plans are measured and fitted.
+        fit_options: On what plans are measured and fitted.
         keep: Given the statistics as soon as they exist, before anything is planned or fitted.
 
     Raises:

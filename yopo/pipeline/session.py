@@ -105,7 +105,7 @@ class CalibrationSession:
     Args:
         model_name: Alias, directory or hub id.
         options: Data and how to run it.
-        effort: On what plans are measured and fitted.
+        fit_options: On what plans are measured and fitted.
         needs_holdout: Whether a quarter of the pairs is kept out of everything but ``agreement``.
         compares: Whether pairs are held out to compare plans on. Without it ``make`` knows no
             budget, and all pairs are measured.

@@ -138,9 +138,9 @@ class Allocator:
     """Allocates a budget for one model.
 
     Args:
-        shaper: Knows the model, the scores and the budget.
+        builder: Knows the model, the scores and the budget.
         profile: Energies of what could be left out.
-        worth: How they count beside one another.
+        weighting: How they count beside one another.
         levers: What may be used.
     """
 

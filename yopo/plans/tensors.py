@@ -7,15 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from yopo.plans.layer_plan import LayerPlan, ModelShape
 
 if TYPE_CHECKING:
     import torch
 
-    from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
-
 Refit = Mapping[str, "torch.Tensor"]
 """One layer's fitted weights for visual tokens, by name: see :func:`refit_sizes`."""
+
+
+class UsesTensors(Protocol):
+    """A plan, as far as it says which tensors it uses; the schema itself knows this module."""
+
+    @property
+    def compensation(self) -> str:
+        """``none``, ``mean`` or ``refit``."""
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether the order of neurons matters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +84,7 @@ class PlanTensors:
         refit = {new: self.refit[old] for new, old in enumerate(rows) if old in self.refit}
         return PlanTensors(**parts, refit=refit)
 
-    def for_plan(self, plan: PruningPlan) -> PlanTensors:
+    def for_plan(self, plan: UsesTensors) -> PlanTensors:
         """Those of the tensors that a plan uses."""
         means = plan.compensation == "mean"
         return PlanTensors(
@@ -87,13 +99,14 @@ def refit_sizes(layer: LayerPlan, shape: ModelShape) -> dict[str, tuple[int, ...
     """Names and sizes of the weights that ``refit`` compensation fits in one layer.
 
     ``reduce`` (rank, hidden) takes normed visual states into the bottleneck; ``query``, ``key``
-    and ``value`` (rows, rank) with their biases lead out of it, for the heads of ``attend`` and
-    for the kept KV heads, ascending. ``output`` (hidden, columns) replaces the output projection
+    and ``value`` (rows, rank) with their biases lead out of it, for the attending heads and for
+    the kept KV heads, ascending. ``output`` (hidden, columns) replaces the output projection
     where a part of the heads attends, ``down`` (hidden, neurons) the down projection where a part
     of the neurons is used, in order of importance. ``map_out @ map_in`` is the linear map;
     ``ffn_bias`` goes with ``down`` or the map.
     """
-    hidden, sizes = shape.hidden, {}
+    hidden = shape.hidden
+    sizes: dict[str, tuple[int, ...]] = {}
     queries = len(layer.attend_heads) * shape.head_dim
     keys = len(layer.kept_kv(shape)) * shape.head_dim
     if layer.qkv_rank is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yopo.plans.file import TensorsFile, parse_plan, to_yaml
+from yopo.plans.file import TensorsFile, parse_plan, read_document, to_yaml
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
 from yopo.plans.schema import (
@@ -26,7 +27,7 @@ from yopo.plans.schema import (
     PruningPlan,
     Workload,
 )
-from yopo.plans.storage import read_plan
+from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import PlanError
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
@@ -65,8 +66,26 @@ def some_plan(rng: random.Random) -> PruningPlan:
         workload=Workload(grids, text=rng.randint(5, 99), text_before=rng.randint(0, 5)),
         budget=Budget(rng.choice([None, 0.25, 1.0]), rng.random()),
         measured=rng.choice([None, measured(rng)]),
-        tensors=SIDE_FILE,
     )
+
+
+def parsed(text: str) -> PruningPlan:
+    return parse_plan("plan.yaml", text)[0]
+
+
+FORMER_KEYS = {
+    "read_heads": "heads",
+    "attend_heads": "attend",
+    "qkv_rank": "rank",
+    "map_rank": "linear",
+}
+
+
+def in_former_words(text: str) -> str:
+    """A document, a part of one or a message with the keys that layers had before."""
+    for key, former in FORMER_KEYS.items():
+        text = text.replace(key, former)
+    return text
 
 
 @settings(max_examples=40)
@@ -74,12 +93,13 @@ def some_plan(rng: random.Random) -> PruningPlan:
 def test_round_trip(rng: random.Random, provenance: object) -> None:
     plan = replace(some_plan(rng), provenance={"pairs": provenance})
     plan = replace(plan, budget=replace(plan.budget, reached=visual_budget(plan)))
-    text = to_yaml(plan)
-    again = parse_plan("plan.yaml", text)
-    assert to_yaml(again) == text
+    side_file = rng.choice([SIDE_FILE, None]) if plan.baked or not plan.needs_order else SIDE_FILE
+    text = to_yaml(plan, side_file)
+    again, named = parse_plan("plan.yaml", text)
+    assert to_yaml(again, named) == text
+    assert named == side_file and again.tensors == PlanTensors()
     assert again.layers == plan.layers and again.model == plan.model
-    assert again.workload == plan.workload and again.tensors == plan.tensors
-    assert again.provenance == plan.provenance
+    assert again.workload == plan.workload and again.provenance == plan.provenance
     assert (again.compensation, again.bidirectional, again.baked) == (
         plan.compensation,
         plan.bidirectional,
@@ -96,16 +116,16 @@ def test_any_model_name_survives_or_is_refused(rng: random.Random, name: str) ->
     """YAML cannot say every character; none may come back as another."""
     plan = replace(some_plan(rng), model=replace(IDENTITY, name=name))
     try:
-        text = to_yaml(plan)
+        text = to_yaml(plan, SIDE_FILE)
         text.encode("utf-8")
-        again = parse_plan("plan.yaml", text)
+        again, _ = parse_plan("plan.yaml", text)
     except (PlanError, yaml.YAMLError, UnicodeError):
         return
     assert again.model.name == name
 
 
 def test_the_same_plan_gives_the_same_bytes() -> None:
-    texts = {to_yaml(some_plan(random.Random(5))) for _ in range(3)}
+    texts = {to_yaml(some_plan(random.Random(5)), SIDE_FILE) for _ in range(3)}
     assert len(texts) == 1
 
 
@@ -116,21 +136,21 @@ def test_fits_and_attending_heads_are_written_where_a_layer_has_them() -> None:
         LayerPlan((3,), (), None, 0, map_rank=2),
     )
     plan = replace(some_plan(random.Random(5)), layers=layers, compensation="refit")
-    text = to_yaml(plan)
-    assert "attend: [1, 4]" in text and text.count("attend: true") == 1
-    assert text.count("attend: false") == 1
-    assert text.count("rank: ") == text.count("linear: ") == 2
-    assert "rank: 7" in text and "rank: null" in text
-    assert parse_plan("plan.yaml", text).layers == layers
+    text = to_yaml(plan, SIDE_FILE)
+    assert "attend_heads: [1, 4]" in text and text.count("attend_heads: true") == 1
+    assert text.count("attend_heads: false") == 1
+    assert text.count("qkv_rank: ") == text.count("map_rank: ") == 2
+    assert "qkv_rank: 7" in text and "qkv_rank: null" in text
+    assert parsed(text).layers == layers
     plain = replace(plan, layers=(layers[1],) * 3)
-    assert "rank" not in to_yaml(plain) and "linear" not in to_yaml(plain)
+    assert "rank" not in to_yaml(plain)
 
 
 def test_attending_heads_may_be_a_list_or_a_switch() -> None:
-    listed = parse_plan("plan.yaml", GOOD.replace("attend: true", "attend: [5]"))
+    listed = parsed(GOOD.replace("attend_heads: true", "attend_heads: [5]"))
     assert listed.layers[0].attend_heads == (5,)
-    assert parse_plan("plan.yaml", GOOD).layers[0].attend_heads == (0, 5)
-    nobody = parse_plan("plan.yaml", GOOD.replace("attend: true", "attend: []"))
+    assert parsed(GOOD).layers[0].attend_heads == (0, 5)
+    nobody = parsed(GOOD.replace("attend_heads: true", "attend_heads: []"))
     assert nobody.layers[0].attend_heads == ()
 
 
@@ -147,7 +167,8 @@ def test_numbers_for_people_are_short() -> None:
 def test_a_small_file_may_leave_defaults_out(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD, encoding="utf-8")
-    plan = read_plan(path)
+    plan, named = read_document(path)
+    assert named == SIDE_FILE
     first = LayerPlan((0, 5), attend_heads=(0, 5), radius=2, neurons=7)
     assert plan.layers[0] == first
     assert plan.layers[1] == LayerPlan(tuple(range(6)), attend_heads=(), radius=None, neurons=50)
@@ -172,12 +193,12 @@ tensors:
   file: plan.safetensors
   sha256: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa
 layers:
-- heads: [0, 5]
-  attend: true
+- read_heads: [0, 5]
+  attend_heads: true
   radius: 2
   neurons: 7
-- {heads: all, attend: false, radius: null, neurons: 50}
-- {heads: none, attend: false, radius: null, neurons: 0}
+- {read_heads: all, attend_heads: false, radius: null, neurons: 50}
+- {read_heads: none, attend_heads: false, radius: null, neurons: 0}
 measured:
   rho: [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0.5]]
   cross_modal: [0.1, 0.2, 0.3]
@@ -199,8 +220,8 @@ MISTAKES = {
     "unknown model key": ("  family", "  famly", "4: model.famly is not a known key", "'family'"),
     "wrong type": ("neurons: 7", "neurons: many", "18: layers[0].neurons must be a whole", None),
     "number for a switch": (
-        "attend: true",
-        "attend: 1",
+        "attend_heads: true",
+        "attend_heads: 1",
         "16: layers[0].attend_heads must be true",
         None,
     ),
@@ -213,21 +234,21 @@ MISTAKES = {
         None,
     ),
     "unknown word for heads": (
-        "heads: all",
-        "heads: some",
+        "read_heads: all",
+        "read_heads: some",
         "19: layers[1].read_heads must be 'all'",
         0,
     ),
     "heads of no kind": (
-        "heads: all",
-        "heads: 3",
+        "read_heads: all",
+        "read_heads: 3",
         "19: layers[1].read_heads must be text or a li",
         0,
     ),
     "negative radius": ("radius: 2", "radius: -2", "17: layers[0].radius must be null or at", 0),
     "duplicate key": (
         "radius: 2",
-        "attend: true",
+        "attend_heads: true",
         "17: layers[0].attend_heads appears twice (fir",
         0,
     ),
@@ -235,12 +256,27 @@ MISTAKES = {
     "missing key": ("  fingerprint: abc\n", "", "2: model lacks the key 'fingerprint'", None),
     "missing shape": ("  shape", "  # shape", "2: model lacks the key 'shape'", None),
     "missing size": (", ffn: 50", "", "5: model.shape lacks the key 'ffn'", None),
-    "missing heads": ("heads: none, ", "", "20: layers[2] lacks the key 'heads'", None),
-    "missing attend": ("attend: false, radius: null, n", "n", "19: layers[1] lacks the key 'at", 0),
+    "missing heads": ("read_heads: none, ", "", "20: layers[2] lacks the key 'read_heads'", None),
+    "missing attend": (
+        "attend_heads: false, radius: null, n",
+        "n",
+        "19: layers[1] lacks the key 'at",
+        0,
+    ),
     "missing root key": (GOOD[GOOD.index("layers:\n") :], "", "1: document lacks the key 'lay", 0),
-    "too few layers": ("- {heads: none", "#", "14: layers must have 3 entries, found 2", None),
-    "a layer that is no mapping": ("- {heads: none", "- none #", "20: layers[2] must be a map", 0),
-    "layers that are no list": (GOOD[GOOD.index("- heads") :], "  all", "14: layers must be a", 0),
+    "too few layers": ("- {read_heads: none", "#", "14: layers must have 3 entries, found 2", None),
+    "a layer that is no mapping": (
+        "- {read_heads: none",
+        "- none #",
+        "20: layers[2] must be a map",
+        0,
+    ),
+    "layers that are no list": (
+        GOOD[GOOD.index("- read_heads") :],
+        "  all",
+        "14: layers must be a",
+        0,
+    ),
     "empty grids": ("[[3, 5], [2, 2]]", "[]", "8: workload.grids must hold at least one", None),
     "a grid of three": ("[2, 2]]", "[2, 2, 2]]", "8: workload.grids[1] must be [rows, col", None),
     "a grid of words": ("[3, 5]", "[a, 5]", "8: workload.grids[0] must be a whole number", None),
@@ -258,12 +294,15 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize("spelled", [str, in_former_words])
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_name_line_and_key(name: str) -> None:
+def test_mistakes_name_line_and_key(name: str, spelled: Callable[[str], str]) -> None:
     old, new, message, remedy = MISTAKES[name]
     assert old in GOOD
     with pytest.raises(PlanError) as caught:
-        parse_plan("plan.yaml", GOOD.replace(old, new, 1))
+        parse_plan("plan.yaml", spelled(GOOD.replace(old, new, 1)))
+    if not name.startswith("missing"):  # what is not there is asked for by its present name
+        message = spelled(message)
     assert f"plan.yaml:{message}" in str(caught.value)
     if remedy:
         assert remedy in caught.value.remedy
@@ -273,65 +312,117 @@ FITTED = GOOD.replace("layers:\n", "compensation: refit\nlayers:\n")
 
 FITTED_MISTAKES = {
     "a head that does not read": (
-        "attend: true",
-        "attend: [1]",
+        "attend_heads: true",
+        "attend_heads: [1]",
         "layers[0].attend_heads must name hea",
     ),
-    "a head twice": ("attend: true", "attend: [5, 5]", "layers[0].attend_heads must be ascending"),
+    "a head twice": (
+        "attend_heads: true",
+        "attend_heads: [5, 5]",
+        "layers[0].attend_heads must be ascending",
+    ),
     "a head that is text": (
-        "attend: true",
-        "attend: [x]",
+        "attend_heads: true",
+        "attend_heads: [x]",
         "layers[0].attend_heads[0] must be a whole",
     ),
     "a rank of nothing": (
         "neurons: 7",
-        "neurons: 7\n  rank: 0",
+        "neurons: 7\n  qkv_rank: 0",
         "layers[0].qkv_rank must lie betwe",
     ),
     "a rank too wide": (
         "neurons: 7",
-        "neurons: 7\n  rank: 61",
+        "neurons: 7\n  qkv_rank: 61",
         "layers[0].qkv_rank must lie between",
     ),
     "a rank nobody reads": (
         "neurons: 0",
-        "neurons: 0, rank: 3",
+        "neurons: 0, qkv_rank: 3",
         "layers[2].qkv_rank must lie betwe",
     ),
-    "a rank of text": ("neurons: 7", "neurons: 7\n  rank: x", "layers[0].qkv_rank must be a whole"),
+    "a rank of text": (
+        "neurons: 7",
+        "neurons: 7\n  qkv_rank: x",
+        "layers[0].qkv_rank must be a whole",
+    ),
     "a negative map": (
         "neurons: 7",
-        "neurons: 7\n  linear: -1",
+        "neurons: 7\n  map_rank: -1",
         "layers[0].map_rank must lie betw",
     ),
     "a map too wide": (
         "neurons: 7",
-        "neurons: 7\n  linear: 61",
+        "neurons: 7\n  map_rank: 61",
         "layers[0].map_rank must lie betw",
     ),
     "a map beside all": (
         "neurons: 50",
-        "neurons: 50, linear: 2",
+        "neurons: 50, map_rank: 2",
         "layers[1].map_rank must be 0 whe",
     ),
 }
 
 
+@pytest.mark.parametrize("spelled", [str, in_former_words])
 @pytest.mark.parametrize("name", FITTED_MISTAKES)
-def test_mistakes_in_fits_name_line_and_key(name: str) -> None:
+def test_mistakes_in_fits_name_line_and_key(name: str, spelled: Callable[[str], str]) -> None:
     old, new, message = FITTED_MISTAKES[name]
-    assert parse_plan("plan.yaml", FITTED).compensation == "refit" and old in FITTED
-    with pytest.raises(PlanError, match=rf"plan.yaml:\d+: {re.escape(message)}"):
-        parse_plan("plan.yaml", FITTED.replace(old, new, 1))
+    assert parsed(FITTED).compensation == "refit" and old in FITTED
+    text = FITTED.replace(old, new, 1)
+    line = 1 + next(n for n, line in enumerate(text.split("\n")) if line not in FITTED.split("\n"))
+    with pytest.raises(PlanError) as caught:
+        parse_plan("plan.yaml", spelled(text))
+    assert f"plan.yaml:{line}: {spelled(message)}" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["rank", "linear"])
+@pytest.mark.parametrize("key", ["qkv_rank", "map_rank", "rank", "linear"])
 def test_fits_need_the_compensation_that_makes_them(key: str) -> None:
     text = FITTED.replace("neurons: 7", f"neurons: 7\n  {key}: 3")
     parse_plan("plan.yaml", text)
     for other in ("none", "mean"):
         with pytest.raises(PlanError, match=rf"layers\[0\].{key} needs 'compensation: refit'"):
             parse_plan("plan.yaml", text.replace("refit", other))
+
+
+def test_former_keys_of_layers_are_read_and_written_by_their_present_names() -> None:
+    layers = (
+        LayerPlan((0, 1, 4), (1, 4), 2, 20, qkv_rank=7, map_rank=3),
+        LayerPlan(tuple(range(6)), tuple(range(6)), None, 50),
+        LayerPlan((3,), (), None, 0, map_rank=2),
+    )
+    plan = replace(some_plan(random.Random(5)), layers=layers, compensation="refit")
+    plan = replace(plan, budget=Budget(None, visual_budget(plan)))
+    text = to_yaml(plan, SIDE_FILE)
+    former = in_former_words(text)
+    for key, old in FORMER_KEYS.items():
+        assert f" {key}: " in text and f" {old}: " in former and key not in former
+    again = parse_plan("plan.yaml", former)
+    assert again == parse_plan("plan.yaml", text) and again[0].layers == layers
+    assert to_yaml(*again) == text
+
+
+def test_a_layer_may_mix_former_and_present_keys() -> None:
+    mixed = FITTED.replace("attend_heads: true", "attend: [5]").replace(
+        "neurons: 7", "neurons: 7\n  rank: 3\n  map_rank: 2"
+    )
+    assert parsed(mixed).layers[0] == LayerPlan((0, 5), (5,), 2, 7, qkv_rank=3, map_rank=2)
+
+
+@pytest.mark.parametrize("key", FORMER_KEYS)
+def test_both_names_of_a_key_are_refused(key: str) -> None:
+    """Even where they agree: who edits one of them next would think that it counts."""
+    former, value = FORMER_KEYS[key], {"read_heads": "[0, 5]", "attend_heads": "true"}.get(key, 3)
+    alone = (
+        FITTED if f"{key}: {value}" in FITTED else FITTED.replace("  ra", f"  {key}: 3\n  ra", 1)
+    )
+    parse_plan("plan.yaml", alone)
+    both = alone.replace("  neurons: 7", f"  neurons: 7\n  {former}: {value}", 1)
+    line = 1 + both.split("\n").index(f"  {former}: {value}")
+    with pytest.raises(PlanError) as caught:
+        parse_plan("plan.yaml", both)
+    sentence = f"plan.yaml:{line}: layers[0].{former} is the former name of {key}, given as well."
+    assert str(caught.value) == sentence
 
 
 @pytest.mark.parametrize(
@@ -346,7 +437,7 @@ def test_fits_need_the_compensation_that_makes_them(key: str) -> None:
     ],
 )
 def test_mistakes_in_measurements(old: str, new: str, message: str) -> None:
-    assert parse_plan("plan.yaml", GOOD + MEASURED).measured.locality == (1, 2, 3)
+    assert parsed(GOOD + MEASURED).measured.locality == (1, 2, 3)
     with pytest.raises(PlanError, match=re.escape(message)):
         parse_plan("plan.yaml", GOOD + MEASURED.replace(old, new, 1))
 
@@ -367,15 +458,16 @@ def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
 
 def test_plans_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(GOOD))
-    assert read_plan("-").layers[0].read_heads == (0, 5)
+    assert read_document("-")[0].layers[0].read_heads == (0, 5)
     monkeypatch.setattr("sys.stdin", io.StringIO(GOOD.replace("radius: 2", "radius: x")))
     with pytest.raises(PlanError, match="<stdin>:17: layers"):
-        read_plan("-")
+        read_document("-")
 
 
 def test_any_cut_of_a_plan_is_a_plan_or_a_plan_error() -> None:
     """Half-written or hand-edited files end in a sentence, whatever was lost."""
-    text = to_yaml(replace(some_plan(random.Random(1)), measured=measured(random.Random(1))))
+    plan = replace(some_plan(random.Random(1)), measured=measured(random.Random(1)))
+    text = to_yaml(plan, SIDE_FILE)
     for end in range(0, len(text), 17):
         for cut in (text[:end], text[:end] + text[end + 17 :]):
             try:

@@ -1,4 +1,4 @@
-"""Products that gain run on the other kernel, to rounding the same; the others stay."""
+"""Matrix products that gain run on the other kernel, to rounding the same; the others stay."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from yopo.runtime import gemm as products
+from yopo.runtime import gemm
 from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.install import pruned
 
 needs_kernel = pytest.mark.skipif(
-    products._kernel() is None, reason="this torch has no oneDNN product on plain weights"
+    gemm._kernel() is None, reason="this torch has no oneDNN product on plain weights"
 )
 
 INPUTS: dict[str, Callable[[], torch.Tensor]] = {
@@ -42,21 +42,21 @@ def without_gradients() -> Iterator[None]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny weights take the other kernel too; 17 rows of one are copied together at a time."""
-    monkeypatch.setattr(products, "MIN_WEIGHT", 1)
-    monkeypatch.setattr(products, "MIN_ROWS_TO_COPY", 1)
-    monkeypatch.setattr(products, "COPY_BYTES", 17 * 96 * 4)
+    monkeypatch.setattr(gemm, "MIN_WEIGHT", 1)
+    monkeypatch.setattr(gemm, "MIN_ROWS_TO_COPY", 1)
+    monkeypatch.setattr(gemm, "COPY_BYTES", 17 * 96 * 4)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights that went to the other kernel."""
-    kernel, seen = products._kernel(), []
+    kernel, seen = gemm._kernel(), []
 
     def spy(inputs, weight, *rest):
         seen.append(tuple(weight.shape))
         return kernel(inputs, weight, *rest)
 
-    monkeypatch.setattr(products, "_kernel", lambda: spy)
+    monkeypatch.setattr(gemm, "_kernel", lambda: spy)
     return seen
 
 
@@ -90,7 +90,7 @@ def test_equals_linear(
 
 @needs_kernel
 def test_only_what_gains_is_sent(calls: list[tuple[int, ...]], monkeypatch) -> None:
-    monkeypatch.setattr(products, "MIN_WEIGHT", 96 * 40)
+    monkeypatch.setattr(gemm, "MIN_WEIGHT", 96 * 40)
     weight, inputs = torch.randn(40, 96), torch.randn(1, 33, 96)
     with fast_gemm(layers(), inputs):
         linear(inputs, weight)
@@ -134,7 +134,7 @@ def test_off_for(small: None, hidden: torch.Tensor) -> None:
 def test_off_for_small_models_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = torch.randn(1, 33, 96)
     assert isinstance(fast_gemm(layers(), hidden), nullcontext)
-    monkeypatch.setattr(products, "MIN_WEIGHT", 1)
+    monkeypatch.setattr(gemm, "MIN_WEIGHT", 1)
     assert isinstance(fast_gemm(nn.ModuleList(), hidden), nullcontext)
     with torch.backends.mkldnn.flags(enabled=False):
         assert isinstance(fast_gemm(layers(), hidden), nullcontext)
@@ -167,12 +167,12 @@ def test_any_plan_is_the_reference(
 
 
 @needs_kernel
-def test_a_counter_sees_every_product(mha: Subject, small: None) -> None:
+def test_a_counter_sees_every_matrix_product(mha: Subject, small: None) -> None:
     """It does not know the other kernel, so it must not meet it."""
     counts = []
     for threshold in (1, 1 << 40):
         with pytest.MonkeyPatch.context() as patch, pruned(mha.model, tiny.whole(mha)):
-            patch.setattr(products, "MIN_WEIGHT", threshold)
+            patch.setattr(gemm, "MIN_WEIGHT", threshold)
             counter = FlopCounterMode(display=False)
             with counter:
                 tiny.logits(mha.model, tiny.batch([[1, 5, *PICTURE, 7]]))
@@ -181,14 +181,14 @@ def test_a_counter_sees_every_product(mha: Subject, small: None) -> None:
 
 
 @needs_kernel
-def test_a_dense_model_can_take_the_same_products(
+def test_a_dense_model_can_run_on_the_same_kernel(
     mha: Subject, small: None, calls: list[tuple[int, ...]]
 ) -> None:
     model, inputs, before = mha.model, tiny.batch([[1, 5, *PICTURE, 7]]), modes()
     usual = tiny.logits(model, inputs)
     decoder = model.get_decoder()
     hooks = len(decoder._forward_hooks), len(decoder._forward_pre_hooks)
-    with products.same_gemm(decoder):
+    with gemm.same_gemm(decoder):
         found = tiny.logits(model, inputs)
         assert modes() == before  # inside the decoder alone
         linears = [each for each in decoder.modules() if type(each) is nn.Linear]

@@ -61,7 +61,7 @@ from yopo.plans.flops import (
 from yopo.plans.grid import Grid
 from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan, Workload
 from yopo.report.bench_tables import bench_report
-from yopo.runtime import gemm as products
+from yopo.runtime import gemm
 from yopo.runtime.install import pruned
 from yopo.support.errors import ModelError, PlanError
 
@@ -104,7 +104,7 @@ def test_the_fitted_preset_meets_its_budget_and_runs_with_made_up_weights() -> N
     model = replace(MODEL, shape=shape)
     small = preset_plan("fitted-12", model, Workload((Grid(6, 6),), text=20, text_before=3))
     options = BenchOptions(runs=1, warmup=0, decode_steps=1, threads=1)
-    found = bench_random(small, None, Sizes(), options)
+    found = bench_random(small, Sizes(), options)
     assert found.plan.compensation == "refit" and found.prefill.ratio.median > 0
 
 
@@ -215,7 +215,7 @@ def test_the_flops_beside_the_time_are_those_that_ran(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_ratio_is_that_of_flops_py(name: str) -> None:
-    found = bench_random(plan_for(name), None, Sizes(visual=25, text=7), QUICK, num_layers=4)
+    found = bench_random(plan_for(name), Sizes(visual=25, text=7), QUICK, num_layers=4)
     ran, workload = found.plan, Workload((Grid(5, 5),), text=7, text_before=2)
     assert ran.workload == workload and ran.model.shape.layers == 4
     expected = prefill_flops(ran) / dense_prefill_flops(ran.model.shape, workload)
@@ -303,7 +303,7 @@ def test_another_familys_plan_runs_on_a_stand_in(mha: Subject) -> None:
     plan = replace(plan, model=replace(plan.model, family="internvl"))
     found = bench_random(plan, Sizes(), QUICK, num_layers=2)
     assert found.stand_in and document(found)["stand_in"]
-    assert not bench_random(plan_for(), None, Sizes(), QUICK).stand_in
+    assert not bench_random(plan_for(), Sizes(), QUICK).stand_in
 
 
 def test_peak_memory_counts_what_is_held_at_a_time() -> None:
@@ -319,7 +319,7 @@ def test_peak_memory_counts_what_is_held_at_a_time() -> None:
 
 
 def test_one_run_has_no_spread() -> None:
-    found = benching.bench_random(plan_for(), None, Sizes(), replace(QUICK, runs=1))
+    found = benching.bench_random(plan_for(), Sizes(), replace(QUICK, runs=1))
     ratio = found.prefill.ratio
     assert ratio.low == ratio.median == ratio.high > 0
 
@@ -361,12 +361,12 @@ def test_the_flops_beside_a_baselines_time_are_those_that_ran() -> None:
 
 def test_a_baseline_that_is_asked_for_must_run() -> None:
     with pytest.raises(PlanError, match="fastv needs"):
-        bench_random(plan_for("yopo-12"), None, Sizes(), replace(QUICK, baselines=("fastv",)))
+        bench_random(plan_for("yopo-12"), Sizes(), replace(QUICK, baselines=("fastv",)))
 
 
 def test_decode_steps_at_contexts() -> None:
     options = replace(QUICK, baselines=("vtw", "masked"), contexts=(40, 64))
-    found = bench_random(plan_for(), None, Sizes(), options)
+    found = bench_random(plan_for(), Sizes(), options)
     assert [each.context for each in found.contexts] == [40, 64]
     shape = found.plan.model.shape
     for at in found.contexts:
@@ -378,7 +378,7 @@ def test_decode_steps_at_contexts() -> None:
         kept = fixed + visual_kv_bytes(at.plan, 4)
         assert found.bytes_ratio_of(PRUNED, at.plan) == pytest.approx(kept / dense)
     with pytest.raises(PlanError, match="does not hold the prompt of 24"):
-        bench_random(plan_for(), None, Sizes(), replace(QUICK, contexts=(23,)))
+        bench_random(plan_for(), Sizes(), replace(QUICK, contexts=(23,)))
 
 
 def test_longer_prompts_reach_the_cache() -> None:
@@ -406,10 +406,10 @@ def test_some_layers_of_a_refit_plan_take_their_weights_along(mha: Subject) -> N
     )
     plan = mha.random_plan(1, layers=layers, compensation="refit", baked=False)
     used = (1, 3)
-    few, parts = fitted(with_layers(plan, used), tensors, used)
-    check_tensors(few, parts, "The plan")
-    assert torch.equal(parts.refit[1]["map_in"], tensors.refit[3]["map_in"])
-    assert torch.equal(parts.neuron_order, tensors.neuron_order[[1, 3]])
+    few = fitted(with_layers(plan, used))
+    check_tensors(few)
+    assert torch.equal(few.tensors.refit[1]["map_in"], plan.tensors.refit[3]["map_in"])
+    assert torch.equal(few.tensors.neuron_order, plan.tensors.neuron_order[[1, 3]])
 
 
 def test_layers_of_other_fits_are_of_other_kinds(mha: Subject) -> None:
@@ -417,7 +417,7 @@ def test_layers_of_other_fits_are_of_other_kinds(mha: Subject) -> None:
     heads = tuple(range(mha.shape.heads))
     plain, same = (LayerPlan(heads, heads[:count], None, 20) for count in (2, 3))
     mapped = LayerPlan(heads, heads[:2], None, 20, qkv_rank=5, map_rank=2)
-    plan, _ = mha.random_plan(
+    plan = mha.random_plan(
         1, layers=(plain, same, mapped, mapped), compensation="refit", baked=False
     )
     first, second = sampled_layers(plan, 2)
@@ -425,7 +425,7 @@ def test_layers_of_other_fits_are_of_other_kinds(mha: Subject) -> None:
 
 
 needs_kernel = pytest.mark.skipif(
-    products._kernel() is None, reason="this torch has no oneDNN product on plain weights"
+    gemm._kernel() is None, reason="this torch has no oneDNN product on plain weights"
 )
 
 
@@ -438,14 +438,14 @@ def shown(found: Any) -> str:
 @pytest.fixture
 def other_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Weights of any size take oneDNN's products; these are collected, by their size."""
-    kernel, seen = products._kernel(), []
+    kernel, seen = gemm._kernel(), []
 
     def spy(inputs, weight, *rest):
         seen.append(weight.numel())
         return kernel(inputs, weight, *rest)
 
-    monkeypatch.setattr(products, "MIN_WEIGHT", 1)
-    monkeypatch.setattr(products, "_kernel", lambda: spy)
+    monkeypatch.setattr(gemm, "MIN_WEIGHT", 1)
+    monkeypatch.setattr(gemm, "_kernel", lambda: spy)
     return seen
 
 
@@ -476,7 +476,7 @@ def test_what_another_kernel_saves_is_a_figure_of_its_own(
 ) -> None:
     times = {DENSE: 10.0, PRUNED: 5.0, STOCK: 20.0}
     monkeypatch.setattr(Bench, "measure", lambda self, name, steps: Sample(times[name], 3.0))
-    found = bench_random(plan_for(), None, Sizes(), QUICK)
+    found = bench_random(plan_for(), Sizes(), QUICK)
     assert found.over_bound == 0.5 / found.flops_ratio
     assert found.over_bound_as_shipped == 0.25 / found.flops_ratio
     assert found.shipped.prefill.dense.median == 20.0 and list(found.measured) == [DENSE, PRUNED]
@@ -487,13 +487,13 @@ def test_what_another_kernel_saves_is_a_figure_of_its_own(
 
 
 def test_on_the_same_kernels_one_figure_is_enough() -> None:
-    found = bench_random(plan_for(), None, Sizes(), QUICK)
+    found = bench_random(plan_for(), Sizes(), QUICK)
     assert found.shipped is None and found.over_bound_as_shipped == found.over_bound
     assert "as shipped" not in shown(found)
 
 
 def test_more_than_the_machine_can_do_is_called_a_wrong_measurement() -> None:
-    found = bench_random(plan_for(), None, Sizes(), QUICK)
+    found = bench_random(plan_for(), Sizes(), QUICK)
     fast = found.flops_of(PRUNED) / found.prefill.pruned.median
     for rate, exceeded in ((2 * fast, False), (0.99 * fast, False), (0.5 * fast, True)):
         guess = replace(found, rates=Rates(max(rate, 1e-9), 1e30))

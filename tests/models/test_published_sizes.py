@@ -11,14 +11,14 @@ import statistics_maker
 from yopo.cli.calibrate import command
 from yopo.cli.config import load_config
 from yopo.planning.planner import make_plan
-from yopo.planning.request import plan_request
+from yopo.planning.request import BudgetRequest
 from yopo.plans.flops import dense_visual_flops
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape, Workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-TEMPLATES = {
+SHAPES = {
     "llava-next-mistral-7b": ModelShape(32, 4096, 32, 8, 128, 14336),
     "llava-next-vicuna-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
     "llava-next-vicuna-13b": ModelShape(40, 5120, 40, 40, 128, 13824),
@@ -38,10 +38,10 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_quoted_flops(name: str) -> None:
     family = next(family for family in IMAGES if name.startswith(family))
-    flops = [dense_visual_flops(TEMPLATES[name], Workload(grids, 40)) for grids in IMAGES[family]]
+    flops = [dense_visual_flops(SHAPES[name], Workload(grids, 40)) for grids in IMAGES[family]]
     text = " ".join((CONFIGS / f"{name}.yaml").read_text().replace("#", " ").split())
     assert re.findall(r"([\d.]+) T\b", text) == [f"{each / 1e12:.2f}" for each in flops]
 
@@ -53,18 +53,17 @@ PAPER = {"internvl2-4b": 0.717, "internvl2-8b": 0.75, "internvl2-26b": 0.5}
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_share_is_reached(name: str, tiles: int) -> None:
     values = load_config(CONFIGS / f"{name}.yaml", command)
-    assert (values["budget"], values["shape"]) == (PAPER[name], "paper")
+    assert (values["budget"], values["template"]) == (PAPER[name], "paper")
     statistics = statistics_maker.make(
-        shape=TEMPLATES[name], family="internvl", workload=Workload((TILE,) * tiles, 40), samples=2
+        shape=SHAPES[name], family="internvl", workload=Workload((TILE,) * tiles, 40), samples=2
     )
-    wishes = plan_request(budget=values["budget"], template="paper", compensation="none")
-    plan, _ = make_plan(statistics, wishes)
+    request = BudgetRequest(values["budget"], template="paper", compensation="none")
+    plan, _ = make_plan(statistics, request)
     assert plan.budget.reached == pytest.approx(PAPER[name], rel=0.01)
     assert plan.budget.reached <= PAPER[name]
     used = [layer for layer in plan.layers if not layer.is_empty]
     *whole, last = used
-    assert all(
-        layer.attend_heads and layer.radius == 2 for layer in whole
-    )  # the paper's kind of plan
-    assert last.heads and not last.attend and not last.neurons  # it only reads
+    # The paper's kind of plan.
+    assert all(layer.attend_heads and layer.radius == 2 for layer in whole)
+    assert last.read_heads and not last.attend_heads and not last.neurons  # it only reads
     assert len(used) < len(plan.layers) and plan.layers[: len(used)] == tuple(used)

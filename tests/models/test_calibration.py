@@ -20,8 +20,9 @@ from yopo.calibration.statistics import MAX_DISTANCE, Statistics
 from yopo.checkpoint.bake import bake
 from yopo.data.prompts import Batch
 from yopo.planning.planner import make_plan
-from yopo.planning.request import plan_request
+from yopo.planning.request import BudgetRequest
 from yopo.plans.file import to_yaml
+from yopo.plans.storage import to_bytes
 from yopo.runtime.install import pruned
 
 ROWS = PROMPTS["padded, different images"]
@@ -148,16 +149,18 @@ def measured(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> Statistics:
 def test_the_same_pairs_give_the_same_bytes(
     specimen: Specimen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = [make_plan(measured(specimen, monkeypatch), plan_request(budget=0.4)) for _ in range(2)]
-    (plan, _), (again, same, _) = made
-    assert to_yaml(plan) == to_yaml(again) and tensors.to_bytes() == same.to_bytes()
+    made = [make_plan(measured(specimen, monkeypatch), BudgetRequest(0.4)) for _ in range(2)]
+    (plan, _), (again, _) = made
+    assert to_yaml(plan) == to_yaml(again)
+    assert to_bytes(plan.tensors) == to_bytes(again.tensors)
 
 
-@pytest.mark.parametrize("shape", ["paper", "reader-heads"])
+@pytest.mark.parametrize("template", ["paper", "reader-heads"])
 def test_from_pairs_to_a_served_model(
-    specimen: Specimen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shape: str
+    specimen: Specimen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, template: str
 ) -> None:
-    plan, _ = make_plan(measured(specimen, monkeypatch), plan_request(budget=0.5, shape=shape))
+    request = BudgetRequest(0.5, template=template)
+    plan, _ = make_plan(measured(specimen, monkeypatch), request)
     assert 0.3 < plan.budget.reached <= 0.5
     specimen.model.save_pretrained(tmp_path / "source")
     bake(plan, tmp_path / "source", tmp_path / "out")

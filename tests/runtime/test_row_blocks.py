@@ -8,7 +8,7 @@ import torch
 from test_prefill import PROMPTS, check_plan
 from tiny import Subject
 
-from yopo.runtime import row_blocks as rows
+from yopo.runtime import row_blocks
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 
@@ -18,8 +18,8 @@ SIZES = [(1, 7, 3), (4, 2, 3), (5, 3, 3), (3, 10, 2), (2, 1, 1)]
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four tokens of width 3 per block: tiny prompts would fit into one as shipped."""
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 4 * 3 * 4)
-    monkeypatch.setattr(rows, "PIECE_BYTES", 4 * 3 * 4)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 4 * 3 * 4)
+    monkeypatch.setattr(row_blocks, "PIECE_BYTES", 4 * 3 * 4)
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -27,17 +27,17 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_blocks_cover_everything_once_in_contiguous_pieces(size: tuple[int, int, int]) -> None:
     states = torch.zeros(size)
-    for place in rows.blocks(states):
+    for place in row_blocks.blocks(states):
         states[place] += 1
         assert states[place].is_contiguous()
-        assert states[place].nbytes <= max(rows.BLOCK_BYTES, states[0, 0].nbytes)
+        assert states[place].nbytes <= max(row_blocks.BLOCK_BYTES, states[0, 0].nbytes)
     assert torch.equal(states, torch.ones(size))
 
 
 @torch.no_grad()
 def test_no_block_of_a_row_is_left_with_a_few_tokens() -> None:
     states = torch.zeros(2, 13, 3)
-    places = list(rows.blocks(states, 4 * 3 * 4))
+    places = list(row_blocks.blocks(states, 4 * 3 * 4))
     lengths = [states[place].shape[1] for place in places]
     assert lengths == 2 * [3, 3, 3, 4]
 
@@ -47,13 +47,13 @@ def test_no_block_of_a_row_is_left_with_a_few_tokens() -> None:
 def test_pieces_are_computed_apart_and_leave_what_they_are_given(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int]
 ) -> None:
-    monkeypatch.setattr(rows, "PIECE_BYTES", 4 * 3 * 4)
+    monkeypatch.setattr(row_blocks, "PIECE_BYTES", 4 * 3 * 4)
     states, seen = torch.randn(size), []
     before = states.clone()
-    found = rows.mapped(states, lambda piece: seen.append(piece.nbytes) or torch.sin(piece))
+    found = row_blocks.mapped(states, lambda piece: seen.append(piece.nbytes) or torch.sin(piece))
     assert torch.equal(found, torch.sin(before)) and torch.equal(states, before)
     assert sum(seen) == states.nbytes
-    assert max(seen) <= max(rows.PIECE_BYTES, states[0, 0].nbytes)
+    assert max(seen) <= max(row_blocks.PIECE_BYTES, states[0, 0].nbytes)
 
 
 @pytest.mark.usefixtures("few_rows")
@@ -61,14 +61,14 @@ def test_pieces_are_computed_apart_and_leave_what_they_are_given(
 def test_sums_are_in_place_unless_gradients_are_recorded(size: tuple[int, int, int]) -> None:
     states, more = torch.randn(size), torch.randn(size)
     expected = states + torch.sin(states) + more
-    found = rows.add(states, lambda block, place: torch.sin(block) + more[place])
+    found = row_blocks.add(states, lambda block, place: torch.sin(block) + more[place])
     assert found is not states
-    assert torch.equal(rows.replace(states, torch.sin), torch.sin(states))
+    assert torch.equal(row_blocks.replace(states, torch.sin), torch.sin(states))
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
-        assert rows.add(states, lambda block, place: torch.sin(block) + more[place]) is states
+        assert row_blocks.add(states, lambda block, place: torch.sin(block) + more[place]) is states
         torch.testing.assert_close(states, expected)
-        assert rows.replace(states, torch.sin) is states
+        assert row_blocks.replace(states, torch.sin) is states
         torch.testing.assert_close(states, torch.sin(expected))
 
 
@@ -77,8 +77,8 @@ def test_sums_are_in_place_unless_gradients_are_recorded(size: tuple[int, int, i
 def test_any_plan_is_the_reference_in_blocks(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int
 ) -> None:
-    monkeypatch.setattr(rows, "BLOCK_BYTES", tokens * subject.shape.hidden * 4)
-    monkeypatch.setattr(rows, "PIECE_BYTES", (tokens + 1) // 2 * subject.shape.hidden * 4)
+    monkeypatch.setattr(row_blocks, "BLOCK_BYTES", tokens * subject.shape.hidden * 4)
+    monkeypatch.setattr(row_blocks, "PIECE_BYTES", (tokens + 1) // 2 * subject.shape.hidden * 4)
     check_plan(subject, tokens, tiny.batch(PROMPTS[name]))
 
 

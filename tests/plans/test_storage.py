@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
 
-from yopo.plans.file import TensorsFile, to_yaml
-from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan
-from yopo.plans.storage import cache_directory, read_plan, write_plan
+from yopo.plans.file import TensorsFile, read_document, to_yaml
+from yopo.plans.flops import visual_budget
+from yopo.plans.schema import Budget, LayerPlan, ModelIdentity, ModelShape, PruningPlan
+from yopo.plans.storage import cache_directory, from_bytes, read_plan, to_bytes, write_plan
 from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import OutputError, PlanError
 
@@ -36,19 +36,15 @@ def plan() -> PruningPlan:
     """One that needs everything: orders and means."""
     plan = tiny.random_plan(IDENTITY, random.Random(2), compensation="mean", baked=False)
     assert plan.needs_order
-    return plan
-
-
-@pytest.fixture
-def tensors(plan: PruningPlan) -> PlanTensors:
-    return tiny.random_tensors(plan, 1)
+    return replace(plan, tensors=tiny.random_tensors(plan, 1))
 
 
 def assert_same(one: PlanTensors, other: PlanTensors) -> None:
-    for name in ("neuron_order", "neuron_mean", "head_mean"):
-        mine, yours = getattr(one, name), getattr(other, name)
-        assert (mine is None) == (yours is None), name
-        assert mine is None or (mine.dtype == yours.dtype and torch.equal(mine, yours)), name
+    mine, yours = dict(one.named()), dict(other.named())
+    assert mine.keys() == yours.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == yours[name].dtype and torch.equal(tensor, yours[name]), name
+    assert one == other
 
 
 def side_file(folder: Path) -> Path:
@@ -61,24 +57,37 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
-def test_bytes_round_trip(tensors: PlanTensors) -> None:
-    assert_same(PlanTensors.from_bytes(tensors.to_bytes()), tensors)
+def test_bytes_round_trip(plan: PruningPlan) -> None:
+    tensors = plan.tensors
+    assert_same(from_bytes(to_bytes(tensors)), tensors)
     some = replace(tensors, neuron_order=None, head_mean=None)
-    assert_same(PlanTensors.from_bytes(some.to_bytes()), some)
+    assert_same(from_bytes(to_bytes(some)), some)
     copies = replace(tensors, neuron_order=tensors.neuron_order.clone())
-    assert copies.to_bytes() == tensors.to_bytes()
+    assert to_bytes(copies) == to_bytes(tensors)
+
+
+def test_tensors_are_equal_by_value(plan: PruningPlan) -> None:
+    tensors = plan.tensors
+    copies = replace(tensors, **{name: each.clone() for name, each in tensors.named()})
+    assert copies == tensors and replace(plan, tensors=copies) == plan
+    assert replace(tensors, head_mean=None) != tensors
+    assert replace(tensors, neuron_mean=tensors.neuron_mean + 1) != tensors
+    assert replace(plan, tensors=PlanTensors()) != plan
+    assert tensors != "tensors" and PlanTensors() == PlanTensors() != tensors
 
 
 def test_files_round_trip(plan: PruningPlan, tmp_path: Path) -> None:
     target = tmp_path / "half.yaml"
-    written = write_plan(plan, str(target), force=False)
-    sha256 = hashlib.sha256(tensors.to_bytes()).hexdigest()
-    assert written.tensors == TensorsFile(f"half.{sha256[:8]}.safetensors", sha256)
-    assert files(tmp_path) == [written.tensors.file, "half.yaml"]
-    assert (tmp_path / written.tensors.file).read_bytes() == tensors.to_bytes()
-    again, found = read_plan(target)
-    assert_same(found)
-    assert to_yaml(again) == target.read_text() == to_yaml(written)
+    write_plan(plan, str(target), force=False)
+    sha256 = hashlib.sha256(to_bytes(plan.tensors)).hexdigest()
+    named = TensorsFile(f"half.{sha256[:8]}.safetensors", sha256)
+    assert read_document(target) == (plan.without_tensors(), named)
+    assert files(tmp_path) == [named.file, "half.yaml"]
+    assert (tmp_path / named.file).read_bytes() == to_bytes(plan.tensors)
+    again = read_plan(target)
+    assert_same(again.tensors, plan.tensors)
+    assert again == plan
+    assert to_yaml(again, named) == target.read_text() == to_yaml(plan, named)
 
 
 def test_the_pair_can_be_moved_together(plan: PruningPlan, tmp_path: Path) -> None:
@@ -88,18 +97,17 @@ def test_the_pair_can_be_moved_together(plan: PruningPlan, tmp_path: Path) -> No
     other.mkdir()
     for name in files(tmp_path):
         (tmp_path / name).rename(other / name)
-    assert_same(read_plan(other / "plan.yaml")[1], tensors)
+    assert_same(read_plan(other / "plan.yaml").tensors, plan.tensors)
 
 
 def test_a_plan_without_tensors_has_no_side_file(plan: PruningPlan, tmp_path: Path) -> None:
     layers = [replace(layer, neurons=0) for layer in plan.layers]
-    bare = replace(plan, layers=tuple(layers), tensors=None, compensation="none")
-    written = write_plan(bare, None, str(tmp_path / "plan.yaml"), force=False)
-    assert written == bare and files(tmp_path) == ["plan.yaml"]
-    assert read_plan(tmp_path / "plan.yaml") == (
-        read_plan(tmp_path / "plan.yaml"),
-        None,
-    )
+    bare = replace(plan, layers=tuple(layers), tensors=PlanTensors(), compensation="none")
+    bare = replace(bare, budget=Budget(None, round(visual_budget(bare), 6)))
+    write_plan(bare, str(tmp_path / "plan.yaml"), force=False)
+    assert files(tmp_path) == ["plan.yaml"]
+    assert read_document(tmp_path / "plan.yaml") == (bare, None)
+    assert read_plan(tmp_path / "plan.yaml") == bare
 
 
 def test_a_plan_on_stdout_leaves_its_tensors_in_the_cache(
@@ -109,16 +117,18 @@ def test_a_plan_on_stdout_leaves_its_tensors_in_the_cache(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    written = write_plan(plan, "-", force=False)
+    write_plan(plan, "-", force=False)
     text = capsys.readouterr().out
-    assert text == to_yaml(written)
-    assert files(cache) == [f"{written.tensors.sha256}.safetensors"]
+    sha256 = hashlib.sha256(to_bytes(plan.tensors)).hexdigest()
+    named = TensorsFile(f"{sha256}.safetensors", sha256)
+    assert text == to_yaml(plan, named)
+    assert files(cache) == [named.file]
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    again, found = read_plan("-")
-    assert_same(found)
-    assert to_yaml(again) == text
+    again = read_plan("-")
+    assert_same(again.tensors, plan.tensors)
+    assert again == plan and to_yaml(again, named) == text
     (tmp_path / "saved.yaml").write_text(text)  # and through a file, redirected by the shell
-    assert_same(read_plan(tmp_path / "saved.yaml")[1], tensors)
+    assert_same(read_plan(tmp_path / "saved.yaml").tensors, plan.tensors)
     write_plan(plan, "-", force=False)  # the same content again is no conflict
     assert len(files(cache)) == 1
 
@@ -130,8 +140,9 @@ def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch: pytest.MonkeyP
     assert cache_directory() == Path("/home/someone/.cache/yopo")
 
 
-def altered(tensors: PlanTensors) -> PlanTensors:
-    return replace(tensors, neuron_mean=tensors.neuron_mean + 1)
+def altered(plan: PruningPlan) -> PruningPlan:
+    neuron_mean = plan.tensors.neuron_mean + 1
+    return replace(plan, tensors=replace(plan.tensors, neuron_mean=neuron_mean))
 
 
 def test_existing_files_need_force(plan: PruningPlan, tmp_path: Path) -> None:
@@ -139,11 +150,11 @@ def test_existing_files_need_force(plan: PruningPlan, tmp_path: Path) -> None:
     write_plan(plan, str(target), force=False)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OutputError, match=r"plan\.yaml: exists already") as caught:
-        write_plan(plan, altered(tensors), str(target), force=False)
+        write_plan(altered(plan), str(target), force=False)
     assert "--force" in caught.value.remedy
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    write_plan(plan, altered(tensors), str(target), force=True)
-    assert_same(read_plan(target)[1], altered(tensors))
+    write_plan(altered(plan), str(target), force=True)
+    assert_same(read_plan(target).tensors, altered(plan).tensors)
     assert len(files(tmp_path)) == 2  # the replaced plan's tensors are gone
 
 
@@ -152,9 +163,9 @@ def test_replacing_a_plan_leaves_its_copies_their_tensors(
 ) -> None:
     write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "mine.yaml").write_bytes((tmp_path / "plan.yaml").read_bytes())
-    write_plan(plan, altered(tensors), str(tmp_path / "plan.yaml"), force=True)
-    assert_same(read_plan(tmp_path / "mine.yaml")[1], tensors)
-    assert_same(read_plan(tmp_path / "plan.yaml")[1], altered(tensors))
+    write_plan(altered(plan), str(tmp_path / "plan.yaml"), force=True)
+    assert_same(read_plan(tmp_path / "mine.yaml").tensors, plan.tensors)
+    assert_same(read_plan(tmp_path / "plan.yaml").tensors, altered(plan).tensors)
 
 
 @pytest.mark.parametrize("broken", ["yopo_plan: 1\nlayers: [", "yopo_plan: 1\n"])
@@ -163,7 +174,7 @@ def test_force_replaces_a_plan_that_was_spoiled_by_hand(
 ) -> None:
     (tmp_path / "plan.yaml").write_text(broken)
     write_plan(plan, str(tmp_path / "plan.yaml"), force=True)
-    assert_same(read_plan(tmp_path / "plan.yaml")[1], tensors)
+    assert_same(read_plan(tmp_path / "plan.yaml").tensors, plan.tensors)
 
 
 def test_a_side_files_name_is_never_taken_from_another_file(
@@ -213,7 +224,7 @@ def test_plan_and_tensors_are_a_pair_at_every_moment(
     step: int,
 ) -> None:
     """Killed before any step that changes a name, the old pair or the new one can be read."""
-    target, new = tmp_path / "plan.yaml", altered(tensors)
+    target, new = tmp_path / "plan.yaml", altered(plan)
     write_plan(plan, str(target), force=False)
     steps: list[str] = []
 
@@ -231,9 +242,8 @@ def test_plan_and_tensors_are_a_pair_at_every_moment(
     monkeypatch.setattr(os, "replace", stop_at(os.replace))
     monkeypatch.setattr(Path, "unlink", stop_at(Path.unlink))
     with pytest.raises(Killed) if step < 7 else contextlib.nullcontext():
-        write_plan(plan, new, str(target), force=True)
-    found = read_plan(target)[1]
-    assert_same(found, tensors if step < 5 else new)
+        write_plan(new, str(target), force=True)
+    assert_same(read_plan(target).tensors, (plan if step < 5 else new).tensors)
     # The tensors, then the plan: file synced, renamed, folder synced; what nothing names goes last.
     assert steps == [*["fsync", "replace", "fsync"] * 2, "unlink"][:step]
 
@@ -260,7 +270,7 @@ def rename_in(plan: PruningPlan, folder: Path) -> Path:
     """Write a plan that names whatever stands in ``odd.safetensors``, by its true hash."""
     sha256 = hashlib.sha256((folder / "odd.safetensors").read_bytes()).hexdigest()
     path = folder / "odd.yaml"
-    path.write_text(to_yaml(replace(plan, tensors=TensorsFile("odd.safetensors", sha256))))
+    path.write_text(to_yaml(plan, TensorsFile("odd.safetensors", sha256)))
     return path
 
 
@@ -285,11 +295,13 @@ WRONG = {
 def test_a_side_file_that_does_not_fit_is_refused(
     plan: PruningPlan, tmp_path: Path, message: str
 ) -> None:
-    wrong = vars(tensors) | WRONG[message]
-    stored = {name: tensor for name, tensor in wrong.items() if torch.is_tensor(tensor)}
-    save_file(stored, tmp_path / "odd.safetensors")
+    wrong = replace(plan.tensors, **WRONG[message])
+    (tmp_path / "odd.safetensors").write_bytes(to_bytes(wrong))
     with pytest.raises(PlanError, match=f"odd.safetensors: {message}"):
         read_plan(rename_in(plan, tmp_path))
+    with pytest.raises(PlanError, match=f"The plan: {message}"):
+        write_plan(replace(plan, tensors=wrong), str(tmp_path / "plan.yaml"))
+    assert not (tmp_path / "plan.yaml").exists()
 
 
 @pytest.fixture
@@ -303,7 +315,7 @@ def fitted() -> PruningPlan:
     plan = tiny.random_plan(
         IDENTITY, random.Random(2), layers=layers, compensation="refit", baked=False
     )
-    return plan, tiny.random_tensors(plan, 1)
+    return replace(plan, tensors=tiny.random_tensors(plan, 1))
 
 
 def assert_same_refit(one: PlanTensors, other: PlanTensors) -> None:
@@ -318,29 +330,28 @@ def assert_same_refit(one: PlanTensors, other: PlanTensors) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fitted_weights_round_trip(fitted: PruningPlan, tmp_path: Path, dtype: torch.dtype) -> None:
-    plan = fitted
     weights = {
         index: {name: each.to(dtype) for name, each in layer.items()}
-        for index, layer in tensors.refit.items()
+        for index, layer in fitted.tensors.refit.items()
     }
-    tensors = replace(tensors, refit=weights)
-    again = PlanTensors.from_bytes(tensors.to_bytes())
+    tensors = replace(fitted.tensors, refit=weights)
+    again = from_bytes(to_bytes(tensors))
     assert_same(again, tensors)
     assert_same_refit(again, tensors)
-    assert again.to_bytes() == tensors.to_bytes()
+    assert to_bytes(again) == to_bytes(tensors)
+    plan = replace(fitted, tensors=tensors)
     write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
-    read, found = read_plan(tmp_path / "plan.yaml")
-    assert read.layers == plan.layers
-    assert_same_refit(found)
+    found = read_plan(tmp_path / "plan.yaml")
+    assert found.layers == plan.layers and found == plan
+    assert_same_refit(found.tensors, tensors)
 
 
 def test_a_plan_takes_the_tensors_of_its_own_compensation(
-    fitted: PruningPlan, plan: PruningPlan, tensors: PlanTensors
+    fitted: PruningPlan, plan: PruningPlan
 ) -> None:
-    refit_plan, weights = fitted
-    both = replace(tensors, refit=weights.refit)
-    assert both.for_plan(refit_plan).refit is weights.refit
-    assert both.for_plan(refit_plan).neuron_mean is None
+    both = replace(plan.tensors, refit=fitted.tensors.refit)
+    assert both.for_plan(fitted).refit is fitted.tensors.refit
+    assert both.for_plan(fitted).neuron_mean is None
     assert both.for_plan(plan).refit == {} and both.for_plan(plan).neuron_mean is not None
 
 
@@ -358,22 +369,35 @@ SPOILED = {
 def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
     fitted: PruningPlan, tmp_path: Path, message: str
 ) -> None:
-    plan = fitted
     index, name, size = SPOILED[message]
-    layers = {number: dict(weights) for number, weights in tensors.refit.items()}
+    layers = {number: dict(weights) for number, weights in fitted.tensors.refit.items()}
     layers[index].pop(name, None)
     if size is not None:
         layers[index][name] = torch.zeros(size)
-    wrong = replace(tensors, refit=layers)
-    write_plan(plan, wrong, str(tmp_path / "plan.yaml"), force=False)
+    wrong = replace(fitted.tensors, refit=layers)
+    (tmp_path / "odd.safetensors").write_bytes(to_bytes(wrong))
     with pytest.raises(PlanError) as caught:
-        read_plan(tmp_path / "plan.yaml")
-    assert f"{side_file(tmp_path).name}: {message}" in str(caught.value)
+        read_plan(rename_in(fitted, tmp_path))
+    assert f"odd.safetensors: {message}" in str(caught.value)
     assert "calibrate again" in caught.value.remedy
+    with pytest.raises(PlanError) as caught:
+        write_plan(replace(fitted, tensors=wrong), str(tmp_path / "plan.yaml"))
+    assert f"The plan: {message}" in str(caught.value)
 
 
 def test_a_refit_plan_without_any_weight_is_refused(fitted: PruningPlan, tmp_path: Path) -> None:
-    plan = fitted
-    write_plan(plan, replace(tensors, refit={}), str(tmp_path / "plan.yaml"), force=False)
-    with pytest.raises(PlanError, match="layer 0's fitted '.*' has shape None"):
-        read_plan(tmp_path / "plan.yaml")
+    bare = replace(fitted, tensors=replace(fitted.tensors, refit={}))
+    (tmp_path / "odd.safetensors").write_bytes(to_bytes(bare.tensors))
+    with pytest.raises(PlanError, match="odd.safetensors: layer 0's fitted '.*' has shape None"):
+        read_plan(rename_in(bare, tmp_path))
+    with pytest.raises(PlanError, match="The plan: layer 0's fitted '.*' has shape None"):
+        write_plan(bare, str(tmp_path / "plan.yaml"))
+
+
+def test_without_tensors_a_plan_that_needs_some_is_not_written(
+    plan: PruningPlan, fitted: PruningPlan, tmp_path: Path
+) -> None:
+    for each, what in ((plan, "neuron_order"), (fitted, "neuron_order")):
+        with pytest.raises(PlanError, match=f"The plan: lacks {what}"):
+            write_plan(each.without_tensors(), str(tmp_path / "plan.yaml"))
+    assert files(tmp_path) == []

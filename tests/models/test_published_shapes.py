@@ -22,6 +22,7 @@ from transformers import (
 
 from yopo.cli.calibrate import command
 from yopo.cli.config import load_config
+from yopo.cli.options import plan_request
 from yopo.models.family import shape_of
 from yopo.models.registry import ALIASES, family_of
 from yopo.planning.planner import make_plan
@@ -32,7 +33,7 @@ from yopo.plans.schema import ModelShape, Workload
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")
-TEMPLATES = {
+SHAPES = {
     "qwen2-vl-2b": (28, 1536, 12, 2, 128, 8960),
     "qwen2-vl-7b": (28, 3584, 28, 4, 128, 18944),
     "qwen2.5-vl-3b": (36, 2048, 16, 2, 128, 11008),
@@ -55,7 +56,7 @@ IMAGE = Workload((Grid(32, 32),), 64, 15)
 
 def published(name: str) -> PreTrainedConfig:
     """The configuration as the hub has it: flat in Qwen2(.5)-VL, nested in Qwen3-VL."""
-    numbers = dict(zip(KEYS, TEMPLATES[name], strict=True))
+    numbers = dict(zip(KEYS, SHAPES[name], strict=True))
     text: dict[str, Any] = {
         "num_hidden_layers": numbers["layers"],
         "hidden_size": numbers["hidden"],
@@ -79,16 +80,16 @@ def published(name: str) -> PreTrainedConfig:
     return Qwen2VLConfig(**text, vision_config={"hidden_size": numbers["hidden"]})
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_shape_and_family_are_read_off_the_published_configuration(name: str) -> None:
     config = published(name)
-    assert shape_of(config) == ModelShape(*TEMPLATES[name])
+    assert shape_of(config) == ModelShape(*SHAPES[name])
     family = family_of(config)
     assert name in family.aliases and ALIASES[name].startswith("Qwen/Qwen")
     assert family.backbone(config).position_axes == 3
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_dense_flops_are_two_per_weight_and_token(name: str) -> None:
     """Against the weights of the real architecture, and their number on the models' cards."""
     config = published(name)
@@ -107,7 +108,7 @@ def test_dense_flops_are_two_per_weight_and_token(name: str) -> None:
 
 def test_the_visual_cache_of_qwen2_vl_7b() -> None:
     """Four KV heads of 128 in 28 layers: 57 344 bytes per visual token in 16 bit."""
-    assert dense_visual_kv_bytes(ModelShape(*TEMPLATES["qwen2-vl-7b"]), IMAGE) == 57344 * 1024
+    assert dense_visual_kv_bytes(ModelShape(*SHAPES["qwen2-vl-7b"]), IMAGE) == 57344 * 1024
 
 
 @pytest.mark.parametrize("grid", [Grid(32, 32), Grid(17, 60)])
@@ -117,13 +118,13 @@ def test_the_papers_share_of_qwen2_vl_7b_is_reached(kv_groups: bool, grid: Grid)
     path = CONFIGS / "qwen2-vl-7b.yaml"
     arguments = ["--config", str(path), *(["--kv-groups"] if kv_groups else [])]
     with command.make_context("calibrate", arguments) as context:
-        wished = wishes(context)
-    assert (wished.budget, wished.shape) == (0.69, "paper")
+        request = plan_request(context)
+    assert (request.budget, request.template) == (0.69, "paper")
     assert load_config(path, command)["budget"] == pytest.approx(30.51 / 44.25, abs=0.001)
     statistics = statistics_maker.make(
-        shape=ModelShape(*TEMPLATES["qwen2-vl-7b"]),
+        shape=ModelShape(*SHAPES["qwen2-vl-7b"]),
         family="qwen2_vl",
         workload=Workload((grid,), 64, 15),
     )
-    plan, _ = make_plan(statistics, wished)
+    plan, _ = make_plan(statistics, request)
     assert visual_budget(plan) == pytest.approx(0.69, rel=0.01) and visual_budget(plan) <= 0.69

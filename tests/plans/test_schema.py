@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yopo.plans.checks import check_tensors
 from yopo.plans.grid import Grid
 from yopo.plans.schema import (
     Budget,
@@ -23,6 +25,7 @@ from yopo.plans.schema import (
     full_layer,
     full_plan,
 )
+from yopo.plans.tensors import PlanTensors
 from yopo.support.errors import PlanError
 
 SHAPE = ModelShape(layers=3, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=50)
@@ -49,19 +52,23 @@ def test_the_whole_plan_is_valid_and_keeps_everything() -> None:
 
 
 INVALID = {
-    "layers[1].read_heads names head 6": lambda: with_layer(heads=(0, 6)),
-    "layers[1].read_heads names head -1": lambda: with_layer(heads=(-1, 0)),
-    "layers[1].read_heads must be ascending": lambda: with_layer(heads=(2, 1)),
-    "layers[1].read_heads must be ascending and without": lambda: with_layer(heads=(1, 1)),
-    "layers[1].attend_heads must name heads that read": lambda: with_layer(heads=()),
-    "layers[1].attend_heads must name heads": lambda: with_layer(heads=(1, 2), attend=(2, 3)),
-    "layers[1].attend_heads must be ascending": lambda: with_layer(attend=(2, 1)),
-    "layers[1].qkv_rank must lie between 1 and": lambda: with_layer(rank=0),
-    "layers[1].qkv_rank must lie between 1": lambda: with_layer(heads=(), attend=False, rank=4),
-    "layers[1].qkv_rank needs 'compensation: refit'": lambda: with_layer(rank=4),
-    "layers[1].map_rank needs 'compensation: refit'": lambda: with_layer(neurons=7, linear=4),
-    "layers[1].map_rank must lie between 0": lambda: with_layer(neurons=7, linear=-1),
-    "layers[1].map_rank must be 0 where all neurons": lambda: with_layer(linear=4),
+    "layers[1].read_heads names head 6": lambda: with_layer(read_heads=(0, 6)),
+    "layers[1].read_heads names head -1": lambda: with_layer(read_heads=(-1, 0)),
+    "layers[1].read_heads must be ascending": lambda: with_layer(read_heads=(2, 1)),
+    "layers[1].read_heads must be ascending and without": lambda: with_layer(read_heads=(1, 1)),
+    "layers[1].attend_heads must name heads that read": lambda: with_layer(read_heads=()),
+    "layers[1].attend_heads must name heads": lambda: with_layer(
+        read_heads=(1, 2), attend_heads=(2, 3)
+    ),
+    "layers[1].attend_heads must be ascending": lambda: with_layer(attend_heads=(2, 1)),
+    "layers[1].qkv_rank must lie between 1 and": lambda: with_layer(qkv_rank=0),
+    "layers[1].qkv_rank must lie between 1": lambda: with_layer(
+        read_heads=(), attend_heads=(), qkv_rank=4
+    ),
+    "layers[1].qkv_rank needs 'compensation: refit'": lambda: with_layer(qkv_rank=4),
+    "layers[1].map_rank needs 'compensation: refit'": lambda: with_layer(neurons=7, map_rank=4),
+    "layers[1].map_rank must lie between 0": lambda: with_layer(neurons=7, map_rank=-1),
+    "layers[1].map_rank must be 0 where all neurons": lambda: with_layer(map_rank=4),
     "layers[1].radius must be null or at least 0, found -1": lambda: with_layer(radius=-1),
     "layers[1].neurons must lie between 0 and 50, found 51": lambda: with_layer(neurons=51),
     "layers[1].neurons must lie": lambda: with_layer(neurons=-1),
@@ -76,7 +83,6 @@ INVALID = {
     "budget.asked must lie in (0, 1], found nan": lambda: replace(
         WHOLE, budget=Budget(float("nan"), 1)
     ),
-    "tensors must name the file": lambda: with_layer(neurons=7),
 }
 
 
@@ -92,13 +98,18 @@ def test_pruned_neurons_need_an_order_unless_they_stand_in_it() -> None:
     layers = with_layer(neurons=0).layers  # nothing left to order
     assert not WHOLE.with_layers(layers).needs_order
     some = replace(full_layer(SHAPE), neurons=7)
-    named = replace(WHOLE, layers=(some,) * 3)
-    assert named.needs_order
-    assert replace(named, tensors=None, baked=True).needs_order
+    partial = replace(WHOLE, layers=(some,) * 3)
+    assert partial.needs_order and partial.tensors == PlanTensors()
+    with pytest.raises(PlanError, match="The plan: lacks neuron_order, which the plan needs"):
+        check_tensors(partial)
+    check_tensors(replace(partial, tensors=PlanTensors(torch.arange(50).repeat(3, 1))))
+    baked = replace(partial, baked=True)
+    assert baked.needs_order
+    check_tensors(baked)
 
 
 def test_visual_depth_ends_behind_the_last_layer_with_anything_visual() -> None:
-    reads = replace(NONE, heads=(2,))
+    reads = replace(NONE, read_heads=(2,))
     feeds = replace(NONE, neurons=SHAPE.ffn)
     for layers, depth in (
         ((NONE, NONE, NONE), 0),
@@ -110,8 +121,8 @@ def test_visual_depth_ends_behind_the_last_layer_with_anything_visual() -> None:
 
 
 def test_a_kv_head_is_kept_if_one_of_its_query_heads_is() -> None:
-    for heads, kept in (((), ()), ((0,), (0,)), ((2, 3), (0, 1)), ((4, 5), (1,))):
-        assert replace(NONE, heads=heads).kept_kv(SHAPE) == kept
+    for read_heads, kept in (((), ()), ((0,), (0,)), ((2, 3), (0, 1)), ((4, 5), (1,))):
+        assert replace(NONE, read_heads=read_heads).kept_kv(SHAPE) == kept
 
 
 @settings(max_examples=50)

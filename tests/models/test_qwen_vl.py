@@ -76,7 +76,7 @@ def test_a_placeholder_that_nothing_fills_is_text(qwen: Specimen) -> None:
 
 
 def test_what_was_said_of_an_earlier_prompt_does_not_count(qwen: Specimen) -> None:
-    with pruned(qwen.model, *qwen.plan(1)):
+    with pruned(qwen.model, qwen.plan(1)):
         for row in (["V", 5, "C", 6], ["B", 7, 8], ["V", 9], ["A", 5]):
             inputs = qwen.inputs([[1, *row]])
             once = qwen.generate(qwen.model, inputs)
@@ -85,15 +85,15 @@ def test_what_was_said_of_an_earlier_prompt_does_not_count(qwen: Specimen) -> No
 
 
 def pruned_again(specimen: Specimen) -> Any:
-    return pruned(zoo.build(specimen.entry).model, *specimen.plan(1))
+    return pruned(zoo.build(specimen.entry).model, specimen.plan(1))
 
 
 def test_a_second_turn_of_two_rows_with_new_images(qwen: Specimen) -> None:
     """Every row has an offset of its own between places in the cache and M-RoPE positions."""
-    oracle, case, cache = qwen.oracle, qwen.plan(4), DynamicCache()
+    oracle, plan, cache = qwen.oracle, qwen.plan(4), DynamicCache()
     rows, behind = [[1, 5, "A", 7], [1, 2, 3, "C", 7, 8]], [11, "B", 12]
     first, new = qwen.inputs(rows, seed=1), qwen.inputs([behind, behind], seed=2)
-    with pruned(oracle, *case):
+    with pruned(oracle, plan):
         said = qwen.generate(oracle, first, past_key_values=cache)
         answers = said[:, first["input_ids"].shape[1] :].tolist()
         both = zip(rows, answers, strict=True)
@@ -107,7 +107,7 @@ def test_a_second_turn_of_two_rows_with_new_images(qwen: Specimen) -> None:
         )
         turn = qwen.entry.next_turn(oracle, whole, new)
         found = qwen.generate(oracle, turn, past_key_values=cache)
-    with reference(oracle, *case):
+    with reference(oracle, plan):
         assert torch.equal(found, qwen.generate(oracle, whole, use_cache=False))
     assert len(oracle.base_model.rope_deltas.unique()) == 2
 
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_a_sentence(rows: list, message: str) -> None:
 
 def test_chunks_inside_an_image_are_refused(qwen: Specimen) -> None:
     inputs = qwen.inputs([[1, 5, 6, "C", 7, 8]])
-    with pruned(qwen.model, *qwen.plan(0)), pytest.raises(ModelError, match="in one piece"):
+    with pruned(qwen.model, qwen.plan(0)), pytest.raises(ModelError, match="in one piece"):
         qwen.generate(qwen.model, inputs, prefill_chunk_size=8)
 
 
@@ -153,7 +153,7 @@ def test_images_encoded_by_hand_before_pruning_are_refused_not_guessed(qwen: Spe
         inputs.pop("pixel_values"), inputs["image_grid_thw"], return_dict=True
     )
     inputs["mm_encoder_outputs"] = {"image": features}
-    with pruned(qwen.model, *qwen.plan(0)), pytest.raises(ModelError, match="nothing says"):
+    with pruned(qwen.model, qwen.plan(0)), pytest.raises(ModelError, match="nothing says"):
         qwen.model.generate(**inputs, max_new_tokens=1)
 
 
@@ -164,7 +164,7 @@ def test_images_encoded_before_others_are_not_taken_for_those(qwen: Specimen) ->
     pixels["B"]["pixel_values"] = pixels["A"]["pixel_values"].flip(0)
     pixels["B"]["input_ids"] = pixels["A"]["input_ids"]
     seen: list[object] = []
-    with pruned(qwen.model, *qwen.plan(0)):
+    with pruned(qwen.model, qwen.plan(0)):
         probe = qwen.model.get_decoder().yopo.probe
         encoded = {
             name: qwen.model.base_model.get_image_features(

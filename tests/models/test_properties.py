@@ -70,20 +70,20 @@ def test_prefill_is_the_reference(specimen: Specimen, seed: int) -> None:
 
 def specified(
     specimen: Specimen,
-    case: PruningPlan,
+    plan: PruningPlan,
     inputs: dict[str, Any],
     **options: Any,
 ) -> torch.Tensor:
-    with reference(specimen.oracle, *case):
+    with reference(specimen.oracle, plan):
         return specimen.generate(specimen.oracle, inputs, use_cache=False, **options)
 
 
 @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
 def test_generate_says_what_the_reference_says(specimen: Specimen, beams: int) -> None:
     for seed, (name, inputs) in enumerate(prompts_of(specimen).items()):
-        case = specimen.plan(seed)
-        expected = specified(specimen, case, inputs, num_beams=beams)
-        with pruned(specimen.oracle, *case):
+        plan = specimen.plan(seed)
+        expected = specified(specimen, plan, inputs, num_beams=beams)
+        with pruned(specimen.oracle, plan):
             found = specimen.generate(specimen.oracle, inputs, num_beams=beams)
         assert torch.equal(found, expected), name
 
@@ -93,15 +93,15 @@ def test_generate_says_what_the_reference_says(specimen: Specimen, beams: int) -
 def test_a_second_turn_with_a_new_image_continues_the_cache(
     specimen: Specimen, first: list[int | str], seed: int
 ) -> None:
-    case, cache, oracle = specimen.plan(seed), DynamicCache(), specimen.oracle
+    plan, cache, oracle = specimen.plan(seed), DynamicCache(), specimen.oracle
     behind = [11, "B", 12, 13]
-    with pruned(oracle, *case):
+    with pruned(oracle, plan):
         said = specimen.generate(oracle, specimen.inputs([first]), past_key_values=cache)
         answer = said[0, specimen.inputs([first])["input_ids"].shape[1] :].tolist()
         whole = specimen.inputs([[*first, *answer, *behind]])
         turn = specimen.entry.next_turn(oracle, whole, specimen.new_images(whole, behind))
         found = specimen.generate(oracle, turn, past_key_values=cache)
-    assert torch.equal(found, specified(specimen, case, whole))
+    assert torch.equal(found, specified(specimen, plan, whole))
     assert cache.get_seq_length() == found.shape[1] - 1  # the last token was never fed back
 
 
@@ -132,7 +132,7 @@ def check_stock(path: Path, specimen: Specimen) -> None:
 
 
 def test_baked_in_stock_transformers_is_the_original(baked: tuple) -> None:
-    path, _, _, specimen = baked
+    path, _, specimen = baked
     check_stock(path, specimen)
 
 
@@ -208,7 +208,7 @@ def test_the_model_is_restored_bit_for_bit(specimen: Specimen) -> None:
     weights = {name: each.clone() for name, each in model.state_dict().items()}
     classes = [type(module) for module in model.modules()]
     with pytest.raises(RuntimeError, match="on purpose"):
-        with pruned(model, *specimen.plan(0)):
+        with pruned(model, specimen.plan(0)):
             tiny.logits(model, inputs)
             raise RuntimeError("on purpose")
     assert torch.equal(tiny.logits(model, inputs), before)

@@ -1,0 +1,178 @@
+"""What a session does with its pairs: it judges on none that it fitted on, or does neither."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from yopo.data.split import MIN_SIDE
+from yopo.evaluation.fidelity import Fidelity
+from yopo.pipeline import session as module
+from yopo.pipeline.commands import calibrate
+from yopo.pipeline.session import Calibrated, CalibrationSession, FitOptions, RunOptions
+from yopo.planning.request import BudgetRequest, PaperRequest, PlanRequest, ToleranceRequest
+from yopo.plans.schema import PruningPlan
+from yopo.plans.storage import plan_files
+from yopo.support.errors import DataError
+
+MODEL = "llava-tiny"
+
+
+def options(samples: int, **more: object) -> RunOptions:
+    return RunOptions(samples=samples, batch_size=8, max_new_tokens=4, **more)
+
+
+@pytest.fixture(autouse=True)
+def one_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One allocation instead of a dozen."""
+    monkeypatch.setattr("yopo.planning.planner.VISUAL_WEIGHTS", (1.0,))
+    monkeypatch.setattr("yopo.planning.planner.PAPER_RADIUS", None)
+    monkeypatch.setattr("yopo.planning.planner.FACTOR", 1.0)
+    monkeypatch.setattr("yopo.pipeline.session.FACTOR", 1.0)
+
+
+def make(samples: int, request: PlanRequest) -> Calibrated:
+    return calibrate(MODEL, request, options(samples))
+
+
+def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[str]] = {"measured": set(), "answered": set(), "encoded": set()}
+
+    def spy(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(model: object, processor: object, pairs: Any, *rest: Any, **more: Any) -> Any:
+            pairs = list(pairs)
+            seen[name] |= {pair.where for pair in pairs}
+            return function(model, processor, pairs, *rest, **more)
+
+        return call
+
+    monkeypatch.setattr(module, "measure", spy("measured", module.measure))
+    monkeypatch.setattr(module, "encode_for", spy("encoded", module.encode_for))
+    monkeypatch.setattr(module, "record_dense", spy("answered", module.record_dense))
+    session = CalibrationSession(MODEL, options(40), FitOptions(fit_pairs=8), needs_holdout=True)
+    assert not seen["answered"]
+    made = session.make(BudgetRequest(0.3, compensation="refit"))
+    judged = set(seen["answered"])
+    session.agreement(made.plan)
+    holdout = seen["answered"] - judged
+    sizes = (len(seen["measured"]), len(seen["encoded"]), len(judged), len(holdout))
+    assert sizes == (20, 8, 10, 10)
+    assert seen["encoded"] < seen["measured"] and not seen["measured"] & seen["answered"]
+    split = {"statistics": 20, "fit": 8, "comparison": 10, "holdout": 10}
+    assert made.plan.provenance["split"] == split
+    assert made.plan.provenance["samples"] == 20 == len(session.statistics.rho)
+    assert made.candidates[0].kl == session.kl(made.plan) > 1e-5
+
+
+@pytest.fixture(scope="module")
+def session() -> CalibrationSession:
+    """One that has a holdout, on as few pairs as that takes."""
+    fit_options = FitOptions(fit_pairs=8)
+    return CalibrationSession(MODEL, options(3 * MIN_SIDE), fit_options, needs_holdout=True)
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.02])
+def test_a_tolerance_is_kept_and_spent(
+    session: CalibrationSession, monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> None:
+    """The smaller the budget, the more answers are made to differ: four in a thousand over it."""
+    monkeypatch.setattr(session, "agreement", lambda plan: 1 - 0.004 / plan.budget.reached)
+    made = session.make(ToleranceRequest(tolerance))
+    least = 0.004 / tolerance
+    assert least <= made.plan.budget.reached < 1.25 * least
+    agreement = pytest.approx(1 - 0.004 / made.plan.budget.reached, abs=1e-6)
+    said = {"asked": tolerance, "agreement": agreement, "pairs": MIN_SIDE}
+    assert made.plan.provenance["tolerance"] == said
+    assert made.plan.compensation == "refit" and made.plan.tensors.refit
+
+
+def test_a_plan_within_a_tolerance_agrees_within_it(
+    session: CalibrationSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the holdout tells, and nothing else that is compared on."""
+    tolerance = 0.02
+    compared: list[tuple[PruningPlan, Fidelity]] = []
+    usual = session._compare
+
+    def compare(plan: PruningPlan, records: list) -> Fidelity:
+        found = usual(plan, records)
+        if records is session._holdout:
+            compared.append((plan, found))
+        return found
+
+    monkeypatch.setattr(session, "_compare", compare)
+    made = session.make(ToleranceRequest(tolerance))
+    about = made.plan.provenance["tolerance"]
+    within = [each for each, found in compared if 1 - found.agreement <= tolerance]
+    assert 3 <= len(compared)
+    best = min([1.0, *(each.budget.reached for each in within)])
+    assert made.plan.budget.reached == best
+    assert usual(made.plan, session._holdout).agreement >= 1 - tolerance
+    assert about["agreement"] >= 1 - tolerance
+
+
+@pytest.mark.parametrize("samples", [1, 2 * MIN_SIDE - 1])
+def test_few_pairs_fit_nothing_and_say_so(samples: int, capsys: pytest.CaptureFixture) -> None:
+    made = make(samples, BudgetRequest(0.2))
+    said = capsys.readouterr().err
+    pairs = f"{samples} pair{'s' * (samples > 1)}"
+    assert f"warning: Only {pairs} to calibrate on" in said and "at least 32" in said
+    assert f"warning: {pairs}: too few to hold any out" in said
+    assert made.plan.compensation == "none" and not made.plan.tensors.refit
+    assert made.plan.provenance["template"] == "reader-heads"
+    assert [each.kl for each in made.candidates] == [None]
+    assert made.plan.provenance["split"]["comparison"] == 0
+    assert 0.15 < made.plan.budget.reached <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (BudgetRequest(0.2, compensation="refit"), "15 pairs: too few to fit visual weights"),
+        (BudgetRequest(0.2, search=3), "15 pairs: too few to search, expected at least 16"),
+        (ToleranceRequest(0.1), "too few to hold some out for a tolerance, expected at least 24"),
+    ],
+)
+def test_what_needs_more_pairs_is_refused(asked: PlanRequest, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        make(15, asked)
+    assert message in caught.value.message and "--samples" in caught.value.remedy
+
+
+def test_a_preset_measures_all_pairs_and_fits_on_enough() -> None:
+    asked = PaperRequest(preset="yopo-25", compensation="refit")
+    split = {"statistics": MIN_SIDE, "fit": MIN_SIDE, "comparison": 0, "holdout": 0}
+    assert make(MIN_SIDE, asked).plan.provenance["split"] == split
+    with pytest.raises(DataError, match="too few to fit visual weights, expected at least 8"):
+        make(MIN_SIDE - 1, asked)
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    asked = BudgetRequest(0.3, compensation="refit")
+    first, again = (
+        plan_files(make(2 * MIN_SIDE, asked).plan, "plan.yaml", "plan.safetensors")
+        for _ in range(2)
+    )
+    assert len(first) == 2 and first == again
+
+
+def test_questions_about_one_image_are_as_good_as_one_pair(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("a.png", "copy.png"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    rows = [
+        {"image": name, "question": f"what is number {number}?"}
+        for number in range(20)
+        for name in ("a.png", "copy.png")
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    made = calibrate(MODEL, BudgetRequest(0.2), options(40, data=str(data)))
+    assert "Only 40 pairs of 1 different image to calibrate on" in capsys.readouterr().err
+    assert made.plan.provenance["split"]["comparison"] == 0 and made.plan.compensation == "none"
