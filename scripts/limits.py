@@ -71,8 +71,8 @@ ROOM = 300e6
 
 APPLY = """
 import sys
-from yopo.pipeline.commands import apply_plan
-apply_plan(sys.argv[1], output=sys.argv[2], model_name=sys.argv[3])
+from yopo.pipeline.commands import apply
+apply(sys.argv[1], output=sys.argv[2], model=sys.argv[3])
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM"):
         print(1024 * int(line.split()[1]))

@@ -23,7 +23,8 @@ from yopo.data.sources import open_pairs
 from yopo.fitting.layerwise import DenseWalk
 from yopo.fitting.least_squares import Gram, Moments, ridge
 from yopo.models.registry import family_of
-from yopo.pipeline.session import CalibrationSession, FitOptions, RunOptions
+from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.session import CalibrationSession
 from yopo.plans.schema import ModelShape, full_layer
 from yopo.runtime.weights import Extras, VisualLayer
 

@@ -44,7 +44,8 @@ from yopo.data.sources import open_pairs
 from yopo.demo.pair_files import write_pairs
 from yopo.evaluation.evaluate import measure_kept
 from yopo.evaluation.fidelity import record_dense
-from yopo.pipeline.session import CalibrationSession, FitOptions, RunOptions
+from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.session import CalibrationSession
 from yopo.planning.allocate import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.planner import Planner

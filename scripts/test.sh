@@ -4,6 +4,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 ruff check .
 ruff format --check .
+lint-imports --no-cache --no-logo
+mypy
 # One thread for each of the workers, one worker for each core.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec python -m pytest --numprocesses auto --dist worksteal "$@"

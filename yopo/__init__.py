@@ -1,30 +1,67 @@
 """yopo: you only prune once - static, modality-aware pruning of multimodal LLMs.
 
     import yopo
-    model = yopo.load("llava-1.5-7b-yopo")       # a baked checkpoint that skips the pruned work
-    with yopo.pruned(model, plan):               # or a model in memory, for a while
-        model.generate(**inputs)
-    yopo.is_pruned(model), yopo.plan_of(model)   # at which budget: plan_of(model).budget.reached
 
-Importing this package imports neither torch nor transformers; the first use of ``load`` does.
+    calibrated = yopo.calibrate("llava-1.5-7b", 0.25)   # or a model in memory, with its processor
+    yopo.write_plan(calibrated.plan, "plan.yaml")
+    yopo.apply("plan.yaml", output="llava-1.5-7b-yopo")
+    model = yopo.load("llava-1.5-7b-yopo")              # skips the pruned work
+    with yopo.pruned(model_in_memory, calibrated.plan):
+        ...                                             # or a model in memory, for a while
+
+Each function is what the command of its name does. Importing this package imports neither torch
+nor transformers; the first use of a function does.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from yopo.support.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from yopo.pipeline.commands import apply as apply
+    from yopo.pipeline.commands import calibrate as calibrate
+    from yopo.pipeline.commands import evaluate as evaluate
+    from yopo.pipeline.commands import plan as plan
+    from yopo.pipeline.options import FitOptions as FitOptions
+    from yopo.pipeline.options import RunOptions as RunOptions
+    from yopo.planning.request import BudgetRequest as BudgetRequest
+    from yopo.planning.request import LatencyRequest as LatencyRequest
+    from yopo.planning.request import PaperRequest as PaperRequest
+    from yopo.planning.request import ToleranceRequest as ToleranceRequest
+    from yopo.plans.layer_plan import LayerPlan as LayerPlan
+    from yopo.plans.schema import PruningPlan as PruningPlan
+    from yopo.plans.storage import read_plan as read_plan
+    from yopo.plans.storage import write_plan as write_plan
+    from yopo.runtime.install import fitted_parameters as fitted_parameters
+    from yopo.runtime.install import pruned as pruned
+    from yopo.runtime.introspect import is_pruned as is_pruned
+    from yopo.runtime.introspect import plan_of as plan_of
+    from yopo.serving.loading import load as load
+    from yopo.support.errors import YopoError as YopoError
 
 _PUBLIC = {
+    "calibrate": "yopo.pipeline.commands",
+    "plan": "yopo.pipeline.commands",
+    "apply": "yopo.pipeline.commands",
+    "evaluate": "yopo.pipeline.commands",
     "load": "yopo.serving.loading",
     "pruned": "yopo.runtime.install",
     "is_pruned": "yopo.runtime.introspect",
     "plan_of": "yopo.runtime.introspect",
     "fitted_parameters": "yopo.runtime.install",
-    "PruningPlan": "yopo.plans.schema",
-    "LayerPlan": "yopo.plans.schema",
     "read_plan": "yopo.plans.storage",
+    "write_plan": "yopo.plans.storage",
+    "PruningPlan": "yopo.plans.schema",
+    "LayerPlan": "yopo.plans.layer_plan",
+    "BudgetRequest": "yopo.planning.request",
+    "PaperRequest": "yopo.planning.request",
+    "ToleranceRequest": "yopo.planning.request",
+    "LatencyRequest": "yopo.planning.request",
+    "RunOptions": "yopo.pipeline.options",
+    "FitOptions": "yopo.pipeline.options",
     "YopoError": "yopo.support.errors",
 }
 

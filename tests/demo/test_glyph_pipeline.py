@@ -13,7 +13,7 @@ from yopo.data.prompts import encode, load_processor
 from yopo.data.sources import open_pairs
 from yopo.demo.glyphs.grids import TASK
 from yopo.models.registry import resolve
-from yopo.pipeline.commands import calibrate, evaluate_target
+from yopo.pipeline.commands import calibrate, evaluate
 from yopo.pipeline.session import Calibrated, FitOptions, RunOptions
 from yopo.planning.request import BudgetRequest
 from yopo.plans.flops import visual_budget
@@ -68,7 +68,7 @@ def test_baked_and_evaluated_on_held_out_grids(calibrated: Calibrated, tmp_path:
     target = tmp_path / "smaller"
     bake(calibrated.plan, fetch(resolve(NAME)), target)
     options = RunOptions(samples=36, batch_size=18, max_new_tokens=12)
-    found = evaluate_target(str(target), options, timing_runs=0)
+    found = evaluate(str(target), options, timing_runs=0)
     assert set(found.by_kind) == set(TASK.short_kinds)
     assert found.accuracy.total == 36 and found.accuracy.dense >= 32
     assert found.accuracy.pruned >= 0.7 * found.accuracy.dense

@@ -350,9 +350,10 @@ def test_a_plan_takes_the_tensors_of_its_own_compensation(
     fitted: PruningPlan, plan: PruningPlan
 ) -> None:
     both = replace(plan.tensors, refit=fitted.tensors.refit)
-    assert both.for_plan(fitted).refit is fitted.tensors.refit
-    assert both.for_plan(fitted).neuron_mean is None
-    assert both.for_plan(plan).refit == {} and both.for_plan(plan).neuron_mean is not None
+    needed = replace(fitted, tensors=both).needed_tensors
+    assert needed.refit is fitted.tensors.refit and needed.neuron_mean is None
+    needed = replace(plan, tensors=both).needed_tensors
+    assert needed.refit == {} and needed.neuron_mean is not None
 
 
 SPOILED = {

@@ -91,7 +91,6 @@ def _observe(
 def _conclude(
     model: PreTrainedModel, identity: ModelIdentity, observer: Observer, provenance: dict[str, Any]
 ) -> Statistics:
-    shape = identity.shape
     rho = torch.cat(observer.rho)
     names = family_of(model.config).backbone(model.config)
     norms = [
@@ -105,13 +104,7 @@ def _conclude(
         model=identity,
         workload=Workload(grids, text, before),
         rho=rho,
-        neuron_square=observer.neuron_square,
-        neuron_sum=observer.neuron_sum,
-        head_sum=observer.head_sum.reshape(shape.layers, shape.heads, shape.head_dim),
-        head_effect_sum=observer.head_effect_sum,
-        text_norm_sum=observer.text_norm_sum,
-        cross_modal_sum=observer.cross_modal_sum,
-        locality_sum=observer.locality_sum,
+        **observer.sums,
         down_norm=torch.stack(norms),
         visual_tokens=observer.visual_tokens,
         text_queries=observer.text_queries,

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
-from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite
+from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
 from yopo.models.family import Family
 from yopo.models.layout import LayoutProbe
 from yopo.plans.grid import Grid
@@ -45,16 +45,11 @@ class Observer:
     """
 
     def __init__(self, shape: ModelShape, queries: str, probe: LayoutProbe, output: str):
-        layers, double = shape.layers, torch.float64
         self.shape, self.queries, self.probe = shape, queries, probe
         self.rho: list[torch.Tensor] = []
-        self.neuron_square = torch.zeros(layers, shape.ffn, dtype=double)
-        self.neuron_sum = torch.zeros(layers, shape.ffn, dtype=double)
-        self.head_sum = torch.zeros(layers, shape.heads * shape.head_dim, dtype=double)
-        self.head_effect_sum = torch.zeros(layers, shape.heads, dtype=double)
-        self.text_norm_sum = torch.zeros(layers, dtype=double)
-        self.cross_modal_sum = torch.zeros(layers, dtype=double)
-        self.locality_sum = torch.zeros(layers, MAX_DISTANCE + 2, dtype=double)
+        self.sums = {
+            name: torch.zeros(size, dtype=torch.float64) for name, size in sum_sizes(shape).items()
+        }
         self.visual_tokens = 0
         self.text_queries = 0
         self.text_tokens = 0
@@ -83,10 +78,7 @@ class Observer:
         self.text_tokens += int(self._real.sum()) - view.num_visual
         self.text_before += view.num_before
         self.grids.update(view.layout.grids)
-        refuse_not_finite(
-            [self.head_sum, self.neuron_square, self.text_norm_sum, self.head_effect_sum]
-            + [self.rho[-1].transpose(0, 1)]
-        )
+        refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
 
     def view(self) -> BatchView:
         """The batch in progress."""
@@ -108,7 +100,7 @@ class Observer:
             masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             cross_modal += (mass[..., 0].mean(dim=1) * chunk.behind).sum()
             effect = _reading_effect(weights, mass, values, view.kinds, gram)
-            self.head_effect_sum[layer] += (
+            self.sums["head_effect_sum"][layer] += (
                 (effect * chunk.behind[:, None]).sum((0, 2)).double().cpu()
             )
         locality = torch.zeros(MAX_DISTANCE + 2, device=queries.device)
@@ -119,15 +111,15 @@ class Observer:
                 masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             locality += view.by_distance(chunk, weights.mean(dim=1))
         self._rho_of_batch.append((masses[..., 0] / masses[..., 1]).cpu())
-        self.cross_modal_sum[layer] += cross_modal.double().cpu()
-        self.locality_sum[layer] += locality.double().cpu()
+        self.sums["cross_modal_sum"][layer] += cross_modal.double().cpu()
+        self.sums["locality_sum"][layer] += locality.double().cpu()
 
     def on_input(self, layer: int, hidden: torch.Tensor) -> None:
         """Add squared norms of a layer's input (batch, sequence, hidden) at reading queries."""
         for chunk in self.view().text_chunks:
             place = chunk.positions[..., None].expand(-1, -1, hidden.shape[-1])
             norms = hidden.gather(1, place).float().square().sum(dim=-1)
-            self.text_norm_sum[layer] += (norms * chunk.behind).sum().double().cpu()
+            self.sums["text_norm_sum"][layer] += (norms * chunk.behind).sum().double().cpu()
 
     def _gram(self, module: nn.Module) -> torch.Tensor:
         """(heads, head_dim, head_dim) float32: W_o^T W_o of every head.
@@ -145,7 +137,8 @@ class Observer:
         """Add attention outputs (batch, sequence, heads * head_dim) of visual tokens."""
         for row, positions in enumerate(self.view().visual_positions):
             picked = outputs[row].index_select(0, positions)
-            self.head_sum[layer] += picked.sum(dim=0, dtype=torch.float32).double().cpu()
+            total = picked.sum(dim=0, dtype=torch.float32).double().cpu()
+            self.sums["head_sum"][layer] += total.unflatten(0, (self.shape.heads, -1))
 
     def on_neurons(self, layer: int, activations: torch.Tensor) -> None:
         """Add FFN activations (batch, sequence, neurons) of visual tokens."""
@@ -157,8 +150,10 @@ class Observer:
                 precise = torch.promote_types(picked.dtype, torch.float32)
                 norms.append(torch.linalg.vector_norm(picked, dim=0, dtype=precise))
                 sums.append(picked.sum(dim=0, dtype=torch.float32))
-            self.neuron_square[layer] += torch.stack(norms).cpu().double().square().sum(dim=0)
-            self.neuron_sum[layer] += torch.stack(sums).cpu().double().sum(dim=0)
+            self.sums["neuron_square"][layer] += (
+                torch.stack(norms).cpu().double().square().sum(dim=0)
+            )
+            self.sums["neuron_sum"][layer] += torch.stack(sums).cpu().double().sum(dim=0)
 
 
 def _softmax(

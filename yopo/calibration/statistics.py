@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,18 @@ MAX_COUNT = 1 << 53
 MAX_DISTANCE = 64
 """Chebyshev distances 0..64 are told apart (farther ones count as 64)."""
 
-_SUMS = (
-    "neuron_square",
-    "neuron_sum",
-    "head_sum",
-    "head_effect_sum",
-    "text_norm_sum",
-    "cross_modal_sum",
-    "locality_sum",
-)
+
+def _sum(*sizes: str | int) -> Any:
+    """A field that is a sum over samples, (layers, *sizes) float64.
+
+    The observer starts it at zero and adds to it, passes are merged by adding it, files are checked
+    for its size: a new score is a field here, a property that reads it, and a line in
+    ``calibration.observers``.
+
+    Args:
+        *sizes: Numbers, or names of the decoder's dimensions.
+    """
+    return field(metadata={"sizes": sizes})
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,13 @@ class Statistics:
     model: ModelIdentity
     workload: Workload
     rho: torch.Tensor
-    neuron_square: torch.Tensor
-    neuron_sum: torch.Tensor
-    head_sum: torch.Tensor
-    head_effect_sum: torch.Tensor
-    text_norm_sum: torch.Tensor
-    cross_modal_sum: torch.Tensor
-    locality_sum: torch.Tensor
+    neuron_square: torch.Tensor = _sum("ffn")
+    neuron_sum: torch.Tensor = _sum("ffn")
+    head_sum: torch.Tensor = _sum("heads", "head_dim")
+    head_effect_sum: torch.Tensor = _sum("heads")
+    text_norm_sum: torch.Tensor = _sum()
+    cross_modal_sum: torch.Tensor = _sum()
+    locality_sum: torch.Tensor = _sum(MAX_DISTANCE + 2)
     down_norm: torch.Tensor
     visual_tokens: int
     text_queries: int
@@ -144,7 +147,7 @@ class Statistics:
         Raises:
             DataError: A sum is not finite; names the layer.
         """
-        by_layer = [getattr(self, name) for name in (*_SUMS, "down_norm")]
+        by_layer = [getattr(self, name) for name in (*SUMS, "down_norm")]
         refuse_not_finite([*by_layer, self.rho.transpose(0, 1)])
 
     def merge(self, other: Statistics) -> Statistics:
@@ -158,7 +161,7 @@ class Statistics:
                 f"Statistics of {self.model.name} and {other.model.name} cannot be merged: "
                 "the models' fingerprints differ."
             )
-        sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMS}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
         samples = len(self.rho) + len(other.rho)
         return replace(
             self,
@@ -205,6 +208,24 @@ class Statistics:
         }
         # One entry: safetensors writes several in random order, and same inputs, same bytes.
         return save(tensors, metadata={"yopo": json.dumps(about)})
+
+
+SUMS: dict[str, tuple[str | int, ...]] = {
+    each.name: each.metadata["sizes"] for each in fields(Statistics) if "sizes" in each.metadata
+}
+"""The sums over samples, by name, and their sizes after the layer axis."""
+
+
+def sum_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Sizes of the sums for a decoder, layers first."""
+    dimensions = asdict(shape)
+    return {
+        name: (
+            shape.layers,
+            *(each if isinstance(each, int) else dimensions[each] for each in sizes),
+        )
+        for name, sizes in SUMS.items()
+    }
 
 
 def refuse_not_finite(sums: Iterable[torch.Tensor]) -> None:
@@ -287,17 +308,7 @@ def _first_problem(found: Statistics) -> str | None:
     if wrong is not None:
         return f"{'.'.join(wrong[0])} {wrong[1]}"
     shape = model.shape
-    per_layer = {
-        "neuron_square": (shape.ffn,),
-        "neuron_sum": (shape.ffn,),
-        "head_sum": (shape.heads, shape.head_dim),
-        "head_effect_sum": (shape.heads,),
-        "text_norm_sum": (),
-        "cross_modal_sum": (),
-        "locality_sum": (MAX_DISTANCE + 2,),
-        "down_norm": (shape.ffn,),
-    }
-    expected = {name: (shape.layers, *size) for name, size in per_layer.items()}
+    expected = {**sum_sizes(shape), "down_norm": (shape.layers, shape.ffn)}
     samples = found.rho.shape[:1]
     expected["rho"] = (max(1, *samples) if samples else 1, shape.layers, shape.heads)
     for name, size in expected.items():

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-import yopo
 from yopo.checkpoint.sidecar_files import ORIGINAL_CARD_FILE, PLAN_FILE, TENSORS_FILE
 from yopo.checkpoint.writer import format_bytes
 from yopo.models.registry import ALIASES
@@ -22,6 +21,7 @@ from yopo.plans.flops import (
     visual_kv_bytes,
 )
 from yopo.plans.schema import LEVERS, LayerPlan, PruningPlan, used_levers
+from yopo.support.version import __version__
 
 _CARRIED_OVER = ("license", "license_name", "license_link", "language")
 
@@ -89,7 +89,7 @@ def _introduction(
     text = f"""\
 # {name}
 
-{plan.model.name} with a plan of yopo {yopo.__version__} baked in (`{PLAN_FILE}`; you only prune
+{plan.model.name} with a plan of yopo {__version__} baked in (`{PLAN_FILE}`; you only prune
 once, [arXiv 2410.06169](https://arxiv.org/abs/2410.06169)). Attention heads and FFN neurons of the
 text decoder stand in order of importance for visual tokens; {change}.
 Loaded as usual it *is* {dense}; loaded with yopo, visual tokens skip what the plan

@@ -71,7 +71,7 @@ class Completion:
         if trained or is_changed or not _carry(plan, self.source, number, files):
             plan = _retaken(plan, found)
             names = numbered(PLAN_FILE, number), numbered(TENSORS_FILE, number)
-            plan = replace(plan, tensors=plan.tensors.for_plan(plan))
+            plan = replace(plan, tensors=plan.needed_tensors)
             files |= plan_files(plan, *names)
         original = self.source / ORIGINAL_CARD_FILE
         if original.is_file():

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yopo
+from yopo.support.version import __version__
 
 MANIFEST_FILE = "yopo_files.json"
 
@@ -25,7 +25,7 @@ _MAX_BYTES = 16 * 2**20
 def write_manifest(folder: Path) -> None:
     """List what a finished directory holds."""
     files = {name: _describe(folder / name) for name in _files(folder) if name != MANIFEST_FILE}
-    document = {"yopo": yopo.__version__, "files": files}
+    document = {"yopo": __version__, "files": files}
     text = json.dumps(document, indent=1, sort_keys=True) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 

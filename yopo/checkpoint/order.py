@@ -121,7 +121,7 @@ def _baked_tensors(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PlanTenso
 
     The neuron order itself is no longer needed, and fitted down projections follow it already.
     """
-    tensors = plan.tensors.for_plan(plan)
+    tensors = plan.needed_tensors
     shape = plan.model.shape
     refit = {
         index: _baked_refit(weights, plan.layers[index], orders[index], shape)

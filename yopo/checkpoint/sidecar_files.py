@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yopo
 from yopo.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from yopo.models.registry import family_of
+from yopo.support.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,7 +74,7 @@ def config_json(checkpoint: Checkpoint) -> str:
     They are the only ones that name code: what the source's own ``auto_map`` names is not copied.
     """
     config: dict[str, Any] = without_code(checkpoint.raw_config)
-    config["yopo"] = {"version": yopo.__version__, "plan": PLAN_FILE}
+    config["yopo"] = {"version": __version__, "plan": PLAN_FILE}
     config["auto_map"] = auto_map(checkpoint.config)
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 

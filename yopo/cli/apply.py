@@ -54,10 +54,10 @@ def command(
         raise click.UsageError("Missing argument 'PLAN...'.")
     if dry_run and verify:
         raise click.UsageError("--dry-run and --verify exclude one another.")
-    done: Applied = load("yopo.pipeline.commands").apply_plan(
+    done: Applied = load("yopo.pipeline.commands").apply(
         *plans,
         output=values["output"],
-        model_name=values["model"],
+        model=values["model"],
         force=values["force"],
         dry_run=dry_run,
         check=verify,

@@ -105,21 +105,23 @@ def command(context: click.Context, **values: Any) -> None:
     output, stats, force = values["output"], values["stats"], values["force"]
     outputs = {budget: _named(output, budget) for budget in values["budgets"] or (None,)}
     check_outputs(outputs.values(), stats, force=force)
-    commands, session = load("yopo.pipeline.commands"), load("yopo.pipeline.session")
+    commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     if (values["milliseconds"] is None) != (values["costs"] is None):
         raise click.UsageError("--milliseconds and --costs go together.")
     counts = (values["measure_pairs"], values["fit_pairs"])
-    fit_options = session.FitOptions(values["queries"], *counts)
+    fit_options = pipeline.FitOptions(values["queries"], *counts)
     costs = values["costs"]
     requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
-    how = (run_settings(context), fit_options)
     keeper = Keeper(stats, force=force)
+    how = {
+        "options": run_settings(context),
+        "fit_options": fit_options,
+        "keep": keeper.keep,
+    }
     with keeper.guarding():
         if not values["budgets"]:
-            made: Calibrated = commands.calibrate(
-                values["model"], requests[0], *how, keep=keeper.keep
-            )
+            made: Calibrated = commands.calibrate(values["model"], requests[0], **how)
             save(made, output, force=force)
             return
-        for each in commands.calibrate_front(values["model"], requests, *how, keep=keeper.keep):
+        for each in commands.calibrate_front(values["model"], requests, **how):
             save(each, outputs[each.plan.budget.asked], force=force)

@@ -45,10 +45,10 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
     """
     from yopo.cli.output import print_json, print_report
 
-    found: Evaluation = load("yopo.pipeline.commands").evaluate_target(
+    found: Evaluation = load("yopo.pipeline.commands").evaluate(
         target,
-        run_settings(context),
-        model_name=values["model"],
+        options=run_settings(context),
+        model=values["model"],
         timing_runs=values["timing_runs"],
         budget=values["budget"],
     )

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import click
 
-from yopo import __version__
 from yopo.cli import interrupts
 from yopo.cli.command import LazyGroup
 from yopo.cli.verbosity import Verbosity
 from yopo.support.errors import YopoError, printable
+from yopo.support.version import __version__
 
 COMMANDS = {
     "calibrate": ("yopo.cli.calibrate", "Measure a model on pairs and write a plan."),

@@ -11,7 +11,7 @@ import click
 from yopo.cli.config import drop_overruled
 
 if TYPE_CHECKING:
-    from yopo.pipeline.session import RunOptions
+    from yopo.pipeline.options import RunOptions
     from yopo.planning.request import PlanRequest
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -180,7 +180,7 @@ def plan_request(
 
 def run_settings(context: click.Context) -> RunOptions:
     """The run options of a command with ``run_options``, its device checked."""
-    from yopo.pipeline.session import RunOptions
+    from yopo.pipeline.options import RunOptions
     from yopo.serving.loading import torch_device
 
     values = {each.name: context.params[each.name] for each in fields(RunOptions)}

@@ -31,5 +31,5 @@ def command(context: click.Context, stats: Path, **values: Any) -> None:
     Nothing can be measured without the model: a budget means --template, or `reader-heads`.
     """
     check_outputs([values["output"]], None, force=values["force"])
-    made = load("yopo.pipeline.commands").plan_from_statistics(stats, plan_request(context))
+    made = load("yopo.pipeline.commands").plan(stats, plan_request(context))
     save(made, values["output"], force=values["force"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from yopo.support.errors import DataError, YopoError
 from yopo.support.reading import open_regular
@@ -169,3 +169,7 @@ class Pairs:
 
     def __iter__(self) -> Iterator[Pair]:
         return self.read()
+
+
+Data = str | Path | Pairs | Sequence[Mapping[str, Any]]
+"""Where pairs come from: a source by name, pairs that are open already, or rows in memory."""

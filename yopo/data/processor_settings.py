@@ -7,6 +7,7 @@ stock processor then fails, or writes a prompt that the model refuses.
 
 from __future__ import annotations
 
+import copy
 import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -49,19 +50,46 @@ def settle(processor: ProcessorMixin, location: str, **options: Any) -> None:
                 remedy="The directory needs the model's config.json, or a processor_config.json.",
             )
         return
+    _apply(processor, config, location)
+
+
+def settled(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> ProcessorMixin:
+    """A processor in memory with the settings of a model; a copy where they differ.
+
+    Args:
+        processor: Somebody's own, which is left as it is.
+        config: The model's.
+        name: What messages call the model.
+
+    Raises:
+        ModelError: No processor for images and text, or the model is of no supported family.
+    """
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelError(
+            f"{name}: found a {type(processor).__name__}, not a processor for images and text.",
+            remedy="Pass what AutoProcessor.from_pretrained loads.",
+        )
+    processor = copy.copy(processor)
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer = copy.deepcopy(processor.tokenizer)
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    _apply(processor, config, name)
+    return processor
+
+
+def _apply(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> None:
+    family = family_of(config)
     family.check_vision(config)
     changed = {
-        name: value
-        for name, value in family.processor_settings(config).items()
-        if hasattr(processor, name) and getattr(processor, name) != value
+        key: value
+        for key, value in family.processor_settings(config).items()
+        if hasattr(processor, key) and getattr(processor, key) != value
     }
-    for name, value in changed.items():
-        setattr(processor, name, value)
+    for key, value in changed.items():
+        setattr(processor, key, value)
     if changed:
-        listed = ", ".join(f"{name} {value}" for name, value in changed.items())
-        note(
-            f"{location}: the processor's files lack or contradict what config.json says: {listed}."
-        )
+        listed = ", ".join(f"{key} {value}" for key, value in changed.items())
+        note(f"{name}: the processor's files lack or contradict what config.json says: {listed}.")
 
 
 def _config(location: str, options: dict[str, Any]) -> PreTrainedConfig | None:

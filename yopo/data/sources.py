@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from yopo.data.json_rows import JsonRows
-from yopo.data.pairs import ImageRef, Pair, Pairs
+from yopo.data.pairs import Data, ImageRef, Pair, Pairs
 from yopo.data.rows import pair_from_row
 from yopo.data.sampling import check_samples, chosen
 from yopo.demo import SETS
@@ -24,7 +25,7 @@ _FORMS = (
 
 
 def open_pairs(
-    data: str | None, *, samples: int | None, seed: int, split: str | None = None
+    data: Data | None, *, samples: int | None, seed: int, split: str | None = None
 ) -> Pairs:
     """Open image-question pairs; what is wrong with the data shows now, if it can be seen cheaply.
 
@@ -35,7 +36,7 @@ def open_pairs(
         data: ``None`` (demo pairs about scenes), ``demo:SET`` (one of ``yopo.demo.SETS``), a
             ``.jsonl``, ``.json`` or ``.parquet`` file, a directory, or a hub id
             ``org/name[:split]`` or ``org/name:config:split``. A directory may carry its split as
-            ``DIR:split``.
+            ``DIR:split``. Or rows in memory, a mapping each, or pairs that are open already.
         samples: How many pairs to draw; None means all (256 of the demo pairs).
         seed: Decides which are drawn.
         split: Which split, where ``data`` does not name it.
@@ -47,6 +48,11 @@ def open_pairs(
         DataError: No such source, or its first bad pair: nothing is skipped silently.
     """
     check_samples(samples)
+    if isinstance(data, Pairs):
+        return data
+    if not isinstance(data, str | Path | None):
+        return _open_rows(data, samples, seed)
+    data = None if data is None else str(data)
     if data is None or data.startswith("demo:"):
         return _open_demo((data or "").partition(":")[2] or split, samples, seed)
     path, named = _path_and_split(data)
@@ -61,6 +67,23 @@ def open_pairs(
     if _HUB_ID.fullmatch(data) and not looks_local:
         return _open_hub(data, samples, seed, split)
     raise DataError(f"{data}: no such file or directory.", remedy=_FORMS)
+
+
+def _open_rows(rows: Sequence[Mapping[str, Any]], samples: int | None, seed: int) -> Pairs:
+    """Rows in memory; relative paths of images are the working directory's."""
+    rows, folder = list(rows), Path.cwd()
+    if not rows:
+        raise DataError("The rows in memory: there are none.")
+    pairs = [
+        pair_from_row(row, where=f"row {number}", number=number, folder=folder)
+        for number, row in enumerate(rows)
+    ]
+    kept = chosen(len(pairs), samples, seed, where="rows in memory")
+    found = [pairs[number] for number in kept]
+    for pair in found:
+        for image in pair.images:
+            image.check()
+    return Pairs("rows in memory", total=len(found), digest=None, read=lambda: iter(found))
 
 
 def _path_and_split(data: str) -> tuple[Path, str | None]:

@@ -1,4 +1,4 @@
-"""What the commands do: one function each, everything a command needs in one call."""
+"""What the commands do, and ``import yopo`` offers: one function each, everything in one call."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel, ProcessorMixin
+
 from yopo.calibration.statistics import Statistics, load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
-from yopo.checkpoint.reader import Checkpoint, fetch
-from yopo.data.prompts import load_processor
-from yopo.evaluation.evaluate import Evaluation, evaluate
+from yopo.checkpoint.reader import fetch
+from yopo.evaluation.evaluate import Evaluation
+from yopo.evaluation.evaluate import evaluate as evaluate_plan
 from yopo.models.registry import ModelSource, is_hub_id, resolve
-from yopo.pipeline.session import (
-    Calibrated,
-    CalibrationSession,
-    FitOptions,
-    RunOptions,
-    open_demo_or,
-)
+from yopo.pipeline.model_handle import Model, ModelHandle
+from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.session import Calibrated, CalibrationSession, open_demo_or
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
 from yopo.planning.request import (
@@ -30,25 +28,51 @@ from yopo.planning.request import (
 )
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
-from yopo.serving.loading import load_dense, open_baked, torch_dtype
+from yopo.serving.loading import open_baked
 from yopo.support.errors import ModelError, PlanError
 
 Keep = Callable[[Statistics], None]
 
+DEFAULT_BUDGET = 0.25
+"""Share of the visual FLOPs that a plan gets if nothing else is asked for."""
+
 
 def calibrate(
-    model_name: str,
-    request: PlanRequest,
-    options: RunOptions,
-    fit_options: FitOptions | None = None,
+    model: Model,
+    request: PlanRequest | float = DEFAULT_BUDGET,
     *,
+    processor: ProcessorMixin | None = None,
+    options: RunOptions | None = None,
+    fit_options: FitOptions | None = None,
     keep: Keep | None = None,
 ) -> Calibrated:
-    """Measure a model on pairs and plan its pruning.
+    """Measure a model on image-question pairs once, and plan its pruning (``yopo calibrate``).
+
+    Example:
+        >>> options = yopo.RunOptions(samples=32)
+        >>> calibrated = yopo.calibrate("llava-tiny", 0.25, options=options)
+        >>> yopo.write_plan(calibrated.plan, "plan.yaml")
+        >>> calibrated.plan.budget.reached <= 0.25
+        True
+
+        A model in memory, say a fine-tune, and rows of one's own:
+
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> from yopo.demo import LLAVA_TINY
+        >>> model = AutoModelForImageTextToText.from_pretrained(LLAVA_TINY)
+        >>> processor = AutoProcessor.from_pretrained(LLAVA_TINY)
+        >>> rows = [{"image": image, "question": "How many shapes?"} for image in images]
+        >>> options = yopo.RunOptions(data=rows)
+        >>> request = yopo.PaperRequest(preset="yopo-25")
+        >>> plan = yopo.calibrate(model, request, processor=processor, options=options).plan
+        >>> with yopo.pruned(model, plan):
+        ...     yopo.is_pruned(model)
+        True
 
     Args:
-        model_name: Alias, directory or hub id.
-        request: What is asked of the plan.
+        model: Alias, directory, hub id, or a dense model in memory.
+        request: What is asked of the plan; a number is a visual budget.
+        processor: Of a model in memory.
         options: Data and how to run it.
         fit_options: On what plans are measured and fitted.
         keep: Given the statistics as soon as they exist, before anything is planned or fitted.
@@ -56,10 +80,12 @@ def calibrate(
     Raises:
         YopoError: Unknown model, unreadable data, a request that cannot be met, ...
     """
+    request = _as_request(request)
     session = CalibrationSession(
-        model_name,
-        options,
+        model,
+        options or RunOptions(),
         fit_options or FitOptions(),
+        processor=processor,
         needs_holdout=isinstance(request, ToleranceRequest),
         compares=not isinstance(request, PaperRequest),
     )
@@ -69,11 +95,12 @@ def calibrate(
 
 
 def calibrate_front(
-    model_name: str,
+    model: Model,
     requests: Sequence[BudgetRequest],
-    options: RunOptions,
-    fit_options: FitOptions | None = None,
     *,
+    processor: ProcessorMixin | None = None,
+    options: RunOptions | None = None,
+    fit_options: FitOptions | None = None,
     keep: Keep | None = None,
 ) -> Iterator[Calibrated]:
     """Measure a model once and yield a plan for every budget, largest first.
@@ -83,60 +110,90 @@ def calibrate_front(
     Raises:
         YopoError: As for ``calibrate``.
     """
-    session = CalibrationSession(model_name, options, fit_options or FitOptions())
+    session = CalibrationSession(
+        model, options or RunOptions(), fit_options or FitOptions(), processor=processor
+    )
     if keep is not None:
         keep(session.statistics)
     for request in sorted(requests, key=lambda each: -each.budget):
         yield session.make(request)
 
 
-def plan_from_statistics(path: str | Path, request: PlanRequest) -> Calibrated:
-    """Make another plan from saved statistics, without the model.
+def plan(
+    statistics: Statistics | str | Path, request: PlanRequest | float = DEFAULT_BUDGET
+) -> Calibrated:
+    """Make another plan from statistics, without the model (``yopo plan``).
+
+    Nothing can be measured or fitted without it: a budget means its template, or the default one.
+
+    Example:
+        >>> found = yopo.plan(calibrated.statistics, yopo.PaperRequest(preset="yopo-12"))
+        >>> found.plan.visual_depth  # half of the layers
+        4
+
+    Args:
+        statistics: What a calibration measured, or the file that it was saved to.
+        request: What is asked of the plan; a number is a visual budget.
 
     Raises:
         YopoError: The file holds no statistics, or the request cannot be met.
     """
+    request = _as_request(request)
     if isinstance(request, (ToleranceRequest, LatencyRequest)):
         raise PlanError(
             "A tolerance and a budget in milliseconds need the model.",
             remedy="Use `yopo calibrate`.",
         )
-    statistics = load_statistics(path)
-    plan, candidates = make_plan(statistics, request)
-    return Calibrated(plan, statistics, candidates)
+    if not isinstance(statistics, Statistics):
+        statistics = load_statistics(statistics)
+    found, candidates = make_plan(statistics, request)
+    return Calibrated(found, statistics, candidates)
 
 
-def evaluate_target(
-    target: str,
-    options: RunOptions,
+def _as_request(request: PlanRequest | float) -> PlanRequest:
+    return BudgetRequest(request) if isinstance(request, (int, float)) else request
+
+
+def evaluate(
+    target: PruningPlan | str | Path,
     *,
-    model_name: str | None = None,
+    model: Model | None = None,
+    processor: ProcessorMixin | None = None,
+    options: RunOptions | None = None,
     timing_runs: int = 15,
     budget: float | None = None,
 ) -> Evaluation:
-    """Evaluate a baked checkpoint, or a plan on the model that it was made for.
+    """Compare the pruned model with the dense one on the same pairs (``yopo eval``).
+
+    Example:
+        >>> options = yopo.RunOptions(samples=16)
+        >>> found = yopo.evaluate("plan.yaml", options=options, timing_runs=0)
+        >>> found.pairs, found.fidelity.agreement > 0.5
+        (16, True)
 
     Args:
-        target: What ``apply`` wrote (a directory or hub id), or a plan file, or ``-``.
+        target: A plan, or its file, or ``-``; or what ``apply`` wrote (a directory or hub id).
+        model: The dense model, if it is elsewhere than the plan says, or in memory.
+        processor: Of a model in memory.
         options: Data and how to run it.
-        model_name: The dense model, if it is elsewhere than the plan says.
         timing_runs: Paired prefill runs; 0 skips timing.
         budget: Which of a checkpoint's plans (see ``yopo.load``); None: the first.
 
     Raises:
         YopoError: Anything that the model, the plan or the data lack.
     """
-    plan = read_target(target, budget)
-    source = source_of_target(target, plan, model_name)
-    checkpoint = Checkpoint.open(fetch(source))  # before anything takes long
-    pairs = open_demo_or(options, plan.model.name, "heldout")
-    processor = load_processor(str(checkpoint.path), trust_remote_code=options.trust_remote_code)
-    model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
-    model = model.to(options.device)
-    return evaluate(
-        model,
-        processor,
-        plan,
+    options = options or RunOptions()
+    found = target if isinstance(target, PruningPlan) else read_target(target, budget)
+    if isinstance(model, PreTrainedModel):
+        handle = ModelHandle(model, processor, options)
+    else:
+        source = source_of_target(target, found, model)
+        handle = ModelHandle(source, processor, options)
+    pairs = open_demo_or(options, found.model.name, "heldout")
+    return evaluate_plan(
+        handle.model,
+        handle.processor,
+        found,
         pairs,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
@@ -145,56 +202,72 @@ def evaluate_target(
     )
 
 
-def read_target(target: str, budget: float | None = None) -> PruningPlan:
+def read_target(target: str | Path, budget: float | None = None) -> PruningPlan:
     """The plan of a baked checkpoint (directory or hub id), of a plan file, or of stdin for ``-``.
 
     Raises:
         PlanError: A budget for what is no checkpoint.
     """
     if _is_checkpoint(target):
-        baked = open_baked(target, budget)
-        return baked.plan
+        return open_baked(target, budget).plan
     if budget is not None:
         raise PlanError(f"{target}: is one plan; a budget chooses among a checkpoint's.")
     return read_plan(target)
 
 
-def source_of_target(target: str, plan: PruningPlan, model_name: str | None) -> ModelSource:
+def source_of_target(
+    target: PruningPlan | str | Path, plan: PruningPlan, model: str | Path | None
+) -> ModelSource:
     """Where the dense model of a target is: a checkpoint is its own, a plan names its model."""
-    return resolve(target) if _is_checkpoint(target) else _source_of(plan, model_name)
+    if not isinstance(target, PruningPlan) and _is_checkpoint(target):
+        return resolve(str(target))
+    return _source_of(plan, model)
 
 
-def _is_checkpoint(target: str) -> bool:
-    if target == "-" or Path(target).is_file() or Path(target).suffix in (".yaml", ".yml"):
+def _is_checkpoint(target: str | Path) -> bool:
+    path = Path(target)
+    if str(target) == "-" or path.is_file() or path.suffix in (".yaml", ".yml"):
         return False
-    return Path(target).is_dir() or is_hub_id(target)
+    return path.is_dir() or is_hub_id(str(target))
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What ``apply_plan`` did: the plan, the bake's report, the verification if asked for."""
+    """What ``apply`` did.
+
+    Attributes:
+        plan: The plan as it was given.
+        report: The bake's; ``report.output`` is the checkpoint.
+        verification: If it was asked for.
+    """
 
     plan: PruningPlan
     report: BakeReport
     verification: Verification | None
 
 
-def apply_plan(
-    target: str,
-    *others: str,
+def apply(
+    plan: PruningPlan | str | Path,
+    *others: PruningPlan | str | Path,
     output: str | Path | None = None,
-    model_name: str | None = None,
+    model: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     check: bool = False,
 ) -> Applied:
-    """Bake a plan, or several for one model, into a copy of the model's checkpoint.
+    """Bake a plan, or several for one model, into a copy of its checkpoint (``yopo apply``).
+
+    Example:
+        >>> done = yopo.apply("plan.yaml", output="llava-tiny-yopo")
+        >>> model = yopo.load("llava-tiny-yopo")
+        >>> yopo.is_pruned(model)
+        True
 
     Args:
-        target: A plan file, or ``-``.
-        others: Plan files of other budgets, for ``yopo.load(directory, budget=...)``.
+        plan: A plan, or its file, or ``-`` for stdin.
+        others: Plans of other budgets, for ``yopo.load(directory, budget=...)``.
         output: The directory to make; None: ``NAME-yopo`` in the working directory.
-        model_name: The checkpoint, if it is elsewhere than the plan says.
+        model: The checkpoint, if it is elsewhere than the plan says.
         force: Whether a checkpoint in ``output`` may be replaced.
         dry_run: Validate everything, write nothing.
         check: Whether to open the result and compare it with the original.
@@ -202,22 +275,23 @@ def apply_plan(
     Raises:
         YopoError: Anything that the plan, the model or the output directory lack.
     """
-    plan = read_plan(target)
-    source = fetch(_source_of(plan, model_name))
+    plan, *also = (
+        each if isinstance(each, PruningPlan) else read_plan(each) for each in (plan, *others)
+    )
+    source = fetch(_source_of(plan, model))
     if output is None:
         output = f"{plan.model.name.partition('@')[0].rpartition('/')[2]}-yopo"
-    also = [read_plan(each) for each in others]
     report = bake(plan, source, output, also=also, force=force, dry_run=dry_run)
     verification = verify(output, source, plan) if check and not dry_run else None
     return Applied(plan, report, verification)
 
 
-def _source_of(plan: PruningPlan, model_name: str | None) -> ModelSource:
+def _source_of(plan: PruningPlan, model: str | Path | None) -> ModelSource:
     """Where a plan's model is: where the user says, else where its name leads."""
     try:
-        return resolve(model_name or plan.model.name)
+        return resolve(str(model or plan.model.name))
     except ModelError as error:
-        if model_name:
+        if model:
             raise
         raise ModelError(
             f"The plan's model '{plan.model.name}' is not an alias, nor a directory here.",

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from yopo import __version__
+from transformers import ProcessorMixin
+
 from yopo.bench.costs import read_costs
 from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
-from yopo.checkpoint.reader import Checkpoint, fetch
 from yopo.data.pairs import Pairs
-from yopo.data.prompts import Batch, batches, encode_for, load_processor
+from yopo.data.prompts import Batch, batches, encode_for
 from yopo.data.sources import open_pairs
 from yopo.data.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
 from yopo.demo import demo_data
 from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
 from yopo.fitting.fitter import Fitter
-from yopo.models.registry import resolve
+from yopo.pipeline.model_handle import Model, ModelHandle
+from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.allocate import FACTOR, Weighting
 from yopo.planning.planner import Candidate, make_plan
 from yopo.planning.request import (
@@ -34,9 +35,9 @@ from yopo.planning.request import (
 )
 from yopo.plans.schema import Budget, PruningPlan, full_plan
 from yopo.runtime.install import pruned
-from yopo.serving.loading import load_dense, torch_dtype
 from yopo.support.console import note, warn
 from yopo.support.errors import DataError, PlanError
+from yopo.support.version import __version__
 
 SMALLEST = 0.01
 """Visual budget below which a tolerance is not tried."""
@@ -46,48 +47,6 @@ PRECISION = 1.15
 
 MAX_HOLDOUT = 256
 """Holdout pairs for a tolerance at most."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a model is run over pairs.
-
-    Attributes:
-        data: Pairs (see ``open_pairs``); None: the package's own, as ``yopo.demo`` has them for the
-            model: its calibration set to calibrate, its held-out set to evaluate.
-        samples: How many; None: all.
-        seed: Decides which pairs are drawn.
-        batch_size: Pairs per forward.
-        device: Where the model runs (``cpu``, ``cuda``, ``cuda:1``, ``mps``).
-        dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16``, ``float16``.
-        max_new_tokens: Longest answer generated.
-        trust_remote_code: Whether a processor or tokenizer that is the model's own code may run.
-    """
-
-    data: str | None = None
-    samples: int | None = None
-    seed: int = 0
-    batch_size: int = 8
-    device: str = "cpu"
-    dtype: str = "auto"
-    max_new_tokens: int = 32
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """On what plans are measured and fitted.
-
-    Attributes:
-        queries: Which queries head activity sums over.
-        measure_pairs: Calibration pairs that are held out to compare candidate plans on, at most;
-            never more than a quarter (see ``split_pairs``).
-        fit_pairs: Of the others, those on which visual weights are fitted, at most.
-    """
-
-    queries: str = "text"
-    measure_pairs: int = 64
-    fit_pairs: int = 256
 
 
 @dataclass(frozen=True)
@@ -103,7 +62,8 @@ class CalibrationSession:
     """A model, measured once on pairs.
 
     Args:
-        model_name: Alias, directory or hub id.
+        model: Alias, directory, hub id, or a dense model in memory.
+        processor: Of a model in memory.
         options: Data and how to run it.
         fit_options: On what plans are measured and fitted.
         needs_holdout: Whether a quarter of the pairs is kept out of everything but ``agreement``.
@@ -119,20 +79,18 @@ class CalibrationSession:
 
     def __init__(
         self,
-        model_name: str,
+        model: Model,
         options: RunOptions,
         fit_options: FitOptions,
         *,
+        processor: ProcessorMixin | None = None,
         needs_holdout: bool = False,
         compares: bool = True,
     ):
         self.options, self.fit_options = options, fit_options
-        source = resolve(model_name)
-        checkpoint = Checkpoint.open(fetch(source))  # before anything takes long
-        self._pairs = open_demo_or(options, source.name, "calibration")
-        self.processor = load_processor(
-            str(checkpoint.path), trust_remote_code=options.trust_remote_code
-        )
+        handle = ModelHandle(model, processor, options)
+        self.processor = handle.processor
+        self._pairs = open_demo_or(options, handle.name, "calibration")
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,
@@ -143,8 +101,7 @@ class CalibrationSession:
         if needs_holdout and not self.split.holdout:
             raise _too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
-        model = load_dense(source, checkpoint=checkpoint, dtype=torch_dtype(options.dtype))
-        self.model = model.to(options.device)
+        self.model = handle.model
         about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
@@ -152,7 +109,7 @@ class CalibrationSession:
             self.model,
             self.processor,
             pick(self._pairs, self.split.statistics),
-            name=source.name,
+            name=handle.name,
             total=len(self.split.statistics),
             batch_size=options.batch_size,
             queries=fit_options.queries,

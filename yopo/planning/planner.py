@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from yopo import __version__
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.fitter import Fitter
 from yopo.planning.allocate import (
@@ -25,6 +24,7 @@ from yopo.plans.schema import Budget, PruningPlan
 from yopo.strategies.neighbors import PAPER_RADIUS
 from yopo.support.console import track
 from yopo.support.errors import PlanError, suggest
+from yopo.support.version import __version__
 
 DEFAULT_TEMPLATE = "reader-heads"
 """What a budget means when nothing can be measured (no model at hand)."""

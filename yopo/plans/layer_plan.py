@@ -108,6 +108,10 @@ def full_layer(shape: ModelShape) -> LayerPlan:
 
 def layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
     """What is wrong with a layer: (key, the problem as the rest of a sentence), or None."""
+    return _heads_problem(layer, shape) or _sizes_problem(layer, shape)
+
+
+def _heads_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
     outside = [head for head in layer.read_heads if not 0 <= head < shape.heads]
     if outside:
         return "read_heads", f"names head {outside[0]}, but the heads are 0 to {shape.heads - 1}"
@@ -117,6 +121,10 @@ def layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None
         return "attend_heads", "must name heads that read visual tokens, or be true or false"
     if list(layer.attend_heads) != sorted(set(layer.attend_heads)):
         return "attend_heads", "must be ascending and without repetition"
+    return None
+
+
+def _sizes_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
     if layer.radius is not None and layer.radius < 0:
         return "radius", f"must be null or at least 0, found {layer.radius}"
     if layer.radius is not None and layer.radius > MAX_RADIUS:

@@ -113,6 +113,14 @@ class Measured:
 class PruningPlan:
     """A whole pruning plan. Construction validates; a valid plan is never mutated.
 
+    Example:
+        >>> from dataclasses import replace
+        >>> first = plan.layers[0]
+        >>> less = replace(first, attend_heads=(), radius=None)
+        >>> edited = plan.with_layers([less, *plan.layers[1:]])
+        >>> edited.layers[0].attend_heads
+        ()
+
     Attributes:
         model: The model that it was made for.
         workload: The prompt that its FLOPs and bytes are quoted for.
@@ -159,6 +167,17 @@ class PruningPlan:
     def needs_order(self) -> bool:
         """Whether some layer keeps a part of its neurons, so that their order matters."""
         return any(0 < layer.neurons < self.model.shape.ffn for layer in self.layers)
+
+    @property
+    def needed_tensors(self) -> PlanTensors:
+        """Those of its tensors that the plan uses."""
+        tensors, has_means = self.tensors, self.compensation == "mean"
+        return PlanTensors(
+            neuron_order=tensors.neuron_order if self.needs_order else None,
+            neuron_mean=tensors.neuron_mean if has_means else None,
+            head_mean=tensors.head_mean if has_means else None,
+            refit=tensors.refit if self.compensation == "refit" else {},
+        )
 
     def without_tensors(self) -> PruningPlan:
         """The same plan, its numbers alone."""

@@ -99,12 +99,15 @@ def plan_files(plan: PruningPlan, name: str, tensors_name: str) -> Mapping[str, 
     return {**files, name: to_yaml(plan, named).encode()}
 
 
-def write_plan(plan: PruningPlan, target: str, *, force: bool = False) -> None:
+def write_plan(plan: PruningPlan, target: str | Path, *, force: bool = False) -> None:
     """Write ``plan.yaml`` and its side file, or the plan to stdout for ``-``.
 
     The side file has its hash in its name, ``plan.1a2b3c4d.safetensors``, so that it never takes
     the place of the one that an older plan names: a plan and its tensors are a pair at every
     moment. The replaced plan's own tensors go last.
+
+    Example:
+        >>> yopo.write_plan(found.plan, "other.yaml")
 
     Args:
         plan: The plan.
@@ -116,6 +119,7 @@ def write_plan(plan: PruningPlan, target: str, *, force: bool = False) -> None:
         PlanError: The plan lacks tensors that it needs.
     """
     check_tensors(plan)
+    target = str(target)
     if target == "-":
         files = plan_files(plan, target, "{sha256}.safetensors")
         for name, content in files.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from yopo.plans.layer_plan import LayerPlan, ModelShape
 
@@ -16,18 +16,6 @@ if TYPE_CHECKING:
 
 Refit = Mapping[str, "torch.Tensor"]
 """One layer's fitted weights for visual tokens, by name: see :func:`refit_sizes`."""
-
-
-class UsesTensors(Protocol):
-    """A plan, as far as it says which tensors it uses; the schema itself knows this module."""
-
-    @property
-    def compensation(self) -> str:
-        """``none``, ``mean`` or ``refit``."""
-
-    @property
-    def needs_order(self) -> bool:
-        """Whether the order of neurons matters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +71,6 @@ class PlanTensors:
         parts = {name: None if each is None else each[rows] for name, each in parts.items()}
         refit = {new: self.refit[old] for new, old in enumerate(rows) if old in self.refit}
         return PlanTensors(**parts, refit=refit)
-
-    def for_plan(self, plan: UsesTensors) -> PlanTensors:
-        """Those of the tensors that a plan uses."""
-        means = plan.compensation == "mean"
-        return PlanTensors(
-            neuron_order=self.neuron_order if plan.needs_order else None,
-            neuron_mean=self.neuron_mean if means else None,
-            head_mean=self.head_mean if means else None,
-            refit=self.refit if plan.compensation == "refit" else {},
-        )
 
 
 def refit_sizes(layer: LayerPlan, shape: ModelShape) -> dict[str, tuple[int, ...]]:

@@ -46,6 +46,14 @@ def pruned(
     as it began, or is dense throughout. A ``generate`` under way is refused at its next step: its
     cache is of the other model.
 
+    Example:
+        >>> dense = AutoModelForImageTextToText.from_pretrained(LLAVA_TINY)
+        >>> with yopo.pruned(dense, "plan.yaml"):
+        ...     yopo.is_pruned(dense)
+        True
+        >>> yopo.is_pruned(dense)
+        False
+
     Args:
         model: A multimodal model of a supported family, weights in memory; or the PEFT model
             around it.

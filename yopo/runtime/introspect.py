@@ -27,5 +27,10 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
 
 
 def is_pruned(model: nn.Module) -> bool:
-    """Whether a model, or one inside it, skips visual computation under a plan."""
+    """Whether a model, or one inside it, skips visual computation under a plan.
+
+    Example:
+        >>> yopo.is_pruned(model), round(yopo.plan_of(model).budget.reached, 2) <= 0.25
+        (True, True)
+    """
     return plan_of(model) is not None

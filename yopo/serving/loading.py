@@ -50,6 +50,11 @@ def load(
 ) -> PreTrainedModel:
     """Load a baked checkpoint as a model that skips the pruned work.
 
+    Example:
+        >>> model = yopo.load("llava-tiny-yopo")
+        >>> type(model).__name__
+        'LlavaForConditionalGeneration'
+
     Args:
         path: A directory that ``yopo apply`` wrote, or the hub id of one (``org/name[@revision]``).
         budget: Of the plans that were baked together, take the one with the largest visual budget
