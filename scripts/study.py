@@ -13,7 +13,7 @@ run again; `scripts/study_report.py` makes tables and a picture of it.
 
 Methods, all at the same visual FLOPs (the nearest below that a method can reach):
 
-* ``random``: the paper's shape with random heads and neurons.
+* ``paper+random``: the paper's shape with random heads and neurons.
 * ``authors``: the rules of the paper's released code: half of the layers, heads by threshold and
   vote, the first neurons, radius 2.
 * ``paper``: the same shape with heads by mean activity and neurons by importance.
@@ -21,7 +21,7 @@ Methods, all at the same visual FLOPs (the nearest below that a method can reach
 * ``search``: the best of ten shapes, improved layer by layer by measured KL; no weights fitted.
 * ``allocated``: what `yopo calibrate --budget` does: measured scores, fitted weights.
 * ``allocated+search``: what `yopo search` makes of it (study ``deeper``).
-* ``vtw``, ``fastv``, ``downsample``: rivals, which need no calibration.
+* ``vtw``, ``fastv``, ...: baselines (``yopo.baselines.registry``), which need no calibration.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from pathlib import Path
 
 import torch
 
-from yopo.baselines.install import rival
-from yopo.baselines.settings import NAMES, SIMULATED, reached, solve
+from yopo.baselines.install import baseline
+from yopo.baselines.registry import solve, with_own_budget
 from yopo.data.pairs import Pairs
 from yopo.data.sources import open_pairs
 from yopo.demo.pair_files import write_pairs
@@ -193,21 +193,20 @@ def methods(study: Study) -> None:
             for name, make in METHODS.items():
                 key = study.key("methods", name, budget, seed)
                 study.plan(key, session, partial(make, session, budget))
-            for name in NAMES if seed == study.options.seeds[0] else ():
-                if name != SIMULATED:
-                    measure_rival(study, session, name, budget)
+            for name in with_own_budget() if seed == study.options.seeds[0] else ():
+                measure_baseline(study, session, name, budget)
 
 
-def measure_rival(study: Study, session: CalibrationSession, name: str, budget: float) -> None:
-    """Measure a rival at a budget; they know no calibration, so no seed."""
+def measure_baseline(study: Study, session: CalibrationSession, name: str, budget: float) -> None:
+    """Measure a baseline at a budget; they know no calibration, so no seed."""
     key = study.key("methods", name, budget, 0)
     if study.results.has(key):
         return
     model, workload = session.statistics.model, session.statistics.workload
     try:
-        setting = solve(name, model.shape, workload, budget)
-        change = partial(rival, session.model, setting)
-        study.measure(key, session, change, reached(setting, model.shape, workload))
+        method = solve(name, model.shape, workload, budget)
+        change = partial(baseline, session.model, method)
+        study.measure(key, session, change, method.reached(model.shape, workload))
     except YopoError as error:
         study.results.add(key, {"missing": error.message})
 
@@ -344,7 +343,7 @@ def random(session: CalibrationSession, budget: float) -> PruningPlan:
 
 
 METHODS: dict[str, Callable[[CalibrationSession, float], PruningPlan]] = {
-    "random": random,
+    "paper+random": random,
     "authors": authors,
     "paper": paper,
     "paper+refit": partial(paper, compensation="refit"),

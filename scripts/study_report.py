@@ -4,7 +4,7 @@
     python scripts/study_report.py study.jsonl --picture front.png    # and the front, per model
 
 Figures are means over calibration seeds; the largest distance of a seed from its mean stands
-behind. Rivals know no calibration, so they have one figure. A budget that a method cannot meet
+behind. Baselines know no calibration, so they have one figure. A budget that a method cannot meet
 stays empty.
 """
 
@@ -14,32 +14,32 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
+from yopo.baselines.registry import with_own_budget
+
 METHODS = {
-    "random": "paper's shape, random",
+    "paper+random": "paper's shape, random",
     "authors": "authors' rules",
     "paper": "paper's shape, scores",
     "paper+refit": "paper's shape, refit",
     "search": "shapes, searched",
     "allocated": "**allocated, refit**",
     "allocated+search": "allocated, refit, searched",
-    "vtw": "VTW",
-    "fastv": "FastV",
-    "downsample": "downsampling",
+    **{name: each.label for name, each in with_own_budget().items()},
 }
+BASELINE_COLORS = ("#7f7f7f", "#2ca02c", "#bcbd22", "#c7c7c7", "#98df8a", "#dbdb8d")
 COLORS = {
-    "random": "#e377c2",
+    "paper+random": "#e377c2",
     "authors": "#8c564b",
     "paper": "#d62728",
     "paper+refit": "#ff7f0e",
     "search": "#9467bd",
     "allocated": "#1f77b4",
     "allocated+search": "#17becf",
-    "vtw": "#7f7f7f",
-    "fastv": "#2ca02c",
-    "downsample": "#bcbd22",
+    **dict(zip(with_own_budget(), cycle(BASELINE_COLORS), strict=False)),
 }
 
 

@@ -34,6 +34,8 @@ WITHOUT_TORCH = (
     "yopo.plans.side_file",
     "yopo.plans.tensors",
     "yopo.models.registry",
+    "yopo.baselines.baseline",
+    "yopo.baselines.registry",
     "yopo.planning.request",
     "yopo.report.json",
     "yopo.report.summary",

@@ -15,8 +15,9 @@ from tiny import Subject
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from yopo.baselines import settings as rivals
-from yopo.baselines.settings import NAMES, Setting
+from yopo.baselines.downsample import Downsampling
+from yopo.baselines.registry import BASELINES, solve_for
+from yopo.baselines.vtw import TokenWithdrawal
 from yopo.bench import run as benching
 from yopo.bench.document import document
 from yopo.bench.memory import peak_bytes
@@ -243,9 +244,11 @@ def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each.prefill for each in rounds.samples[DENSE]] == [5.0, 8.0, 9.0]
     assert [each.prefill for each in rounds.samples[PRUNED]] == [6.0, 7.0, 10.0]
     assert rounds.compared(PRUNED, "decode") is None
-    rivals = {"vtw": Setting("vtw", 1)}
+    baselines = {"vtw": TokenWithdrawal(1)}
     order.clear()
-    run_rounds(replace(subject_of(plan_for()), rivals=rivals), replace(QUICK, runs=2, warmup=0))
+    run_rounds(
+        replace(subject_of(plan_for()), baselines=baselines), replace(QUICK, runs=2, warmup=0)
+    )
     assert order == [DENSE, PRUNED, "vtw", "vtw", PRUNED, DENSE]
 
 
@@ -321,18 +324,19 @@ def test_one_run_has_no_spread() -> None:
     assert ratio.low == ratio.median == ratio.high > 0
 
 
-def test_rivals_are_measured_at_the_plans_budget() -> None:
+def test_baselines_are_measured_at_the_plans_budget() -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
-    options = replace(QUICK, rivals=NAMES, may_leave_out=True)
+    options = replace(QUICK, baselines=tuple(BASELINES), may_leave_out=True)
     found = bench_random(plan, Sizes(batch=2), options)
-    assert list(found.measured) == [DENSE, PRUNED, "vtw", "downsample", "masked"]
+    runs = [name for name in BASELINES if name != "fastv"]  # half of its layers are too many
+    assert list(found.measured) == [DENSE, PRUNED, *runs]
     assert list(found.left_out) == ["fastv"] and "25.0 %" in found.left_out["fastv"]
     shape, workload = found.plan.model.shape, found.plan.workload
-    for name, setting in found.settings.items():
+    for name, method in found.baselines.items():
         measured = found.measured[name]
         assert name == "masked" or found.visual_budget_of(name) <= visual_budget(plan)
         assert measured.visual_kv == found.planned_kv_of(name)
-        assert found.flops_of(name) == 2 * rivals.prefill_flops(setting, shape, workload)
+        assert found.flops_of(name) == 2 * method.prefill_flops(shape, workload)
         assert measured.prefill.dense == found.prefill.dense
         ideal = found.flops_of(name) / found.rates.flops
         assert found.prefill_bound_of(name) == ideal / measured.prefill.pruned.median
@@ -340,28 +344,28 @@ def test_rivals_are_measured_at_the_plans_budget() -> None:
     assert found.measured[DENSE].prefill.ratio.median == 1.0
 
 
-def test_the_flops_beside_a_rivals_time_are_those_that_ran() -> None:
+def test_the_flops_beside_a_baselines_time_are_those_that_ran() -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
     plan = with_layers(plan, (0, 1, 2, 3, 4))
     model = random_model(plan.model.shape)
-    settings = {name: rivals.solve_for(name, plan, 0.6) for name in NAMES}
+    methods = {name: solve_for(name, plan, 0.6) for name in BASELINES}
     prompt, where = made_up_prompt(model, plan, 2), grids_of(plan)
-    subject = Bench(model, plan, prompt, where, settings)
-    for name, setting in settings.items():
+    subject = Bench(model, plan, prompt, where, methods)
+    for name, method in methods.items():
         counter = FlopCounterMode(display=False)
         with subject.switch(name), counter, sdpa_kernel(SDPBackend.MATH):
             subject.prefill()
-        expected = 2 * rivals.prefill_flops(setting, plan.model.shape, plan.workload)
+        expected = 2 * method.prefill_flops(plan.model.shape, plan.workload)
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.01), name
 
 
-def test_a_rival_that_is_asked_for_must_run() -> None:
+def test_a_baseline_that_is_asked_for_must_run() -> None:
     with pytest.raises(PlanError, match="fastv needs"):
-        bench_random(plan_for("yopo-12"), Sizes(), replace(QUICK, rivals=("fastv",)))
+        bench_random(plan_for("yopo-12"), Sizes(), replace(QUICK, baselines=("fastv",)))
 
 
 def test_decode_steps_at_contexts() -> None:
-    options = replace(QUICK, rivals=("vtw", "masked"), contexts=(40, 64))
+    options = replace(QUICK, baselines=("vtw", "masked"), contexts=(40, 64))
     found = bench_random(plan_for(), Sizes(), options)
     assert [each.context for each in found.contexts] == [40, 64]
     shape = found.plan.model.shape
@@ -449,8 +453,8 @@ def other_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_all_but_the_stock_model_run_on_the_same_kernels(other_kernel: list[int]) -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
     subject = subject_of(plan)
-    rivals = {name: Setting(name, 2) for name in ("vtw", "downsample")}
-    subject = replace(subject, rivals=rivals)
+    baselines = {"vtw": TokenWithdrawal(2), "downsample": Downsampling()}
+    subject = replace(subject, baselines=baselines)
     assert subject.names == (DENSE, PRUNED, "vtw", "downsample", STOCK)
     linears = sum(type(each) is torch.nn.Linear for each in subject.model.get_decoder().modules())
     hooks = state(subject.model)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import thinning
+from click.testing import CliRunner
 from command_line import LAYERS, Yopo
 
+from yopo.baselines.registry import BASELINES
 from yopo.bench import random_model
+from yopo.cli.verbosity import Verbosity
 from yopo.plans.flops import dense_prefill_flops, prefill_flops
 from yopo.plans.schema import ModelShape, Workload
 from yopo.plans.storage import read_plan
@@ -81,15 +86,16 @@ def test_the_table_for_people(yopo: Yopo) -> None:
     assert reached[2].split()[-2:] == ["100.0", "%"]
 
 
-RIVALS = ("bench", "--preset", "yopo-25", "--visual-tokens", 64, *FAST, "--context", 200)
+WITH_BASELINES = ("bench", "--preset", "yopo-25", "--visual-tokens", 64, *FAST, "--context", 200)
 
 
-def test_rivals_for_machines(yopo: Yopo) -> None:
-    done = yopo(*RIVALS, "--rivals", "--json")
+def test_baselines_for_machines(yopo: Yopo) -> None:
+    done = yopo(*WITH_BASELINES, "--baselines", "--json")
     assert (done.code, done.err) == (0, "")
     found = json.loads(done.out)
     contenders = found["contenders"]
-    assert list(contenders) == ["dense", "pruned", "vtw", "downsample", "masked"]
+    runs = [name for name in BASELINES if name != "fastv"]
+    assert list(contenders) == ["dense", "pruned", *runs]
     assert list(found["left_out"]) == ["fastv"]  # two of six layers are more than the budget
     for name, each in contenders.items():
         assert each["visual_kv_bytes"] == each["planned_visual_kv_bytes"]
@@ -101,20 +107,58 @@ def test_rivals_for_machines(yopo: Yopo) -> None:
     assert contenders["dense"]["prefill_time_ratio"]["median"] == 1
     assert contenders["masked"]["prefill_flops_ratio"] == 1
     (at,) = found["contexts"]
-    assert at["context"] == 200 and list(at["decode"]) == ["dense", "pruned", "vtw", "downsample"]
+    without_plan = [name for name in runs if name != "masked"]
+    assert at["context"] == 200 and list(at["decode"]) == ["dense", "pruned", *without_plan]
     assert 0 < at["decode"]["pruned"]["bytes_ratio"] < at["decode"]["dense"]["bytes_ratio"] == 1
 
 
-def test_rivals_for_people(yopo: Yopo) -> None:
-    done = yopo(*RIVALS, "--rival", "vtw", "--rival", "masked")
+def test_baselines_for_people(yopo: Yopo) -> None:
+    done = yopo(*WITH_BASELINES, "--baseline", "vtw", "--baseline", "masked")
     assert (done.code, done.err) == (0, "")
     lines = [line.split() for line in done.out.splitlines()]
     firsts = [line[0] for line in lines if line]
-    for name in ("yopo", "vtw", "masked"):
+    for name in ("yopo", "VTW", "masks"):
         assert firsts.count(name) == 2  # prefill; decode and memory
     assert ["200", "tokens"] in [line[:2] for line in lines]
-    assert "vtw: K = 1 of 6 layers" in done.out and "nothing is skipped" in done.out
+    assert "VTW: K = 1 of 6 layers (arXiv 2405.05803)" in done.out
+    assert "nothing is skipped" in done.out
     assert max(map(len, done.out.splitlines())) <= 80 and "speed" not in done.out
+
+
+def test_the_flags_of_the_last_release_still_work(yopo: Yopo) -> None:
+    """Hidden; results say what they say for the new ones."""
+    old = yopo(*WITH_BASELINES, "--rival", "vtw", "--baseline", "masked", "--json")
+    assert (old.code, old.err) == (0, "")
+    found = json.loads(old.out)
+    assert found["options"]["baselines"] == ["masked", "vtw"]
+    assert found["contenders"]["vtw"]["setting"] == {"name": "vtw", "layers": 1}
+    all_of_them = yopo(*WITH_BASELINES, "--rivals", "--json")
+    assert set(json.loads(all_of_them.out)["contenders"]) >= set(BASELINES) - {"fastv"}
+    shown = yopo("bench", "--help").out
+    assert "rival" not in shown and all(name in shown for name in BASELINES)
+
+
+def test_a_new_baseline_is_there_by_its_line(yopo: Yopo, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, where in thinning.LINE.items():
+        monkeypatch.setitem(BASELINES, name, where)
+    for flag in (("--baseline", "thinning"), ("--baselines",)):
+        done = yopo(*WITH_BASELINES, *flag, "--json")
+        assert (done.code, done.err) == (0, "")
+        found = json.loads(done.out)["contenders"]["thinning"]
+        assert found["setting"] == {"name": "thinning", "step": 64}
+        assert found["visual_kv_bytes"] == found["planned_visual_kv_bytes"]
+    shown = yopo(*WITH_BASELINES, "--baseline", "thinning").out
+    assert "Thinning: one of 64, and again (here)" in shown
+    assert "'thinning'" in yopo(*WITH_BASELINES, "--baseline", "thining").err
+    assert "thinning" in fresh_help()
+
+
+def fresh_help() -> str:
+    """What ``--help`` of a process that starts now says."""
+    spec = importlib.util.find_spec("yopo.cli.bench")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return CliRunner().invoke(module.command, ["--help"], obj=Verbosity()).output
 
 
 def test_the_printed_flops_are_those_of_the_plan(yopo: Yopo, plan: Path, model: Path) -> None:
@@ -169,8 +213,8 @@ def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: tuple, expected: str) -
         (("--preset", "yopo-25", "--shape-of", "llava-1.5-8b"), "llava-1.5-7b"),
         (("--preset", "yopo-25", "--visual-tokens", 7), "7 visual tokens form no whole images"),
         (("--preset", "yopo-25", "--layers", 7), "7 layers of a plan of 6"),
-        (("--preset", "yopo-25", "--rival", "fastvv"), "fastv"),
-        (("--preset", "yopo-25", "--rival", "fastv"), "fastv needs at least"),
+        (("--preset", "yopo-25", "--baseline", "fastvv"), "fastv"),
+        (("--preset", "yopo-25", "--baseline", "fastv"), "fastv needs at least"),
         (("--preset", "yopo-25", "--context", 9), "context of 9 tokens"),
         (("nowhere.yaml",), "nowhere.yaml"),
         (("--preset", "yopo-25", "--dtype", "float33"), "float33"),

@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import thinning
+
+from yopo.baselines.registry import BASELINES, with_own_budget
 
 ROOT = Path(__file__).parents[2]
 FOUND = ROOT / "scripts" / "figures" / "study.jsonl"
@@ -29,10 +32,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_study(path: Path) -> ModuleType:
-    study = script("study")
-    study.SEARCH_RUNS = 4
-    options = Namespace(
+def options(path: Path) -> Namespace:
+    """Of a study of one seed and one budget."""
+    return Namespace(
         model="llava-tiny",
         calibration="demo:calibration",
         heldout="demo:heldout",
@@ -44,8 +46,13 @@ def run_study(path: Path) -> ModuleType:
         max_new_tokens=4,
         output=path,
     )
-    study.methods(study.Study(options))
-    study.deeper(study.Study(options))
+
+
+def run_study(path: Path) -> ModuleType:
+    study = script("study")
+    study.SEARCH_RUNS = 4
+    study.methods(study.Study(options(path)))
+    study.deeper(study.Study(options(path)))
     return study
 
 
@@ -54,11 +61,29 @@ def test_every_method_keeps_the_budget(results: Path) -> None:
     for line in results.read_text().splitlines():
         result = json.loads(line)
         found[result["key"]["method"]] = result
-    assert set(found) == {*study.METHODS, "allocated+search", "vtw", "fastv", "downsample"}
+    assert set(found) == {*study.METHODS, "allocated+search", *with_own_budget()}
+    assert not set(study.METHODS) & set(with_own_budget())  # results are told apart by name
     for name, result in found.items():
         summary = result["summary"]
         assert 0 < summary["reached"] <= 0.3, name
         assert summary["kl"] >= 0 and 0 <= summary["agreement"] <= 1 and result["pairs"] == 6
+
+
+def test_a_new_baseline_is_there_by_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (*BASELINES, *thinning.LINE):
+        monkeypatch.delitem(BASELINES, name, raising=False)
+    for name, where in thinning.LINE.items():
+        monkeypatch.setitem(BASELINES, name, where)
+    study, path = script("study"), tmp_path / "study.jsonl"
+    study.METHODS.clear()
+    study.methods(study.Study(options(path)))
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line)["key"]["method"] == "thinning" and "summary" in json.loads(line)
+    report = script("study_report")
+    report.report(report.read(path))
+    assert "| Thinning |" in capsys.readouterr().out and "thinning" in report.COLORS
 
 
 def test_what_is_there_is_not_run_again(results: Path) -> None:

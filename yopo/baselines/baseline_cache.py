@@ -1,4 +1,4 @@
-"""The KV cache of a rival: stock dynamic layers whose lengths differ.
+"""The KV cache of a baseline: stock dynamic layers whose lengths differ.
 
 Tokens that a layer never saw have no keys there. All layers report the *logical* length - every
 token of the conversation - from which ``generate`` and position ids are computed; which of them a
@@ -39,7 +39,7 @@ class Record:
         stretches: From the first layer on.
         shift: How much smaller than the dense model's the positions of new tokens are.
         visual: (batch, visual) int64, logical positions of visual tokens; None: there are none.
-        is_open: Whether a rival's forward is under way.
+        is_open: Whether a baseline's forward is under way.
     """
 
     length: int = 0
@@ -53,8 +53,8 @@ class Record:
         return [each for each in self.stretches if each.first <= layer][-1]
 
 
-class RivalLayer(DynamicLayer):
-    """One layer of the cache, filled by stock attention inside a rival's forward."""
+class BaselineLayer(DynamicLayer):
+    """One layer of the cache, filled by stock attention inside a baseline's forward."""
 
     is_croppable = False
 
@@ -68,7 +68,7 @@ class RivalLayer(DynamicLayer):
         """Append keys and values; refuse a model that would not know which ones are missing."""
         if not self.record.is_open:
             raise ModelError(
-                "This cache was filled by a rival and cannot serve another model.",
+                "This cache was filled by a baseline and cannot serve another model.",
                 remedy="Start a new conversation (a new cache).",
             )
         return super().update(key_states, value_states, *args, **kwargs)
@@ -79,6 +79,7 @@ class RivalLayer(DynamicLayer):
 
     def visual_bytes(self) -> int:
         """Bytes of visual keys and values that this layer holds."""
+        assert self.keys is not None and self.values is not None, "the layer is empty"
         held, count = self.keys.shape[-2], self.record.stretch(self.number).num_visual
         return (self.keys.nbytes + self.values.nbytes) * count // held
 
@@ -100,31 +101,36 @@ class RivalLayer(DynamicLayer):
 
     def _refuse(self) -> None:
         raise ModelError(
-            "A rival's cache only grows: it serves greedy decoding and sampling alone.",
+            "A baseline's cache only grows: it serves greedy decoding and sampling alone.",
             remedy="Drop num_beams and prompt lookup.",
         )
 
 
-def adopt(cache: Cache, num_layers: int, owner: object) -> Record:
-    """Make a cache object that transformers handed over hold a rival's layers.
+def adopt(cache: Cache, num_layers: int, owner: object) -> list[BaselineLayer]:
+    """Make a cache object that transformers handed over hold a baseline's layers.
 
     Args:
-        cache: Empty, or filled by the same rival.
+        cache: Empty, or filled by the same baseline.
         num_layers: Of the decoder.
-        owner: Who the rival is.
+        owner: Who the baseline is.
+
+    Returns:
+        The cache's layers, which share a record.
 
     Raises:
         ModelError: The cache is of another kind, or was filled by another model.
     """
     layers = cache.layers
-    if layers and all(isinstance(layer, RivalLayer) and layer.owner is owner for layer in layers):
-        return layers[0].record
+    own = [each for each in layers if isinstance(each, BaselineLayer) and each.owner is owner]
+    if layers and len(own) == len(layers):
+        return own
     usable = (DynamicLayer, DynamicSlidingWindowLayer)
     if cache.get_seq_length() > 0 or any(type(layer) not in usable for layer in layers):
         raise ModelError(
-            "A rival fills its own cache and cannot continue another model's.",
+            "A baseline fills its own cache and cannot continue another model's.",
             remedy="Start with an empty DynamicCache, or none.",
         )
     record = Record()
-    cache.layers[:] = [RivalLayer(record, number, owner) for number in range(num_layers)]
-    return record
+    own = [BaselineLayer(record, number, owner) for number in range(num_layers)]
+    cache.layers[:] = own
+    return own

@@ -1,35 +1,42 @@
-"""The rivals' decoder: stock layers, called in a loop of its own over a cache of its own."""
+"""The decoder of baselines: stock layers, called in a loop of its own over a cache of its own."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from yopo.baselines.baseline_cache import Record, adopt
-from yopo.baselines.forward import RivalState, Run
+from yopo.baselines.forward import BaselineState, Run
 from yopo.models.layout import TokenLayout
 from yopo.runtime.decoder import refuse_captures, refuse_window
 from yopo.support.errors import ModelError
 
 
-class RivalDecoder:
-    """Forward of a text decoder under a rival; mixed into the decoder's own class.
+class BaselineDecoder:
+    """Forward of a text decoder under a baseline; mixed into the decoder's own class.
 
-    Expects ``self.rival``, a :class:`RivalState`.
+    Expects ``self.baseline``, a :class:`BaselineState`.
     """
 
-    rival: RivalState
+    baseline: BaselineState
+    config: PreTrainedConfig
+    layers: nn.ModuleList
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    norm: nn.Module
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -47,35 +54,36 @@ class RivalDecoder:
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         keep = bool(use_cache) or past_key_values is not None
         cache = DynamicCache() if past_key_values is None else past_key_values
-        record = adopt(cache, len(self.layers), self.rival)
+        held = adopt(cache, len(self.layers), self.baseline)
+        record = held[0].record
         batch, length, _ = embeds.shape
         if position_ids is None:
             place = torch.arange(length, device=embeds.device) + record.length
             position_ids = place.expand(batch, -1)
-        layout, total = self.rival.probe.layout, record.length + length
+        layout, total = self.baseline.probe.layout, record.length + length
         _check_config(self.config, kwargs, total)
         _check_layout(layout, record)
-        run = Run(self, cache, record, layout, _padding(attention_mask, batch, total))
+        real = _padding(attention_mask, batch, total)
+        run = Run(self, self.baseline, cache, held, layout, real)
         record.is_open = True
         try:
-            hidden = run(embeds, position_ids, tuple(kwargs.get("deepstack_visual_embeds") or ()))
+            hidden = run(embeds, position_ids, self.baseline.names.added_features(kwargs))
         finally:
             record.is_open = False
-            if self.rival.masks is not None:
-                self.rival.masks.hide()
+            self.baseline.hooks.leave()
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=cache if keep else None
         )
 
 
-def _check_config(config: object, kwargs: dict[str, object], length: int) -> None:
-    refuse_captures(config, kwargs, "A rival")
+def _check_config(config: PreTrainedConfig, kwargs: dict[str, object], length: int) -> None:
+    refuse_captures(config, kwargs, "A baseline")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(
-            f"A rival runs on sdpa or eager attention, found {config._attn_implementation}.",
+            f"A baseline runs on sdpa or eager attention, found {config._attn_implementation}.",
             remedy="Load the model with attn_implementation='sdpa'.",
         )
-    refuse_window(config, length, "a rival")
+    refuse_window(config, length, "a baseline")
 
 
 def _check_layout(layout: TokenLayout | None, record: Record) -> None:
@@ -83,12 +91,12 @@ def _check_layout(layout: TokenLayout | None, record: Record) -> None:
         return
     if record.length:
         raise ModelError(
-            "A rival takes images in the first turn alone.",
+            "A baseline takes images in the first turn alone.",
             remedy="Prefill the whole conversation in one piece.",
         )
     if layout.visual.mask is not None:
         raise ModelError(
-            "A rival wants equally many visual tokens in all rows of a batch.",
+            "A baseline wants equally many visual tokens in all rows of a batch.",
             remedy="Use batches of one prompt.",
         )
 
@@ -99,7 +107,7 @@ def _padding(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor
         return None
     if tuple(mask.shape) != (batch, length):
         raise ModelError(
-            f"A rival takes an attention mask of shape {(batch, length)}, "
+            f"A baseline takes an attention mask of shape {(batch, length)}, "
             f"found {tuple(mask.shape)}."
         )
     mask = mask.bool()

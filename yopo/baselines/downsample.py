@@ -1,86 +1,113 @@
 """Image features pooled to a smaller grid in front of the decoder, as a smaller image would come.
 
 The baseline that "Are We Using the Right Benchmark" (arXiv 2510.07143) finds above many token
-compression methods. It pools the features behind the projector, so the vision encoder still sees
+compression methods. It pools the features after the projector, so the vision encoder still sees
 the whole image; positions are those of the shorter prompt, by row and column under M-RoPE.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from yopo.baselines.settings import Setting
-from yopo.baselines.token_stream import pick
-from yopo.models.layout import TokenLayout
+from yopo.baselines.baseline import Baseline, share_of
+from yopo.baselines.prefill import Prompt
+from yopo.baselines.reduction import Reduction
+from yopo.models.family import Family
 from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape, Workload
 from yopo.support.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Smaller:
-    """A prompt with smaller images.
+class Downsampling(Baseline):
+    """Smaller images.
 
     Attributes:
-        index: (batch, shorter) int64, the positions that remain; an image keeps its first ones.
-        embeds: (batch, shorter, hidden).
-        positions: (axes, batch, shorter) int64.
-        visual: (batch, fewer visual) int64, where its visual tokens are.
-        shift: How much smaller the next token's position is.
+        scale: Rows and columns of every image's grid, over the original ones.
     """
 
-    index: torch.Tensor
-    embeds: torch.Tensor
-    positions: torch.Tensor
-    visual: torch.Tensor
-    shift: int
+    scale: tuple[float, float] = (1.0, 1.0)
 
+    name = "downsample"
+    label = "downsampling"
+    source = "arXiv 2510.07143"
 
-def downsample(
-    setting: Setting, layout: TokenLayout, embeds: torch.Tensor, positions: torch.Tensor
-) -> Smaller:
-    """Pool every image of a batch.
-
-    Args:
-        setting: How much smaller grids become.
-        layout: Where the images are; all rows hold the same grids.
-        embeds: (batch, sequence, hidden), image features merged in.
-        positions: (axes, batch, sequence) int64; axes 1, or 3 (time, row, column) under M-RoPE.
-
-    Raises:
-        ModelError: The rows' images differ, or are the frames of a video.
-    """
-    if not layout.has_uniform_grids:
-        raise ModelError(
-            "Downsampling wants images of the same grids in all rows of a batch.",
-            remedy="Use batches of one prompt.",
+    @classmethod
+    def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Self]:
+        """Every scale that changes an image's grid; rows and columns at most one step apart."""
+        steps = sorted(
+            {
+                k / side
+                for grid in workload.grids
+                for side in (grid.rows, grid.cols)
+                for k in range(1, side + 1)
+            }
         )
-    grids = layout.grids[0]
-    smaller = [setting.grid(grid) for grid in grids]
-    columns = [start + torch.arange(new.tokens) for start, new in _starts(grids, smaller)]
-    visual = layout.visual.index
-    remaining = visual[:, torch.cat(columns).to(visual.device)]
-    index = torch.cat([layout.text.index, remaining], dim=1).sort(dim=1).values
-    mixed = embeds.clone()
-    pooled = pool_layout(setting, layout, layout.visual.gather(embeds))
-    mixed.scatter_(1, remaining[..., None].expand(-1, -1, embeds.shape[-1]), pooled)
-    moved, shift = _moved(positions, visual, grids, smaller, remaining)
-    placed = moved.gather(2, index.expand(len(moved), -1, -1))
-    visual = torch.searchsorted(index, remaining)
-    return Smaller(index, pick(mixed, index), placed, visual, shift)
+        pairs = [*zip(steps, steps, strict=True), *zip(steps, steps[1:], strict=False)]
+        return (cls(pair) for pair in pairs)
 
+    def grid(self, grid: Grid) -> Grid:
+        """What an image's grid becomes."""
+        rows, cols = self.scale
+        return Grid(max(1, share_of(rows, grid.rows)), max(1, share_of(cols, grid.cols)))
 
-def pool_layout(setting: Setting, layout: TokenLayout, features: torch.Tensor) -> torch.Tensor:
-    """Pool the images of a batch: (batch, visual, hidden) to (batch, fewer, hidden)."""
-    grids = layout.grids[0]
-    return pool(features, grids, [setting.grid(grid) for grid in grids])
+    def tokens(self, shape: ModelShape, grids: Sequence[Grid]) -> tuple[int, ...]:
+        """Those of the smaller images, everywhere."""
+        return (sum(self.grid(grid).tokens for grid in grids),) * shape.layers
+
+    def describe(self, shape: ModelShape, workload: Workload) -> str:
+        """Grids before and after."""
+        pairs = ((each, self.grid(each)) for each in dict.fromkeys(workload.grids))
+        return ", ".join(f"{old.rows}x{old.cols} to {new.rows}x{new.cols}" for old, new in pairs)
+
+    def check_model(self, model: PreTrainedModel, family: Family) -> None:
+        """Refuse images whose tokens are not all pixels.
+
+        Raises:
+            ModelError: The family puts newline tokens into its images.
+        """
+        if family.ends_rows(model.config):
+            raise ModelError(
+                f"{family.name} ends image rows with newline tokens, which downsampling cannot "
+                "place.",
+                remedy="Compare with methods that drop tokens, such as vtw and fastv.",
+            )
+
+    def reduce(
+        self, prompt: Prompt, embeds: torch.Tensor, positions: torch.Tensor
+    ) -> Reduction | None:
+        """Pool every image; it keeps its first places, and the text after it closes up.
+
+        Raises:
+            ModelError: The rows' images differ, or are the frames of a video.
+        """
+        layout = prompt.layout
+        if not layout.has_uniform_grids:
+            raise ModelError(
+                "Downsampling wants images of the same grids in all rows of a batch.",
+                remedy="Use batches of one prompt.",
+            )
+        grids, batch = layout.grids[0], len(embeds)
+        smaller = [self.grid(grid) for grid in grids]
+        first = [torch.arange(new.tokens).expand(batch, -1) for new in smaller]
+        merge = partial(pool, grids=grids, smaller=smaller)
+        reduction = Reduction.of_images(grids, [each.to(embeds.device) for each in first], merge)
+        remaining = layout.visual.index.gather(1, reduction.kept)
+        moved, shift = _moved(positions, layout.visual.index, grids, smaller, remaining)
+        return replace(reduction, positions=moved, shift=shift)
 
 
 def pool(features: torch.Tensor, grids: Sequence[Grid], smaller: Sequence[Grid]) -> torch.Tensor:
-    """Area-pool images behind one another: (batch, visual, hidden) to (batch, fewer, hidden)."""
+    """Area-pool images one after another: (batch, visual, hidden) to (batch, fewer, hidden)."""
     parts, start = [], 0
     for old, new in zip(grids, smaller, strict=True):
         image = features[:, start : start + old.tokens].unflatten(1, (old.rows, old.cols))
@@ -106,10 +133,12 @@ def _moved(
     """Positions as the shorter prompt has them, at the remaining places; and the total shift."""
     axes, batch, length = positions.shape
     after = torch.zeros(batch, length, dtype=torch.int64, device=positions.device)
-    images, begin, total = [], None, 0
+    images: list[torch.Tensor] = []
+    before: torch.Tensor | None = None
+    total = 0
     for (start, new), old in zip(_starts(grids, smaller), grids, strict=True):
         first, last = visual[:, start], visual[:, start + old.tokens - 1]
-        before, begin = begin, positions.gather(2, first.expand(axes, batch)[..., None])
+        begin = positions.gather(2, first.expand(axes, batch)[..., None])
         if axes > 1 and before is not None and bool((begin[1] == before[1]).any()):
             raise ModelError(
                 "Downsampling does not know how a video's frames are placed.",
@@ -119,13 +148,14 @@ def _moved(
         shrunk = _span(old, axes) - _span(new, axes)
         after.scatter_(1, last[:, None], shrunk)
         total += shrunk
+        before = begin
     moved = positions - after.cumsum(dim=1)
     moved.scatter_(2, remaining.expand(axes, -1, -1), torch.cat(images, dim=2))
     return moved, total
 
 
 def _span(grid: Grid, axes: int) -> int:
-    """How far an image moves the position of the token behind it."""
+    """How far an image moves the position of the token after it."""
     return grid.tokens if axes == 1 else max(grid.rows, grid.cols)
 
 

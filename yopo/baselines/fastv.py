@@ -1,54 +1,95 @@
-"""FastV's choice: the visual tokens that the last prompt token attends to most.
+"""FastV: after layer K = 2, only the visual tokens that the last prompt token attends to most.
 
-"An Image is Worth 1/2 Tokens After Layer 2" (arXiv 2403.06764): behind layer K = 2, the tokens are
-ranked by the attention that they receive in that layer from the last token, as a mean over heads.
-One row of the attention matrix is all that takes, so the layer itself runs fused; in float32.
+"An Image is Worth 1/2 Tokens After Layer 2" (arXiv 2403.06764): tokens are ranked by the attention
+that they receive in layer K from the last token, as a mean over heads. One row of the attention
+matrix is all that takes, so the layer itself runs fused; in float32.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch import nn
 
-from yopo.models.family import Backbone
-from yopo.models.layout import TokenLayout
+from yopo.baselines.baseline import share_of
+from yopo.baselines.dropping import Dropping
+from yopo.baselines.prefill import Between, Front
+from yopo.plans.schema import ModelShape, Workload
+
+FRONT_LAYERS = 2
+"""Layers in front of the drop (K), of which the last one's attention ranks the tokens."""
 
 
-def last_row(
-    layer: nn.Module,
-    names: Backbone,
-    hidden: torch.Tensor,
-    keys: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    ends: torch.Tensor,
-    real: torch.Tensor | None,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class FastV(Dropping):
+    """All visual tokens in the first K layers, a share of them after those.
+
+    Attributes:
+        share: Of the visual tokens, kept after the drop (R).
+    """
+
+    share: float = 0.0
+
+    name = "fastv"
+    label = "FastV"
+    source = "arXiv 2403.06764"
+    least_layers = 1
+
+    @classmethod
+    def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Self]:
+        """The paper's K, every number of tokens."""
+        visual, front = max(workload.visual, 1), min(FRONT_LAYERS, shape.layers)
+        return (cls(front, count / visual) for count in range(visual + 1))
+
+    def kept(self, visual: int) -> int:
+        """A share."""
+        return share_of(self.share, visual)
+
+    def extra_flops(self, shape: ModelShape, workload: Workload) -> int:
+        """Ranking: one more query projection and one row of logits."""
+        if self.layers >= shape.layers:
+            return 0
+        keys = shape.hidden + workload.visual + workload.text
+        return 2 * keys * shape.heads * shape.head_dim
+
+    def choose(self, between: Between, count: int) -> torch.Tensor:
+        """Those with the highest attention: (batch, count) int64, ascending."""
+        if not count:
+            return between.stream.visual[:, :0]
+        assert between.front is not None, "least_layers"
+        row = last_row(between.front, between.ends, between.real)
+        best = row.gather(1, between.stream.visual).topk(count, dim=1).indices
+        return best.sort(dim=1).values
+
+    def describe(self, shape: ModelShape, workload: Workload) -> str:
+        """The layer and the share."""
+        return f"K = {self.layers} of {shape.layers} layers, R = {100 * self.share:.1f} %"
+
+
+def last_row(front: Front, ends: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """The attention of one query per prompt over everything before it, mean over heads.
 
     Args:
-        layer: A stock decoder layer.
-        names: Of its modules.
-        hidden: (batch, length, hidden), the layer's input.
-        keys: (batch, kv_heads, length, head_dim), RoPE applied.
-        rotary: (1 or batch, length, head_dim) each.
+        front: The layer that attends, its input and its keys.
         ends: (batch,) int64, position of the prompt's last token.
         real: (batch, length) bool, False on padding; None: no padding.
 
     Returns:
         (batch, length) float32, rows adding up to 1.
     """
-    attention, rows = layer.self_attn, torch.arange(len(ends), device=ends.device)
-    normed = getattr(layer, names.attention_norm)(hidden[rows, ends][:, None])
+    names, entered, keys = front.names, front.entered, front.keys
+    attention: Any = front.layer.self_attn
+    rows = torch.arange(len(ends), device=ends.device)
+    normed = getattr(front.layer, names.attention_norm)(entered.hidden[rows, ends][:, None])
     width = attention.config.num_attention_heads * attention.head_dim  # in front, if it is fused
     query = getattr(attention, names.query)(normed)[..., :width]
     query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    if hasattr(attention, "q_norm"):
-        query = attention.q_norm(query)
-    cos, sin = (each.expand(len(ends), -1, -1)[rows, ends][:, None] for each in rotary)
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    query = rotate(query, query, cos, sin)[0]  # (batch, heads, 1, head_dim)
+    if names.head_norms is not None:
+        query = getattr(attention, names.head_norms[0])(query)
+    cos, sin = (each.expand(len(ends), -1, -1)[rows, ends][:, None] for each in entered.rotary)
+    query = names.rotate(query, query, cos, sin)[0]  # (batch, heads, 1, head_dim)
     grouped = query.float().unflatten(1, (keys.shape[1], -1)).squeeze(3)
     logits = grouped @ keys.float().transpose(-1, -2) * attention.scaling
     place = torch.arange(keys.shape[2], device=keys.device)
@@ -57,10 +98,3 @@ def last_row(
         allowed = allowed & real
     logits = logits.masked_fill(~allowed[:, None, None], float("-inf"))
     return logits.softmax(dim=-1).mean(dim=(1, 2))
-
-
-def most_attended(row: torch.Tensor, layout: TokenLayout, count: int) -> torch.Tensor:
-    """(batch, count) int64: the visual positions with the highest attention, ascending."""
-    visual = layout.visual.index
-    best = row.gather(1, visual).topk(count, dim=1).indices
-    return visual.gather(1, best).sort(dim=1).values

@@ -2,25 +2,68 @@
 
 Every projection, every head and every FFN neuron runs for every token, the KV cache is whole; what
 the plan prunes is then taken out. Semantics are those of ``runtime/reference.py`` - keys are
-excluded before the softmax, where the released code zeroes them behind it - and so is the answer;
+excluded before the softmax, where the released code zeroes them after it - and so is the answer;
 the cost is the simulation's. Unlike the released code, it may use SDPA, which that cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from yopo.baselines.baseline import Baseline, Hooks
+from yopo.baselines.prefill import Decoder, Prompt
 from yopo.models.family import Backbone
 from yopo.models.layout import TokenLayout
-from yopo.plans.schema import PruningPlan
+from yopo.plans.checks import check_tensors
+from yopo.plans.schema import ModelShape, PruningPlan, Workload
 from yopo.runtime.reference import LayerSpec
 from yopo.support.errors import PlanError
 
 
-class Masks:
+@dataclass(frozen=True)
+class MaskedPlan(Baseline):
+    """A given plan's outputs at the dense model's cost."""
+
+    name = "masked"
+    label = "masks"
+    source = "arXiv 2410.06169"
+    needs_plan = True
+    drops_tokens = False
+
+    @classmethod
+    def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Self]:
+        """There is nothing to choose."""
+        return (cls(),)
+
+    @classmethod
+    def solve(cls, shape: ModelShape, workload: Workload, budget: float) -> Self:
+        """The plan says what is pruned, whatever the budget."""
+        return cls()
+
+    def describe(self, shape: ModelShape, workload: Workload) -> str:
+        """That it saves nothing."""
+        return "the plan as masks, nothing is skipped"
+
+    def hooks(self, decoder: Decoder, names: Backbone, plan: PruningPlan | None) -> Hooks:
+        """Hooks on the projections, and attention masks.
+
+        Raises:
+            PlanError: There is no plan, it lacks tensors, or it has fitted weights, which masks
+                cannot stand for.
+        """
+        if plan is None:
+            raise PlanError(f"The baseline '{self.name}' shows a plan.", remedy="Give one.")
+        check_tensors(plan)
+        return Masks(plan, decoder, names)
+
+
+class Masks(Hooks):
     """Hooks that take out what a plan prunes, and the attention masks of its layers.
 
     Args:
@@ -32,12 +75,13 @@ class Masks:
         PlanError: The plan has fitted weights, which masks cannot stand for.
     """
 
-    def __init__(self, plan: PruningPlan, decoder: nn.Module, names: Backbone):
+    def __init__(self, plan: PruningPlan, decoder: Decoder, names: Backbone):
         if plan.compensation == "refit":
             raise PlanError("Masks simulate pruning alone, and the plan has fitted weights.")
         self.plan = plan
         self._is_visual: torch.Tensor | None = None
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
+        layer: Any
         for number, layer in enumerate(decoder.layers):
             spec = LayerSpec(plan, number, None, None)
             output, down = getattr(layer.self_attn, names.output), getattr(layer.mlp, names.down)
@@ -50,16 +94,31 @@ class Masks:
             handle.remove()
         self._handles.clear()
 
-    def show(self, visual: torch.Tensor, length: int) -> None:
-        """Say where the visual tokens of the forward in progress are: (batch, visual) int64."""
+    def enter(self, visual: torch.Tensor, length: int) -> None:
+        """Note where the visual tokens of the forward in progress are: (batch, visual) int64."""
         table = torch.zeros(len(visual), length, dtype=torch.bool, device=visual.device)
         self._is_visual = table.scatter_(1, visual, True)
 
-    def hide(self) -> None:
+    def leave(self) -> None:
         """The forward is over."""
         self._is_visual = None
 
-    def prefill_mask(
+    def attention_mask(
+        self,
+        layer: int,
+        mask: torch.Tensor | None,
+        *,
+        hidden: torch.Tensor,
+        keys: torch.Tensor,
+        visual: torch.Tensor | None,
+        prompt: Prompt | None,
+    ) -> torch.Tensor | None:
+        """The plan's in prefill, later without visual keys in heads that do not read them."""
+        if prompt is not None:
+            return self._prefill_mask(layer, prompt.layout, prompt.real, hidden)
+        return mask if visual is None else self._later_mask(layer, visual, keys, mask)
+
+    def _prefill_mask(
         self, number: int, layout: TokenLayout, real: torch.Tensor | None, hidden: torch.Tensor
     ) -> torch.Tensor:
         """(batch, heads, length, length) bool of one layer; an empty row attends itself."""
@@ -68,10 +127,10 @@ class Masks:
             own = torch.eye(hidden.shape[1], dtype=torch.bool)
         return allowed | (own & ~allowed.any(dim=-1, keepdim=True))
 
-    def later_mask(
+    def _later_mask(
         self, number: int, visual: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What text behind the prompt may attend in one layer.
+        """What text after the prompt may attend in one layer.
 
         Args:
             number: The layer.
@@ -92,7 +151,7 @@ class Masks:
         return readable if mask is None else readable & mask
 
     def _watch(
-        self, module: nn.Module, mean: torch.Tensor | None, is_pruned: torch.Tensor, is_on: bool
+        self, module: nn.Linear, mean: torch.Tensor | None, is_pruned: torch.Tensor, is_on: bool
     ) -> None:
         """Replace pruned inputs of visual tokens by their mean (or 0); outputs too if all are."""
         device = module.weight.device

@@ -1,8 +1,8 @@
-"""The sequence on its way through the layers: fewer tokens behind a drop, and who attends whom."""
+"""The sequence on its way through the layers: fewer tokens after a drop, and who attends whom."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,22 +18,53 @@ class TokenStream:
         hidden: (batch, length, hidden).
         rotary: Their cosines and sines.
         places: (batch, length) int64, their logical positions, ascending.
+        visual: (batch, visual) int64, which of the ``length`` tokens are visual, ascending.
+        added: (batch, length, hidden) each, what is added to them after the first layers.
     """
 
     hidden: torch.Tensor
     rotary: Rotary
     places: torch.Tensor
+    visual: torch.Tensor
+    added: tuple[torch.Tensor, ...] = ()
 
-    def keep(self, index: torch.Tensor) -> TokenStream:
-        """The stream with some of its tokens: (batch, fewer) int64, ascending."""
-        batch = len(self.places)
-        rotary = tuple(pick(each.expand(batch, -1, -1), index) for each in self.rotary)
-        return TokenStream(pick(self.hidden, index), rotary, self.places.gather(1, index))
+    def after(self, layer: int, hidden: torch.Tensor) -> TokenStream:
+        """The stream with a layer's output, (batch, length, hidden)."""
+        if layer < len(self.added):
+            hidden = hidden + self.added[layer]
+        return replace(self, hidden=hidden)
+
+    def with_visual(self, kept: torch.Tensor) -> TokenStream:
+        """The stream with all of its text and some of its visual tokens.
+
+        Args:
+            kept: (batch, fewer visual) int64, which of ``visual``, ascending.
+        """
+        batch, length = self.places.shape
+        chosen = self.visual.gather(1, kept)
+        is_text = torch.ones(batch, length, dtype=torch.bool, device=chosen.device)
+        is_text.scatter_(1, self.visual, False)
+        text = is_text.nonzero()[:, 1].reshape(batch, -1)
+        index = torch.cat([text, chosen], dim=1).sort(dim=1).values
+        cos, sin = (pick(each.expand(batch, -1, -1), index) for each in self.rotary)
+        return TokenStream(
+            pick(self.hidden, index),
+            (cos, sin),
+            self.places.gather(1, index),
+            torch.searchsorted(index, chosen),
+            tuple(pick(each, index) for each in self.added),
+        )
 
 
 def pick(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """(batch, length, width) at (batch, fewer) positions: (batch, fewer, width)."""
     return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def spread(values: torch.Tensor, index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(batch, visual, hidden) values at their positions in zeros shaped ``like``."""
+    places = index[..., None].expand(-1, -1, like.shape[-1])
+    return torch.zeros_like(like).scatter_(1, places, values.to(like))
 
 
 def causal_mask(

@@ -73,7 +73,7 @@ def document(found: Benchmark) -> dict[str, Any]:
 def _contender(benchmark: Benchmark, name: str) -> dict[str, Any]:
     found = benchmark.measured[name]
     return {
-        "setting": asdict(benchmark.settings[name]) if name in benchmark.settings else None,
+        "setting": benchmark.baselines[name].to_dict() if name in benchmark.baselines else None,
         "visual_budget": benchmark.visual_budget_of(name),
         "prefill_flops_ratio": benchmark.flops_ratio_of(name),
         "prefill_ms": asdict(found.prefill.pruned),

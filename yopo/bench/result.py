@@ -15,8 +15,7 @@ from statistics import quantiles
 
 import torch
 
-from yopo.baselines import settings as rivals
-from yopo.baselines.settings import Setting
+from yopo.baselines.baseline import Baseline
 from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_kv_bytes,
@@ -41,12 +40,12 @@ class BenchOptions:
     """How to measure.
 
     Attributes:
-        runs: Counted rounds of dense, pruned and rivals.
+        runs: Counted rounds of dense, pruned and baselines.
         warmup: Uncounted rounds in front.
         decode_steps: Decode steps behind each prefill; 0 skips decoding.
         threads: CPU threads of torch; None: as they are.
-        rivals: What else is timed at the plan's visual budget, names of ``rivals.settings``.
-        may_leave_out: Whether a rival that cannot run is left out instead of an error.
+        baselines: What else is timed at the plan's visual budget, names of the registry.
+        may_leave_out: Whether a baseline that cannot run is left out instead of an error.
         contexts: Prompt lengths at which decode steps are timed as well.
     """
 
@@ -54,7 +53,7 @@ class BenchOptions:
     warmup: int = 1
     decode_steps: int = 8
     threads: int | None = None
-    rivals: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
     may_leave_out: bool = False
     contexts: tuple[int, ...] = ()
 
@@ -180,9 +179,9 @@ class Benchmark:
         stand_in: Whether the timed decoder is of another family than the plan.
         options: How it was measured.
         batch, device, dtype, threads: On what.
-        measured: Dense, pruned and rivals, by name.
-        settings: What the rivals did, by name, on the layers that ran.
-        left_out: Why rivals are missing, by name.
+        measured: Dense, pruned and baselines, by name.
+        baselines: What those were, by name, on the layers that ran.
+        left_out: Why baselines are missing, by name.
         contexts: Decode steps behind longer prompts.
         memory_by: How peak memory is measured; None if it is not.
         rates: What bounds are made of.
@@ -199,7 +198,7 @@ class Benchmark:
     dtype: str
     threads: int
     measured: dict[str, Contender]
-    settings: dict[str, Setting]
+    baselines: dict[str, Baseline]
     left_out: dict[str, str]
     contexts: tuple[AtContext, ...]
     memory_by: str | None
@@ -275,7 +274,7 @@ class Benchmark:
             return self.batch * dense_prefill_flops(shape, workload)
         if name == PRUNED:
             return self.batch * prefill_flops(self.plan)
-        return self.batch * rivals.prefill_flops(self.settings[name], shape, workload)
+        return self.batch * self.baselines[name].prefill_flops(shape, workload)
 
     def flops_ratio_of(self, name: str) -> float:
         """Prefill FLOPs over the dense model's."""
@@ -287,7 +286,7 @@ class Benchmark:
             return 1.0
         if name == PRUNED:
             return visual_budget(self.plan)
-        return rivals.reached(self.settings[name], self.plan.model.shape, self.plan.workload)
+        return self.baselines[name].reached(self.plan.model.shape, self.plan.workload)
 
     def planned_kv_of(self, name: str) -> int:
         """Visual KV bytes in closed form, of the batch that ran."""
@@ -296,7 +295,7 @@ class Benchmark:
             return self.batch * dense_visual_kv_bytes(shape, workload, size)
         if name == PRUNED:
             return self.batch * visual_kv_bytes(self.plan, size)
-        return self.batch * rivals.visual_kv_bytes(self.settings[name], shape, workload, size)
+        return self.batch * self.baselines[name].visual_kv_bytes(shape, workload, size)
 
     def prefill_bound_of(self, name: str) -> float:
         """Share of the possible speed that prefill reaches: its FLOPs at the machine's rate."""

@@ -1,6 +1,6 @@
 """``yopo bench``: does time follow the FLOPs? Dense against pruned, paired, in one process.
 
-Each round prefills the same prompt with both models - and with rivals at the same visual budget -
+Each round prefills the same prompt with both models - and with baselines at the same budget -
 one right behind the other and the order reversed from round to round, then decodes a few tokens
 with each. Medians with quartiles; ratios are medians of the rounds' own ratios to the dense model,
 so that a machine that slows down half-way does not bend them.
@@ -23,8 +23,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from yopo.baselines.install import rival
-from yopo.baselines.settings import SIMULATED, Setting, solve_for
+from yopo.baselines.baseline import Baseline
+from yopo.baselines.install import baseline
+from yopo.baselines.registry import solve_for
 from yopo.bench.memory import measured_by, peak_bytes
 from yopo.bench.plans import sampled_layers, with_layers, with_prompt
 from yopo.bench.prompt import Prompt, made_up_prompt, noise_prompt
@@ -82,20 +83,20 @@ class Bench:
         plan: For this model and this prompt.
         prompt: What is prefilled.
         grids_of: Locates images where the model's own rule does not (made-up features).
-        rivals: What else is measured, by name.
+        baselines: What else is measured, by name.
     """
 
     model: PreTrainedModel
     plan: PruningPlan
     prompt: Prompt
     grids_of: GridsOf | None = None
-    rivals: Mapping[str, Setting] = field(default_factory=dict)
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """What is timed, in the order of the first round."""
         stock = (STOCK,) if self.has_other_kernels else ()
-        return (DENSE, PRUNED, *self.rivals, *stock)
+        return (DENSE, PRUNED, *self.baselines, *stock)
 
     @property
     @torch.no_grad()
@@ -117,8 +118,8 @@ class Bench:
                 stack.enter_context(pruned(model, plan, grids_of=where, check=False))
             elif name != STOCK:
                 if name != DENSE:
-                    setting = self.rivals[name]
-                    stack.enter_context(rival(model, setting, plan, grids_of=where))
+                    method = self.baselines[name]
+                    stack.enter_context(baseline(model, method, plan, grids_of=where))
                 stack.enter_context(same_gemm(model.get_decoder()))
             yield
 
@@ -168,8 +169,8 @@ class Bench:
         """
         prompt = self.prompt.lengthened(context)
         plan = with_prompt(self.plan, text=context - self.plan.workload.visual)
-        rivals = {name: each for name, each in self.rivals.items() if name != SIMULATED}
-        return replace(self, plan=plan, prompt=prompt, rivals=rivals)
+        methods = {name: each for name, each in self.baselines.items() if not each.needs_plan}
+        return replace(self, plan=plan, prompt=prompt, baselines=methods)
 
 
 def _visual_bytes(layer: object) -> int:
@@ -270,7 +271,7 @@ def _bench(
     weights: str,
     stand_in: bool,
 ) -> Benchmark:
-    subject, left_out = _with_rivals(subject, options, asked, layers.used)
+    subject, left_out = _with_baselines(subject, options, asked, layers.used)
     model, device = subject.model, str(subject.model.device)
     with _threads(options.threads):
         rounds = run_rounds(subject, options)
@@ -295,7 +296,7 @@ def _bench(
             dtype=str(model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
             measured=measured,
-            settings=dict(subject.rivals),
+            baselines=dict(subject.baselines),
             left_out=left_out,
             contexts=tuple(_at_context(subject, options, each) for each in options.contexts),
             memory_by=measured_by(device),
@@ -304,22 +305,22 @@ def _bench(
         )
 
 
-def _with_rivals(
+def _with_baselines(
     subject: Bench, options: BenchOptions, asked: PruningPlan, used: Sequence[int]
 ) -> tuple[Bench, dict[str, str]]:
-    """Add the rivals at the plan's visual budget; and why some are left out."""
-    rivals: dict[str, Setting] = {}
+    """Add the baselines at the plan's visual budget; and why some are left out."""
+    methods: dict[str, Baseline] = {}
     left_out: dict[str, str] = {}
-    for name in options.rivals:
+    for name in options.baselines:
         try:
-            setting = solve_for(name, asked).on_layers(used)
-            with replace(subject, rivals={name: setting}).switch(name):
-                rivals[name] = setting
+            method = solve_for(name, asked).on_layers(used)
+            with replace(subject, baselines={name: method}).switch(name):
+                methods[name] = method
         except YopoError as error:
             if not options.may_leave_out:
                 raise
             left_out[name] = error.message
-    return replace(subject, rivals=rivals), left_out
+    return replace(subject, baselines=methods), left_out
 
 
 def _at_context(subject: Bench, options: BenchOptions, context: int) -> AtContext:

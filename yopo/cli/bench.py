@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from yopo.baselines.registry import BASELINES
 from yopo.cli.command import Command, load
 
 if TYPE_CHECKING:
@@ -57,13 +58,15 @@ def _count(name: str, text: str, **settings: Any) -> Any:
     help="Also time decode steps behind prompts of N tokens; repeatable.",
 )
 @click.option(
-    "--rival",
-    "rivals",
+    "--baseline",
+    "baselines",
     metavar="NAME",
     multiple=True,
-    help="Also time vtw, fastv, downsample or masked at the same visual FLOPs; repeatable.",
+    help=f"Also time at the same visual FLOPs, repeatable: {', '.join(BASELINES)}.",
 )
-@click.option("--rivals", "all_rivals", is_flag=True, help="All of them that can run here.")
+@click.option("--baselines", "all_baselines", is_flag=True, help="All of them that can run here.")
+@click.option("--rival", "old_baselines", multiple=True, hidden=True)
+@click.option("--rivals", "old_all_baselines", is_flag=True, hidden=True)
 @_count("--threads", "CPU threads.  [default: torch's own]")
 @click.option(
     "--device",
@@ -120,12 +123,12 @@ def _measure(values: dict[str, Any]) -> Benchmark:
     bench, serving = load("yopo.bench.run"), load("yopo.serving.loading")
     workflow = load("yopo.pipeline.commands")
     sizes = bench.Sizes(values["batch"], values["visual_tokens"], values["text_tokens"])
-    settings, is_all = load("yopo.baselines.settings"), values["all_rivals"]
+    is_all, named = _baselines(values)
     options = bench.BenchOptions(
         runs=values["runs"],
         decode_steps=values["decode_steps"],
         threads=values["threads"],
-        rivals=settings.NAMES if is_all else tuple(dict.fromkeys(values["rivals"])),
+        baselines=tuple(BASELINES) if is_all else named,
         may_leave_out=is_all,
         contexts=values["contexts"],
     )
@@ -150,6 +153,12 @@ def _measure(values: dict[str, Any]) -> Benchmark:
         source = workflow.source_of_target(values["target"], plan, None)
     model = serving.load_dense(source, dtype=dtype).to(device)
     return bench.bench_model(model, plan, sizes, options)
+
+
+def _baselines(values: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether all that can run are asked for, and those that are by name; old flags count too."""
+    named = (*values["baselines"], *values["old_baselines"])
+    return values["all_baselines"] or values["old_all_baselines"], tuple(dict.fromkeys(named))
 
 
 def _preset(name: str, shape_of: str | None) -> PruningPlan:

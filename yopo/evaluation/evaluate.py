@@ -1,7 +1,7 @@
 """One evaluation of a plan: the dense and the pruned model on the same pairs, in one process.
 
 What a plan keeps is measured like what any other change of the model keeps: ``measure_kept`` takes
-the context manager that makes the change, ``pruned`` or a rival.
+the context manager that makes the change, ``pruned`` or a baseline.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def measure_kept(
         model: The dense model in memory.
         processor: Its processor.
         records: The dense model's answers, from ``record_dense``.
-        switch: Makes the context manager under which the model is changed (``pruned``, ``rival``).
+        switch: Makes the context manager that changes the model (``pruned``, ``baseline``).
         max_new_tokens: Longest answer.
         label: Of the progress bar.
     """

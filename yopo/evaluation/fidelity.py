@@ -14,9 +14,9 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from yopo.baselines.install import teacher_forced
 from yopo.data.pairs import Pair
 from yopo.data.prompts import Batch, batches, encode_for
+from yopo.models.answer_tokens import teacher_forced
 from yopo.models.registry import family_of
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
@@ -84,7 +84,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Log-probabilities with which a model predicts the answers' tokens.
 
     Args:
-        model: Dense, or inside a ``pruned`` or ``rival`` block.
+        model: Dense, or inside a ``pruned`` or ``baseline`` block.
         batch: A batch with an answer mask.
 
     Returns:
@@ -95,7 +95,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """
     mask = batch.answer_mask
     assert mask is not None, "the batch holds no answers"
-    with teacher_forced(model, mask):
+    with teacher_forced(mask):
         hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     # The token at position p is predicted from position p - 1.
     chosen = hidden[:, :-1][mask[:, 1:]]
@@ -134,7 +134,7 @@ def record_dense(
 
 
 def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
-    """Compare a model inside a ``pruned`` or ``rival`` block with the recorded dense one."""
+    """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one."""
     kl, agree, tokens = 0.0, 0, 0
     for record in records:
         ours = answer_log_probs(model, record.batch).cpu()

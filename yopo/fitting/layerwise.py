@@ -172,7 +172,7 @@ def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
         arguments=layers,
         positions=given.get("position_ids"),
         mask=batch.inputs.get("attention_mask"),
-        stack=tuple(given.get("deepstack_visual_embeds") or ()),
+        stack=family.backbone(model.config).added_features(given),
     )
 
 

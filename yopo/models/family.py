@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from yopo.plans.grid import Grid
@@ -32,6 +33,13 @@ Noise = tuple[int, dict[str, "torch.Tensor"]]
 NoiseOf = Callable[["PreTrainedConfig", Grid, "torch.Generator"], Noise]
 """(configuration, grid, generator) -> noise, of that grid where images have sizes."""
 
+Rotate = Callable[
+    ["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"],
+    tuple["torch.Tensor", "torch.Tensor"],
+]
+"""(queries, keys, cosines, sines) -> both rotated; (batch, heads, length, head_dim) the first two,
+(batch, length, head_dim) the others."""
+
 DECODER_KEY = re.compile(
     r"^(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.)?layers\.(\d+)\.(.+)$"
 )
@@ -54,6 +62,11 @@ class Backbone:
         activation: The FFN's activation function under ``mlp``.
         residual_dropouts: Dropouts behind attention and FFN; None: the backbone has none.
         position_axes: Position numbers per token: 1, or 3 (time, height, width) under M-RoPE.
+        rotary: Where transformers has the function that rotates queries and keys.
+        head_norms: Norms of queries and keys per head under ``self_attn``, in front of the
+            rotation; None: the backbone has none.
+        deepstack: The decoder's argument that brings vision features to add behind its first
+            layers (DeepStack); None: it takes none.
     """
 
     model_types: tuple[str, ...]
@@ -69,6 +82,9 @@ class Backbone:
     activation: str = "act_fn"
     residual_dropouts: tuple[str, str] | None = None
     position_axes: int = 1
+    rotary: str = "transformers.models.llama.modeling_llama:apply_rotary_pos_emb"
+    head_norms: tuple[str, str] | None = None
+    deepstack: str | None = None
 
     @property
     def has_fused_attention(self) -> bool:
@@ -79,6 +95,20 @@ class Backbone:
     def has_fused_ffn(self) -> bool:
         """Whether gate and up are one projection."""
         return self.gate == self.up
+
+    @property
+    def rotate(self) -> Rotate:
+        """The function that rotates queries and keys."""
+        rotate: Rotate = resolve_name(self.rotary)
+        return rotate
+
+    def added_features(self, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Vision features among a decoder's arguments, one per layer from the first on.
+
+        Returns:
+            (visual tokens of all rows, hidden) each, to add to that layer's output.
+        """
+        return tuple(arguments.get(self.deepstack) or ()) if self.deepstack else ()
 
 
 def image_token(config: PreTrainedConfig) -> tuple[int, ...]:

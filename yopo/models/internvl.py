@@ -15,6 +15,7 @@ from yopo.plans.grid import Grid
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+QWEN3 = Backbone(("qwen3",), head_norms=("q_norm", "k_norm"))
 PHI3 = Backbone(
     ("phi3",),
     query="qkv_proj",
@@ -24,6 +25,7 @@ PHI3 = Backbone(
     up="gate_up_proj",
     activation="activation_fn",
     residual_dropouts=("resid_attn_dropout", "resid_mlp_dropout"),
+    rotary="transformers.models.phi3.modeling_phi3:apply_rotary_pos_emb",
 )
 
 
@@ -40,7 +42,7 @@ INTERNVL = Family(
     name="internvl",
     model_type="internvl",
     architecture="InternVLForConditionalGeneration",
-    backbones=(Backbone(("qwen2", "llama", "qwen3")), PHI3),
+    backbones=(Backbone(("qwen2", "llama")), QWEN3, PHI3),
     aliases={
         "internvl2-4b": "OpenGVLab/InternVL2-4B",
         "internvl2-8b": "OpenGVLab/InternVL2-8B",

@@ -80,12 +80,26 @@ def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> N
     return grid.tokens, {"pixel_values": pixels, "image_grid_thw": size}
 
 
-def _family(name: str, aliases: Mapping[str, str], architecture: str) -> Family:
+def _family(
+    name: str,
+    aliases: Mapping[str, str],
+    architecture: str,
+    *,
+    head_norms: tuple[str, str] | None = None,
+    deepstack: str | None = None,
+) -> Family:
+    backbone = Backbone(
+        (f"{name}_text",),
+        position_axes=3,
+        rotary=f"transformers.models.{name}.modeling_{name}:apply_rotary_pos_emb",
+        head_norms=head_norms,
+        deepstack=deepstack,
+    )
     return Family(
         name=name,
         model_type=name,
         architecture=architecture,
-        backbones=(Backbone((f"{name}_text",), position_axes=3),),
+        backbones=(backbone,),
         aliases=aliases,
         grids_of=grids_of,
         token_ids=token_ids,
@@ -117,4 +131,6 @@ QWEN3_VL = _family(
         "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
     },
     "Qwen3VLForConditionalGeneration",
+    head_norms=("q_norm", "k_norm"),
+    deepstack="deepstack_visual_embeds",
 )

@@ -47,7 +47,7 @@ def bench_report(found: Benchmark) -> RenderableType:
         kept = found.planned_kv / found.visual_kv[1]
         table.add_row("  bound reached", "", "", units.share(kept))
     parts: list[RenderableType] = [Text(_title(found), "bold"), _subtitle(found), "", table]
-    if found.settings:
+    if found.baselines:
         parts += ["", prefill_table(found), "", memory_table(found)]
     if found.contexts:
         parts += ["", context_table(found)]
@@ -82,7 +82,7 @@ def prefill_table(found: Benchmark) -> Table:
         ratio = found.flops_ratio_of(name)
         is_dense = name == DENSE
         table.add_row(
-            _label(name),
+            _label(found, name),
             units.share(found.visual_budget_of(name)),
             units.share(ratio),
             f"{times.pruned.median:.{digits}f} ms",
@@ -103,7 +103,7 @@ def memory_table(found: Benchmark) -> Table:
     for name, measured in found.measured.items():
         decode, peak = measured.decode, measured.peak_memory
         table.add_row(
-            _label(name),
+            _label(found, name),
             "-" if decode is None else _ms(decode.pruned),
             "" if decode is None or name == DENSE else units.share(decode.ratio.median),
             _share(found.decode_bound_of(name)),
@@ -116,7 +116,7 @@ def memory_table(found: Benchmark) -> Table:
 def context_table(found: Benchmark) -> Table:
     """A row per context: decode steps over the dense one's, and below what bytes allow."""
     names = [name for name in found.contexts[0].decode if name != DENSE]
-    table = _table("decode / dense", "dense", *map(_label, names))
+    table = _table("decode / dense", "dense", *(_label(found, name) for name in names))
     for at in found.contexts:
         cells = [units.share(at.decode[name].ratio.median) for name in names]
         table.add_row(f"{at.context} tokens", _ms(at.decode[DENSE].pruned), *cells)
@@ -133,7 +133,9 @@ def _table(first: str, *columns: str) -> Table:
     return table
 
 
-def _label(name: str) -> str:
+def _label(found: Benchmark, name: str) -> str:
+    if name in found.baselines:
+        return found.baselines[name].label
     return "yopo" if name == PRUNED else name
 
 
@@ -196,20 +198,20 @@ def _notes(found: Benchmark) -> list[str]:
         lines.append(f"peak memory: of prefill, above the weights; {found.memory_by}")
     if found.visual_kv[1] != found.planned_kv:
         lines.append(f"visual KV: the plan predicts {units.num_bytes(found.planned_kv)}")
-    return lines + _rival_notes(found)
+    return lines + _baseline_notes(found)
 
 
-def _rival_notes(found: Benchmark) -> list[str]:
+def _baseline_notes(found: Benchmark) -> list[str]:
     lines = []
-    if found.settings or found.left_out:
+    if found.baselines or found.left_out:
         where = ""
         if len(found.layers.used) < found.layers.total:
             where = f", solved on all {found.layers.total} layers"
-        lines.append(f"rivals: at the plan's visual FLOPs or below{where}")
+        lines.append(f"baselines: at the plan's visual FLOPs or below{where}")
     shape, workload = found.plan.model.shape, found.plan.workload
-    lines += [
-        f"{name}: {setting.describe(shape, workload)}" for name, setting in found.settings.items()
-    ]
+    for method in found.baselines.values():
+        source = f" ({method.source})" if method.source else ""
+        lines.append(f"{method.label}: {method.describe(shape, workload)}{source}")
     lines += [f"left out: {reason}" for reason in found.left_out.values()]
     return lines
 

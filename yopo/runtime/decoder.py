@@ -139,7 +139,7 @@ class PrunedDecoder:
         )
         positions = rotary_positions(position_ids, state.names.position_axes)
         rotary = self.rotary_emb(embeds, position_ids=positions)
-        stack = kwargs.get("deepstack_visual_embeds") or ()
+        stack = state.names.added_features(kwargs)
         hidden = run_layers(self, state, embeds, rotary, masks, cache, stack)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values if keep else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,7 +40,7 @@ class LayerRun:
         self.layer, self.part, self.names = layer, part, names
         self.attention = layer.self_attn
         self.masks, self.cache = masks, cache
-        self._rotate = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
+        self._rotate = names.rotate
 
     def afresh(self) -> LayerRun:
         """The same run with an empty cache layer."""
@@ -144,8 +143,9 @@ class LayerRun:
         self, queries: torch.Tensor, keys: torch.Tensor, rotary: Rotary
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Norms per head, where the backbone has them (Qwen3), and positions."""
-        if hasattr(self.attention, "q_norm"):
-            queries, keys = self.attention.q_norm(queries), self.attention.k_norm(keys)
+        if self.names.head_norms is not None:
+            of_queries, of_keys = (getattr(self.attention, name) for name in self.names.head_norms)
+            queries, keys = of_queries(queries), of_keys(keys)
         return self._rotate(queries, keys, *rotary)
 
     def _project_visual(self, visual: torch.Tensor, rotary: Rotary) -> torch.Tensor | None:

@@ -6,7 +6,6 @@ whole sequence at every step), no streams, no blocks and no slices, and shares n
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from yopo.models.family import GridsOf
+from yopo.models.family import Backbone, GridsOf
 from yopo.models.layout import LayoutProbe, TokenLayout
 from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, PruningPlan
@@ -54,12 +53,13 @@ def reference(
             position_ids = position_ids[-names.position_axes :]
         elif names.position_axes > 1:
             position_ids = position_ids.expand(names.position_axes, -1, -1)
-        stack = kwargs.get("deepstack_visual_embeds") or ()
+        stack = names.added_features(kwargs)
         rotary = decoder.rotary_emb(embeds, position_ids=position_ids)
         hidden = embeds
         for number, layer in enumerate(decoder.layers):
             spec = LayerSpec(plan, number, probe.layout, attention_mask)
-            hidden = hidden + spec.attention(layer.self_attn, layer.input_layernorm(hidden), rotary)
+            normed = layer.input_layernorm(hidden)
+            hidden = hidden + spec.attention(layer.self_attn, normed, rotary, names)
             hidden = hidden + spec.ffn(layer.mlp, layer.post_attention_layernorm(hidden))
             if number < len(stack):
                 visual = spec.is_visual(hidden)[..., None].expand_as(hidden)
@@ -143,7 +143,11 @@ class LayerSpec:
         return allowed
 
     def attention(
-        self, module: nn.Module, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+        self,
+        module: nn.Module,
+        normed: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        names: Backbone,
     ) -> torch.Tensor:
         """Attention output (batch, sequence, hidden) of normed states."""
         sizes = [self.shape.heads, self.shape.kv_heads, self.shape.kv_heads]
@@ -160,10 +164,9 @@ class LayerSpec:
             queries = self.through_bottleneck("query", self.layer.attend_heads, queries, normed)
             keys = self.through_bottleneck("key", kv_heads, keys, normed)
             values = self.through_bottleneck("value", kv_heads, values, normed)
-        if hasattr(module, "q_norm"):
+        if names.head_norms is not None:
             queries, keys = module.q_norm(queries), module.k_norm(keys)
-        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
-        queries, keys = rotate(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
+        queries, keys = names.rotate(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
         keys = keys.repeat_interleave(self.shape.group, dim=1)
         values = values.transpose(1, 2).repeat_interleave(self.shape.group, dim=1)
         scores = queries @ keys.transpose(-1, -2) * module.scaling

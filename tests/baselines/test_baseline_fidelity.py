@@ -1,4 +1,4 @@
-"""Rivals are evaluated as plans are: same pairs, same records, answers generated and compared."""
+"""Baselines are evaluated as plans are: same pairs and records, answers generated and compared."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import tiny
 import torch
 from tiny import PICTURE, Subject
 
-from yopo.baselines.install import rival, teacher_forced
-from yopo.baselines.settings import Setting
+from yopo.baselines.downsample import Downsampling
+from yopo.baselines.fastv import FastV
+from yopo.baselines.install import baseline
+from yopo.baselines.vtw import TokenWithdrawal
 from yopo.data.prompts import Batch, load_processor
 from yopo.data.sources import open_pairs
 from yopo.evaluation.evaluate import evaluate, measure_kept
 from yopo.evaluation.fidelity import Recorded, answer_log_probs, compare, record_dense
+from yopo.models.answer_tokens import teacher_forced
 from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.models.registry import resolve
@@ -22,9 +25,9 @@ from yopo.plans.schema import ModelIdentity, full_plan
 from yopo.serving.loading import load_dense
 
 SOME = {
-    "vtw": Setting("vtw", 2),
-    "fastv": Setting("fastv", 2, share=0.4),
-    "downsample": Setting("downsample", 4, scale=(0.5, 0.5)),
+    "vtw": TokenWithdrawal(2),
+    "fastv": FastV(2, share=0.4),
+    "downsample": Downsampling(scale=(0.5, 0.5)),
 }
 PROMPTS = [[1, 5, 6, *PICTURE, 7, 8, 9], [1, *PICTURE, 3, 4]]
 ANSWERS = [[10, 11, 12], [9, 13]]
@@ -42,7 +45,7 @@ def answered() -> Batch:
 def test_answers_are_predicted_as_in_decoding(subject: Subject, name: str) -> None:
     """Token by token behind the prefilled prompt: FastV may not look at the answer to rank."""
     batch = answered()
-    with torch.no_grad(), rival(subject.model, SOME[name]):
+    with torch.no_grad(), baseline(subject.model, SOME[name]):
         found = answer_log_probs(subject.model, batch)
         expected = []
         for row, (prompt, said) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
@@ -59,37 +62,36 @@ def test_answers_are_predicted_as_in_decoding(subject: Subject, name: str) -> No
 def test_an_answer_would_change_the_ranking(mha: Subject) -> None:
     """What ``teacher_forced`` is there for."""
     batch = answered()
-    with torch.no_grad(), rival(mha.model, SOME["fastv"]):
+    with torch.no_grad(), baseline(mha.model, SOME["fastv"]):
         plain = mha.model(**batch.inputs).logits
-        with teacher_forced(mha.model, batch.answer_mask):
+        with teacher_forced(batch.answer_mask):
             forced = mha.model(**batch.inputs).logits
         again = mha.model(**batch.inputs).logits
     assert torch.equal(plain, again) and not torch.allclose(plain, forced, atol=1e-3)
 
 
-def test_a_rival_that_drops_nothing_strays_nowhere(subject: Subject) -> None:
+def test_a_baseline_that_drops_nothing_strays_nowhere(subject: Subject) -> None:
     batch = answered()
     records = [Recorded(batch, ANSWERS, answer_log_probs(subject.model, batch))]
-    with rival(subject.model, Setting("fastv", 2, share=1.0)):
+    with baseline(subject.model, FastV(2, share=1.0)):
         same = compare(subject.model, records)
-    with rival(subject.model, Setting("vtw", 1)):
+    with baseline(subject.model, TokenWithdrawal(1)):
         other = compare(subject.model, records)
     assert abs(same.kl) < 1e-6 and same.agreement == 1 and other.kl > 0.01
 
 
-def test_rivals_answer_the_demo_pairs() -> None:
+def test_baselines_answer_the_demo_pairs() -> None:
     """The trained model: nothing dropped, nothing lost; nothing seen, no better than a guess."""
     source = resolve("llava-tiny")
     model, processor = load_dense(source), load_processor(source.location)
     pairs = list(open_pairs("demo:heldout", samples=48, seed=0))
     records = record_dense(model, processor, pairs, batch_size=24, max_new_tokens=8)
-    layers = model.config.text_config.num_hidden_layers
     measure = partial(measure_kept, model, processor, records, max_new_tokens=8)
-    whole = measure(lambda: rival(model, Setting("downsample", layers)))
+    whole = measure(lambda: baseline(model, Downsampling()))
     assert whole.pairs == whole.same_answers == 48
     assert whole.accuracy.dense == whole.accuracy.pruned > 40
     assert sum(each.total for each in whole.by_kind.values()) == 48
-    blind = measure(lambda: rival(model, Setting("vtw", 0)))
+    blind = measure(lambda: baseline(model, TokenWithdrawal(0)))
     assert blind.accuracy.dense == whole.accuracy.dense
     assert blind.accuracy.pruned < 0.8 * whole.accuracy.dense
     assert blind.fidelity.kl > 100 * max(whole.fidelity.kl, 1e-6)

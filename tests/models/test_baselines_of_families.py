@@ -1,4 +1,4 @@
-"""Rivals on every family: stock where they drop nothing, right where they do, or a refusal."""
+"""Baselines on every family: stock where they drop nothing, right where they do, or a refusal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import tiny
 import torch
 from zoo import Row, Specimen
 
-from yopo.baselines.downsample import pool
-from yopo.baselines.install import rival
-from yopo.baselines.settings import NAMES, Setting
+from yopo.baselines.baseline import Baseline
+from yopo.baselines.downsample import Downsampling, pool
+from yopo.baselines.dropping import Dropping
+from yopo.baselines.fastv import FastV
+from yopo.baselines.install import baseline
+from yopo.baselines.prefill import Between
+from yopo.baselines.random import RandomTokens
+from yopo.baselines.registry import BASELINES
+from yopo.baselines.vtw import TokenWithdrawal
 from yopo.bench.result import BenchOptions
 from yopo.bench.run import Sizes, bench_model
 from yopo.plans.schema import LayerPlan, full_layer
@@ -26,9 +32,11 @@ PROMPTS: dict[str, list[Row]] = {
 }
 MIXED: Row = (1, 5, "L", 6, "C", 7, 8, 9)
 NOTHING = (
-    Setting("vtw", LAYERS),
-    Setting("fastv", 2, share=1.0),
-    Setting("downsample", LAYERS),
+    TokenWithdrawal(LAYERS),
+    FastV(2, share=1.0),
+    Downsampling(),
+    RandomTokens(0, share=1.0),
+    RandomTokens(2, share=1.0),
 )
 
 
@@ -37,18 +45,18 @@ def pools(specimen: Specimen) -> bool:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("setting", NOTHING, ids=lambda setting: setting.name)
+@pytest.mark.parametrize("method", NOTHING, ids=str)
 def test_dropping_nothing_is_the_stock_model(
-    specimen: Specimen, setting: Setting, prompt: str
+    specimen: Specimen, method: Baseline, prompt: str
 ) -> None:
     model, inputs = specimen.model, specimen.inputs(PROMPTS[prompt])
-    if setting.name == "downsample" and not pools(specimen):
-        with pytest.raises(ModelError, match="newline"), rival(model, setting):
+    if method.name == "downsample" and not pools(specimen):
+        with pytest.raises(ModelError, match="newline"), baseline(model, method):
             pass
         return
     usual, oracle = (tiny.logits(each, inputs) for each in (model, specimen.oracle))
     said = specimen.generate(model, inputs)
-    with rival(model, setting):
+    with baseline(model, method):
         found = tiny.logits(model, inputs)
         assert torch.equal(specimen.generate(model, inputs), said)
     tiny.assert_close(found, usual, oracle, inputs["attention_mask"].bool())
@@ -71,7 +79,7 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(specimen: Specimen, p
         oracle = tiny.logits(specimen.oracle, inputs)
     with pruned(specimen.model, plan):
         usual, said = tiny.logits(specimen.model, inputs), specimen.generate(specimen.model, inputs)
-    with rival(specimen.model, Setting("vtw", 1)):
+    with baseline(specimen.model, TokenWithdrawal(1)):
         found = tiny.logits(specimen.model, inputs)
         assert torch.equal(specimen.generate(specimen.model, inputs), said)
     tiny.assert_close(found, usual, oracle, specimen.text_positions(inputs))
@@ -87,7 +95,7 @@ def test_the_simulation_means_what_the_reference_means(specimen: Specimen, promp
         oracle = tiny.logits(specimen.oracle, inputs)
     with pruned(specimen.model, plan):
         said = specimen.generate(specimen.model, inputs)
-    with rival(specimen.model, "masked", plan):
+    with baseline(specimen.model, "masked", plan):
         found = tiny.logits(specimen.model, inputs)
         assert torch.equal(specimen.generate(specimen.model, inputs), said)
     tiny.assert_close(found, usual, oracle, specimen.text_positions(inputs))
@@ -108,11 +116,11 @@ def brute_row(specimen: Specimen, inputs: dict[str, Any]) -> torch.Tensor:
 def test_fastv_keeps_what_the_last_token_attends_to(specimen: Specimen) -> None:
     inputs = specimen.inputs(PROMPTS["two images"])
     visual = torch.isin(inputs["input_ids"][0], torch.tensor(specimen.entry.placeholders))
-    setting = Setting("fastv", 2, share=0.4)
-    count = setting.kept(int(visual.sum()))
+    method = FastV(2, share=0.4)
+    count = method.kept(int(visual.sum()))
     row = brute_row(specimen, inputs).masked_fill(~visual, -1.0)
     expected = torch.cat([row.topk(count).indices, (~visual).nonzero()[:, 0]]).sort().values
-    with torch.no_grad(), rival(specimen.model, setting):
+    with torch.no_grad(), baseline(specimen.model, method):
         cache = specimen.model(**inputs, use_cache=True).past_key_values
         places = cache.layers[2].record.stretch(3).places
         said = specimen.generate(specimen.model, inputs)
@@ -122,36 +130,62 @@ def test_fastv_keeps_what_the_last_token_attends_to(specimen: Specimen) -> None:
     assert torch.equal(said[:, : again.shape[1]], again)
 
 
+class BetweenLayers(RandomTokens):
+    """The same tokens leave between the embeddings and the first layer, not in front of both."""
+
+    def reduce(self, *_: object) -> None:
+        return None
+
+    def keep(self, between: Between) -> torch.Tensor | None:
+        return Dropping.keep(self, between)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_reduction_in_front_is_a_drop_before_the_first_layer(
+    specimen: Specimen, prompt: str
+) -> None:
+    """Positions of several axes and features that later layers add go along in both ways."""
+    model, inputs = specimen.model, specimen.inputs(PROMPTS[prompt])
+    found = []
+    for kind in (RandomTokens, BetweenLayers):
+        with baseline(model, kind(0, share=0.5)):
+            found.append((tiny.logits(model, inputs), specimen.generate(model, inputs)))
+    (reduced, said), (dropped, same) = found
+    assert torch.equal(reduced, dropped) and torch.equal(said, same)
+    where = specimen.text_positions(inputs)
+    assert not torch.allclose(reduced[where], tiny.logits(model, inputs)[where], atol=1e-3)
+
+
 def test_pooled_images_stand_where_smaller_ones_would(specimen: Specimen) -> None:
     """M-RoPE: rows and columns of the smaller grid, and text behind it closes up."""
     model = specimen.model.base_model
     if not hasattr(model, "get_rope_index"):
         pytest.skip("positions are one number per token")
     inputs = specimen.inputs([MIXED])
-    setting = Setting("downsample", LAYERS, scale=(0.5, 0.67))
+    method = Downsampling(scale=(0.5, 0.67))
     seen = []
     handle = model.language_model.rotary_emb.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
     try:
-        with rival(specimen.model, setting):
+        with baseline(specimen.model, method):
             tiny.logits(specimen.model, inputs)
             specimen.generate(specimen.model, inputs, max_new_tokens=2, min_new_tokens=2)
     finally:
         handle.remove()
-    ids, kinds, sizes = shortened(specimen, inputs, setting)
+    ids, kinds, sizes = shortened(specimen, inputs, method)
     expected, delta = model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=sizes)
     prefill, again, step = seen
     assert torch.equal(prefill, expected) and torch.equal(again, expected)
     assert step.shape == (3, 1, 1) and bool((step == ids.shape[1] + delta).all())
 
 
-def shortened(specimen: Specimen, inputs: dict[str, Any], setting: Setting) -> tuple:
+def shortened(specimen: Specimen, inputs: dict[str, Any], method: Downsampling) -> tuple:
     """Ids, kinds and sizes of a prompt whose images had the smaller grids from the start."""
     ids, kinds = inputs["input_ids"][0].tolist(), inputs["mm_token_type_ids"][0].tolist()
     merge = specimen.model.config.vision_config.spatial_merge_size
     grids = specimen.workload(MIXED).grids
-    smaller = [setting.grid(grid) for grid in grids]
+    smaller = [method.grid(grid) for grid in grids]
     short_ids, short_kinds, place = [], [], 0
     images = iter(zip(grids, smaller, strict=True))
     while place < len(ids):
@@ -170,8 +204,8 @@ def test_videos_are_not_pooled(specimen: Specimen) -> None:
     if "V" not in specimen.entry.pictures:
         pytest.skip("takes no videos")
     inputs = specimen.inputs([[1, 5, "V", 6, 7, 8]])
-    setting = Setting("downsample", LAYERS, scale=(0.5, 0.5))
-    with rival(specimen.model, setting):
+    method = Downsampling(scale=(0.5, 0.5))
+    with baseline(specimen.model, method):
         if specimen.entry.name == "qwen3-vl":  # a run per frame: each is placed like an image
             assert tiny.logits(specimen.model, inputs).isfinite().all()
             return
@@ -187,10 +221,15 @@ def test_pooling_is_a_mean_over_areas() -> None:
     assert torch.allclose(pool(features, grids, smaller)[0], cells.mean(dim=(0, 2)))
 
 
-def test_rivals_are_timed_on_the_models_own_images(specimen: Specimen) -> None:
+def test_baselines_are_timed_on_the_models_own_images(specimen: Specimen) -> None:
     plan = specimen.plan(3, workload=specimen.workload([1, 5, 6, "L", 7, 8, 9]))
     options = BenchOptions(
-        runs=1, warmup=0, decode_steps=1, rivals=NAMES, may_leave_out=True, contexts=(300,)
+        runs=1,
+        warmup=0,
+        decode_steps=1,
+        baselines=tuple(BASELINES),
+        may_leave_out=True,
+        contexts=(300,),
     )
     plan = plan.with_layers([full_layer(plan.model.shape)] * 3 + [plan.layers[0]])
     found = bench_model(specimen.model, plan, Sizes(), options)

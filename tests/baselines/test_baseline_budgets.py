@@ -1,4 +1,4 @@
-"""The same visual FLOPs: settings meet budgets from below, and run what the closed forms say."""
+"""The same visual FLOPs: methods meet budgets from below, and run what the closed forms say."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from tiny import IMAGE, Subject
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from yopo.baselines.install import rival
-from yopo.baselines.settings import (
-    NAMES,
-    Setting,
-    prefill_flops,
-    reached,
-    solve,
-    solve_for,
-    visual_flops,
-    visual_kv_bytes,
-)
+from yopo.baselines.baseline import Baseline
+from yopo.baselines.downsample import Downsampling
+from yopo.baselines.fastv import FastV
+from yopo.baselines.install import baseline
+from yopo.baselines.random import RandomTokens
+from yopo.baselines.registry import BASELINES, solve, solve_for, with_own_budget
+from yopo.baselines.vtw import TokenWithdrawal
 from yopo.bench.plans import preset_plan
 from yopo.bench.random_model import WORKLOAD, published_model
 from yopo.plans.flops import (
@@ -40,7 +36,7 @@ PROMPT = tiny.workload(side=SIDE, text=20, text_before=3)
 SEVEN_B = published_model("llava-1.5-7b").shape
 GROUPED = ModelShape(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, ffn=18944)
 WIDE = Workload((Grid(24, 24), Grid(30, 17)), text=80, text_before=5)
-RANKED = ("vtw", "fastv", "downsample")
+BUDGETED = tuple(with_own_budget())
 
 
 @pytest.fixture(scope="module", params=tiny.BACKBONES)
@@ -59,77 +55,79 @@ def executed(subject: Subject) -> int:
 
 
 @pytest.mark.parametrize(
-    "setting",
+    "method",
     [
-        Setting("vtw", 0),
-        Setting("vtw", 3),
-        Setting("fastv", 2, share=0.3),
-        Setting("fastv", 2, share=0.0),
-        Setting("downsample", 4, scale=(0.5, 0.75)),
+        TokenWithdrawal(0),
+        TokenWithdrawal(3),
+        FastV(2, share=0.3),
+        FastV(2, share=0.0),
+        Downsampling(scale=(0.5, 0.75)),
+        RandomTokens(0, share=0.3),
+        RandomTokens(2, share=0.3),
     ],
     ids=str,
 )
-def test_what_runs_is_what_is_predicted(large: Subject, setting: Setting) -> None:
-    predicted = prefill_flops(setting, large.shape, PROMPT)
-    with rival(large.model, setting):
+def test_what_runs_is_what_is_predicted(large: Subject, method: Baseline) -> None:
+    predicted = method.prefill_flops(large.shape, PROMPT)
+    with baseline(large.model, method):
         assert executed(large) == pytest.approx(predicted, rel=0.01)
         with torch.no_grad():
             cache = large.model(**INPUTS, use_cache=True).past_key_values
     held = sum(layer.visual_bytes() for layer in cache.layers)
-    assert held == visual_kv_bytes(setting, large.shape, PROMPT, itemsize=4)
+    assert held == method.visual_kv_bytes(large.shape, PROMPT, itemsize=4)
     assert predicted < dense_prefill_flops(large.shape, PROMPT)
 
 
 def test_ranking_is_counted_to_the_last_product(large: Subject) -> None:
     """One more query projection and one row of logits, beside what the layers multiply."""
-    setting, dense = Setting("fastv", 2, share=0.3), executed(large)
-    with rival(large.model, setting):
+    method, dense = FastV(2, share=0.3), executed(large)
+    with baseline(large.model, method):
         saved = dense - executed(large)
     predicted = dense_prefill_flops(large.shape, PROMPT)
-    assert saved == predicted - prefill_flops(setting, large.shape, PROMPT)
+    assert saved == predicted - method.prefill_flops(large.shape, PROMPT)
 
 
 def test_the_simulation_runs_everything(large: Subject) -> None:
     plan = large.random_plan(3, workload=PROMPT)
-    setting, shape = solve_for("masked", plan), large.shape
-    with rival(large.model, setting, plan):
+    method, shape = solve_for("masked", plan), large.shape
+    with baseline(large.model, method, plan):
         count = executed(large)
     dense = dense_prefill_flops(shape, PROMPT)
     assert count == pytest.approx(dense, rel=0.01)
-    assert prefill_flops(setting, shape, PROMPT) == dense
-    assert reached(setting, shape, PROMPT) == 1
+    assert method.prefill_flops(shape, PROMPT) == dense
+    assert method.reached(shape, PROMPT) == 1
     kept = dense_visual_kv_bytes(shape, PROMPT)
-    assert visual_kv_bytes(setting, shape, PROMPT) == kept
+    assert method.visual_kv_bytes(shape, PROMPT) == kept
 
 
 @pytest.mark.parametrize("budget", [0.12, 0.25, 0.5, 0.77, 1.0])
 @pytest.mark.parametrize("workload", [WORKLOAD, WIDE], ids=["square", "two sizes"])
 @pytest.mark.parametrize("shape", [SEVEN_B, GROUPED], ids=["7b", "grouped"])
-@pytest.mark.parametrize("name", RANKED)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_budgets_are_met_from_below_and_nearly(
     name: str, shape: ModelShape, workload: Workload, budget: float
 ) -> None:
-    found = reached(solve(name, shape, workload, budget), shape, workload)
-    coarse = {"vtw": 1 / shape.layers, "fastv": 0.005, "downsample": 0.1 * budget}
-    assert budget - coarse[name] <= found <= budget * (1 + 1e-6)
+    found = solve(name, shape, workload, budget).reached(shape, workload)
+    coarse = {"vtw": 1 / shape.layers, "downsample": 0.1 * budget}
+    assert budget - coarse.get(name, 0.005) <= found <= budget * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("name", RANKED)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_the_whole_budget_drops_nothing(name: str) -> None:
-    setting = solve(name, SEVEN_B, WIDE, 1.0)
-    assert setting.tokens(SEVEN_B, WIDE.grids) == (WIDE.visual,) * SEVEN_B.layers
-    assert visual_flops(setting, SEVEN_B, WIDE) == dense_visual_flops(SEVEN_B, WIDE)
+    method = solve(name, SEVEN_B, WIDE, 1.0)
+    assert method.tokens(SEVEN_B, WIDE.grids) == (WIDE.visual,) * SEVEN_B.layers
+    assert method.visual_flops(SEVEN_B, WIDE) == dense_visual_flops(SEVEN_B, WIDE)
 
 
-def test_settings_are_those_of_hand_arithmetic() -> None:
+def test_parameters_are_those_of_hand_arithmetic() -> None:
     """A quarter of 32 layers is 8; behind two whole ones, 18.75 % of the budget is left for 30."""
     assert solve("vtw", SEVEN_B, WORKLOAD, 0.25).layers == 8
-    setting = solve("fastv", SEVEN_B, WORKLOAD, 0.25)
-    assert setting.layers == 2 and 0.19 < setting.share < 0.21
+    method = solve("fastv", SEVEN_B, WORKLOAD, 0.25)
+    assert method.layers == 2 and 0.19 < method.share < 0.21
     assert solve("downsample", SEVEN_B, WORKLOAD, 0.25).grid(Grid(24, 24)) == Grid(12, 12)
-    count = setting.kept(576)
-    more = replace(setting, share=(count + 1) / 576)
-    assert reached(more, SEVEN_B, WORKLOAD) > 0.25
+    count = method.kept(576)
+    more = replace(method, share=(count + 1) / 576)
+    assert more.reached(SEVEN_B, WORKLOAD) > 0.25
 
 
 def test_two_whole_layers_are_the_least_of_fastv() -> None:
@@ -144,17 +142,17 @@ def test_budgets_are_shares(budget: float) -> None:
         solve("vtw", SEVEN_B, WORKLOAD, budget)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_settings_follow_a_sample_of_layers(name: str) -> None:
+@pytest.mark.parametrize("name", BASELINES)
+def test_methods_follow_a_sample_of_layers(name: str) -> None:
     plan = preset_plan("yopo-25", published_model("llava-1.5-7b"), WORKLOAD)
-    setting = solve_for(name, plan)
-    assert name == "masked" or reached(setting, SEVEN_B, WORKLOAD) <= visual_budget(plan)
-    few = setting.on_layers((4, 12, 20, 28))
-    assert few.layers == {"vtw": 1, "fastv": 1, "downsample": 4, "masked": 4}[name]
-    assert replace(few, layers=setting.layers) == setting
+    method = solve_for(name, plan)
+    assert name == "masked" or method.reached(SEVEN_B, WORKLOAD) <= visual_budget(plan)
+    few = method.on_layers((4, 12, 20, 28))
+    layers = {"vtw": 1, "fastv": 1}
+    assert few == (replace(method, layers=layers[name]) if name in layers else method)
 
 
-def test_what_a_setting_is_called() -> None:
+def test_what_parameters_are_called() -> None:
     def called(name: str) -> str:
         return solve(name, SEVEN_B, WORKLOAD, 0.25).describe(SEVEN_B, WORKLOAD)
 

@@ -1,4 +1,4 @@
-"""Rivals: the stock model where they drop nothing, independent oracles where they do."""
+"""Baselines: the stock model where they drop nothing, independent oracles where they do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from tiny import EOS, IMAGE, PICTURE, Subject
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import DynamicCache
 
-from yopo.baselines.install import rival, teacher_forced
-from yopo.baselines.settings import NAMES, Setting
+from yopo.baselines.downsample import Downsampling
+from yopo.baselines.fastv import FastV
+from yopo.baselines.install import baseline
+from yopo.baselines.masked import MaskedPlan
+from yopo.baselines.random import RandomTokens
+from yopo.baselines.registry import BASELINES
+from yopo.baselines.vtw import TokenWithdrawal
+from yopo.models.answer_tokens import teacher_forced
 from yopo.plans.schema import LayerPlan
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
@@ -28,14 +35,16 @@ PROMPTS = {
     "padded": [[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 3, 4, 9, 11, 12, 13, 14]],
 }
 SOME = {
-    "vtw": Setting("vtw", 2),
-    "fastv": Setting("fastv", 2, share=0.4),
-    "downsample": Setting("downsample", LAYERS, scale=(0.5, 0.75)),
+    "vtw": TokenWithdrawal(2),
+    "fastv": FastV(2, share=0.4),
+    "downsample": Downsampling(scale=(0.5, 0.75)),
+    "random": RandomTokens(1, share=0.4),
 }
 NOTHING = {
-    "vtw": Setting("vtw", LAYERS),
-    "fastv": Setting("fastv", 2, share=1.0),
-    "downsample": Setting("downsample", LAYERS),
+    "vtw": TokenWithdrawal(LAYERS),
+    "fastv": FastV(2, share=1.0),
+    "downsample": Downsampling(),
+    "random": RandomTokens(0, share=1.0),
 }
 
 
@@ -54,7 +63,7 @@ def test_dropping_nothing_is_the_stock_model(subject: Subject, name: str, prompt
     inputs = inputs_of(prompt)
     usual, oracle = (tiny.logits(each, inputs) for each in (subject.model, subject.oracle))
     said = generated(subject.model, inputs)
-    with rival(subject.model, NOTHING[name]):
+    with baseline(subject.model, NOTHING[name]):
         found = tiny.logits(subject.model, inputs)
         assert torch.equal(generated(subject.model, inputs), said)
     tiny.assert_close(found, usual, oracle, tiny.real(inputs))
@@ -79,7 +88,7 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(
         usual, said = tiny.logits(subject.model, inputs), generated(subject.model, inputs)
     with pruned(subject.oracle, plan, check=False):
         oracle = tiny.logits(subject.oracle, inputs)
-    with rival(subject.model, Setting("vtw", layers)):
+    with baseline(subject.model, TokenWithdrawal(layers)):
         found = tiny.logits(subject.model, inputs)
         assert torch.equal(generated(subject.model, inputs), said)
     tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
@@ -120,7 +129,7 @@ def test_fastv_is_eager_attention_without_the_dropped_keys(
     count = int(share * (inputs["input_ids"][0] == IMAGE).sum())
     usual = brute_fastv(subject.model, inputs, count)
     oracle = brute_fastv(subject.oracle, tiny.as_dtype(inputs, torch.float64), count)
-    with rival(subject.model, Setting("fastv", 2, share=share)):
+    with baseline(subject.model, FastV(2, share=share)):
         found = tiny.logits(subject.model, inputs)
     tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
 
@@ -130,7 +139,7 @@ def test_fastv_ranks_each_sample_by_its_own_question(mha: Subject) -> None:
     rows = [[1, 5, *PICTURE, 7, 8, 9, 10], [1, 5, *PICTURE, 40, 41, 42, 43]]
     inputs = tiny.batch(rows)
     inputs["pixel_values"] = tiny.pictures(1).repeat(2, 1, 1, 1)
-    with torch.no_grad(), rival(mha.model, Setting("fastv", 2, share=0.25)):
+    with torch.no_grad(), baseline(mha.model, FastV(2, share=0.25)):
         cache = mha.model(**inputs, use_cache=True).past_key_values
     places = cache.layers[2].record.stretch(2).places
     assert places.shape == (2, 6 + VISUAL // 4)
@@ -158,7 +167,7 @@ def test_downsampling_is_the_stock_model_on_a_shorter_prompt(subject: Subject) -
     inputs = tiny.batch(ONE)
     sizes = (inputs, tiny.SIDE, (2, 3))
     usual, oracle = hand_shortened(subject.model, *sizes), hand_shortened(subject.oracle, *sizes)
-    with rival(subject.model, SOME["downsample"]):
+    with baseline(subject.model, SOME["downsample"]):
         found = tiny.logits(subject.model, inputs)[:, -4:]
         with torch.no_grad():
             cache = subject.model(**inputs, use_cache=True).past_key_values
@@ -180,26 +189,26 @@ def test_the_simulation_means_what_the_reference_means(
         said = generated(subject.model, inputs, use_cache=False)
     with reference(subject.oracle, plan, check=False):
         oracle = tiny.logits(subject.oracle, inputs)
-    with rival(subject.model, "masked", plan):
+    with baseline(subject.model, "masked", plan):
         found = tiny.logits(subject.model, inputs)
         assert torch.equal(generated(subject.model, inputs), said)
     tiny.assert_close(found, usual, oracle, tiny.real_text(inputs))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BASELINES)
 def test_generate_is_teacher_forcing(subject: Subject, name: str, prompt: str) -> None:
     """Decode steps see what one forward of prompt and answer sees."""
     model, inputs = subject.model, inputs_of(prompt)
     plan = subject.random_plan(1)
-    with torch.no_grad(), rival(model, SOME.get(name, name), plan):
+    with torch.no_grad(), baseline(model, SOME.get(name, name), plan):
         length = inputs["input_ids"].shape[1]
         whole = generated(model, inputs)
         more = torch.ones(len(whole), whole.shape[1] - length, dtype=torch.int64)
         mask = torch.cat([inputs["attention_mask"], more], dim=1)
         answers = torch.zeros_like(whole, dtype=torch.bool)
         answers[:, length:] = True
-        with teacher_forced(model, answers):
+        with teacher_forced(answers):
             forced = model(**{**inputs, "input_ids": whole, "attention_mask": mask}).logits
     forced[..., [IMAGE, EOS]] = float("-inf")  # both are suppressed
     assert torch.equal(forced[:, length - 1 : -1].argmax(dim=-1), whole[:, length:])
@@ -209,7 +218,7 @@ def test_generate_is_teacher_forcing(subject: Subject, name: str, prompt: str) -
 def test_padding_changes_nothing(subject: Subject, name: str) -> None:
     """A row alone is a row of a padded batch; the cache, too, holds nothing of its padding."""
     inputs, rows = inputs_of("padded"), PROMPTS["padded"]
-    with rival(subject.model, SOME[name]):
+    with baseline(subject.model, SOME[name]):
         together, said = tiny.logits(subject.model, inputs), generated(subject.model, inputs)
         for number, row in enumerate(rows):
             alone = tiny.batch([row])
@@ -226,9 +235,10 @@ def test_dropped_tokens_are_in_no_later_cache(subject: Subject) -> None:
         "vtw": [VISUAL, VISUAL, 0, 0],
         "fastv": [VISUAL, VISUAL, int(0.4 * VISUAL), int(0.4 * VISUAL)],
         "downsample": [6] * 4,
+        "random": [VISUAL, *[int(0.4 * VISUAL)] * 3],
     }
     for name, counts in expected.items():
-        with torch.no_grad(), rival(subject.model, SOME[name]):
+        with torch.no_grad(), baseline(subject.model, SOME[name]):
             cache = subject.model(**inputs, use_cache=True).past_key_values
             assert [layer.visual_bytes() for layer in cache.layers] == [n * token for n in counts]
             assert [layer.keys.shape[2] for layer in cache.layers] == [7 + n for n in counts]
@@ -238,13 +248,13 @@ def test_dropped_tokens_are_in_no_later_cache(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BASELINES)
 def test_the_model_is_restored_bit_for_bit(mha: Subject, name: str, fails: bool) -> None:
     model, inputs = mha.model, inputs_of("two images")
     plan = mha.random_plan(2)
     before, state = tiny.logits(model, inputs), trace(model)
     with pytest.raises(ZeroDivisionError) if fails else torch.no_grad():
-        with rival(model, SOME.get(name, name), plan):
+        with baseline(model, SOME.get(name, name), plan):
             assert not torch.equal(tiny.logits(model, inputs), before)
             if fails:
                 raise ZeroDivisionError
@@ -253,19 +263,43 @@ def test_the_model_is_restored_bit_for_bit(mha: Subject, name: str, fails: bool)
 
 
 def trace(model: Any) -> tuple[object, ...]:
-    """Everything that a rival might leave behind."""
+    """Everything that a baseline might leave behind."""
     modules = list(model.modules())
     hooks = [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in modules]
     attributes = [set(vars(each)) for each in (model.base_model, model.get_decoder())]
     return [type(each) for each in modules], hooks, attributes, list(model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["fastv", "downsample", "masked"])
+def test_hooks_of_accelerate_stay_around_the_forward(mha: Subject, name: str) -> None:
+    model, inputs, plan = copy.deepcopy(mha.model), inputs_of("two images"), mha.random_plan(2)
+    decoder, usual = model.get_decoder(), tiny.logits(model, inputs)
+    with baseline(model, SOME.get(name, name), plan):
+        expected = tiny.logits(model, inputs)
+    add_hook_to_module(decoder, ModelHook())
+    held = {slot: vars(decoder)[slot] for slot in ("forward", "_old_forward")}
+    with baseline(model, SOME.get(name, name), plan):
+        assert torch.equal(tiny.logits(model, inputs), expected)
+    assert {slot: vars(decoder)[slot] for slot in held} == held
+    assert torch.equal(tiny.logits(model, inputs), usual)
+
+
+def test_a_forward_that_would_not_be_reached_is_refused(mha: Subject) -> None:
+    model = copy.deepcopy(mha.model)
+    decoder = model.get_decoder()
+    decoder.forward = torch.compile(decoder.forward, backend="eager")
+    state = trace(model)
+    with pytest.raises(ModelError, match="was replaced"), baseline(model, SOME["vtw"]):
+        pass
+    assert trace(model) == state
+
+
 def test_text_alone_is_the_stock_model(mha: Subject) -> None:
     inputs = tiny.batch([[1, 5, 6, 7], [2, 3]])
     usual, said = tiny.logits(mha.model, inputs), generated(mha.model, inputs)
     plan = mha.random_plan(2)
-    for name in NAMES:
-        with rival(mha.model, SOME.get(name, name), plan):
+    for name in BASELINES:
+        with baseline(mha.model, SOME.get(name, name), plan):
             found = tiny.logits(mha.model, inputs)
             assert torch.equal(generated(mha.model, inputs), said)
         assert torch.allclose(found[tiny.real(inputs)], usual[tiny.real(inputs)], atol=1e-4)
@@ -275,10 +309,10 @@ def test_eager_attention_gets_masks_that_it_adds(mha: Subject) -> None:
     inputs, eager = inputs_of("padded"), copy.deepcopy(mha.model)
     eager.set_attn_implementation("eager")
     plan = mha.random_plan(1)
-    for name in NAMES:
+    for name in BASELINES:
         found = []
         for model in (mha.model, eager):
-            with rival(model, SOME.get(name, name), plan):
+            with baseline(model, SOME.get(name, name), plan):
                 found.append(tiny.logits(model, inputs)[tiny.real_text(inputs)])
                 said = generated(model, inputs)
         assert torch.allclose(*found, atol=1e-4) and said.shape[1] > inputs["input_ids"].shape[1]
@@ -315,52 +349,58 @@ def second_image(model: Any) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_rival_cannot_do_it_says(mha: Subject, case: str) -> None:
+def test_what_a_baseline_cannot_do_it_says(mha: Subject, case: str) -> None:
     call, expected = REFUSED[case]
-    with rival(mha.model, SOME["fastv"]), pytest.raises(ModelError, match=expected):
+    with baseline(mha.model, SOME["fastv"]), pytest.raises(ModelError, match=expected):
         call(mha.model)
 
 
 def test_caches_do_not_change_hands(mha: Subject) -> None:
     model, step = mha.model, torch.tensor([[9]])
     dense = used_cache(model)
-    with torch.no_grad(), rival(model, SOME["vtw"]):
+    with torch.no_grad(), baseline(model, SOME["vtw"]):
         theirs = used_cache(model)
         with pytest.raises(ModelError, match="another model"):
             model(input_ids=step, past_key_values=dense)
     with torch.no_grad(), pytest.raises(ModelError, match="another model"):
         model(input_ids=step, past_key_values=theirs)
-    with torch.no_grad(), rival(model, SOME["vtw"]), pytest.raises(ModelError, match="another"):
+    with torch.no_grad(), baseline(model, SOME["vtw"]), pytest.raises(ModelError, match="another"):
         model(input_ids=step, past_key_values=theirs)
 
 
+def test_ranking_needs_a_layer_to_rank_in() -> None:
+    with pytest.raises(PlanError, match="fastv cannot drop tokens after 0 layers"):
+        FastV(0, share=0.5)
+    assert FastV(2, share=0.5).on_layers((2, 3)) == FastV(1, share=0.5)
+
+
 def test_one_change_at_a_time(mha: Subject) -> None:
-    with rival(mha.model, SOME["vtw"]), pytest.raises(ModelError, match="already"):
-        with rival(mha.model, SOME["fastv"]):
+    with baseline(mha.model, SOME["vtw"]), pytest.raises(ModelError, match="already"):
+        with baseline(mha.model, SOME["fastv"]):
             pass
     plan = mha.random_plan(2)
     with pruned(mha.model, plan), pytest.raises(ModelError, match="already"):
-        with rival(mha.model, SOME["fastv"]):
+        with baseline(mha.model, SOME["fastv"]):
             pass
 
 
 def test_a_name_needs_a_plan(mha: Subject) -> None:
-    for which in ("vtw", Setting("masked", LAYERS)):
-        with pytest.raises(PlanError, match="plan"), rival(mha.model, which):
+    for which in ("vtw", MaskedPlan()):
+        with pytest.raises(PlanError, match="plan"), baseline(mha.model, which):
             pass
     with pytest.raises(PlanError, match="fastvv") as caught:
-        with rival(mha.model, "fastvv", tiny.whole(mha)):
+        with baseline(mha.model, "fastvv", tiny.whole(mha)):
             pass
     assert "fastv" in caught.value.remedy
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BASELINES)
 def test_several_forwards_are_one(subject: Subject, name: str) -> None:
     """Steps of one and of several tokens, padded rows: as if all had been in one prompt."""
     turns = [PROMPTS["padded"], [[40, 41, 42], [50, 51]], [[43], [52]], [[44, 45], [53, 54]]]
     parts = [tiny.batch(rows) for rows in turns]
     plan = subject.random_plan(1)
-    with torch.no_grad(), rival(subject.model, SOME.get(name, name), plan):
+    with torch.no_grad(), baseline(subject.model, SOME.get(name, name), plan):
         cache, found, mask = None, [], []
         for part in parts:
             mask.append(part.pop("attention_mask"))
@@ -373,18 +413,18 @@ def test_several_forwards_are_one(subject: Subject, name: str) -> None:
         real, length = torch.cat(mask, dim=1), parts[0]["input_ids"].shape[1]
         behind = torch.arange(whole.shape[1])[None] >= length
         inputs = {"input_ids": whole, "pixel_values": parts[0]["pixel_values"]}
-        with teacher_forced(subject.model, behind.expand_as(whole)):
+        with teacher_forced(behind.expand_as(whole)):
             once = subject.model(**inputs, attention_mask=real).logits
     where = real.bool() & (whole != IMAGE)
     assert torch.allclose(torch.cat(found, dim=1)[where], once[where], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_second_turn_of_text_continues_the_first(mha: Subject, name: str) -> None:
     """``generate`` over a used cache says what it says when it prefills everything."""
     model, inputs = mha.model, inputs_of("one image")
     plan = mha.random_plan(1)
-    with rival(model, SOME.get(name, name), plan):
+    with baseline(model, SOME.get(name, name), plan):
         first = generated(model, inputs, return_dict_in_generate=True)
         more = torch.tensor([[30, 31, 32]])
         ids = torch.cat([first.sequences, more], dim=1)
@@ -392,7 +432,7 @@ def test_a_second_turn_of_text_continues_the_first(mha: Subject, name: str) -> N
         second = generated(model, turn, past_key_values=first.past_key_values)
         forced = torch.zeros_like(second, dtype=torch.bool)
         forced[:, inputs["input_ids"].shape[1] :] = True
-        with torch.no_grad(), teacher_forced(model, forced):
+        with torch.no_grad(), teacher_forced(forced):
             logits = model(input_ids=second, pixel_values=inputs["pixel_values"]).logits
     logits[..., [IMAGE, EOS]] = float("-inf")
     start = ids.shape[1]

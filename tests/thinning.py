@@ -1,0 +1,66 @@
+"""A baseline from outside: all that a new method needs is a class like this and a line for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from yopo.baselines.baseline import Baseline
+from yopo.baselines.prefill import Between
+from yopo.plans.grid import Grid
+from yopo.plans.schema import ModelShape, Workload
+
+LINE = {"thinning": "thinning:Thinning"}
+"""What the registry would say."""
+
+
+@dataclass(frozen=True)
+class Thinning(Baseline):
+    """One of ``step`` visual tokens stays, in front of every second layer.
+
+    Attributes:
+        step: Two: half of them, and half again.
+    """
+
+    step: int = 2
+
+    name = "thinning"
+    label = "Thinning"
+    source = "here"
+
+    @classmethod
+    def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Thinning]:
+        """Few of them."""
+        return (cls(step) for step in (2, 4, 64))
+
+    def tokens(self, shape: ModelShape, grids: Sequence[Grid]) -> tuple[int, ...]:
+        """Fewer at every second layer."""
+        count, counts = sum(grid.tokens for grid in grids), []
+        for layer in range(shape.layers):
+            count = -(-count // self.step) if layer % 2 else count
+            counts.append(count)
+        return tuple(counts)
+
+    def describe(self, shape: ModelShape, workload: Workload) -> str:
+        """In words."""
+        return f"one of {self.step}, and again"
+
+    def keep(self, between: Between) -> torch.Tensor | None:
+        """Every ``step``-th."""
+        if between.number % 2 == 0:
+            return None
+        check(between)
+        kept = torch.arange(0, between.num_visual, self.step)
+        return kept.expand(len(between.ends), -1)
+
+
+def check(between: Between) -> None:
+    """What a method is shown between two layers belongs together."""
+    length = between.stream.hidden.shape[1]
+    assert between.front is not None
+    assert between.front.keys.shape[2] == between.front.entered.hidden.shape[1] == length
+    assert between.real is None or between.real.shape[1] == length
+    rows = torch.arange(len(between.ends))
+    assert torch.equal(between.stream.places[rows, between.ends], between.prompt.ends)

@@ -1,0 +1,104 @@
+"""What a method may look at while prompts are prefilled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from yopo.baselines.token_stream import TokenStream
+from yopo.models.family import Backbone
+from yopo.models.layout import TokenLayout
+
+
+class Decoder(Protocol):
+    """The parts of a stock text decoder that baselines call.
+
+    Attributes:
+        config: The text configuration.
+        layers: Decoder layers.
+        embed_tokens, rotary_emb, norm: In front of the layers, beside them, behind them.
+    """
+
+    config: PreTrainedConfig
+    layers: nn.ModuleList
+    embed_tokens: nn.Module
+    rotary_emb: nn.Module
+    norm: nn.Module
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompts of one batch.
+
+    Attributes:
+        layout: Where text and visual tokens are; all rows hold equally many of both, padding
+            included.
+        ends: (batch,) int64, position of each prompt's last token; an answer may follow.
+        real: (batch, sequence) bool, False on padding; None: no padding.
+    """
+
+    layout: TokenLayout
+    ends: torch.Tensor
+    real: torch.Tensor | None
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(batch,) int64, each prompt's tokens, without padding and answer."""
+        if self.real is None:
+            return self.ends + 1
+        place = torch.arange(self.real.shape[1], device=self.ends.device)
+        return (self.real & (place <= self.ends[:, None])).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Front:
+    """A layer that has just run, in front of a place where tokens may be dropped.
+
+    Attributes:
+        layer: A stock decoder layer.
+        names: Of its modules.
+        entered: What went into it: the tokens that came out of it.
+        keys: (batch, kv_heads, length, head_dim), its keys of these tokens, RoPE applied.
+    """
+
+    layer: nn.Module
+    names: Backbone
+    entered: TokenStream
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Between:
+    """A place between two layers of a prefill.
+
+    Attributes:
+        number: The layer that comes next.
+        prompt: What is prefilled.
+        stream: What goes into that layer, unless tokens are dropped here.
+        front: The layer in front; None before the first layer.
+    """
+
+    number: int
+    prompt: Prompt
+    stream: TokenStream
+    front: Front | None
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens per row that are still there."""
+        return self.stream.visual.shape[1]
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """(batch,) int64, where in the stream each prompt's last token is."""
+        return torch.searchsorted(self.stream.places, self.prompt.ends[:, None].contiguous())[:, 0]
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """(batch, length) bool, False on the stream's padding; None: no padding."""
+        real = self.prompt.real
+        return None if real is None else real.gather(1, self.stream.places)

@@ -1,0 +1,66 @@
+"""Which baselines there are. A new one is a line here and a file beside; no torch until it is used.
+
+Names are what command lines and results say; labels, for tables, are the classes' own.
+"""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
+
+from yopo.plans.flops import visual_budget
+from yopo.support.errors import PlanError, suggest
+
+if TYPE_CHECKING:
+    from yopo.baselines.baseline import Baseline
+    from yopo.plans.schema import ModelShape, PruningPlan, Workload
+
+BASELINES: dict[str, str] = {
+    "vtw": "yopo.baselines.vtw:TokenWithdrawal",
+    "fastv": "yopo.baselines.fastv:FastV",
+    "downsample": "yopo.baselines.downsample:Downsampling",
+    "random": "yopo.baselines.random:RandomTokens",
+    "masked": "yopo.baselines.masked:MaskedPlan",
+}
+"""Name -> where its class is, in the order of tables."""
+
+
+def baseline_class(name: str) -> type[Baseline]:
+    """The class of a baseline.
+
+    Raises:
+        PlanError: No such baseline; suggests the closest names.
+    """
+    if name not in BASELINES:
+        raise PlanError(f"Unknown baseline '{name}'.", remedy=suggest(name, BASELINES))
+    return resolve_name(BASELINES[name])
+
+
+def with_own_budget() -> dict[str, type[Baseline]]:
+    """The baselines that meet a budget by themselves; the others show a given plan."""
+    classes = {name: baseline_class(name) for name in BASELINES}
+    return {name: each for name, each in classes.items() if not each.needs_plan}
+
+
+def solve(name: str, shape: ModelShape, workload: Workload, budget: float) -> Baseline:
+    """A baseline with the parameters that come closest to a visual budget from below.
+
+    Args:
+        name: One of ``BASELINES``; one that shows a plan has no budget of its own.
+        shape: The decoder.
+        workload: The prompt that the budget is solved for.
+        budget: Visual FLOPs over the dense model's, in (0, 1].
+
+    Raises:
+        PlanError: No such baseline, or its least is above the budget.
+    """
+    chosen = baseline_class(name)
+    if not 0 < budget <= 1:
+        raise PlanError(f"A visual budget lies in (0, 1], found {budget:g}.")
+    return chosen.solve(shape, workload, budget)
+
+
+def solve_for(name: str, plan: PruningPlan, budget: float | None = None) -> Baseline:
+    """A baseline at a plan's visual budget (or another one) on the plan's own prompt."""
+    asked = visual_budget(plan) if budget is None else budget
+    return solve(name, plan.model.shape, plan.workload, asked)

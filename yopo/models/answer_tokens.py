@@ -1,0 +1,59 @@
+"""Which tokens of a forward are answers, for methods that look at where a prompt ends.
+
+In decoding, a prompt is prefilled before its answer exists. When both are fed in one sequence
+(teacher forcing), a method that looks at the prompt's last token has to be told where that is; the
+dense model and a plan do not care. Who feeds the answers says so here, who needs it reads it here,
+and neither imports the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from yopo.support.errors import ModelError
+
+_ANSWERS: ContextVar[torch.Tensor | None] = ContextVar("yopo_answer_tokens", default=None)
+
+
+@contextmanager
+def teacher_forced(answers: torch.Tensor | None) -> Iterator[None]:
+    """Let answers follow the prompts of the forwards in this block.
+
+    Args:
+        answers: (batch, sequence) bool, True on answer tokens, which end their rows; None: there
+            are none.
+    """
+    token = _ANSWERS.set(answers)
+    try:
+        yield
+    finally:
+        _ANSWERS.reset(token)
+
+
+def forced_ends(batch: int, length: int) -> torch.Tensor | None:
+    """Where the prompts of a forward end, as its caller says.
+
+    Args:
+        batch: Rows of the forward.
+        length: Its tokens per row.
+
+    Returns:
+        (batch,) int64, positions of the prompts' last tokens; None outside of ``teacher_forced``.
+
+    Raises:
+        ModelError: The announced answers belong to a forward of another shape.
+    """
+    answers = _ANSWERS.get()
+    if answers is None:
+        return None
+    if tuple(answers.shape) != (batch, length):
+        raise ModelError(
+            f"The answers that are teacher-forced have the shape {tuple(answers.shape)}, the "
+            f"forward has {(batch, length)}.",
+            remedy="Run one forward of exactly these rows inside teacher_forced.",
+        )
+    return length - 1 - answers.sum(dim=1)
