@@ -264,11 +264,11 @@ def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> S
     identity, workload = about.pop("model"), about.pop("workload")
     shape = ModelShape(**identity.pop("shape"))
     grids = tuple(Grid(**grid) for grid in workload.pop("grids"))
+    known: dict[str, Any] = {**tensors, **about}  # other names, or too few, are a TypeError
     return Statistics(
         model=ModelIdentity(shape=shape, **identity),
         workload=Workload(grids=grids, **workload),
-        **tensors,
-        **about,
+        **known,
     )
 
 

@@ -121,17 +121,19 @@ def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any,
     if isinstance(question, list) and not is_flat:
         inline = list(_inline_images(question, where))
         question = _joined_text(question)
-    if question is not None and not isinstance(question, str):
+    if question is None:
+        question = ""
+    if not isinstance(question, str):
         raise DataError(f"{where}: the question must be text, found {describe(question)}.")
-    mark = _MEDIA_MARK.search(question or "")
+    mark = _MEDIA_MARK.search(question)
     if mark is not None:
         raise _other_media(mark[1].lower(), where)
-    if len(question or "") > MAX_QUESTION:
+    if len(question) > MAX_QUESTION:
         raise DataError(
             f"{where}: the question has {len(question):,} characters; at most {MAX_QUESTION:,} are "
             "read."
         )
-    text = without_placeholders(question or "")
+    text = without_placeholders(question)
     if not text:
         raise DataError(
             f"{where}: the pair has no question (columns found: {_names(columns)}).",
