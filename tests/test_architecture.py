@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """What keeps the house small and light; import-linter keeps its rooms apart (pyproject.toml)."""
-=======
-"""The layout that yopo/README.md draws: imports go down only, and everything stays small."""
->>>>>>> i10-docs
 
 from __future__ import annotations
 

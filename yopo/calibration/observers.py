@@ -8,8 +8,9 @@ the ``with`` block ends.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from yopo.models.family import Family
 from yopo.models.layout import LayoutProbe
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
+
+if TYPE_CHECKING:
+    from yopo.models.stock import StockAttention
 
 IMPLEMENTATION = "yopo_observe"
 
@@ -71,8 +75,8 @@ class Observer:
         Raises:
             DataError: They are not finite.
         """
-        view = self._batch
         self.rho.append(torch.stack(self._rho_of_batch, dim=1))  # (batch, layers, heads)
+        view = self.view()
         self.visual_tokens += view.num_visual
         self.text_queries += view.num_behind
         self.text_tokens += int(self._real.sum()) - view.num_visual
@@ -83,11 +87,18 @@ class Observer:
     def view(self) -> BatchView:
         """The batch in progress."""
         if self._batch is None:
-            self._batch = BatchView(self.probe.layout, self._real, self.queries)
+            layout = self.probe.layout
+            if layout is None:
+                raise ValueError("no forward with visual tokens is in progress")
+            self._batch = BatchView(layout, self._real, self.queries)
         return self._batch
 
     def on_attention(
-        self, module: nn.Module, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self,
+        module: StockAttention,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
     ) -> None:
         """Score queries (batch, heads, sequence, head_dim) against keys of all KV heads."""
         view, layer = self.view(), module.layer_idx
@@ -121,7 +132,7 @@ class Observer:
             norms = hidden.gather(1, place).float().square().sum(dim=-1)
             self.sums["text_norm_sum"][layer] += (norms * chunk.behind).sum().double().cpu()
 
-    def _gram(self, module: nn.Module) -> torch.Tensor:
+    def _gram(self, module: StockAttention) -> torch.Tensor:
         """(heads, head_dim, head_dim) float32: W_o^T W_o of every head.
 
         Computed anew for every batch: that is 1-2 % of a layer's work on a single prompt, while all
@@ -157,7 +168,7 @@ class Observer:
 
 
 def _softmax(
-    module: nn.Module,
+    module: StockAttention,
     queries: torch.Tensor,
     keys: torch.Tensor,
     positions: torch.Tensor,
@@ -206,12 +217,12 @@ def _reading_effect(
 
 
 def _observing_attention(
-    module: nn.Module,
+    module: StockAttention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     observer: Observer | None = getattr(module, "_yopo_observer", None)
     if observer is not None and observer.probe.layout is not None:
@@ -261,7 +272,9 @@ def observing(
         yield observer
 
 
-def _input_hook(layer: int, hook, probe: LayoutProbe):
+def _input_hook(
+    layer: int, hook: Callable[[int, torch.Tensor], None], probe: LayoutProbe
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if probe.layout is not None:
             hook(layer, args[0])

@@ -51,8 +51,8 @@ MAX_DISTANCE = 64
 """Chebyshev distances 0..64 are told apart (farther ones count as 64)."""
 
 
-def _sum(*sizes: str | int) -> Any:
-    """A field that is a sum over samples, (layers, *sizes) float64.
+def _sum(*sizes: str | int) -> dict[str, Any]:
+    """Metadata of a field that is a sum over samples, (layers, *sizes) float64.
 
     The observer starts it at zero and adds to it, passes are merged by adding it, files are checked
     for its size: a new score is a field here, a property that reads it, and a line in
@@ -61,7 +61,7 @@ def _sum(*sizes: str | int) -> Any:
     Args:
         *sizes: Numbers, or names of the decoder's dimensions.
     """
-    return field(metadata={"sizes": sizes})
+    return {"sizes": sizes}
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class Statistics:
     model: ModelIdentity
     workload: Workload
     rho: torch.Tensor
-    neuron_square: torch.Tensor = _sum("ffn")
-    neuron_sum: torch.Tensor = _sum("ffn")
-    head_sum: torch.Tensor = _sum("heads", "head_dim")
-    head_effect_sum: torch.Tensor = _sum("heads")
-    text_norm_sum: torch.Tensor = _sum()
-    cross_modal_sum: torch.Tensor = _sum()
-    locality_sum: torch.Tensor = _sum(MAX_DISTANCE + 2)
+    neuron_square: torch.Tensor = field(metadata=_sum("ffn"))
+    neuron_sum: torch.Tensor = field(metadata=_sum("ffn"))
+    head_sum: torch.Tensor = field(metadata=_sum("heads", "head_dim"))
+    head_effect_sum: torch.Tensor = field(metadata=_sum("heads"))
+    text_norm_sum: torch.Tensor = field(metadata=_sum())
+    cross_modal_sum: torch.Tensor = field(metadata=_sum())
+    locality_sum: torch.Tensor = field(metadata=_sum(MAX_DISTANCE + 2))
     down_norm: torch.Tensor
     visual_tokens: int
     text_queries: int
@@ -286,11 +286,11 @@ def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> S
     identity, workload = about.pop("model"), about.pop("workload")
     shape = ModelShape(**identity.pop("shape"))
     grids = tuple(Grid(**grid) for grid in workload.pop("grids"))
+    known: dict[str, Any] = {**tensors, **about}  # other names, or too few, are a TypeError
     return Statistics(
         model=ModelIdentity(shape=shape, **identity),
         workload=Workload(grids=grids, **workload),
-        **tensors,
-        **about,
+        **known,
     )
 
 

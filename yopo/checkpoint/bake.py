@@ -7,7 +7,7 @@ Everything is validated first; then shards, companions and, last of all, config.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -192,7 +192,7 @@ def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folde
         CheckpointError: A tensor is not finite, or the source became shorter.
     """
 
-    def steps() -> Iterator[Step]:
+    def steps() -> Generator[Step, None, None]:
         for shard in checkpoint.shards:
             source = checkpoint.path / shard.file
             values = FiniteCheck(source)
@@ -217,7 +217,7 @@ def _check_plan(plan: PruningPlan, first: PruningPlan) -> None:
         )
     check_tensors(plan)
     order, others = plan.tensors.neuron_order, first.tensors.neuron_order
-    if plan.needs_order and (others is None or not torch.equal(order, others)):
+    if plan.needs_order and (order is None or others is None or not torch.equal(order, others)):
         raise PlanError(
             "The plans have different neuron orders, so no one checkpoint can serve them all.",
             remedy="Bake plans of one calibration together: `yopo calibrate --budgets`.",

@@ -35,9 +35,11 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON = 64 << 20
 """Bytes of config.json or of an index; those of a thousand shards have a tenth."""
 
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
-_HUB_FILES += ("LICENSE*", "NOTICE*", "README.md")
-_HUB_FILES += ("yopo_plan*.yaml",)
+_HUB_FILES = (
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+    "yopo_plan*.yaml",
+)
 
 _DERIVED = ("inv_freq", "position_ids")
 """Buffers that some versions of a layout store: computed from config.json, no weights."""

@@ -157,7 +157,7 @@ class _Work:
         for first in range(0, len(order), count):
             wanted = order[first : first + count].tolist()
             piece = self._scratch.piece("moved", len(wanted) * size)
-            view = memoryview(piece)
+            view = piece.data
             for place, row in enumerate(wanted):
                 self._read(entry.start + row * size, view[place * size : (place + 1) * size])
             self._write(piece, entry.start + first * size)
@@ -169,7 +169,7 @@ class _Work:
         for first in range(0, num_rows, step):
             rows, start = min(step, num_rows - first), entry.start + first * row_bytes
             data = self._scratch.piece("read", rows * row_bytes)
-            self._read(start, memoryview(data))
+            self._read(start, data.data)
             moved = self._scratch.piece("moved", data.size)
             units = _as_units(data, rows, len(order))
             # Any mode but "raise", whose result numpy buffers once more.
@@ -193,7 +193,7 @@ class _Work:
                 start += count
             else:
                 data = self._scratch.piece("read", size)
-                self._read(start, memoryview(data))
+                self._read(start, data.data)
                 self._write(data, start)
                 start += size
 
@@ -207,7 +207,7 @@ class _Work:
 
     def _write(self, data: np.ndarray, start: int) -> None:
         """Write (bytes,) uint8 to the target."""
-        view = memoryview(data)
+        view = data.data
         while len(view):
             count = os.pwrite(self._target, view, start)
             view, start = view[count:], start + count

@@ -123,7 +123,7 @@ def _plan(
 ) -> dict[str, list[NewTensor]]:
     """What every shard of the result holds, checked against what transformers asks for."""
     tied = frozenset({"language_model.lm_head.weight"} if config.tie_word_embeddings else ())
-    text = config.text_config.to_dict()
+    text = config.get_text_config().to_dict()
     rules = rules_of(raw["llm_config"]["architectures"][0], text)
     plan = {shard.file: new_tensors(shard, rules, skipped=tied) for shard in shards}
     found = {tensor.name: tensor.shape for tensors in plan.values() for tensor in tensors}

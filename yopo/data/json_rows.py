@@ -164,7 +164,8 @@ class _Window:
     def peek(self) -> str:
         """The next character that is no space; empty at the end."""
         while True:
-            self._place = _SPACE.match(self._text, self._place).end()
+            space = _SPACE.match(self._text, self._place)
+            self._place = self._place if space is None else space.end()
             if self._place < len(self._text) or self._is_last:
                 return self._text[self._place : self._place + 1]
             self._grow()

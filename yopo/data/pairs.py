@@ -48,8 +48,10 @@ class ImageRef:
         Raises:
             DataError: There is no such file.
         """
+        if not isinstance(self.source, Path):
+            return
         try:
-            is_missing = isinstance(self.source, Path) and not self.source.is_file()
+            is_missing = not self.source.is_file()
         except (OSError, ValueError):  # too long, or with a zero byte in it
             is_missing = True
         if is_missing:
@@ -72,7 +74,7 @@ class ImageRef:
                 return self._upright(self.source)
             if isinstance(self.source, str):
                 return self._upright(_read_remote(self.source))
-            file, size = self._opened()
+            file, size = _opened(self.source)
             with file:
                 if size > MAX_IMAGE_BYTES:
                     raise self._unreadable(f"it has {size:,} bytes; {MAX_IMAGE_BYTES:,} are read")
@@ -88,11 +90,6 @@ class ImageRef:
             raise
         except Exception as error:  # decoders and the EXIF reader raise whatever they stumble on
             raise self._unreadable(str(error) or type(error).__name__) from error
-
-    def _opened(self) -> tuple[BinaryIO, int]:
-        if isinstance(self.source, bytes):
-            return BytesIO(self.source), len(self.source)
-        return open_regular(self.source, error=DataError)
 
     def _upright(self, image: Image) -> Image:
         """Decode an image after a look at what it claims to be; nothing is decoded before."""
@@ -110,6 +107,12 @@ class ImageRef:
             f"{self.label}: cannot be decoded: {problem}.",
             remedy="Replace the file, or take the pair out of the data.",
         )
+
+
+def _opened(source: Path | bytes) -> tuple[BinaryIO, int]:
+    if isinstance(source, bytes):
+        return BytesIO(source), len(source)
+    return open_regular(source, error=DataError)
 
 
 def _read_remote(address: str) -> Image:

@@ -41,7 +41,7 @@ def settle(processor: ProcessorMixin, location: str, **options: Any) -> None:
     if config is not None:
         with suppress(ModelError):  # whoever loads the model tells the user
             family = family_of(config)
-    if family is None:
+    if config is None or family is None:
         missing = [name for name in _NEEDED if getattr(processor, name, "") is None]
         if missing:
             raise ModelError(

@@ -144,9 +144,8 @@ def prompt_text(processor: ProcessorMixin, pair: Pair, *, answer: str | None = N
     if getattr(processor, "chat_template", None):
         content: list[dict[str, str]] = [{"type": "image"} for _ in pair.images]
         content.append({"type": "text", "text": question})
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        turn: dict[str, Any] = {"role": "user", "content": content}
+        prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
     else:
         prompt = f"USER: {(image_token + chr(10)) * len(pair.images)}{question} ASSISTANT:"
     return prompt if answer is None else prompt + _separator(prompt) + answer

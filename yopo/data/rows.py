@@ -101,37 +101,41 @@ def _other_media(kind: str, where: str) -> DataError:
     )
 
 
+def _all_turns(columns: dict[str, Any], where: str) -> tuple[list[Any], bool]:
+    """(role, content) of a row's conversation, and whether it is two plain columns."""
+    if isinstance(columns.get("conversations"), list):
+        return _turns(columns["conversations"], "from", "value", where), False
+    if isinstance(columns.get("messages"), list):
+        return _turns(columns["messages"], "role", "content", where), False
+    if isinstance(columns.get("texts"), list):
+        first = columns["texts"][0] if columns["texts"] else {}
+        first = first if isinstance(first, Mapping) else {}
+        return [(role, first.get(role)) for role in ("user", "assistant")], False
+    question, answer = _first(columns, QUESTION_NAMES), _first(columns, ANSWER_NAMES)
+    return [("user", question), ("assistant", answer)], True
+
+
 def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any, list[Any]]:
     """Return (question, raw answer or None, images that the question's message holds itself)."""
     inline: list[Any] = []
-    is_flat = False
-    if isinstance(columns.get("conversations"), list):
-        turns = _turns(columns["conversations"], "from", "value", where)
-    elif isinstance(columns.get("messages"), list):
-        turns = _turns(columns["messages"], "role", "content", where)
-    elif isinstance(columns.get("texts"), list):
-        first = columns["texts"][0] if columns["texts"] else {}
-        first = first if isinstance(first, Mapping) else {}
-        turns = [(role, first.get(role)) for role in ("user", "assistant")]
-    else:
-        is_flat = True
-        turns = [("user", _first(columns, QUESTION_NAMES))]
-        turns.append(("assistant", _first(columns, ANSWER_NAMES)))
+    turns, is_flat = _all_turns(columns, where)
     question, answer = _first_exchange(turns)
     if isinstance(question, list) and not is_flat:
         inline = list(_inline_images(question, where))
         question = _joined_text(question)
-    if question is not None and not isinstance(question, str):
+    if question is None:
+        question = ""
+    if not isinstance(question, str):
         raise DataError(f"{where}: the question must be text, found {describe(question)}.")
-    mark = _MEDIA_MARK.search(question or "")
+    mark = _MEDIA_MARK.search(question)
     if mark is not None:
         raise _other_media(mark[1].lower(), where)
-    if len(question or "") > MAX_QUESTION:
+    if len(question) > MAX_QUESTION:
         raise DataError(
             f"{where}: the question has {len(question):,} characters; at most {MAX_QUESTION:,} are "
             "read."
         )
-    text = without_placeholders(question or "")
+    text = without_placeholders(question)
     if not text:
         raise DataError(
             f"{where}: the pair has no question (columns found: {_names(columns)}).",

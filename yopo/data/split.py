@@ -86,8 +86,14 @@ def split_pairs(
     needed = [rest] + [compared] * bool(comparison) + [kept_out] * bool(holdout)
     if min(map(len, needed)) < MIN_SIDE:
         rest, compared, kept_out = everything, [], []
-    sides = (frozenset(numbers) for numbers in (rest, rest[:fit], compared, kept_out))
-    return Split(*sides, total, len(groups))
+    return Split(
+        statistics=frozenset(rest),
+        fit=frozenset(rest[:fit]),
+        comparison=frozenset(compared),
+        holdout=frozenset(kept_out),
+        total=total,
+        images=len(groups),
+    )
 
 
 def pick(pairs: Iterable[Pair], numbers: frozenset[int]) -> Iterator[Pair]:

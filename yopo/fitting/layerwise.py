@@ -22,7 +22,7 @@ from yopo.plans.schema import PruningPlan
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, TokenIndex
 from yopo.runtime.decoder import rotary_positions
-from yopo.runtime.layer import LayerRun, Rotary
+from yopo.runtime.layer import LayerRun, Rotary, VisualInput
 from yopo.runtime.sliced_linear import SlicedLinear
 from yopo.runtime.weights import VisualLayer, check_plain
 from yopo.support.errors import DataError
@@ -190,7 +190,11 @@ class PrunedBatch:
     def run(self, walk: DenseWalk, number: int, part: VisualLayer) -> LayerRun:
         """One layer on this batch, with a cache of its own that nobody else sees."""
         cache = PrunedCacheLayer(part.split, TokenIndex(), is_first=False)
-        return LayerRun(walk.decoder.layers[number], part, walk.names, self.masks, cache)
+        return LayerRun(walk.decoder.layers[number], walk.names, self.masks, cache)
+
+    def given(self, part: VisualLayer) -> VisualInput:
+        """The visual tokens, in front of a layer."""
+        return VisualInput(self.visual, self.visual_rotary, part)
 
     def real(self, states: torch.Tensor) -> torch.Tensor:
         """(visual tokens, width) of (batch, visual, width) states."""

@@ -109,23 +109,19 @@ class LayerFit:
         runs = [batch.run(self.walk, self.number, part) for batch in batches]
         mixed = []
         for batch, run in zip(batches, runs, strict=True):
-            batch.text, gathered = run.attend(
-                batch.text, batch.visual, batch.text_rotary, batch.visual_rotary
-            )
+            batch.text, gathered = run.attend(batch.text, batch.text_rotary, batch.given(part))
             mixed.append(gathered)
         if "output" in self.wanted:
             self.weights |= self.output(batches, mixed, dense)
             part = self.part()
         for batch, run, gathered in zip(batches, runs, mixed, strict=True):
-            run.part = part
-            batch.visual = run.add_attention(batch.visual, gathered)
+            batch.visual = run.add_attention(batch.visual, part, gathered)
         if "ffn_bias" in self.wanted:
             self.weights |= self.ffn(batches, dense, part)
             part = self.part()
         for batch, run in zip(batches, runs, strict=True):
-            run.part = part
-            batch.text, visual = run.feed(batch.text, batch.visual)
-            assert visual is not None, "what has visual tokens keeps them"
+            batch.text = run.feed_text(batch.text)
+            visual = run.feed_visual(batch.visual, part)
             if self.number < len(batch.dense.stack):
                 stream = batch.dense.layout.visual
                 visual = visual + stream.unflatten(batch.dense.stack[self.number].to(visual))

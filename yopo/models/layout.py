@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import wraps
 from itertools import groupby
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from yopo.models.family import GridsOf, Run
@@ -170,9 +170,10 @@ class LayoutProbe:
         self.must_be_read = False
         """Whether a forward with visual tokens fails if nobody asked for its layout by
         :meth:`read`: then something kept the decoder from being reached."""
-        self._config: PreTrainedConfig = base_model.config
+        # Of transformers' own, whose ``base_model`` says no more than that it is a module.
+        self._config = cast("PreTrainedModel", base_model).config
         self._grids_of = grids_of
-        self._token_ids = tuple(token_ids or (base_model.config.image_token_id,))
+        self._token_ids = tuple(token_ids or (self._config.image_token_id,))
         self._base_model = base_model
         self._signature = inspect.signature(type(base_model).forward)
         self._handles = [
@@ -211,7 +212,7 @@ class LayoutProbe:
         for name in _ENCODERS:
             self._base_model.__dict__.pop(name, None)
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         bound = self._signature.bind_partial(module, *args, **kwargs).arguments
         embeds = bound.get("inputs_embeds")
         call = Call(None, embeds is not None, self.must_be_read)
@@ -243,7 +244,7 @@ class LayoutProbe:
 
     def _find(
         self,
-        module: nn.Module,
+        module: PreTrainedModel,
         input_ids: torch.Tensor | None,
         embeds: torch.Tensor | None,
         placeholders: Sequence[int],

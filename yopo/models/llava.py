@@ -65,8 +65,8 @@ def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> N
     import torch
 
     if not tower_of(config).keeps_sizes:
-        _, pixels = square_noise(config, grid, generator)
-        return sum(each.tokens for each in square_grids_of(config)), pixels
+        _, inputs = square_noise(config, grid, generator)
+        return sum(each.tokens for each in square_grids_of(config)), inputs
     high, wide = patch_sides(config)
     size = (grid.rows * high, grid.cols * wide)
     pixels = torch.randn(1, config.vision_config.num_channels, *size, generator=generator)

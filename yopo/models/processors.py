@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -31,12 +31,16 @@ def load_without_videos(location: str, **options: Any) -> ProcessorMixin | None:
     """
     try:
         config = AutoConfig.from_pretrained(location, **options)
-        stock = PROCESSOR_MAPPING.get(type(config), None)
+        # The mapping's class is annotated for pairs of tokenizers; this one holds classes.
+        stock = cast("type[ProcessorMixin] | None", PROCESSOR_MAPPING.get(type(config), None))
         if stock is None or VIDEO not in stock.get_attributes():
             return None
-        processor = image_class(stock).from_pretrained(location, **options)
+        # mypy compares the class's own __hash__, which takes an object, with Hashable's.
+        without = image_class(stock)  # type: ignore[arg-type]
+        processor = without.from_pretrained(location, **options)
         # Where the tokenizer's files are missing, transformers makes an empty one up.
-        return processor if processor.image_token_id == config.image_token_id else None
+        known = getattr(processor, "image_token_id", None)
+        return processor if known == config.image_token_id else None
     except Exception as error:  # many kinds; the caller has the one that it tells the user
         logger.debug("%s: no processor without videos either: %s", location, error)
         return None

@@ -108,4 +108,5 @@ def processor_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _both(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a size that may be one number."""
-    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height, width

@@ -8,14 +8,34 @@ be called whatever they are, parts of them cannot.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import nn
 
 from yopo.support.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    class _Lora(nn.Module):
+        """What PEFT's layer holds; adapters by their names."""
+
+        base_layer: nn.Module
+        disable_adapters: bool
+        merged: bool
+        active_adapters: list[str]
+        lora_A: Mapping[str, nn.Linear]
+        lora_B: Mapping[str, nn.Linear]
+        lora_dropout: Mapping[str, nn.Module]
+        lora_variant: Mapping[str, object]
+        scaling: Mapping[str, float]
+        unmerge: Callable[[], None]
+
 
 _LORA = ("peft.tuners.lora.layer", "Linear")
 """Module and name of the class; PEFT itself need not be installed."""
@@ -38,20 +58,20 @@ class Adapter:
     scaling: float
 
 
-def parts_of(module: nn.Module, where: str) -> tuple[nn.Linear, list[Adapter]]:
+def parts_of(module: nn.Module | None, where: str) -> tuple[nn.Linear, list[Adapter]]:
     """Take a projection apart: the linear layer that it is, and what is added to it right now.
 
     Merged and disabled adapters add nothing; a merged one that was disabled is unmerged, as its
     own forward does.
 
     Args:
-        module: What stands in the projection's place.
+        module: What stands in the projection's place; None if nothing does.
         where: What messages call it (``layer 3's q_proj``).
 
     Raises:
         ModelError: Neither a plain floating-point linear layer nor one with plain LoRA.
     """
-    if (type(module).__module__, type(module).__name__) != _LORA:
+    if not _is_lora(module):
         return _plain(module, where), []
     base = _plain(module.base_layer, where)
     for hook in module._forward_pre_hooks.values():
@@ -84,7 +104,11 @@ def parts_of(module: nn.Module, where: str) -> tuple[nn.Linear, list[Adapter]]:
     ]
 
 
-def _plain(module: nn.Module, where: str) -> nn.Linear:
+def _is_lora(module: nn.Module | None) -> TypeGuard[_Lora]:
+    return (type(module).__module__, type(module).__name__) == _LORA
+
+
+def _plain(module: nn.Module | None, where: str) -> nn.Linear:
     if type(module) is not nn.Linear or not module.weight.is_floating_point():
         raise ModelError(
             f"{where} is a {type(module).__name__}, expected a plain linear layer or plain LoRA.",
@@ -99,6 +123,7 @@ def has_adapters(model: nn.Module) -> bool:
     return any(hasattr(module, "base_layer") for module in model.modules())
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT one; any other model itself."""
-    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
+    is_peft = hasattr(type(model), "get_base_model")
+    return cast("PreTrainedModel", cast("PeftModel", model).get_base_model() if is_peft else model)

@@ -84,10 +84,11 @@ class AttentionMasks:
         self.text, self.visual = text, visual
         streams = (text,) if visual is None else (text, visual)
         self._padding = _check_mask(attention_mask, batch, index.length + length)
-        index.extend(*(self._absolute(stream) for stream in streams), num_tokens=length)
+        places = (self._absolute(stream) for stream in streams)
+        self._text_keys = index.extend(*places, num_tokens=length)
         index.is_padded |= any(stream.mask is not None for stream in streams)
         self._is_padded = index.is_padded
-        self._text_keys, self._visual_keys = index.text, index.visual
+        self._visual_keys = index.visual
 
     def _absolute(self, stream: Stream) -> torch.Tensor:
         positions = stream.index + self.past
@@ -101,7 +102,7 @@ class AttentionMasks:
     @cached_property
     def visual_keys_ok(self) -> torch.Tensor | None:
         """(batch, visual keys) bool, False on padding; None if all are real."""
-        return self._real(self._visual_keys)
+        return None if self._visual_keys is None else self._real(self._visual_keys)
 
     def _real(self, positions: torch.Tensor) -> torch.Tensor | None:
         real = None
@@ -174,6 +175,16 @@ class AttentionMasks:
             allowed[:, diagonal, own + diagonal] = True
         return allowed[:, None]
 
+    @cached_property
+    def _seen(self) -> tuple[TokenLayout, torch.Tensor]:
+        """The layout, and the positions of all visual keys: there if this forward has visual ones.
+
+        What follows is asked for by visual queries alone.
+        """
+        if self.layout is None or self._visual_keys is None:
+            raise ValueError("this forward has no visual tokens")
+        return self.layout, self._visual_keys
+
     def visual_blocks(self, radius: int | None) -> list[VisualBlock]:
         """Blocks of the visual self-attention at this radius, computed once per forward."""
         if radius not in self._blocks:
@@ -191,23 +202,26 @@ class AttentionMasks:
 
         (keys,) int64. In this order what a causal block attends is a prefix, which no block copies.
         """
-        visual, text = self.visual.index[0], self.text.index[0]
+        layout, _ = self._seen
+        visual, text = layout.visual.index[0], layout.text.index[0]
         return torch.cat([visual, text]).argsort()[: int(visual[-1]) + 1]
 
     def _prefix(self, cut: Block) -> VisualBlock:
-        places = self.visual.index[:1, cut.start : cut.stop]
+        layout, _ = self._seen
+        places = layout.visual.index[:1, cut.start : cut.stop]
         stop = int(places[0, -1]) + 1
         mask = torch.arange(stop, device=places.device) <= places[..., None]
         return VisualBlock(cut.start, cut.stop, 0, stop, 0, mask[:, None], in_sequence=True)
 
     def _cuts(self, radius: int | None) -> list[Block]:
-        if self.layout.has_uniform_grids:
-            return list(row_blocks(self.layout.grids[0], radius, self._bidirectional))
-        return list(shared_blocks(self.layout.grids, radius, self._bidirectional))
+        layout, _ = self._seen
+        if layout.has_uniform_grids:
+            return list(row_blocks(layout.grids[0], radius, self._bidirectional))
+        return list(shared_blocks(layout.grids, radius, self._bidirectional))
 
     @cached_property
     def _cells(self) -> torch.Tensor:
-        return self.layout.coordinates()
+        return self._seen[0].coordinates()
 
     def _together(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
         """(rows, queries, keys) bool: whether both are of one sample, from their positions."""
@@ -220,13 +234,15 @@ class AttentionMasks:
 
     @cached_property
     def _rows_agree(self) -> bool:
-        shared = self.text.shared and self.visual.shared and self.layout.has_uniform_grids
+        layout, _ = self._seen
+        shared = layout.text.shared and layout.visual.shared and layout.has_uniform_grids
         is_plain = self.text_keys_ok is None and self.visual_keys_ok is None
         return shared and is_plain and self._segments is None
 
     def _block(self, cut: Block, radius: int | None) -> VisualBlock:
+        layout, visual_keys = self._seen
         rows = slice(0, 1) if self._rows_agree else slice(None)
-        queries = self._absolute(self.visual)[rows, cut.start : cut.stop]
+        queries = self._absolute(layout.visual)[rows, cut.start : cut.stop]
         text_keys = self._text_keys[rows]
         before = text_keys[:, None, :] < queries[:, :, None]  # (rows, queries, text keys)
         before = before & self._together(queries, text_keys)
@@ -236,9 +252,7 @@ class AttentionMasks:
         num_text = int(used[-1]) + 1 if len(used) else 0
         near = self._near(cut, radius, rows)
         if self._segments is not None:
-            near = near & self._together(
-                queries, self._visual_keys[:, cut.key_start : cut.key_stop]
-            )
+            near = near & self._together(queries, visual_keys[:, cut.key_start : cut.key_stop])
         key_start = self.past_visual + cut.key_start
         if radius is None and self.past_visual:  # images of earlier turns
             key_start = 0
@@ -274,7 +288,7 @@ class AttentionMasks:
         return allowed | (query_place == key_place)
 
     def _earlier(self, rows: slice, num_queries: int) -> torch.Tensor:
-        keys = self._visual_keys[rows, : self.past_visual]
+        keys = self._seen[1][rows, : self.past_visual]
         real = (
             keys >= 0 if self.visual_keys_ok is None else self.visual_keys_ok[rows, : keys.shape[1]]
         )
@@ -291,8 +305,8 @@ def _check_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Ten
             remedy="Give the mask of padding that the processor makes; packed rows need none, but "
             "positions that restart.",
         )
-    if tuple(mask.shape) != (batch, length):
-        found = tuple(mask.shape)
-        raise ModelError(f"The attention mask has shape {found}, expected {(batch, length)}.")
+    size = tuple(mask.shape)
+    if size != (batch, length):
+        raise ModelError(f"The attention mask has shape {size}, expected {(batch, length)}.")
     mask = mask.bool()
     return None if bool(mask.all()) else mask

@@ -8,6 +8,8 @@ included - because ``generate``, chat continuation and position ids are computed
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from transformers.cache_utils import (
     Cache,
@@ -68,6 +70,9 @@ class GrowingBuffer:
         self._length -= count
 
 
+KeysAndValues = tuple[GrowingBuffer, GrowingBuffer]
+
+
 class TokenIndex:
     """Positions of the cached tokens, shared by all layers of a cache.
 
@@ -90,13 +95,19 @@ class TokenIndex:
 
     def extend(
         self, text: torch.Tensor, visual: torch.Tensor | None = None, *, num_tokens: int
-    ) -> None:
-        """Add a forward's ``num_tokens`` tokens: (batch, new) logical positions of both streams."""
-        self.text = text if self.text is None else torch.cat([self.text, text], dim=1)
+    ) -> torch.Tensor:
+        """Add a forward's ``num_tokens`` tokens: (batch, new) logical positions of both streams.
+
+        Returns:
+            ``text`` as it is now.
+        """
+        text = text if self.text is None else torch.cat([self.text, text], dim=1)
+        self.text = text
         if visual is not None:
             both = visual if self.visual is None else torch.cat([self.visual, visual], dim=1)
             self.visual = both
         self.length += num_tokens
+        return text
 
     @property
     def num_visual(self) -> int:
@@ -105,12 +116,15 @@ class TokenIndex:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep (or repeat) batch rows."""
-        self.text = self.text[rows.to(self.text.device)]
+        if self.text is not None:
+            self.text = self.text[rows.to(self.text.device)]
         if self.visual is not None:
             self.visual = self.visual[rows.to(self.visual.device)]
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` logical tokens, all of which must be text."""
+        if self.text is None:
+            raise ModelError("An empty cache cannot be cropped.")
         last = self.text[:, -count:]
         if last.shape[1] < count or bool((last < self.length - count).any()):
             raise ModelError("A pruned cache cannot be cropped into an image.")
@@ -136,8 +150,8 @@ class PrunedCacheLayer(CacheLayerMixin):
         self.index = index
         self.num_visual = 0
         self._is_first = is_first
-        self._kept: tuple[GrowingBuffer, GrowingBuffer] | None = None
-        self._other: tuple[GrowingBuffer, GrowingBuffer] | None = None
+        self._kept: KeysAndValues | None = None
+        self._other: KeysAndValues | None = None
 
     def empty(self) -> PrunedCacheLayer:
         """A layer of the same kind that holds nothing; tokens are counted in the same index."""
@@ -160,19 +174,21 @@ class PrunedCacheLayer(CacheLayerMixin):
         Returns:
             Keys and values, (batch, kept, count, head_dim) each, for the caller to write.
         """
-        keys, values = (buffer.open(self.num_visual, count) for buffer in self._kept)
+        keys, values = (buffer.open(self.num_visual, count) for buffer in _filled(self._kept))
         self.num_visual += count
         return keys, values
 
     @property
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of kept KV heads, (batch, kept, visual + text, head_dim)."""
-        return self._kept[0].view, self._kept[1].view
+        keys, values = _filled(self._kept)
+        return keys.view, values.view
 
     @property
     def other(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the other KV heads, (batch, others, text, head_dim)."""
-        return self._other[0].view, self._other[1].view
+        keys, values = _filled(self._other)
+        return keys.view, values.view
 
     def visual_bytes(self) -> int:
         """Bytes of visual keys and values that this layer holds."""
@@ -196,7 +212,9 @@ class PrunedCacheLayer(CacheLayerMixin):
         """Never called by the pruned decoder."""
         self.update(key_states, value_states)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> NoReturn:
         """Refuse stock attention: it would need the visual keys that are not here."""
         raise ModelError(
             "This cache was filled by a pruned model and cannot serve the dense one.",
@@ -257,17 +275,23 @@ class PrunedCacheLayer(CacheLayerMixin):
 
 
 def _extended(
-    buffers: tuple[GrowingBuffer, GrowingBuffer] | None,
+    buffers: KeysAndValues | None,
     keys: torch.Tensor,
     values: torch.Tensor,
     heads: Index,
-) -> tuple[GrowingBuffer, GrowingBuffer]:
+) -> KeysAndValues:
     """Add some heads' keys and values at the end of their buffers, if there are any yet."""
     added = [take(each, heads) for each in (keys, values)]
     if buffers is None:
         return GrowingBuffer(added[0]), GrowingBuffer(added[1])
     for buffer, entries in zip(buffers, added, strict=True):
         buffer.append(entries)
+    return buffers
+
+
+def _filled(buffers: KeysAndValues | None) -> KeysAndValues:
+    if buffers is None:
+        raise ValueError("these heads hold no keys and values yet")
     return buffers
 
 
@@ -288,10 +312,11 @@ def adopt(cache: Cache, splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
         ModelError: The cache is static, quantised or offloaded, or was filled by another model.
     """
     layers = cache.layers
-    if layers and all(isinstance(layer, PrunedCacheLayer) for layer in layers):
-        if [layer.split.kept for layer in layers] != [split.kept for split in splits]:
+    own = [layer for layer in layers if isinstance(layer, PrunedCacheLayer)]
+    if own and len(own) == len(layers):
+        if [layer.split.kept for layer in own] != [split.kept for split in splits]:
             raise ModelError("This cache was filled under another plan; start a new one.")
-        return layers
+        return own
     usable = (DynamicLayer, DynamicSlidingWindowLayer)  # the latter: inside its window alone
     if getattr(cache, "offloading", False) or any(type(each) not in usable for each in layers):
         kind = type(layers[0]).__name__ if layers else type(cache).__name__
@@ -304,5 +329,6 @@ def adopt(cache: Cache, splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
             "This cache was filled by the dense model and cannot be continued by the pruned one.",
             remedy="Prefill the conversation with the pruned model.",
         )
-    cache.layers[:] = new_layers(splits)
-    return cache.layers
+    own = new_layers(splits)
+    cache.layers[:] = own
+    return own

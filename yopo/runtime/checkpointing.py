@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from yopo.runtime.layer import LayerRun, Rotary
+from yopo.runtime.layer import LayerRun, Rotary, VisualInput
 from yopo.support.errors import ModelError
 
 
@@ -23,9 +23,8 @@ def is_checkpointed(layer: nn.Module) -> bool:
 def checkpointed(
     run: LayerRun,
     text: torch.Tensor,
-    visual: torch.Tensor | None,
-    text_rotary: Rotary,
-    visual_rotary: Rotary | None,
+    rotary: Rotary,
+    visual: VisualInput | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a layer now and again in the backward pass, each time with a cache layer of its own.
 
@@ -34,13 +33,16 @@ def checkpointed(
     """
 
     def again(
-        text: torch.Tensor, visual: torch.Tensor | None
+        text: torch.Tensor, states: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if visual is not None and not torch.is_grad_enabled():
-            visual = visual.clone()  # steps without gradients work in place; this is kept
-        return run.afresh()(text, visual, text_rotary, visual_rotary)
+        if visual is None or states is None:
+            return run.afresh()(text, rotary, None)
+        if not torch.is_grad_enabled():
+            states = states.clone()  # steps without gradients work in place; this is kept
+        return run.afresh()(text, rotary, visual._replace(states=states))
 
-    return run.layer._gradient_checkpointing_func(again, text, visual)
+    states = None if visual is None else visual.states
+    return run.layer._gradient_checkpointing_func(again, text, states)
 
 
 def refuse_filled(cache: Cache | None) -> None:

@@ -8,8 +8,8 @@ no later layer does anything with them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe, Stream, TokenLayout
 from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks as rows
 from yopo.runtime.attention_masks import AttentionMasks
@@ -29,9 +29,17 @@ from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features
 from yopo.runtime.labels import LabelProbe
-from yopo.runtime.layer import LayerRun, Rotary
+from yopo.runtime.layer import LayerRun, Rotary, VisualInput
 from yopo.runtime.sliced_linear import warn_without_fitted
 from yopo.support.errors import ModelError
+
+if TYPE_CHECKING:
+    from yopo.models.stock import ModuleListOf, StockDecoder
+    from yopo.runtime.weights import VisualLayer
+
+    _Stock = StockDecoder
+else:
+    _Stock = object  # mixed into a decoder's class, which brings the rest
 
 
 class PrunedState(nn.Module):
@@ -44,7 +52,7 @@ class PrunedState(nn.Module):
     def __init__(
         self,
         plan: PruningPlan,
-        layers: nn.ModuleList,
+        layers: ModuleListOf[VisualLayer],
         names: Backbone,
         probe: LayoutProbe,
         labels: LabelProbe,
@@ -67,7 +75,7 @@ class PrunedState(nn.Module):
         return self._splits_on[device]
 
 
-class PrunedDecoder:
+class PrunedDecoder(_Stock):
     """Forward of a text decoder under a plan; mixed into the decoder's own class.
 
     Expects ``self.yopo``, a :class:`PrunedState`.
@@ -85,7 +93,7 @@ class PrunedDecoder:
         past_key_values: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run all layers; arguments as in the stock decoder.
 
@@ -98,8 +106,9 @@ class PrunedDecoder:
                 exist for visual tokens; or the cache or attention mask is of an unusable kind;
                 or the tokens outgrow a sliding window.
         """
-        state: PrunedState | None = self._modules.get("yopo")
-        if state is None:  # another thread left the block since this call began: dense from here
+        state = self._modules.get("yopo")
+        if not isinstance(state, PrunedState):
+            # Another thread left the block since this call began: dense from here.
             return type(self).forward(
                 self,
                 input_ids=input_ids,
@@ -115,18 +124,18 @@ class PrunedDecoder:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layout = _layout(self, state, inputs_embeds)
-        past_key_values = _cache(self.layers, past_key_values, use_cache=use_cache)
+        kept = _cache(self.layers, past_key_values, use_cache=use_cache)
         splits = state.splits(embeds.device)
-        keep = past_key_values is not None
-        cache = adopt(past_key_values, splits) if keep else new_layers(splits)
+        cache = new_layers(splits) if kept is None else adopt(kept, splits)
         batch, length, _ = embeds.shape
         index = cache[0].index
         refuse_window(self.config, index.length + length, "a pruned model")
-        past, size = index.length if keep else None, (batch, length)
+        past, size = None if kept is None else index.length, (batch, length)
         segments = packed_segments(position_ids, attention_mask, size, kwargs, cached=past)
-        if position_ids is None:
+        positions: torch.Tensor | None = position_ids
+        if positions is None:
             place = torch.arange(length, device=embeds.device) + index.length
-            position_ids = place.expand(batch, -1)
+            positions = place.expand(batch, -1)
         masks = AttentionMasks(
             layout,
             batch,
@@ -137,17 +146,15 @@ class PrunedDecoder:
             device=embeds.device,
             segments=segments,
         )
-        positions = rotary_positions(position_ids, state.names.position_axes)
+        positions = rotary_positions(positions, state.names.position_axes)
         rotary = self.rotary_emb(embeds, position_ids=positions)
         stack = state.names.added_features(kwargs)
         hidden = run_layers(self, state, embeds, rotary, masks, cache, stack)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden, past_key_values=past_key_values if keep else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
 
 
 def _cache(
-    layers: nn.ModuleList, given: DynamicCache | None, *, use_cache: bool | None
+    layers: Iterable[nn.Module], given: DynamicCache | None, *, use_cache: bool | None
 ) -> DynamicCache | None:
     """The cache of this forward: the caller's or a new one; none where layers run twice."""
     if any(is_checkpointed(layer) for layer in layers):
@@ -157,7 +164,7 @@ def _cache(
 
 
 def _layout(
-    decoder: nn.Module, state: PrunedState, inputs_embeds: torch.Tensor | None
+    decoder: StockDecoder, state: PrunedState, inputs_embeds: torch.Tensor | None
 ) -> TokenLayout | None:
     """The layout of this forward; embeddings of the caller's own may hide visual tokens from it."""
     call = state.probe.read()
@@ -184,7 +191,7 @@ def rotary_positions(position_ids: torch.Tensor, axes: int) -> torch.Tensor:
 
 
 def run_layers(
-    decoder: nn.Module,
+    decoder: StockDecoder,
     state: PrunedState,
     embeds: torch.Tensor,
     rotary: Rotary,
@@ -206,39 +213,52 @@ def run_layers(
     Returns:
         (batch, sequence, hidden) after the final norm.
     """
-    text, visual = embeds, None
-    text_rotary, visual_rotary = rotary, None
-    if masks.visual is not None:
-        rotary = tuple(each.expand(embeds.shape[0], -1, -1) for each in rotary)
-        text, visual = masks.text.gather(embeds), masks.visual.gather(embeds)
-        text_rotary = tuple(masks.text.gather(each) for each in rotary)
-        visual_rotary = tuple(masks.visual.gather(each) for each in rotary)
+    stream, visual = masks.visual, None
+    text, text_rotary, visual_rotary = embeds, rotary, rotary
+    if stream is not None:
+        text, visual = masks.text.gather(embeds), stream.gather(embeds)
+        text_rotary, visual_rotary = (
+            _gathered(each, rotary, embeds.shape[0]) for each in (masks.text, stream)
+        )
     with fast_gemm(decoder.layers, text):
         for number, layer in enumerate(decoder.layers):
             if number == state.plan.visual_depth:
                 visual = None
-            part = state.visual[number] if visual is not None else None
-            run = LayerRun(layer, part, state.names, masks, cache[number])
-            run = partial(checkpointed, run) if is_checkpointed(layer) else run
-            text, visual = run(text, visual, text_rotary, visual_rotary)
-            if visual is not None and number < len(stack):
-                visual = visual + masks.visual.unflatten(stack[number].to(visual))
+            given = None
+            if visual is not None:
+                given = VisualInput(visual, visual_rotary, state.visual[number])
+            run = LayerRun(layer, state.names, masks, cache[number])
+            if is_checkpointed(layer):
+                text, visual = checkpointed(run, text, text_rotary, given)
+            else:
+                text, visual = run(text, text_rotary, given)
+            if stream is not None and visual is not None and number < len(stack):
+                visual = visual + stream.unflatten(stack[number].to(visual))
     text = decoder.norm(text)
-    if masks.visual is None:
+    if stream is None:
         return text
     hidden = torch.zeros_like(embeds)
     masks.text.scatter(hidden, text)
     if visual is not None:
-        masks.visual.scatter(hidden, rows.replace(visual, decoder.norm))
+        stream.scatter(hidden, rows.replace(visual, decoder.norm))
         return hidden
-    state.labels.warn_of_dropped(masks.visual.index, masks.visual.mask)
-    if bool((masks.visual.index == embeds.shape[1] - 1).any()):
+    state.labels.warn_of_dropped(stream.index, stream.mask)
+    if bool((stream.index == embeds.shape[1] - 1).any()):
         warnings.warn(
             "A prompt ends in an image whose visual tokens the plan drops: its next-token logits "
             "mean nothing. Put text behind the image.",
             stacklevel=2,
         )
     return hidden
+
+
+def _gathered(stream: Stream, rotary: Rotary, batch: int) -> Rotary:
+    """Cosines and sines of one stream, for every batch row."""
+    cosines, sines = rotary
+    return (
+        stream.gather(cosines.expand(batch, -1, -1)),
+        stream.gather(sines.expand(batch, -1, -1)),
+    )
 
 
 def refuse_captures(config: object, kwargs: dict[str, object], who: str) -> None:

@@ -26,14 +26,17 @@ on this kernel, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from yopo.models.stock import StockDecoder
 
 MIN_ROWS = 2
 """Rows of an input from which on the other kernel is taken."""
@@ -77,7 +80,7 @@ def same_gemm(decoder: nn.Module) -> Iterator[None]:
     """
     stack = ExitStack()
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(module: StockDecoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = kwargs.get("inputs_embeds", args[0] if args else None)
         if hidden is not None and hidden.is_floating_point():
             stack.enter_context(fast_gemm(module.layers, hidden))
@@ -119,7 +122,13 @@ class _PlainWeights(TorchFunctionMode):
         super().__init__()
         self._kernel = kernel
 
-    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         """Called for every torch function inside the context."""
         if func is linear and not kwargs and _gains(*args[:2]):
             return self._product(*args)

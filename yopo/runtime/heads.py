@@ -9,8 +9,8 @@ repeating a head; whole KV groups and multi-head attention need no padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -78,12 +78,25 @@ class HeadSplit:
 
     def to(self, device: torch.device) -> HeadSplit:
         """The same split with its positions on a device, so that no call has to move them."""
-        moved = {
-            each.name: value.to(device)
-            for each in fields(self)
-            if isinstance(value := getattr(self, each.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+        return replace(
+            self,
+            kept_kv=_moved(self.kept_kv, device),
+            other_kv=_moved(self.other_kv, device),
+            reading=_moved(self.reading, device),
+            dropped=_moved(self.dropped, device),
+            other=_moved(self.other, device),
+            restore=_moved(self.restore, device),
+            attending_kv=_moved(self.attending_kv, device),
+            rectangle=_moved(self.rectangle, device),
+            places=_moved(self.places, device),
+        )
+
+
+_Places = TypeVar("_Places", Index, Index | None, torch.Tensor | None)
+
+
+def _moved(places: _Places, device: torch.device) -> _Places:
+    return places.to(device) if isinstance(places, torch.Tensor) else places
 
 
 def split_heads(layer: LayerPlan, shape: ModelShape) -> HeadSplit:

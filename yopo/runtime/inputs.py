@@ -10,7 +10,7 @@ from torch import nn
 from transformers.masking_utils import find_packed_sequence_indices
 
 from yopo.models.layout import TokenLayout
-from yopo.runtime.offload import parameter
+from yopo.runtime.offload import weight_of
 from yopo.support.errors import ModelError
 
 _PAGED = ("block_table", "read_index", "write_index")
@@ -108,7 +108,7 @@ def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout
     """
     if embeds.shape[1] == 1 or type(table) is not nn.Embedding:
         return  # a single step; or embeddings that are more than rows of a table
-    weight = parameter(table, "weight")
+    weight = weight_of(table)
     if type(weight.data) is not torch.Tensor or weight.dtype.itemsize not in _INTEGERS:
         return
     known = torch.isin(_hashes(embeds.detach().to(weight)), _hashes(weight.detach()))

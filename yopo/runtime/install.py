@@ -106,7 +106,8 @@ def install(
     # Orders and fitted weights are in the layers now: not twice in memory.
     decoder.yopo = PrunedState(_with_means_alone(plan), layers, names, probe, LabelProbe(model))
     try:
-        swap_class(decoder, pruned_class(type(decoder)))
+        # mypy compares the class's own __hash__, which takes an object, with Hashable's.
+        swap_class(decoder, pruned_class(type(decoder)))  # type: ignore[arg-type]
     except ModelError:
         _remove_probes(decoder)
         raise
@@ -131,8 +132,8 @@ def uninstall(model: PreTrainedModel) -> None:
     _remove_probes(decoder)
 
 
-def _remove_probes(decoder: nn.Module) -> None:
-    state: PrunedState = decoder.yopo
+def _remove_probes(decoder: PrunedDecoder) -> None:
+    state = decoder.yopo
     state.probe.remove()
     state.labels.remove()
     del decoder.yopo

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 
 from yopo.models.family import Backbone
 from yopo.runtime import row_blocks as rows
@@ -14,8 +14,25 @@ from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.weights import VisualLayer
 
+if TYPE_CHECKING:
+    from yopo.models.stock import StockLayer
+
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, (batch, length, head_dim) each."""
+
+
+class VisualInput(NamedTuple):
+    """What visual tokens bring to a layer.
+
+    Attributes:
+        states: (batch, visual, hidden).
+        rotary: Their cosines and sines.
+        part: What they compute in this layer.
+    """
+
+    states: torch.Tensor
+    rotary: Rotary
+    part: VisualLayer
 
 
 class LayerRun:
@@ -23,7 +40,6 @@ class LayerRun:
 
     Args:
         layer: The stock decoder layer.
-        part: Its visual part; None if visual tokens are gone or absent.
         names: Names of the layer's modules.
         masks: Positions and masks.
         cache: The layer's keys and values.
@@ -31,43 +47,35 @@ class LayerRun:
 
     def __init__(
         self,
-        layer: nn.Module,
-        part: VisualLayer | None,
+        layer: StockLayer,
         names: Backbone,
         masks: AttentionMasks,
         cache: PrunedCacheLayer,
     ):
-        self.layer, self.part, self.names = layer, part, names
+        self.layer, self.names = layer, names
         self.attention = layer.self_attn
         self.masks, self.cache = masks, cache
         self._rotate = names.rotate
 
     def afresh(self) -> LayerRun:
         """The same run with an empty cache layer."""
-        return LayerRun(self.layer, self.part, self.names, self.masks, self.cache.empty())
+        return LayerRun(self.layer, self.names, self.masks, self.cache.empty())
 
     def __call__(
-        self,
-        text: torch.Tensor,
-        visual: torch.Tensor | None,
-        text_rotary: Rotary,
-        visual_rotary: Rotary | None,
+        self, text: torch.Tensor, rotary: Rotary, visual: VisualInput | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run both streams, (batch, text, hidden) and (batch, visual, hidden) or None.
+        """Run both streams, (batch, text, hidden) and visual tokens, None if gone or absent.
 
         Visual states are changed in place where no gradient is recorded, here and in the steps.
         """
-        text, mixed = self.attend(text, visual, text_rotary, visual_rotary)
-        if visual is not None:
-            visual = self.add_attention(visual, mixed)
-        return self.feed(text, visual)
+        text, mixed = self.attend(text, rotary, visual)
+        if visual is None:
+            return self.feed_text(text), None
+        states = self.add_attention(visual.states, visual.part, mixed)
+        return self.feed_text(text), self.feed_visual(states, visual.part)
 
     def attend(
-        self,
-        text: torch.Tensor,
-        visual: torch.Tensor | None,
-        text_rotary: Rotary,
-        visual_rotary: Rotary | None,
+        self, text: torch.Tensor, rotary: Rotary, visual: VisualInput | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run attention, fill the cache.
 
@@ -76,46 +84,43 @@ class LayerRun:
             attending heads * head_dim), None where they do not attend.
         """
         norm = getattr(self.layer, self.names.attention_norm)
-        queries, keys, values = self._project_text(norm(text), text_rotary)
+        queries, keys, values = self._project_text(norm(text), rotary)
         self.cache.append(keys, values)
         visual_queries = None
-        if visual is not None and self.part.plan.read_heads:
-            visual_queries = self._project_visual(visual, visual_rotary)
+        if visual is not None and visual.part.plan.read_heads:
+            visual_queries = self._project_visual(visual)
         scale = self.attention.scaling
         dropout = self.attention.attention_dropout if self.attention.training else 0.0
         mixed = text_attention(queries, self.cache, self.masks, scale, dropout)
         mixed = getattr(self.attention, self.names.output)(_join_heads(mixed))
         text = text + self._dropped(0)(mixed)
-        if visual_queries is None:
+        if visual is None or visual_queries is None:
             return text, None
-        radius = self.part.plan.radius
+        radius = visual.part.plan.radius
         gathered = visual_attention(visual_queries, self.cache, self.masks, radius, scale, dropout)
         return text, gathered
 
-    def add_attention(self, visual: torch.Tensor, mixed: torch.Tensor | None) -> torch.Tensor:
+    def add_attention(
+        self, visual: torch.Tensor, part: VisualLayer, mixed: torch.Tensor | None
+    ) -> torch.Tensor:
         """Visual states behind attention, from what ``attend`` gathered."""
-        drop, bias = self._dropped(0), self.part.attention_bias()
+        drop, bias = self._dropped(0), part.attention_bias()
         if mixed is not None:
-            return rows.add(visual, lambda _, place: drop(self.part.output(mixed[place], bias)))
+            return rows.add(visual, lambda _, place: drop(part.output(mixed[place], bias)))
         return visual if bias is None else rows.add(visual, lambda *_: drop(bias))
 
-    def feed(
-        self, text: torch.Tensor, visual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the FFN on both streams."""
+    def feed_text(self, text: torch.Tensor) -> torch.Tensor:
+        """Text states behind the FFN."""
         norm = getattr(self.layer, self.names.ffn_norm)
-        drop = self._dropped(1)
-        text = text + drop(self.layer.mlp(norm(text)))
-        if visual is not None:
-            bias = self.part.ffn_bias()
-            if self.part.plan.has_ffn:
-                visual = rows.add(
-                    visual,
-                    lambda block, _: drop(self.part.ffn(rows.mapped(block, norm), bias)),
-                )
-            elif bias is not None:
-                visual = rows.add(visual, lambda *_: drop(bias))
-        return text, visual
+        return text + self._dropped(1)(self.layer.mlp(norm(text)))
+
+    def feed_visual(self, visual: torch.Tensor, part: VisualLayer) -> torch.Tensor:
+        """Visual states behind the FFN."""
+        norm = getattr(self.layer, self.names.ffn_norm)
+        drop, bias = self._dropped(1), part.ffn_bias()
+        if part.plan.has_ffn:
+            return rows.add(visual, lambda block, _: drop(part.ffn(rows.mapped(block, norm), bias)))
+        return visual if bias is None else rows.add(visual, lambda *_: drop(bias))
 
     def _dropped(self, number: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """The dropout behind attention (0) or FFN (1), where the backbone has one (Phi-3)."""
@@ -148,36 +153,37 @@ class LayerRun:
             queries, keys = of_queries(queries), of_keys(keys)
         return self._rotate(queries, keys, *rotary)
 
-    def _project_visual(self, visual: torch.Tensor, rotary: Rotary) -> torch.Tensor | None:
+    def _project_visual(self, visual: VisualInput) -> torch.Tensor | None:
         """Fill the cache with visual keys and values.
 
         Returns:
             (batch, attending heads, visual, head_dim) queries; None where no head attends.
         """
-        part, head_dim = self.part, self.attention.head_dim
+        states, rotary, part = visual
+        head_dim = self.attention.head_dim
         norm = getattr(self.layer, self.names.attention_norm)
-        batch, length, _ = visual.shape
+        batch, length, _ = states.shape
         all_keys, all_values = self.cache.make_room(length)
         all_queries = None
         if part.plan.attend_heads:
             size = (batch, len(part.plan.attend_heads), length, head_dim)
-            all_queries = visual.new_empty(size)
-        for place in rows.blocks(visual):
-            inputs = part.reduced(rows.mapped(visual[place], norm))
+            all_queries = states.new_empty(size)
+        for place in rows.blocks(states):
+            inputs = part.reduced(rows.mapped(states[place], norm))
             cells = (place[0], slice(None), place[1])
             all_values[cells] = _split_heads(part.value(inputs), head_dim)
-            keys, queries = _split_heads(part.key(inputs), head_dim), None
+            keys = (_split_heads(part.key(inputs), head_dim), all_keys[cells])
+            queries = None
             if all_queries is not None:
-                queries = _split_heads(part.query(inputs), head_dim)
-                queries = (queries, all_queries[cells])
-            self._place_into(queries, (keys, all_keys[cells]), [each[place] for each in rotary])
+                queries = (_split_heads(part.query(inputs), head_dim), all_queries[cells])
+            self._place_into(queries, keys, (rotary[0][place], rotary[1][place]))
         return all_queries
 
     def _place_into(
         self,
         queries: tuple[torch.Tensor, torch.Tensor] | None,
         keys: tuple[torch.Tensor, torch.Tensor],
-        rotary: Sequence[torch.Tensor],
+        rotary: Rotary,
     ) -> None:
         """Place projected queries and keys, piece by piece.
 
@@ -193,7 +199,8 @@ class LayerRun:
             some = keys[0][cells]
             # The rotary embedding wants some queries.
             own = some[:, :1] if queries is None else queries[0][cells]
-            own, some = self._place(own, some, tuple(each[rows_, span] for each in rotary))
+            here = (rotary[0][rows_, span], rotary[1][rows_, span])
+            own, some = self._place(own, some, here)
             keys[1][cells] = some
             if queries is not None:
                 queries[1][cells] = own

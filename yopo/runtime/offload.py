@@ -8,20 +8,31 @@ from torch import nn
 from yopo.support.errors import ModelError
 
 
-def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
-    """A module's parameter, fetched from where accelerate's ``cpu_offload`` or ``disk_offload`` put
-    it; None if the module has none of that name.
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A module's weight, fetched from where accelerate's ``cpu_`` or ``disk_offload`` put it.
 
     Calling the module would fetch it, too. Whoever uses a part of a weight cannot call the module.
 
     Raises:
-        ModelError: It is on no device, and nothing says where it is.
+        ModelError: It is on no device, and nothing says where it is; or there is none.
     """
+    found = _parameter(module, "weight")
+    if found is None:
+        raise ModelError(f"A {type(module).__name__} has no weight, expected a linear layer.")
+    return found
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """A module's bias, likewise; None if it has none."""
+    return _parameter(module, "bias")
+
+
+def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
     found = getattr(module, name, None)
     if found is None or not found.is_meta:
         return found
     hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
+    for each in () if hook is None else getattr(hook, "hooks", (hook,)):
         stored = getattr(each, "weights_map", None)
         if stored is not None:
             return stored[name].to(each.execution_device)

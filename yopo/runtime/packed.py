@@ -30,14 +30,14 @@ class PackedPart:
 
     def __init__(self, keep: torch.Tensor, *, columns: bool):
         self._keep, self._columns = keep, columns
-        self._weight: torch.Tensor | None = None
-        self._part: torch.Tensor | None = None
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # a weight and its part
 
     def cut(self, weight: torch.Tensor) -> torch.Tensor:
         """(kept, inputs) or (outputs, kept): packed if the packing can be cut, else its values."""
-        if self._weight is not weight or self._part.device != weight.device:
-            self._weight, self._part = weight, self._cut(weight.detach())
-        return self._part
+        last = self._last
+        if last is None or last[0] is not weight or last[1].device != weight.device:
+            last = self._last = (weight, self._cut(weight.detach()))
+        return last[1]
 
     def _cut(self, weight: torch.Tensor) -> torch.Tensor:
         axis = 1 if self._columns else 0

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -20,6 +20,9 @@ from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, PruningPlan
 from yopo.plans.tensors import Refit
 from yopo.runtime.install import check_model
+
+if TYPE_CHECKING:
+    from yopo.models.stock import StockAttention, StockDecoder, StockFFN
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def reference(
     """Run a model under the specification inside a ``with`` block; arguments as for ``pruned``."""
     family, names = check_model(model, plan, check=check)
     check_tensors(plan)
-    decoder = model.get_decoder()
+    decoder: StockDecoder = model.get_decoder()
     tokens = family.token_ids(model.config)
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
 
@@ -44,7 +47,7 @@ def reference(
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: object = None,
         use_cache: bool | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
@@ -89,10 +92,12 @@ class LayerSpec:
         self.shape = plan.model.shape
         self.layout, self.padding = layout, attention_mask
         self.bidirectional = plan.bidirectional
-        compensated = plan.compensation == "mean"
         tensors = plan.tensors
-        self.neuron_mean = tensors.neuron_mean[number] if compensated else None
-        self.head_mean = tensors.head_mean[number] if compensated else None
+        neuron_mean, head_mean = tensors.neuron_mean, tensors.head_mean
+        if plan.compensation != "mean":
+            neuron_mean = head_mean = None
+        self.neuron_mean = None if neuron_mean is None else neuron_mean[number]
+        self.head_mean = None if head_mean is None else head_mean[number]
         self.refit: Refit = tensors.refit.get(number, {}) if plan.compensation == "refit" else {}
         self.order = torch.arange(self.shape.ffn)
         if tensors.neuron_order is not None:
@@ -144,7 +149,7 @@ class LayerSpec:
 
     def attention(
         self,
-        module: nn.Module,
+        module: StockAttention,
         normed: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         names: Backbone,
@@ -200,7 +205,7 @@ class LayerSpec:
         """A fitted linear layer."""
         return inputs @ self.refit[name].to(inputs).T + self.refit[f"{name}_bias"].to(inputs)
 
-    def ffn(self, module: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+    def ffn(self, module: StockFFN, normed: torch.Tensor) -> torch.Tensor:
         """FFN output (batch, sequence, hidden) of normed states."""
         visual = self.is_visual(normed)[..., None]
         if hasattr(module, "gate_up_proj"):

@@ -35,12 +35,13 @@ by ``yopo.load(CHECKPOINT, trainable=True)`` and pass it as ``resume_from_checkp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -50,6 +51,11 @@ from yopo.plans.schema import PruningPlan
 from yopo.runtime.adapters import has_adapters
 from yopo.support import console
 from yopo.support.errors import ModelError
+
+if TYPE_CHECKING:
+    _Stock = PreTrainedModel
+else:
+    _Stock = object  # mixed into a model's class, which brings the rest
 
 CLAIMS = ("yopo", "auto_map")
 """Entries of config.json that say that a directory is a pruned checkpoint."""
@@ -75,16 +81,17 @@ class Saving:
     writer: Writer | None
 
 
-class SavesWhole:
+class SavesWhole(_Stock):
     """Saving of a pruned model; mixed into the outer class, whose ``yopo_saving`` it reads."""
 
     yopo_saving: Saving
 
     def save_pretrained(
         self,
-        save_directory: str | Path,
+        save_directory: str | os.PathLike[Any],
         is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
         """As in transformers; the directory is loaded by ``yopo.load`` and stays a dense one.
@@ -93,7 +100,7 @@ class SavesWhole:
             ModelError: Adapters are not merged, or trained weights would be lost.
         """
         if getattr(self, "_hf_peft_config_loaded", False):  # writes adapters alone
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
             return
         if has_adapters(self.get_decoder()):
             raise ModelError(
@@ -113,11 +120,13 @@ class SavesWhole:
         fitted = {name: value for name, value in everything.items() if name.startswith(own)}
         dense = {name: value for name, value in everything.items() if name not in fitted}
         with _without_claims(self.config):
-            super().save_pretrained(save_directory, is_main_process, dense, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, dense, *args, **kwargs)
         if is_main_process:
             self._complete(Path(save_directory), fitted)
 
-    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Called by transformers behind ``push_to_hub``, with a model card of its own in place."""
         self._complete(Path(working_dir), {})
         return super()._upload_modified_files(working_dir, *args, **kwargs)
@@ -154,8 +163,9 @@ class SavesWhole:
 
 def make_savable(model: PreTrainedModel, writer: Writer | None) -> None:
     """Make ``save_pretrained`` of a pruned model write all of it, until :func:`restore_saving`."""
-    model.yopo_saving = Saving(writer)
-    model.__class__ = saving_class(type(model))
+    vars(model)["yopo_saving"] = Saving(writer)
+    # mypy compares the class's own __hash__, which takes an object, with Hashable's.
+    model.__class__ = saving_class(type(model))  # type: ignore[arg-type]
 
 
 def restore_saving(model: PreTrainedModel) -> None:
@@ -165,7 +175,7 @@ def restore_saving(model: PreTrainedModel) -> None:
 
 
 @cache
-def saving_class(stock: type[nn.Module]) -> type[nn.Module]:
+def saving_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The subclass of a model's class that saves it whole; it keeps the name."""
     members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (SavesWhole, stock), members)

@@ -9,6 +9,7 @@ an adapter, a merge, another dtype - happens to visual tokens as well.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,9 +17,12 @@ from torch.nn.functional import linear
 
 from yopo.models.fingerprint import is_plain
 from yopo.runtime.adapters import Adapter, parts_of
-from yopo.runtime.offload import parameter
+from yopo.runtime.offload import bias_of, weight_of
 from yopo.runtime.packed import PackedPart
 from yopo.support import console
+
+if TYPE_CHECKING:
+    from yopo.models.stock import Projection
 
 
 class SlicedLinear(nn.Module):
@@ -33,6 +37,9 @@ class SlicedLinear(nn.Module):
         block: Length of the runs of consecutive positions that ``keep`` is made of: whole runs
             are gathered faster than single columns.
     """
+
+    keep: torch.Tensor | None
+    runs: torch.Tensor | None
 
     def __init__(
         self,
@@ -60,7 +67,7 @@ class SlicedLinear(nn.Module):
         self.register_buffer("runs", runs, persistent=False)
 
     @property
-    def source(self) -> nn.Module:
+    def source(self) -> Projection:
         """The full layer, or the adapter that stands in its place."""
         return getattr(self._holder[0], self._name)
 
@@ -87,7 +94,7 @@ class SlicedLinear(nn.Module):
         return self._cut(parts_of(self.source, self._name)[0])
 
     def _cut(self, base: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, bias = parameter(base, "weight"), parameter(base, "bias")
+        weight, bias = weight_of(base), bias_of(base)
         if not self._columns and bias is not None:
             bias = self._select(bias, 0)
         if not is_plain(weight):
@@ -99,7 +106,7 @@ class SlicedLinear(nn.Module):
         return self._gather(weight, self.keep, 0), bias
 
     def _take_columns(self, weight: torch.Tensor) -> torch.Tensor:
-        if self.keep is None:
+        if self.runs is None:
             return weight[:, self._span]
         runs = weight.unflatten(1, (-1, self._block))  # (outputs, all runs, block)
         return self._gather(runs, self.runs, 1).flatten(1)
@@ -116,8 +123,8 @@ class SlicedLinear(nn.Module):
         return torch.index_select(tensor, dim, places, out=found)
 
     def _adapted(self, inputs: torch.Tensor, adapter: Adapter, *, with_bias: bool) -> torch.Tensor:
-        enter, leave = (parameter(each, "weight") for each in (adapter.enter, adapter.leave))
-        bias = parameter(adapter.leave, "bias")
+        enter, leave = weight_of(adapter.enter), weight_of(adapter.leave)
+        bias = bias_of(adapter.leave)
         inputs = adapter.drop(inputs.to(enter.dtype))
         if self._columns:
             bias = bias if with_bias else None
@@ -146,6 +153,9 @@ class FittedLinear(nn.Module):
             dict.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(
         self,
         weight: torch.Tensor,
@@ -166,6 +176,10 @@ class FittedLinear(nn.Module):
     def forward(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Apply to (..., inputs) and return (..., outputs); there is no other bias to take."""
         return linear(inputs, self.weight, self.bias)
+
+    def matrix(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight, (outputs, inputs), and the bias, (outputs,) or None."""
+        return self.weight, self.bias
 
 
 def warn_without_fitted(

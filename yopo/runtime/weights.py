@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -20,9 +21,12 @@ from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import Refit
 from yopo.runtime.adapters import parts_of
 from yopo.runtime.heads import split_heads
-from yopo.runtime.offload import parameter
+from yopo.runtime.offload import bias_of, weight_of
 from yopo.runtime.sliced_linear import FittedLinear, SlicedLinear
 from yopo.support.errors import ModelError
+
+if TYPE_CHECKING:
+    from yopo.models.stock import ModuleListOf, StockDecoder, StockLayer
 
 
 class VisualLayer(nn.Module):
@@ -37,9 +41,22 @@ class VisualLayer(nn.Module):
         neuron_mean: (ffn,) mean activation of the neurons that they do not use, likewise.
     """
 
+    reduce: FittedLinear | None
+    query: SlicedLinear | FittedLinear
+    key: SlicedLinear | FittedLinear
+    value: SlicedLinear | FittedLinear
+    output: SlicedLinear | FittedLinear
+    gate: SlicedLinear
+    up: SlicedLinear
+    down: SlicedLinear | FittedLinear
+    map_in: FittedLinear
+    map_out: FittedLinear
+    head_mean: torch.Tensor | None
+    neuron_mean: torch.Tensor | None
+
     def __init__(
         self,
-        layer: nn.Module,
+        layer: StockLayer,
         plan: LayerPlan,
         shape: ModelShape,
         names: Backbone,
@@ -75,10 +92,9 @@ class VisualLayer(nn.Module):
             if not len(kept):
                 continue
             if self.reduce is None:
-                part = SlicedLinear(*self._source(name), kept + starts[name])
+                setattr(self, name, SlicedLinear(*self._source(name), kept + starts[name]))
             else:
-                part = extras.fitted(name, f"{name}_bias", like)
-            setattr(self, name, part)
+                setattr(self, name, extras.fitted(name, f"{name}_bias", like))
 
     def _build_output(self, shape: ModelShape, extras: Extras) -> None:
         if "output" in extras.refit:
@@ -93,9 +109,8 @@ class VisualLayer(nn.Module):
         count, refit = self.plan.neurons, extras.refit
         like = getattr(*self._source("down")).weight
         if count:
-            is_as_it_stands = extras.order is None or count == shape.ffn
-            kept = torch.arange(shape.ffn) if is_as_it_stands else extras.order
-            kept = kept[:count]
+            order = None if count == shape.ffn else extras.order
+            kept = (torch.arange(shape.ffn) if order is None else order)[:count]
             up_start = _fused_offsets(self._names, shape)[2]
             self.gate = SlicedLinear(*self._source("gate"), kept)
             self.up = SlicedLinear(*self._source("up"), kept + up_start)
@@ -131,11 +146,11 @@ class VisualLayer(nn.Module):
         if mean is None:
             return None
         source = getattr(*self._source(name))
-        weight = parameter(source, "weight")
+        weight = weight_of(source)
         mean = mean.to(weight.device, weight.dtype)
         if type(source) is not nn.Linear or not is_plain(weight):
             return source(mean[None])[0]
-        own, output = parameter(source, "bias"), torch.mv(weight, mean)
+        own, output = bias_of(source), torch.mv(weight, mean)
         return output if own is None else output + own
 
     def reduced(self, normed: torch.Tensor) -> torch.Tensor:
@@ -149,13 +164,10 @@ class VisualLayer(nn.Module):
 
     def ffn(self, normed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What takes the FFN's place, of (batch, visual, hidden) normed states and ``ffn_bias``."""
-        output = None
-        if self.plan.neurons:
-            output = self.down(self.activations(normed), bias)
-        if self.plan.map_rank:
-            mapped = self.map_out(self.map_in(normed))
-            output = mapped if output is None else output + mapped
-        return output
+        if not self.plan.neurons:
+            return self.map_out(self.map_in(normed))
+        output = self.down(self.activations(normed), bias)
+        return output + self.map_out(self.map_in(normed)) if self.plan.map_rank else output
 
 
 @dataclass(frozen=True)
@@ -178,16 +190,16 @@ class Extras:
 
     def fitted(self, weight: str, bias: str | None, like: torch.Tensor) -> FittedLinear:
         """A fitted linear layer, of the named weights."""
-        values = self.refit[weight], None if bias is None else self.refit[bias]
-        return FittedLinear(*values, like, trainable=self.trainable)
+        own = None if bias is None else self.refit[bias]
+        return FittedLinear(self.refit[weight], own, like, trainable=self.trainable)
 
     @classmethod
     def of(cls, plan: PruningPlan, index: int, *, trainable: bool = False) -> Extras:
         """Pick one layer's."""
         tensors, compensation = plan.tensors, plan.compensation
-        order = None if tensors.neuron_order is None else tensors.neuron_order[index]
+        order = _row(tensors.neuron_order, index)
         if compensation == "mean":
-            return cls(order, tensors.neuron_mean[index], tensors.head_mean[index])
+            return cls(order, _row(tensors.neuron_mean, index), _row(tensors.head_mean, index))
         refit = tensors.refit.get(index, {}) if compensation == "refit" else {}
         return cls(order, refit=refit, trainable=trainable)
 
@@ -197,15 +209,15 @@ _FFN = ("gate", "up", "down")
 
 
 def visual_layers(
-    decoder: nn.Module,
+    decoder: StockDecoder,
     plan: PruningPlan,
     names: Backbone,
     *,
     trainable: bool = False,
-) -> nn.ModuleList:
+) -> ModuleListOf[VisualLayer]:
     """Build the visual part of every layer up to the plan's visual depth, as ``check_plain``ed."""
     shape = plan.model.shape
-    return nn.ModuleList(
+    layers = nn.ModuleList(
         VisualLayer(
             decoder.layers[index],
             plan.layers[index],
@@ -215,9 +227,10 @@ def visual_layers(
         )
         for index in range(plan.visual_depth)
     )
+    return cast("ModuleListOf[VisualLayer]", layers)
 
 
-def check_plain(decoder: nn.Module, depth: int, names: Backbone) -> None:
+def check_plain(decoder: StockDecoder, depth: int, names: Backbone) -> None:
     """Check that the first ``depth`` layers can be cut.
 
     Raises:
@@ -236,7 +249,7 @@ def check_plain(decoder: nn.Module, depth: int, names: Backbone) -> None:
         )
 
 
-def _check_layer(layer: nn.Module, index: int, names: Backbone) -> None:
+def _check_layer(layer: StockLayer, index: int, names: Backbone) -> None:
     for part, holder in ((_ATTENTION, layer.self_attn), (_FFN, layer.mlp)):
         for name in part:
             where = f"layer {index}'s {getattr(names, name)}"
@@ -246,6 +259,10 @@ def _check_layer(layer: nn.Module, index: int, names: Backbone) -> None:
                     f"{where} is offloaded to disk or CPU by accelerate, expected in memory.",
                     remedy="Load with a device_map that keeps the decoder on real devices.",
                 )
+
+
+def _row(rows: torch.Tensor | None, index: int) -> torch.Tensor | None:
+    return None if rows is None else rows[index]
 
 
 def _fused_offsets(names: Backbone, shape: ModelShape) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -185,9 +185,9 @@ def _from_folder(
     _take(kwargs, ("trust_remote_code", "code_revision", "output_loading_info"))
     kwargs = {"dtype": "auto", "config": copy.deepcopy(checkpoint.config), **kwargs}
     try:
-        model, report = stock.from_pretrained(
-            checkpoint.path, *args, output_loading_info=True, **kwargs
-        )
+        loaded = stock.from_pretrained(checkpoint.path, *args, output_loading_info=True, **kwargs)
+        # Annotated as the model alone, which it is without the report.
+        model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else f"{reason[:297]}..."
@@ -218,10 +218,15 @@ class PrunedForConditionalGeneration:
     _auto_class = None
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
+    def from_pretrained(
+        cls, path: str | Path, *args: Any, **kwargs: Any
+    ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
         """Load the stock model of the checkpoint, install its plan.
 
         ``budget`` and ``trainable`` as for ``load``.
+
+        Returns:
+            The model; and the loading report, if ``output_loading_info`` asks for it.
         """
         wants_report = kwargs.get("output_loading_info", False)
         trainable = kwargs.pop("trainable", False)
@@ -257,7 +262,8 @@ class PrunedModel(PrunedForConditionalGeneration):
 
     @classmethod
     def _stock(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
-        return MODEL_MAPPING[type(config)]
+        # The mapping's class is annotated for pairs of tokenizers; this one holds classes.
+        return cast("type[PreTrainedModel]", MODEL_MAPPING[type(config)])
 
 
 def torch_dtype(name: str) -> torch.dtype | str:
