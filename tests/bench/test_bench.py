@@ -243,7 +243,7 @@ def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == [*forth, *back, *forth, *back, *forth]
     assert [each.prefill for each in rounds.samples[DENSE]] == [5.0, 8.0, 9.0]
     assert [each.prefill for each in rounds.samples[PRUNED]] == [6.0, 7.0, 10.0]
-    assert rounds.compared(PRUNED, "decode") is None
+    assert rounds.decode(PRUNED) is None
     baselines = {"vtw": TokenWithdrawal(1)}
     order.clear()
     run_rounds(

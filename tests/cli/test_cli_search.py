@@ -9,7 +9,6 @@ import pytest
 from command_line import FAST, Yopo
 
 from yopo.cli.options import SEARCH_RUNS
-from yopo.planning import planner
 from yopo.planning.search import Search
 from yopo.plans.storage import read_plan
 
@@ -22,12 +21,13 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[Search]:
     """Every search that a command makes."""
     made: list[Search] = []
 
-    class Seen(Search[Any]):
-        def __init__(self, *arguments: Any):
-            super().__init__(*arguments)
-            made.append(self)
+    usual = Search.__init__
 
-    monkeypatch.setattr(planner, "Search", Seen)
+    def seen(search: Search, *arguments: Any) -> None:
+        usual(search, *arguments)
+        made.append(search)
+
+    monkeypatch.setattr(Search, "__init__", seen)
     return made
 
 

@@ -118,9 +118,9 @@ def test_it_equals_brute_force(specimen: Specimen) -> None:
     rho, cross, locality, squares = brute_force(specimen, ROWS)
     found = watch(specimen, specimen.inputs(ROWS))
     assert (found.rho[0].double() / rho - 1).abs().max() < 5e-5  # float32 against float64
-    assert relative(found.cross_modal_sum, cross) < 1e-5
-    assert relative(found.locality_sum, locality) < 1e-5
-    assert relative(found.neuron_square, squares) < 1e-5
+    assert relative(found.sums["cross_modal_sum"], cross) < 1e-5
+    assert relative(found.sums["locality_sum"], locality) < 1e-5
+    assert relative(found.sums["neuron_square"], squares) < 1e-5
     assert list(found.grids) == [specimen.workload(row).grids for row in ROWS]
 
 

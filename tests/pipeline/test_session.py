@@ -37,7 +37,7 @@ def one_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(samples: int, request: PlanRequest) -> Calibrated:
-    return calibrate(MODEL, request, options(samples))
+    return calibrate(MODEL, request, options=options(samples))
 
 
 def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +173,6 @@ def test_questions_about_one_image_are_as_good_as_one_pair(
     ]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    made = calibrate(MODEL, BudgetRequest(0.2), options(40, data=str(data)))
+    made = calibrate(MODEL, BudgetRequest(0.2), options=options(40, data=str(data)))
     assert "Only 40 pairs of 1 different image to calibrate on" in capsys.readouterr().err
     assert made.plan.provenance["split"]["comparison"] == 0 and made.plan.compensation == "none"
