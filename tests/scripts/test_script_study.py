@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 import thinning
 
-from yopo.baselines.registry import BASELINES, with_own_budget
+from yopo.baselines import registry
+from yopo.baselines.registry import with_own_budget
 
 ROOT = Path(__file__).parents[2]
 FOUND = ROOT / "scripts" / "figures" / "study.jsonl"
@@ -72,10 +73,7 @@ def test_every_method_keeps_the_budget(results: Path) -> None:
 def test_a_new_baseline_is_there_by_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (*BASELINES, *thinning.LINE):
-        monkeypatch.delitem(BASELINES, name, raising=False)
-    for name, where in thinning.LINE.items():
-        monkeypatch.setitem(BASELINES, name, where)
+    monkeypatch.setattr(registry, "BASELINES", thinning.LINE)
     study, path = script("study"), tmp_path / "study.jsonl"
     study.METHODS.clear()
     study.methods(study.Study(options(path)))
