@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -220,9 +220,9 @@ class FakeFitter:
         self.profile = make_profile(statistics)
         self.fitted: list[Layers] = []
 
-    def fit(self, plan: PruningPlan) -> PruningPlan:
-        self.fitted.append(plan.layers)
-        return plan
+    def fit(self, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
+        self.fitted += [plan.layers for plan in plans]
+        return list(plans)
 
 
 def counting(kl: Callable[[PruningPlan], float]) -> tuple[Callable, list[tuple[Layers, str]]]:

@@ -44,7 +44,7 @@ class Demo:
         """A plan of some layers, fitted if it asks for that."""
         made, _ = make_plan(self.statistics, PaperRequest(preset="yopo-25"))
         plan = replace(made, layers=layers, compensation=compensation)
-        return self.fitter.fit(plan) if compensation == "refit" else plan
+        return self.fitter.fit([plan])[0] if compensation == "refit" else plan
 
 
 @pytest.fixture(scope="module")

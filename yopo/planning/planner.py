@@ -115,6 +115,14 @@ class Assembler:
 
     def assemble(self, layers: Layers, compensation: str) -> PruningPlan:
         """A plan of some layers, fitted if its compensation is ``refit``."""
+        plan = self._unfitted(layers, compensation)
+        return self._fitted([plan])[0] if compensation == "refit" else plan
+
+    def _fitted(self, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
+        assert self.fitter is not None, "without a fitter nothing is assembled as refit"
+        return self.fitter.fit(plans)
+
+    def _unfitted(self, layers: Layers, compensation: str) -> PruningPlan:
         asked = self.request.budget if isinstance(self.request, BudgetRequest) else None
         plan = PruningPlan(
             model=self.statistics.model,
@@ -127,11 +135,7 @@ class Assembler:
             measured=self.statistics.measured,
             provenance={"yopo": __version__, **self.statistics.provenance, **self.request.asked()},
         )
-        plan = replace(plan, budget=Budget(asked, visual_budget(plan)))
-        if compensation != "refit":
-            return plan
-        assert self.fitter is not None, "without a fitter nothing is assembled as refit"
-        return self.fitter.fit(plan)
+        return replace(plan, budget=Budget(asked, visual_budget(plan)))
 
 
 class Planner(Assembler):
@@ -190,17 +194,15 @@ class Planner(Assembler):
         if not self.tried and (asked != "refit" or self.request.template):
             for template, layers in self._templates():
                 for kind in kinds:
-                    yield self.candidate(template, layers, kind)
+                    yield self._measured(template, self.assemble(layers, kind))
         if allocates and self.measure is not None and self.fitter is not None:
             yield from self._allocated()
 
-    def candidate(
-        self, template: str, layers: Layers, kind: str, weighting: Weighting | None = None
+    def _measured(
+        self, template: str, plan: PruningPlan, weighting: Weighting | None = None
     ) -> Candidate:
-        """Assemble and measure."""
-        plan = self.assemble(layers, kind)
         kl = None if self.measure is None else self.measure(plan)
-        return Candidate(template, kind, plan, kl, weighting)
+        return Candidate(template, plan.compensation, plan, kl, weighting)
 
     def _allocated(self) -> Iterator[Candidate]:
         """Allocations at a few visual weights, then around the best of them."""
@@ -211,24 +213,28 @@ class Planner(Assembler):
             for radius in (None, PAPER_RADIUS)
             for weight in VISUAL_WEIGHTS
         ]
-        for weighting in tried:
-            yield from self._new_allocation(weighting, found)
+        yield from self._new_allocations(tried, found)
         if not found or self.tried:
             return
         best = min(found, key=lambda weighting: _kl_of(found[weighting]))
-        for factor in (FACTOR, 1 / FACTOR):
-            yield from self._new_allocation(
-                replace(best, visual_weight=best.visual_weight * factor), found
-            )
+        near = (best.visual_weight * FACTOR, best.visual_weight / FACTOR)
+        around = [replace(best, visual_weight=each) for each in near]
+        yield from self._new_allocations(around, found)
 
-    def _new_allocation(
-        self, weighting: Weighting, found: dict[Weighting, Candidate]
+    def _new_allocations(
+        self, weightings: Sequence[Weighting], found: dict[Weighting, Candidate]
     ) -> Iterator[Candidate]:
-        layers = self._allocate(weighting)
-        if layers is not None and layers not in (each.plan.layers for each in found.values()):
-            made = self.candidate(f"allocated, {weighting}", layers, "refit", weighting)
-            found[weighting] = made
-            yield made
+        """Allocate by each weighting; what is new is fitted together, measured and added."""
+        new: dict[Layers, Weighting] = {}
+        known = {each.plan.layers for each in found.values()}
+        for weighting in weightings:
+            layers = self._allocate(weighting)
+            if layers is not None and layers not in known:
+                new.setdefault(layers, weighting)
+        plans = self._fitted([self._unfitted(layers, "refit") for layers in new]) if new else []
+        for weighting, plan in zip(new.values(), plans, strict=True):
+            found[weighting] = self._measured(f"allocated, {weighting}", plan, weighting)
+            yield found[weighting]
 
     def _allocate(self, weighting: Weighting) -> Layers | None:
         assert self.fitter is not None, "allocations are made from a fitter's profile"
