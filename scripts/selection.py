@@ -86,7 +86,7 @@ def grams(session: CalibrationSession, shape: ModelShape, encoded: list[Batch]) 
         for states in walk.step(number):
             normed = norm(states.middle)
             inputs = torch.cat([part.activations(normed), normed], dim=1)
-            moments.add(inputs, states.behind - states.middle)
+            moments.add(inputs, states.after - states.middle)
         found.append(moments.gram())
     return found
 

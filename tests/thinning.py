@@ -59,8 +59,9 @@ class Thinning(Baseline):
 def check(between: Between) -> None:
     """What a method is shown between two layers belongs together."""
     length = between.stream.hidden.shape[1]
-    assert between.front is not None
-    assert between.front.keys.shape[2] == between.front.entered.hidden.shape[1] == length
+    previous = between.previous
+    assert previous is not None
+    assert previous.keys.shape[2] == previous.entered.hidden.shape[1] == length
     assert between.real is None or between.real.shape[1] == length
     rows = torch.arange(len(between.ends))
     assert torch.equal(between.stream.places[rows, between.ends], between.prompt.ends)

@@ -329,8 +329,8 @@ def used_cache(model: Any) -> DynamicCache:
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "counts": (lambda m: forward(m, [ONE[0], [1, *PICTURE, *PICTURE, 3]]), "equally many"),
-    "none": (lambda m: forward(m, [ONE[0], [1, 2, 3]]), "equally many"),
+    "counts": (lambda m: forward(m, [ONE[0], [1, *PICTURE, *PICTURE, 3]]), "the same number"),
+    "none": (lambda m: forward(m, [ONE[0], [1, 2, 3]]), "the same number"),
     "beams": (lambda m: generated(m, tiny.batch(ONE), num_beams=2), "only grows"),
     "end": (lambda m: forward(m, [[1, 5, *PICTURE]]), "ends in an image"),
     "end, right-padded": (

@@ -293,7 +293,7 @@ def test_a_real_model_is_timed_on_its_own_images(subject: Subject) -> None:
     assert found.layers.used == (0, 1, 2, 3) and found.decode is None
     assert found.visual_kv[1] == found.planned_kv == 2 * visual_kv_bytes(found.plan, 4)
     with pytest.raises(
-        ModelError, match="9 visual tokens are wanted, 1 of the model.s images have 16"
+        ModelError, match="9 visual tokens were requested, but 1 of the model.s images have 16"
     ):
         bench_model(subject.model, plan, Sizes(visual=9), QUICK)
 
@@ -377,7 +377,7 @@ def test_decode_steps_at_contexts() -> None:
         dense = fixed + dense_visual_kv_bytes(shape, at.plan.workload, 4)
         kept = fixed + visual_kv_bytes(at.plan, 4)
         assert found.bytes_ratio_of(PRUNED, at.plan) == pytest.approx(kept / dense)
-    with pytest.raises(PlanError, match="does not hold the prompt of 24"):
+    with pytest.raises(PlanError, match="too short for the prompt of 24"):
         bench_random(plan_for(), Sizes(), replace(QUICK, contexts=(23,)))
 
 

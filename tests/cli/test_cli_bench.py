@@ -211,8 +211,8 @@ def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: tuple, expected: str) -
     [
         (("--preset", "yopo-26"), "yopo-25"),
         (("--preset", "yopo-25", "--shape-of", "llava-1.5-8b"), "llava-1.5-7b"),
-        (("--preset", "yopo-25", "--visual-tokens", 7), "7 visual tokens form no whole images"),
-        (("--preset", "yopo-25", "--layers", 7), "7 layers of a plan of 6"),
+        (("--preset", "yopo-25", "--visual-tokens", 7), "7 visual tokens do not form whole images"),
+        (("--preset", "yopo-25", "--layers", 7), "7 layers from a plan with 6"),
         (("--preset", "yopo-25", "--baseline", "fastvv"), "fastv"),
         (("--preset", "yopo-25", "--baseline", "fastv"), "fastv needs at least"),
         (("--preset", "yopo-25", "--context", 9), "context of 9 tokens"),

@@ -83,7 +83,7 @@ def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
 def example() -> str:
     """The code in the module's docstring."""
     text = saved.__doc__.partition("weights:\n\n")[2]
-    return textwrap.dedent(text.partition("\n\nA checkpoint that PEFT")[0])
+    return textwrap.dedent(text.partition("\n\nAn intermediate PEFT")[0])
 
 
 def test_the_documented_recovery_works(

@@ -54,7 +54,7 @@ def test_milliseconds_become_the_budget_on_the_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prefill_ms": None}, "is not what `yopo bench --json` prints"),
+        ({"prefill_ms": None}, "is not an output of `yopo bench --json`"),
         ({"shape": asdict(replace(SHAPE, hidden=64))}, "measured at hidden 64, the model's is 128"),
         (
             {"prefill_ms": {"dense": {"median": 1.0}, "pruned": {"median": 2.0}}},
@@ -65,5 +65,5 @@ def test_milliseconds_become_the_budget_on_the_line() -> None:
 def test_what_is_no_cost_table_is_a_sentence(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_costs(benchmark(tmp_path / "costs.json", **changes), SHAPE)
-    with pytest.raises(DataError, match="is not what"):
+    with pytest.raises(DataError, match="is not an output"):
         read_costs(tmp_path / "nothing.json", SHAPE)

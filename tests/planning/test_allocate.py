@@ -297,7 +297,9 @@ def test_a_refit_needs_the_model() -> None:
         PaperRequest(compensation="refit"),
         BudgetRequest(0.3, compensation="refit"),
     ):
-        with pytest.raises(PlanError, match="fitted on the model, and there is none") as caught:
+        with pytest.raises(
+            PlanError, match="fitted on the model, which is not available"
+        ) as caught:
             make_plan(make_statistics(), request)
         assert caught.value.remedy == "Use `yopo calibrate --compensation refit`."
 

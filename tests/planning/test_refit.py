@@ -152,7 +152,7 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> list[PrunedBatch]:
     return seen
 
 
-@pytest.mark.parametrize("where", ["middle", "behind"])
+@pytest.mark.parametrize("where", ["middle", "after"])
 def test_a_fit_makes_up_for_the_layers_in_front(
     specimen: Specimen, batches: list[Batch], carried: list[PrunedBatch], where: str
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_fit_makes_up_for_the_layers_in_front(
     total, heads = shape.layers, tuple(range(shape.heads))
     spoiled = LayerPlan(heads, (), None, 0)
     mended = LayerPlan(heads, heads[1:], None, 0)
-    if where == "behind":
+    if where == "after":
         mended = LayerPlan(heads, (), None, shape.ffn // 3)
     plan = plan_of(specimen, *(spoiled,) * (total - 1), mended, order=orders(shape))
     fit(specimen.model, batches, plan)
@@ -179,7 +179,7 @@ def test_the_fit_sees_what_the_runtime_computes(
     carried: list[PrunedBatch],
     bidirectional: bool,
 ) -> None:
-    """Both streams behind the last layer of a plan with everything, DeepStack included."""
+    """Both streams after the last layer of a plan with everything, DeepStack included."""
     shape = specimen.identity.shape
     frozen = LayerPlan(tuple(range(shape.heads)), (), None, 0, map_rank=4)
     layers = (everything(shape), frozen)
@@ -230,9 +230,9 @@ def test_a_refit_brings_visual_states_nearer(
 
 
 def dense_ends(
-    specimen: Specimen, batches: list[Batch], where: str = "behind"
+    specimen: Specimen, batches: list[Batch], where: str = "after"
 ) -> list[torch.Tensor]:
-    """Visual states of the dense model in or behind its last layer."""
+    """Visual states of the dense model in or after its last layer."""
     walk = refit.DenseWalk(specimen.model, enter(specimen.model, batches))
     for number in range(specimen.identity.shape.layers):
         states = [getattr(each, where) for each in walk.step(number)]

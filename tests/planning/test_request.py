@@ -87,7 +87,7 @@ def test_one_thing_is_solved_for(first: str, second: str) -> None:
 def test_a_tolerance_finds_and_allocates_the_budget_itself(beside: dict) -> None:
     with pytest.raises(PlanError, match="tolerance and .* exclude one another") as caught:
         plan_request(tolerance=0.01, **beside)
-    assert caught.value.remedy == "A tolerance finds the budget, and allocates it."
+    assert caught.value.remedy == "A tolerance already finds the budget and how to spend it."
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_a_tolerance_finds_and_allocates_the_budget_itself(beside: dict) -> None
         ({"template": "reader"}, "template needs a budget"),
         ({"search": 10}, "search needs a budget"),
         ({"preset": "yopo-25", "search": 10}, "search needs a budget"),
-        ({"kv_budget": 0.5}, "kv_budget goes with a budget, and there is none"),
-        ({"preset": "yopo-25", "kv_budget": 0.5}, "kv_budget goes with a budget"),
+        ({"kv_budget": 0.5}, "kv_budget needs a budget, and none is given"),
+        ({"preset": "yopo-25", "kv_budget": 0.5}, "kv_budget needs a budget"),
         ({"milliseconds": 30.0}, "milliseconds needs the costs"),
         ({"alpha": 0.1, "head_ratio": 0.5}, "head_ratio and alpha exclude one another"),
         (
@@ -192,7 +192,7 @@ def test_a_plan_says_what_was_asked_defaults_left_out(
     asked: BudgetRequest | PaperRequest, expected: dict
 ) -> None:
     plan, _ = make_plan(statistics_maker.make(), asked)
-    assert asked.asked() == expected
+    assert asked.provenance() == expected
     assert {key: plan.provenance.get(key) for key in expected} == expected
     left_out = {*KNOBS, "kv_budget", "kv_groups"} - set(expected)
     assert not left_out & set(plan.provenance)

@@ -126,5 +126,5 @@ def test_a_searched_plan_says_where_it_comes_from() -> None:
 
 
 def test_a_search_needs_a_model() -> None:
-    with pytest.raises(PlanError, match="there is none here"):
+    with pytest.raises(PlanError, match="which is not available here"):
         make_plan(statistics_maker.make(), BudgetRequest(BUDGET, search=10))

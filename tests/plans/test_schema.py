@@ -52,6 +52,12 @@ def test_the_whole_plan_is_valid_and_keeps_everything() -> None:
 
 
 INVALID = {
+    "layers[1].attend_heads must be a tuple of heads, empty for none, found True": lambda: (
+        with_layer(attend_heads=True)
+    ),
+    "layers[1].read_heads must be a tuple of heads, empty for none, found 'all'": lambda: (
+        with_layer(read_heads="all")
+    ),
     "layers[1].read_heads names head 6": lambda: with_layer(read_heads=(0, 6)),
     "layers[1].read_heads names head -1": lambda: with_layer(read_heads=(-1, 0)),
     "layers[1].read_heads must be ascending": lambda: with_layer(read_heads=(2, 1)),

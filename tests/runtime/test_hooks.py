@@ -125,7 +125,7 @@ def test_weights_that_are_nowhere_are_refused(case: tuple) -> None:
     for layer in model.get_decoder().layers:
         layer.self_attn.k_proj.to("meta")
     keys = [layer.key for layer in model.get_decoder().yopo.visual if hasattr(layer, "key")]
-    with pytest.raises(ModelError, match=r"weight of a Linear is on no device \(meta\)"):
+    with pytest.raises(ModelError, match=r"weight of a Linear is on the meta device"):
         keys[0].matrix()
 
 

@@ -17,7 +17,7 @@ from yopo.runtime.install import pruned
 from yopo.support.errors import ModelError
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8]]
-NO_TOKEN = "embeddings of no token"
+NO_TOKEN = "embeddings that match no token"
 CONSTANT = "part of the loss is a constant"
 
 

@@ -206,7 +206,7 @@ def test_fitted_weights_are_parameters_on_request_alone(subject: Subject) -> Non
     with pruned(model, plan):
         plain = tiny.logits(model, INPUTS)
         assert list(model.state_dict()) == keys
-        with pytest.raises(ModelError, match="no fitted weights"):
+        with pytest.raises(ModelError, match="no trainable fitted weights"):
             fitted_parameters(model)
     with pruned(model, plan, trainable=True):
         assert torch.equal(tiny.logits(model, INPUTS), plain)
@@ -252,4 +252,4 @@ def test_weights_without_fitted_ones_are_not_loaded_in_silence(
     model.load_state_dict(model.state_dict())
     assert not capsys.readouterr().err
     model.load_state_dict(dense, strict=False)
-    assert "without the fitted weights" in " ".join(capsys.readouterr().err.split())
+    assert "do not include the fitted weights" in " ".join(capsys.readouterr().err.split())

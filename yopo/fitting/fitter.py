@@ -1,4 +1,4 @@
-"""The model at hand, for what only it can tell: what things are worth, and fitted weights."""
+"""Everything in planning that needs the model itself: its profile, and fitted weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Fitter:
     """Profiles a dense model and fits plans to it.
 
     Args:
-        model: In memory.
+        model: A dense model in memory.
         encode: Encodes the calibration prompts; called once, when they are first needed.
     """
 
@@ -42,11 +42,11 @@ class Fitter:
 
     @cached_property
     def profile(self) -> Profile:
-        """Walks the dense model once.
+        """The dense model's profile, from one walk through its layers.
 
         Raises:
             DataError: No pair holds an image.
-            YopoError: Out of memory; names the lever to pull.
+            YopoError: Out of memory; says how to need less.
         """
         with self._in_memory():
             return profile(self._model, self._batches, shape_of(self._model.config))
@@ -73,6 +73,6 @@ class Fitter:
             yield
         except torch.OutOfMemoryError as error:
             raise YopoError(
-                f"Out of memory: the states of {self._pairs} pairs are kept during the fit.",
+                f"Out of memory: the states of {self._pairs} pairs are in memory during the fit.",
                 remedy="Use fewer --fit-pairs, --dtype bfloat16, or --compensation none.",
             ) from error

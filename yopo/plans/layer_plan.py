@@ -111,6 +111,10 @@ def layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None
 
 
 def _heads_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
+    for name in ("read_heads", "attend_heads"):
+        found = getattr(layer, name)
+        if not isinstance(found, tuple | list):  # files also allow true, false, all and none
+            return name, f"must be a tuple of heads, empty for none, found {found!r}"
     outside = [head for head in layer.read_heads if not 0 <= head < shape.heads]
     if outside:
         return "read_heads", f"names head {outside[0]}, but the heads are 0 to {shape.heads - 1}"
