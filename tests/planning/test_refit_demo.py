@@ -97,7 +97,8 @@ def test_a_preset_with_a_refit(demo: Demo) -> None:
 
 
 def test_a_budget_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("yopo.planning.planner.VISUAL_WEIGHTS", (1.0, 10.0))
+    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0, 10.0))
+    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 1)
     request = BudgetRequest(0.2, compensation="refit")
     plan, found = make_plan(demo.statistics, request, demo.kl, demo.fitter)
     assert 0.15 < plan.budget.reached == visual_budget(plan) <= 0.2
