@@ -115,7 +115,10 @@ def test_options_that_do_not_go_together_are_a_sentence(options: dict, message: 
 
 NOT_A_NUMBER = float("nan")
 OUT_OF_RANGE = [
-    *((BudgetRequest, {"budget": each}, r"budget must lie in \(0, 1\]") for each in (0.0, 1.5)),
+    *(
+        (BudgetRequest, {"budget": each}, r"budget must lie in \(0, 1\]")
+        for each in (-0.5, 0.0, 1.5)
+    ),
     (BudgetRequest, {"budget": NOT_A_NUMBER}, r"budget must lie in \(0, 1\], found nan"),
     (BudgetRequest, {"budget": 0.5, "kv_budget": 2}, r"kv_budget must lie in \(0, 1\], found 2"),
     (BudgetRequest, {"budget": 0.5, "kv_budget": 0}, r"kv_budget must lie in \(0, 1\], found 0"),
