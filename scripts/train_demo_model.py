@@ -47,8 +47,8 @@ license.
 ## Held-out accuracy
 
 {count} pairs, `{pairs}("heldout", {count}, kinds=KINDS)`, of arrangements that
-training never saw. Decoding is greedy; an answer counts only if all of it is right. "Majority guess"
-is what always giving the most common answer of the kind would score.
+training never saw. Decoding is greedy; an answer counts only if all of it is right. "Majority
+guess" is what always giving the most common answer of the kind would score.
 
 {table}
 """
@@ -135,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=RECIPES, default="llava-tiny", help="which to train")
     parser.add_argument("--output", type=Path, help="model directory  [default: yopo's own]")
-    parser.add_argument("--work", type=Path, help="checkpoint directory  [default: build/demo/MODEL]")
+    parser.add_argument("--work", type=Path, help="checkpoint folder  [default: build/demo/MODEL]")
     parser.add_argument("--tower-steps", type=int, help="[default: the model's recipe]")
     parser.add_argument("--decoder-steps", type=int, help="[default: the model's recipe]")
     parser.add_argument("--save-every", type=int, default=200)
