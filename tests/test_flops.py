@@ -57,7 +57,7 @@ def papers_plan(shape: ModelShape, share: int) -> PruningPlan:
 
 
 @pytest.mark.parametrize(("shape", "tera"), [(LLAVA_7B, 7.63), (LLAVA_13B, 14.89)])
-def test_the_papers_dense_flops(shape: ModelShape, tera: float) -> None:
+def test_dense_flops_are_the_papers_figures(shape: ModelShape, tera: float) -> None:
     assert round(dense_visual_flops(shape, IMAGE) / 1e12, 2) == tera
 
 
@@ -65,12 +65,12 @@ def test_the_papers_dense_flops(shape: ModelShape, tera: float) -> None:
     ("shape", "share", "percent"),
     [(LLAVA_7B, 2, 24.5), (LLAVA_7B, 4, 12.3), (LLAVA_13B, 2, 24.6), (LLAVA_13B, 4, 12.3)],
 )
-def test_the_papers_pruned_flops(shape: ModelShape, share: int, percent: float) -> None:
+def test_pruned_flops_are_the_papers_figures(shape: ModelShape, share: int, percent: float) -> None:
     assert round(100 * visual_budget(papers_plan(shape, share)), 1) == percent
 
 
 @SHAPES
-def test_dense_flops_by_the_papers_formula(shape: ModelShape) -> None:
+def test_dense_flops_follow_the_papers_formula(shape: ModelShape) -> None:
     n, d, m = IMAGE.visual, shape.hidden, shape.ffn
     if shape.heads == shape.kv_heads:
         assert dense_visual_flops(shape, IMAGE) == shape.layers * (
@@ -93,7 +93,7 @@ def test_the_whole_plan_costs_what_the_dense_model_costs(shape: ModelShape) -> N
 
 
 @SHAPES
-def test_a_plan_without_anything_visual_costs_nothing_visual(shape: ModelShape) -> None:
+def test_a_plan_without_visual_work_has_no_visual_cost(shape: ModelShape) -> None:
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = full_plan(identity(shape), IMAGE).with_layers((none,) * shape.layers)
     text_alone = Workload((Grid(1, 1),), IMAGE.text)

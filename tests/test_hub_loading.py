@@ -130,7 +130,7 @@ def test_yopo_load_takes_a_hub_id_a_revision_and_a_subfolder(told) -> None:
     assert told["load subfolder"] == told["first"]
 
 
-def test_a_dense_repository_is_told_from_a_pruned_one(told) -> None:
+def test_a_dense_repository_is_distinguished_from_a_pruned_one(told) -> None:
     assert "me/dense: is not a pruned checkpoint (no yopo_plan.yaml)" in told["load dense"]
 
 
@@ -143,7 +143,7 @@ def test_eval_and_bench_take_a_hub_id(told) -> None:
     assert told["target"] == told["first"] and told["target dense"] is None
 
 
-def test_remote_code_is_of_its_revision(told) -> None:
+def test_remote_code_comes_from_its_revision(told) -> None:
     assert told["revision"] == told["second"]
 
 

@@ -47,7 +47,7 @@ def test_gather_and_scatter_are_inverse(ragged: tuple) -> None:
     assert torch.equal(joined, states)
 
 
-def test_rows_that_agree_share_their_positions() -> None:
+def test_rows_with_equal_layouts_share_their_positions() -> None:
     same = torch.tensor([[False, True, True, False]] * 2)
     grids = [(Grid(1, 2),), (Grid(2, 1),)]
     layout = build_layout(same, grids)

@@ -63,7 +63,7 @@ def keys(cell: str) -> list[str]:
 # What the tables say.
 
 
-def test_supported_models_are_those_of_the_registry() -> None:
+def test_the_supported_models_match_the_registry() -> None:
     found = {
         (name, architecture, frozenset(texts.split(", ")), frozenset(aliases.split(", ")))
         for name, architecture, texts, aliases in rows(
@@ -82,12 +82,12 @@ def test_supported_models_are_those_of_the_registry() -> None:
     assert found == expected
 
 
-def test_the_demo_models_table_is_its_cards() -> None:
+def test_the_demo_models_table_matches_its_card() -> None:
     table = card("llava_tiny")
     assert table[table.index("| kind |") :].strip() in SCRIPTS
 
 
-def test_the_second_demo_models_figures_are_its_cards() -> None:
+def test_the_second_demo_models_figures_match_its_card() -> None:
     about = card("qwen2_vl_tiny")
     about = about[: about.index("## Other pictures")]
     (short,) = re.findall(r"all short answers\*\* \| \d+ \| \*\*([\d.]+)%", about)
@@ -96,7 +96,7 @@ def test_the_second_demo_models_figures_are_its_cards() -> None:
     assert f"{short} % of held-out short questions, and {grid} % of the requests" in text
 
 
-def test_the_headlines_are_figures_of_the_tables() -> None:
+def test_the_headline_figures_are_in_the_tables() -> None:
     (at_12,) = [line for line in README.splitlines() if "of the visual FLOPs keep" in line]
     for label, share in (("paper's shape, scores", "55.8"), ("VTW", "22.3")):
         assert f"{share} %" in at_12
@@ -162,7 +162,7 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_lines_fit_a_window(name: str) -> None:
+def test_lines_have_at_most_120_characters(name: str) -> None:
     text = re.sub(r"```.*?```", "", PAGES[name], flags=re.S)
     prose = [each for each in text.splitlines() if not each.startswith(("|", "    "))]
     assert [each for each in prose if len(each) > 120] == []
@@ -189,7 +189,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_are_named_exist(name: str) -> None:
+def test_named_files_exist(name: str) -> None:
     for path in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|sh|md|yml|txt|png))`", PAGES[name]):
         places = (ROOT, ROOT / "yopo", (ROOT / name).parent)
         assert any((place / path).is_file() for place in places), path
@@ -226,14 +226,16 @@ def commands(page: str) -> Iterator[list[str]]:
 COMMANDS = {shlex.join(words): words for page in PAGES.values() for words in commands(page)}
 
 
-def test_there_are_commands() -> None:
+def test_the_pages_show_every_command() -> None:
     programs = {tuple(words[:2]) for words in COMMANDS.values()}
     assert {("yopo", name) for name in cli.list_commands(click.Context(cli))} <= programs
     assert len(COMMANDS) > 50
 
 
 @pytest.mark.parametrize("line", [each for each in COMMANDS if each.startswith("yopo ")])
-def test_the_command_line_takes_them(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_accepts_every_yopo_command(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)  # configurations are named from there
     _, name, *arguments = COMMANDS[line]
     if "--help" in (name, *arguments):
@@ -251,7 +253,7 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("line", [each for each in COMMANDS if each.startswith("python ")])
-def test_scripts_take_them(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scripts_accept_every_python_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = COMMANDS[line]
     if words[1] == "-c":  # the end of a pipeline, which is run below
         return
@@ -273,7 +275,7 @@ def test_scripts_take_them(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("script", ["demo.sh", "test.sh"])
-def test_scripts_can_be_started(script: str) -> None:
+def test_shell_scripts_are_executable(script: str) -> None:
     assert f"scripts/{script}" in README and os.access(ROOT / "scripts" / script, os.X_OK)
 
 
@@ -323,13 +325,13 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_first_commands_run(walked: Path) -> None:
+def test_the_first_commands_run_as_printed(walked: Path) -> None:
     assert (walked / "llava-tiny-yopo" / "yopo_plan.yaml").is_file()
     assert yopo.read_plan(walked / "plan.yaml").budget.reached <= 0.12
     assert yopo.read_plan(walked / "other.yaml").budget.reached < 0.13
 
 
-def test_python_runs(walked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_run(walked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(walked)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 2

@@ -98,14 +98,14 @@ def check_numbers(found: PreTrainedModel, path: Path) -> None:
     assert not torch.allclose(dense, expected, atol=1e-2)  # quantizing did something
 
 
-def test_weights_that_cannot_be_cut_are_unpacked_in_part(baked: Path) -> None:
+def test_weights_that_cannot_be_sliced_are_partly_unpacked(baked: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(baked)
     pack(model)
     with pruned(model, read_baked_plan(baked), check=False):
         check_numbers(model, baked)
 
 
-def test_weights_that_are_packed_later_are_unpacked_as_well(baked: Path) -> None:
+def test_weights_that_are_packed_later_are_unpacked_too(baked: Path) -> None:
     model = yopo.load(baked)
     tiny.logits(model, tiny.batch(ROWS))
     stock = AutoModelForImageTextToText.from_pretrained(baked)
@@ -118,7 +118,7 @@ def test_weights_that_are_packed_later_are_unpacked_as_well(baked: Path) -> None
     assert torch.allclose(tiny.logits(model, inputs), expected, atol=0.5)
 
 
-def test_a_part_is_cut_once_for_each_weight() -> None:
+def test_a_part_is_sliced_once_per_weight() -> None:
     part, first = PackedPart(torch.arange(2, 5), columns=True), Packed.of(torch.randn(4, 6))
     found = part.cut(first)
     assert torch.equal(found, first.dequantize()[:, 2:5]) and part.cut(first) is found
@@ -135,7 +135,7 @@ def test_a_quantized_model_in_memory_has_no_fingerprint(mha: Subject) -> None:
             pass
 
 
-def test_layers_of_another_quantizer_are_refused_with_what_works(mha: Subject) -> None:
+def test_layers_of_another_quantizer_are_refused_with_alternatives(mha: Subject) -> None:
     class Linear4bit(torch.nn.Linear):
         """What bitsandbytes calls its layer."""
 
@@ -149,7 +149,7 @@ def test_layers_of_another_quantizer_are_refused_with_what_works(mha: Subject) -
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 @pytest.mark.parametrize("way", ["while loading", "trust_remote_code", "afterwards"])
-def test_torchao_weight_only(baked: Path, kind: str, way: str) -> None:
+def test_torchao_weight_only_quantization_works(baked: Path, kind: str, way: str) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from transformers import TorchAoConfig
 

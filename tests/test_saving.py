@@ -136,7 +136,7 @@ def test_a_trained_model_is_saved_as_it_is(
         assert torch.equal(parameter, trained[name]), name
 
 
-def test_trained_fitted_weights_alone_leave_the_other_budgets(baked: Path, tmp_path: Path) -> None:
+def test_training_only_fitted_weights_keeps_the_other_budgets(baked: Path, tmp_path: Path) -> None:
     model = yopo.load(baked, trainable=True)
     with torch.no_grad():
         for parameter in fitted_parameters(model).values():
@@ -170,7 +170,7 @@ def test_a_model_outlives_the_directory_that_it_came_from(baked: Path, tmp_path:
     check_same(yopo.load(tmp_path / "out"), model)
 
 
-def test_another_precision_is_saved_as_such(baked: Path, tmp_path: Path) -> None:
+def test_another_precision_is_saved_as_it_is(baked: Path, tmp_path: Path) -> None:
     model = yopo.load(baked, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     again = yopo.load(tmp_path)
@@ -235,7 +235,7 @@ def trainer(model: nn.Module, folder: Path, steps: int) -> Trainer:
     return Trainer(model, arguments, train_dataset=rows(8), data_collator=lambda given: given[0])
 
 
-def test_a_trainers_checkpoint_is_whole_and_training_goes_on_from_it(
+def test_a_trainer_checkpoint_is_complete_and_training_resumes_from_it(
     mha: Subject, tmp_path: Path
 ) -> None:
     mha.model.save_pretrained(tmp_path / "source")
@@ -269,7 +269,7 @@ def test_a_trained_checkpoint_can_be_baked_again(mha: Subject, tmp_path: Path) -
     torch.testing.assert_close(found[where], expected[where], atol=1e-3, rtol=1e-3)
 
 
-def test_a_plan_in_memory_is_no_part_of_what_is_saved(
+def test_a_plan_in_memory_is_not_saved(
     baked: Path, mha: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = three_plans(mha)[0]
@@ -293,7 +293,7 @@ def test_a_plan_in_memory_is_no_part_of_what_is_saved(
         assert stock.config.yopo  # as it was
 
 
-def test_adapters_that_are_not_merged_are_refused(baked: Path, tmp_path: Path) -> None:
+def test_unmerged_adapters_are_refused(baked: Path, tmp_path: Path) -> None:
     model = yopo.load(baked)
     peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="not merged"):

@@ -59,7 +59,7 @@ def test_answers_are_predicted_as_in_decoding(subject: Subject, name: str) -> No
     assert torch.allclose(found, torch.stack(expected), atol=1e-4)
 
 
-def test_an_answer_would_change_the_ranking(mha: Subject) -> None:
+def test_answer_tokens_would_change_the_ranking(mha: Subject) -> None:
     """What ``teacher_forced`` is there for."""
     batch = answered()
     with torch.no_grad(), baseline(mha.model, SOME["fastv"]):
@@ -70,7 +70,7 @@ def test_an_answer_would_change_the_ranking(mha: Subject) -> None:
     assert torch.equal(plain, again) and not torch.allclose(plain, forced, atol=1e-3)
 
 
-def test_a_baseline_that_drops_nothing_strays_nowhere(subject: Subject) -> None:
+def test_a_baseline_that_drops_nothing_has_no_kl(subject: Subject) -> None:
     batch = answered()
     records = [Recorded(batch, ANSWERS, answer_log_probs(subject.model, batch))]
     with baseline(subject.model, FastV(2, share=1.0)):

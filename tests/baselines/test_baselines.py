@@ -179,7 +179,7 @@ def test_downsampling_is_the_stock_model_on_a_shorter_prompt(subject: Subject) -
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_simulation_means_what_the_reference_means(
+def test_the_mask_simulation_matches_the_reference(
     subject: Subject, prompt: str, seed: int
 ) -> None:
     plan = subject.random_plan(seed, compensation=("none", "mean")[seed % 2])
@@ -197,7 +197,7 @@ def test_the_simulation_means_what_the_reference_means(
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("name", BASELINES)
-def test_generate_is_teacher_forcing(subject: Subject, name: str, prompt: str) -> None:
+def test_generate_matches_teacher_forcing(subject: Subject, name: str, prompt: str) -> None:
     """Decode steps see what one forward of prompt and answer sees."""
     model, inputs = subject.model, inputs_of(prompt)
     plan = subject.random_plan(1)
@@ -284,7 +284,7 @@ def test_hooks_of_accelerate_stay_around_the_forward(mha: Subject, name: str) ->
     assert torch.equal(tiny.logits(model, inputs), usual)
 
 
-def test_a_forward_that_would_not_be_reached_is_refused(mha: Subject) -> None:
+def test_a_forward_that_would_be_bypassed_is_refused(mha: Subject) -> None:
     model = copy.deepcopy(mha.model)
     decoder = model.get_decoder()
     decoder.forward = torch.compile(decoder.forward, backend="eager")
@@ -294,7 +294,7 @@ def test_a_forward_that_would_not_be_reached_is_refused(mha: Subject) -> None:
     assert trace(model) == state
 
 
-def test_text_alone_is_the_stock_model(mha: Subject) -> None:
+def test_text_only_input_gives_the_stock_model(mha: Subject) -> None:
     inputs = tiny.batch([[1, 5, 6, 7], [2, 3]])
     usual, said = tiny.logits(mha.model, inputs), generated(mha.model, inputs)
     plan = mha.random_plan(2)
@@ -305,7 +305,7 @@ def test_text_alone_is_the_stock_model(mha: Subject) -> None:
         assert torch.allclose(found[tiny.real(inputs)], usual[tiny.real(inputs)], atol=1e-4)
 
 
-def test_eager_attention_gets_masks_that_it_adds(mha: Subject) -> None:
+def test_eager_attention_gets_additive_masks(mha: Subject) -> None:
     inputs, eager = inputs_of("padded"), copy.deepcopy(mha.model)
     eager.set_attn_implementation("eager")
     plan = mha.random_plan(1)
@@ -349,13 +349,13 @@ def second_image(model: Any) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_baseline_cannot_do_it_says(mha: Subject, case: str) -> None:
+def test_a_baseline_refuses_what_it_cannot_do(mha: Subject, case: str) -> None:
     call, expected = REFUSED[case]
     with baseline(mha.model, SOME["fastv"]), pytest.raises(ModelError, match=expected):
         call(mha.model)
 
 
-def test_caches_do_not_change_hands(mha: Subject) -> None:
+def test_a_cache_cannot_be_used_by_another_model(mha: Subject) -> None:
     model, step = mha.model, torch.tensor([[9]])
     dense = used_cache(model)
     with torch.no_grad(), baseline(model, SOME["vtw"]):
@@ -368,13 +368,13 @@ def test_caches_do_not_change_hands(mha: Subject) -> None:
         model(input_ids=step, past_key_values=theirs)
 
 
-def test_ranking_needs_a_layer_to_rank_in() -> None:
+def test_ranking_needs_a_preceding_layer() -> None:
     with pytest.raises(PlanError, match="fastv cannot drop tokens after 0 layers"):
         FastV(0, share=0.5)
     assert FastV(2, share=0.5).on_layers((2, 3)) == FastV(1, share=0.5)
 
 
-def test_one_change_at_a_time(mha: Subject) -> None:
+def test_only_one_change_may_be_installed_at_a_time(mha: Subject) -> None:
     with baseline(mha.model, SOME["vtw"]), pytest.raises(ModelError, match="already"):
         with baseline(mha.model, SOME["fastv"]):
             pass
@@ -384,7 +384,7 @@ def test_one_change_at_a_time(mha: Subject) -> None:
             pass
 
 
-def test_a_name_needs_a_plan(mha: Subject) -> None:
+def test_a_baseline_given_by_name_needs_a_plan(mha: Subject) -> None:
     for which in ("vtw", MaskedPlan()):
         with pytest.raises(PlanError, match="plan"), baseline(mha.model, which):
             pass
@@ -395,7 +395,7 @@ def test_a_name_needs_a_plan(mha: Subject) -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_several_forwards_are_one(subject: Subject, name: str) -> None:
+def test_several_forwards_equal_one(subject: Subject, name: str) -> None:
     """Steps of one and of several tokens, padded rows: as if all had been in one prompt."""
     turns = [PROMPTS["padded"], [[40, 41, 42], [50, 51]], [[43], [52]], [[44, 45], [53, 54]]]
     parts = [tiny.batch(rows) for rows in turns]

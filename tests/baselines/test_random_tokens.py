@@ -43,7 +43,7 @@ def test_a_prompt_keeps_the_same_tokens(mha: Subject, layers: int) -> None:
     assert not torch.equal(other[0], alone)
 
 
-def test_all_places_are_drawn(mha: Subject) -> None:
+def test_every_position_is_drawn_equally_often(mha: Subject) -> None:
     """Over seeds, every token stays about as often as any other."""
     counts = torch.zeros(VISUAL)
     for seed in range(48):
@@ -51,7 +51,7 @@ def test_all_places_are_drawn(mha: Subject) -> None:
     assert counts.sum() == 48 * VISUAL // 2 and 10 <= counts.min() and counts.max() <= 38
 
 
-def test_a_drop_in_front_is_the_stock_model_without_those_tokens(subject: Subject) -> None:
+def test_an_early_drop_is_the_stock_model_without_those_tokens(subject: Subject) -> None:
     """Text after a gap keeps its positions."""
     inputs, method = tiny.batch([ONE]), RandomTokens(0, share=0.4)
     (kept,) = kept_places(subject, method, [ONE])
@@ -89,7 +89,7 @@ def test_budgets_are_met_to_the_token() -> None:
     assert solve("random", shape, workload, 0.01).kept(VISUAL) == 0
 
 
-def test_the_share_is_what_it_is_called() -> None:
+def test_the_share_is_named_in_the_description() -> None:
     shape, workload = tiny.make_subject("mha").shape, tiny.workload()
     assert RandomTokens(0, share=0.25).describe(shape, workload) == "R = 25.0 %"
     later = RandomTokens(2, share=0.25)

@@ -26,7 +26,7 @@ def test_tokens_are_kept_image_by_image() -> None:
     assert torch.equal(short.positions[0], short.index)
 
 
-def test_merged_features_stand_at_the_kept_places() -> None:
+def test_merged_features_replace_the_kept_tokens() -> None:
     """One matrix per row, as clusters or attention weights give it; other layers' features too."""
     weights = torch.rand(2, 3, 7)
     reduction = Reduction.of_images(GRIDS, PER_IMAGE, merge=lambda each: weights @ each)
@@ -40,7 +40,7 @@ def test_merged_features_stand_at_the_kept_places() -> None:
     assert torch.equal(EMBEDS, torch.arange(40.0).reshape(2, 10, 2))  # the caller's stay
 
 
-def test_positions_may_close_up() -> None:
+def test_positions_may_be_replaced() -> None:
     moved = torch.stack([POSITIONS[0] * 10, POSITIONS[0] * 20])
     short = Reduction.of_images(GRIDS, PER_IMAGE, positions=moved).shorten(
         LAYOUT, EMBEDS, POSITIONS.expand(2, -1, -1)

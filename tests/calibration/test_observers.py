@@ -143,7 +143,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-def test_equals_brute_force_on_a_padded_batch(subject: Subject, queries: str) -> None:
+def test_a_padded_batch_matches_brute_force(subject: Subject, queries: str) -> None:
     assert len(ROWS[2]) - 2 * len(PICTURE) > CHUNK
     expected = brute_force(subject, ROWS, queries)
     found = watch(subject, padded(ROWS), queries)
@@ -161,7 +161,7 @@ def test_equals_brute_force_on_a_padded_batch(subject: Subject, queries: str) ->
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-def test_rho_is_exact_to_1e_5_where_the_forward_is(subject: Subject, queries: str) -> None:
+def test_rho_is_exact_to_1e_5_if_the_forward_is(subject: Subject, queries: str) -> None:
     """Of the float64 model, row by row: padding shifts the float32 angles of RoPE."""
     for row in ROWS:
         expected = brute_force(subject, [row], queries)
@@ -181,7 +181,7 @@ def test_observing_does_not_change_the_model(subject: Subject) -> None:
     assert torch.equal(before, tiny.logits(subject.model, inputs))
 
 
-def test_everything_is_switched_off_after_an_exception(mha: Subject) -> None:
+def test_an_exception_removes_all_observers(mha: Subject) -> None:
     model, decoder = mha.model, mha.model.get_decoder()
     implementation = decoder.config._attn_implementation
     family = family_of(model.config)
@@ -197,7 +197,7 @@ def test_everything_is_switched_off_after_an_exception(mha: Subject) -> None:
         assert not layer._forward_pre_hooks
 
 
-def test_no_matrix_of_all_queries_is_formed(mha: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_full_attention_matrix_is_formed(mha: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     from yopo.calibration import observers
 
     seen = []
@@ -213,6 +213,6 @@ def test_no_matrix_of_all_queries_is_formed(mha: Subject, monkeypatch: pytest.Mo
     assert seen and max(seen) <= CHUNK < 8 * len(PICTURE)
 
 
-def test_an_image_that_nobody_reads_is_an_error(mha: Subject) -> None:
+def test_an_image_that_no_text_follows_is_an_error(mha: Subject) -> None:
     with pytest.raises(DataError, match="no text behind its image"):
         watch(mha, tiny.batch([[1, 2, *PICTURE]]))

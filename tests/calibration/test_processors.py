@@ -124,7 +124,7 @@ PAIRS = (
 GRIDS = ((Grid(3, 5),), (Grid(5, 3), Grid(2, 2)), (Grid(2, 6),))
 
 
-def test_it_is_loaded_as_the_stock_class_without_its_video_half(folder: Path, kind: str) -> None:
+def test_a_processor_is_the_stock_class_without_its_video_half(folder: Path, kind: str) -> None:
     processor = load_processor(str(folder))
     stock = getattr(transformers, f"{kind}Processor")
     assert isinstance(processor, stock) and type(processor).__name__ == stock.__name__
@@ -149,7 +149,7 @@ def test_hub_directories_are_loaded(folder: Path, kind: str, tmp_path: Path) -> 
     assert found.image_processor.patch_size == PATCH
 
 
-def test_a_batch_of_images_of_different_sizes(folder: Path) -> None:
+def test_a_batch_may_hold_images_of_different_sizes(folder: Path) -> None:
     batch = encode(
         load_processor(str(folder)),
         PAIRS,
@@ -184,7 +184,7 @@ def test_pairs_are_measured_planned_and_compared(folder: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("often", range(len(PAIRS)))
-def test_the_usual_pair_has_the_commonest_grids(folder: Path, kind: str, often: int) -> None:
+def test_the_usual_pair_has_the_most_common_grids(folder: Path, kind: str, often: int) -> None:
     """Across batches, wherever they come, and however large they are."""
     model, processor = make_model(kind), load_processor(str(folder))
     pairs = [*PAIRS[:often], PAIRS[often], *PAIRS[often:]]
@@ -192,7 +192,7 @@ def test_the_usual_pair_has_the_commonest_grids(folder: Path, kind: str, often: 
     assert statistics.workload.grids == GRIDS[often]
 
 
-def test_whatever_else_is_missing_is_still_an_error(folder: Path, tmp_path: Path) -> None:
+def test_other_missing_files_are_still_errors(folder: Path, tmp_path: Path) -> None:
     for name in ("processor_config.json", "config.json"):  # no tokenizer
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     assert load_without_videos(str(tmp_path)) is None

@@ -80,7 +80,7 @@ def test_devices_pipes_and_links_are_refused(yopo: Yopo, model: Path, calibrated
     assert sorted(os.listdir()) == ["link", "pipe"]
 
 
-def test_a_page_replaces_a_page(yopo: Yopo, calibrated: Path) -> None:
+def test_an_html_page_may_replace_an_html_page(yopo: Yopo, calibrated: Path) -> None:
     for force in ((), ("--force",)):
         done = yopo("inspect", calibrated / "plan.yaml", "--html", "page.html", *force)
         assert done.code == 0, done.err
@@ -149,7 +149,7 @@ def run_killed(limit: int | None, *arguments: object) -> int:
 
 
 @pytest.mark.parametrize("replaces", ["by exchange", "by two renames", "nothing"])
-def test_killed_before_any_step_there_is_a_whole_checkpoint(
+def test_a_kill_before_any_step_leaves_a_complete_checkpoint(
     yopo: Yopo, plan: Path, model: Path, monkeypatch: pytest.MonkeyPatch, replaces: str
 ) -> None:
     """With --force the old one or the new one; what is left besides is known, and goes.
@@ -186,7 +186,7 @@ def test_killed_before_any_step_there_is_a_whole_checkpoint(
     assert num_left == total - 1  # before the first step there is nothing
 
 
-def test_leftovers_are_named_then_cleaned(yopo: Yopo, plan: Path, model: Path) -> None:
+def test_leftovers_are_named_and_then_cleaned(yopo: Yopo, plan: Path, model: Path) -> None:
     run_killed(12, "apply", plan, "--model", model, "-o", "out")
     (left,) = os.listdir()
     done = yopo("apply", plan, "--model", model, "-o", "out", "--dry-run")
@@ -198,14 +198,14 @@ def test_leftovers_are_named_then_cleaned(yopo: Yopo, plan: Path, model: Path) -
     assert (done.code, done.out, done.err) == (0, "", "Nothing to remove.\n")
 
 
-def test_clean_alone(yopo: Yopo, plan: Path) -> None:
+def test_clean_excludes_a_plan_and_needs_an_existing_folder(yopo: Yopo, plan: Path) -> None:
     assert yopo("apply", plan, "--clean", ".").code == 2
     assert yopo("apply").code == 2
     done = yopo("apply", "--clean", "nowhere/out")
     assert done.is_sentence and "its folder does not exist" in done.err
 
 
-def test_a_power_cut_behind_a_finished_apply(
+def test_a_finished_apply_survives_a_power_cut(
     yopo: Yopo, plan: Path, model: Path, tmp_path: Path
 ) -> None:
     """What has reached a disk when `apply` returns, by a copy of the disk: all files, whole."""

@@ -49,7 +49,7 @@ def run(*arguments: object) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["internlm2", "phi3"])
-def test_convert_calibrate_apply_load(
+def test_an_original_can_be_converted_calibrated_applied_and_loaded(
     decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

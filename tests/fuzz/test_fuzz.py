@@ -247,29 +247,29 @@ def damaged_rows(folder: Path) -> Callable[[random.Random], None]:
     return case
 
 
-def test_plans() -> None:
+def test_damaged_plans_end_in_a_result_or_an_error() -> None:
     assert 20 < hunt(damaged_plan, 250) < 230
 
 
-def test_plan_files(tmp_path: Path) -> None:
+def test_damaged_plan_files_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert hunt(damaged_plan_file(tmp_path), 120) < 110
 
 
-def test_side_files(tmp_path: Path) -> None:
+def test_damaged_side_files_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 5 < hunt(damaged_side_file(tmp_path), 400) < 390
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_damaged_shards_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 5 < hunt(damaged_shard(tmp_path), 400) < 390
 
 
-def test_statistics(tmp_path: Path) -> None:
+def test_damaged_statistics_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 5 < hunt(damaged_statistics(tmp_path), 400) < 390
 
 
-def test_rows(tmp_path: Path) -> None:
+def test_damaged_rows_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 20 < hunt(damaged_row(tmp_path), 800) < 780
 
 
-def test_files_of_rows(tmp_path: Path) -> None:
+def test_damaged_files_of_rows_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 5 < hunt(damaged_rows(tmp_path), 400) < 390

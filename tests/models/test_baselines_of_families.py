@@ -86,7 +86,7 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(specimen: Specimen, p
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_simulation_means_what_the_reference_means(specimen: Specimen, prompt: str) -> None:
+def test_the_mask_simulation_matches_the_reference(specimen: Specimen, prompt: str) -> None:
     inputs = specimen.inputs(PROMPTS[prompt])
     plan = specimen.plan(1)
     with reference(specimen.model, plan):
@@ -141,7 +141,7 @@ class BetweenLayers(RandomTokens):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_reduction_in_front_is_a_drop_before_the_first_layer(
+def test_an_early_reduction_equals_a_drop_before_the_first_layer(
     specimen: Specimen, prompt: str
 ) -> None:
     """Positions of several axes and features that later layers add go along in both ways."""
@@ -156,7 +156,7 @@ def test_a_reduction_in_front_is_a_drop_before_the_first_layer(
     assert not torch.allclose(reduced[where], tiny.logits(model, inputs)[where], atol=1e-3)
 
 
-def test_pooled_images_stand_where_smaller_ones_would(specimen: Specimen) -> None:
+def test_pooled_images_have_the_positions_of_smaller_ones(specimen: Specimen) -> None:
     """M-RoPE: rows and columns of the smaller grid, and text behind it closes up."""
     model = specimen.model.base_model
     if not hasattr(model, "get_rope_index"):

@@ -114,7 +114,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def test_it_equals_brute_force(specimen: Specimen) -> None:
+def test_calibration_matches_brute_force(specimen: Specimen) -> None:
     rho, cross, locality, squares = brute_force(specimen, ROWS)
     found = watch(specimen, specimen.inputs(ROWS))
     assert (found.rho[0].double() / rho - 1).abs().max() < 5e-5  # float32 against float64
@@ -156,7 +156,7 @@ def test_the_same_pairs_give_the_same_bytes(
 
 
 @pytest.mark.parametrize("template", ["paper", "reader-heads"])
-def test_from_pairs_to_a_served_model(
+def test_pairs_lead_to_a_served_model(
     specimen: Specimen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, template: str
 ) -> None:
     request = BudgetRequest(0.5, template=template)

@@ -19,7 +19,7 @@ ENTRIES = {type(entry).__module__: entry for entry in zoo.all_entries()}
 
 
 @pytest.mark.parametrize("module", ENTRIES)
-def test_images_that_are_encoded_at_once_are_not_mixed_up(module: str) -> None:
+def test_concurrently_encoded_images_are_not_mixed_up(module: str) -> None:
     """All threads encode before any prefills, as two calls of ``generate`` may."""
     specimen = zoo.build(ENTRIES[module])
     plan = specimen.plan(3)

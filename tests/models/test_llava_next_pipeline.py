@@ -66,7 +66,9 @@ def save_model(path: Path) -> None:
     processor.save_pretrained(path)
 
 
-def test_calibrate_apply_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_calibrated_plan_can_be_applied_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("YOPO_CACHE", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")

@@ -79,7 +79,7 @@ def specified(
 
 
 @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
-def test_generate_says_what_the_reference_says(specimen: Specimen, beams: int) -> None:
+def test_generate_matches_the_reference(specimen: Specimen, beams: int) -> None:
     for seed, (name, inputs) in enumerate(prompts_of(specimen).items()):
         plan = specimen.plan(seed)
         expected = specified(specimen, plan, inputs, num_beams=beams)
@@ -131,13 +131,13 @@ def check_stock(path: Path, specimen: Specimen) -> None:
     assert not torch.equal(found, usual)  # it stands in another order
 
 
-def test_baked_in_stock_transformers_is_the_original(baked: tuple) -> None:
+def test_a_baked_model_in_stock_transformers_is_the_original(baked: tuple) -> None:
     path, _, specimen = baked
     check_stock(path, specimen)
 
 
 @pytest.mark.parametrize("how", ["yopo.load", "trust_remote_code"])
-def test_baked_and_loaded_is_pruned_in_memory(baked: tuple, how: str) -> None:
+def test_a_baked_and_loaded_model_equals_one_pruned_in_memory(baked: tuple, how: str) -> None:
     path, plan, specimen = baked
     if how == "yopo.load":
         model = yopo.load(path)
@@ -181,13 +181,13 @@ def executed(specimen: Specimen, inputs: dict[str, Any]) -> int:
     return sum(counts.values())
 
 
-def test_the_dense_models_flops(specimen: Specimen) -> None:
+def test_flops_of_the_dense_model_are_the_predicted_ones(specimen: Specimen) -> None:
     predicted = dense_prefill_flops(specimen.identity.shape, specimen.workload(LARGE))
     assert executed(specimen, specimen.inputs([LARGE])) == pytest.approx(predicted, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_flops_and_bytes(specimen: Specimen, seed: int) -> None:
+def test_flops_and_bytes_are_the_predicted_ones(specimen: Specimen, seed: int) -> None:
     inputs = specimen.inputs([LARGE])
     plan = specimen.plan(seed, workload=specimen.workload(LARGE))
     with pruned(specimen.model, plan):
@@ -244,7 +244,7 @@ def test_grids_are_found_in_forward_generate_and_beams(specimen: Specimen) -> No
     assert seen == [expected, expected, None, beams]
 
 
-def test_nothing_visual_is_nothing_pruned(specimen: Specimen, capsys: Any, recwarn: Any) -> None:
+def test_without_images_nothing_is_pruned(specimen: Specimen, capsys: Any, recwarn: Any) -> None:
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = specimen.plan(0, layers=(none,) * 4)
     inputs = specimen.inputs(PROMPTS["text"])

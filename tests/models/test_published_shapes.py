@@ -81,7 +81,7 @@ def published(name: str) -> PreTrainedConfig:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shape_and_family_are_read_off_the_published_configuration(name: str) -> None:
+def test_shape_and_family_are_read_from_the_published_configuration(name: str) -> None:
     config = published(name)
     assert shape_of(config) == ModelShape(*SHAPES[name])
     family = family_of(config)
@@ -106,7 +106,7 @@ def test_dense_flops_are_two_per_weight_and_token(name: str) -> None:
     assert type(model).__name__ == family_of(config).architecture
 
 
-def test_the_visual_cache_of_qwen2_vl_7b() -> None:
+def test_the_visual_cache_of_qwen2_vl_7b_has_the_published_size() -> None:
     """Four KV heads of 128 in 28 layers: 57 344 bytes per visual token in 16 bit."""
     assert dense_visual_kv_bytes(ModelShape(*SHAPES["qwen2-vl-7b"]), IMAGE) == 57344 * 1024
 

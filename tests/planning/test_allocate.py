@@ -126,7 +126,7 @@ def test_a_larger_budget_never_means_more_damage(
     assert more <= less * (1 + 1e-9) + 1e-12
 
 
-def test_no_single_change_is_a_bargain() -> None:
+def test_no_single_change_improves_an_allocation() -> None:
     """Random other layers at no higher cost do not beat the allocation by the estimate."""
     allocator = make_allocator(0.3)
     layers = allocator.allocate()
@@ -154,7 +154,7 @@ def test_a_tiny_visual_weight_reads_and_a_huge_one_computes() -> None:
     assert heads[1] < heads[0]
 
 
-def test_at_the_full_budget_everything_is_done_that_is_read() -> None:
+def test_the_full_budget_keeps_everything_that_is_read() -> None:
     """A budget of 1 prunes only what no later layer reads."""
     allocator = make_allocator(1.0)
     layers = allocator.allocate()
@@ -163,7 +163,7 @@ def test_at_the_full_budget_everything_is_done_that_is_read() -> None:
     assert not layers[-1].attend_heads and not layers[-1].has_ffn
 
 
-def test_where_nothing_fits_there_is_none() -> None:
+def test_there_is_no_allocation_if_nothing_fits() -> None:
     assert make_allocator(1e-6).allocate() is None
     statistics = make_statistics()
     unread = replace(statistics, head_effect_sum=torch.zeros_like(statistics.head_effect_sum))
@@ -183,7 +183,7 @@ def test_unread_layers_do_nothing_at_the_end() -> None:
     )
 
 
-def test_weights_of_single_layers_count() -> None:
+def test_weights_of_single_layers_are_respected() -> None:
     statistics = make_statistics()
     profile, builder = make_profile(statistics), TemplateBuilder(statistics, 0.1)
     even = Weighting.even(1.0, None, LAYERS)
@@ -291,7 +291,7 @@ def test_a_search_that_finds_nothing_keeps_the_best_candidate() -> None:
     assert candidates[0] is candidates[1] and len(seen) == len(set(seen))
 
 
-def test_a_refit_needs_the_model() -> None:
+def test_a_refit_without_the_model_is_refused() -> None:
     for request in (
         PaperRequest(preset="yopo-25", compensation="refit"),
         PaperRequest(compensation="refit"),
@@ -304,7 +304,7 @@ def test_a_refit_needs_the_model() -> None:
 
 @pytest.mark.parametrize("asked", [None, "refit", "mean", "none"])
 @pytest.mark.parametrize("template", [None, "reader"])
-def test_what_no_budget_pays_for_is_a_sentence(asked: str | None, template: str | None) -> None:
+def test_an_unaffordable_budget_is_refused(asked: str | None, template: str | None) -> None:
     statistics = make_statistics()
     measure, seen = counting(wants_rank)
     request = BudgetRequest(1e-6, compensation=asked, template=template)
@@ -313,7 +313,7 @@ def test_what_no_budget_pays_for_is_a_sentence(asked: str | None, template: str 
     assert seen == []
 
 
-def test_templates_are_candidates_where_nothing_can_be_allocated(
+def test_templates_are_candidates_if_nothing_can_be_allocated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     statistics = make_statistics()

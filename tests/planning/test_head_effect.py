@@ -18,7 +18,7 @@ from yopo.serving.loading import load_dense
 from yopo.strategies.heads import score, select_top
 
 
-def test_half_of_the_heads_by_effect_stray_less_than_by_rho() -> None:
+def test_selecting_heads_by_effect_gives_a_lower_kl_than_by_rho() -> None:
     """Half of all heads may read, everything else of the visual tokens is frozen."""
     source = resolve("llava-tiny")
     processor, model = load_processor(source.location), load_dense(source)

@@ -45,7 +45,7 @@ def is_whole(plan: PruningPlan) -> bool:
 
 
 @pytest.mark.parametrize("asked", [{"head_ratio": 0.5}, {"preset": "yopo-25"}, {"alpha": 0.6}])
-def test_groups_are_whole_if_asked_for(spread: Statistics, asked: dict) -> None:
+def test_kv_groups_are_kept_whole_on_request(spread: Statistics, asked: dict) -> None:
     whole, single = (plan_of(spread, kv_groups=each, **asked) for each in (True, False))
     assert is_whole(whole) and not is_whole(single)
     assert whole.provenance["kv_groups"] is True and "kv_groups" not in single.provenance
@@ -71,7 +71,7 @@ def test_every_template_at_a_budget_keeps_whole_groups(spread: Statistics, name:
     assert is_whole(plan) and visual_budget(plan) <= 0.3
 
 
-def test_a_budget_is_met_with_groups(spread: Statistics) -> None:
+def test_a_budget_is_met_with_whole_groups(spread: Statistics) -> None:
     for template in ("paper", "reader-heads"):
         plan = plan_of(spread, budget=0.3, template=template, kv_groups=True)
         assert is_whole(plan) and 0.2 < plan.budget.reached <= 0.3

@@ -100,7 +100,7 @@ def test_small_variances_survive_large_means() -> None:
 
 
 @given(sizes=SIZES)
-def test_the_first_inputs_alone(sizes: tuple[int, ...]) -> None:
+def test_a_fit_may_use_only_the_first_inputs(sizes: tuple[int, ...]) -> None:
     x, y = draw(*sizes)
     count = max(1, x.shape[1] - 1)
     whole, part = gram_of(x, y).first(count), gram_of(x[:, :count], y)
@@ -111,7 +111,7 @@ def test_the_first_inputs_alone(sizes: tuple[int, ...]) -> None:
 
 
 @given(seed=st.integers(0, 999))
-def test_without_takes_a_fit_off_the_targets(seed: int) -> None:
+def test_without_subtracts_a_fit_from_the_targets(seed: int) -> None:
     x, y = draw(60, 6, 3, seed)
     weight = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))
     found = gram_of(x, y).without(4, weight.double())
@@ -188,7 +188,7 @@ def test_degenerate_inputs_give_finite_fits(name: str, pieces: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 12345.678])
-def test_where_nothing_varies_the_weight_stays(value: float) -> None:
+def test_a_constant_input_keeps_its_weight(value: float) -> None:
     x, y = torch.full((64, 4), value), draw(64, 4, 3, 5)[1]
     own = torch.randn(3, 4, generator=torch.Generator().manual_seed(2)).double()
     weight, bias = ridge(gram_of(x, y), own)
@@ -199,7 +199,7 @@ def test_where_nothing_varies_the_weight_stays(value: float) -> None:
     torch.testing.assert_close(x[0].double() @ nothing.T + mean, y.double().mean(dim=0))
 
 
-def test_a_dead_input_keeps_its_weight_beside_live_ones() -> None:
+def test_a_dead_input_among_live_ones_keeps_its_weight() -> None:
     x, y = draw(300, 5, 3, 6)
     x[:, 2] = 0
     own = torch.randn(3, 5, generator=torch.Generator().manual_seed(2)).double()
@@ -248,7 +248,7 @@ def test_knowing_the_covariance_helps() -> None:
 
 
 @given(seed=st.integers(0, 999))
-def test_explained_is_what_each_rank_explains(seed: int) -> None:
+def test_explained_gives_the_share_of_each_rank(seed: int) -> None:
     x, y = draw(80, 6, 4, seed)
     gram = gram_of(x, y)
     parts = explained(gram)
@@ -299,7 +299,7 @@ def test_a_bottleneck_of_full_rank_changes_nothing(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 999))
-def test_residuals_fall_from_all_to_nothing(seed: int) -> None:
+def test_residuals_fall_from_one_to_zero(seed: int) -> None:
     x, weights, _ = projections(seed)
     found = Projections(gram_of(x), weights).residual_by_rank()
     assert found.shape == (7,) and found[0] == 1 and found[-1] < 1e-12
@@ -309,7 +309,7 @@ def test_residuals_fall_from_all_to_nothing(seed: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_a_residual_is_the_measured_one(undamped: None, rank: int) -> None:
+def test_a_residual_equals_the_measured_error(undamped: None, rank: int) -> None:
     x, weights, biases = projections(7)
     found = Projections(gram_of(x), weights[:1])
     best = found.at_rank(rank, biases[:1])

@@ -112,7 +112,7 @@ def test_energies_are_relative_to_the_residual_stream(
         assert found.map_residual[number, 0].item() == pytest.approx(spread.item(), rel=1e-4)
 
 
-def test_what_no_map_explains_is_what_least_squares_leave(
+def test_the_unexplained_part_matches_least_squares(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
     """From above, because damped: at most what another percent of the update would be."""
@@ -130,7 +130,7 @@ def test_what_no_map_explains_is_what_least_squares_leave(
     assert (found.map_residual.diff(dim=1) <= 0).all()
 
 
-def test_residuals_of_bottlenecks_are_those_of_the_stacked_projections(
+def test_bottleneck_residuals_match_the_stacked_projections(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
     """Singular values of W_i root over their norms, whatever modules the projections are in."""
@@ -169,7 +169,7 @@ def own_value_in(heads: list[int]) -> str:
     return "sdpa_own_value"
 
 
-def test_a_head_that_sees_itself_alone_mixes_nothing(
+def test_a_head_that_sees_only_its_own_token_mixes_nothing(
     specimen: Specimen, many: list[Batch], undamped: None
 ) -> None:
     shape = specimen.identity.shape
@@ -207,7 +207,7 @@ def test_a_head_without_values_mixes_nothing(specimen: Specimen, many: list[Batc
     assert found[1, : shape.heads - shape.group].min() > 1e-6 and found[0].min() > 1e-6
 
 
-def test_data_twice_or_in_another_order_says_the_same(
+def test_repeated_or_reordered_data_gives_the_same_profile(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
     again = profile(specimen.model, [*many[::-1], *many], specimen.identity.shape)

@@ -61,7 +61,7 @@ def everything(shape: ModelShape) -> LayerPlan:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_fit_is_what_the_plan_asks_for(
+def test_a_fit_has_exactly_the_weights_of_its_plan(
     specimen: Specimen, batches: list[Batch], seed: int
 ) -> None:
     shape = specimen.identity.shape
@@ -99,7 +99,7 @@ def test_fitted_weights_are_in_the_models_precision(
     assert found.dtype == dtype and torch.isfinite(found).all()
 
 
-def test_random_plans_ask_for_every_weight(specimen: Specimen) -> None:
+def test_random_plans_cover_every_fitted_weight(specimen: Specimen) -> None:
     """Guards the test above."""
     asked = set()
     for seed in range(4):
@@ -147,7 +147,7 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> list[PrunedBatch]:
 
 
 @pytest.mark.parametrize("where", ["middle", "behind"])
-def test_a_fit_makes_up_for_the_layers_in_front(
+def test_a_fit_compensates_for_the_preceding_layers(
     specimen: Specimen, batches: list[Batch], carried: list[PrunedBatch], where: str
 ) -> None:
     """Least squares with a bias bring the mean of visual states to the dense one, whatever error
@@ -202,7 +202,7 @@ def visual_error(dense: list[torch.Tensor], found: list[PrunedBatch]) -> float:
     return sum(float((each.real(each.visual) - truth).square().sum()) for truth, each in pairs)
 
 
-def test_a_refit_brings_visual_states_nearer(
+def test_a_refit_brings_visual_states_closer_to_the_dense_ones(
     specimen: Specimen, batches: list[Batch], carried: list[PrunedBatch]
 ) -> None:
     shape = specimen.identity.shape
@@ -261,7 +261,7 @@ def test_two_fits_give_the_same_bytes(specimen: Specimen, batches: list[Batch]) 
     assert first == again
 
 
-def test_data_without_any_image_is_a_sentence(specimen: Specimen) -> None:
+def test_data_without_any_image_is_refused(specimen: Specimen) -> None:
     inputs = specimen.inputs(PROMPTS["text"])
     plan = plan_of(specimen, everything(specimen.identity.shape))
     with pytest.raises(DataError, match="No calibration pair holds an image"):
@@ -275,7 +275,7 @@ def undamped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_neurons_and_map_recover_what_they_can_say(undamped: None, rank: int) -> None:
+def test_neurons_and_map_recover_a_target_they_can_express(undamped: None, rank: int) -> None:
     """A target that is a down projection and an affine map of rank 3: known from rank 3 on."""
     generator = torch.Generator().manual_seed(0)
     neurons, inputs = (torch.randn(400, width, generator=generator) for width in (5, 7))

@@ -85,7 +85,7 @@ def test_a_refit_lowers_the_kl(demo: Demo) -> None:
     assert kl["rank"] < 0.2 * min(kl["none"], kl["mean"])
 
 
-def test_a_preset_with_a_refit(demo: Demo) -> None:
+def test_a_preset_can_be_refitted(demo: Demo) -> None:
     request = PaperRequest(preset="yopo-25", compensation="refit")
     plan, candidates = make_plan(demo.statistics, request, None, demo.fitter)
     bare, _ = make_plan(demo.statistics, PaperRequest(preset="yopo-25"))
@@ -96,7 +96,7 @@ def test_a_preset_with_a_refit(demo: Demo) -> None:
     assert demo.kl(plan) < demo.kl(bare)
 
 
-def test_a_budget_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_can_be_met_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yopo.planning.planner.VISUAL_WEIGHTS", (1.0, 10.0))
     request = BudgetRequest(0.2, compensation="refit")
     plan, found = make_plan(demo.statistics, request, demo.kl, demo.fitter)

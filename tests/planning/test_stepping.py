@@ -70,7 +70,7 @@ def clean(specimen: Specimen) -> list[str]:
     return leftovers(specimen.model)
 
 
-def test_the_walk_is_the_stock_forward(specimen: Specimen, batches: list[Batch]) -> None:
+def test_the_walk_matches_the_stock_forward(specimen: Specimen, batches: list[Batch]) -> None:
     expected = [stock(specimen, batch) for batch in batches]
     masks = [visual(specimen, batch) for batch in batches]
     walk = DenseWalk(specimen.model, batches)
@@ -85,7 +85,7 @@ def test_the_walk_is_the_stock_forward(specimen: Specimen, batches: list[Batch])
             assert torch.equal(batch.hidden, truth["after"][number]), number
 
 
-def test_visual_tokens_are_fewer_than_the_padded_rows(
+def test_the_batches_have_padding_and_a_row_without_images(
     specimen: Specimen, batches: list[Batch]
 ) -> None:
     """Guards the test above: rows differ in images, are padded, and one has no image at all."""

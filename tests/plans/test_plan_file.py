@@ -90,7 +90,7 @@ def in_former_words(text: str) -> str:
 
 @settings(max_examples=40)
 @given(rng=st.randoms(use_true_random=False), provenance=YAML_VALUES)
-def test_round_trip(rng: random.Random, provenance: object) -> None:
+def test_a_written_plan_is_read_back_unchanged(rng: random.Random, provenance: object) -> None:
     plan = replace(some_plan(rng), provenance={"pairs": provenance})
     plan = replace(plan, budget=replace(plan.budget, reached=visual_budget(plan)))
     side_file = rng.choice([SIDE_FILE, None]) if plan.baked or not plan.needs_order else SIDE_FILE
@@ -129,7 +129,7 @@ def test_the_same_plan_gives_the_same_bytes() -> None:
     assert len(texts) == 1
 
 
-def test_fits_and_attending_heads_are_written_where_a_layer_has_them() -> None:
+def test_fits_and_attending_heads_are_written_only_if_present() -> None:
     layers = (
         LayerPlan((0, 1, 4), (1, 4), 2, 20, qkv_rank=7, map_rank=3),
         LayerPlan((0, 1), (0, 1), None, 50),
@@ -154,7 +154,7 @@ def test_attending_heads_may_be_a_list_or_a_switch() -> None:
     assert nobody.layers[0].attend_heads == ()
 
 
-def test_numbers_for_people_are_short() -> None:
+def test_numbers_are_written_with_few_digits() -> None:
     rho = ((1 / 3,) * SHAPE.heads,) * SHAPE.layers
     thirds = Measured(rho, (2 / 3,) * 3, (1 / 3,) * 3, (1,) * 3)
     plan = replace(some_plan(random.Random(5)), budget=Budget(None, 1 / 3), measured=thirds)
@@ -164,7 +164,7 @@ def test_numbers_for_people_are_short() -> None:
     assert "cross_modal: [0.6667, 0.6667, 0.6667]" in text
 
 
-def test_a_small_file_may_leave_defaults_out(tmp_path: Path) -> None:
+def test_a_file_may_omit_defaults(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD, encoding="utf-8")
     plan, named = read_document(path)
@@ -436,7 +436,7 @@ def test_both_names_of_a_key_are_refused(key: str) -> None:
         ("  locality: [1, 2, 3]\n", "", "measured lacks the key 'locality'"),
     ],
 )
-def test_mistakes_in_measurements(old: str, new: str, message: str) -> None:
+def test_mistakes_in_measurements_are_refused(old: str, new: str, message: str) -> None:
     assert parsed(GOOD + MEASURED).measured.locality == (1, 2, 3)
     with pytest.raises(PlanError, match=re.escape(message)):
         parse_plan("plan.yaml", GOOD + MEASURED.replace(old, new, 1))
@@ -451,7 +451,7 @@ def test_mistakes_in_measurements(old: str, new: str, message: str) -> None:
         ("yopo_plan: 1\n", "lacks the key 'model'"),
     ],
 )
-def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
+def test_documents_that_are_not_plans_are_refused(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=f"plan.yaml.*{message}"):
         parse_plan("plan.yaml", text)
 

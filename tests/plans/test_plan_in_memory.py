@@ -53,7 +53,7 @@ def logits_under(subject: Subject, plan: PruningPlan | str | Path) -> torch.Tens
 
 
 @pytest.mark.parametrize("make", [by_hand, random_mean, random_refit])
-def test_made_run_written_read_and_run_again(
+def test_a_plan_made_in_memory_survives_running_writing_and_reading(
     subject: Subject,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

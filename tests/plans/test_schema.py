@@ -94,7 +94,7 @@ def test_invalid_plans_name_the_key(message: str) -> None:
     assert isinstance(caught.value, PlanError)
 
 
-def test_pruned_neurons_need_an_order_unless_they_stand_in_it() -> None:
+def test_pruned_neurons_need_an_order_unless_already_sorted() -> None:
     layers = with_layer(neurons=0).layers  # nothing left to order
     assert not WHOLE.with_layers(layers).needs_order
     some = replace(full_layer(SHAPE), neurons=7)
@@ -108,7 +108,7 @@ def test_pruned_neurons_need_an_order_unless_they_stand_in_it() -> None:
     check_tensors(baked)
 
 
-def test_visual_depth_ends_behind_the_last_layer_with_anything_visual() -> None:
+def test_visual_depth_ends_after_the_last_visual_layer() -> None:
     reads = replace(NONE, read_heads=(2,))
     feeds = replace(NONE, neurons=SHAPE.ffn)
     for layers, depth in (

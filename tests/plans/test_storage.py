@@ -90,7 +90,7 @@ def test_files_round_trip(plan: PruningPlan, tmp_path: Path) -> None:
     assert to_yaml(again, named) == target.read_text() == to_yaml(plan, named)
 
 
-def test_the_pair_can_be_moved_together(plan: PruningPlan, tmp_path: Path) -> None:
+def test_plan_and_side_file_can_be_moved_together(plan: PruningPlan, tmp_path: Path) -> None:
     write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "plan.yaml").read_text().index("file: plan.")  # no path in it
     other = tmp_path / "other"
@@ -133,7 +133,7 @@ def test_a_plan_on_stdout_leaves_its_tensors_in_the_cache(
     assert len(files(cache)) == 1
 
 
-def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_in_the_home_folder_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_directory() == Path(os.environ["YOPO_CACHE"])
     monkeypatch.setenv("YOPO_CACHE", "")
     monkeypatch.setenv("HOME", "/home/someone")
@@ -169,7 +169,7 @@ def test_replacing_a_plan_leaves_its_copies_their_tensors(
 
 
 @pytest.mark.parametrize("broken", ["yopo_plan: 1\nlayers: [", "yopo_plan: 1\n"])
-def test_force_replaces_a_plan_that_was_spoiled_by_hand(
+def test_force_replaces_a_plan_that_was_broken_by_hand(
     plan: PruningPlan, tmp_path: Path, broken: str
 ) -> None:
     (tmp_path / "plan.yaml").write_text(broken)
@@ -194,14 +194,16 @@ def test_a_side_files_name_is_never_taken_from_another_file(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_no_plan_goes_among_a_models_weights(plan: PruningPlan, tmp_path: Path, name: str) -> None:
+def test_a_plan_cannot_be_written_among_a_models_weights(
+    plan: PruningPlan, tmp_path: Path, name: str
+) -> None:
     (tmp_path / name).write_bytes(b"weights")
     with pytest.raises(OutputError, match="its folder is a model's"):
         write_plan(plan, str(tmp_path / "model.yaml"), force=True)
     assert files(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"weights"
 
 
-def test_targets_that_cannot_be_written_are_refused(plan: PruningPlan, tmp_path: Path) -> None:
+def test_unwritable_targets_are_refused(plan: PruningPlan, tmp_path: Path) -> None:
     for target, message in (
         (tmp_path / "none" / "plan.yaml", "folder does not exist"),
         (tmp_path, "is a directory"),
@@ -217,7 +219,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", range(8))
-def test_plan_and_tensors_are_a_pair_at_every_moment(
+def test_plan_and_tensors_match_at_every_moment(
     plan: PruningPlan,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -367,7 +369,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("message", SPOILED)
-def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
+def test_a_fitted_weight_of_the_wrong_size_is_refused(
     fitted: PruningPlan, tmp_path: Path, message: str
 ) -> None:
     index, name, size = SPOILED[message]
@@ -395,7 +397,7 @@ def test_a_refit_plan_without_any_weight_is_refused(fitted: PruningPlan, tmp_pat
         write_plan(bare, str(tmp_path / "plan.yaml"))
 
 
-def test_without_tensors_a_plan_that_needs_some_is_not_written(
+def test_a_plan_without_its_required_tensors_is_not_written(
     plan: PruningPlan, fitted: PruningPlan, tmp_path: Path
 ) -> None:
     for each, what in ((plan, "neuron_order"), (fitted, "neuron_order")):

@@ -112,7 +112,7 @@ def check_talk(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_conversation_is_the_reference_over_all_of_it(
+def test_a_conversation_matches_the_reference_over_all_of_it(
     subject: Subject, name: str, seed: int
 ) -> None:
     talk = Talk.of(CONVERSATIONS[name])
@@ -130,7 +130,7 @@ def test_under_the_whole_plan_it_is_the_stock_model(subject: Subject, name: str)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_new_images_of_other_grids(subject: Subject, seed: int) -> None:
+def test_new_images_may_have_other_grids(subject: Subject, seed: int) -> None:
     """Same counts, other grids in every turn: nothing may remember the first turn's."""
     talk = Talk.of([PROMPT, [[12, *PICTURE, 13, 14]], *words([15])])
     by_turn = iter([[(2, 8)], [(8, 2)]])
@@ -152,7 +152,7 @@ def test_decoding_outgrows_its_buffers(subject: Subject, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_given_positions_go_on_where_they_were(subject: Subject, seed: int) -> None:
+def test_given_positions_continue_where_they_ended(subject: Subject, seed: int) -> None:
     """As generate passes them: counted over real tokens, not over padding."""
     talk = Talk.of(CONVERSATIONS["new images, padded"])
     counted = (talk.together["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)

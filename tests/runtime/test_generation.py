@@ -49,7 +49,9 @@ def plan(request: pytest.FixtureRequest, subject: Subject) -> PruningPlan:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [ONE, TWO_ROWS, ONE_WITHOUT], ids=["one", "two", "one without"])
-def test_the_same_tokens(subject: Subject, plan: PruningPlan, rows: list, mode: str) -> None:
+def test_generate_gives_the_same_tokens(
+    subject: Subject, plan: PruningPlan, rows: list, mode: str
+) -> None:
     inputs, options = tiny.batch(rows), MODES[mode]
     expected = specified(subject, plan, inputs, **options)
     with pruned(subject.oracle, plan):
@@ -59,14 +61,14 @@ def test_the_same_tokens(subject: Subject, plan: PruningPlan, rows: list, mode: 
     assert len(new.unique()) > 2  # a model that repeats itself would hide mistakes
 
 
-def test_without_a_cache(subject: Subject, plan: PruningPlan) -> None:
+def test_generate_works_without_a_cache(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch(TWO_ROWS)
     with pruned(subject.oracle, plan):
         with_cache = generate(subject.oracle, inputs)
         assert torch.equal(generate(subject.oracle, inputs, use_cache=False), with_cache)
 
 
-def test_from_embeddings(subject: Subject, plan: PruningPlan) -> None:
+def test_generate_works_from_embeddings(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch(ONE)
     with pruned(subject.oracle, plan):
         by_ids = generate(subject.oracle, inputs)
@@ -90,7 +92,7 @@ class Collector(BaseStreamer):
         self.ended = True
 
 
-def test_streaming(subject: Subject, plan: PruningPlan) -> None:
+def test_generate_streams_tokens(subject: Subject, plan: PruningPlan) -> None:
     inputs, streamer = tiny.batch(ONE), Collector()
     with pruned(subject.oracle, plan):
         tokens = generate(subject.oracle, inputs, streamer=streamer)
@@ -98,7 +100,7 @@ def test_streaming(subject: Subject, plan: PruningPlan) -> None:
     assert torch.equal(tokens, specified(subject, plan, inputs))
 
 
-def test_prompt_lookup(subject: Subject, plan: PruningPlan) -> None:
+def test_generate_works_with_prompt_lookup(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch([[1, 5, 6, *PICTURE, 7, 8, 9, 7, 8, 9, 7, 8]])
     with pruned(subject.oracle, plan):
         found = generate(subject.oracle, inputs, prompt_lookup_num_tokens=3)
@@ -119,7 +121,7 @@ def test_a_second_turn_with_a_new_image_continues_the_cache(
     assert torch.equal(found, specified(subject, plan, together))
 
 
-def test_a_second_turn_of_beams(subject: Subject, plan: PruningPlan) -> None:
+def test_a_second_turn_may_use_beams(subject: Subject, plan: PruningPlan) -> None:
     """Of text alone: transformers cannot expand a new image beside one that is cached."""
     first, cache = tiny.batch(ONE), DynamicCache()
     with pruned(subject.oracle, plan):
@@ -132,7 +134,9 @@ def test_a_second_turn_of_beams(subject: Subject, plan: PruningPlan) -> None:
     assert torch.equal(found, specified(subject, plan, together, num_beams=3))
 
 
-def test_prefill_in_chunks_inside_an_image_is_refused(subject: Subject, plan: PruningPlan) -> None:
+def test_prefill_in_chunks_that_split_an_image_is_refused(
+    subject: Subject, plan: PruningPlan
+) -> None:
     inputs = tiny.batch(ONE)
     with pruned(subject.oracle, plan), pytest.raises(ModelError, match="whole number of images"):
         generate(subject.oracle, inputs, prefill_chunk_size=10)

@@ -35,9 +35,7 @@ def merged(subject: Subject, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("how", ["forward", "generate", "decoder"])
-def test_features_that_are_merged_already_are_not_dense_without_a_word(
-    mha: Subject, how: str
-) -> None:
+def test_already_merged_features_cause_a_warning(mha: Subject, how: str) -> None:
     plan = mha.random_plan(3)
     embeds = merged(mha, tiny.batch(ROWS))
     with pruned(mha.model, plan), torch.no_grad():
@@ -50,7 +48,7 @@ def test_features_that_are_merged_already_are_not_dense_without_a_word(
                 mha.model.get_decoder()(inputs_embeds=embeds)
 
 
-def test_a_second_image_that_is_merged_already_is_noticed(mha: Subject) -> None:
+def test_an_already_merged_second_image_is_noticed(mha: Subject) -> None:
     plan = mha.random_plan(3)
     both = tiny.batch([[*ROWS[0], *PICTURE, 9]])
     embeds = merged(mha, both)
@@ -62,7 +60,9 @@ def test_a_second_image_that_is_merged_already_is_noticed(mha: Subject) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embeddings_of_tokens_are_no_features(subject: Subject, dtype: torch.dtype) -> None:
+def test_token_embeddings_are_not_mistaken_for_features(
+    subject: Subject, dtype: torch.dtype
+) -> None:
     """A prompt of text, placeholders whose pixels come along, and single steps."""
     model = copy.deepcopy(subject.model).to(dtype)
     plan = subject.random_plan(3, layers=tiny.whole(subject).layers)
@@ -83,7 +83,7 @@ def test_embeddings_of_tokens_are_no_features(subject: Subject, dtype: torch.dty
         model(inputs_embeds=step, past_key_values=cache)
 
 
-def test_the_remedy_is_one(mha: Subject) -> None:
+def test_the_suggested_remedy_works(mha: Subject) -> None:
     """Images that are encoded already come along as encoder outputs."""
     plan = mha.random_plan(3)
     inputs = tiny.batch(ROWS)
@@ -117,7 +117,7 @@ LABELS = {
 
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("is_dropped", [True, False])
-def test_labels_behind_dropped_tokens_are_noticed(
+def test_labels_after_dropped_tokens_cause_a_warning(
     mha: Subject, name: str, is_dropped: bool
 ) -> None:
     labels, asks = LABELS[name]
@@ -133,7 +133,7 @@ def test_labels_behind_dropped_tokens_are_noticed(
             assert len(found) == count
 
 
-def test_labels_that_are_shifted_already_and_padded_rows(mha: Subject) -> None:
+def test_shifted_labels_and_padded_rows_are_checked_too(mha: Subject) -> None:
     inputs = tiny.batch([*ROWS, [1, *PICTURE, *PICTURE, 4, 5]], pad="right")
     labels = inputs["input_ids"].masked_fill(~tiny.real_text(inputs), -100)
     labels[0, 19] = labels[1, 33] = -100
@@ -165,7 +165,7 @@ def test_chunks_that_cut_an_image_are_refused(mha: Subject, size: int) -> None:
             mha.model.generate(**two, max_new_tokens=2, prefill_chunk_size=size)
 
 
-def test_continuous_batching_is_refused_at_once_and_only_while_pruned(mha: Subject) -> None:
+def test_continuous_batching_is_refused_only_while_pruned(mha: Subject) -> None:
     plan = mha.random_plan(3)
     before = sorted(vars(mha.model))
     with pruned(mha.model, plan):
@@ -179,7 +179,7 @@ def test_continuous_batching_is_refused_at_once_and_only_while_pruned(mha: Subje
 
 
 @torch.no_grad()
-def test_a_copied_cache_goes_its_own_way(subject: Subject) -> None:
+def test_a_copied_cache_is_independent(subject: Subject) -> None:
     plan = subject.random_plan(2)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "suppress_tokens": [IMAGE]}
     prompt = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 7, 8, 9, 10]])

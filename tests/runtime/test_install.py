@@ -93,7 +93,7 @@ def test_an_exception_inside_a_forward_restores_it_too(subject: Subject, run: Ca
     assert_unchanged(before, subject.model)
 
 
-def test_state_dict_and_class_name_stay_while_pruned(subject: Subject) -> None:
+def test_state_dict_and_class_name_are_kept_while_pruned(subject: Subject) -> None:
     keys, name = list(subject.model.state_dict()), type(subject.model.get_decoder()).__name__
     plan = subject.random_plan(3)
     with pruned(subject.model, plan):
@@ -111,7 +111,7 @@ def test_the_same_model_can_be_pruned_again(mha: Subject) -> None:
     assert not torch.equal(said[0], said[1])
 
 
-def test_nested_use_is_refused_and_the_outer_block_goes_on(mha: Subject) -> None:
+def test_nested_use_is_refused_and_the_outer_block_continues(mha: Subject) -> None:
     before = portrait(mha.model)
     plan = mha.random_plan(3)
     with pruned(mha.model, plan):
@@ -183,7 +183,7 @@ REFUSED_MODELS = {
 
 
 @pytest.mark.parametrize("name", REFUSED_MODELS)
-def test_models_that_cannot_be_cut_are_refused_untouched(mha: Subject, name: str) -> None:
+def test_models_that_cannot_be_sliced_are_refused_untouched(mha: Subject, name: str) -> None:
     change, message = REFUSED_MODELS[name]
     model = spoiled(change)
     decoder = model.get_decoder()
@@ -249,7 +249,7 @@ def test_a_baked_plan_takes_neurons_in_the_checkpoints_order(mha: Subject) -> No
 
 
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
-def test_states_of_all_layers_are_refused(mha: Subject, option: str) -> None:
+def test_requests_for_all_hidden_states_are_refused(mha: Subject, option: str) -> None:
     plan = mha.random_plan(3)
     model = copy.deepcopy(mha.model)  # asking for them installs hooks of transformers' own
     with pruned(model, plan):

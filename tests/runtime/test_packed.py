@@ -50,7 +50,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SAMPLES)
-def test_packed_samples_are_what_they_are_alone(subject: Subject, name: str, seed: int) -> None:
+def test_packed_samples_match_separate_ones(subject: Subject, name: str, seed: int) -> None:
     plan = subject.random_plan(60 + seed)
     together, alone = packed(SAMPLES[name])
     with pruned(subject.model, plan):
@@ -73,7 +73,9 @@ def test_under_the_whole_plan_it_is_the_stock_model(subject: Subject, has_cache:
 
 
 @pytest.mark.parametrize("has_positions", [False, True])
-def test_a_padding_free_collators_lengths_say_the_same(mha: Subject, has_positions: bool) -> None:
+def test_lengths_from_a_padding_free_collator_are_equivalent(
+    mha: Subject, has_positions: bool
+) -> None:
     plan = mha.random_plan(3)
     together, _ = packed(SAMPLES["images"])
     ends = starts(SAMPLES["images"])
@@ -112,7 +114,7 @@ def test_lengths_that_do_not_fit_are_refused(mha: Subject) -> None:
         tiny.logits(mha.model, together)
 
 
-def test_several_packed_rows(mha: Subject) -> None:
+def test_several_packed_rows_match_separate_samples(mha: Subject) -> None:
     """Of one length, with samples that begin elsewhere."""
     plan = mha.random_plan(3)
     rows = [[[1, 5, *PICTURE, 7], [1, 2, *PICTURE, 8, 9]], [[1, 2, 3, *PICTURE], [*PICTURE, 4, 5]]]
@@ -130,7 +132,7 @@ def test_several_packed_rows(mha: Subject) -> None:
     assert torch.allclose(found[where], expected[where], atol=1e-4)
 
 
-def test_the_mask_says_what_it_takes(mha: Subject) -> None:
+def test_unsupported_masks_are_named_in_the_error(mha: Subject) -> None:
     plan = mha.random_plan(3)
     inputs = tiny.batch([SAMPLES["images"][0]])
     length = inputs["input_ids"].shape[1]

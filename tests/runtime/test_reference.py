@@ -47,7 +47,7 @@ def may_attend(layer: LayerPlan, bidirectional: bool, head: int, query: int, key
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
+def test_the_reference_masks_follow_the_design_page(mha: Subject, seed: int) -> None:
     rng = random.Random(seed)
     plan = tiny.random_plan(mha.identity, rng, compensation="none")
     ids = torch.tensor([ROW])
@@ -65,7 +65,7 @@ def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
 
 
 @pytest.mark.parametrize("run", [reference, pruned])
-def test_without_anything_visual_images_do_not_matter(subject: Subject, run: type) -> None:
+def test_without_visual_reads_images_do_not_matter(subject: Subject, run: type) -> None:
     """No layer reads, so other pixels change no text logit; with reads they do."""
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = subject.random_plan(0, layers=(none,) * 4, compensation="none")

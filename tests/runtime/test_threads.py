@@ -67,7 +67,7 @@ def test_overlapping_forwards_do_not_see_one_anothers_images(
         assert torch.equal(one, other)
 
 
-def test_many_forwards_and_generations_in_many_threads(mha: Subject) -> None:
+def test_many_threads_may_run_forward_and_generate(mha: Subject) -> None:
     plan = mha.random_plan(3)
     with pruned(mha.model, plan):
         logits = [tiny.logits(mha.model, each) for each in PROMPTS]
@@ -85,7 +85,7 @@ def test_many_forwards_and_generations_in_many_threads(mha: Subject) -> None:
         assert at_once([lambda shift=shift: work(shift) for shift in range(4)]) == [0] * 4
 
 
-def test_a_thread_that_is_started_inside_a_block_is_pruned(mha: Subject) -> None:
+def test_a_thread_started_inside_a_block_is_pruned(mha: Subject) -> None:
     """As a streamer's is."""
     plan = mha.random_plan(3)
     with pruned(mha.model, plan):
@@ -96,7 +96,7 @@ def test_a_thread_that_is_started_inside_a_block_is_pruned(mha: Subject) -> None
 
 @pytest.mark.parametrize("where", ["base_model", "decoder", "layer"])
 @pytest.mark.parametrize("begins", ["dense", "pruned"])
-def test_a_forward_under_way_when_a_block_is_entered_or_left_is_no_mixture(
+def test_a_forward_under_way_at_the_edge_of_a_block_is_consistent(
     mha: Subject, where: str, begins: str
 ) -> None:
     plan = mha.random_plan(3)
@@ -152,7 +152,7 @@ def test_a_conversation_across_the_edge_of_a_block_is_refused(mha: Subject) -> N
             future.result()
 
 
-def test_a_value_per_context_is_neither_shared_nor_kept_alive() -> None:
+def test_a_context_value_is_neither_shared_nor_kept_alive() -> None:
     class Owner:
         pass
 

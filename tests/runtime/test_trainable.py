@@ -56,7 +56,9 @@ def halved(subject: Subject, compensation: str, **fixed: Any) -> PruningPlan:
 
 @pytest.mark.parametrize("baked", [True, False], ids=["baked", "in memory"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_seen_by_visual_tokens_at_once(subject: Subject, kind: str, baked: bool) -> None:
+def test_visual_tokens_see_an_optimizer_step_at_once(
+    subject: Subject, kind: str, baked: bool
+) -> None:
     plan = halved(subject, kind, baked=baked)
     model = copy.deepcopy(subject.model)
     install(model, plan)
@@ -71,7 +73,7 @@ def test_a_step_is_seen_by_visual_tokens_at_once(subject: Subject, kind: str, ba
     assert not torch.allclose(live[where], first[where], atol=1e-2)
 
 
-def test_values_that_are_set_behind_autograds_back_are_seen_too(subject: Subject) -> None:
+def test_values_set_without_autograd_are_seen_too(subject: Subject) -> None:
     """``.data`` counts no version: what mergers of adapters write to."""
     plan = halved(subject, "mean", baked=False)
     model = copy.deepcopy(subject.model)
@@ -158,7 +160,7 @@ def test_checkpointing_is_off_in_evaluation_and_refuses_a_filled_cache(mha: Subj
         model(**step)
 
 
-def test_dropout_of_attention_is_the_dense_models(subject: Subject) -> None:
+def test_attention_dropout_matches_the_dense_model(subject: Subject) -> None:
     """With a probability of one nothing is random: attention gives nothing at all."""
     plan = subject.random_plan(1, compensation="none")
     model = copy.deepcopy(subject.model)
@@ -180,7 +182,7 @@ def test_dropout_of_attention_is_the_dense_models(subject: Subject) -> None:
         torch.testing.assert_close(found, tiny.logits(model, INPUTS))
 
 
-def test_residual_dropouts_are_the_dense_models(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residual_dropouts_match_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Phi-3's, behind attention and FFN; at one, only embeddings and the last norm are left."""
     options = {"resid_pdrop": 0.5, "num_attention_heads": 4, "num_key_value_heads": 4}
     monkeypatch.setattr(tiny, "text_config", lambda _: Phi3Config(**options, **tiny._COMMON))
@@ -199,7 +201,7 @@ def test_residual_dropouts_are_the_dense_models(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(found, tiny.logits(model, INPUTS))  # stock, in training as well
 
 
-def test_fitted_weights_are_parameters_on_request_alone(subject: Subject) -> None:
+def test_fitted_weights_are_parameters_only_on_request(subject: Subject) -> None:
     plan = halved(subject, "refit", baked=True)
     model = copy.deepcopy(subject.model)
     keys, before = list(model.state_dict()), copy.deepcopy(plan.tensors)
@@ -238,7 +240,7 @@ def test_an_adapter_and_fitted_weights_train_together(mha: Subject) -> None:
     assert not any(torch.equal(each, before[name]) for name, each in fitted.items())
 
 
-def test_weights_without_fitted_ones_are_not_loaded_in_silence(
+def test_loading_weights_without_fitted_ones_is_reported(
     mha: Subject, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A Trainer loads a checkpoint's shards alone when it resumes."""

@@ -40,7 +40,7 @@ def test_turns_alternate_and_the_first_pair_is_not_counted(script) -> None:
     assert "".join(order) == "baabbaab"
 
 
-def test_calibration_is_the_same_pass_that_a_plain_forward_is(script, tiny_shape: str) -> None:
+def test_calibration_runs_the_same_pass_as_a_plain_forward(script, tiny_shape: str) -> None:
     limits = script("limits")
     options = limits.arguments(["--shape-of", tiny_shape, "--layers", "2"])
     subject = limits.Calibration(options)

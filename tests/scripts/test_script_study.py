@@ -69,7 +69,7 @@ def test_every_method_keeps_the_budget(results: Path) -> None:
         assert summary["kl"] >= 0 and 0 <= summary["agreement"] <= 1 and result["pairs"] == 6
 
 
-def test_a_new_baseline_is_there_by_its_line(
+def test_a_new_baseline_appears_once_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in (*BASELINES, *thinning.LINE):
@@ -86,7 +86,7 @@ def test_a_new_baseline_is_there_by_its_line(
     assert "| Thinning |" in capsys.readouterr().out and "thinning" in report.COLORS
 
 
-def test_what_is_there_is_not_run_again(results: Path) -> None:
+def test_existing_results_are_not_run_again(results: Path) -> None:
     before = results.read_text()
     run_study(results)
     assert results.read_text() == before
@@ -111,7 +111,7 @@ def test_seeds_become_a_mean_and_a_spread() -> None:
     assert cell(found[:1], "kl", "{:.1f}") == "0.1" and cell(None, "kl", "{:.1f}") == ""
 
 
-def test_the_page_prints_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_shows_the_recorded_results(capsys: pytest.CaptureFixture[str]) -> None:
     report = script("study_report")
     report.report(report.read(FOUND))
     page = (ROOT / "scripts" / "README.md").read_text()
@@ -120,7 +120,7 @@ def test_the_page_prints_what_was_found(capsys: pytest.CaptureFixture[str]) -> N
     assert [each for each in tables if each.strip() not in page] == []
 
 
-def test_orders_of_neurons_are_permutations() -> None:
+def test_neuron_orders_are_permutations() -> None:
     import torch
 
     selection = script("selection")

@@ -18,7 +18,7 @@ def activity(active: int, samples: int, *, idle: float = 0.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("active", "samples"), [(40, 100), (2, 5), (4, 10), (100, 250)])
-def test_exactly_the_share_of_samples_is_not_enough(active: int, samples: int) -> None:
+def test_a_head_needs_more_than_the_share_of_samples(active: int, samples: int) -> None:
     """The authors keep a head that is active in more than 40 of 100 samples."""
     assert active == VOTE_SHARE * samples
     kept = [

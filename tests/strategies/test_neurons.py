@@ -28,7 +28,7 @@ def test_the_same_distribution_at_any_scale_gets_the_same_neurons() -> None:
         assert select_widths(rank(row * SCALES[:, None], [0, 1, 2]), count, 3) == [width] * 3
 
 
-def test_a_concentrated_layer_comes_first_however_faint() -> None:
+def test_a_concentrated_layer_comes_first_even_if_faint() -> None:
     """One neuron is all of the faint layer, and a quarter of the other."""
     importance = torch.tensor([[100.0] * 4, [0.01, 0.0, 0.0, 0.0]])
     assert select_widths(rank(importance, [0, 1]), 1, 2) == [0, 1]
@@ -36,6 +36,6 @@ def test_a_concentrated_layer_comes_first_however_faint() -> None:
 
 
 @pytest.mark.parametrize("layers", [[], [2], [0, 2]])
-def test_closed_layers_get_none(layers: list[int]) -> None:
+def test_closed_layers_get_no_neurons(layers: list[int]) -> None:
     widths = select_widths(rank(torch.ones(3, 4), layers), 100, 3)
     assert widths == [4 if index in layers else 0 for index in range(3)]
