@@ -1,4 +1,4 @@
-"""Who feeds answers says where prompts end: in this block, in this thread, for this forward."""
+"""Prompt ends are declared for one block, one thread and one forward."""
 
 from __future__ import annotations
 

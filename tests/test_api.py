@@ -1,4 +1,4 @@
-"""``import yopo``: what it offers, and the examples in its docstrings, run one after the other."""
+"""``import yopo`` offers typed names, and the examples in its docstrings run in sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keeps the house small and light; import-linter keeps its rooms apart (pyproject.toml)."""
+"""Modules are short and light; import-linter keeps the rooms apart (pyproject.toml)."""
 
 from __future__ import annotations
 

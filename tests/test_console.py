@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal alone, one at a time, and the items come through unchanged."""
+"""Progress bars appear only on a terminal, one at a time, and items come through unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_newlines_in_names_are_escaped_but_lines_stay_separate(
 
 
 def open_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Inside the test: pytest puts its own stderr in place behind the fixtures."""
+    """Open it inside the test, because pytest replaces stderr after the fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
@@ -50,7 +50,7 @@ def test_a_bar_after_a_failure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None
     terminal = open_terminal(monkeypatch)
     bars = console.track([0, 1], **OUTER)
     next(bars)
-    bars.close()  # what leaving a loop by an exception comes to
+    bars.close()  # as if an exception had left the loop
     assert bar("later", range(3)) == [0, 1, 2] and "3/?" in terminal.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Strict YAML: what is wrong is said with file, line and key."""
+"""Strict YAML: every mistake is reported with file, line and key."""
 
 from __future__ import annotations
 

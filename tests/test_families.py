@@ -1,4 +1,4 @@
-"""What a model is: shapes, grids, names, and the fingerprint that tells checkpoints apart."""
+"""Models have shapes, grids, names, and a fingerprint that distinguishes checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single output files: what may be written where, with which rights, and what is never replaced."""
+"""Output files go only where allowed, with the right permissions, and replace only their kind."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_anything_but_a_file_is_refused_without_opening_it(tmp_path: Path, bound: None) -> None:
-    """Opening a pipe that nobody writes to would wait for ever."""
+    """Opening a pipe that nobody writes to would block forever."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero")):
         assert "is a device, a pipe or a socket" in refusal(path).message

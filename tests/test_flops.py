@@ -1,4 +1,4 @@
-"""FLOPs and bytes in closed form: the paper's numbers, and what must hold for any plan."""
+"""FLOPs and bytes in closed form match the paper's numbers and hold for any plan."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def identity(shape: ModelShape) -> ModelIdentity:
 
 
 def papers_plan(shape: ModelShape, share: int) -> PruningPlan:
-    """Half the layers, one of ``share`` heads and neurons, two neighbors around."""
+    """Half of the layers, one in ``share`` heads and neurons, radius 2."""
     heads = tuple(range(shape.heads // share))
     some = LayerPlan(heads, attend_heads=heads, radius=2, neurons=shape.ffn // share)
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
@@ -117,7 +117,7 @@ def test_grouped_heads_shrink_keys_and_values_by_kv_head() -> None:
 
 
 def smaller(layer: LayerPlan, rng: random.Random) -> LayerPlan:
-    """The layer with one thing removed, if there is one left."""
+    """Return the layer with one more thing removed, if any is left."""
     choice = rng.choice(["head", "attend", "radius", "neurons", "bottleneck", "map"])
     if choice == "head" and layer.read_heads:
         gone = rng.choice(layer.read_heads)

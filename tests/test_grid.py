@@ -1,4 +1,4 @@
-"""Blocks of image rows: every query once, with every key that it may attend, and few others."""
+"""Blocks of image rows hold every query once, with all keys it may attend to and few others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RADII = (None, 0, 1, 2, 3, 30)
 
 
 def cells(grids: list[Grid]) -> list[tuple[int, int, int]]:
-    """(image, row, column) along the visual stream."""
+    """Return (image, row, column) along the visual stream."""
     return [
         (image, row, col)
         for image, each in enumerate(grids)
@@ -31,7 +31,7 @@ def cells(grids: list[Grid]) -> list[tuple[int, int, int]]:
 
 
 def neighbors(grids: list[Grid], query: int, radius: int | None, bidirectional: bool) -> set[int]:
-    """Keys that a visual query may attend, from the sentences of yopo/README.md."""
+    """Return the keys that a visual query may attend to, following yopo/README.md."""
     places = cells(grids)
     image, row, col = places[query]
     found = set()

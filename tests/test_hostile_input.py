@@ -1,4 +1,4 @@
-"""Files that mean harm, and files that went wrong: refused in a sentence, at once, at no cost."""
+"""Malicious and broken files are refused in one sentence, at once and at no cost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text_of(plan: PruningPlan) -> str:
 
 @contextmanager
 def at_no_cost() -> Iterator[None]:
-    """Fails if what is inside takes long or memory."""
+    """Fail if the block takes long or uses much memory."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     yield
     assert time.perf_counter() - started < 10
@@ -124,7 +124,7 @@ def test_a_side_file_must_be_a_plain_file_name(plan: PruningPlan, name: str) -> 
 
 
 def write(plan: PruningPlan, folder: Path, side: Path | None = None) -> Path:
-    """A plan and its tensors as files; ``side`` is where the tensors really lie."""
+    """Write a plan and its tensors as files; ``side`` is where the tensors really are."""
     content = to_bytes(plan.tensors)
     path = folder / "plan.yaml"
     (side or folder / "plan.safetensors").write_bytes(content)
@@ -152,7 +152,7 @@ def test_side_files_may_link_to_blobs_of_the_hub_cache(plan: PruningPlan, tmp_pa
 
 def test_an_oversized_side_file_is_not_read(plan: PruningPlan, tmp_path: Path) -> None:
     path = write(plan, tmp_path)
-    os.truncate(tmp_path / "plan.safetensors", 1 << 40)  # a hole: it takes no room
+    os.truncate(tmp_path / "plan.safetensors", 1 << 40)  # a sparse file: it takes no space
     refused(lambda: read_plan(path), "plan.safetensors: has 1,099,511,627,776 bytes")
 
 
@@ -220,7 +220,7 @@ def test_an_endless_document_is_not_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def bomb(size: tuple[int, int], kind: str = "PNG") -> bytes:
-    """A small file of a large image; nothing of it is ever decoded."""
+    """Write a small file with a large image, which must never be decoded."""
     file = io.BytesIO()
     Image.new("1", size).save(file, kind)
     return file.getvalue()

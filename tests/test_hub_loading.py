@@ -1,6 +1,6 @@
-"""A baked checkpoint in the hub: every advertised way to load it, from a cache and without network.
+"""Every advertised way loads a baked checkpoint on the hub, from a cache and without network.
 
-The cache is laid out as huggingface_hub does it; another process, which knows nothing else, loads.
+The cache is laid out like huggingface_hub's; a separate process loads from it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ AUTO = (
 
 
 def add_snapshot(cache: Path, name: str, revision: str, commit: str, files: Path) -> None:
-    """Put a directory's files into a hub cache: blobs, and links to them in a snapshot."""
+    """Put a directory's files into a hub cache: blobs, and a snapshot that links to them."""
     repository = cache / f"models--{name.replace('/', '--')}"
     for folder in ("blobs", "refs", f"snapshots/{commit}"):
         (repository / folder).mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def add_snapshot(cache: Path, name: str, revision: str, commit: str, files: Path
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What a process without network found: way of loading -> budget, None (dense) or error."""
+    """Findings of a process without network: way of loading -> budget, None (dense) or error."""
     folder = tmp_path_factory.mktemp("hub")
     source = resolve("llava-tiny")
     identity = identify(load_dense(source), "llava-tiny")

@@ -1,4 +1,4 @@
-"""Where visual tokens are: streams, grid coordinates, and the probe that finds them per forward."""
+"""Visual tokens have streams and grid coordinates, and a probe finds them in each forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRIDS = [(Grid(2, 3),), (Grid(1, 2), Grid(2, 1))]
 
 @pytest.fixture
 def ragged() -> tuple[torch.Tensor, TokenLayout]:
-    """Two padded rows with other images: (is visual, layout)."""
+    """Two padded rows with different images: (is visual, layout)."""
     width = max(len(row) for row in ROWS)
     is_visual = torch.zeros(2, width, dtype=torch.bool)
     for number, row in enumerate(ROWS):

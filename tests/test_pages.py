@@ -1,7 +1,7 @@
-"""The pages stay true: tables are what the code says, links lead somewhere, commands run.
+"""The pages match the code: tables agree, links lead somewhere, commands run.
 
-What takes seconds on the demo model is run as printed; every other command is taken by the parser
-of its program, which refuses options and choices that it does not know.
+Commands that take seconds on the demo model run as printed; all others go through the parser
+of their program, which refuses unknown options and choices.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def card(folder: str) -> str:
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
-    """The cells of the table under a heading line."""
+    """Return the cells of the table under a heading line."""
     (_, after) = page.split(f"{heading}\n", 1)
     lines = after.split("\n\n")[0].splitlines()[1:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -151,7 +151,7 @@ def test_the_figure_draws_the_rooms() -> None:
     order = TopologicalSorter()
     for above, below in arrows:
         order.add(above, below)
-    assert set(order.static_order()) == rooms  # no circle, and every room has an arrow
+    assert set(order.static_order()) == rooms  # no cycle, and every room has an arrow
 
 
 # How the pages look, and where they lead.
@@ -169,7 +169,7 @@ def test_lines_have_at_most_120_characters(name: str) -> None:
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page, re.M)
     return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
 
@@ -199,16 +199,16 @@ def test_named_files_exist(name: str) -> None:
 
 
 def listings(page: str) -> str:
-    """Indented code and shell blocks, a command on each line."""
+    """Return indented code and shell blocks, with one command per line."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
     blocks += re.findall(r"(?:^ {4}.*\n)+", page, re.M)
     return "\n".join(blocks).replace("\\\n", " ")
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """The words of every command of a page, those of a pipeline one by one.
+    """Yield the words of every command on a page, and of each command in a pipeline.
 
-    ``...`` in front of flags stands for the command above.
+    ``...`` before flags repeats the command above.
     """
     above: list[str] = []
     spans = re.findall(r"`((?:yopo|python|scripts/)[^`\n]*)`", page)
@@ -244,12 +244,12 @@ def test_the_command_line_accepts_every_yopo_command(
     assert command is not None
     try:
         command.make_context(name, arguments)
-    except click.MissingParameter:  # the text speaks of some options alone
+    except click.MissingParameter:  # the text mentions some options by themselves
         assert len(arguments) <= 1 or "-o" in arguments
 
 
 class Parsed(Exception):
-    """A script took its arguments."""
+    """Raised when a script has parsed its arguments."""
 
 
 @pytest.mark.parametrize("line", [each for each in COMMANDS if each.startswith("python ")])
@@ -283,7 +283,7 @@ def test_shell_scripts_are_executable(script: str) -> None:
 
 
 def run(command: str, folder: Path) -> str:
-    """What a shell prints; the demo model and its pairs stand for the reader's."""
+    """Run a command in a shell and return what it prints."""
     done = subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", command],
         capture_output=True,
@@ -296,7 +296,7 @@ def run(command: str, folder: Path) -> str:
 
 
 def with_demo(code: str) -> str:
-    """The same with the demo model and pairs in place of the reader's."""
+    """Replace the reader's model and pairs in code by the demo model and its pairs."""
     for theirs, ours in (
         ("llava-1.5-7b", "llava-tiny"),
         ("heldout.jsonl", "heldout/held.jsonl"),

@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a pruned model: a directory that is pruned in yopo and dense elsewhere."""
+"""``save_pretrained`` of a pruned model writes a directory that is pruned in yopo, else dense."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHARDS = {"one file": {}, "shards": {"max_shard_size": "100KB"}}
 
 
 def three_plans(subject: Subject) -> list[PruningPlan]:
-    """Plans of one calibration: fitted, with means, and neither; one neuron order."""
+    """Make plans of one calibration: fitted, with means, and neither; all in one neuron order."""
     plans = [
         subject.random_plan(seed, compensation=compensation, baked=False)
         for seed, compensation in enumerate(KINDS, start=7)
@@ -59,13 +59,13 @@ def baked(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def budgets(folder: Path) -> dict[str, float]:
-    """The budgets of a checkpoint's plans by their compensation."""
+    """Return the budgets of a checkpoint's plans by compensation."""
     plans = [read_plan(path) for path in folder.glob("yopo_plan*.yaml")]
     return {plan.compensation: plan.budget.reached for plan in plans}
 
 
 def shake(model: nn.Module) -> None:
-    """Stand in for training: change every parameter, fitted ones too, if they are some."""
+    """Simulate training: change every parameter, including fitted ones if they are parameters."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in model.parameters():
@@ -73,7 +73,7 @@ def shake(model: nn.Module) -> None:
 
 
 def check_same(one: nn.Module, other: nn.Module) -> None:
-    """Compare logits and weights; logits up to rounding, which follows where shards begin."""
+    """Compare weights, and logits up to rounding, which depends on where shards begin."""
     torch.testing.assert_close(
         tiny.logits(one, INPUTS), tiny.logits(other, INPUTS), atol=1e-4, rtol=1e-4
     )
@@ -285,7 +285,7 @@ def test_a_plan_in_memory_is_not_saved(
     with pruned(model, plan, trainable=True), pytest.raises(ModelError, match="be saved"):
         model.save_pretrained(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
-    stock = AutoModelForImageTextToText.from_pretrained(baked)  # its configuration says yopo
+    stock = AutoModelForImageTextToText.from_pretrained(baked)  # its configuration mentions yopo
     if stock.config.text_config.num_attention_heads == mha.shape.heads:
         with pruned(stock, read_plan(baked / "yopo_plan-2.yaml")):
             stock.save_pretrained(tmp_path / "claims")

@@ -1,4 +1,4 @@
-"""A baked directory: dense in stock transformers, pruned in yopo and under trust_remote_code."""
+"""A baked directory is dense in stock transformers, and pruned in yopo or with remote code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10], [1, *PICTURE, 3, 4, *PICTURE, 9]]
 
 @pytest.fixture(scope="module", params=["hub layout", "module names"])
 def baked(request: pytest.FixtureRequest, subject: Subject, tmp_path_factory):
-    """(baked directory, plan, subject) in both key layouts."""
+    """Return (baked directory, plan, subject) in both key layouts."""
     folder = tmp_path_factory.mktemp("baked")
     is_hub = request.param == "hub layout"
     subject.model.save_pretrained(folder / "source", save_original_format=is_hub)
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_any_precision_loads_in_any_other(
     mha: Subject, stored, loaded, tmp_path: Path
 ) -> None:
     model = tiny.llava("mha").to(stored)
-    with torch.no_grad():  # values that float16 has as zeros or in steps
+    with torch.no_grad():  # values that float16 rounds to zero or to coarse steps
         for name, weight in model.get_decoder().named_parameters():
             if name.endswith("proj.weight"):
                 weight[0] *= 1e-6
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_any_precision_loads_in_any_other(
     own = yopo.read_plan(tmp_path / "out" / "yopo_plan.yaml")
     assert own == read_baked_plan(tmp_path / "out")
     with pruned(dense, own):
-        assert yopo.is_pruned(dense)  # a model in memory knows its files, too
+        assert yopo.is_pruned(dense)  # a model in memory knows its files too
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The same visual FLOPs: methods meet budgets from below, and run what the closed forms say."""
+"""All methods meet a budget from below and execute the FLOPs that their closed forms predict."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def large(request: pytest.FixtureRequest) -> Subject:
 
 
 def executed(subject: Subject) -> int:
-    """Matrix-product FLOPs of one forward's text decoder."""
+    """Return the matrix-product FLOPs of the text decoder in one forward."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         tiny.logits(subject.model, INPUTS)
@@ -79,7 +79,7 @@ def test_executed_flops_are_the_predicted_ones(large: Subject, method: Baseline)
 
 
 def test_ranking_flops_are_counted_exactly(large: Subject) -> None:
-    """One more query projection and one row of logits, beside what the layers multiply."""
+    """Ranking costs one more query projection and one row of logits on top of the layers."""
     method, dense = FastV(2, share=0.3), executed(large)
     with baseline(large.model, method):
         saved = dense - executed(large)
@@ -120,7 +120,7 @@ def test_a_budget_of_one_drops_nothing(name: str) -> None:
 
 
 def test_parameters_match_hand_arithmetic() -> None:
-    """A quarter of 32 layers is 8; behind two whole ones, 18.75 % of the budget is left for 30."""
+    """A quarter of 32 layers is 8; after two whole layers, 18.75 % of the budget is left for 30."""
     assert solve("vtw", SEVEN_B, WORKLOAD, 0.25).layers == 8
     method = solve("fastv", SEVEN_B, WORKLOAD, 0.25)
     assert method.layers == 2 and 0.19 < method.share < 0.21

@@ -1,4 +1,4 @@
-"""Baselines are evaluated as plans are: same pairs and records, answers generated and compared."""
+"""Baselines are evaluated like plans: same pairs and records, answers generated and compared."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def answered() -> Batch:
 
 @pytest.mark.parametrize("name", SOME)
 def test_answers_are_predicted_as_in_decoding(subject: Subject, name: str) -> None:
-    """Token by token behind the prefilled prompt: FastV may not look at the answer to rank."""
+    """Answers follow the prefilled prompt token by token: FastV must not see them when ranking."""
     batch = answered()
     with torch.no_grad(), baseline(subject.model, SOME[name]):
         found = answer_log_probs(subject.model, batch)
@@ -60,7 +60,7 @@ def test_answers_are_predicted_as_in_decoding(subject: Subject, name: str) -> No
 
 
 def test_answer_tokens_would_change_the_ranking(mha: Subject) -> None:
-    """What ``teacher_forced`` is there for."""
+    """This is why ``teacher_forced`` exists."""
     batch = answered()
     with torch.no_grad(), baseline(mha.model, SOME["fastv"]):
         plain = mha.model(**batch.inputs).logits
@@ -81,7 +81,7 @@ def test_a_baseline_that_drops_nothing_has_no_kl(subject: Subject) -> None:
 
 
 def test_baselines_answer_the_demo_pairs() -> None:
-    """The trained model: nothing dropped, nothing lost; nothing seen, no better than a guess."""
+    """On the trained model, dropping nothing loses nothing; dropping all is mere guessing."""
     source = resolve("llava-tiny")
     model, processor = load_dense(source), load_processor(source.location)
     pairs = list(open_pairs("demo:heldout", samples=48, seed=0))

@@ -1,4 +1,4 @@
-"""A baseline is one class and one line: what the registry promises, and a method from outside."""
+"""A baseline is one class and one registry line, also for a method from outside."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_entry_is_a_class_with_that_name(name: str) -> None:
 
 
 def test_names_are_listed_without_importing_the_methods() -> None:
-    """A command line shows them before torch is there; classes come when they are asked for."""
+    """The command line lists them before torch is imported; classes are loaded on request."""
     modules = {target.partition(":")[0] for target in BASELINES.values()}
     code = f"import sys, yopo.baselines.registry; print({modules} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -52,7 +52,7 @@ PROMPTS = [[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 3, 4, 9, 11, 12]]
 
 
 def test_an_external_method_may_drop_at_several_layers(subject: Subject) -> None:
-    """Its cache shrinks layer by layer; decode steps see what one forward of all tokens sees."""
+    """Its cache shrinks layer by layer; decode steps see the same as one forward of all tokens."""
     model, inputs = subject.model, tiny.batch(PROMPTS)
     length, settings = inputs["input_ids"].shape[1], {"do_sample": False, "max_new_tokens": 5}
     with torch.no_grad(), baseline(model, Thinning()):

@@ -1,4 +1,4 @@
-"""``yopo bench``: what ran is what is predicted, layers keep their mix, and no trace is left."""
+"""``yopo bench`` runs what is predicted, samples layers in their mix and leaves no trace."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_unknown_shapes_suggest_known_ones() -> None:
 
 
 def test_made_up_images_reach_the_decoder() -> None:
-    """The dense model attends to the features, and a plan that prunes nothing changes nothing."""
+    """The dense model attends to them, and a plan that prunes nothing gives the same logits."""
     plan = plan_for()
     whole = plan.with_layers(
         [LayerPlan((0, 1, 2, 3), (0, 1, 2, 3), None, SHAPE.ffn)] * SHAPE.layers
@@ -330,7 +330,7 @@ def test_baselines_are_measured_at_the_plans_budget() -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
     options = replace(QUICK, baselines=tuple(BASELINES), may_leave_out=True)
     found = bench_random(plan, Sizes(batch=2), options)
-    runs = [name for name in BASELINES if name != "fastv"]  # half of its layers are too many
+    runs = [name for name in BASELINES if name != "fastv"]  # half of its layers exceed the budget
     assert list(found.measured) == [DENSE, PRUNED, *runs]
     assert list(found.left_out) == ["fastv"] and "25.0 %" in found.left_out["fastv"]
     shape, workload = found.plan.model.shape, found.plan.workload
@@ -415,7 +415,7 @@ def test_sampled_layers_of_a_refit_plan_keep_their_weights(mha: Subject) -> None
 
 
 def test_layers_with_different_fits_are_sampled_separately(mha: Subject) -> None:
-    """One layer in four is asked for: each kind has its share, heads do not make kinds."""
+    """Of two sampled layers, one is of each kind; different heads do not make a kind."""
     heads = tuple(range(mha.shape.heads))
     plain, same = (LayerPlan(heads, heads[:count], None, 20) for count in (2, 3))
     mapped = LayerPlan(heads, heads[:2], None, 20, qkv_rank=5, map_rank=2)
@@ -439,7 +439,7 @@ def shown(found: Any) -> str:
 
 @pytest.fixture
 def other_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Weights of any size take oneDNN's products; these are collected, by their size."""
+    """Let weights of any size use oneDNN's products, and collect the sizes of those that do."""
     kernel, seen = gemm._kernel(), []
 
     def spy(inputs, weight, *rest):

@@ -1,4 +1,4 @@
-"""Rows of JSON files, read in pieces: the same rows as of the whole text, and no more memory."""
+"""JSON files read in pieces give the same rows as the whole text, in constant memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forms that a row of data may have."""
+"""A row of data may have several forms."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def png(width: int) -> bytes:
 
 
 def columns() -> dict[str, list[Any]]:
-    """Pairs whose image width tells which row they are: number + 1."""
+    """Columns of pairs whose image width identifies the row: number + 1."""
     return {
         "image": [{"bytes": png(number + 1), "path": None} for number in range(COUNT)],
         "question": [f"q{number}" for number in range(COUNT)],
@@ -215,7 +215,7 @@ def test_an_unreachable_hub_is_reported_as_such(monkeypatch: pytest.MonkeyPatch)
 
 
 def hub_with(monkeypatch: pytest.MonkeyPatch, splits: dict[str, datasets.Dataset]) -> list[Any]:
-    """Let the hub have one dataset; returns the calls of load_dataset."""
+    """Let the hub have these datasets; return the calls of load_dataset."""
     calls: list[Any] = []
 
     def load(*args: object, **kwargs: object) -> datasets.IterableDatasetDict:

@@ -1,4 +1,4 @@
-"""Directories that do not say what a processor must know of the model: as many published ones."""
+"""Processors are configured from the model if their directory lacks settings, as many do."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def make_processor(name: str, **settings: object) -> ProcessorMixin:
 
 
 def published(folder: Path, name: str, **images: object) -> Path:
-    """A directory with preprocessor_config.json, the tokenizer's files and config.json alone."""
+    """Make a directory that has only preprocessor_config.json, tokenizer files and config.json."""
     make_processor(name).save_pretrained(folder)
     parts = json.loads((folder / "processor_config.json").read_text())
     (folder / "processor_config.json").unlink()

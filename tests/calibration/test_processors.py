@@ -1,4 +1,4 @@
-"""Processors with a video half, without torchvision: built, saved, loaded, and measured with."""
+"""Processors with a video half work without torchvision: built, saved, loaded and used."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_processor_is_the_stock_class_without_its_video_half(folder: Path, kin
 
 
 def test_hub_directories_are_loaded(folder: Path, kind: str, tmp_path: Path) -> None:
-    """Hub repositories have a file per part, and one for videos that nobody can use here."""
+    """Hub repositories have a file per part, and one for videos that cannot be used here."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     parts = json.loads((folder / "processor_config.json").read_text())
@@ -167,7 +167,7 @@ def test_a_batch_may_hold_images_of_different_sizes(folder: Path) -> None:
 
 
 def test_pairs_are_measured_planned_and_compared(folder: Path, kind: str) -> None:
-    """The whole of ``yopo calibrate`` behind loading."""
+    """All of ``yopo calibrate`` after loading."""
     model, processor = make_model(kind), load_processor(str(folder))
     statistics = measure(model, processor, PAIRS, name="tiny", batch_size=2)
     assert statistics.visual_tokens == sum(grid.tokens for row in GRIDS for grid in row)
@@ -185,7 +185,7 @@ def test_pairs_are_measured_planned_and_compared(folder: Path, kind: str) -> Non
 
 @pytest.mark.parametrize("often", range(len(PAIRS)))
 def test_the_usual_pair_has_the_most_common_grids(folder: Path, kind: str, often: int) -> None:
-    """Across batches, wherever they come, and however large they are."""
+    """This holds across batches, in any order and for grids of any size."""
     model, processor = make_model(kind), load_processor(str(folder))
     pairs = [*PAIRS[:often], PAIRS[often], *PAIRS[often:]]
     statistics = measure(model, processor, pairs, name="tiny", batch_size=3)

@@ -202,7 +202,7 @@ def test_answers_follow_their_prompts(processor: LlavaProcessor) -> None:
 def test_one_pass_reproduces_the_greedy_continuation(
     processor: LlavaProcessor, model: LlavaForConditionalGeneration
 ) -> None:
-    """Each answer token is the argmax one position before it: no answer is shifted."""
+    """Each answer token is the argmax one position earlier, so no answer is shifted."""
     pairs = [pair("what?"), pair("what is this and that?", color="blue")]
     inputs = run(processor, pairs).inputs
     made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -230,7 +230,7 @@ def test_other_prompt_inputs_grow_with_the_answer() -> None:
 
 
 def test_answer_ids_depend_on_what_precedes_the_answer() -> None:
-    """A sentencepiece-like vocabulary knows "▁yes" behind a word and "yes" behind a newline."""
+    """A sentencepiece-like vocabulary has "▁yes" after a word and "yes" after a newline."""
     words = ["<unk>", "▁USER:", "▁ASSISTANT:", "▁yes", "yes", "\n"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     space = pre_tokenizers.Metaspace(prepend_scheme="always")

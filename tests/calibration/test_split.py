@@ -1,4 +1,4 @@
-"""Pairs that are judged on are never fitted on, nor are their images; and always the same ones."""
+"""Plans are never compared on pairs or images that they were fitted on; splits are repeatable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pair(*images: object, question: str = "what?") -> Pair:
 
 
 def different(count: int) -> list[Pair]:
-    """Pairs about an image each."""
+    """Make pairs about one image each."""
     return [pair(f"image {number}".encode()) for number in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""A baked checkpoint is the original model, in another order, with the plan beside it."""
+"""A baked checkpoint is the original model, reordered, with the plan next to it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES = [
 
 @pytest.fixture
 def baked(saved, make_plan, tmp_path):
-    """Factory: bake a fixture model; gives (source, plan, report)."""
+    """Factory: bake a fixture model; returns (source, plan, report)."""
 
     def make(kind: str = "mha", *, compensation: str = "none", **layout):
         source = saved(kind, **layout)
@@ -96,7 +96,7 @@ def test_stock_transformers_loads_the_original_function(
     original, reordered = load(source.path), load(report.output)
     before, after = logits(original, inputs), logits(reordered, inputs)
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
-    # The tolerance can fail: two FFN columns in the wrong place are far outside it.
+    # The tolerance is meaningful: two FFN columns in the wrong place are far outside it.
     weight = reordered.get_decoder().layers[1].mlp.down_proj.weight
     with torch.no_grad():
         weight[:, [0, 1]] = weight[:, [1, 0]]
@@ -168,7 +168,7 @@ def test_bfloat16_stays_bfloat16(baked, inputs) -> None:
 
 
 def test_a_process_without_yopo_loads_the_original_model(baked, inputs, tmp_path) -> None:
-    """Where yopo is not even imported, the result is the original model, without a prompt."""
+    """Without importing yopo, the result is the original model, and no question is asked."""
     source, _, report = baked("gqa")
     torch.save(inputs, tmp_path / "inputs.pt")
     code = """
@@ -381,7 +381,7 @@ def test_an_identity_plan_copies_every_byte(saved, make_plan, tmp_path) -> None:
 
 
 def break_write(monkeypatch, error: BaseException, *, after: int) -> None:
-    """Let the reordering write fail once so many calls have succeeded."""
+    """Let the reordering write fail after this many calls have succeeded."""
     write, calls = os.pwrite, []
 
     def fail(*args):
@@ -469,7 +469,7 @@ def test_a_source_that_changes_during_the_copy_is_refused(
 def test_written_bytes_are_read_back_and_compared(
     saved, make_plan, tmp_path, monkeypatch, kind
 ) -> None:
-    """A last byte that is wrong in any tensor, reordered or not, is found."""
+    """A wrong last byte is found in any tensor, reordered or not."""
     plan = make_plan(saved(kind).model)
     checkpoint = Checkpoint.open(saved(kind).path)
     entries = [entry for shard in checkpoint.shards for entry in shard.tensors]
@@ -497,7 +497,7 @@ def test_written_bytes_are_read_back_and_compared(
 
 @pytest.fixture
 def refused(saved, make_plan, tmp_path):
-    """Factory: bake with an altered plan must raise and write nothing."""
+    """Factory: baking an altered plan must raise and write nothing."""
 
     def check(kind, match: str, alter=lambda plan: plan, *, on=None) -> None:
         plan = alter(make_plan(saved().model))

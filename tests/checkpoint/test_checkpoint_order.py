@@ -1,4 +1,4 @@
-"""The order that is baked: kept first, then by activity, groups whole, plans renamed to match."""
+"""The baked order puts kept heads first, sorts by activity, keeps groups and renames plans."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_baked_plan_keeps_the_same_heads_under_new_names(
     assert baked.provenance == {**plan.provenance, "baked_from": plan.model.fingerprint}
     rho = [plan.measured.rho[0][old] for old in orders[0].head_order]
     assert baked.measured.rho[0] == tuple(rho)
-    if compensation == "mean":  # all heads of this layer attend, so activity alone decides
+    if compensation == "mean":  # all heads of this layer attend, so only activity decides
         assert rho == sorted(rho, reverse=True)
     again, _ = parse_plan("again", to_yaml(baked))
     assert again.layers == baked.layers

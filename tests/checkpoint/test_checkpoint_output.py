@@ -1,4 +1,4 @@
-"""The output appears complete or not at all, and nobody's folder is deleted."""
+"""The output appears complete or not at all, and no unrelated folder is deleted."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_failure_leaves_everything_as_it_was(
 
 @pytest.fixture
 def without_exchange(monkeypatch) -> None:
-    """As on a file system that cannot let two names change places."""
+    """Act like a file system that cannot exchange two names."""
     monkeypatch.setattr(scratch, "exchange", lambda one, other: False)
 
 
@@ -164,7 +164,7 @@ def test_an_unrelated_folder_is_never_replaced(source, tmp_path) -> None:
 
 
 def test_another_programs_model_is_never_replaced(source, tmp_path) -> None:
-    """What has a config.json was --force's to delete once."""
+    """A former --force deleted any folder that had a config.json."""
     for name, text in (("plain", "{}"), ("looks-baked", '{"yopo": {"plan": "yopo_plan.yaml"}}')):
         folder = tmp_path / name
         folder.mkdir()
@@ -220,7 +220,7 @@ def test_bytes_are_formatted_for_people() -> None:
 
 
 def recorded(monkeypatch) -> list[str]:
-    """The calls that decide what survives a power cut, in order, as ``what name``."""
+    """Record the calls that decide what survives a power cut, in order, as ``what name``."""
     steps: list[str] = []
 
     def record(owner, name, label):

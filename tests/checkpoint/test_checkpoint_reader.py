@@ -1,4 +1,4 @@
-"""Reading a checkpoint: what a sound one gives, and one sentence for everything that is unsound."""
+"""A sound checkpoint can be read; anything unsound is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_fingerprint_depends_on_weights_not_on_layout(saved) -> None:
 
 
 def inner_rows(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    """Other values everywhere but in a matrix's first and last row."""
+    """Change all values except those in a matrix's first and last row."""
 
     def change(tensors):
         tensors[name][1:-1] += 1

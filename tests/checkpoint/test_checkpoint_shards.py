@@ -119,7 +119,7 @@ def test_a_source_that_shrinks_is_noticed(tmp_path, changes) -> None:
 def test_short_reads_and_writes_resume_where_they_stopped(
     tmp_path, monkeypatch, most, min_read, in_kernel
 ) -> None:
-    """Signals and network file systems cut reads and writes short, at any byte."""
+    """Signals and network file systems may cut reads and writes short at any byte."""
     preadv, pwrite, cut = os.preadv, os.pwrite, {"preadv": 0, "pwrite": 0, "copy_file_range": 0}
 
     def short_read(file, buffers, start):
@@ -160,7 +160,7 @@ def test_short_reads_and_writes_resume_where_they_stopped(
 def test_a_source_that_ends_in_the_middle_of_a_read_is_noticed(
     tmp_path, monkeypatch, after, min_read, changes
 ) -> None:
-    """A part of what was asked for, then nothing: whatever lay in memory must not be written."""
+    """The read returns a part and then nothing; leftover memory must not be written."""
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(make_tensors(torch.float32, BLOCK), source)
     shard = read_shard(source)

@@ -1,4 +1,4 @@
-"""Bad input: each case a sentence on stderr, exit code 1, no traceback, nothing left behind."""
+"""Bad input gives one sentence on stderr, exit code 1, no traceback and no leftovers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 @pytest.fixture
 def calibrate(yopo: Yopo, model: Path) -> Callable[..., str]:
-    """Calibrates on some data, expects a sentence and no output, and returns the sentence."""
+    """Calibrates on some data, expects one sentence and no output, and returns the sentence."""
 
     def run(*arguments: object, of: Path | str = model) -> str:
         done = yopo("calibrate", "--model", of, *FAST, "--preset", "yopo-25", *arguments)
@@ -31,7 +31,7 @@ def calibrate(yopo: Yopo, model: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Callable[..., Path]:
-    """Writes pairs.jsonl from rows; a good image stands beside it."""
+    """Writes pairs.jsonl from rows, next to a valid image."""
 
     def write(*rows: object) -> Path:
         Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")

@@ -1,4 +1,4 @@
-"""``yopo bench`` on the command line: a table for people, one JSON document for machines."""
+"""``yopo bench`` prints a table for people and one JSON document for machines."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_json_output_holds_the_baselines(yopo: Yopo) -> None:
     contenders = found["contenders"]
     runs = [name for name in BASELINES if name != "fastv"]
     assert list(contenders) == ["dense", "pruned", *runs]
-    assert list(found["left_out"]) == ["fastv"]  # two of six layers are more than the budget
+    assert list(found["left_out"]) == ["fastv"]  # two of six layers exceed the budget
     for name, each in contenders.items():
         assert each["visual_kv_bytes"] == each["planned_visual_kv_bytes"]
         ideal = 1e3 * found["prefill_flops"]["dense"] * each["prefill_flops_ratio"]
@@ -126,7 +126,7 @@ def test_the_table_shows_the_baselines(yopo: Yopo) -> None:
 
 
 def test_flags_of_the_previous_release_still_work(yopo: Yopo) -> None:
-    """Hidden; results say what they say for the new ones."""
+    """They are hidden, and give the same results as the new ones."""
     old = yopo(*WITH_BASELINES, "--rival", "vtw", "--baseline", "masked", "--json")
     assert (old.code, old.err) == (0, "")
     found = json.loads(old.out)
@@ -156,7 +156,7 @@ def test_a_new_baseline_appears_once_registered(
 
 
 def fresh_help() -> str:
-    """What ``--help`` of a process that starts now says."""
+    """Return the ``--help`` of a newly started process."""
     spec = importlib.util.find_spec("yopo.cli.bench")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

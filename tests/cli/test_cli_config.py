@@ -1,4 +1,4 @@
-"""Options from files and flags: defaults < file < command line."""
+"""Options come from files and flags: defaults < file < command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yopo.planning.request import plan_request
 
 @pytest.fixture
 def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs ``calibrate`` with a configuration up to the library call; returns what it got."""
+    """Runs ``calibrate`` with a configuration up to the library call; returns its arguments."""
 
     class Called(Exception):
         pass

@@ -1,4 +1,4 @@
-"""A NaN or an infinity anywhere ends in a sentence: at calibrate, plan, apply, load and eval."""
+"""A NaN or an infinity anywhere is refused: at calibrate, plan, apply, load and eval."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def poisoned(source: Path, target: Path, part: str, value: float, dtype: torch.d
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     name = next(name for name in tensors if part in name)
     flat = tensors[name].view(-1)
-    flat[len(flat) // 2] = value  # not among those that the fingerprint is made of
+    flat[len(flat) // 2] = value  # not among those that the fingerprint covers
     save_file(tensors, file, metadata={"format": "pt"})
     return name
 
@@ -64,7 +64,7 @@ def test_non_finite_weights_are_refused(
 ) -> None:
     name = poisoned(model, tmp_path / "bad", part, value, dtype)
     done = yopo("apply", plan, "--model", tmp_path / "bad")
-    # A small tensor is covered by the fingerprint whole, which is compared first.
+    # The fingerprint, which is compared first, covers a small tensor completely.
     reasons = (f"tensor '{name}' holds values that are not finite", "is not the checkpoint")
     assert done.is_sentence and any(each in done.err for each in reasons)
     for command in (("calibrate",), ("eval", plan)):
@@ -110,7 +110,7 @@ def test_non_finite_statistics_are_refused(yopo: Yopo, calibrated: Path, tmp_pat
 
 
 def test_non_finite_predictions_are_refused(model: Path) -> None:
-    """Weights that are finite, and too large for what is made of them."""
+    """The weights are finite but too large for the products made from them."""
     dense = load_dense(resolve(str(model)))
     with torch.no_grad():
         weight = dense.get_output_embeddings().weight

@@ -1,4 +1,4 @@
-"""Checkpoints that are refused, at once: quantized, pickled, or with code of their own."""
+"""Quantized or pickled checkpoints, and those with custom code, are refused at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CALIBRATE = ("calibrate", "--data", "demo:calibration", *FAST)
 
 @pytest.fixture
 def foreign(model: Path, tmp_path: Path) -> Path:
-    """A copy of the model, to change."""
+    """A copy of the model that tests may change."""
     return Path(shutil.copytree(model, tmp_path / "foreign"))
 
 
 @pytest.fixture
 def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes loading weights or drawing pairs a failure of the test."""
+    """Makes the test fail if weights are loaded or pairs are drawn."""
 
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("something that takes long was started")
@@ -74,7 +74,7 @@ def test_pickled_sources_are_refused_early(
 
 @pytest.fixture
 def hostile(foreign: Path) -> Path:
-    """A model whose files name code for everything; the code leaves a mark."""
+    """A model whose files name custom code everywhere; the code leaves a mark if it runs."""
     names = {"AutoConfig": "theirs.C", "AutoModel": "theirs.C", "AutoProcessor": "theirs.C"}
     names |= {"AutoModelForImageTextToText": "theirs.C", "AutoImageProcessor": "theirs.C"}
     names["AutoTokenizer"] = ["theirs.C", "theirs.C"]
@@ -87,7 +87,7 @@ def hostile(foreign: Path) -> Path:
 
 @pytest.fixture
 def yes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers whatever may be asked on stdin with yes."""
+    """Answers every question on stdin with yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
 
 

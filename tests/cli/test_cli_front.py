@@ -1,4 +1,4 @@
-"""Several budgets in one go: plans that share a checkpoint, loaded at the budget asked for."""
+"""Several budgets share one checkpoint, which loads at the requested budget."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_plans_of_different_calibrations_cannot_share_a_checkpoint(
 
 
 def test_a_tolerance_finds_its_budget(yopo: Yopo, tmp_path: Path) -> None:
-    """Loose: something is pruned; a plan that meets it says how closely."""
+    """A loose tolerance prunes something; a plan that meets it records how closely."""
     output = tmp_path / "plan.yaml"
     done = yopo("calibrate", *QUICK, "--samples", 24, "--tolerance", 0.5, "-o", output)
     assert done.code == 0 and "The smallest budget within a tolerance of 50.0% is" in done.err
@@ -100,7 +100,7 @@ def test_milliseconds_become_a_budget_by_a_benchmark_of_the_same_shape(
     done = yopo("calibrate", *QUICK, "--preset", "yopo-25", "-o", plan)
     timed = yopo("bench", plan, "--random-weights", "--runs", 3, "--decode-steps", 0, "--json")
     assert done.code == timed.code == 0
-    document = json.loads(timed.out)  # tiny models' own times may come out in any order
+    document = json.loads(timed.out)  # times measured on tiny models may be in any order
     for side, milliseconds in (("dense", 9.0), ("pruned", 4.0)):
         document["prefill_ms"][side]["median"] = milliseconds
     costs.write_text(json.dumps(document))

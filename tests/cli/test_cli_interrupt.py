@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP in the middle of the work: real signals to a real process."""
+"""Ctrl-C, SIGTERM and SIGHUP may come at any time: real signals to a real process."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def stop_here(*arguments, **options):
 setattr(module, sys.argv[2], stop_here)
 sys.exit(main(sys.argv[3:]))
 """
-"""Runs a command line that stands still behind a function's first call."""
+"""Runs a command line that pauses at a function's first call."""
 
 
 def interrupted(
     place: tuple[str, str], arguments: list[object], folder: Path, number: signal.Signals
 ) -> tuple[int, str, str, list[str]]:
-    """Interrupt a command line where it stands still.
+    """Interrupt a command line where it pauses.
 
     Returns:
-        (exit code, stdout, stderr behind "ready", what lay in the folder when it stood still).
+        (exit code, stdout, stderr after "ready", the folder's content during the pause).
     """
     with subprocess.Popen(
         [sys.executable, "-c", _DRIVER, *place, *map(str, arguments)],
@@ -138,7 +138,7 @@ def test_an_ignored_signal_remains_ignored() -> None:
 def test_a_second_signal_waits_for_the_cleanup(
     yopo: Yopo, plan: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both at the worst moments: in the middle of the copy, and before each step of cleaning."""
+    """Both come at the worst moments: in the middle of the copy, and before each cleanup step."""
     rmtree, steps = shutil.rmtree, []
 
     def again(path: Path, **options: object) -> None:

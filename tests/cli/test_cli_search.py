@@ -18,7 +18,7 @@ ASKED = (*FAST, "--budget", 0.3, "--template", "reader", "--compensation", "none
 
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[Search]:
-    """Every search that a command makes."""
+    """Collects every search that a command makes."""
     made: list[Search] = []
 
     usual = Search.__init__

@@ -1,4 +1,4 @@
-"""Start-up, usage errors, and what happens to failures nobody thought of."""
+"""Start-up is fast, usage errors are explained, and unexpected failures are handled."""
 
 from __future__ import annotations
 

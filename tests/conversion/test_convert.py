@@ -1,4 +1,4 @@
-"""A converted checkpoint is the original model: numbers, names, files; the rest is refused."""
+"""A converted checkpoint is the original model in numbers, names and files; others are refused."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from yopo.serving.loading import load_dense
 from yopo.support.errors import CheckpointError, ModelError, OutputError
 
 LENGTHS = {"short": 10, "beyond": 290}
-"""Text behind the images: inside the positions of training, and beyond them (rope scaling)."""
+"""Text after the images: within the trained positions, and beyond them (RoPE scaling)."""
 
 
 def load(path: Path) -> InternVLForConditionalGeneration:
-    """In float64 throughout; nothing may be missing, invented or left over."""
+    """Load in float64 throughout; no weight may be missing, invented or left over."""
     model, report = AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float64, output_loading_info=True
     )
@@ -51,7 +51,7 @@ def load(path: Path) -> InternVLForConditionalGeneration:
 
 
 def prompt(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of two tiles and some text, and the tiles' pixels."""
+    """Return the ids of two tiles and some text, and the tiles' pixels."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(3, 80, (1, length), generator=generator)
     tiles = torch.full((1, 2 * SIDE**2), CONTEXT)
@@ -76,7 +76,7 @@ def test_logits_match_the_original_formulas(
     found = model(input_ids=ids, pixel_values=pixels.double()).logits
     expected = original.logits(ids, pixels)
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()  # angles are float32
-    # The tolerance can fail: one head in another place is far outside it.
+    # The tolerance is meaningful: one head in another place is far outside it.
     with torch.no_grad():
         weight = model.get_decoder().layers[0].self_attn.o_proj.weight
         weight[:, :16] = weight[:, :16].roll(8, dims=1)

@@ -1,4 +1,4 @@
-"""Grids of glyphs: drawn as recorded, asked about rightly, repeatable, split without overlap."""
+"""Grids of glyphs are drawn as recorded, with correct questions, repeatable, split disjointly."""
 
 from __future__ import annotations
 

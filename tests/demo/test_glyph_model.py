@@ -1,4 +1,4 @@
-"""The glyph reader: how it is built, and that the shipped weights read held-out grids."""
+"""The glyph reader is built as documented, and the shipped weights read held-out grids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The glyph reader in the library: calibrated, pruned, baked and evaluated on its own pairs."""
+"""The glyph reader is calibrated, pruned, baked and evaluated on its own pairs."""
 
 from __future__ import annotations
 

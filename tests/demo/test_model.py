@@ -1,4 +1,4 @@
-"""The demo model: how it is built, and that the shipped weights answer held-out questions."""
+"""The demo model is built as documented, and the shipped weights answer held-out questions."""
 
 from __future__ import annotations
 

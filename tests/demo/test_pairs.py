@@ -1,4 +1,4 @@
-"""Pairs on disk: same arguments, same bytes; what is read back is what was generated."""
+"""Pairs on disk have the same bytes for the same arguments, and read back as generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generated questions: right, unambiguous, balanced, repeatable, and split without overlap."""
+"""The generated questions are correct, unambiguous, balanced, repeatable and split disjointly."""
 
 from __future__ import annotations
 

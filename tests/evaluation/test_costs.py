@@ -1,4 +1,4 @@
-"""Budgets in milliseconds: a line through what was measured, and a sentence where it ends."""
+"""Milliseconds become a budget on a line through measured points; others are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOPE, FIXED = 2e-8, 0.25
 
 
 def benchmark(path: Path, *, layers: int = 4, batch: int = 2, **changes: object) -> Path:
-    """As `yopo bench --json` prints it, of a machine with a price per FLOP and per layer."""
+    """Write what `yopo bench --json` prints on a machine with a price per FLOP and per layer."""
     work = {"dense": 4e9, "pruned": 1e9}
     times = {name: {"median": SLOPE * each + FIXED * layers * batch} for name, each in work.items()}
     shape = asdict(replace(SHAPE, layers=layers))

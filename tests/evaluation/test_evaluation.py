@@ -1,4 +1,4 @@
-"""Evaluation: KL and agreement by definition, a plan that prunes nothing keeps everything."""
+"""KL and agreement follow their definitions; a plan that prunes nothing keeps everything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANSWERS = [3, 2]
 
 
 def answered() -> Batch:
-    """A padded batch whose last tokens, 3 and 2 of them, are answers."""
+    """A padded batch whose last 3 and 2 tokens are answers."""
     inputs = tiny.batch(ROWS)
     mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     for row, count in enumerate(ANSWERS):

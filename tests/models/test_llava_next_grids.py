@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's grids are where the library itself packs its features, for any image size."""
+"""LLaVA-NeXT's grids match how the library packs its features, for any image size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = LlavaNextConfig()  # 336 pixels by patches of 14, the pinpoints of 1.6
 
 
 def packed(size: tuple[int, int]) -> torch.Tensor:
-    """What kind of token follows what, by the library: (tokens,) of the values above."""
+    """Return the kinds of tokens in the library's order: (tokens,) of the values above."""
     tiles = image_size_to_num_patches(size, CONFIG.image_grid_pinpoints, 336)
     features = torch.full((tiles, 24 * 24, 1), TILES)
     features[0] = BASE

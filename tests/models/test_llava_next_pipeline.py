@@ -60,7 +60,7 @@ def save_model(path: Path) -> None:
     )
     torch.manual_seed(0)
     model = LlavaNextForConditionalGeneration(config)
-    # Random weights might say the placeholder, of which stock models then miss an image.
+    # Random weights might generate the placeholder, for which stock models then miss an image.
     model.generation_config.suppress_tokens = [config.image_token_id]
     model.save_pretrained(path)
     processor.save_pretrained(path)

@@ -55,7 +55,7 @@ IMAGE = Workload((Grid(32, 32),), 64, 15)
 
 
 def published(name: str) -> PreTrainedConfig:
-    """The configuration as the hub has it: flat in Qwen2(.5)-VL, nested in Qwen3-VL."""
+    """Return the configuration as on the hub: flat for Qwen2(.5)-VL, nested for Qwen3-VL."""
     numbers = dict(zip(KEYS, SHAPES[name], strict=True))
     text: dict[str, Any] = {
         "num_hidden_layers": numbers["layers"],
@@ -91,7 +91,7 @@ def test_shape_and_family_are_read_from_the_published_configuration(name: str) -
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_dense_flops_are_two_per_weight_and_token(name: str) -> None:
-    """Against the weights of the real architecture, and their number on the models' cards."""
+    """Compared with the weights of the real architecture, and their number on the model cards."""
     config = published(name)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

@@ -1,4 +1,4 @@
-"""Full-size models, from their published configurations: what the configs quote, what fits."""
+"""Figures of full-size models, as quoted in configs/, follow their published configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where Qwen-VL's images and frames are: against the models' own positions, and when told wrong."""
+"""Grids of Qwen-VL's images and frames match the models' own positions; wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def layout_of(specimen: Specimen, inputs: dict[str, Any]) -> TokenLayout:
 
 
 def test_coordinates_are_the_models_own_positions(qwen: Specimen) -> None:
-    """M-RoPE says time, row and column of every token; the layout must agree with it."""
+    """M-RoPE gives time, row and column of every token; the layout must agree with it."""
     inputs = qwen.inputs(ROWS)
     layout = layout_of(qwen, inputs)
     told = {name: each for name, each in inputs.items() if not name.startswith("pixel")}
@@ -68,7 +68,7 @@ def test_coordinates_are_the_models_own_positions(qwen: Specimen) -> None:
 
 
 def test_an_unfilled_placeholder_is_text(qwen: Specimen) -> None:
-    """A model may say the video token; it is no frame then, and the image stays one."""
+    """A model may generate the video token; it is not a frame then, and the image is unaffected."""
     inputs = qwen.inputs([[1, "A", 5, VIDEO, 6]])
     inputs["mm_token_type_ids"] *= inputs["mm_token_type_ids"] != 2
     layout = layout_of(qwen, inputs)
@@ -89,15 +89,15 @@ def pruned_again(specimen: Specimen) -> Any:
 
 
 def test_two_rows_may_get_new_images_in_a_second_turn(qwen: Specimen) -> None:
-    """Every row has an offset of its own between places in the cache and M-RoPE positions."""
+    """Every row has its own offset between cache positions and M-RoPE positions."""
     oracle, plan, cache = qwen.oracle, qwen.plan(4), DynamicCache()
-    rows, behind = [[1, 5, "A", 7], [1, 2, 3, "C", 7, 8]], [11, "B", 12]
-    first, new = qwen.inputs(rows, seed=1), qwen.inputs([behind, behind], seed=2)
+    rows, turn = [[1, 5, "A", 7], [1, 2, 3, "C", 7, 8]], [11, "B", 12]
+    first, new = qwen.inputs(rows, seed=1), qwen.inputs([turn, turn], seed=2)
     with pruned(oracle, plan):
         said = qwen.generate(oracle, first, past_key_values=cache)
         answers = said[:, first["input_ids"].shape[1] :].tolist()
         both = zip(rows, answers, strict=True)
-        whole = qwen.inputs([[*row, *answer, *behind] for row, answer in both])
+        whole = qwen.inputs([[*row, *answer, *turn] for row, answer in both])
         parts = [
             each["pixel_values"].split(each["image_grid_thw"].prod(dim=1).tolist())
             for each in (first, new)
@@ -158,7 +158,7 @@ def test_images_encoded_by_hand_before_pruning_are_refused_not_guessed(qwen: Spe
 
 
 def test_images_encoded_before_others_are_not_taken_for_those(qwen: Specimen) -> None:
-    """Two images of as many tokens, on other grids: what was said of each stays with it."""
+    """Two images have equally many tokens on different grids; each keeps its own grid."""
     pixels = {name: qwen.inputs([[1, 5, name, 7]]) for name in "AB"}
     pixels["B"]["image_grid_thw"] = pixels["A"]["image_grid_thw"][:, [0, 2, 1]]
     pixels["B"]["pixel_values"] = pixels["A"]["pixel_values"].flip(0)
@@ -190,7 +190,7 @@ def test_images_encoded_before_others_are_not_taken_for_those(qwen: Specimen) ->
 
 @pytest.mark.parametrize("rows", [3, 4])
 def test_packed_samples_are_distinguished_by_text_positions(qwen: Specimen, rows: int) -> None:
-    """As in stock: a fourth row of positions counts tokens; three rows say nothing of samples."""
+    """As in stock: a fourth row of positions counts tokens; three rows do not separate samples."""
     samples = [[1, 5, "A", 7, 8], [1, 2, "B", 9], [1, 3, 4]]
     inputs = qwen.inputs([[piece for sample in samples for piece in sample]])
     del inputs["attention_mask"]

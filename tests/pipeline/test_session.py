@@ -1,4 +1,4 @@
-"""What a session does with its pairs: it judges on none that it fitted on, or does neither."""
+"""A session never compares plans on pairs that it fitted on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def session() -> CalibrationSession:
-    """One that has a holdout, on as few pairs as that takes."""
+    """A session with a holdout, on as few pairs as possible."""
     fit_options = FitOptions(fit_pairs=8)
     return CalibrationSession(MODEL, options(3 * MIN_SIDE), fit_options, needs_holdout=True)
 
@@ -80,7 +80,7 @@ def session() -> CalibrationSession:
 def test_a_tolerance_is_met_and_used_up(
     session: CalibrationSession, monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
-    """The smaller the budget, the more answers are made to differ: four in a thousand over it."""
+    """Smaller budgets are made to disagree more: 0.004 over the budget."""
     monkeypatch.setattr(session, "agreement", lambda plan: 1 - 0.004 / plan.budget.reached)
     made = session.make(ToleranceRequest(tolerance))
     least = 0.004 / tolerance
@@ -94,7 +94,7 @@ def test_a_tolerance_is_met_and_used_up(
 def test_a_plan_within_a_tolerance_agrees_within_it(
     session: CalibrationSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the holdout tells, and nothing else that is compared on."""
+    """Only the holdout decides, not the pairs that plans are compared on."""
     tolerance = 0.02
     compared: list[tuple[PruningPlan, Fidelity]] = []
     usual = session._compare

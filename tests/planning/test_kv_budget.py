@@ -1,4 +1,4 @@
-"""A budget of KV bytes beside the one of FLOPs: every planner keeps both."""
+"""Every planner keeps a budget of KV bytes in addition to one of FLOPs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_kv_budget_below_one_head_is_refused_at_once(monkeypatch: pytest.Monke
 
 
 def test_the_remaining_heads_are_those_that_read_most() -> None:
-    """With nothing but reading to lose, a KV budget is a threshold on what reading is worth."""
+    """If only reading matters, a KV budget is a threshold on the value of reading."""
     statistics = make_statistics()
     profile = make_profile(statistics)
     profile.mixing.zero_(), profile.nonlinear_residual.zero_(), profile.map_residual.zero_()

@@ -1,4 +1,4 @@
-"""Under GQA: whole KV groups are dropped, which frees cache, or single query heads, which is finer.
+"""Under GQA, either whole KV groups are dropped, which frees cache, or single query heads.
 
 A KV head's visual keys and values exist as long as one of its query heads reads.
 """
@@ -26,7 +26,7 @@ GROUP = 4
 
 @pytest.fixture(scope="module")
 def spread() -> Statistics:
-    """In every KV group one query head reads much and the others little."""
+    """Make statistics in which one query head per KV group reads much and the others little."""
     statistics = statistics_maker.make(kv_heads=8 // GROUP)
     rho = 0.1 * statistics.rho
     rho[:, :, ::GROUP] += 1.0

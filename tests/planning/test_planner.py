@@ -1,4 +1,4 @@
-"""Plans from statistics: budgets are kept, presets are the paper's shapes, choices are measured."""
+"""Plans from statistics keep budgets, presets are the paper's shapes, and choices are measured."""
 
 from __future__ import annotations
 

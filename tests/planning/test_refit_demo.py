@@ -1,4 +1,4 @@
-"""What a refit gains on the trained demo model, and plans with it from pairs to answers."""
+"""A refit improves plans on the trained demo model, from pairs to answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = 24
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo model with everything that a planner wants of it, on the same few pairs."""
+    """The demo model with everything that a planner needs, on the same few pairs."""
 
     model: PreTrainedModel
     statistics: Statistics
@@ -41,7 +41,7 @@ class Demo:
             return compare(self.model, self.records).kl
 
     def plan(self, layers: tuple[LayerPlan, ...], compensation: str) -> PruningPlan:
-        """A plan of some layers, fitted if it asks for that."""
+        """Make a plan with these layers, fitted if it needs to be."""
         made, _ = make_plan(self.statistics, PaperRequest(preset="yopo-25"))
         plan = replace(made, layers=layers, compensation=compensation)
         return self.fitter.fit(plan) if compensation == "refit" else plan
@@ -67,7 +67,7 @@ def demo() -> Demo:
 
 
 def test_a_refit_lowers_the_kl(demo: Demo) -> None:
-    """Half of the heads attend, an eighth of the neurons is used; then maps in their place."""
+    """Half of the heads attend and an eighth of the neurons is used; then maps replace them."""
     shape = demo.statistics.model.shape
     heads = tuple(range(shape.heads))
     layer = LayerPlan(heads, heads[::2], None, shape.ffn // 8)

@@ -1,4 +1,4 @@
-"""Requests: what options make of them, which exclude one another, and what is out of range."""
+"""Options make requests; contradictory ones and values out of range are refused."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ OUT_OF_RANGE = [
 def test_a_value_out_of_range_is_refused(
     kind: type[PlanRequest], values: dict, message: str
 ) -> None:
-    """Whether the request is made itself or of options."""
+    """This holds for requests made directly and from options."""
     for make in (kind, plan_request):
         with pytest.raises(PlanError, match=message) as caught:
             make(**values)

@@ -1,4 +1,4 @@
-"""The layer-by-layer search: every state keeps the budget, and only measured gains are taken."""
+"""In the layer-by-layer search every state keeps the budget and only measured gains count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def builder(request: pytest.FixtureRequest) -> TemplateBuilder:
 
 
 def wants_attention_in_layer_3(layers: Layers, compensation: str) -> float:
-    """A made-up KL whose best plan attends in layer 3 alone and is not compensated."""
+    """A made-up KL whose best plan attends only in layer 3 and is not compensated."""
     wrong = sum(bool(layer.attend_heads) is not (index == 3) for index, layer in enumerate(layers))
     return 1.0 + wrong + (compensation == "mean") / 2
 
@@ -108,7 +108,7 @@ def test_a_move_is_stacked_only_if_it_gains_more_than_the_margin_again() -> None
 
 
 def test_a_move_that_gains_little_waits_for_the_next_sweep() -> None:
-    """There it competes with all others, and need not be the first."""
+    """There it competes with all others and need not be the first."""
     kl = {"": 1.0, "a": 0.9, "b": 0.998, "c": 0.999, "ab": 0.7, "ac": 0.5, "bc": 0.9, "abc": 0.8}
     assert add_one_of("abc", kl) == ("ac", 0.5)
 

@@ -1,4 +1,4 @@
-"""A new way to prune is one field of the layer plan: files, tables and cards have it by itself."""
+"""A new lever is one field of the layer plan; files, tables and cards follow automatically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""plan.yaml: what is written is read back byte for byte, and every mistake names its line."""
+"""A plan.yaml is read back byte for byte as written, and every mistake names its line."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FORMER_KEYS = {
 
 
 def in_former_words(text: str) -> str:
-    """A document, a part of one or a message with the keys that layers had before."""
+    """Return a document, a part of one or a message with the former keys of layers."""
     for key, former in FORMER_KEYS.items():
         text = text.replace(key, former)
     return text
@@ -113,7 +113,7 @@ def test_a_written_plan_is_read_back_unchanged(rng: random.Random, provenance: o
 @settings(max_examples=40)
 @given(rng=st.randoms(use_true_random=False), name=st.text(min_size=1))
 def test_any_model_name_survives_or_is_refused(rng: random.Random, name: str) -> None:
-    """YAML cannot say every character; none may come back as another."""
+    """YAML cannot hold every character; none may come back as another."""
     plan = replace(some_plan(rng), model=replace(IDENTITY, name=name))
     try:
         text = to_yaml(plan, SIDE_FILE)
@@ -301,7 +301,7 @@ def test_mistakes_name_line_and_key(name: str, spelled: Callable[[str], str]) ->
     assert old in GOOD
     with pytest.raises(PlanError) as caught:
         parse_plan("plan.yaml", spelled(GOOD.replace(old, new, 1)))
-    if not name.startswith("missing"):  # what is not there is asked for by its present name
+    if not name.startswith("missing"):  # a missing key is named by its present name
         message = spelled(message)
     assert f"plan.yaml:{message}" in str(caught.value)
     if remedy:
@@ -356,7 +356,7 @@ FITTED_MISTAKES = {
         "neurons: 7\n  map_rank: 61",
         "layers[0].map_rank must lie betw",
     ),
-    "a map beside all": (
+    "a map in addition to everything": (
         "neurons: 50",
         "neurons: 50, map_rank: 2",
         "layers[1].map_rank must be 0 whe",
@@ -411,7 +411,7 @@ def test_a_layer_may_mix_former_and_present_keys() -> None:
 
 @pytest.mark.parametrize("key", FORMER_KEYS)
 def test_both_names_of_a_key_are_refused(key: str) -> None:
-    """Even where they agree: who edits one of them next would think that it counts."""
+    """This holds even if they agree, because a later edit of one might not count."""
     former, value = FORMER_KEYS[key], {"read_heads": "[0, 5]", "attend_heads": "true"}.get(key, 3)
     alone = (
         FITTED if f"{key}: {value}" in FITTED else FITTED.replace("  ra", f"  {key}: 3\n  ra", 1)
@@ -465,7 +465,7 @@ def test_plans_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_cut_of_a_plan_is_a_plan_or_a_plan_error() -> None:
-    """Half-written or hand-edited files end in a sentence, whatever was lost."""
+    """Truncated or hand-edited files give one sentence, whatever was lost."""
     plan = replace(some_plan(random.Random(1)), measured=measured(random.Random(1)))
     text = to_yaml(plan, SIDE_FILE)
     for end in range(0, len(text), 17):

@@ -1,4 +1,4 @@
-"""A plan validates itself and says what follows from its layers."""
+"""A plan validates itself and derives properties from its layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NONE = LayerPlan((), attend_heads=(), radius=None, neurons=0)
 
 
 def with_layer(**changes: object) -> PruningPlan:
-    """The whole plan with its second layer changed."""
+    """Return the whole plan with its second layer changed."""
     layer = replace(full_layer(SHAPE), **changes)
     return WHOLE.with_layers((WHOLE.layers[0], layer, WHOLE.layers[2]))
 

@@ -1,4 +1,4 @@
-"""A plan's side file: named by its hash, found beside the plan or in the cache, never by halves."""
+"""A side file is named by its hash, found next to the plan or in the cache, and never partial."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def plan() -> PruningPlan:
-    """One that needs everything: orders and means."""
+    """A plan that needs both orders and means."""
     plan = tiny.random_plan(IDENTITY, random.Random(2), compensation="mean", baked=False)
     assert plan.needs_order
     return replace(plan, tensors=tiny.random_tensors(plan, 1))
@@ -48,7 +48,7 @@ def assert_same(one: PlanTensors, other: PlanTensors) -> None:
 
 
 def side_file(folder: Path) -> Path:
-    """The only tensors of ``plan.yaml`` in a folder."""
+    """Return the only side file of ``plan.yaml`` in a folder."""
     (path,) = folder.glob("plan.????????.safetensors")
     return path
 
@@ -215,7 +215,7 @@ def test_unwritable_targets_are_refused(plan: PruningPlan, tmp_path: Path) -> No
 
 
 class Killed(BaseException):
-    """Stands for a process that ends here: whatever would clean up does not run."""
+    """Simulates a process that ends here, so that no cleanup runs."""
 
 
 @pytest.mark.parametrize("step", range(8))
@@ -225,7 +225,7 @@ def test_plan_and_tensors_match_at_every_moment(
     monkeypatch: pytest.MonkeyPatch,
     step: int,
 ) -> None:
-    """Killed before any step that changes a name, the old pair or the new one can be read."""
+    """After a kill before any step that changes a name, the old or the new pair can be read."""
     target, new = tmp_path / "plan.yaml", altered(plan)
     write_plan(plan, str(target), force=False)
     steps: list[str] = []
@@ -269,7 +269,7 @@ def test_an_altered_side_file_is_refused(plan: PruningPlan, tmp_path: Path, dama
 
 
 def rename_in(plan: PruningPlan, folder: Path) -> Path:
-    """Write a plan that names whatever stands in ``odd.safetensors``, by its true hash."""
+    """Write a plan that names the content of ``odd.safetensors`` by its true hash."""
     sha256 = hashlib.sha256((folder / "odd.safetensors").read_bytes()).hexdigest()
     path = folder / "odd.yaml"
     path.write_text(to_yaml(plan, TensorsFile("odd.safetensors", sha256)))

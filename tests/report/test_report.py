@@ -1,4 +1,4 @@
-"""What people and machines read about a plan: numbers, widths, no color in a pipe, no torch."""
+"""Reports have the right numbers and widths, no color in a pipe, and need no torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GONE = LayerPlan((), attend_heads=(), radius=None, neurons=0)
 
 
 def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -> PruningPlan:
-    """A plan whose layers differ: whole, near, frozen, gone."""
+    """Make a plan whose layers differ: whole, near, frozen, gone."""
     shape = ModelShape(layers, 16 * heads, heads, kv_heads or heads, 16, 352)
     every = tuple(range(heads))
     kinds = (
@@ -96,7 +96,7 @@ def test_equal_layers_are_one_row() -> None:
 
 
 def make_fitted(layers: int = 8, heads: int = 8, **kinds: int) -> PruningPlan:
-    """A refit plan: subsets of attending heads, bottlenecks and maps."""
+    """Make a refit plan with subsets of attending heads, bottlenecks and maps."""
     plan = make_plan(layers, heads, **kinds)
     every = tuple(range(heads))
     first = (
@@ -229,7 +229,7 @@ def test_numbers_have_units(shown: str, expected: str) -> None:
     assert shown == expected
 
 
-@pytest.mark.parametrize("key", ["template", "shape"])  # the latter in plans of long ago
+@pytest.mark.parametrize("key", ["template", "shape"])  # the latter in old plans
 def test_candidates_are_listed(key: str) -> None:
     rows = [
         {key: "reader", "compensation": "mean", "budget": 0.25, "kl": 0.0123},

@@ -1,4 +1,4 @@
-"""LoRA on a pruned model: visual tokens follow the adapted weights, or a sentence says why not."""
+"""With LoRA on a pruned model, visual tokens follow the adapted weights, or it is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALL = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def adapted(model: nn.Module, **options: Any) -> PeftModel:
-    """The model with LoRA on all projections of its decoder, far from the identity."""
+    """Return the model with LoRA on all projections of its decoder, far from the identity."""
     chosen = {"r": 4, "target_modules": ALL, "init_lora_weights": False, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_adapters_in_another_precision_are_cast_as_peft_does(mha: Subject) -> No
 
 @pytest.mark.parametrize("seed", range(4))
 def test_adapter_gradients_match_the_reference(subject: Subject, seed: int) -> None:
-    """Visual tokens share in training; the reference calls whole modules and masks."""
+    """Visual tokens take part in training; the reference calls whole modules and masks."""
     plan = subject.random_plan(seed)
     model = adapted(copy.deepcopy(subject.oracle))
     model = model.double()

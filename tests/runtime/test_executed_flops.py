@@ -1,6 +1,6 @@
-"""What the decoder multiplies is what ``flops.py`` predicts; torch counts, the formula must agree.
+"""The decoder executes the FLOPs that ``flops.py`` predicts, as counted by torch.
 
-Attention runs under the math kernel, because the counter does not see the fused one on CPU.
+Attention uses the math kernel, because the counter does not see the fused one on CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 
 def executed(subject: Subject, inputs: dict[str, Any] = INPUTS) -> int:
-    """Matrix-product FLOPs of one forward's text decoder."""
+    """Return the matrix-product FLOPs of the text decoder in one forward."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         tiny.logits(subject.model, inputs)
@@ -54,7 +54,7 @@ def test_executed_flops_of_random_plans_are_predicted(subject: Subject, seed: in
 
 
 def test_executed_flops_of_the_papers_shape_are_predicted(subject: Subject) -> None:
-    """Half the layers, half the heads, half the neurons, two neighbors around."""
+    """Half of the layers, heads and neurons, with radius 2."""
     shape = subject.shape
     heads = tuple(range(1, shape.heads, 2))
     some = LayerPlan(heads, attend_heads=heads, radius=2, neurons=shape.ffn // 2)

@@ -1,4 +1,4 @@
-"""Matrix products that gain run on the other kernel, to rounding the same; the others stay."""
+"""Only matrix products that gain use the other kernel, with equal results up to rounding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def without_gradients() -> Iterator[None]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny weights take the other kernel too; 17 rows of one are copied together at a time."""
+    """Lets tiny weights use the other kernel too, copied 17 rows at a time."""
     monkeypatch.setattr(gemm, "MIN_WEIGHT", 1)
     monkeypatch.setattr(gemm, "MIN_ROWS_TO_COPY", 1)
     monkeypatch.setattr(gemm, "COPY_BYTES", 17 * 96 * 4)
@@ -49,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the weights that went to the other kernel."""
+    """Collects the shapes of weights that use the other kernel."""
     kernel, seen = gemm._kernel(), []
 
     def spy(inputs, weight, *rest):
@@ -172,7 +172,7 @@ def test_any_plan_matches_the_reference(
 
 @needs_kernel
 def test_a_counter_sees_every_matrix_product(mha: Subject, small: None) -> None:
-    """It does not know the other kernel, so it must not meet it."""
+    """The counter does not know the other kernel, so it must be off."""
     counts = []
     for threshold in (1, 1 << 40):
         with pytest.MonkeyPatch.context() as patch, pruned(mha.model, tiny.whole(mha)):
@@ -194,7 +194,7 @@ def test_a_dense_model_can_run_on_the_same_kernel(
     hooks = len(decoder._forward_hooks), len(decoder._forward_pre_hooks)
     with gemm.same_gemm(decoder):
         found = tiny.logits(model, inputs)
-        assert modes() == before  # inside the decoder alone
+        assert modes() == before  # only inside the decoder
         linears = [each for each in decoder.modules() if type(each) is nn.Linear]
         assert len(calls) == len(linears)
         with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""``generate`` on a pruned model: the tokens of the reference, which has no cache, in float64."""
+"""``generate`` on a pruned model gives the tokens of the cache-free reference, in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
 def generate(
     model: LlavaForConditionalGeneration, inputs: dict[str, Any], **options: Any
 ) -> torch.Tensor:
-    """Token ids, prompt included; the random model is kept from saying ``<image>``."""
+    """Return token ids, prompt included; the random model must not generate ``<image>``."""
     options = {"max_new_tokens": 8, "suppress_tokens": [IMAGE], "do_sample": False} | options
     torch.manual_seed(0)
     return model.generate(**tiny.as_dtype(inputs, model.dtype), **options)
@@ -79,7 +79,7 @@ def test_generate_works_from_embeddings(subject: Subject, plan: PruningPlan) -> 
 
 
 class Collector(BaseStreamer):
-    """Keeps what it is sent."""
+    """A streamer that keeps what it receives."""
 
     def __init__(self) -> None:
         self.sent: list[int] = []
@@ -122,7 +122,7 @@ def test_a_second_turn_with_a_new_image_continues_the_cache(
 
 
 def test_a_second_turn_may_use_beams(subject: Subject, plan: PruningPlan) -> None:
-    """Of text alone: transformers cannot expand a new image beside one that is cached."""
+    """With text only, because transformers cannot expand a new image next to a cached one."""
     first, cache = tiny.batch(ONE), DynamicCache()
     with pruned(subject.oracle, plan):
         said = generate(subject.oracle, first, past_key_values=cache)

@@ -1,4 +1,4 @@
-"""What others put around a decoder's forward: the pruned one runs inside, or a sentence says no."""
+"""The pruned forward runs inside other libraries' wrappers, or they are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PIECES = ("model.vision_tower", "model.multi_modal_projector", "model.language_m
 
 
 class Counting(ModelHook):
-    """Counts the forwards that it is around."""
+    """Counts the forwards that it wraps."""
 
     def __init__(self) -> None:
         self.entered = self.left = 0
@@ -40,7 +40,7 @@ class Counting(ModelHook):
 
 @pytest.fixture
 def case(mha: Subject) -> tuple:
-    """A model of its own, a plan, and the logits of the dense and of the pruned model."""
+    """A fresh model, a plan, and the logits of the dense and the pruned model."""
     plan = mha.random_plan(3)
     model = tiny.llava("mha")
     dense = tiny.logits(model, INPUTS)
@@ -65,7 +65,7 @@ def test_a_dispatched_model_is_pruned_and_restored(case: tuple) -> None:
     assert {name: vars(decoder).get(name) for name in before} == before
     assert torch.equal(tiny.logits(model, INPUTS), dense)
     remove_hook_from_module(model, recurse=True)
-    with pruned(model, plan):  # accelerate leaves a forward of its own behind
+    with pruned(model, plan):  # accelerate leaves its own forward on the model
         assert torch.equal(tiny.logits(model, INPUTS), sparse)
         assert torch.equal(model.generate(**INPUTS, max_new_tokens=3, do_sample=False), said)
     assert torch.equal(tiny.logits(model, INPUTS), dense)
@@ -130,7 +130,7 @@ def test_weights_on_no_device_are_refused(case: tuple) -> None:
 
 
 def wrapped(forward: Any) -> Any:
-    """As some library might."""
+    """Wrap a forward as some library might."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
@@ -179,7 +179,7 @@ def test_a_forward_that_bypasses_the_pruned_one_is_an_error(case: tuple) -> None
 
 
 def test_a_compiled_decoder_can_be_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced by dynamo, run as written: what guards see is the same for every backend."""
+    """Dynamo traces and runs the code as written; guards see the same for every backend."""
     monkeypatch.setitem(tiny._COMMON, "num_hidden_layers", 1)  # tracing takes seconds per layer
     subject = tiny.make_subject("mha")
     model, plan = subject.model, subject.random_plan(3)

@@ -1,4 +1,4 @@
-"""What callers hand over beside a prompt: embeddings, labels, other ways to prefill."""
+"""Callers may pass embeddings, labels and other ways to prefill along with a prompt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def said(found: list[Any], what: str) -> bool:
 
 @torch.no_grad()
 def merged(subject: Subject, inputs: dict[str, Any]) -> torch.Tensor:
-    """Embeddings with the image's features in their places."""
+    """Return embeddings with the image's features merged in."""
     model = subject.model
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     features = torch.cat(model.get_image_features(inputs["pixel_values"]).pooler_output)
@@ -63,7 +63,7 @@ def test_an_already_merged_second_image_is_noticed(mha: Subject) -> None:
 def test_token_embeddings_are_not_mistaken_for_features(
     subject: Subject, dtype: torch.dtype
 ) -> None:
-    """A prompt of text, placeholders whose pixels come along, and single steps."""
+    """Covers a prompt of text, placeholders with their pixels, and single steps."""
     model = copy.deepcopy(subject.model).to(dtype)
     plan = subject.random_plan(3, layers=tiny.whole(subject).layers)
     embed = model.get_input_embeddings()
@@ -84,7 +84,7 @@ def test_token_embeddings_are_not_mistaken_for_features(
 
 
 def test_the_suggested_remedy_works(mha: Subject) -> None:
-    """Images that are encoded already come along as encoder outputs."""
+    """Already encoded images can be passed as encoder outputs."""
     plan = mha.random_plan(3)
     inputs = tiny.batch(ROWS)
     with pruned(mha.model, plan), warnings.catch_warnings():
@@ -99,7 +99,7 @@ def test_the_suggested_remedy_works(mha: Subject) -> None:
 
 
 def dropping(subject: Subject) -> PruningPlan:
-    """A plan under which visual tokens are gone before the last layer."""
+    """Make a plan that drops visual tokens before the last layer."""
     full, none = tiny.whole(subject).layers[0], LayerPlan((), (), None, 0)
     plan = subject.random_plan(1, compensation="none", baked=True)
     return plan.with_layers((full, full, none, none))
@@ -107,10 +107,10 @@ def dropping(subject: Subject) -> PruningPlan:
 
 LABELS = {
     "the whole prompt": ([1, 5, 6, *PICTURE, 7, 8], True),
-    "right behind the image": ([-100] * 19 + [7, 8], True),
+    "right after the image": ([-100] * 19 + [7, 8], True),
     "on the image": ([-100] * 5 + [98] + [-100] * 15, True),
     "later": ([-100] * 20 + [8], False),
-    "in front, its first token too": ([-100, 5, 6, 98] + [-100] * 17, False),
+    "before the image, its first token too": ([-100, 5, 6, 98] + [-100] * 17, False),
     "none": ([-100] * 21, False),
 }
 
@@ -129,7 +129,7 @@ def test_labels_after_dropped_tokens_cause_a_warning(
             mha.model(**inputs)
             assert said(found, CONSTANT) is (asks and is_dropped)
             count = len(found)
-            mha.model(**tiny.batch(ROWS))  # what one forward asked for is not the next one's
+            mha.model(**tiny.batch(ROWS))  # a forward's request does not carry over to the next one
             assert len(found) == count
 
 

@@ -1,4 +1,4 @@
-"""Rows that hold several samples behind one another: none attends another's tokens."""
+"""In rows that hold several samples in sequence, none attends to another's tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLES = {
 
 
 def packed(samples: list[list[int]], **more: Any) -> tuple[dict, list[dict]]:
-    """Samples in one row, and each alone, with the same images."""
+    """Samples in one row, and each by itself, with the same images."""
     alone = [tiny.batch([sample], seed=seed) for seed, sample in enumerate(samples)]
     together = {
         "input_ids": torch.cat([each["input_ids"] for each in alone], dim=1),
@@ -64,7 +64,7 @@ def test_packed_samples_match_separate_ones(subject: Subject, name: str, seed: i
 
 @pytest.mark.parametrize("has_cache", [False, True])
 def test_under_the_whole_plan_it_is_the_stock_model(subject: Subject, has_cache: bool) -> None:
-    """Which tells samples apart by positions only where nothing is cached."""
+    """The stock model separates samples by positions only if nothing is cached."""
     together, _ = packed(SAMPLES["images"], use_cache=has_cache)
     usual, oracle = (tiny.logits(each, together) for each in (subject.model, subject.oracle))
     with pruned(subject.model, tiny.whole(subject)):
@@ -115,7 +115,7 @@ def test_lengths_that_do_not_fit_are_refused(mha: Subject) -> None:
 
 
 def test_several_packed_rows_match_separate_samples(mha: Subject) -> None:
-    """Of one length, with samples that begin elsewhere."""
+    """The rows have one length, with samples that begin at different places."""
     plan = mha.random_plan(3)
     rows = [[[1, 5, *PICTURE, 7], [1, 2, *PICTURE, 8, 9]], [[1, 2, 3, *PICTURE], [*PICTURE, 4, 5]]]
     rows[1][1] += [6, 7]

@@ -1,4 +1,4 @@
-"""A prompt in one forward: the whole plan is the stock model, any plan is the reference."""
+"""In one forward, the whole plan matches the stock model and any plan the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = {
     "one image": [[1, 5, 6, *PICTURE, 7, 8, 9, 10]],
     "image first": [[*PICTURE, 7, 8]],
     "image last": [[1, 5, *PICTURE]],
-    "one text token in front": [[1, *PICTURE]],
+    "one text token before": [[1, *PICTURE]],
     "one text token between": [[*PICTURE, 1, *PICTURE]],
     "two images apart": [[1, 5, *PICTURE, 6, 7, *PICTURE, 8, 9]],
     "two images adjacent": [[1, 5, *PICTURE, *PICTURE, 8, 9]],
@@ -64,7 +64,7 @@ def check_plan(
 
 @pytest.fixture
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Image rows per attention call: whole tiny images would fit into one as shipped."""
+    """Image rows per attention call; by default, a whole tiny image would fit into one."""
     if request.param is not None:
         monkeypatch.setattr(grid, "ROWS_PER_BLOCK", request.param)
         monkeypatch.setattr(grid, "TOKENS_PER_BLOCK", 1)
@@ -107,7 +107,7 @@ def test_shipped_block_sizes_match_the_reference_on_a_larger_image() -> None:
 
 
 def test_plans_change_the_logits(subject: Subject) -> None:
-    """Else equality with the reference would say nothing."""
+    """Otherwise equality with the reference would prove nothing."""
     inputs = tiny.batch(PROMPTS["one image"])
     stock, text = tiny.logits(subject.model, inputs), tiny.real_text(inputs)
     said = [stock]
@@ -214,7 +214,7 @@ def test_bfloat16_is_as_accurate_as_the_stock_model(mha: Subject, seed: int) -> 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_float64_differs_only_by_rounding(subject: Subject, seed: int) -> None:
-    """In the oracle's own precision only the order of the sums differs."""
+    """In the oracle's own precision, only the order of sums differs."""
     inputs = tiny.batch(PROMPTS["one and two images"])
     plan = subject.random_plan(seed)
     with reference(subject.model, plan):

@@ -1,4 +1,4 @@
-"""The cache of a pruned model: the bytes that were predicted, what it can do, what it refuses."""
+"""The cache of a pruned model has the predicted bytes, and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_stock_cache_has_the_predicted_dense_bytes(subject: Subject) -> None
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_dropped_layer_holds_only_text(subject: Subject, seed: int) -> None:
-    """Not only reports: the buffers that exist are no longer than their tokens."""
+    """This is not only reported: the actual buffers are no longer than their tokens."""
     plan = subject.random_plan(seed)
     with pruned(subject.model, plan):
         cache = filled(subject, ONE)

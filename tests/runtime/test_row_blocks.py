@@ -1,4 +1,4 @@
-"""Blocks of rows: they cut what one token does not share with others, and change no result."""
+"""Blocks of rows split work that is independent per token, and change no result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = [(1, 7, 3), (4, 2, 3), (5, 3, 3), (3, 10, 2), (2, 1, 1)]
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four tokens of width 3 per block: tiny prompts would fit into one as shipped."""
+    """Four tokens of width 3 per block; tiny prompts would fit into one shipped block."""
     monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 4 * 3 * 4)
     monkeypatch.setattr(row_blocks, "PIECE_BYTES", 4 * 3 * 4)
 

@@ -1,4 +1,4 @@
-"""One model in several threads: every call is what it would be alone."""
+"""In several threads, every call on one model gives what it would give by itself."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def say(subject: Subject, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
-    """Results of calls, each in a thread of its own."""
+    """Return the results of calls, each in its own thread."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 @pytest.fixture
 def meeting(mha: Subject) -> Any:
-    """Two forwards that begin before either reaches the decoder, so that they overlap for sure."""
+    """Make two forwards begin before either reaches the decoder, so that they surely overlap."""
     barrier = threading.Barrier(2, timeout=PATIENCE)
 
     def meet(*_: object) -> None:
@@ -86,7 +86,7 @@ def test_many_threads_may_run_forward_and_generate(mha: Subject) -> None:
 
 
 def test_a_thread_started_inside_a_block_is_pruned(mha: Subject) -> None:
-    """As a streamer's is."""
+    """A streamer's thread is one."""
     plan = mha.random_plan(3)
     with pruned(mha.model, plan):
         expected = tiny.logits(mha.model, PROMPTS[0])

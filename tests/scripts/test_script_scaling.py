@@ -1,4 +1,4 @@
-"""``scripts/scaling.py``: measured once, drawn as often as one likes."""
+"""``scripts/scaling.py`` measures once and draws as often as requested."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def same_threads():
 
 @pytest.fixture
 def saved(script, tiny_shape: str, tmp_path: Path) -> Path:
-    """Figures of two token counts."""
+    """Saved figures for two token counts."""
     file = tmp_path / "scaling.json"
     small = ["--layers", "2", "--runs", "2", "--visual-tokens", "64", "16", "--text-tokens", "9"]
     script("scaling").main(["--shape-of", tiny_shape, "--save-data", str(file), *small])
@@ -85,9 +85,9 @@ def test_files_that_it_did_not_save_are_refused(script, tmp_path: Path, text: st
 
 
 def test_labels_are_moved_apart(script) -> None:
-    placed = script("scaling")._apart({"high": 10.0, "low": 1.0, "beside": 1.1})
+    placed = script("scaling")._apart({"high": 10.0, "low": 1.0, "close": 1.1})
     assert placed["low"] == 1.0 and placed["high"] == 10.0
-    assert placed["beside"] == pytest.approx(1.22)
+    assert placed["close"] == pytest.approx(1.22)
 
 
 def test_a_run_without_output_is_an_error(script, capsys) -> None:

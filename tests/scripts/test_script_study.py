@@ -1,4 +1,4 @@
-"""Studies: every method has a result at its budget, results resume, reports say what was found."""
+"""Studies measure every method at its budget and resume, and reports show the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(path: Path) -> Namespace:
-    """Of a study of one seed and one budget."""
+    """Return the options of a study of one seed and one budget."""
     return Namespace(
         model="llava-tiny",
         calibration="demo:calibration",
@@ -62,7 +62,7 @@ def test_every_method_keeps_the_budget(results: Path) -> None:
         result = json.loads(line)
         found[result["key"]["method"]] = result
     assert set(found) == {*study.METHODS, "allocated+search", *with_own_budget()}
-    assert not set(study.METHODS) & set(with_own_budget())  # results are told apart by name
+    assert not set(study.METHODS) & set(with_own_budget())  # results are distinguished by name
     for name, result in found.items():
         summary = result["summary"]
         assert 0 < summary["reached"] <= 0.3, name

@@ -1,4 +1,4 @@
-"""What killed runs leave is named, told from what lives, and removed; nothing else is."""
+"""Leftovers of killed runs are named, distinguished from live files, and removed; no others."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_run_killed_before_locking_leaves_a_leftover(tmp_path: Path) -> None:
 
 
 def test_a_run_survives_losing_its_directory_before_locking(tmp_path: Path, monkeypatch) -> None:
-    """Between making its directory and locking it, a run can lose it: it makes another one."""
+    """A run that loses its directory before locking it makes another one."""
     lock, taken = scratch._try_lock, []
 
     def late(file: int) -> bool:
@@ -103,7 +103,7 @@ def test_a_run_survives_losing_its_directory_before_locking(tmp_path: Path, monk
 
 
 def test_the_only_copy_of_a_previous_result_is_restored(tmp_path: Path) -> None:
-    """Killed between two renames, on a file system that cannot exchange names."""
+    """The run was killed between two renames, on a file system that cannot exchange names."""
     left = kill_in(tmp_path / "out")
     (left / "old").mkdir()
     (left / "old" / "config.json").write_text("old")

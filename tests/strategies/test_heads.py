@@ -1,4 +1,4 @@
-"""Which heads stay: the authors' vote to the letter, and what it counts as active."""
+"""Heads are kept by the authors' vote to the letter, with its definition of active."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ALPHA = 0.5
 
 
 def activity(active: int, samples: int, *, idle: float = 0.0) -> torch.Tensor:
-    """(samples, layers 3, heads 2) rho: in the last layer head 1 is active in so many samples."""
+    """Make (samples, 3 layers, 2 heads) rho with head 1 active in this many samples at the end."""
     rho = torch.full((samples, 3, 2), idle)
     rho[:active, 2, 1] = 2 * ALPHA
     return rho

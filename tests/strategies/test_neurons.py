@@ -1,4 +1,4 @@
-"""Which neurons are used: shares of a layer's importance compete, not importance itself."""
+"""Neurons compete by their share of a layer's importance, not by importance itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_same_distribution_at_any_scale_gets_the_same_neurons() -> None:
 
 
 def test_a_concentrated_layer_comes_first_even_if_faint() -> None:
-    """One neuron is all of the faint layer, and a quarter of the other."""
+    """One neuron has all importance of the faint layer, and a quarter of the other's."""
     importance = torch.tensor([[100.0] * 4, [0.01, 0.0, 0.0, 0.0]])
     assert select_widths(rank(importance, [0, 1]), 1, 2) == [0, 1]
     assert select_widths(rank(importance, [0, 1]), 5, 2) == [4, 1]
