@@ -37,9 +37,7 @@ def test_merged_features_replace_the_kept_tokens() -> None:
     assert torch.equal(reduction.merged(visual), weights @ visual)
     text = ~IS_VISUAL.gather(1, short.index)
     assert torch.equal(short.embeds[text], EMBEDS[~IS_VISUAL])
-    assert torch.equal(
-        EMBEDS, torch.arange(40.0).reshape(2, 10, 2)
-    )  # unchanged
+    assert torch.equal(EMBEDS, torch.arange(40.0).reshape(2, 10, 2))  # unchanged
 
 
 def test_positions_may_be_replaced() -> None:

@@ -80,7 +80,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
 def test_files_that_it_did_not_save_are_refused(script, tmp_path: Path, text: str) -> None:
     file = tmp_path / "other.json"
     file.write_text(text)
-    with pytest.raises(SystemExit, match="other.json: not what --save-data writes"):
+    with pytest.raises(SystemExit, match="other.json is not a file that --save-data wrote"):
         script("scaling").read_data(file)
 
 
