@@ -16,7 +16,7 @@ from typing import Any
 
 from yopo.checkpoint.manifest import MANIFEST_FILE, find_strangers, write_manifest
 from yopo.support.errors import OutputError
-from yopo.support.scratch import Scratch, tell_leftovers
+from yopo.support.scratch import Scratch, report_leftovers
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -58,7 +58,7 @@ class OutputDirectory:
             raise OutputError(f"{self.name}: its folder is not writable.")
         self._check_existing()
         if not self._is_checked:
-            tell_leftovers(target)
+            report_leftovers(target)
         self._is_checked = True
         free = shutil.disk_usage(target.parent).free
         if free < self.num_bytes:

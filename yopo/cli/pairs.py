@@ -10,7 +10,7 @@ from yopo.cli.command import Command
 from yopo.demo import SETS
 from yopo.support.console import note
 from yopo.support.errors import OutputError
-from yopo.support.scratch import Scratch, tell_leftovers
+from yopo.support.scratch import Scratch, report_leftovers
 
 
 @click.command(cls=Command)
@@ -41,7 +41,7 @@ def command(directory: Path, split: str, count: int, seed: int) -> None:
     parent = directory.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{directory}: its folder does not exist.")
-    tell_leftovers(directory.absolute())
+    report_leftovers(directory.absolute())
     with Scratch(directory.absolute()) as scratch:
         write_pairs(scratch.new, split, count, seed=seed)
         scratch.place_directory(check=lambda: False)  # an empty directory is replaced by a rename
