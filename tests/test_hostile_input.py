@@ -180,7 +180,7 @@ def test_an_edited_plan_has_the_budget_of_its_layers(
     stale = replace(plan, budget=Budget(0.5, 0.01))
     found, _ = parse_plan("plan.yaml", text_of(stale))
     assert found.budget == Budget(0.5, round(visual_budget(plan), 6))
-    assert "says that it reaches a visual budget of 0.01" in capsys.readouterr().err
+    assert "states a visual budget of 0.01" in capsys.readouterr().err
 
 
 # Files
@@ -228,7 +228,7 @@ def test_a_small_file_with_many_pixels_is_not_decoded() -> None:
     content = bomb((13_000, 13_000))
     assert len(content) < 100_000
     refused(ImageRef(content, "p.jsonl:3: image a.png").load, "p.jsonl:3: image a.png: cannot be")
-    refused(ImageRef(bomb((30_000, 9)), "row 1").load, "it is a line of 30000 x 9 pixels")
+    refused(ImageRef(bomb((30_000, 9)), "row 1").load, "it is too narrow with 30000 x 9 pixels")
 
 
 def test_an_image_that_is_a_program_is_not_run() -> None:
@@ -263,7 +263,7 @@ ROW = {"image": "a.png", "question": "what?"}
             "about a video too",
         ),
         ({**ROW, "image": {"bytes": 10**12}}, "an image's bytes must be bytes"),
-        ({**ROW, "image": "zip://a::https://x/y.zip"}, "the image is an address"),
+        ({**ROW, "image": "zip://a::https://x/y.zip"}, "the image is a URL"),
         ({**ROW, "question": "x" * (1 << 21)}, "the question has 2,097,152 characters"),
         ({**ROW, "answer": [[[[[["it"]]]]]]}, "an answer must be text or a list"),
         ({f"\x1b[31m{n}": 1 for n in range(1000)}, "has no question (columns found: "),

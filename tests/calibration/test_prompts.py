@@ -251,7 +251,7 @@ def test_prompt_without_visual_token_is_refused(processor: LlavaProcessor) -> No
     with pytest.raises(DataError, match="p:1: the processor made a prompt without visual tokens"):
         run(processor, [pair("what?")], image_token_id=99)
     blind = make_processor(TEMPLATE.replace("<image>\n", ""))
-    with pytest.raises(DataError, match="p:1: the processor refuses the batch: The total number"):
+    with pytest.raises(DataError, match="p:1: the processor rejects the batch: The total number"):
         run(blind, [pair("what?")])
 
 
@@ -312,7 +312,7 @@ def test_hub_out_of_reach_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     expect_error(
         "some-org/some-model",
-        "the hub is out of reach (HF_HUB_OFFLINE is set)",
+        "the hub is unreachable (HF_HUB_OFFLINE is set)",
         "give its directory",
     )
     monkeypatch.setattr(

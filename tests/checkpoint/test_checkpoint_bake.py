@@ -433,7 +433,7 @@ def test_force_takes_no_file_of_the_users_with_it(baked, saved, tmp_path, mine) 
         path.mkdir()
     else:
         path.write_text("mine")
-    with pytest.raises(OutputError, match=f"did not write, or that were changed since: {mine}"):
+    with pytest.raises(OutputError, match=f"did not write, or that changed since: {mine}"):
         bake(plan, saved().path, first.output, force=True)
     assert path.is_dir() or path.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -507,7 +507,7 @@ def refused(saved, make_plan, tmp_path):
 
 
 def test_refuses_a_baked_plan(refused) -> None:
-    refused(PlanError, "baked already", lambda plan: replace(plan, baked=True))
+    refused(PlanError, "already baked", lambda plan: replace(plan, baked=True))
 
 
 def test_refuses_a_plan_without_its_neuron_order(refused) -> None:
@@ -542,7 +542,7 @@ def test_refuses_another_checkpoint_and_names_both(refused) -> None:
 
 
 def test_refuses_another_shape(refused, saved) -> None:
-    match = r"other dimensions than the plan's model llava-1.5-7b: kv_heads 2 \(plan: 4\)"
+    match = r"dimensions differ from those of the plan's model llava-1.5-7b: kv_heads 2 \(plan: 4\)"
     refused(ModelError, match, on=saved("gqa"))
 
 
@@ -550,7 +550,7 @@ def test_refuses_another_family(refused) -> None:
     def other(plan):
         return replace(plan, model=replace(plan.model, family="qwen2_vl"))
 
-    refused(ModelError, "is a llava model, the plan was made for qwen2_vl", other)
+    refused(ModelError, "is a llava model, but the plan was made for qwen2_vl", other)
 
 
 def test_refuses_a_broken_source(saved, make_plan, tmp_path) -> None:

@@ -89,7 +89,7 @@ def test_activations_name_their_layer(model: Path, part: str, layer: int) -> Non
     with torch.no_grad():
         weight.view(-1)[0] = INFINITY
     pairs = open_pairs("demo:calibration", samples=2, seed=0)
-    with pytest.raises(DataError, match=f"measured in layer {layer} is not finite"):
+    with pytest.raises(DataError, match=f"measurements of layer {layer} are not finite"):
         measure(dense, load_processor(str(model)), pairs, name="bad")
 
 

@@ -104,7 +104,7 @@ def test_code_that_is_needed_is_named_and_run_only_if_told_to(
 ) -> None:
     edit_config(hostile, "processor_config.json", processor_class="TheirProcessor")
     done = yopo(*CALIBRATE, "--model", hostile)
-    assert done.is_sentence and "code of its own, which is not run" in done.err
+    assert done.is_sentence and "custom code, which is not run" in done.err
     assert "--trust-remote-code" in done.err and not (hostile / "ran").exists()
     yopo(*CALIBRATE, "--model", hostile, "--trust-remote-code")
     assert (hostile / "ran").exists()

@@ -81,5 +81,5 @@ def test_images_are_dealt_to_rows_and_beams() -> None:
 def test_sizes_that_are_missing_or_of_other_images_are_a_sentence() -> None:
     with pytest.raises(ModelError, match="needs the sizes of its images"):
         LLAVA_NEXT.grids_of(CONFIG, [[(7, 1000)]], {})
-    with pytest.raises(ModelError, match="are not those of the images"):
+    with pytest.raises(ModelError, match="do not match the images"):
         LLAVA_NEXT.grids_of(CONFIG, [[(7, 1000)]], {"image_sizes": torch.tensor([[300, 300]])})

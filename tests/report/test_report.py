@@ -83,7 +83,7 @@ def test_totals() -> None:
 
 def test_plan_without_measurements() -> None:
     lines = text_of(plan_report(replace(make_plan(), measured=None)))
-    assert any("carries no measurements" in line for line in lines)
+    assert any("has no measurements" in line for line in lines)
     assert plan_document(replace(make_plan(), measured=None))["measured"] is None
 
 

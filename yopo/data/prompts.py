@@ -55,22 +55,22 @@ def batches(pairs: Iterable[Pair], size: int) -> Iterator[tuple[Pair, ...]]:
 def load_processor(
     location: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> ProcessorMixin:
-    """Load a model's processor; where the hub is out of reach, from the local cache.
+    """Load a model's processor, from the local cache if the hub is unreachable.
 
     Args:
         location: A local directory or a hub id.
         revision: Hub revision, or None.
-        trust_remote_code: Whether code that the model's files bring along may run.
+        trust_remote_code: Whether code in the model's files may run.
 
     Raises:
-        ModelError: It cannot be reached, needs a missing package or code of its own, has no image
-            half, or does not say what it must know of the model (see ``settle``).
+        ModelError: It cannot be reached, needs a missing package or custom code, has no image
+            half, or lacks settings that cannot be taken from the model (see ``settle``).
     """
     from transformers import AutoProcessor
 
     from yopo.models.processors import load_without_videos
 
-    # False, not unset: unset would ask on stdin whether to run the model's code.
+    # False, not unset: unset would prompt on stdin whether to run the model's code.
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision

@@ -129,13 +129,13 @@ def _sizes_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | Non
     if layer.radius is not None and layer.radius > MAX_RADIUS:
         return "radius", f"must be null (no limit) or at most {MAX_RADIUS}, found {layer.radius}"
     if not 0 <= layer.neurons <= shape.ffn:
-        return "neurons", f"must be between 0 and {shape.ffn}, found {layer.neurons}"
+        return "neurons", f"must lie between 0 and {shape.ffn}, found {layer.neurons}"
     if layer.qkv_rank is not None and not (
         layer.read_heads and 1 <= layer.qkv_rank <= shape.hidden
     ):
-        return "qkv_rank", f"must be between 1 and {shape.hidden}, in a layer with read_heads"
+        return "qkv_rank", f"must lie between 1 and {shape.hidden}, in a layer with read_heads"
     if not 0 <= layer.map_rank <= shape.hidden:
-        return "map_rank", f"must be between 0 and {shape.hidden}, found {layer.map_rank}"
+        return "map_rank", f"must lie between 0 and {shape.hidden}, found {layer.map_rank}"
     if layer.map_rank and layer.neurons == shape.ffn:
         return "map_rank", "must be 0 when all neurons are kept"
     return None

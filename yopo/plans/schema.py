@@ -223,7 +223,7 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
     if plan.compensation not in COMPENSATIONS:
         return ("compensation",), f"must be one of {', '.join(COMPENSATIONS)}"
     if plan.budget.asked is not None and not 0 < plan.budget.asked <= 1:
-        return ("budget", "asked"), f"must be in (0, 1], found {plan.budget.asked}"
+        return ("budget", "asked"), f"must lie in (0, 1], found {plan.budget.asked}"
     if len(plan.layers) != shape.layers:
         return ("layers",), f"must have {shape.layers} entries, found {len(plan.layers)}"
     for index, layer in enumerate(plan.layers):
@@ -266,5 +266,5 @@ def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
     if workload.text > MAX_TEXT:
         return ("workload", "text"), f"must be at most {MAX_TEXT}, found {workload.text}"
     if not 0 <= workload.text_before <= workload.text:
-        return ("workload", "text_before"), "must be between 0 and workload.text"
+        return ("workload", "text_before"), "must lie between 0 and workload.text"
     return None

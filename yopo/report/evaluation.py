@@ -1,4 +1,4 @@
-"""Dense against pruned as one table."""
+"""The comparison of dense and pruned as one table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yopo.plans.flops import visual_budget
 from yopo.report import units
 from yopo.report.plan_tables import plain_table, savings
 
-if TYPE_CHECKING:  # the evaluation itself needs torch, its table does not
+if TYPE_CHECKING:  # the evaluation needs torch, its table does not
     from yopo.evaluation.evaluate import Accuracy, Evaluation
 
 
@@ -20,7 +20,7 @@ def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
 
     Args:
         evaluation: From ``evaluate``.
-        data: What the pairs are called.
+        data: Name of the pairs.
     """
     plan, fidelity = evaluation.plan, evaluation.fidelity
     title = (
