@@ -114,7 +114,9 @@ def test_a_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(json_rows, "CHUNK", 10)
     path = tmp_path / "rows.json"
     path.write_text('{"question": "' + "x" * 200 + '"}')
-    with pytest.raises(DataError, match="rows.json:1: the row is longer than the 100 bytes"):
+    with pytest.raises(
+        DataError, match="rows.json:1: the row is longer than the limit of 100 bytes"
+    ):
         list(JsonRows(path).scan())
     for text in ('["' + "x" * 5000 + '"]', '["' + "x" * 5000):
         path.write_text(text)

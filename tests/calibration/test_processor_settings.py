@@ -172,7 +172,7 @@ REFUSED = {
     ),
     "'siglip_vision_model' has no class token, but": llava(SiglipVisionConfig(**VISION)),
     "'pixtral' has no class token, but": llava(PixtralVisionConfig(**VISION)),
-    "every tile of clip_vision_model has a class token more": llava_next(
+    "every tile of clip_vision_model also has a class token": llava_next(
         CLIPVisionConfig(**VISION), **FULL
     ),
     "LLaVA-NeXT needs tiles of one size": llava_next(PixtralVisionConfig(**VISION), **FULL),

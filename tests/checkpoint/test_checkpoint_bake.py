@@ -289,7 +289,7 @@ def test_model_card_of_a_compensated_plan(baked, compensation) -> None:
     _, _, report = baked(compensation=compensation)
     card = (report.output / "README.md").read_text()
     size = format_bytes((report.output / "yopo.safetensors").stat().st_size)
-    words = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
+    words = {"mean": "means", "refit": "separate weights, fitted to the original model"}
     assert f"Compensation: {words[compensation]} ({size} in `yopo.safetensors`)." in card
     rows = [line for line in card.splitlines() if line.startswith("| layers |")]
     assert ("bottleneck" in rows[0]) == ("rank of the linear map" in rows[0])

@@ -283,7 +283,7 @@ DOWN = "language_model.model.layers.1.mlp.down_proj.weight"
     [
         (lambda t: t.pop(DOWN), "lacks mlp.down_proj.weight of decoder layer 1"),
         (lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), "has shape (44, 32), expected (32"),
-        (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), "is I8, expected one of F64"),
+        (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), "has type I8, expected one of F64"),
         (
             lambda t: t.update({DOWN.replace("weight", "lora_A"): torch.ones(2)}),
             "is not a known part of a decoder layer",

@@ -104,7 +104,7 @@ def test_statistics(yopo: Yopo, calibrated: Path, tmp_path: Path) -> None:
         changed.view(-1)[-1] = NAN
         path.write_bytes(replace(good, **{each.name: changed}).to_bytes())
         done = yopo("plan", path, "--preset", "yopo-25")
-        assert done.is_sentence and "in layer 2 is not finite" in done.err and not os.listdir()
+        assert done.is_sentence and "of layer 2 are not finite" in done.err and not os.listdir()
 
 
 def test_predictions(model: Path) -> None:

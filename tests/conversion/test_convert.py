@@ -270,7 +270,7 @@ LAYER = "language_model.model.layers.0."
         (inner("vision_config", qk_normalization=True), "has no tensor for 'vision_tower"),
         (tensor("novel.weight", 3), "tensor 'novel.weight' is not part of a known"),
         (tensor(LAYER + "attention.lora_A.weight", 3), "is not part of a known"),
-        (tensor("vision_model.encoder.layers.7.ls1", 16), "holds 'vision_tower.encoder.layer.7"),
+        (tensor("vision_model.encoder.layers.7.ls1", 16), "has 'vision_tower.encoder.layer.7"),
         (tensor(LAYER + "attention.wqkv.weight", 63, 32), "expected rows of 2 x 4 heads"),
         (tensor(LAYER + "ffn_norm.weight", 31), "would have shape .31,., expected .32,."),
         (lost(LAYER + "feed_forward.w2.weight"), "has no tensor for .*mlp.down_proj"),
@@ -327,7 +327,7 @@ def test_the_placeholders_id_is_read_not_guessed(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text(
         json.dumps({"added_tokens": [{"id": 5, "content": "<IMG_CONTEXT>"}]})
     )
-    with pytest.raises(CheckpointError, match=r"different ids \[5, 90\] of <IMG_CONTEXT>"):
+    with pytest.raises(CheckpointError, match=r"different ids \[5, 90\] for <IMG_CONTEXT>"):
         convert(source, tmp_path / "out")
     for name in ("tokenizer.json", "added_tokens.json"):
         (source / name).unlink()

@@ -294,7 +294,7 @@ def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> S
 
 
 def _first_problem(found: Statistics) -> str | None:
-    """What is wrong with statistics from a file: a type, a size, a count."""
+    """The first problem of statistics from a file: a type, a size or a count."""
     model, workload = found.model, found.workload
     texts = (model.name, model.family, model.fingerprint)
     numbers = [*vars(model.shape).values(), workload.text, workload.text_before]

@@ -26,7 +26,7 @@ ALIASES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
+    """A model's name and location.
 
     Attributes:
         name: Name in plans: the alias, the hub id, or the directory's own name.

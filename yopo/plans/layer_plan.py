@@ -33,7 +33,7 @@ def _lever(default: Any, *, column: str, title: str) -> Any:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What visual tokens still do in one layer.
+    """The visual computation that remains in one layer.
 
     Attributes:
         read_heads: Sorted query heads that may read visual keys. Empty: no visual K/V exists here.
@@ -106,7 +106,7 @@ def full_layer(shape: ModelShape) -> LayerPlan:
 
 
 def layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
-    """What is wrong with a layer: (key, the problem as the rest of a sentence), or None."""
+    """The first problem of a layer: (key, the problem as the rest of a sentence), or None."""
     return _heads_problem(layer, shape) or _sizes_problem(layer, shape)
 
 

@@ -211,7 +211,7 @@ def full_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
 
 
 def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None:
-    """The first thing that is wrong with a plan.
+    """The first problem of a plan.
 
     Returns:
         (path of keys from the document's root, the problem as the rest of a sentence), or None.
@@ -238,7 +238,7 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
 
 
 def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
-    """What is wrong with a decoder's dimensions, as for :func:`first_problem`.
+    """The first problem of a decoder's dimensions, as for :func:`first_problem`.
 
     Call it before allocating anything of their size: they may come from a file.
     """
@@ -255,7 +255,7 @@ def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
 
 
 def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
-    """What is wrong with a workload, as for :func:`first_problem`."""
+    """The first problem of a workload, as for :func:`first_problem`."""
     grids = ("workload", "grids")
     if not workload.grids or any(min(each.rows, each.cols) < 1 for each in workload.grids):
         return grids, "must hold at least one image of at least one token"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the evaluation needs torch, its table does not
 
 
 def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
-    """What a plan keeps (accuracy, agreement) and what it saves (FLOPs, time, cache).
+    """Accuracy and agreement that a plan keeps, and FLOPs, time and cache that it saves.
 
     Args:
         evaluation: From ``evaluate``.

@@ -1,7 +1,7 @@
 """User-facing errors: one sentence and one remedy, never a traceback.
 
 Library code raises these for bad input; the command line prints them on stderr and exits with
-``exit_code``. Programming errors stay ordinary Python exceptions.
+``exit_code``. Programming errors are ordinary Python exceptions.
 """
 
 from __future__ import annotations

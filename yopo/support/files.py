@@ -51,7 +51,7 @@ def check_writable(path: Path, kind: Kind, *, force: bool) -> None:
 
     Args:
         path: The file to write.
-        kind: What it will be.
+        kind: Its kind.
         force: Whether a file of the same kind may be replaced.
 
     Raises:
