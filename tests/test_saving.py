@@ -120,7 +120,7 @@ def test_a_trained_model_is_saved_as_it_is(
         assert fitted_parameters(model)
     shake(model)
     model.save_pretrained(tmp_path, **SHARDS[shards])
-    assert "plans of other budgets" in capsys.readouterr().err
+    assert "plans for other budgets" in capsys.readouterr().err
     check_same(yopo.load(tmp_path), model)
     check_same(LOADERS["remote code"](tmp_path), model)
     plans = list(tmp_path.glob("yopo_plan*.yaml"))
@@ -128,7 +128,7 @@ def test_a_trained_model_is_saved_as_it_is(
     plan, before = read_plan(plans[0]), model.get_decoder().yopo.plan
     assert plan.model.fingerprint != before.model.fingerprint
     assert plan.provenance["trained_from"] == before.model.fingerprint
-    assert "trained since" in (tmp_path / "README.md").read_text()
+    assert "trained afterwards" in (tmp_path / "README.md").read_text()
     stock, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     trained = dict(model.named_parameters())

@@ -500,7 +500,7 @@ def test_an_impossible_rate_is_reported_as_a_wrong_measurement() -> None:
     for rate, exceeded in ((2 * fast, False), (0.99 * fast, False), (0.5 * fast, True)):
         guess = replace(found, rates=Rates(max(rate, 1e-9), 1e30))
         assert ("pruned prefill" in guess.off) == exceeded
-        assert ("measurement is off: pruned prefill" in shown(guess)) == exceeded
+        assert ("measurement is unreliable: pruned prefill" in shown(guess)) == exceeded
     guess = replace(found, rates=Rates(1e30, 1.0))
     assert document(guess)["shares_above_the_bound"].keys() == {"dense decode", "pruned decode"}
 

@@ -214,5 +214,5 @@ def test_no_full_attention_matrix_is_formed(mha: Subject, monkeypatch: pytest.Mo
 
 
 def test_an_image_that_no_text_follows_is_an_error(mha: Subject) -> None:
-    with pytest.raises(DataError, match="no text behind its image"):
+    with pytest.raises(DataError, match="no text after its image"):
         watch(mha, tiny.batch([[1, 2, *PICTURE]]))

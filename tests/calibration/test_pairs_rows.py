@@ -115,7 +115,7 @@ def test_bad_rows_are_refused(row: Any, message: str) -> None:
 
 
 def test_a_path_without_a_folder_is_refused() -> None:
-    with pytest.raises(DataError, match="leads nowhere from here"):
+    with pytest.raises(DataError, match="but the data has no folder"):
         read({"image": "a.png", "question": "q"}, folder=None)
 
 

@@ -120,7 +120,7 @@ def test_too_many_samples_use_all_and_warn_once(
     path = write_rows(tmp_path / "p.jsonl", [row(0), row(1)])
     pairs = open_pairs(str(path), samples=9, seed=0)
     assert len(list(pairs)) == len(list(pairs)) == pairs.total == 2
-    expected = f"warning: {path}: 9 samples were asked for, there are 2; using all.\n"
+    expected = f"warning: {path}: 9 samples were requested, but there are 2; using all.\n"
     assert capsys.readouterr().err == expected
 
 
@@ -137,7 +137,7 @@ def test_missing_sources_are_refused(tmp_path: Path) -> None:
     expect_error(f"{tmp_path}/nothing", f"{tmp_path}/nothing: no such file or directory.", "hub id")
     expect_error("nothing", "nothing: no such file or directory.", "demo:calibration")
     (tmp_path / "pairs.txt").write_text("x")
-    expect_error(f"{tmp_path}/pairs.txt", f"{tmp_path}/pairs.txt: not a kind of file", "Give a")
+    expect_error(f"{tmp_path}/pairs.txt", f"{tmp_path}/pairs.txt: pairs cannot be read", "Give a")
 
 
 def test_bad_json_names_its_line(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_first_bad_pair_is_an_error_even_outside_the_sample(tmp_path: Path) -> N
         (row(question=5), ": the question must be text, found 5."),
         (row(image=5), ": the image must be a path or an image, found 5."),
         (row(answer={"a": 1}), ": an answer must be text or a list of texts, found {'a': 1}."),
-        (row(image="https://x.org/a.png"), ": the image is an address ('https://x.org/a.png')"),
+        (row(image="https://x.org/a.png"), ": the image is a URL ('https://x.org/a.png')"),
         ("a text", ": a pair must be an object with an image and a question, found 'a text'."),
     ]:
         write_rows(path, [row(), row(), bad, row()])

@@ -195,7 +195,7 @@ def test_an_offline_hub_fails_quickly_in_one_sentence(monkeypatch: pytest.Monkey
     with pytest.raises(DataError) as caught:
         open_pairs("some-org/some-data:train", samples=4, seed=0)
     assert caught.value.message == (
-        "some-org/some-data: is nothing here, and cannot be opened on the hub: "
+        "some-org/some-data: not found locally, and cannot be opened on the hub: "
         "HF_HUB_OFFLINE is set."
     )
     assert "demo pairs" in str(caught.value.remedy)
@@ -243,7 +243,7 @@ def test_a_hub_stream_is_sampled_and_pinned(
         assert f"q{pair.images[0].load().size[0] - 1}" == pair.question
     assert "warning" not in capsys.readouterr().err
     assert len(list(open_pairs("org/vqa:test", samples=99, seed=2))) == COUNT
-    assert "99 samples were asked for, there are 12" in capsys.readouterr().err
+    assert "99 samples were requested, but there are 12" in capsys.readouterr().err
 
 
 def test_a_hub_stream_can_be_read_whole_and_names_its_splits(
@@ -256,4 +256,4 @@ def test_a_hub_stream_can_be_read_whole_and_names_its_splits(
     expect_error("org/vqa", "org/vqa: has the splits train, test, and none was named.")
     expect_error("org/vqa:dev", "org/vqa: has no split 'dev'.")
     monkeypatch.setattr(tables, "probe", lambda *_, **__: Probe(True, None, "it is gated"))
-    expect_error("org/x", "org/x: is nothing here, and cannot be opened on the hub: it is gated.")
+    expect_error("org/x", "org/x: not found locally, and cannot be opened on the hub: it is gated.")

@@ -123,7 +123,7 @@ def test_settings_come_from_the_model(
     strategy = "full" if name in ("siglip", "class token") else "default"
     assert (processor.patch_size, processor.vision_feature_select_strategy) == (PATCH, strategy)
     assert processor.num_additional_image_tokens == (name != "siglip")
-    assert f"config.json says: patch_size {PATCH}, vision_feature" in capsys.readouterr().err
+    assert f"values in config.json: patch_size {PATCH}, vision_feature" in capsys.readouterr().err
     model, seen = build(CONFIGS[name]), []
     family = family_of(model.config)
     probe = LayoutProbe(model.base_model, family.grids_of)
@@ -161,21 +161,21 @@ def test_a_wrong_setting_is_corrected_and_a_right_one_not_mentioned(
 def test_settings_that_cannot_be_determined_are_refused(tmp_path: Path) -> None:
     folder = published(tmp_path, "clip", processor_class="LlavaProcessor")
     (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match="nor a config.json of a supported model say") as caught:
+    with pytest.raises(ModelError, match="there is no config.json of a supported model") as caught:
         load_processor(str(folder))
     assert "patch_size" in caught.value.message and "config.json" in caught.value.remedy
 
 
 REFUSED = {
-    "the vision tower 'dinov2' is not supported: how its tokens lie": llava(Dinov2Config(**PART)),
+    "the vision tower 'dinov2' is not supported: the layout of its tokens": llava(
+        Dinov2Config(**PART)
+    ),
     "'siglip_vision_model' has no class token, but": llava(SiglipVisionConfig(**VISION)),
     "'pixtral' has no class token, but": llava(PixtralVisionConfig(**VISION)),
-    "every tile of clip_vision_model has a class token more": llava_next(
+    "every tile of clip_vision_model also has a class token": llava_next(
         CLIPVisionConfig(**VISION), **FULL
     ),
-    "LLaVA-NeXT cuts images into tiles of one size": llava_next(
-        PixtralVisionConfig(**VISION), **FULL
-    ),
+    "LLaVA-NeXT needs tiles of one size": llava_next(PixtralVisionConfig(**VISION), **FULL),
 }
 
 

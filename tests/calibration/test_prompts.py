@@ -251,7 +251,7 @@ def test_a_prompt_without_visual_tokens_is_refused(processor: LlavaProcessor) ->
     with pytest.raises(DataError, match="p:1: the processor made a prompt without visual tokens"):
         run(processor, [pair("what?")], image_token_id=99)
     blind = make_processor(TEMPLATE.replace("<image>\n", ""))
-    with pytest.raises(DataError, match="p:1: the processor refuses the batch: The total number"):
+    with pytest.raises(DataError, match="p:1: the processor rejects the batch: The total number"):
         run(blind, [pair("what?")])
 
 
@@ -316,7 +316,7 @@ def test_an_unreachable_hub_and_a_missing_repository_are_told_apart(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     expect_error(
         "some-org/some-model",
-        "the hub is out of reach (HF_HUB_OFFLINE is set)",
+        "the hub is unreachable (HF_HUB_OFFLINE is set)",
         "give its directory",
     )
     monkeypatch.setattr(

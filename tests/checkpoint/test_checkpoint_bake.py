@@ -289,7 +289,7 @@ def test_the_model_card_names_the_compensation(baked, compensation) -> None:
     _, _, report = baked(compensation=compensation)
     card = (report.output / "README.md").read_text()
     size = format_bytes((report.output / "yopo.safetensors").stat().st_size)
-    words = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
+    words = {"mean": "means", "refit": "separate weights, fitted to the original model"}
     assert f"Compensation: {words[compensation]} ({size} in `yopo.safetensors`)." in card
     rows = [line for line in card.splitlines() if line.startswith("| layers |")]
     assert ("bottleneck" in rows[0]) == ("rank of the linear map" in rows[0])
@@ -433,7 +433,7 @@ def test_force_never_deletes_the_users_files(baked, saved, tmp_path, mine) -> No
         path.mkdir()
     else:
         path.write_text("mine")
-    with pytest.raises(OutputError, match=f"did not write, or that were changed since: {mine}"):
+    with pytest.raises(OutputError, match=f"did not write, or that changed since: {mine}"):
         bake(plan, saved().path, first.output, force=True)
     assert path.is_dir() or path.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -509,7 +509,7 @@ def refused(saved, make_plan, tmp_path):
 
 
 def test_a_baked_plan_is_refused(refused) -> None:
-    refused(PlanError, "baked already", lambda plan: replace(plan, baked=True))
+    refused(PlanError, "already baked", lambda plan: replace(plan, baked=True))
 
 
 def test_a_plan_without_its_neuron_order_is_refused(refused) -> None:
@@ -544,7 +544,7 @@ def test_another_checkpoint_is_refused_and_both_are_named(refused) -> None:
 
 
 def test_another_shape_is_refused(refused, saved) -> None:
-    match = r"other dimensions than the plan's model llava-1.5-7b: kv_heads 2 \(plan: 4\)"
+    match = r"dimensions differ from those of the plan's model llava-1.5-7b: kv_heads 2 \(plan: 4\)"
     refused(ModelError, match, on=saved("gqa"))
 
 
@@ -552,7 +552,7 @@ def test_another_family_is_refused(refused) -> None:
     def other(plan):
         return replace(plan, model=replace(plan.model, family="qwen2_vl"))
 
-    refused(ModelError, "is a llava model, the plan was made for qwen2_vl", other)
+    refused(ModelError, "is a llava model, but the plan was made for qwen2_vl", other)
 
 
 def test_a_broken_source_is_refused(saved, make_plan, tmp_path) -> None:

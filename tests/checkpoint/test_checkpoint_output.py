@@ -159,7 +159,7 @@ def test_an_unrelated_folder_is_never_replaced(source, tmp_path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "holiday.jpg").write_text("x")
-    assert "is no directory that yopo wrote" in refusal(folder, source, force=True).message
+    assert "was not written by yopo" in refusal(folder, source, force=True).message
     assert names(folder) == ["holiday.jpg"]
 
 
@@ -170,7 +170,7 @@ def test_another_programs_model_is_never_replaced(source, tmp_path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text(text)
         (folder / "model.safetensors").write_bytes(b"weights")
-        assert "is no directory that yopo wrote" in refusal(folder, source, force=True).message
+        assert "was not written by yopo" in refusal(folder, source, force=True).message
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_another_programs_model_is_never_replaced(source, tmp_path) -> None:
 def test_an_invalid_file_list_prevents_replacement(source, tmp_path, text) -> None:
     target = old_checkpoint(tmp_path / "out")
     (target / MANIFEST_FILE).write_bytes(text.encode("latin-1"))
-    assert "is no directory that yopo wrote" in refusal(target, source, force=True).message
+    assert "was not written by yopo" in refusal(target, source, force=True).message
 
 
 def test_links_and_changed_files_belong_to_the_user(source, tmp_path) -> None:

@@ -262,7 +262,7 @@ def test_a_model_of_an_unsupported_family_is_refused(
 def test_outputs_are_checked_before_the_expensive_work(calibrate, model: Path, yopo: Yopo) -> None:
     assert "its folder does not exist" in calibrate("-o", "nowhere/plan.yaml")
     assert "two outputs" in calibrate("--stats", "./plan.yaml")
-    assert "is a name for tensors" in calibrate("-o", "plan.safetensors")
+    assert ".safetensors is for tensors" in calibrate("-o", "plan.safetensors")
     Path("plan.yaml").write_text("mine")
     done = yopo("calibrate", "--model", "never-looked-at")
     assert done.is_sentence and "plan.yaml: exists already" in done.err and "--force" in done.err
@@ -275,7 +275,7 @@ def test_an_existing_output_directory_is_refused(yopo: Yopo, plan: Path, model: 
     done = yopo("apply", plan, "--model", model, "-o", "out")
     assert done.is_sentence and "exists already" in done.err
     done = yopo("apply", plan, "--model", model, "-o", "out", "--force")
-    assert done.is_sentence and "is no directory that yopo wrote" in done.err
+    assert done.is_sentence and "was not written by yopo" in done.err
     assert os.listdir() == ["out"] and os.listdir("out") == ["note.txt"]
     done = yopo("apply", plan, "--model", model, "-o", model, "--force")
     assert done.is_sentence and "source" in done.err

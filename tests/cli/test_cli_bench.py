@@ -77,7 +77,7 @@ def test_text_output_is_a_table(yopo: Yopo) -> None:
         "visual KV",
         "weights: random",
         "median of 2 pairs",
-        "peak memory: of prefill, above the weights",
+        "peak memory: during prefill, without the weights",
     ):
         assert expected in done.out
     assert "speed" not in done.out

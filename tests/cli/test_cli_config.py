@@ -85,7 +85,7 @@ def test_a_former_name_of_an_option_is_read(called) -> None:
         got, done = called(f"model: a\nbudget: 0.5\n{key}: 3\n")
         assert not got and f"config.yaml:3: {key} must be text, found 3" in done.err
     got, done = called("model: a\nbudget: 0.5\ntemplate: paper\nshape: paper\n")
-    sentence = "config.yaml:4: shape is another name of template, given as well."
+    sentence = "config.yaml:4: shape is another name for template, which is also given."
     assert not got and done.is_sentence and sentence in done.err
 
 

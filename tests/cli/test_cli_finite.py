@@ -91,7 +91,7 @@ def test_non_finite_activations_name_their_layer(model: Path, part: str, layer: 
     with torch.no_grad():
         weight.view(-1)[0] = INFINITY
     pairs = open_pairs("demo:calibration", samples=2, seed=0)
-    with pytest.raises(DataError, match=f"measured in layer {layer} is not finite"):
+    with pytest.raises(DataError, match=f"measurements of layer {layer} are not finite"):
         measure(dense, load_processor(str(model)), pairs, name="bad")
 
 
@@ -106,7 +106,7 @@ def test_non_finite_statistics_are_refused(yopo: Yopo, calibrated: Path, tmp_pat
         changed.view(-1)[-1] = NAN
         path.write_bytes(replace(good, **{each.name: changed}).to_bytes())
         done = yopo("plan", path, "--preset", "yopo-25")
-        assert done.is_sentence and "in layer 2 is not finite" in done.err and not os.listdir()
+        assert done.is_sentence and "of layer 2 are not finite" in done.err and not os.listdir()
 
 
 def test_non_finite_predictions_are_refused(model: Path) -> None:

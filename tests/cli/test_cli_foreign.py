@@ -106,7 +106,7 @@ def test_required_custom_code_is_named_and_runs_only_if_trusted(
 ) -> None:
     edit_config(hostile, "processor_config.json", processor_class="TheirProcessor")
     done = yopo(*CALIBRATE, "--model", hostile)
-    assert done.is_sentence and "code of its own, which is not run" in done.err
+    assert done.is_sentence and "custom code, which is not run" in done.err
     assert "--trust-remote-code" in done.err and not (hostile / "ran").exists()
     yopo(*CALIBRATE, "--model", hostile, "--trust-remote-code")
     assert (hostile / "ran").exists()

@@ -83,7 +83,7 @@ def test_a_tolerance_finds_its_budget(yopo: Yopo, tmp_path: Path) -> None:
         (("--tolerance", 0.1, "--budget", 0.2), "tolerance and budget exclude one another"),
         (("--tolerance", 1.5), "tolerance must lie in (0, 1), found 1.5"),
         (("--tolerance", 0.1, "--compensation", "mean"), "compensation must be refit"),
-        (("--budgets", "0.1,many"), "expected numbers between commas, found '0.1,many'"),
+        (("--budgets", "0.1,many"), "expected comma-separated numbers, found '0.1,many'"),
         (("--budgets", "0.1,0.2", "-o", "-"), "--budgets writes several plans"),
         (("--tolerance", 0.1, "--samples", 3), "too few to hold some out"),
     ],
@@ -121,7 +121,7 @@ def test_milliseconds_become_a_budget_by_a_benchmark_of_the_same_shape(
     )
     assert done.is_sentence and "out of reach" in done.err
     done = yopo("calibrate", *QUICK, "--milliseconds", 5)
-    assert done.code == 2 and "--milliseconds and --costs go together" in done.err
+    assert done.code == 2 and "--milliseconds and --costs need each other" in done.err
 
 
 def test_a_budget_selects_only_among_the_checkpoints_plans(yopo: Yopo, front: Path, baked) -> None:

@@ -99,7 +99,7 @@ def test_a_plan_that_fails_does_not_lose_the_statistics(
     stats = ("--stats", "s.safetensors") if asked else ()
     done = yopo("calibrate", "--model", model, *QUICK, *stats)
     (path,) = [Path("s.safetensors")] if asked else (tmp_path / "cache").glob("statistics-*")
-    assert done.code == 1 and f"`yopo plan {path}` makes plans of them" in done.err
+    assert done.code == 1 and f"`yopo plan {path}` makes plans from them" in done.err
     assert isinstance(error, RuntimeError) or done.is_sentence
     assert len(load_statistics(path).rho) == 32
     monkeypatch.undo()

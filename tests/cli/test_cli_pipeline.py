@@ -103,7 +103,7 @@ def test_inspect_shows_a_plan(yopo: Yopo, plan: Path, monkeypatch: pytest.Monkey
 
 def test_apply_verifies_a_checkpoint_that_loads(yopo: Yopo, plan: Path, model: Path) -> None:
     dry = yopo("apply", plan, "--model", model, "--dry-run")
-    assert (dry.code, dry.out) == (0, "") and "nothing was" in dry.err and not os.listdir()
+    assert (dry.code, dry.out) == (0, "") and "(dry run)" in dry.err and not os.listdir()
     done = yopo("apply", plan, "--model", model, "--verify")
     assert (done.code, done.out) == (0, "tiny-llava-yopo\n")
     assert "visual KV" in done.err and "Verified in float32" in done.err

@@ -253,7 +253,7 @@ LAYER = "language_model.model.layers.0."
         (outer(novel=1), "the outer part.novel is unknown"),
         (outer(template="novel"), "conversation template 'novel' is unknown"),
         (outer(model_type="internvl"), "not an original InternVL checkpoint"),
-        (inner("llm_config", architectures=["Novel"]), "the text decoder is Novel"),
+        (inner("llm_config", architectures=["Novel"]), "the text decoder Novel cannot"),
         (inner("llm_config", novel=1), "llm_config.novel is unknown"),
         (inner("llm_config", rope_pos_id_version="v2pe"), "rope_pos_id_version is 'v2pe'"),
         (inner("llm_config", pruned_heads={"0": [1]}), "pruned_heads is"),
@@ -271,13 +271,13 @@ LAYER = "language_model.model.layers.0."
             inner("vision_config", qk_normalization=True, layer_norm_eps=1e-5),
             "layer_norm_eps is 1e-05",
         ),
-        (inner("vision_config", qk_normalization=True), "nothing in it becomes 'vision_tower"),
-        (tensor("novel.weight", 3), "tensor 'novel.weight' is no known part"),
-        (tensor(LAYER + "attention.lora_A.weight", 3), "is no known part"),
-        (tensor("vision_model.encoder.layers.7.ls1", 16), "holds 'vision_tower.encoder.layer.7"),
+        (inner("vision_config", qk_normalization=True), "has no tensor for 'vision_tower"),
+        (tensor("novel.weight", 3), "tensor 'novel.weight' is not part of a known"),
+        (tensor(LAYER + "attention.lora_A.weight", 3), "is not part of a known"),
+        (tensor("vision_model.encoder.layers.7.ls1", 16), "has 'vision_tower.encoder.layer.7"),
         (tensor(LAYER + "attention.wqkv.weight", 63, 32), "expected rows of 2 x 4 heads"),
         (tensor(LAYER + "ffn_norm.weight", 31), "would have shape .31,., expected .32,."),
-        (lost(LAYER + "feed_forward.w2.weight"), "nothing in it becomes .*mlp.down_proj"),
+        (lost(LAYER + "feed_forward.w2.weight"), "has no tensor for .*mlp.down_proj"),
     ],
 )
 def test_unknown_originals_are_refused(edit: Edit, match: str, tmp_path: Path) -> None:
@@ -331,11 +331,11 @@ def test_the_placeholders_id_is_read_not_guessed(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text(
         json.dumps({"added_tokens": [{"id": 5, "content": "<IMG_CONTEXT>"}]})
     )
-    with pytest.raises(CheckpointError, match=r"different ids \[5, 90\] of <IMG_CONTEXT>"):
+    with pytest.raises(CheckpointError, match=r"different ids \[5, 90\] for <IMG_CONTEXT>"):
         convert(source, tmp_path / "out")
     for name in ("tokenizer.json", "added_tokens.json"):
         (source / name).unlink()
-    with pytest.raises(CheckpointError, match="do not say the id of <IMG_CONTEXT>"):
+    with pytest.raises(CheckpointError, match="do not give an id for <IMG_CONTEXT>"):
         convert(source, tmp_path / "out")
 
 

@@ -81,5 +81,5 @@ def test_images_are_assigned_to_rows_and_beams() -> None:
 def test_missing_or_foreign_image_sizes_are_refused() -> None:
     with pytest.raises(ModelError, match="needs the sizes of its images"):
         LLAVA_NEXT.grids_of(CONFIG, [[(7, 1000)]], {})
-    with pytest.raises(ModelError, match="are not those of the images"):
+    with pytest.raises(ModelError, match="do not match the images"):
         LLAVA_NEXT.grids_of(CONFIG, [[(7, 1000)]], {"image_sizes": torch.tensor([[300, 300]])})

@@ -130,10 +130,10 @@ def test_a_batch_may_mix_rows_with_and_without_images() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[(IMAGE, 5)]], r"visual tokens \(\[5\] per row\) are not those of the images"),
-        ([[(IMAGE, 6), (IMAGE, 6)]], "are not those of the images"),
+        ([[(IMAGE, 5)]], r"visual tokens \(\[5\] per row\) do not match the images"),
+        ([[(IMAGE, 6), (IMAGE, 6)]], "do not match the images"),
         ([[(IMAGE, 2), (IMAGE, 4)]], "not a whole number of images"),
-        ([[(VIDEO, 4)]], "nothing says what their images' video_grid_thw is"),
+        ([[(VIDEO, 4)]], "but the video_grid_thw of their images is missing"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(rows: list, message: str) -> None:
@@ -153,7 +153,10 @@ def test_images_encoded_by_hand_before_pruning_are_refused_not_guessed(qwen: Spe
         inputs.pop("pixel_values"), inputs["image_grid_thw"], return_dict=True
     )
     inputs["mm_encoder_outputs"] = {"image": features}
-    with pruned(qwen.model, qwen.plan(0)), pytest.raises(ModelError, match="nothing says"):
+    with (
+        pruned(qwen.model, qwen.plan(0)),
+        pytest.raises(ModelError, match="of their images is missing"),
+    ):
         qwen.model.generate(**inputs, max_new_tokens=1)
 
 

@@ -21,7 +21,7 @@ def stock(specimen: Specimen, batch: Batch) -> dict[str, list[torch.Tensor]]:
     """Record the states around every layer of a stock forward, by its own hooks.
 
     Returns:
-        ``before``, ``middle`` and ``behind`` each layer, and ``after``: the input that follows.
+        ``before``, ``middle`` and ``after`` each layer, and ``next``: the input that follows.
     """
     decoder, found = specimen.model.get_decoder(), {}
     names = specimen.family.backbone(specimen.model.config)
@@ -37,12 +37,12 @@ def stock(specimen: Specimen, batch: Batch) -> dict[str, list[torch.Tensor]]:
             for handle in (
                 layer.register_forward_pre_hook(note("before")),
                 norm.register_forward_pre_hook(note("middle")),
-                layer.register_forward_hook(note("behind")),
+                layer.register_forward_hook(note("after")),
             ):
                 hooks.callback(handle.remove)
         hooks.callback(decoder.norm.register_forward_pre_hook(note("last")).remove)
         specimen.model.base_model(**batch.inputs, use_cache=False)
-    found["after"] = found["before"][1:] + found.pop("last")
+    found["next"] = found["before"][1:] + found.pop("last")
     return found
 
 
@@ -78,11 +78,11 @@ def test_the_walk_matches_the_stock_forward(specimen: Specimen, batches: list[Ba
     for number in range(specimen.identity.shape.layers):
         found = walk.step(number)
         for states, batch, truth, mask in zip(found, walk.batches, expected, masks, strict=True):
-            for name in ("before", "middle", "behind"):
+            for name in ("before", "middle", "after"):
                 rows = getattr(states, name)
                 assert rows.shape == (int(mask.sum()), specimen.identity.shape.hidden)
                 assert torch.equal(rows, truth[name][number][mask]), (number, name)
-            assert torch.equal(batch.hidden, truth["after"][number]), number
+            assert torch.equal(batch.hidden, truth["next"][number]), number
 
 
 def test_the_batches_have_padding_and_a_row_without_images(
@@ -110,13 +110,13 @@ def test_a_batch_without_any_image_is_left_out(specimen: Specimen, clean: list[s
 def test_nothing_is_left_on_the_model(
     specimen: Specimen, batches: list[Batch], clean: list[str]
 ) -> None:
-    before = stock(specimen, batches[0])["after"][-1]
+    before = stock(specimen, batches[0])["next"][-1]
     weights = {name: value.clone() for name, value in specimen.model.state_dict().items()}
     walk = DenseWalk(specimen.model, batches)
     for number in range(specimen.identity.shape.layers):
         walk.step(number)
     assert leftovers(specimen.model) == clean
-    assert torch.equal(stock(specimen, batches[0])["after"][-1], before)
+    assert torch.equal(stock(specimen, batches[0])["next"][-1], before)
     after = specimen.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in weights.items())
 
@@ -151,7 +151,7 @@ def test_layers_that_take_states_by_name_are_stepped_as_well(specimen: Specimen)
     """A hook sees the dictionary that the layer is called with, so it must not be changed."""
     layer = specimen.model.get_decoder().layers[0]
     batch = Batch(specimen.inputs(PROMPTS["one image"]), None, (None,))
-    expected = stock(specimen, batch)["after"][0]
+    expected = stock(specimen, batch)["next"][0]
     call = type(layer).__call__
 
     class ByName(type(layer)):

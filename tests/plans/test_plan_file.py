@@ -421,7 +421,9 @@ def test_both_names_of_a_key_are_refused(key: str) -> None:
     line = 1 + both.split("\n").index(f"  {former}: {value}")
     with pytest.raises(PlanError) as caught:
         parse_plan("plan.yaml", both)
-    sentence = f"plan.yaml:{line}: layers[0].{former} is the former name of {key}, given as well."
+    sentence = (
+        f"plan.yaml:{line}: layers[0].{former} is the former name of {key}, which is also given."
+    )
     assert str(caught.value) == sentence
 
 

@@ -74,7 +74,7 @@ INVALID = {
     "layers[1].qkv_rank needs 'compensation: refit'": lambda: with_layer(qkv_rank=4),
     "layers[1].map_rank needs 'compensation: refit'": lambda: with_layer(neurons=7, map_rank=4),
     "layers[1].map_rank must lie between 0": lambda: with_layer(neurons=7, map_rank=-1),
-    "layers[1].map_rank must be 0 where all neurons": lambda: with_layer(map_rank=4),
+    "layers[1].map_rank must be 0 when all neurons": lambda: with_layer(map_rank=4),
     "layers[1].radius must be null or at least 0, found -1": lambda: with_layer(radius=-1),
     "layers[1].neurons must lie between 0 and 50, found 51": lambda: with_layer(neurons=51),
     "layers[1].neurons must lie": lambda: with_layer(neurons=-1),

@@ -188,7 +188,7 @@ def test_a_side_files_name_is_never_taken_from_another_file(
     assert side.stat().st_ino == former  # the same content is there: nothing to write
     (tmp_path / "plan.yaml").unlink()
     side.write_bytes(b"mine")
-    with pytest.raises(OutputError, match="is not what its name says"):
+    with pytest.raises(OutputError, match="does not match the hash in its name"):
         write_plan(plan, str(tmp_path / "plan.yaml"), force=True)
     assert side.read_bytes() == b"mine" and files(tmp_path) == [side.name]
 
@@ -198,7 +198,7 @@ def test_a_plan_cannot_be_written_among_a_models_weights(
     plan: PruningPlan, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_bytes(b"weights")
-    with pytest.raises(OutputError, match="its folder is a model's"):
+    with pytest.raises(OutputError, match="its folder holds a model's weights"):
         write_plan(plan, str(tmp_path / "model.yaml"), force=True)
     assert files(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"weights"
 
@@ -207,7 +207,7 @@ def test_unwritable_targets_are_refused(plan: PruningPlan, tmp_path: Path) -> No
     for target, message in (
         (tmp_path / "none" / "plan.yaml", "folder does not exist"),
         (tmp_path, "is a directory"),
-        (tmp_path / "plan.safetensors", "is a name for tensors"),
+        (tmp_path / "plan.safetensors", ".safetensors is for tensors"),
     ):
         with pytest.raises(OutputError, match=message):
             write_plan(plan, str(target), force=True)

@@ -83,7 +83,7 @@ def test_totals_are_shown() -> None:
 
 def test_a_plan_without_measurements_can_be_shown() -> None:
     lines = text_of(plan_report(replace(make_plan(), measured=None)))
-    assert any("carries no measurements" in line for line in lines)
+    assert any("has no measurements" in line for line in lines)
     assert plan_document(replace(make_plan(), measured=None))["measured"] is None
 
 

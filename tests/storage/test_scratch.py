@@ -13,7 +13,7 @@ import pytest
 
 from yopo.support import scratch
 from yopo.support.durable import exchange, uninterrupted
-from yopo.support.scratch import Scratch, find_leftovers, remove_leftover, tell_leftovers
+from yopo.support.scratch import Scratch, find_leftovers, remove_leftover, report_leftovers
 
 KILLED = """
 import os, signal, sys
@@ -42,7 +42,7 @@ def test_leftovers_of_a_killed_process_are_found_named_and_removed(tmp_path: Pat
     left = kill_in(tmp_path / "out")
     assert find_leftovers(tmp_path) == find_leftovers(tmp_path, "out") == [left]
     assert find_leftovers(tmp_path, "other") == []
-    tell_leftovers(tmp_path / "out")
+    report_leftovers(tmp_path / "out")
     assert str(left) in (said := capsys.readouterr().err) and "--clean" in said
     assert remove_leftover(left) is None and names(tmp_path) == []
 

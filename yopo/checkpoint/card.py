@@ -165,7 +165,7 @@ def _attend(layer: LayerPlan) -> str:
 
 
 def _compensation(plan: PruningPlan, tensors_bytes: int) -> str:
-    kinds = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
+    kinds = {"mean": "means", "refit": "separate weights, fitted to the original model"}
     if plan.compensation not in kinds or not tensors_bytes:
         return ""
     kind = kinds[plan.compensation]
