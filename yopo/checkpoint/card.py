@@ -85,7 +85,7 @@ def _introduction(
 ) -> str:
     change, dense = "no weight was removed or changed", "the original model"
     if is_trained:
-        change, dense = "the model was trained since then", "the trained model, dense"
+        change, dense = "the model was trained afterwards", "the trained model, dense"
     text = f"""\
 # {name}
 
