@@ -1,4 +1,4 @@
-"""The dense walk goes where the stock decoder goes, sees visual tokens alone and leaves nothing."""
+"""The dense walk follows the stock decoder, sees only visual tokens and leaves no trace."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from yopo.support.errors import DataError, ModelError
 
 @torch.no_grad()
 def stock(specimen: Specimen, batch: Batch) -> dict[str, list[torch.Tensor]]:
-    """States around every layer of a stock forward, by hooks of its own.
+    """Record the states around every layer of a stock forward, by its own hooks.
 
     Returns:
-        ``before``, ``middle`` and ``after`` each layer, and ``next``: the input of what follows.
+        ``before``, ``middle`` and ``after`` each layer, and ``next``: the input that follows.
     """
     decoder, found = specimen.model.get_decoder(), {}
     names = specimen.family.backbone(specimen.model.config)
@@ -47,12 +47,12 @@ def stock(specimen: Specimen, batch: Batch) -> dict[str, list[torch.Tensor]]:
 
 
 def visual(specimen: Specimen, batch: Batch) -> torch.Tensor:
-    """(batch, sequence) bool, from the token ids alone."""
+    """Return (batch, sequence) bool, based only on token ids."""
     return torch.isin(batch.inputs["input_ids"], torch.tensor(specimen.entry.placeholders))
 
 
 def leftovers(model: nn.Module) -> list[str]:
-    """Hooks anywhere in a model, and methods that stand on a module instead of its class."""
+    """Return hooks anywhere in a model, and methods set on a module instead of its class."""
     found = []
     for name, module in model.named_modules():
         found += [f"{name}: hook" for _ in (*module._forward_hooks, *module._forward_pre_hooks)]
@@ -64,13 +64,13 @@ def leftovers(model: nn.Module) -> list[str]:
 
 @pytest.fixture
 def clean(specimen: Specimen) -> list[str]:
-    """What a stock forward leaves: vision towers of transformers keep hooks of their own."""
+    """What a stock forward leaves: vision towers in transformers keep their own hooks."""
     inputs = specimen.inputs(PROMPTS["one image"])
     stock(specimen, Batch(inputs, None, (None,)))
     return leftovers(specimen.model)
 
 
-def test_the_walk_is_the_stock_forward(specimen: Specimen, batches: list[Batch]) -> None:
+def test_the_walk_matches_the_stock_forward(specimen: Specimen, batches: list[Batch]) -> None:
     expected = [stock(specimen, batch) for batch in batches]
     masks = [visual(specimen, batch) for batch in batches]
     walk = DenseWalk(specimen.model, enter(specimen.model, batches))
@@ -85,7 +85,7 @@ def test_the_walk_is_the_stock_forward(specimen: Specimen, batches: list[Batch])
             assert torch.equal(batch.hidden, truth["next"][number]), number
 
 
-def test_visual_tokens_are_fewer_than_the_padded_rows(
+def test_the_batches_have_padding_and_a_row_without_images(
     specimen: Specimen, batches: list[Batch]
 ) -> None:
     """Guards the test above: rows differ in images, are padded, and one has no image at all."""
@@ -125,7 +125,7 @@ def test_nothing_is_left_on_the_model(
 
 
 class Broken(RuntimeError):
-    """Raised on purpose."""
+    """An error raised on purpose."""
 
 
 def fail(*_: Any, **__: Any) -> None:
@@ -151,7 +151,7 @@ def test_nothing_is_left_after_an_exception(
 
 
 def test_layers_that_take_states_by_name_are_stepped_as_well(specimen: Specimen) -> None:
-    """A hook sees the very dictionary that the layer is called with: it must stay whole."""
+    """A hook sees the dictionary that the layer is called with, so it must not be changed."""
     layer = specimen.model.get_decoder().layers[0]
     batch = Batch(specimen.inputs(PROMPTS["one image"]), None, (None,))
     expected = stock(specimen, batch)["next"][0]
@@ -173,10 +173,10 @@ def test_layers_that_take_states_by_name_are_stepped_as_well(specimen: Specimen)
 def test_weights_that_cannot_be_read_are_refused(specimen: Specimen, batches: list[Batch]) -> None:
     names = specimen.family.backbone(specimen.model.config)
     mlp = specimen.model.get_decoder().layers[-1].mlp
-    stands = getattr(mlp, names.down)
-    setattr(mlp, names.down, nn.Sequential(stands))
+    down = getattr(mlp, names.down)
+    setattr(mlp, names.down, nn.Sequential(down))
     try:
         with pytest.raises(ModelError, match="expected a plain linear layer"):
             DenseWalk(specimen.model, enter(specimen.model, batches))
     finally:
-        setattr(mlp, names.down, stands)
+        setattr(mlp, names.down, down)
