@@ -7,6 +7,9 @@ with grouped KV heads: the same classes, prompt and path of visual tokens as
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -97,6 +100,20 @@ def build_processor() -> InternVLProcessor:
         image_seq_length=TILE_SIDE**2,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_processor(processor: InternVLProcessor, directory: Path) -> None:
+    """Save a processor of `build_processor`, and settings for the video half that it lacks.
+
+    Where torchvision is installed, transformers loads InternVL processors with both halves.
+    """
+    processor.save_pretrained(directory)
+    settings = json.loads((directory / "processor_config.json").read_text())["image_processor"]
+    for name in ("image_processor_type", "crop_to_patches", "min_patches", "max_patches"):
+        del settings[name]  # frames are not cut into tiles
+    settings["video_processor_type"] = "InternVLVideoProcessor"
+    path = directory / "video_preprocessor_config.json"
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def build_model(*, seed: int = 0) -> InternVLForConditionalGeneration:
