@@ -139,7 +139,7 @@ RECIPES = {
         features=_internvl_features,
         tower_batches=ticket_packing.tower_batches,
         decoder_batches=ticket_packing.decoder_batches,
-        stages=(Stage("tower", 600, 24, 2e-3, 1e-4), Stage("decoder", 1200, 16, 2e-3, 1e-5)),
+        stages=(Stage("tower", 1400, 24, 2e-3, 1e-4), Stage("decoder", 1500, 8, 2e-3, 1e-5)),
         guided=(4, 4),
     ),
 }

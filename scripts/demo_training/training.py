@@ -73,6 +73,9 @@ def answer_loss(
     """
     labels = batch["labels"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name not in _TARGETS}
+    if guided is not None:  # eager attention adds its mask, and a boolean one would hide nothing
+        hidden = ~inputs["attention_mask"]
+        inputs["attention_mask"] = hidden * torch.finfo(torch.float32).min
     output = model.model(**inputs, use_cache=False, output_attentions=guided is not None)
     asked = labels != IGNORED
     logits = model.lm_head(output.last_hidden_state[:, :-1][asked])  # (answer token, vocabulary)

@@ -25,7 +25,7 @@ from demo_training.tickets_packing import (
     places,
     token_labels,
 )
-from demo_training.training import looking_loss
+from demo_training.training import answer_loss, looking_loss
 from PIL import Image
 from transformers import AutoModelForImageTextToText, InternVLProcessor
 
@@ -180,6 +180,22 @@ def test_looking_where_one_should_costs_nothing() -> None:
     attention[0, :, 1] = torch.tensor([0, 0.5, 0.5, 0])
     loss, seen = looking_loss(attention, looked_at)
     assert seen == 1 and loss == pytest.approx(0, abs=1e-5)
+
+
+def test_guided_training_hides_what_is_to_be_answered(
+    processor: InternVLProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = build_model().eval(), next(decoder_batches(processor, 4, 0))
+    with torch.inference_mode():
+        plain, _ = answer_loss(model, batch)
+        model.set_attn_implementation({"text_config": "eager"})
+        guided, _ = answer_loss(model, batch, (4, 4))
+        assert guided > plain + 0.1
+        monkeypatch.setattr("demo_training.training._GUIDANCE", 0)
+        guided, _ = answer_loss(model, batch, (4, 4))
+        torch.testing.assert_close(guided, plain, atol=1e-4, rtol=1e-4)
+        unmasked = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+        assert abs(answer_loss(model, unmasked, (4, 4))[0] - plain) > 1e-3  # the mask matters
 
 
 def test_the_seed_fixes_the_untrained_weights() -> None:
