@@ -33,6 +33,15 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """Tells the first heads of a layer where to look: at ``target`` of the decoder's batches."""
+
+    layer: int
+    num_heads: int
+    target: str
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a demo model is built, trained and evaluated.
 
@@ -53,8 +62,7 @@ class Recipe:
         stages: The two stages.
         shifted: The task as it was not trained on: the same questions, other pictures.
         is_compiled: Whether the decoder is compiled for training, where that makes it faster.
-        guided: (layer, number of heads): the first heads of that layer learn where to look, from
-            ``looked_at`` of the decoder's batches; see `demo_training.guidance`.
+        guides: Which heads of the decoder are told in training where to look.
     """
 
     task: Task
@@ -72,7 +80,7 @@ class Recipe:
     stages: tuple[Stage, Stage]
     shifted: Task | None = None
     is_compiled: bool = False
-    guided: tuple[int, int] | None = None
+    guides: tuple[Guide, ...] = ()
 
 
 def _qwen2_vl_features(model: PreTrainedModel, images: dict[str, Tensor]) -> Tensor:
@@ -140,6 +148,6 @@ RECIPES = {
         tower_batches=ticket_packing.tower_batches,
         decoder_batches=ticket_packing.decoder_batches,
         stages=(Stage("tower", 1400, 24, 2e-3, 1e-4), Stage("decoder", 1500, 8, 2e-3, 1e-5)),
-        guided=(4, 4),
+        guides=(Guide(2, 4, "looked_at_before"), Guide(4, 4, "looked_at")),
     ),
 }

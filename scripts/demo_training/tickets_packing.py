@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -96,6 +96,14 @@ def places(ticket: Ticket, turn: Turn) -> list[Cell | None]:
     return [(line, 0 if turn.kind == "first" else len(ticket.lines[line]) - 1)]
 
 
+def places_before(ticket: Ticket, turn: Turn) -> list[Cell | None]:
+    """Say which place has to be found first, before the one that a word is read off."""
+    if turn.kind != "after":
+        return [None] * len(places(ticket, turn))
+    ((line, place),) = places(ticket, turn)
+    return [(line, place - 1)]
+
+
 def _places_read(words: list[str]) -> list[Cell | None]:
     found: list[Cell | None] = []
     line = place = 0
@@ -130,11 +138,16 @@ class Packer(RowPacker):
         self.visual = slice(3, 3 + num_visual)
 
     def targets(
-        self, tickets: Sequence[Ticket], asked: Sequence[tuple[Turn, ...]], labels: Tensor
+        self,
+        read: Callable[[Ticket, Turn], list[Cell | None]],
+        tickets: Sequence[Ticket],
+        asked: Sequence[tuple[Turn, ...]],
+        labels: Tensor,
     ) -> Tensor:
-        """Say where the visual tokens are that each answer's word is read off.
+        """Say where the visual tokens are that each answer's word depends on.
 
         Args:
+            read: `places` or `places_before`.
             tickets: one per row.
             asked: the turns that `batch` packed.
             labels: the rows' labels (row, token), of `batch`.
@@ -145,7 +158,7 @@ class Packer(RowPacker):
         found = torch.zeros(*labels.shape, labels.shape[1], dtype=torch.bool)
         for index, (ticket, turns) in enumerate(zip(tickets, asked, strict=True)):
             seen = token_labels(ticket)
-            cells = [cell for turn in turns for cell in (*places(ticket, turn), None)]
+            cells = [cell for turn in turns for cell in (*read(ticket, turn), None)]
             asking = (labels[index] != IGNORED).nonzero().flatten() - 1
             for query, cell in zip(asking.tolist(), cells, strict=False):
                 if cell is not None:
@@ -157,7 +170,7 @@ class Packer(RowPacker):
 def decoder_batches(
     processor: InternVLProcessor, batch_size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield model inputs with labels on the answers only, and `looked_at` of `Packer.targets`.
+    """Yield model inputs with labels on the answers only, and what `Packer.targets` says.
 
     Pictures of a batch have one number of tiles, so that rows need no padding between.
     """
@@ -174,5 +187,8 @@ def decoder_batches(
         num_visual = len(pixels) // batch_size * TILE_SIDE**2
         packer = packers.setdefault(num_visual, Packer(processor, num_visual))
         batch = packer.batch(asked)
-        looked_at = packer.targets(tickets, asked, batch["labels"])
-        yield {"pixel_values": pixels, **batch, "looked_at": looked_at}
+        told = {
+            "looked_at": packer.targets(places, tickets, asked, batch["labels"]),
+            "looked_at_before": packer.targets(places_before, tickets, asked, batch["labels"]),
+        }
+        yield {"pixel_values": pixels, **batch, **told}

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from demo_training.recipes import Recipe, Stage
+from demo_training.recipes import Guide, Recipe, Stage
 from demo_training.rows import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ WARMUP_STEPS = 100
 _IN_LAYER = re.compile(r"\b(layers?|blocks)\.")
 
 
-_TARGETS = ("labels", "looked_at")
 _GUIDANCE = 0.3  # weight of where to look beside what to answer
 
 
@@ -61,31 +60,32 @@ class TokenHeads(nn.Module):
 
 
 def answer_loss(
-    model: PreTrainedModel, batch: dict[str, Tensor], guided: tuple[int, int] | None = None
+    model: PreTrainedModel, batch: dict[str, Tensor], guides: Sequence[Guide] = ()
 ) -> tuple[Tensor, str]:
     """Next-token cross-entropy on answers; the text reports the share of right answer tokens.
 
     Args:
         model: What is trained; with eager attention, if it is guided.
-        batch: Its inputs with ``labels`` (row, token) and perhaps ``looked_at``
-            (row, query, key), the visual tokens that an answer's token is to be read off.
-        guided: (layer, number of heads) whose attention learns that; see `Recipe`.
+        batch: Its inputs with ``labels`` (row, token) and what the guides name (row, query, key):
+            the visual tokens that an answer's token depends on.
+        guides: Which heads learn to look at them.
     """
     labels = batch["labels"][:, 1:]
-    inputs = {name: value for name, value in batch.items() if name not in _TARGETS}
-    if guided is not None:  # eager attention adds its mask, and a boolean one would hide nothing
+    told = {"labels", *(name for name in batch if name.startswith("looked_at"))}
+    inputs = {name: value for name, value in batch.items() if name not in told}
+    if guides:  # eager attention adds its mask, and a boolean one would hide nothing
         hidden = ~inputs["attention_mask"]
         inputs["attention_mask"] = hidden * torch.finfo(torch.float32).min
-    output = model.model(**inputs, use_cache=False, output_attentions=guided is not None)
+    output = model.model(**inputs, use_cache=False, output_attentions=bool(guides))
     asked = labels != IGNORED
     logits = model.lm_head(output.last_hidden_state[:, :-1][asked])  # (answer token, vocabulary)
     right = (logits.argmax(-1) == labels[asked]).float().mean().item()
     loss, text = F.cross_entropy(logits, labels[asked]), f"answer tokens {right:.3f}"
-    if guided is None:
-        return loss, text
-    layer, num_heads = guided
-    missed, seen = looking_loss(output.attentions[layer][:, :num_heads], batch["looked_at"])
-    return loss + _GUIDANCE * missed, f"{text}, looking {seen:.3f}"
+    for guide in guides:
+        attention = output.attentions[guide.layer][:, : guide.num_heads]
+        missed, seen = looking_loss(attention, batch[guide.target])
+        loss, text = loss + _GUIDANCE * missed, f"{text}, {guide.target} {seen:.3f}"
+    return loss, text
 
 
 def looking_loss(attention: Tensor, looked_at: Tensor) -> tuple[Tensor, float]:
@@ -114,7 +114,7 @@ class Trainer:
         self.processor = recipe.build_processor()
         if recipe.is_compiled:
             self.model.get_decoder().compile()  # in place: names unchanged
-        if recipe.guided is not None:
+        if recipe.guides:
             self.model.set_attn_implementation({"text_config": "eager"})
         self.stage_name, self.step, self.seconds = "", 0, 0.0
         self.saved_optimizers: list[dict] | None = None
@@ -167,7 +167,7 @@ class Trainer:
                 yield self.heads.loss(recipe.features(self.model, images), labels)
         else:
             for batch in recipe.decoder_batches(self.processor, size, data_seed + 1_000_000):
-                yield answer_loss(self.model, batch, recipe.guided)
+                yield answer_loss(self.model, batch, recipe.guides)
 
     def _run_stage(self, stage: Stage, save_every: int) -> None:
         self.model.requires_grad_(False)

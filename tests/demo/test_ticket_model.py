@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat import user
+from demo_training.recipes import RECIPES
 from demo_training.rows import IGNORED
 from demo_training.score import answer, overall, score, table
 from demo_training.tickets_build import (
@@ -23,6 +24,7 @@ from demo_training.tickets_packing import (
     decoder_batches,
     pixel_values,
     places,
+    places_before,
     token_labels,
 )
 from demo_training.training import answer_loss, looking_loss
@@ -155,6 +157,11 @@ def test_answers_are_read_off_the_places_that_hold_them() -> None:
                     assert ticket.lines[cell[0]][cell[1]] == word
                 else:
                     assert cell is None
+            if turn.kind == "after":
+                ((line, place),) = places_before(ticket, turn)
+                assert ticket.lines[line][place] == turn.question.split()[3]
+            else:
+                assert not any(places_before(ticket, turn))
             kinds.add(turn.kind)
     assert kinds == set(KINDS)
 
@@ -186,16 +193,17 @@ def test_guided_training_hides_what_is_to_be_answered(
     processor: InternVLProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = build_model().eval(), next(decoder_batches(processor, 4, 0))
+    guides = RECIPES["internvl-tiny"].guides
     with torch.inference_mode():
         plain, _ = answer_loss(model, batch)
         model.set_attn_implementation({"text_config": "eager"})
-        guided, _ = answer_loss(model, batch, (4, 4))
+        guided, _ = answer_loss(model, batch, guides)
         assert guided > plain + 0.1
         monkeypatch.setattr("demo_training.training._GUIDANCE", 0)
-        guided, _ = answer_loss(model, batch, (4, 4))
+        guided, _ = answer_loss(model, batch, guides)
         torch.testing.assert_close(guided, plain, atol=1e-4, rtol=1e-4)
         unmasked = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
-        assert abs(answer_loss(model, unmasked, (4, 4))[0] - plain) > 1e-3  # the mask matters
+        assert abs(answer_loss(model, unmasked, guides)[0] - plain) > 1e-3  # the mask matters
 
 
 def test_the_seed_fixes_the_untrained_weights() -> None:
