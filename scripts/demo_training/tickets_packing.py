@@ -117,7 +117,7 @@ def _places_read(words: list[str]) -> list[Cell | None]:
 
 
 class Packer(RowPacker):
-    """Packs turns behind one picture's visual tokens in the form of InternVL's chat template."""
+    """Packs turns after one picture's visual tokens in the form of InternVL's chat template."""
 
     def __init__(self, processor: InternVLProcessor, num_visual: int) -> None:
         """Take the tokenizer; a packer is for pictures of one number of visual tokens."""

@@ -1,4 +1,4 @@
-"""The embedded demo: three tiny trained models, generated pictures, and questions about them."""
+"""The embedded demo: three tiny trained models, generated pictures and questions for them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SETS = (
     "tickets-large",
 )
 """Sets of pairs: scenes of shapes, grids of glyphs, tickets; no picture is in two splits of a task.
-``glyphs-shifted`` are grids unlike those of the other three, and of no split of theirs.
+``glyphs-shifted`` are grids drawn differently from the other three sets, and disjoint from them.
 ``tickets-small`` are calibration tickets in pictures of one tile, ``tickets-large`` held-out ones
 in pictures of three or four."""
 
@@ -31,10 +31,10 @@ _TASKS = {"qwen2-vl-tiny": "glyphs-", "internvl-tiny": "tickets-"}
 
 
 def demo_data(model: str, split: str) -> str:
-    """Name the demo pairs to show a model, as ``demo:SET``: those of its own task, or scenes.
+    """Name the demo pairs for a model, as ``demo:SET``: those of its own task, or scenes.
 
     Args:
-        model: What plans call the model.
+        model: The model's name in plans.
         split: ``calibration``, ``heldout`` or ``train``.
     """
     return f"demo:{_TASKS.get(model, '')}{split}"
