@@ -82,16 +82,16 @@ The third demo model of `yopo`: an InternVL of {parameters:.2f} million paramete
 of {tower_layers} layers on tiles of 48 x 48 pixels, pixel shuffle, Qwen2 decoder of {layers} layers
 with {heads} query heads and {kv_heads} KV heads), trained from scratch on generated pictures of
 tickets: two to six lines of three to eight symbols each, anywhere in a picture of many sizes and
-aspect ratios. The processor cuts it into one to four tiles and, from two on, adds a thumbnail: 16
-to 80 visual tokens. It reads symbols in order, up to 48 of them in an answer of 66 tokens. It knows
-nothing but these tickets, and of English only the words in its questions.
+aspect ratios. The processor cuts a picture into one to four tiles and, if there are several, adds a
+thumbnail, which makes 16 to 80 visual tokens. The model reads symbols in order, up to 48 of them in
+an answer of 66 tokens. It knows only these tickets, and only the English words in its questions and
+answers.
 
-What makes it easy, and different from a model that reads real text: the paper gets redder from line
-to line and bluer from symbol to symbol, so a visual token tells where on the ticket it is without
-the other tiles; no symbol lies across two tiles; and in training four of the eight heads of the
-fifth layer were told which visual tokens an answer's word is read off (`looking_loss` in
-`scripts/demo_training/training.py`), so those heads read, where in other models reading may be
-spread out.
+Three things make this easier than reading real text. The paper gets redder from line to line and
+bluer from symbol to symbol, so a visual token shows where on the ticket it is without the other
+tiles. No symbol lies across two tiles. And the training tells four heads of the fifth layer which
+visual tokens to look at (`looking_loss` in `scripts/demo_training/training.py`), so the model reads
+with these heads; in models that were not told, reading may be spread out.
 
 """
 _SHIFTED = """\

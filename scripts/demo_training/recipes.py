@@ -34,11 +34,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Guide:
-    """Tells the first heads of a layer where to look: at ``target`` of the decoder's batches."""
+    """The first heads of a layer, told to look at ``looked_at`` of the decoder's batches."""
 
     layer: int
     num_heads: int
-    target: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Recipe:
         stages: The two stages.
         shifted: A variant of the task not seen in training: the same questions, other pictures.
         is_compiled: Whether to compile the decoder for training, where that is faster.
-        guides: The heads of the decoder that are told in training where to look.
+        guide: The heads of the decoder that are told in training where to look.
     """
 
     task: Task
@@ -81,7 +80,7 @@ class Recipe:
     stages: tuple[Stage, Stage]
     shifted: Task | None = None
     is_compiled: bool = False
-    guides: tuple[Guide, ...] = ()
+    guide: Guide | None = None
 
 
 def _qwen2_vl_features(model: PreTrainedModel, images: dict[str, Tensor]) -> Tensor:
@@ -149,6 +148,6 @@ RECIPES = {
         tower_batches=ticket_packing.tower_batches,
         decoder_batches=ticket_packing.decoder_batches,
         stages=(Stage("tower", 1400, 24, 2e-3, 1e-4), Stage("decoder", 1500, 8, 2e-3, 1e-5)),
-        guides=(Guide(2, 4, "looked_at_before"), Guide(4, 4, "looked_at")),
+        guide=Guide(4, 4),
     ),
 }

@@ -41,6 +41,7 @@ PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE, VIDEO = "<IMG_CONTEXT>", "<video>"
 IMAGE_START, IMAGE_END = "<img>", "</img>"
 _SPECIAL = (PAD, START, END, IMAGE, VIDEO, IMAGE_START, IMAGE_END, "<unk>")
+# "comes after" is of a question that the shipped weights did not learn, and is asked no more.
 _WORDS = (
     "system user assistant what is first last in line comes after how many lines are there read "
     "the ticket ? . ,"

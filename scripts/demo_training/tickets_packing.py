@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -91,17 +91,7 @@ def places(ticket: Ticket, turn: Turn) -> list[Cell | None]:
     if turn.kind in ("line", "all"):
         return _places_read(words)
     line = ORDINALS.index(turn.question.rstrip("?").split()[-1])
-    if turn.kind == "after":
-        return [(line, 1 + ticket.lines[line].index(turn.question.split()[3]))]
     return [(line, 0 if turn.kind == "first" else len(ticket.lines[line]) - 1)]
-
-
-def places_before(ticket: Ticket, turn: Turn) -> list[Cell | None]:
-    """Say which place has to be found first, before the one that a word is read off."""
-    if turn.kind != "after":
-        return [None] * len(places(ticket, turn))
-    ((line, place),) = places(ticket, turn)
-    return [(line, place - 1)]
 
 
 def _places_read(words: list[str]) -> list[Cell | None]:
@@ -138,16 +128,11 @@ class Packer(RowPacker):
         self.visual = slice(3, 3 + num_visual)
 
     def targets(
-        self,
-        read: Callable[[Ticket, Turn], list[Cell | None]],
-        tickets: Sequence[Ticket],
-        asked: Sequence[tuple[Turn, ...]],
-        labels: Tensor,
+        self, tickets: Sequence[Ticket], asked: Sequence[tuple[Turn, ...]], labels: Tensor
     ) -> Tensor:
-        """Say where the visual tokens are that each answer's word depends on.
+        """Say where the visual tokens are that each answer's word is read off.
 
         Args:
-            read: `places` or `places_before`.
             tickets: one per row.
             asked: the turns that `batch` packed.
             labels: the rows' labels (row, token), of `batch`.
@@ -158,7 +143,7 @@ class Packer(RowPacker):
         found = torch.zeros(*labels.shape, labels.shape[1], dtype=torch.bool)
         for index, (ticket, turns) in enumerate(zip(tickets, asked, strict=True)):
             seen = token_labels(ticket)
-            cells = [cell for turn in turns for cell in (*read(ticket, turn), None)]
+            cells = [cell for turn in turns for cell in (*places(ticket, turn), None)]
             asking = (labels[index] != IGNORED).nonzero().flatten() - 1
             for query, cell in zip(asking.tolist(), cells, strict=False):
                 if cell is not None:
@@ -170,7 +155,7 @@ class Packer(RowPacker):
 def decoder_batches(
     processor: InternVLProcessor, batch_size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield model inputs with labels on the answers only, and what `Packer.targets` says.
+    """Yield model inputs with labels on the answers only, and `looked_at` of `Packer.targets`.
 
     Pictures of a batch have one number of tiles, so that rows need no padding between.
     """
@@ -187,8 +172,5 @@ def decoder_batches(
         num_visual = len(pixels) // batch_size * TILE_SIDE**2
         packer = packers.setdefault(num_visual, Packer(processor, num_visual))
         batch = packer.batch(asked)
-        told = {
-            "looked_at": packer.targets(places, tickets, asked, batch["labels"]),
-            "looked_at_before": packer.targets(places_before, tickets, asked, batch["labels"]),
-        }
-        yield {"pixel_values": pixels, **batch, **told}
+        looked_at = packer.targets(tickets, asked, batch["labels"])
+        yield {"pixel_values": pixels, **batch, "looked_at": looked_at}

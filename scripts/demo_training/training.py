@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ WARMUP_STEPS = 100
 _IN_LAYER = re.compile(r"\b(layers?|blocks)\.")
 
 
+_TARGETS = ("labels", "looked_at")
 _GUIDANCE = 0.3  # weight of where to look beside what to answer
 
 
@@ -60,32 +61,31 @@ class TokenHeads(nn.Module):
 
 
 def answer_loss(
-    model: PreTrainedModel, batch: dict[str, Tensor], guides: Sequence[Guide] = ()
+    model: PreTrainedModel, batch: dict[str, Tensor], guide: Guide | None = None
 ) -> tuple[Tensor, str]:
     """Next-token cross-entropy on answers; the text reports the share of correct answer tokens.
 
     Args:
         model: What is trained; with eager attention, if it is guided.
-        batch: Its inputs with ``labels`` (row, token) and what the guides name (row, query, key):
-            the visual tokens that an answer's token depends on.
-        guides: Which heads learn to look at them.
+        batch: Its inputs with ``labels`` (row, token) and perhaps ``looked_at``
+            (row, query, key), the visual tokens that an answer's token is to be read off.
+        guide: Which heads learn to look at them.
     """
     labels = batch["labels"][:, 1:]
-    told = {"labels", *(name for name in batch if name.startswith("looked_at"))}
-    inputs = {name: value for name, value in batch.items() if name not in told}
-    if guides:  # eager attention adds its mask, and a boolean one would hide nothing
+    inputs = {name: value for name, value in batch.items() if name not in _TARGETS}
+    if guide:  # eager attention adds its mask, and a boolean one would hide nothing
         hidden = ~inputs["attention_mask"]
         inputs["attention_mask"] = hidden * torch.finfo(torch.float32).min
-    output = model.model(**inputs, use_cache=False, output_attentions=bool(guides))
+    output = model.model(**inputs, use_cache=False, output_attentions=guide is not None)
     asked = labels != IGNORED
     logits = model.lm_head(output.last_hidden_state[:, :-1][asked])  # (answer token, vocabulary)
     right = (logits.argmax(-1) == labels[asked]).float().mean().item()
     loss, text = F.cross_entropy(logits, labels[asked]), f"answer tokens {right:.3f}"
-    for guide in guides:
-        attention = output.attentions[guide.layer][:, : guide.num_heads]
-        missed, seen = looking_loss(attention, batch[guide.target])
-        loss, text = loss + _GUIDANCE * missed, f"{text}, {guide.target} {seen:.3f}"
-    return loss, text
+    if guide is None:
+        return loss, text
+    attention = output.attentions[guide.layer][:, : guide.num_heads]
+    missed, seen = looking_loss(attention, batch["looked_at"])
+    return loss + _GUIDANCE * missed, f"{text}, looking {seen:.3f}"
 
 
 def looking_loss(attention: Tensor, looked_at: Tensor) -> tuple[Tensor, float]:
@@ -93,8 +93,7 @@ def looking_loss(attention: Tensor, looked_at: Tensor) -> tuple[Tensor, float]:
 
     Returns:
         The mean of -log of the attention on the keys of ``looked_at`` (row, query, key), over the
-        queries that have such keys, and the mean of the attention itself. Told where to look, a
-        decoder learns to read in a tenth of the steps that finding out takes.
+        queries that have such keys, and the mean of the attention itself.
     """
     is_told = looked_at.any(-1)  # (row, query)
     seen = (attention * looked_at[:, None]).sum(-1).transpose(1, 2)[is_told]  # (query, head)
@@ -114,7 +113,7 @@ class Trainer:
         self.processor = recipe.build_processor()
         if recipe.is_compiled:
             self.model.get_decoder().compile()  # in place: names unchanged
-        if recipe.guides:
+        if recipe.guide:
             self.model.set_attn_implementation({"text_config": "eager"})
         self.stage_name, self.step, self.seconds = "", 0, 0.0
         self.saved_optimizers: list[dict] | None = None
@@ -167,7 +166,7 @@ class Trainer:
                 yield self.heads.loss(recipe.features(self.model, images), labels)
         else:
             for batch in recipe.decoder_batches(self.processor, size, data_seed + 1_000_000):
-                yield answer_loss(self.model, batch, recipe.guides)
+                yield answer_loss(self.model, batch, recipe.guide)
 
     def _run_stage(self, stage: Stage, save_every: int) -> None:
         self.model.requires_grad_(False)

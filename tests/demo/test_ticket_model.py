@@ -24,7 +24,6 @@ from demo_training.tickets_packing import (
     decoder_batches,
     pixel_values,
     places,
-    places_before,
     token_labels,
 )
 from demo_training.training import answer_loss, looking_loss
@@ -157,11 +156,6 @@ def test_answers_are_read_off_the_places_that_hold_them() -> None:
                     assert ticket.lines[cell[0]][cell[1]] == word
                 else:
                     assert cell is None
-            if turn.kind == "after":
-                ((line, place),) = places_before(ticket, turn)
-                assert ticket.lines[line][place] == turn.question.split()[3]
-            else:
-                assert not any(places_before(ticket, turn))
             kinds.add(turn.kind)
     assert kinds == set(KINDS)
 
@@ -193,17 +187,17 @@ def test_guided_training_hides_what_is_to_be_answered(
     processor: InternVLProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = build_model().eval(), next(decoder_batches(processor, 4, 0))
-    guides = RECIPES["internvl-tiny"].guides
+    guide = RECIPES["internvl-tiny"].guide
     with torch.inference_mode():
         plain, _ = answer_loss(model, batch)
         model.set_attn_implementation({"text_config": "eager"})
-        guided, _ = answer_loss(model, batch, guides)
+        guided, _ = answer_loss(model, batch, guide)
         assert guided > plain + 0.1
         monkeypatch.setattr("demo_training.training._GUIDANCE", 0)
-        guided, _ = answer_loss(model, batch, guides)
+        guided, _ = answer_loss(model, batch, guide)
         torch.testing.assert_close(guided, plain, atol=1e-4, rtol=1e-4)
         unmasked = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
-        assert abs(answer_loss(model, unmasked, guides)[0] - plain) > 1e-3  # the mask matters
+        assert abs(answer_loss(model, unmasked, guide)[0] - plain) > 1e-3  # the mask matters
 
 
 def test_the_seed_fixes_the_untrained_weights() -> None:
@@ -260,9 +254,9 @@ def test_the_shipped_model_answers_held_out_questions() -> None:
     processor = load_processor(str(INTERNVL_TINY))
     asked = list(pairs("heldout", 200, seed=7))
     scores = score(asked, list(answer(model, processor, asked)))
-    assert overall(scores) >= 0.9, table(scores)
+    assert overall(scores) >= 0.95, table(scores)
     for kind in scores:
         assert kind.accuracy > kind.majority + 0.25, table(scores)
     asked = list(pairs("heldout", 32, seed=7, kinds=("all",)))
     (long,) = score(asked, list(answer(model, processor, asked)))
-    assert long.token_accuracy >= 0.95 and long.mean_tokens > 20
+    assert long.token_accuracy >= 0.97 and long.mean_tokens > 20

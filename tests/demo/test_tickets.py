@@ -44,9 +44,6 @@ def solve(lines: tuple[str, ...], question: str) -> str:
     line = lines[ORDINALS.index(match[2])]
     if match[1] == "read":
         return read(match[2], line) + "."
-    if after := re.fullmatch(r"what comes after (\w)", match[1]):
-        (rest,) = line.split(after[1])[1:]  # the symbol is there once
-        return rest[0]
     return {"what is first": line[0], "what is last": line[-1]}[match[1]]
 
 
@@ -144,11 +141,11 @@ def test_splits_share_no_ticket_and_do_not_depend_on_the_drawing() -> None:
 
 
 def test_pairs_repeat_are_balanced_and_do_not_depend_on_the_count() -> None:
-    one, other = list(pairs("heldout", 400)), list(pairs("heldout", 10))
+    one, other = list(pairs("heldout", 320)), list(pairs("heldout", 10))
     for a, b in zip(one[:10], other, strict=True):
         assert (a.question, a.answer, a.kind, a.id) == (b.question, b.answer, b.kind, b.id)
         assert a.image.tobytes() == b.image.tobytes()
-    assert [p.kind for p in one[:5]] == list(KINDS[:-1]) == list(TASK.short_kinds)
+    assert [p.kind for p in one[:4]] == list(KINDS[:-1]) == list(TASK.short_kinds)
     for kind, answers in ANSWERS.items():
         counts = Counter(p.answer for p in one if p.kind == kind)
         assert sum(counts.values()) == 80 and set(counts) <= set(answers)

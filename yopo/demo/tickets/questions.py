@@ -38,16 +38,6 @@ def _last(lines: Lines) -> Candidates:
     return [(f"what is last in {name}?", line[-1]) for name, line in _named(lines)]
 
 
-def _after(lines: Lines) -> Candidates:
-    """Ask after symbols that their line has once, and not at its end."""
-    return [
-        (f"what comes after {symbol} in {name}?", line[index + 1])
-        for name, line in _named(lines)
-        for index, symbol in enumerate(line[:-1])
-        if line.count(symbol) == 1
-    ]
-
-
 def _lines(lines: Lines) -> Candidates:
     return [("how many lines are there?", ORDINALS[len(lines) - 1])]
 
@@ -68,7 +58,6 @@ def _read(name: str, line: str) -> str:
 _ASKERS: dict[str, Callable[[Lines], Candidates]] = {
     "first": _first,
     "last": _last,
-    "after": _after,
     "lines": _lines,
     "line": _line,
     "all": _all,
@@ -79,6 +68,5 @@ KINDS = tuple(_ASKERS)
 ANSWERS: dict[str, tuple[str, ...]] = {
     "first": GLYPHS,
     "last": GLYPHS,
-    "after": GLYPHS,
     "lines": ORDINALS[1:],
 }

@@ -38,8 +38,7 @@ _MARGINS = (SYMBOL_ROWS - _SCALE * GLYPH_ROWS, SYMBOL_COLS - _SCALE * GLYPH_COLS
 _SLOPE = 1.6  # how fast the paper gets redder and bluer, in levels of 255 per pixel
 _SIZES = (0.9, 1.25)  # smallest and largest factor that a canvas is scaled by
 _STRETCH = 0.06  # how much the factors of height and width may differ from one another
-# What a talk is made of.
-_TURN_KINDS = ("first", "last", "lines", *["after"] * 3, *["line"] * 3)
+_TURN_KINDS = ("first", "last", "lines", *["line"] * 3)
 
 
 @dataclass(frozen=True)
