@@ -87,13 +87,13 @@ def test_the_demo_models_table_matches_its_card() -> None:
     assert table[table.index("| kind |") :].strip() in SCRIPTS
 
 
-def test_the_second_demo_models_figures_match_its_card() -> None:
-    about = card("qwen2_vl_tiny")
-    about = about[: about.index("## Other pictures")]
+@pytest.mark.parametrize(("folder", "kind"), [("qwen2_vl_tiny", "grid"), ("internvl_tiny", "all")])
+def test_the_other_demo_models_figures_match_their_cards(folder: str, kind: str) -> None:
+    about, _, _ = card(folder).partition("## Other pictures")
     (short,) = re.findall(r"all short answers\*\* \| \d+ \| \*\*([\d.]+)%", about)
-    (grid,) = re.findall(r"^\| grid \| \d+ \| ([\d.]+)%", about, re.M)
+    (long,) = re.findall(rf"^\| {kind} \| \d+ \| ([\d.]+)%", about, re.M)
     text = " ".join(SCRIPTS.split())
-    assert f"{short} % of held-out short questions, and {grid} % of the requests" in text
+    assert f"{short} % of held-out short questions, and {long} % of the requests" in text
 
 
 def test_the_headline_figures_are_in_the_tables() -> None:

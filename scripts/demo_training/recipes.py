@@ -13,9 +13,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 from demo_training import build, packing
 from demo_training import glyphs_build as glyph_build
 from demo_training import glyphs_packing as glyph_packing
-from yopo.demo import LLAVA_TINY, QWEN2_VL_TINY, scenes
+from demo_training import tickets_build as ticket_build
+from demo_training import tickets_packing as ticket_packing
+from yopo.demo import INTERNVL_TINY, LLAVA_TINY, QWEN2_VL_TINY, scenes
 from yopo.demo.glyphs import grids
 from yopo.demo.task import Task
+from yopo.demo.tickets import tickets
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,14 @@ class Stage:
     batch_size: int
     learning_rate: float
     final_rate: float
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The first heads of a layer, told to look at ``looked_at`` of the decoder's batches."""
+
+    layer: int
+    num_heads: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Recipe:
         stages: The two stages.
         shifted: A variant of the task not seen in training: the same questions, other pictures.
         is_compiled: Whether to compile the decoder for training, where that is faster.
+        guide: The heads of the decoder that are told in training where to look.
     """
 
     task: Task
@@ -68,12 +80,19 @@ class Recipe:
     stages: tuple[Stage, Stage]
     shifted: Task | None = None
     is_compiled: bool = False
+    guide: Guide | None = None
 
 
 def _qwen2_vl_features(model: PreTrainedModel, images: dict[str, Tensor]) -> Tensor:
     sizes = images["image_grid_thw"]
     merged = model.model.visual(images["pixel_values"], grid_thw=sizes).pooler_output
     return merged.unflatten(0, (len(sizes), -1))
+
+
+def _internvl_features(model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    return model.model.get_image_features(
+        pixels, vision_feature_layer=-1, vision_feature_select_strategy="default"
+    ).pooler_output
 
 
 RECIPES = {
@@ -112,5 +131,23 @@ RECIPES = {
         tower_batches=glyph_packing.tower_batches,
         decoder_batches=glyph_packing.decoder_batches,
         stages=(Stage("tower", 1000, 32, 2e-3, 1e-4), Stage("decoder", 2400, 16, 1e-3, 1e-5)),
+    ),
+    "internvl-tiny": Recipe(
+        task=tickets.TASK,
+        home=INTERNVL_TINY,
+        build_model=ticket_build.build_model,
+        build_processor=ticket_build.build_processor,
+        save_processor=ticket_build.save_processor,
+        width=ticket_build.HIDDEN_SIZE,
+        labels=ticket_packing.LABELS,
+        tower=lambda model: nn.ModuleList(
+            [model.model.vision_tower, model.model.multi_modal_projector]
+        ),
+        after_tower=lambda model: [model.model.language_model, model.lm_head],
+        features=_internvl_features,
+        tower_batches=ticket_packing.tower_batches,
+        decoder_batches=ticket_packing.decoder_batches,
+        stages=(Stage("tower", 1400, 24, 2e-3, 1e-4), Stage("decoder", 1500, 8, 2e-3, 1e-5)),
+        guide=Guide(4, 4),
     ),
 }

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.demo.task import DemoPair
 
-_LONG_KINDS = ("description", "grid")
+_LONG_KINDS = ("description", "grid", "all")
 
 
 @dataclass(frozen=True)

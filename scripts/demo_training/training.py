@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from demo_training.recipes import Recipe, Stage
+from demo_training.recipes import Guide, Recipe, Stage
 from demo_training.rows import IGNORED
 
 logger = logging.getLogger(__name__)
 
 WARMUP_STEPS = 100
+_IN_LAYER = re.compile(r"\b(layers?|blocks)\.")
+
+
+_TARGETS = ("labels", "looked_at")
+_GUIDANCE = 0.3  # weight of where to look beside what to answer
 
 
 class TokenHeads(nn.Module):
@@ -54,15 +60,44 @@ class TokenHeads(nn.Module):
         return sum(losses), " ".join(f"{name} {value:.3f}" for name, value in pairs)
 
 
-def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, str]:
-    """Next-token cross-entropy on answers; the text reports the share of correct answer tokens."""
+def answer_loss(
+    model: PreTrainedModel, batch: dict[str, Tensor], guide: Guide | None = None
+) -> tuple[Tensor, str]:
+    """Next-token cross-entropy on answers; the text reports the share of correct answer tokens.
+
+    Args:
+        model: What is trained; with eager attention, if it is guided.
+        batch: Its inputs with ``labels`` (row, token) and perhaps ``looked_at``
+            (row, query, key), the visual tokens that an answer's token is to be read off.
+        guide: Which heads learn to look at them.
+    """
     labels = batch["labels"][:, 1:]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    inputs = {name: value for name, value in batch.items() if name not in _TARGETS}
+    if guide:  # eager attention adds its mask, and a boolean one would hide nothing
+        hidden = ~inputs["attention_mask"]
+        inputs["attention_mask"] = hidden * torch.finfo(torch.float32).min
+    output = model.model(**inputs, use_cache=False, output_attentions=guide is not None)
     asked = labels != IGNORED
-    logits = model.lm_head(hidden[asked])  # (answer token, vocabulary)
+    logits = model.lm_head(output.last_hidden_state[:, :-1][asked])  # (answer token, vocabulary)
     right = (logits.argmax(-1) == labels[asked]).float().mean().item()
-    return F.cross_entropy(logits, labels[asked]), f"answer tokens {right:.3f}"
+    loss, text = F.cross_entropy(logits, labels[asked]), f"answer tokens {right:.3f}"
+    if guide is None:
+        return loss, text
+    attention = output.attentions[guide.layer][:, : guide.num_heads]
+    missed, seen = looking_loss(attention, batch["looked_at"])
+    return loss + _GUIDANCE * missed, f"{text}, looking {seen:.3f}"
+
+
+def looking_loss(attention: Tensor, looked_at: Tensor) -> tuple[Tensor, float]:
+    """How far attention (row, head, query, key) is from where it should look.
+
+    Returns:
+        The mean of -log of the attention on the keys of ``looked_at`` (row, query, key), over the
+        queries that have such keys, and the mean of the attention itself.
+    """
+    is_told = looked_at.any(-1)  # (row, query)
+    seen = (attention * looked_at[:, None]).sum(-1).transpose(1, 2)[is_told]  # (query, head)
+    return -(seen + 1e-6).log().mean(), seen.mean().item()
 
 
 class Trainer:
@@ -78,6 +113,8 @@ class Trainer:
         self.processor = recipe.build_processor()
         if recipe.is_compiled:
             self.model.get_decoder().compile()  # in place: names unchanged
+        if recipe.guide:
+            self.model.set_attn_implementation({"text_config": "eager"})
         self.stage_name, self.step, self.seconds = "", 0, 0.0
         self.saved_optimizers: list[dict] | None = None
 
@@ -129,7 +166,7 @@ class Trainer:
                 yield self.heads.loss(recipe.features(self.model, images), labels)
         else:
             for batch in recipe.decoder_batches(self.processor, size, data_seed + 1_000_000):
-                yield answer_loss(self.model, batch)
+                yield answer_loss(self.model, batch, recipe.guide)
 
     def _run_stage(self, stage: Stage, save_every: int) -> None:
         self.model.requires_grad_(False)
@@ -166,7 +203,7 @@ def make_optimizers(modules: list[nn.Module]) -> list[torch.optim.Optimizer]:
     Muon costs more per step but needs fewer steps, which pays off on a CPU.
     """
     named = [(name, p) for module in modules for name, p in module.named_parameters()]
-    matrices = [p for name, p in named if p.ndim == 2 and ("layers." in name or "blocks." in name)]
+    matrices = [p for name, p in named if p.ndim == 2 and _IN_LAYER.search(name)]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     adam = torch.optim.AdamW([{"params": rest, "scale": 1.0}], betas=(0.9, 0.98), weight_decay=0.01)

@@ -51,6 +51,7 @@ def test_models_are_shown_their_own_task() -> None:
     assert demo_data("llava-tiny", "calibration") == "demo:calibration"
     assert demo_data("llava-1.5-7b", "heldout") == "demo:heldout"
     assert demo_data("qwen2-vl-tiny", "heldout") == "demo:glyphs-heldout"
+    assert demo_data("internvl-tiny", "calibration") == "demo:tickets-calibration"
 
 
 def test_files_hold_the_generated_pairs(tmp_path: Path) -> None:

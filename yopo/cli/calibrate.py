@@ -47,7 +47,9 @@ def _named(output: str, budget: float | None) -> str:
 
 @click.command(cls=Command)
 @click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
-@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration, or glyphs]")
+@click.option(
+    "--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration, or the model's task]"
+)
 @run_options
 @request_options
 @click.option(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("target")
-@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:heldout, or glyphs]")
+@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:heldout, or the model's task]")
 @run_options
 @click.option("--model", help="The dense model, if not where the plan says.")
 @click.option(

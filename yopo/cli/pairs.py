@@ -20,7 +20,7 @@ from yopo.support.scratch import Scratch, report_leftovers
     type=click.Choice(SETS),
     default="heldout",
     show_default=True,
-    help="Scenes of shapes, or grids of glyphs; no image is in two splits.",
+    help="Scenes of shapes, grids of glyphs, or tickets; no image is in two splits.",
 )
 @click.option(
     "--count", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Pairs."

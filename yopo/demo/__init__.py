@@ -1,10 +1,11 @@
-"""The embedded demo: two tiny trained models, and generated pictures with questions for them."""
+"""The embedded demo: three tiny trained models, generated pictures and questions for them."""
 
 from pathlib import Path
 
 # Any from_pretrained takes these directories.
 LLAVA_TINY = Path(__file__).parent / "llava_tiny"
 QWEN2_VL_TINY = Path(__file__).parent / "qwen2_vl_tiny"
+INTERNVL_TINY = Path(__file__).parent / "internvl_tiny"
 
 SETS = (
     "calibration",
@@ -14,11 +15,19 @@ SETS = (
     "glyphs-heldout",
     "glyphs-train",
     "glyphs-shifted",
+    "tickets-calibration",
+    "tickets-heldout",
+    "tickets-train",
+    "tickets-small",
+    "tickets-large",
 )
-"""Sets of pairs: scenes of shapes, then grids of glyphs; no picture is in two splits of a task.
-``glyphs-shifted`` are grids drawn differently from the other three sets, and disjoint from them."""
+"""Sets of pairs: scenes of shapes, grids of glyphs, tickets; no picture is in two splits of a task.
+``glyphs-shifted`` are grids drawn differently from the other three sets, and disjoint from them.
+``tickets-small`` are calibration tickets in pictures of one tile, ``tickets-large`` held-out ones
+in pictures of three or four."""
 
-_GLYPH_READERS = ("qwen2-vl-tiny",)
+_TASKS = {"qwen2-vl-tiny": "glyphs-", "internvl-tiny": "tickets-"}
+"""Model -> what the sets of its own task are called before the split."""
 
 
 def demo_data(model: str, split: str) -> str:
@@ -28,4 +37,4 @@ def demo_data(model: str, split: str) -> str:
         model: The model's name in plans.
         split: ``calibration``, ``heldout`` or ``train``.
     """
-    return f"demo:glyphs-{split}" if model in _GLYPH_READERS else f"demo:{split}"
+    return f"demo:{_TASKS.get(model, '')}{split}"

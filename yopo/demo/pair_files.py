@@ -9,10 +9,19 @@ from pathlib import Path
 from yopo.demo import SETS
 from yopo.demo.glyphs import grids
 from yopo.demo.scenes import TASK
-from yopo.demo.task import DemoPair
+from yopo.demo.task import DemoPair, Task
+from yopo.demo.tickets import tickets
 
 PAIRS_NAME = "pairs.jsonl"
 IMAGES_NAME = "images"
+
+_TASKS: dict[str, Task] = {"": TASK, "glyphs-": grids.TASK, "tickets-": tickets.TASK}
+_OTHERS: dict[str, tuple[Task, str]] = {
+    "glyphs-shifted": (grids.SHIFTED, "heldout"),
+    "tickets-small": (tickets.SMALL, "calibration"),
+    "tickets-large": (tickets.LARGE, "heldout"),
+}
+"""Sets that are not named after their split: whose pictures they are, and of which split."""
 
 
 def pairs_of(
@@ -31,10 +40,9 @@ def pairs_of(
     """
     if name not in SETS:
         raise ValueError(f"name must be one of {', '.join(SETS)}; got {name!r}")
-    if name == "glyphs-shifted":
-        return grids.SHIFTED.pairs("heldout", count, seed=seed, kinds=kinds)
-    task = grids.TASK if name.startswith("glyphs-") else TASK
-    return task.pairs(name.removeprefix("glyphs-"), count, seed=seed, kinds=kinds)
+    prefix, dash, split = name.rpartition("-")
+    task, split = _OTHERS.get(name) or (_TASKS[prefix + dash], split)
+    return task.pairs(split, count, seed=seed, kinds=kinds)
 
 
 def write_pairs(

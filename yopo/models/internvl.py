@@ -50,6 +50,7 @@ INTERNVL = Family(
         "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
         "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
         "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+        "internvl-tiny": "package:demo/internvl_tiny",
     },
     grids_of=grids_of,
     originals=("internvl_chat",),

@@ -1,0 +1,1 @@
+"""The third demo task: tickets of a few lines of symbols, in pictures of many sizes."""
