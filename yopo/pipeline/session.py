@@ -17,6 +17,7 @@ from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
 from yopo.data.pairs import Pairs
 from yopo.data.prompts import Batch, batches, encode_for
+from yopo.data.sizes import in_sizes
 from yopo.data.sources import open_pairs
 from yopo.data.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
 from yopo.demo import demo_data
@@ -30,6 +31,7 @@ from yopo.evaluation.fidelity import (
 from yopo.fitting.fitter import Fitter
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.sizes import note_if_one_size
 from yopo.pipeline.tail import tail_of
 from yopo.pipeline.tolerance import (
     Agreement,
@@ -102,7 +104,7 @@ class CalibrationSession:
         self.options, self.fit_options = options, fit_options
         handle = ModelHandle(model, processor, options)
         self.processor = handle.processor
-        self._pairs = open_demo_or(options, handle.name, "calibration")
+        self._pairs = in_sizes(open_demo_or(options, handle.name, "calibration"), fit_options.grids)
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,
@@ -114,7 +116,10 @@ class CalibrationSession:
             raise _too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
         self.model = handle.model
-        about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
+        about: dict[str, object] = {"yopo": __version__, "pairs": self._pairs.name}
+        about["seed"] = options.seed
+        if set(fit_options.grids) != {1}:
+            about["grids"] = list(fit_options.grids)
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
         self.statistics = measure(
@@ -127,6 +132,7 @@ class CalibrationSession:
             queries=fit_options.queries,
             provenance=about,
         )
+        note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self.fitter = Fitter(self.model, self._encoded)
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 
@@ -256,7 +262,9 @@ class CalibrationSession:
         plan = full_plan(statistics.model, statistics.workload)
         provenance = {"yopo": __version__, **statistics.provenance}
         provenance |= {"template": "everything is kept", "split": self.split.summary}
-        plan = replace(plan, measured=statistics.measured, provenance=provenance)
+        plan = replace(
+            plan, measured=statistics.measured, extent=statistics.extent, provenance=provenance
+        )
         return Calibrated(plan, statistics)
 
     def _compare(self, plan: PruningPlan, records: list[Recorded]) -> Fidelity:
