@@ -36,7 +36,7 @@ SHAPE = {"head_ratio": 0.25, "neuron_ratio": 0.05, "visual_layers": 2, "radius":
 
 
 class Collate:
-    """Pairs to a batch whose labels are the answers."""
+    """Turns pairs into a batch whose labels are the answers."""
 
     def __init__(self, processor: ProcessorMixin):
         self.processor = processor
