@@ -164,7 +164,7 @@ class Study:
             "agreement": kept.fidelity.agreement,
             "kl": kept.fidelity.kl,
         }
-        kinds = {kind: asdict(each) for kind, each in kept.by_kind.items()}
+        kinds = {kind: asdict(each.accuracy) for kind, each in kept.by_kind.items()}
         self.results.add(key, {"summary": summary, "kinds": kinds, "pairs": kept.pairs})
 
     def plan(self, key: dict, session: CalibrationSession, make: Callable[[], PruningPlan]) -> None:

@@ -90,7 +90,7 @@ def test_baselines_answer_the_demo_pairs() -> None:
     whole = measure(lambda: baseline(model, Downsampling()))
     assert whole.pairs == whole.same_answers == 48
     assert whole.accuracy.dense == whole.accuracy.pruned > 40
-    assert sum(each.total for each in whole.by_kind.values()) == 48
+    assert sum(each.accuracy.total for each in whole.by_kind.values()) == 48
     blind = measure(lambda: baseline(model, TokenWithdrawal(0)))
     assert blind.accuracy.dense == whole.accuracy.dense
     assert blind.accuracy.pruned < 0.8 * whole.accuracy.dense

@@ -10,6 +10,8 @@ import statistics_maker
 import torch
 
 from yopo.calibration.statistics import MAX_DISTANCE, load_statistics
+from yopo.plans.extent import Extent
+from yopo.plans.grid import Grid
 from yopo.support.errors import DataError
 
 
@@ -102,3 +104,18 @@ def test_other_safetensors_files_are_refused_as_statistics(tmp_path: Path) -> No
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="holds no yopo statistics"):
         load_statistics(tmp_path / "other.safetensors")
+
+
+def test_the_extent_is_kept_and_merged(statistics, tmp_path: Path) -> None:
+    one = replace(statistics, extent=Extent(Grid(4, 4), Grid(8, 8), 1))
+    other = replace(statistics, extent=Extent(Grid(6, 6), Grid(9, 8), 3))
+    assert one.merge(other).extent == Extent(Grid(4, 4), Grid(9, 8), 3)
+    assert one.merge(statistics).extent is None  # of one half nothing is known
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(one.to_bytes())
+    assert load_statistics(path).extent == one.extent
+    path.write_bytes(statistics.to_bytes())  # as former versions wrote them
+    assert load_statistics(path).extent is None
+    path.write_bytes(replace(one, extent=Extent(Grid(4, 4), Grid(0, 8), 1)).to_bytes())
+    with pytest.raises(DataError, match="calibrated must hold positive sizes"):
+        load_statistics(path)

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from yopo.data.split import MIN_SIDE
-from yopo.evaluation.fidelity import Fidelity
+from yopo.evaluation.fidelity import Fidelity, kinds_of_records
 from yopo.pipeline import session as module
 from yopo.pipeline.commands import calibrate
 from yopo.pipeline.session import Calibrated, CalibrationSession, FitOptions, RunOptions
+from yopo.pipeline.tolerance import MAX_HOLDOUT, Agreement
 from yopo.planning.request import BudgetRequest, PaperRequest, PlanRequest, ToleranceRequest
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import plan_files
@@ -54,7 +55,7 @@ def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "measure", spy("measured", module.measure))
     monkeypatch.setattr(module, "encode_for", spy("encoded", module.encode_for))
     monkeypatch.setattr(module, "record_dense", spy("answered", module.record_dense))
-    session = CalibrationSession(MODEL, options(40), FitOptions(fit_pairs=8), needs_holdout=True)
+    session = CalibrationSession(MODEL, options(40), FitOptions(fit_pairs=8), holdout=MAX_HOLDOUT)
     assert not seen["answered"]
     made = session.make(BudgetRequest(0.3, compensation="refit"))
     judged = set(seen["answered"])
@@ -73,7 +74,7 @@ def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -
 def session() -> CalibrationSession:
     """A session with a holdout, on as few pairs as possible."""
     fit_options = FitOptions(fit_pairs=8)
-    return CalibrationSession(MODEL, options(3 * MIN_SIDE), fit_options, needs_holdout=True)
+    return CalibrationSession(MODEL, options(3 * MIN_SIDE), fit_options, holdout=MAX_HOLDOUT)
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.02])
@@ -81,13 +82,19 @@ def test_a_tolerance_is_met_and_used_up(
     session: CalibrationSession, monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
     """Smaller budgets are made to disagree more: 0.004 over the budget."""
-    monkeypatch.setattr(session, "agreement", lambda plan: 1 - 0.004 / plan.budget.reached)
+
+    def agreement(plan: PruningPlan, measure: str) -> Agreement:
+        assert measure == "tokens"
+        return Agreement(round(10**6 * (1 - 0.004 / plan.budget.reached)), 10**6)
+
+    monkeypatch.setattr(session, "agreement", agreement)
     made = session.make(ToleranceRequest(tolerance))
     least = 0.004 / tolerance
     assert least <= made.plan.budget.reached < 1.25 * least
-    agreement = pytest.approx(1 - 0.004 / made.plan.budget.reached, abs=1e-6)
-    said = {"asked": tolerance, "agreement": agreement, "pairs": MIN_SIDE}
-    assert made.plan.provenance["tolerance"] == said
+    said = made.plan.provenance["tolerance"]
+    assert said["agreement"] == pytest.approx(1 - 0.004 / made.plan.budget.reached, abs=1e-6)
+    assert (said["asked"], said["on"], said["pairs"]) == (tolerance, "tokens", MIN_SIDE)
+    assert said["trials"] == 10**6 and 0 < said["error_bound"] - (1 - said["agreement"]) < 1e-3
     assert made.plan.compensation == "refit" and made.plan.tensors.refit
 
 
@@ -113,7 +120,40 @@ def test_a_plan_within_a_tolerance_agrees_within_it(
     best = min([1.0, *(each.budget.reached for each in within)])
     assert made.plan.budget.reached == best
     assert usual(made.plan, session._holdout).agreement >= 1 - tolerance
+    assert about["error_bound"] > tolerance  # so few tokens prove no more
     assert about["agreement"] >= 1 - tolerance
+
+
+def test_whole_answers_as_the_measure_and_what_few_of_them_prove(
+    session: CalibrationSession, capsys: pytest.CaptureFixture
+) -> None:
+    made = session.make(ToleranceRequest(0.35, tolerance_on="answers"))
+    said = made.plan.provenance["tolerance"]
+    assert said["on"] == "answers" and said["trials"] == said["pairs"] == MIN_SIDE
+    whole = round(said["agreement"] * MIN_SIDE)
+    assert whole >= 0.65 * MIN_SIDE
+    assert session.agreement(made.plan, "answers") == Agreement(whole, MIN_SIDE)
+    errors = capsys.readouterr().err
+    assert "cannot support" not in errors
+    session.make(ToleranceRequest(0.2, tolerance_on="answers"))
+    errors = capsys.readouterr().err
+    assert "warning: 8 holdout answers cannot support a tolerance of 20.00%" in errors
+    assert "the error may still be 31.2%" in errors
+    assert "It takes 14 holdout pairs, a quarter of 56" in errors
+
+
+def test_candidates_say_what_their_mean_hides(session: CalibrationSession) -> None:
+    made = session.make(BudgetRequest(0.1))
+    table = made.plan.provenance["candidates"]
+    assert len(table) == len(made.candidates) > 5
+    kinds = kinds_of_records(session._comparison)
+    for entry, candidate in zip(table, made.candidates, strict=True):
+        found = session._compare(candidate.plan, session._comparison)
+        parts = found.split(kinds)
+        assert entry["whole_answers"] == found.whole_answers / MIN_SIDE
+        assert entry["worst_kl"] == pytest.approx(parts[entry["worst_kind"]].kl, rel=1e-3)
+        assert entry["worst_kl"] == pytest.approx(max(each.kl for each in parts.values()), rel=1e-3)
+        assert entry["worst_kl"] >= entry["kl"] * (1 - 1e-3)
 
 
 @pytest.mark.parametrize("samples", [1, 2 * MIN_SIDE - 1])

@@ -124,6 +124,7 @@ OUT_OF_RANGE = [
     (BudgetRequest, {"budget": 0.5, "kv_budget": 0}, r"kv_budget must lie in \(0, 1\], found 0"),
     *((ToleranceRequest, {"tolerance": each}, r"must lie in \(0, 1\)") for each in (0.0, 1.0)),
     (ToleranceRequest, {"tolerance": 0.1, "kv_budget": 2}, "kv_budget must lie"),
+    (ToleranceRequest, {"tolerance": 0.1, "tolerance_on": "pairs"}, "one of tokens, answers"),
     *(
         (LatencyRequest, {"milliseconds": each, "costs": "c"}, "milliseconds must be positive")
         for each in (0.0, -1.0, NOT_A_NUMBER)
@@ -199,3 +200,9 @@ def test_a_plan_records_its_request_without_defaults(
     assert {key: plan.provenance.get(key) for key in expected} == expected
     left_out = {*KNOBS, "kv_budget", "kv_groups"} - set(expected)
     assert not left_out & set(plan.provenance)
+
+
+def test_what_a_tolerance_is_of_needs_a_tolerance() -> None:
+    assert plan_request(tolerance=0.1, tolerance_on="answers").tolerance_on == "answers"
+    with pytest.raises(PlanError, match="there is none"):
+        plan_request(budget=0.1, tolerance_on="answers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from yopo.strategies.heads import VOTE_SHARE, select_vote
+from yopo.strategies.heads import VOTE_SHARE, robust_score, score, select_vote
 
 ALPHA = 0.5
 
@@ -36,3 +36,11 @@ def test_a_head_exactly_at_alpha_is_not_active() -> None:
 def test_the_first_two_layers_keep_every_head() -> None:
     assert select_vote(activity(0, 10), ALPHA).tolist() == [[True] * 2, [True] * 2, [False] * 2]
     assert not select_vote(activity(0, 10), ALPHA, whole_layers=0).any()
+
+
+def test_one_sample_rules_the_mean_but_not_the_robust_score() -> None:
+    rho = torch.full((9, 1, 2), 10.0)
+    rho[:, 0, 1] = 11.0
+    rho[4, 0, 0] = 9514.0
+    assert score(rho).argmax() == 0 and robust_score(rho).argmax() == 1
+    assert robust_score(rho).tolist() == [[10.0, 11.0]]

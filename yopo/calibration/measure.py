@@ -15,6 +15,7 @@ from yopo.data.prompts import batches, encode_for
 from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.models.registry import family_of
+from yopo.plans.extent import Extent
 from yopo.plans.schema import ModelIdentity, Workload
 from yopo.support.console import track
 from yopo.support.errors import DataError, YopoError
@@ -109,4 +110,5 @@ def _conclude(
         visual_tokens=observer.visual_tokens,
         text_queries=observer.text_queries,
         provenance={"samples": samples, **provenance},
+        extent=Extent.of(observer.grids),
     )

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from yopo.models.fingerprint import is_same
+from yopo.plans.extent import Extent, extent_problem
 from yopo.plans.grid import Grid
 from yopo.plans.schema import (
     Measured,
@@ -86,6 +87,7 @@ class Statistics:
         visual_tokens: Visual tokens counted in the neuron and head sums.
         text_queries: Queries counted in ``cross_modal_sum``.
         provenance: Pairs, number of samples, seed, queries mode, yopo version, ...
+        extent: Image grids that were seen; None in statistics of former versions.
     """
 
     model: ModelIdentity
@@ -102,6 +104,7 @@ class Statistics:
     visual_tokens: int
     text_queries: int
     provenance: Mapping[str, Any]
+    extent: Extent | None = None
 
     @cached_property
     def importance(self) -> torch.Tensor:
@@ -169,6 +172,7 @@ class Statistics:
             visual_tokens=self.visual_tokens + other.visual_tokens,
             text_queries=self.text_queries + other.text_queries,
             provenance={**self.provenance, "samples": samples},
+            extent=_merged(self.extent, other.extent),
             **sums,
         )
 
@@ -206,6 +210,8 @@ class Statistics:
             "text_queries": self.text_queries,
             "provenance": dict(self.provenance),
         }
+        if self.extent is not None:
+            about["extent"] = asdict(self.extent)
         # A single entry: safetensors writes several in random order; bytes must be reproducible.
         return save(tensors, metadata={"yopo": json.dumps(about)})
 
@@ -285,6 +291,10 @@ def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> S
     identity, workload = about.pop("model"), about.pop("workload")
     shape = ModelShape(**identity.pop("shape"))
     grids = tuple(Grid(**grid) for grid in workload.pop("grids"))
+    extent = about.pop("extent", None)  # statistics of former versions have none
+    if extent is not None:
+        smallest, largest = (Grid(**extent.pop(name)) for name in ("smallest", "largest"))
+        about["extent"] = Extent(smallest, largest, **extent)
     known: dict[str, Any] = {**tensors, **about}  # unknown or missing names raise a TypeError
     return Statistics(
         model=ModelIdentity(shape=shape, **identity),
@@ -302,9 +312,14 @@ def _first_problem(found: Statistics) -> str | None:
     numbers += [found.visual_tokens, found.text_queries]
     if not all(isinstance(each, str) for each in texts) or not isinstance(found.provenance, dict):
         return "its model has no name, family or fingerprint"
+    if found.extent is not None:
+        ends = (found.extent.smallest, found.extent.largest)
+        numbers += [size for grid in ends for size in (grid.rows, grid.cols)]
+        numbers.append(found.extent.images)
     if not all(type(each) is int and 0 <= each <= MAX_COUNT for each in numbers):
         return "it holds an invalid size or count"
     wrong = shape_problem(model.shape) or workload_problem(workload)
+    wrong = wrong or extent_problem(found.extent)
     if wrong is not None:
         return f"{'.'.join(wrong[0])} {wrong[1]}"
     shape = model.shape
@@ -316,6 +331,10 @@ def _first_problem(found: Statistics) -> str | None:
         if tuple(tensor.shape) != size or not tensor.is_floating_point():
             return f"{name} has shape {tuple(tensor.shape)}, expected {size}"
     return None
+
+
+def _merged(one: Extent | None, other: Extent | None) -> Extent | None:
+    return one.merge(other) if one and other else None
 
 
 def _damaged(path: Path, problem: str) -> DataError:

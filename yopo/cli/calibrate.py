@@ -76,6 +76,13 @@ def _named(output: str, budget: float | None) -> str:
     help="Maximum number of the other pairs to fit visual weights on.",
 )
 @click.option(
+    "--grids",
+    metavar="S,S,...",
+    callback=_numbers,
+    help="Resize images by these factors, pairs in turn, for plans that hold on several sizes.  "
+    "[default: 1]",
+)
+@click.option(
     "-o",
     "--output",
     metavar="FILE",
@@ -109,7 +116,8 @@ def command(context: click.Context, **values: Any) -> None:
     if (values["milliseconds"] is None) != (values["costs"] is None):
         raise click.UsageError("--milliseconds and --costs need each other.")
     counts = (values["measure_pairs"], values["fit_pairs"])
-    fit_options = pipeline.FitOptions(values["queries"], *counts)
+    grids = tuple(values["grids"] or (1.0,))
+    fit_options = pipeline.FitOptions(values["queries"], *counts, grids)
     costs = values["costs"]
     requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
     keeper = Keeper(stats, force=force)

@@ -41,7 +41,7 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
 
     TARGET is what `yopo apply` wrote (a directory or hub id), a plan, or - for a plan on stdin.
     Accuracy is measured if the pairs have answers; agreement is measured along the dense model's
-    answers.
+    answers. Both are reported per kind of question as well, with the worst kind marked.
     """
     from yopo.cli.output import print_json, print_report
 

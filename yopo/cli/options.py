@@ -19,7 +19,15 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DEFAULT_BUDGET = 0.25
 SEARCH_RUNS = 200
 
-_BUDGET = ("budget", "template", "search", "tolerance", "milliseconds", "kv_budget")
+_BUDGET = (
+    "budget",
+    "template",
+    "search",
+    "tolerance",
+    "tolerance_on",
+    "milliseconds",
+    "kv_budget",
+)
 _RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
 _ANY_REQUEST = ("compensation", "kv_groups", "bidirectional")
 
@@ -46,6 +54,11 @@ request_options = _chain(
         metavar="F",
         help="Instead: the smallest budget that agrees with the dense model within F (0.01) on "
         "holdout pairs.",
+    ),
+    click.option(
+        "--tolerance-on",
+        type=click.Choice(("tokens", "answers")),
+        help="A share of what --tolerance is.  [default: tokens]",
     ),
     click.option(
         "--milliseconds",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from yopo.support import console
+from yopo.support.errors import YopoWarning
 
 # Read by the libraries when they are imported, which is after this.
 _SILENCE = {
@@ -36,6 +38,18 @@ class Verbosity:
         return self.verbose >= 2
 
 
+def _showing(usual: Callable[..., None]) -> Callable[..., None]:
+    """Show warnings of yopo's own as the commands' are, and others as usual."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, YopoWarning):
+            console.warn(str(message))
+        else:
+            usual(message, category, *where, **more)
+
+    return show
+
+
 @contextmanager
 def applied(verbosity: Verbosity) -> Iterator[None]:
     """Set the verbosity of yopo and the libraries within a block."""
@@ -43,11 +57,13 @@ def applied(verbosity: Verbosity) -> Iterator[None]:
     former = logging.root.manager.disable
     try:
         with warnings.catch_warnings():
+            warnings.showwarning = _showing(warnings.showwarning)
             if not verbosity.verbose:
                 for name, value in _SILENCE.items():
                     os.environ.setdefault(name, value)
                 logging.disable(logging.WARNING)
                 warnings.simplefilter("ignore")
+            warnings.simplefilter("always", YopoWarning)
             yield
     finally:
         logging.disable(former)

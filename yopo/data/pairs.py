@@ -139,6 +139,29 @@ def _upright_rgb(image: Image) -> Image:
 
 
 @dataclass(frozen=True)
+class ResizedRef(ImageRef):
+    """An image of another size than its source's.
+
+    Attributes:
+        scale: Factor of both sides.
+    """
+
+    scale: float = 1.0
+
+    def load(self) -> Image:
+        """Decode and resize; errors as for any image."""
+        image = super().load()
+        width, height = (max(1, round(self.scale * side)) for side in image.size)
+        if width * height > MAX_PIXELS:
+            raise self._unreadable(f"resized, it would have {width} x {height} pixels")
+        return image.resize((width, height), _BICUBIC)
+
+
+_BICUBIC = 3
+"""Pillow's ``Resampling.BICUBIC``, without importing it."""
+
+
+@dataclass(frozen=True)
 class Pair:
     """One or more images, a question about them, and its answers if they are known.
 

@@ -19,7 +19,7 @@ from yopo.support.errors import DataError, printable
 IMAGE_NAMES = ("images", "image", "image_path", "image_paths", "file_name", "file_names")
 QUESTION_NAMES = ("question", "query", "prompt", "text")
 ANSWER_NAMES = ("answers", "answer", "label", "multiple_choice_answer")
-KIND_NAMES = ("kind", "question_type", "category")
+KIND_NAMES = ("kind", "question_type", "category", "type")
 ID_NAMES = ("id", "question_id", "questionid", "sample_id")
 _USER_ROLES = ("human", "user")
 _ASSISTANT_ROLES = ("gpt", "assistant")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yopo.data.pairs import ImageRef, Pair
+from yopo.data.sizes import size_class
 from yopo.support.console import warn
 
 FEW = 32
@@ -75,8 +76,10 @@ def split_pairs(
     Raises:
         DataError: A pair or its image cannot be read.
     """
-    groups = group_by_image(pairs)
+    classes: list[int | None] = []
+    groups = group_by_image(_noting_sizes(pairs, classes))
     random.Random(seed).shuffle(groups)
+    groups = _spread(groups, classes)
     everything = [number for group in groups for number in group]
     total = len(everything)
     share = max(total // 4, MIN_SIDE)
@@ -139,6 +142,33 @@ def group_by_image(pairs: Iterable[Pair]) -> list[Group]:
     for number in range(len(parents)):
         groups.setdefault(_root(parents, number), []).append(number)
     return list(groups.values())
+
+
+def _noting_sizes(pairs: Iterable[Pair], classes: list[int | None]) -> Iterator[Pair]:
+    """The pairs; the size classes of their images are added to a list on the way."""
+    for pair in pairs:
+        classes.append(size_class(pair))
+        yield pair
+
+
+def _spread(groups: list[Group], classes: Sequence[int | None]) -> list[Group]:
+    """Reorder groups so that any stretch of them has its share of every image size.
+
+    Each size keeps its own order; with one size nothing changes.
+
+    Args:
+        groups: In random order.
+        classes: Size class per pair; a group counts by its first.
+    """
+    by_class: dict[int | None, list[int]] = {}
+    for place, group in enumerate(groups):
+        by_class.setdefault(classes[group[0]], []).append(place)
+    positions = {
+        place: (rank + 0.5) / len(places)
+        for places in by_class.values()
+        for rank, place in enumerate(places)
+    }
+    return [groups[place] for place in sorted(positions, key=lambda each: (positions[each], each))]
 
 
 def _root(parents: list[int], number: int) -> int:

@@ -6,8 +6,7 @@ that makes the change, ``pruned`` or a baseline.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.data.pairs import Pair
 from yopo.evaluation.accuracy import is_correct
-from yopo.evaluation.fidelity import Fidelity, Recorded, compare, generate_answers, record_dense
+from yopo.evaluation.fidelity import (
+    Fidelity,
+    Recorded,
+    compare,
+    generate_answers,
+    kinds_of_records,
+    record_dense,
+    worst_kind,
+)
 from yopo.evaluation.timing import PrefillTime, Switch, time_prefill
 from yopo.plans.flops import (
     dense_prefill_flops,
@@ -26,6 +33,7 @@ from yopo.plans.flops import (
 )
 from yopo.plans.schema import PruningPlan
 from yopo.runtime.install import pruned
+from yopo.support.binomial import interval
 from yopo.support.console import track
 
 
@@ -39,14 +47,58 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """How much of the dense model's quality is kept; attributes as in :class:`Evaluation`."""
+class Part:
+    """How much of the dense model's quality is kept on some pairs.
 
-    pairs: int
+    Attributes:
+        accuracy: Counts over the pairs with answers; None if none has any.
+        same_answers: Pairs whose generated answers are identical.
+        fidelity: Agreement and KL along the dense model's answers.
+    """
+
     accuracy: Accuracy | None
-    by_kind: dict[str, Accuracy]
     same_answers: int
     fidelity: Fidelity
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return len(self.fidelity.by_pair)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All results as plain values, for JSON."""
+        lower, upper = interval(self.same_answers, self.pairs)
+        return {
+            "pairs": self.pairs,
+            "accuracy": None if self.accuracy is None else asdict(self.accuracy),
+            "same_answers": self.same_answers,
+            "same_answers_interval": [round(lower, 6), round(upper, 6)],
+            "whole_answers": self.fidelity.whole_answers,
+            "agreement": self.fidelity.agreement,
+            "kl": self.fidelity.kl,
+            "answer_tokens": self.fidelity.tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Kept(Part):
+    """How much of the dense model's quality is kept, over all pairs and per kind.
+
+    Attributes:
+        by_kind: The parts by kind of pair (see ``kinds_of``), in the order of their names.
+    """
+
+    by_kind: dict[str, Part]
+
+    @property
+    def worst_kind(self) -> str:
+        """The kind with the largest KL (see ``fidelity.worst_kind``)."""
+        return worst_kind({name: part.fidelity for name, part in self.by_kind.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The kinds as well."""
+        kinds = {name: part.to_dict() for name, part in self.by_kind.items()}
+        return super().to_dict() | {"by_kind": kinds, "worst_kind": self.worst_kind}
 
 
 @dataclass(frozen=True)
@@ -55,21 +107,38 @@ class Evaluation:
 
     Attributes:
         plan: The evaluated plan.
-        pairs: Number of pairs.
-        accuracy: Counts over all pairs with answers; None if none has any.
-        by_kind: Counts per kind of question, where the data names kinds.
-        same_answers: Pairs whose generated answers are identical.
-        fidelity: Agreement and KL along the dense model's answers.
+        kept: Accuracy, agreement and KL, over all pairs and per kind.
         prefill: Decoder prefill time; None if not timed.
     """
 
     plan: PruningPlan
-    pairs: int
-    accuracy: Accuracy | None
-    by_kind: dict[str, Accuracy]
-    same_answers: int
-    fidelity: Fidelity
+    kept: Kept
     prefill: PrefillTime | None
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return self.kept.pairs
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """Counts over all pairs with answers; None if none has any."""
+        return self.kept.accuracy
+
+    @property
+    def by_kind(self) -> dict[str, Part]:
+        """What is kept of each kind of pair."""
+        return self.kept.by_kind
+
+    @property
+    def same_answers(self) -> int:
+        """Pairs whose generated answers are identical."""
+        return self.kept.same_answers
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """Agreement and KL along the dense model's answers."""
+        return self.kept.fidelity
 
     def to_dict(self) -> dict[str, Any]:
         """All results as plain values, for JSON."""
@@ -77,19 +146,13 @@ class Evaluation:
         dense_flops = dense_prefill_flops(shape, plan.workload)
         return {
             "model": plan.model.name,
-            "pairs": self.pairs,
             "visual_budget": visual_budget(plan),
             "prefill_flops_ratio": prefill_flops(plan) / dense_flops,
             "visual_kv_bytes": {
                 "dense": dense_visual_kv_bytes(shape, plan.workload),
                 "pruned": visual_kv_bytes(plan),
             },
-            "accuracy": None if self.accuracy is None else asdict(self.accuracy),
-            "by_kind": {kind: asdict(counts) for kind, counts in self.by_kind.items()},
-            "same_answers": self.same_answers,
-            "agreement": self.fidelity.agreement,
-            "kl": self.fidelity.kl,
-            "answer_tokens": self.fidelity.tokens,
+            **self.kept.to_dict(),
             "prefill": None if self.prefill is None else asdict(self.prefill),
         }
 
@@ -145,8 +208,7 @@ def evaluate(
         prefill = time_prefill(
             model, largest, lambda: pruned(model, plan, check=False), runs=timing_runs
         )
-    fields = (kept.pairs, kept.accuracy, kept.by_kind, kept.same_answers, kept.fidelity)
-    return Evaluation(plan, *fields, prefill)
+    return Evaluation(plan, kept, prefill)
 
 
 def measure_kept(
@@ -181,28 +243,21 @@ def measure_kept(
                 for ids in (record.answers, ours)
             )
             seen += zip(group, *texts, strict=True)
-    counts, kinds = _count(seen)
-    return Kept(len(seen), counts, kinds, sum(dense == ours for _, dense, ours in seen), fidelity)
+    kinds = kinds_of_records(records)
+    parts = {
+        name: _part([each for each, kind in zip(seen, kinds, strict=True) if kind == name], some)
+        for name, some in fidelity.split(kinds).items()
+    }
+    return Kept(**vars(_part(seen, fidelity)), by_kind=parts)
 
 
-def _count(
-    seen: list[tuple[Pair, str, str]],
-) -> tuple[Accuracy | None, dict[str, Accuracy]]:
-    overall: Counter[str] = Counter()
-    by_kind: dict[str, Counter[str]] = {}
-    for pair, dense, ours in seen:
-        if not pair.answers:
-            continue
-        counters = [overall]
-        if pair.kind is not None:
-            counters.append(by_kind.setdefault(pair.kind, Counter()))
-        for counter in counters:
-            counter["total"] += 1
-            counter["dense"] += is_correct(dense, pair.answers)
-            counter["pruned"] += is_correct(ours, pair.answers)
-    kinds = {kind: _accuracy(each) for kind, each in sorted(by_kind.items())}
-    return _accuracy(overall) if overall else None, kinds
-
-
-def _accuracy(counter: Counter[str]) -> Accuracy:
-    return Accuracy(counter["dense"], counter["pruned"], counter["total"])
+def _part(seen: Sequence[tuple[Pair, str, str]], fidelity: Fidelity) -> Part:
+    """Count over (pair, dense answer, pruned answer)."""
+    asked = [each for each in seen if each[0].answers]
+    accuracy = Accuracy(
+        dense=sum(is_correct(dense, pair.answers) for pair, dense, _ in asked),
+        pruned=sum(is_correct(ours, pair.answers) for pair, _, ours in asked),
+        total=len(asked),
+    )
+    same = sum(dense == ours for _, dense, ours in seen)
+    return Part(accuracy if asked else None, same, fidelity)

@@ -7,7 +7,7 @@ most likely prediction. The end token counts: knowing when to stop is part of an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.data.pairs import Pair
 from yopo.data.prompts import Batch, batches, encode_for
+from yopo.evaluation.kinds import MIN_GROUP, kinds_of
 from yopo.models.answer_tokens import teacher_forced
 from yopo.models.registry import family_of
 from yopo.support.console import track
@@ -42,18 +43,77 @@ class Recorded:
 
 
 @dataclass(frozen=True)
+class PairFidelity:
+    """Closeness to the dense model along its answer to one pair.
+
+    Attributes:
+        kl: Sum of ``KL(dense || pruned)`` over the answer's tokens, in nats.
+        agreed: Tokens with the same most likely prediction.
+        tokens: Tokens of the answer, end token included.
+    """
+
+    kl: float
+    agreed: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Fidelity:
     """Closeness to the dense model.
 
     Attributes:
-        kl: Mean ``KL(dense || pruned)`` per answer token, in nats.
-        agreement: Share of answer tokens with the same most likely prediction.
-        tokens: Answer tokens compared.
+        by_pair: One entry per pair, in their order.
     """
 
-    kl: float
-    agreement: float
-    tokens: int
+    by_pair: tuple[PairFidelity, ...]
+
+    @property
+    def kl(self) -> float:
+        """Mean ``KL(dense || pruned)`` per answer token, in nats."""
+        return sum(each.kl for each in self.by_pair) / self.tokens
+
+    @property
+    def agreement(self) -> float:
+        """Share of answer tokens with the same most likely prediction."""
+        return self.agreed / self.tokens
+
+    @property
+    def agreed(self) -> int:
+        """Answer tokens with the same most likely prediction."""
+        return sum(each.agreed for each in self.by_pair)
+
+    @property
+    def tokens(self) -> int:
+        """Answer tokens compared."""
+        return sum(each.tokens for each in self.by_pair)
+
+    @property
+    def whole_answers(self) -> int:
+        """Pairs with the same most likely prediction at every answer token: a greedy decode of the
+        pruned model gives the dense model's answer, end included."""
+        return sum(each.agreed == each.tokens for each in self.by_pair)
+
+    def split(self, kinds: Sequence[str]) -> dict[str, Fidelity]:
+        """Closeness per kind, in the order of their names; one kind per pair."""
+        found: dict[str, list[PairFidelity]] = {name: [] for name in sorted(set(kinds))}
+        for name, each in zip(kinds, self.by_pair, strict=True):
+            found[name].append(each)
+        return {name: Fidelity(tuple(pairs)) for name, pairs in found.items()}
+
+
+def worst_kind(by_kind: Mapping[str, Fidelity]) -> str:
+    """The kind with the largest KL; of equals, the first by name.
+
+    Kinds of fewer than ``MIN_GROUP`` pairs do not count, unless all are as small.
+    """
+    large = {name: each for name, each in by_kind.items() if len(each.by_pair) >= MIN_GROUP}
+    return max(sorted(large or by_kind), key=lambda name: by_kind[name].kl)
+
+
+def kinds_of_records(records: Sequence[Recorded]) -> list[str]:
+    """The kind of each recorded pair, in order (see ``kinds_of``)."""
+    pairs = [pair for record in records for pair in record.batch.pairs]
+    return kinds_of(pairs, [len(ids) - 1 for record in records for ids in record.answers])
 
 
 @torch.no_grad()
@@ -135,11 +195,13 @@ def record_dense(
 
 def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
     """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one."""
-    kl, agree, tokens = 0.0, 0, 0
+    found: list[PairFidelity] = []
     for record in records:
-        ours = answer_log_probs(model, record.batch).cpu()
-        dense = record.log_probs
-        kl += float((dense.exp() * (dense - ours)).sum(dtype=torch.float64))
-        agree += int((dense.argmax(dim=-1) == ours.argmax(dim=-1)).sum())
-        tokens += len(dense)
-    return Fidelity(kl / tokens, agree / tokens, tokens)
+        ours, dense = answer_log_probs(model, record.batch).cpu(), record.log_probs
+        kl = (dense.exp() * (dense - ours)).sum(dim=-1, dtype=torch.float64)
+        agreed = dense.argmax(dim=-1) == ours.argmax(dim=-1)
+        assert record.batch.answer_mask is not None, "a record holds the dense model's answers"
+        tokens = record.batch.answer_mask.sum(dim=1).tolist()
+        parts = zip(kl.split(tokens), agreed.split(tokens), tokens, strict=True)
+        found += [PairFidelity(float(a.sum()), int(b.sum()), count) for a, b, count in parts]
+    return Fidelity(tuple(found))

@@ -17,6 +17,7 @@ from yopo.models.registry import ModelSource, is_hub_id, resolve
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import Calibrated, CalibrationSession, open_demo_or
+from yopo.pipeline.tolerance import holdout_pairs
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
 from yopo.planning.request import (
@@ -86,7 +87,7 @@ def calibrate(
         options or RunOptions(),
         fit_options or FitOptions(),
         processor=processor,
-        needs_holdout=isinstance(request, ToleranceRequest),
+        holdout=holdout_pairs(request) if isinstance(request, ToleranceRequest) else 0,
         compares=not isinstance(request, PaperRequest),
     )
     if keep is not None:

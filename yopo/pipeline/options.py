@@ -46,8 +46,11 @@ class FitOptions:
         measure_pairs: At most this many calibration pairs are held out to compare candidate plans;
             never more than a quarter (see ``split_pairs``).
         fit_pairs: Visual weights are fitted on at most this many of the others.
+        grids: Factors by which the sides of images are resized, pairs in turn, for plans that hold
+            on more than one size; (1,): images as they are.
     """
 
     queries: str = "text"
     measure_pairs: int = 64
     fit_pairs: int = 256
+    grids: tuple[float, ...] = (1.0,)

@@ -17,13 +17,30 @@ from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
 from yopo.data.pairs import Pairs
 from yopo.data.prompts import Batch, batches, encode_for
+from yopo.data.sizes import in_sizes
 from yopo.data.sources import open_pairs
 from yopo.data.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
 from yopo.demo import demo_data
-from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
+from yopo.evaluation.fidelity import (
+    Fidelity,
+    Recorded,
+    compare,
+    kinds_of_records,
+    record_dense,
+)
 from yopo.fitting.fitter import Fitter
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.sizes import note_if_one_size
+from yopo.pipeline.tail import tail_of
+from yopo.pipeline.tolerance import (
+    Agreement,
+    agreement_on,
+    all_of,
+    note_result,
+    provenance_of,
+    warn_if_unsupported,
+)
 from yopo.planning.allocations import Candidate
 from yopo.planning.planner import make_plan
 from yopo.planning.request import (
@@ -34,7 +51,7 @@ from yopo.planning.request import (
     ToleranceRequest,
 )
 from yopo.planning.weightings import Weighting, near
-from yopo.plans.schema import PruningPlan, full_plan
+from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
 from yopo.support.errors import DataError, PlanError
@@ -45,9 +62,6 @@ SMALLEST = 0.01
 
 PRECISION = 1.15
 """Ratio of two budgets at which the bisection for a tolerance stops."""
-
-MAX_HOLDOUT = 256
-"""Most holdout pairs for a tolerance."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,7 @@ class CalibrationSession:
         processor: Processor of a model in memory.
         options: The data and how to run it.
         fit_options: How plans are measured and fitted.
-        needs_holdout: Whether a quarter of the pairs is held out for ``agreement`` only.
+        holdout: Pairs held out for ``agreement`` only, at most: never more than a quarter.
         compares: Whether pairs are held out to compare plans. Without them ``make`` does not take
             a budget, and all pairs are measured.
 
@@ -85,25 +99,28 @@ class CalibrationSession:
         fit_options: FitOptions,
         *,
         processor: ProcessorMixin | None = None,
-        needs_holdout: bool = False,
+        holdout: int = 0,
         compares: bool = True,
     ):
         self.options, self.fit_options = options, fit_options
         handle = ModelHandle(model, processor, options)
         self.processor = handle.processor
-        self._pairs = open_demo_or(options, handle.name, "calibration")
+        self._pairs = in_sizes(open_demo_or(options, handle.name, "calibration"), fit_options.grids)
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,
             fit=fit_options.fit_pairs,
             comparison=fit_options.measure_pairs if compares else 0,
-            holdout=MAX_HOLDOUT if needs_holdout else 0,
+            holdout=holdout,
         )
-        if needs_holdout and not self.split.holdout:
+        if holdout and not self.split.holdout:
             raise _too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
         self.model = handle.model
-        about = {"yopo": __version__, "pairs": self._pairs.name, "seed": options.seed}
+        about: dict[str, object] = {"yopo": __version__, "pairs": self._pairs.name}
+        about["seed"] = options.seed
+        if set(fit_options.grids) != {1}:
+            about["grids"] = list(fit_options.grids)
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
         self.statistics = measure(
@@ -116,7 +133,9 @@ class CalibrationSession:
             queries=fit_options.queries,
             provenance=about,
         )
+        note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self.fitter = Fitter(self.model, self._encoded)
+        self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 
     def make(self, request: PlanRequest) -> Calibrated:
         """Make the plan that a request describes.
@@ -140,8 +159,15 @@ class CalibrationSession:
         is_measured = isinstance(request, BudgetRequest) and self.split.comparison
         judge = self.kl if is_measured else None
         plan, candidates = make_plan(self.statistics, request, judge, self.fitter, tried)
-        plan = replace(plan, provenance={**plan.provenance, "split": self.split.summary})
-        return Calibrated(plan, self.statistics, candidates)
+        provenance = {**plan.provenance, "split": self.split.summary}
+        if is_measured:
+            kinds = kinds_of_records(self._comparison)
+            table = zip(plan.provenance["candidates"], candidates, strict=True)
+            provenance["candidates"] = [
+                entry | tail_of(self._judged[each.plan.layers, each.compensation], kinds)
+                for entry, each in table
+            ]
+        return Calibrated(replace(plan, provenance=provenance), self.statistics, candidates)
 
     def _with_few_pairs(
         self, request: BudgetRequest | PaperRequest
@@ -181,11 +207,14 @@ class CalibrationSession:
 
     def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
-        return self._compare(plan, self._comparison).kl
+        found = self._compare(plan, self._comparison)
+        self._judged[plan.layers, plan.compensation] = found
+        return found.kl
 
-    def agreement(self, plan: PruningPlan) -> float:
-        """Share of answer tokens that a plan predicts as the dense model does, on the holdout."""
-        return self._compare(plan, self._holdout).agreement
+    def agreement(self, plan: PruningPlan, measure: str = "tokens") -> Agreement:
+        """How many ``tokens`` or ``answers`` a plan predicts as the dense model does, on the
+        holdout."""
+        return agreement_on(self._compare(plan, self._holdout), measure)
 
     def _within(self, request: ToleranceRequest) -> Calibrated:
         """The plan of the smallest budget whose agreement stays within the tolerance.
@@ -194,29 +223,33 @@ class CalibrationSession:
             PlanError: The request cannot be met.
         """
         tolerance, low, high = request.tolerance, SMALLEST, 1.0
-        best, agreement = self._unpruned(), 1.0
+        best, agreement = self._unpruned(), all_of(self._holdout, request.tolerance_on)
+        pairs = sum(len(record.answers) for record in self._holdout)
+        warn_if_unsupported(request, agreement, pairs)
         tried: tuple[Weighting, ...] = ()
         while high / low > PRECISION:
             budget = round((low * high) ** 0.5, 4)
             found = self._at(request.at(budget), tried)
-            share = 0.0 if found is None else self.agreement(found.plan)
-            note(f"budget {budget:.1%}: agreement {share:.2%} on the holdout")
-            if found is None or share < 1 - tolerance:
+            if found is None:
+                note(f"budget {budget:.1%}: no plan")
                 low = budget
+                continue
+            reached = self.agreement(found.plan, request.tolerance_on)
+            note(f"budget {budget:.1%}: agreement {reached.share:.2%} on the holdout")
+            if reached.is_within(tolerance):
+                best, high, agreement = found, budget, reached
             else:
-                best, high, agreement = found, budget, share
-            if found is not None:
-                tried = _around(found.candidates[0].weighting)
+                low = budget
+            tried = _around(found.candidates[0].weighting)
         if request.kv_budget is not None and best.plan.budget.reached >= 1.0:
             raise PlanError(
                 f"No plan within a KV budget of {request.kv_budget} agrees with the dense model "
                 f"within {tolerance:.1%}.",
                 remedy="Use a larger KV budget or tolerance.",
             )
-        pairs = sum(len(record.answers) for record in self._holdout)
-        about = {"asked": tolerance, "agreement": round(agreement, 6), "pairs": pairs}
+        about = provenance_of(request, agreement, pairs)
         plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": about})
-        _note_result(plan, tolerance, agreement, pairs)
+        note_result(plan, request, agreement, pairs)
         return replace(best, plan=plan)
 
     def _at(self, request: BudgetRequest, tried: Sequence[Weighting]) -> Calibrated | None:
@@ -230,7 +263,9 @@ class CalibrationSession:
         plan = full_plan(statistics.model, statistics.workload)
         provenance = {"yopo": __version__, **statistics.provenance}
         provenance |= {"template": "everything is kept", "split": self.split.summary}
-        plan = replace(plan, measured=statistics.measured, provenance=provenance)
+        plan = replace(
+            plan, measured=statistics.measured, extent=statistics.extent, provenance=provenance
+        )
         return Calibrated(plan, statistics)
 
     def _compare(self, plan: PruningPlan, records: list[Recorded]) -> Fidelity:
@@ -288,14 +323,4 @@ def _too_few(split: Split, what: str, least: int) -> DataError:
     return DataError(
         f"{describe(split)}: too few {what}, expected at least {least} of different images.",
         remedy="Give more pairs (--data, --samples).",
-    )
-
-
-def _note_result(plan: PruningPlan, tolerance: float, agreement: float, pairs: int) -> None:
-    if plan.budget.reached >= 1.0:
-        note(f"No budget is within a tolerance of {tolerance:.1%}: nothing is pruned.")
-        return
-    note(
-        f"The smallest budget within a tolerance of {tolerance:.1%} is {plan.budget.reached:.1%}: "
-        f"agreement {agreement:.2%} on {pairs} holdout pairs."
     )

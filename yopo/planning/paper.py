@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from yopo.plans.schema import LayerPlan, ModelShape
 from yopo.strategies import heads as head_strategy
+
+Score = Callable[[torch.Tensor], torch.Tensor]
+"""Activity per sample, (samples, layers, heads), to one number per head, (layers, heads)."""
 
 EMPTY = LayerPlan((), attend_heads=(), radius=None, neurons=0)
 
@@ -20,6 +25,7 @@ def paper_layers(
     radius: int | None,
     alpha: float | None = None,
     groups: int = 1,
+    score: Score = head_strategy.score,
 ) -> tuple[LayerPlan, ...]:
     """Build the paper's shape from head activity.
 
@@ -32,6 +38,7 @@ def paper_layers(
         radius: Neighborhood of visual queries.
         alpha: Select heads by the authors' vote instead of by ratio.
         groups: Number of query heads kept or dropped together (a KV head's, or 1).
+        score: By which heads are chosen by ratio; the paper's is the mean.
 
     Returns:
         One entry per layer.
@@ -42,8 +49,7 @@ def paper_layers(
     else:
         count = round(head_ratio * visual_layers * shape.heads)
         whole = head_strategy.WHOLE_LAYERS if head_ratio < 1 else 0
-        scores = head_strategy.score(seen)
-        keep = head_strategy.select_top(scores, count, whole_layers=whole, groups=groups)
+        keep = head_strategy.select_top(score(seen), count, whole_layers=whole, groups=groups)
     width = round(shape.ffn * neuron_ratio)
     layers = [
         LayerPlan(kept, kept, radius=radius if kept else None, neurons=width)

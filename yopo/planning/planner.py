@@ -106,6 +106,7 @@ class Assembler:
             bidirectional=self.request.bidirectional,
             tensors=self.tensors,
             measured=self.statistics.measured,
+            extent=self.statistics.extent,
             provenance={
                 "yopo": __version__,
                 **self.statistics.provenance,

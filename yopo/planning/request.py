@@ -119,13 +119,19 @@ class LatencyRequest(_Budgeted):
             raise PlanError(f"milliseconds must be positive, found {self.milliseconds}.")
 
 
+TOLERANCE_ON = ("tokens", "answers")
+"""What a tolerance may be a share of."""
+
+
 @dataclass(frozen=True)
 class ToleranceRequest(Options):
     """The plan of the smallest budget that agrees with the dense model within a tolerance.
 
     Attributes:
-        tolerance: Share of answer tokens that may be predicted differently, on held-out pairs.
+        tolerance: Share that may be predicted differently, on held-out pairs.
         kv_budget: As for a budget.
+        tolerance_on: Of what it is a share: ``tokens`` of the dense model's answers, or whole
+            ``answers``, which differ if any token does.
 
     Raises:
         PlanError: A value is out of range.
@@ -133,12 +139,19 @@ class ToleranceRequest(Options):
 
     tolerance: float
     kv_budget: float | None = None
+    tolerance_on: str = "tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.tolerance < 1:
             raise PlanError(f"tolerance must lie in (0, 1), found {self.tolerance}.")
         _check_share("kv_budget", self.kv_budget)
+        if self.tolerance_on not in TOLERANCE_ON:
+            raise PlanError(
+                f"tolerance_on must be one of {', '.join(TOLERANCE_ON)}, found "
+                f"'{self.tolerance_on}'.",
+                remedy=suggest(self.tolerance_on, TOLERANCE_ON),
+            )
         if self.compensation not in (None, "refit"):
             raise PlanError("A tolerance is met with fitted weights: compensation must be refit.")
 
@@ -275,6 +288,11 @@ _KINDS: dict[str, type[PlanRequest]] = {
 def _excluded(name: str, kind: type[PlanRequest], given: Mapping[str, Any]) -> PlanError:
     """The error for an option that a kind of request does not take."""
     target = next((key for key, each in _KINDS.items() if each is kind), None)
+    if name == "tolerance_on":
+        return PlanError(
+            "tolerance_on says what a tolerance is a share of, and there is none.",
+            remedy="Give --tolerance as well.",
+        )
     if target is not None:
         return PlanError(
             f"{target} and {name} exclude one another.",

@@ -146,6 +146,7 @@ class TemplateBuilder:
                 neuron_ratio=scale,
                 radius=PAPER_RADIUS,
                 groups=self.groups,
+                score=head_strategy.robust_score,
             )
         )
 

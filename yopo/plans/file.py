@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from yopo.plans.extent import Extent
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
 from yopo.plans.layer_file import as_spelled, layer_to_dict, read_layers
@@ -43,6 +44,7 @@ class TensorsFile:
 
 
 _SHAPE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")
+_EXTENT_KEYS = ("smallest", "largest", "images")
 _KEYS = (
     "yopo_plan",
     "model",
@@ -54,6 +56,7 @@ _KEYS = (
     "tensors",
     "layers",
     "measured",
+    "calibrated",
     "provenance",
 )
 
@@ -85,6 +88,8 @@ def to_yaml(plan: PruningPlan, tensors: TensorsFile | None = None) -> str:
             "concentration": [_short(value) for value in plan.measured.concentration],
             "locality": list(plan.measured.locality),
         }
+    if plan.extent is not None:
+        data["calibrated"] = _extent_to_dict(plan.extent)
     if plan.provenance:
         data["provenance"] = dict(plan.provenance)
     return dump(data)
@@ -131,6 +136,7 @@ def parse_plan(name: str, text: str) -> tuple[PruningPlan, TensorsFile | None]:
             ),
             baked=document.typed(("baked",), data.get("baked", False), bool),
             measured=_read_measured(document, model.shape),
+            extent=_read_extent(document),
             provenance=document.typed(("provenance",), data.get("provenance") or {}, dict),
         )
     except InvalidPlan as invalid:
@@ -186,13 +192,34 @@ def _read_workload(document: Document) -> Workload:
     data = document.check_keys(path, document.data["workload"], ("grids", "text", "text_before"))
     grids = []
     for index, pair in enumerate(document.required(path, data, "grids", list)):
-        here = (*path, "grids", index)
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise document.error(here, "must be [rows, columns]")
-        grids.append(Grid(*(document.typed(here, size, int) for size in pair)))
+        grids.append(_read_grid(document, (*path, "grids", index), pair))
     text = document.required(path, data, "text", int)
     before = document.typed((*path, "text_before"), data.get("text_before", 0), int)
     return Workload(tuple(grids), text, before)
+
+
+def _read_grid(document: Document, path: tuple[Key, ...], pair: Any) -> Grid:
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise document.error(path, "must be [rows, columns]")
+    return Grid(*(document.typed(path, size, int) for size in pair))
+
+
+def _extent_to_dict(extent: Extent) -> dict[str, Any]:
+    grids = {name: getattr(extent, name) for name in ("smallest", "largest")}
+    sizes = {name: [grid.rows, grid.cols] for name, grid in grids.items()}
+    return {**sizes, "images": extent.images}
+
+
+def _read_extent(document: Document) -> Extent | None:
+    path: tuple[Key, ...] = ("calibrated",)
+    if document.data.get("calibrated") is None:
+        return None
+    data = document.check_keys(path, document.data["calibrated"], _EXTENT_KEYS)
+    grids = {
+        name: _read_grid(document, (*path, name), document.required(path, data, name, list))
+        for name in ("smallest", "largest")
+    }
+    return Extent(**grids, images=document.required(path, data, "images", int))
 
 
 def _read_budget(document: Document) -> Budget:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from yopo.plans.extent import Extent, extent_problem
 from yopo.plans.grid import Grid
 from yopo.plans.layer_plan import LEVERS, LayerPlan, Lever, ModelShape, full_layer, layer_problem
 from yopo.plans.tensors import PlanTensors
@@ -135,6 +136,7 @@ class PruningPlan:
         tensors: Neuron orders, means and fitted weights. Not checked here: a plan under
             construction, or read from its file without them, has none.
         measured: Per-layer calibration results.
+        extent: Image grids of the calibration; None in plans that do not record them.
         provenance: Where the plan comes from: pairs, samples, seed, version, candidates.
 
     Raises:
@@ -150,6 +152,7 @@ class PruningPlan:
     baked: bool = False
     tensors: PlanTensors = field(default_factory=PlanTensors)
     measured: Measured | None = None
+    extent: Extent | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -218,6 +221,7 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
     """
     shape = plan.model.shape
     problem = shape_problem(shape) or workload_problem(plan.workload)
+    problem = problem or extent_problem(plan.extent)
     if problem is not None:
         return problem
     if plan.compensation not in COMPENSATIONS:

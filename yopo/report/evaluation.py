@@ -10,9 +10,13 @@ from rich.text import Text
 from yopo.plans.flops import visual_budget
 from yopo.report import units
 from yopo.report.plan_tables import plain_table, savings
+from yopo.support.binomial import interval
 
 if TYPE_CHECKING:  # the evaluation needs torch, its table does not
-    from yopo.evaluation.evaluate import Accuracy, Evaluation
+    from yopo.evaluation.evaluate import Accuracy, Evaluation, Kept
+
+ENOUGH = 100
+"""Pairs from which a share is shown as such: its interval is then at most 20 points wide."""
 
 
 def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
@@ -33,11 +37,9 @@ def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
         table.add_column(name, justify="right")
     if evaluation.accuracy is not None:
         table.add_row("accuracy", *_accuracy(evaluation.accuracy))
-    for kind, counts in evaluation.by_kind.items():
-        table.add_row(Text(f"  {kind}"), *_accuracy(counts))
     same = f"{evaluation.same_answers}/{evaluation.pairs}"
     table.add_row("same answer", "", same, units.share(evaluation.same_answers / evaluation.pairs))
-    agreed = f"{round(fidelity.agreement * fidelity.tokens)}/{fidelity.tokens}"
+    agreed = f"{fidelity.agreed}/{fidelity.tokens}"
     table.add_row("same next token", "", agreed, units.share(fidelity.agreement))
     table.add_row("logit KL, nats", "", f"{fidelity.kl:.4f}", "")
     rows = [
@@ -51,10 +53,50 @@ def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
     for row in rows:
         table.add_row(*row)
     parts: list[RenderableType] = [Text(title, "bold"), "", table]
+    if len(evaluation.by_kind) > 1:
+        parts += ["", kind_table(evaluation.kept)]
     if time is not None:
         note = f"time: median of {time.runs} paired runs of {time.batch_size} prompts"
         parts += ["", Text(note, "dim")]
     return Group(*parts)
+
+
+def kind_table(kept: Kept) -> RenderableType:
+    """What is kept of each kind of pair, the worst one marked."""
+    table = plain_table()
+    for name in ("", "kind", "pairs"):
+        table.add_column(name, justify="right" if name == "pairs" else "left")
+    has_answers = kept.accuracy is not None
+    names = ["dense", "pruned"] * has_answers
+    for name in (*names, "same", "share", "tokens", "KL"):
+        table.add_column(name, justify="right")
+    for name, part in kept.by_kind.items():
+        is_worst = name == kept.worst_kind
+        counts = part.accuracy
+        right = ["-", "-"] if counts is None else [str(counts.dense), str(counts.pruned)]
+        cells = [
+            *right * has_answers,
+            str(part.same_answers),
+            _share_or_interval(part.same_answers, part.pairs),
+            units.share(part.fidelity.agreement),
+            f"{part.fidelity.kl:.4f}",
+        ]
+        style = "bold" if is_worst else ""
+        table.add_row(">" * is_worst, Text(name), str(part.pairs), *cells, style=style)
+    notes = (
+        "> the worst kind, by KL" + "; dense, pruned: right answers" * has_answers,
+        "same: whole answers as the dense model's, and their share (few pairs: its 95 % interval)",
+        "tokens: the same next token along the dense model's answer; KL in nats",
+    )
+    return Group(table, *(Text(note, "dim") for note in notes))
+
+
+def _share_or_interval(count: int, total: int) -> str:
+    """A share of enough pairs, or the interval in which few pairs leave it."""
+    if total >= ENOUGH:
+        return units.share(count / total)
+    lower, upper = interval(count, total)
+    return f"{100 * lower:.0f}-{100 * upper:.0f} %"
 
 
 def _accuracy(counts: Accuracy) -> tuple[str, str, str]:

@@ -25,6 +25,7 @@ from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
+from yopo.runtime.extent import warn_beyond
 from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features
@@ -169,6 +170,7 @@ def _layout(
     """The layout of this forward, which may miss visual tokens in a caller's embeddings."""
     call = state.probe.read()
     layout = None if call is None else call.layout
+    warn_beyond(decoder, state.plan.extent, layout)
     if inputs_embeds is not None and (call is None or call.has_embeds):
         warn_of_features(inputs_embeds, decoder.embed_tokens, layout)
     return layout

@@ -12,7 +12,7 @@ VOTE_SHARE = 0.4
 
 
 def score(rho: torch.Tensor) -> torch.Tensor:
-    """Mean activity of every head.
+    """Mean activity of every head, the paper's score.
 
     Args:
         rho: (samples, layers, heads).
@@ -21,6 +21,15 @@ def score(rho: torch.Tensor) -> torch.Tensor:
         (layers, heads); higher means that the head reads the image more.
     """
     return rho.mean(dim=0)
+
+
+def robust_score(rho: torch.Tensor) -> torch.Tensor:
+    """Median activity of every head; arguments and result as for :func:`score`.
+
+    ``rho`` is a ratio with a denominator near zero where a head sees the image alone, so that a
+    few samples can rule a mean; half of them would have to be off to rule a median.
+    """
+    return rho.median(dim=0).values
 
 
 def select_vote(

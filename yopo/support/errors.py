@@ -36,6 +36,10 @@ class YopoError(Exception):
         return f"{self.message}\n  {self.remedy}" if self.remedy else self.message
 
 
+class YopoWarning(UserWarning):
+    """A warning of the library's own, which the commands show whatever else they hide."""
+
+
 class PlanError(YopoError):
     """An invalid plan or configuration file."""
 
