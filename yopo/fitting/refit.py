@@ -68,10 +68,13 @@ def refit(
     walk = DenseWalk(model, batches)
     pruned = pruned_batches(walk, plan)
     fitted = {}
-    order = plan.tensors.neuron_order
+    order, scale = plan.tensors.neuron_order, plan.tensors.key_scale
     for number in range(plan.visual_depth):
         dense = walk.step(number)
-        extras = Extras(None if order is None else order[number])
+        extras = Extras(
+            None if order is None else order[number],
+            key_scale=None if scale is None else scale[number],
+        )
         fit = LayerFit(walk, plan.layers[number], plan.model.shape, number, extras)
         weights = fit.run(pruned, dense)
         if weights:

@@ -64,7 +64,7 @@ class VisualLayer(nn.Module):
     ):
         super().__init__()
         self.plan = plan
-        self.split = split_heads(plan, shape)
+        self.split = split_heads(plan, shape, extras.key_scale)
         self._holders, self._names = (layer.self_attn, layer.mlp), names
         self._build_projections(shape, extras)
         self._build_output(shape, extras)
@@ -180,6 +180,7 @@ class Extras:
         head_mean: (heads, head_dim), likewise.
         refit: Fitted weights; those that are absent are taken from the layer's own.
         trainable: Whether fitted weights are parameters.
+        key_scale: (kv_heads, head_dim), needed where keys are quantised.
     """
 
     order: torch.Tensor | None = None
@@ -187,6 +188,7 @@ class Extras:
     head_mean: torch.Tensor | None = None
     refit: Refit = field(default_factory=dict)
     trainable: bool = False
+    key_scale: torch.Tensor | None = None
 
     def fitted(self, weight: str, bias: str | None, like: torch.Tensor) -> FittedLinear:
         """A fitted linear layer, of the named weights."""
@@ -198,10 +200,12 @@ class Extras:
         """Pick one layer's."""
         tensors, compensation = plan.tensors, plan.compensation
         order = _row(tensors.neuron_order, index)
+        scale = _row(tensors.key_scale, index)
         if compensation == "mean":
-            return cls(order, _row(tensors.neuron_mean, index), _row(tensors.head_mean, index))
+            means = _row(tensors.neuron_mean, index), _row(tensors.head_mean, index)
+            return cls(order, *means, key_scale=scale)
         refit = tensors.refit.get(index, {}) if compensation == "refit" else {}
-        return cls(order, refit=refit, trainable=trainable)
+        return cls(order, refit=refit, trainable=trainable, key_scale=scale)
 
 
 _ATTENTION = ("query", "key", "value", "output")
