@@ -133,13 +133,17 @@ class LayerFit:
 
     def part(self) -> VisualLayer:
         """The visual layer with what is fitted so far; the layer's own weights elsewhere."""
-        extras = Extras(self.extras.order, refit=self.weights)
+        extras = replace(self.extras, refit=self.weights)
         return VisualLayer(self.module, self.layer, self.shape, self.names, extras)
 
     def projections(self, batches: list[PrunedBatch]) -> Weights:
         """Queries, keys and values through the bottleneck."""
         stock = VisualLayer(
-            self.module, replace(self.layer, qkv_rank=None), self.shape, self.names, Extras()
+            self.module,
+            replace(self.layer, qkv_rank=None, key_bits=None, value_bits=None),
+            self.shape,
+            self.names,
+            Extras(),
         )
         norm = getattr(self.module, self.names.attention_norm)
         moments = self._moments(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from operator import methodcaller
 
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.fitter import Fitter
@@ -15,6 +17,7 @@ from yopo.planning.allocate import (
     Weighting,
     weighting_moves,
 )
+from yopo.planning.kv_storage import Build, KVBudget, Storage
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
@@ -43,6 +46,8 @@ class Candidate:
         plan: The plan.
         kl: Logit KL to the dense model, per answer token; None if not measured.
         weighting: What the allocation was made by, if it was one.
+        storage: How visual keys and values are stored; None: in the finest way that needs no head
+            dropped.
     """
 
     template: str
@@ -50,6 +55,7 @@ class Candidate:
     plan: PruningPlan
     kl: float | None
     weighting: Weighting | None = None
+    storage: Storage | None = None
 
 
 def make_plan(
@@ -116,6 +122,9 @@ class Assembler:
     def assemble(self, layers: Layers, compensation: str) -> PruningPlan:
         """A plan of some layers, fitted if its compensation is ``refit``."""
         asked = self.request.budget if isinstance(self.request, BudgetRequest) else None
+        tensors = self.tensors
+        if any(layer.key_bits is not None for layer in layers):
+            tensors = replace(tensors, key_scale=self.statistics.key_scale)
         plan = PruningPlan(
             model=self.statistics.model,
             workload=self.statistics.workload,
@@ -123,7 +132,7 @@ class Assembler:
             budget=Budget(asked, 0.0),
             compensation=compensation,
             bidirectional=self.request.bidirectional,
-            tensors=self.tensors,
+            tensors=tensors,
             measured=self.statistics.measured,
             provenance={"yopo": __version__, **self.statistics.provenance, **self.request.asked()},
         )
@@ -187,12 +196,37 @@ class Planner(Assembler):
         kinds = (asked,) if asked else ("mean", "none")
         kinds = kinds if self.measure or asked else ("mean",)
         allocates = asked in (None, "refit") and not self.request.template
+        found = []
         if not self.tried and (asked != "refit" or self.request.template):
             for template, layers in self._templates():
                 for kind in kinds:
-                    yield self.candidate(template, layers, kind)
+                    found.append(self.candidate(template, layers, kind))
+                    yield found[-1]
         if allocates and self.measure is not None and self.fitter is not None:
-            yield from self._allocated()
+            for each in self._allocated():
+                found.append(each)
+                yield each
+        if found and self.measure is not None:
+            yield from self._otherwise_stored(min(found, key=_kl_of))
+
+    def _otherwise_stored(self, best: Candidate) -> Iterator[Candidate]:
+        """The best candidate, its visual keys and values stored in other ways."""
+        build, least = self._build_of(best), _kl_of(best)
+        for storage in self._kv.others(build):
+            layers = self._kv.store(build, storage)
+            if layers is None or layers == best.plan.layers:
+                continue
+            name = f"{best.template}, {storage}"
+            made = self.candidate(name, layers, best.compensation, best.weighting)
+            yield replace(made, storage=storage)
+            if storage.finer is None and _kl_of(made) >= least:
+                return
+            least = min(least, _kl_of(made))
+
+    def _build_of(self, candidate: Candidate) -> Build:
+        if candidate.weighting is not None:
+            return partial(self._allocate_within, candidate.weighting)
+        return lambda builder: builder.candidate(candidate.template)
 
     def candidate(
         self, template: str, layers: Layers, kind: str, weighting: Weighting | None = None
@@ -230,9 +264,12 @@ class Planner(Assembler):
             found[weighting] = made
             yield made
 
-    def _allocate(self, weighting: Weighting) -> Layers | None:
+    def _allocate(self, weighting: Weighting, storage: Storage | None = None) -> Layers | None:
+        return self._kv.store(partial(self._allocate_within, weighting), storage)
+
+    def _allocate_within(self, weighting: Weighting, builder: TemplateBuilder) -> Layers | None:
         assert self.fitter is not None, "allocations are made from a fitter's profile"
-        return Allocator(self._builder(), self.fitter.profile, weighting, self.levers).allocate()
+        return Allocator(builder, self.fitter.profile, weighting, self.levers).allocate()
 
     def improved(self, found: list[Candidate], max_runs: int) -> Candidate:
         """Improve the first of the measured candidates; itself if nothing is better."""
@@ -240,13 +277,14 @@ class Planner(Assembler):
         first, first_kl = (start.plan.layers, start.compensation), _kl_of(start)
         known = {(each.plan.layers, each.compensation): _kl_of(each) for each in found}
         if start.weighting is not None:
-            weightings = Search(weighting_moves, self._resolve, self._kl, max_runs, known)
+            resolve_weighting = partial(self._resolve, storage=start.storage)
+            weightings = Search(weighting_moves, resolve_weighting, self._kl, max_runs, known)
             (layers, kind), kl = weightings.run(start.weighting, first, first_kl)
         else:
             builder = self._builder()
             states = Search[State](
                 lambda state: moves(state, builder),
-                lambda state: resolve(state, builder),
+                lambda state: self._resolve_state(state, start.storage),
                 self._kl,
                 max_runs,
                 known,
@@ -257,9 +295,17 @@ class Planner(Assembler):
         plan = self.assemble(layers, kind)
         return Candidate(f"search from {start.template}", kind, plan, kl)
 
-    def _resolve(self, weighting: Weighting) -> Resolved | None:
-        layers = self._allocate(weighting)
+    def _resolve(self, weighting: Weighting, storage: Storage | None) -> Resolved | None:
+        layers = self._allocate(weighting, storage)
         return None if layers is None else (layers, "refit")
+
+    def _resolve_state(self, state: State, storage: Storage | None) -> Resolved | None:
+        def build(builder: TemplateBuilder) -> Layers | None:
+            found = resolve(state, builder)
+            return None if found is None else found[0]
+
+        layers = self._kv.store(build, storage)
+        return None if layers is None else (layers, state.compensation)
 
     def _kl(self, layers: Layers, kind: str) -> float:
         assert self.measure is not None, "a search is refused without a measure"
@@ -272,19 +318,21 @@ class Planner(Assembler):
             self.statistics, self.request.budget, groups=groups, kv_budget=kv_budget
         )
 
-    def _templates(self) -> list[tuple[str, Layers]]:
-        builder = self._builder()
+    @cached_property
+    def _kv(self) -> KVBudget:
+        return KVBudget.of(self._builder(), is_limited=self.request.kv_budget is not None)
+
+    def _templates(self) -> Iterator[tuple[str, Layers]]:
+        """Templates that fit, stored within the budget of KV bytes, without doubles."""
         name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
-        if name is None:
-            found = list(builder.candidates())
-        elif name not in TEMPLATES:
+        if name is not None and name not in TEMPLATES:
             raise PlanError(f"Unknown template '{name}'.", remedy=suggest(name, TEMPLATES))
-        else:
-            layers = builder.build(name)
-            found = []
-            if layers is not None and any(layer.read_heads for layer in layers):
-                found.append((name, layers))
-        return found
+        seen: set[Layers] = set()
+        for each in TEMPLATES if name is None else (name,):
+            layers = self._kv.store(methodcaller("candidate", each))
+            if layers is not None and layers not in seen:
+                seen.add(layers)
+                yield each, layers
 
     def _unaffordable(self) -> PlanError:
         builder = self._builder()
@@ -294,7 +342,8 @@ class Planner(Assembler):
         cached = ""
         if self.request.kv_budget is not None:
             cached = f" and a KV budget of {self.request.kv_budget}"
-            costs += f" and caches {builder.kv_share((builder.reader_layer,)):.4f}"
+            coarsest = self._kv.storages[-1].share(builder.shape)
+            costs += f" and caches {coarsest * builder.kv_share((builder.reader_layer,)):.4f}"
         return PlanError(
             f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: one layer that "
             f"reads the image {costs}.",
