@@ -97,8 +97,8 @@ class Entries:
         return self._buffer.view[:, :, self.num_visual :]
 
     @property
-    def is_packed(self) -> bool:
-        """Whether visual entries have to be unpacked to be read."""
+    def reads_in_blocks(self) -> bool:
+        """Whether ``scores`` and ``mixture`` save unpacking all entries at once."""
         return False
 
     def visual_bytes(self) -> int:
@@ -225,6 +225,11 @@ class PackedEntries(Entries):
         return self._packed is not None
 
     @property
+    def reads_in_blocks(self) -> bool:
+        """Where a head is one group."""
+        return self._scales is not None and self._scales.shape[-1] == 1
+
+    @property
     def all(self) -> torch.Tensor:
         """(batch, heads, visual + text, head_dim), unpacked."""
         text = self._buffer.view
@@ -251,7 +256,7 @@ class PackedEntries(Entries):
 
     def scores(self, queries: torch.Tensor) -> torch.Tensor:
         """As for plain entries; packed ones are unpacked block by block."""
-        if self._packed is None or self._scales is None:
+        if self._packed is None or self._scales is None or not self.reads_in_blocks:
             return super().scores(queries)
         own = self.packing.queries(queries).flatten(0, 1)
         visual = quantised.scores(
@@ -262,7 +267,7 @@ class PackedEntries(Entries):
 
     def mixture(self, weights: torch.Tensor) -> torch.Tensor:
         """As for plain entries; packed ones are unpacked block by block."""
-        if self._packed is None or self._scales is None:
+        if self._packed is None or self._scales is None or not self.reads_in_blocks:
             return super().mixture(weights)
         visual, text = weights.split([self.num_visual, self.text.shape[2]], dim=-1)
         mixed = quantised.mixture(

@@ -147,7 +147,7 @@ class PrunedCacheLayer(CacheLayerMixin):
     def packed(self) -> KeysAndValues | None:
         """Keys and values of kept KV heads if some are packed: to be read block by block."""
         kept = self._kept
-        return kept if kept is not None and any(each.is_packed for each in kept) else None
+        return kept if kept is not None and any(each.reads_in_blocks for each in kept) else None
 
     @property
     def other(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ head's width, not neighbors, so that unpacking writes whole spans.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -17,7 +18,7 @@ from yopo.plans.kv_storage import group_width, packed_width
 MOST_SCALE = torch.finfo(torch.float16).max
 """A scale lies in float16: larger ones saturate."""
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 """Of unpacked float32 numbers at a time, so that they stay in the cache of a core."""
 
 
@@ -63,7 +64,7 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def unpack_into(numbers: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
+def _unpack_into(numbers: torch.Tensor, packed: torch.Tensor, bits: int) -> None:
     """Write the codes of (..., packed) bytes as floats into (..., head_dim) numbers."""
     if bits == 8:
         numbers.copy_(packed)
@@ -80,7 +81,7 @@ def dequantise(
 ) -> torch.Tensor:
     """(..., head_dim) numbers of what :func:`quantise` returned, in ``exact_dtype(dtype)``."""
     numbers = packed.new_empty(*packed.shape[:-1], head_dim, dtype=exact_dtype(dtype))
-    unpack_into(numbers, packed, bits)
+    _unpack_into(numbers, packed, bits)
     grouped = numbers.sub_(middle(bits)).unflatten(-1, (scales.shape[-1], -1))
     return grouped.mul_(scales.to(numbers.dtype)[..., None]).flatten(-2)
 
@@ -90,37 +91,41 @@ def scores(
 ) -> torch.Tensor:
     """Products of queries with quantised keys, which are unpacked block by block.
 
+    A byte shifted by i numbers is its number i and the later ones, those times powers of
+    ``2^bits``. Nothing has to be masked: combinations of the queries' spans take the rest away.
+
     Args:
         queries: (rows, queries, head_dim) in ``exact_dtype``; a row is a KV head of a batch row.
         packed: (rows, keys, packed).
-        scales: (rows, keys, groups).
+        scales: (rows, keys, 1): one group alone.
         bits: Of the keys.
 
     Returns:
         (rows, queries, keys).
     """
-    rows, count, head_dim = queries.shape
-    found = queries.new_zeros(rows, count, packed.shape[1])
-    width = head_dim // scales.shape[-1]
-    for place, numbers in _blocks(packed, bits, head_dim, queries.dtype):
-        for group in range(scales.shape[-1]):
-            span = slice(group * width, (group + 1) * width)
-            some = queries[place[0], :, span]
-            product = some @ numbers[..., span].transpose(1, 2)
-            product -= middle(bits) * some.sum(dim=-1, keepdim=True)
-            found[place[0], :, place[1]] += product * scales[(*place, group)].to(some)[:, None]
-    return found
+    rows, count, _ = queries.shape
+    own = list(_spans(queries, packed.shape[-1], bits).unbind(2))
+    own = [own[0], *(one - (1 << bits) * before for before, one in pairwise(own))]
+    found = queries.new_empty(rows, count, packed.shape[1])
+    for (some, keys), number, shifted in _blocks(packed, bits, queries.dtype):
+        product = own[number][some] @ shifted.transpose(1, 2)
+        if number:
+            found[some, :, keys] += product
+        else:
+            found[some, :, keys] = product
+    found -= middle(bits) * queries.sum(dim=-1, keepdim=True)
+    return found.mul_(scales.transpose(1, 2).to(found.dtype))
 
 
 def mixture(
     weights: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int
 ) -> torch.Tensor:
-    """Sums of quantised values under attention weights, unpacked block by block.
+    """Sums of quantised values under attention weights, unpacked block by block as in ``scores``.
 
     Args:
         weights: (rows, queries, keys) in ``exact_dtype``.
         packed: (rows, keys, packed).
-        scales: (rows, keys, groups).
+        scales: (rows, keys, 1): one group alone.
         bits: Of the values.
         head_dim: Width of a head.
 
@@ -128,39 +133,41 @@ def mixture(
         (rows, queries, head_dim).
     """
     rows, count, _ = weights.shape
-    found = weights.new_zeros(rows, count, head_dim)
-    width = head_dim // scales.shape[-1]
-    for place, numbers in _blocks(packed, bits, head_dim, weights.dtype):
-        for group in range(scales.shape[-1]):
-            span = slice(group * width, (group + 1) * width)
-            some = weights[place[0], :, place[1]] * scales[(*place, group)].to(weights)[:, None]
-            product = some @ numbers[..., span]
-            product -= middle(bits) * some.sum(dim=-1, keepdim=True)
-            found[place[0], :, span] += product
-    return found
+    weights = weights * scales.transpose(1, 2).to(weights.dtype)
+    sums = weights.new_zeros(rows, count, 8 // bits, packed.shape[-1])
+    for (some, keys), number, shifted in _blocks(packed, bits, weights.dtype):
+        sums[some, :, number] += weights[some, :, keys] @ shifted
+    sums[:, :, :-1] -= (1 << bits) * sums[:, :, 1:]
+    found = sums.flatten(2)[..., :head_dim]
+    return found - middle(bits) * weights.sum(dim=-1, keepdim=True)
+
+
+def _spans(queries: torch.Tensor, width: int, bits: int) -> torch.Tensor:
+    """(..., head_dim) -> (..., spans, width), zeros where the last span is shorter."""
+    missing = 8 // bits * width - queries.shape[-1]
+    return torch.nn.functional.pad(queries, (0, missing)).unflatten(-1, (-1, width))
 
 
 def _blocks(
-    packed: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype
-) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-    """Cut (rows, keys, packed) bytes into blocks: (their place, their codes as floats).
+    packed: torch.Tensor, bits: int, dtype: torch.dtype
+) -> Iterator[tuple[tuple[slice, slice], int, torch.Tensor]]:
+    """Cut (rows, keys, packed) bytes into blocks: (their place, by how many numbers they are
+    shifted, the shifted bytes as floats), for every number of a byte.
 
-    The floats lie in one buffer, which the next block overwrites. All are one block off the CPU.
+    The floats lie in one buffer, which the next ones overwrite. Off the CPU, all are one block.
     """
-    rows, length, _ = packed.shape
-    if packed.device.type != "cpu":
-        step, size = rows, length
-    else:
-        most = max(1, BLOCK_BYTES // (4 * head_dim))
-        parts = -(-length // most)
-        size = -(-length // parts)
+    rows, length, width = packed.shape
+    step, size = rows, length
+    if packed.device.type == "cpu":
+        most = max(1, BLOCK_BYTES // (4 * width))
+        size = -(-length // -(-length // most))
         step = max(1, most // size)
-    buffer = packed.new_empty(step * size * head_dim, dtype=dtype)
+    buffer = packed.new_empty(min(step, rows) * size * width, dtype=dtype)
     for first in range(0, rows, step):
         for start in range(0, length, size):
             place = (slice(first, min(first + step, rows)), slice(start, min(start + size, length)))
             some = packed[place]
-            numbers = buffer[: some.shape[0] * some.shape[1] * head_dim]
-            numbers = numbers.view(*some.shape[:2], head_dim)
-            unpack_into(numbers, some, bits)
-            yield place, numbers
+            numbers = buffer[: some.numel()].view(some.shape)
+            for number in range(8 // bits):
+                numbers.copy_(some >> (bits * number) if number else some)
+                yield place, number, numbers
