@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the embedded demo model, from a fresh clone: calibrate, inspect, apply, evaluate.
-# Re-runnable, from any directory. Writes to demo-output/ (or $1) and prints one table at the end.
+# Runs the main workflow on the bundled demo model: calibrate, inspect, apply, evaluate. Works from a
+# fresh clone and from any directory, and can be repeated. Writes to demo-output/ (or $1).
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 out="${1:-$root/demo-output}"
@@ -11,7 +11,7 @@ yopo calibrate --model llava-tiny --data demo:calibration --budget "$budget" \
     -o "$out/plan.yaml" --stats "$out/statistics.safetensors" --force
 echo "== inspect" >&2
 yopo inspect "$out/plan.yaml"
-echo "== apply: bake the plan into a checkpoint, and check it" >&2
+echo "== apply: bake the plan into a checkpoint and check it" >&2
 yopo apply "$out/plan.yaml" -o "$out/llava-tiny-yopo" --verify --force
 echo "== evaluate: dense against pruned, on pairs that calibration never saw" >&2
 yopo eval "$out/llava-tiny-yopo" --data demo:heldout --samples 512 --batch-size 32

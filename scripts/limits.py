@@ -1,9 +1,10 @@
-"""What `yopo bench` does not time: calibration, `apply` and loading, each beside its floor.
+"""Time what `yopo bench` does not: calibration, `apply` and loading, against their lower bounds.
 
-Calibration is compared with a plain forward of the same batch and with the usual way to see
-attention (eager, ``output_attentions=True``, every layer's matrix kept); `apply` with `cp -r` of
-the same files on the same disk; loading a baked checkpoint with loading the original. Everything
-runs on random weights at the widths of a published model, offline. Prints markdown rows:
+Calibration is compared with a plain forward of the same batch and with the usual way to get
+attention weights (eager, ``output_attentions=True``, every layer's matrix kept), `apply` with
+`cp -r` of the same files on the same disk, and loading a baked checkpoint with loading the
+original. Everything runs offline, on random weights at the widths of a published model. Prints
+markdown rows:
 
     python scripts/limits.py --layers 4 --threads 1
     python scripts/limits.py --parts apply load --layers 6 --folder /var/tmp
@@ -11,8 +12,8 @@ runs on random weights at the widths of a published model, offline. Prints markd
     python scripts/limits.py --parts memory --layers 32 --dtype bfloat16
     python scripts/limits.py --parts fit --layers 1 --batch 8 --threads 2 --runs 1
 
-Ratios are medians over runs of one process in which the two sides take turns, first and second in
-turn. File caches are as the runs leave them: what fits into memory is read from there, by both.
+Ratios are medians over runs in one process. The two sides take turns, and so does which of them
+goes first. File caches are left as the runs leave them: both sides read from memory what fits.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ from yopo.serving.loading import load
 
 PARTS = ("calibration", "memory", "apply", "load", "fit")
 ROOM = 300e6
-"""Bytes of memory allowed to `apply` beside two of the largest tensors: Python, torch, buffers."""
+"""Bytes allowed to `apply` on top of two of the largest tensors: Python, torch, buffers."""
 
 APPLY = """
 import sys
@@ -77,7 +78,7 @@ for line in open("/proc/self/status"):
     if line.startswith("VmHWM"):
         print(1024 * int(line.split()[1]))
 """
-"""Prints its own peak: ``ru_maxrss`` of a child starts with its parent's."""
+"""Prints its own peak, because ``ru_maxrss`` of a child starts at its parent's."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Row:
         what: What is compared with what.
         value, floor: The two sides, with units.
         ratio: The first over the second.
-        target: What is wanted of it.
+        target: The bound that the ratio should meet.
     """
 
     what: str
@@ -102,7 +103,7 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-HEADER = "| what | measured | beside | ratio | target |\n|---|---:|---:|---:|---:|"
+HEADER = "| what | measured | reference | ratio | target |\n|---|---:|---:|---:|---:|"
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -116,26 +117,26 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--visual-tokens", type=int, default=WORKLOAD.visual)
     parser.add_argument("--text-tokens", type=int, default=WORKLOAD.text)
     parser.add_argument("--batch", type=int, default=1, help="prompts per forward")
-    parser.add_argument("--dtype", default="float32", help="of weights and checkpoints")
+    parser.add_argument("--dtype", default="float32", help="dtype of weights and checkpoints")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="yopo-25", help="what to bake")
     parser.add_argument("--shard-size", default="2GB")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written for the while")
+    parser.add_argument("--folder", type=Path, help="where temporary checkpoints are written")
     return parser.parse_args(words)
 
 
 def take_turns(
     first: Callable[[], object], second: Callable[[], object], runs: int
 ) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of the pairs' ratios, first over second.
+    """Return the median seconds of both, and the median of the pairs' ratios, first over second.
 
-    One pair in front is not counted; which of the two comes first alternates.
+    The first pair is a warm-up and not counted; which of the two goes first alternates.
     """
 
     def seconds(call: Callable[[], object]) -> float:
         gc.collect()
-        os.sync()  # nobody pays for what the other has left to be written
+        os.sync()  # neither side pays for writes that the other left pending
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
@@ -145,8 +146,8 @@ def take_turns(
         if number % 2:
             pairs.append((seconds(first), seconds(second)))
         else:
-            behind = seconds(second)
-            pairs.append((seconds(first), behind))
+            other = seconds(second)
+            pairs.append((seconds(first), other))
     counted = pairs[1:]
     ratio = median(one / other for one, other in counted)
     return median(one for one, _ in counted), median(other for _, other in counted), ratio
@@ -154,7 +155,7 @@ def take_turns(
 
 @contextmanager
 def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Run the decoder with another attention implementation."""
+    """Run the decoder with another attention implementation inside the block."""
     decoder = model.get_decoder()
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation(implementation)
@@ -165,7 +166,7 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 
 
 class Calibration:
-    """A calibration pass over one batch, a plain forward of it, and one that shows attention."""
+    """A calibration pass over one batch, a plain forward, and a forward that returns attention."""
 
     def __init__(self, options: argparse.Namespace):
         shape = replace(SHAPES[options.shape_of], layers=options.layers)
@@ -181,23 +182,23 @@ class Calibration:
 
     @torch.no_grad()
     def forward(self, **more: object) -> object:
-        """A forward without a cache."""
+        """Run a forward without a cache."""
         return self.model.base_model(**self.prompt.arguments(), use_cache=False, **more)
 
     def calibrate(self) -> None:
-        """One pass, everything that is computed once included."""
+        """Run one pass, including everything that is computed once."""
         with observing(self.model, self.shape, self.family) as observer:
             observer.begin(self.prompt.inputs["attention_mask"])
             self.forward()
             observer.finish()
 
     def show_attention(self) -> list[torch.Tensor]:
-        """What a script has to do that wants attention weights from transformers: keep them all."""
+        """Get attention weights from transformers the only way it offers: keep them all."""
         with attention(self.model, "eager"):
             return self.forward(output_attentions=True).attentions
 
     def time_rows(self) -> Iterator[Row]:
-        """Time beside both."""
+        """Yield rows that compare time with both."""
         mine, plain, ratio = take_turns(self.calibrate, self.forward, self.options.runs)
         name = "calibration pass over plain forward, time"
         yield Row(name, seconds(mine), seconds(plain), ratio, "<= 1.25")
@@ -206,7 +207,7 @@ class Calibration:
         yield Row(name, seconds(eager), seconds(mine), ratio, ">= 3")
 
     def memory_rows(self) -> Iterator[Row]:
-        """Peak memory beside both."""
+        """Yield rows that compare peak memory with both."""
         used, plain, shown = (
             peak_bytes(call, "cpu") for call in (self.calibrate, self.forward, self.show_attention)
         )
@@ -218,12 +219,15 @@ class Calibration:
 
 
 class Fit:
-    """What fitted weights cost beside a plain forward of the same prompts: moments and solves."""
+    """The cost of fitted weights (moments, solves) against a plain forward of the same prompts."""
 
     def __init__(self, options: argparse.Namespace):
         side = math.isqrt(options.visual_tokens)
         if side**2 != options.visual_tokens:
-            raise SystemExit(f"--visual-tokens {options.visual_tokens}: a fit wants a square.")
+            raise SystemExit(
+                f"--visual-tokens {options.visual_tokens}: a fit needs a square number, such as "
+                f"{side**2}."
+            )
         self.shape = replace(SHAPES[options.shape_of], layers=options.layers)
         identity = replace(published_model(options.shape_of), shape=self.shape)
         workload = replace(WORKLOAD, grids=(Grid(side, side),), text=options.text_tokens)
@@ -236,19 +240,19 @@ class Fit:
 
     @torch.no_grad()
     def forward(self) -> object:
-        """A forward of all prompts without a cache."""
+        """Run a forward of all prompts without a cache."""
         return self.model.base_model(**self.batches[0].inputs, use_cache=False)
 
     def profile(self) -> object:
-        """The dense walk in which an allocation learns what things are worth."""
+        """Run the dense walk that measures what an allocation needs to know."""
         return profile(self.model, self.batches, self.shape)
 
     def fit(self) -> object:
-        """The fit of one plan."""
+        """Fit one plan."""
         return refit(self.model, self.batches, self.plan)
 
     def rows(self) -> Iterator[Row]:
-        """Time and memory of both."""
+        """Yield rows for the time and memory of both."""
         prompts = f"{self.options.batch} prompts, {self.shape.layers} layers"
         plain = peak_bytes(self.forward, "cpu")
         for name, call in (("profile", self.profile), (f"fit of {FITTED}", self.fit)):
@@ -260,7 +264,7 @@ class Fit:
 
 
 class Checkpoints:
-    """An original of random weights, its plan, and what is made of them, for a while."""
+    """An original checkpoint of random weights, its plan, and what is made from them."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options = options
@@ -275,23 +279,23 @@ class Checkpoints:
         write_plan(self.plan, str(self.plan_file), force=False)
 
     def apply(self) -> None:
-        """Bake the plan, without the seconds that Python takes to start."""
+        """Bake the plan in this process, so that Python's startup time is not counted."""
         shutil.rmtree(self.baked, ignore_errors=True)
         bake(self.plan, self.original, self.baked)
 
     def copy_files(self) -> None:
-        """The system's copy of the original."""
+        """Copy the original with the system's `cp`."""
         shutil.rmtree(self.copy, ignore_errors=True)
         subprocess.run(["cp", "-r", self.original, self.copy], check=True)
 
     def peak_of_apply(self) -> int:
-        """Peak resident bytes of `yopo apply` in a process of its own."""
+        """Return the peak resident bytes of `yopo apply` in its own process."""
         shutil.rmtree(self.baked, ignore_errors=True)
         command = [sys.executable, "-c", APPLY, self.plan_file, self.baked, self.original]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     def apply_rows(self) -> Iterator[Row]:
-        """Time beside a copy, memory beside its bound."""
+        """Yield rows that compare time with a copy, and memory with its bound."""
         mine, copied, ratio = take_turns(self.apply, self.copy_files, self.options.runs)
         yield Row("`apply` over `cp -r`, time", seconds(mine), seconds(copied), ratio, "<= 1.5")
         if Path("/proc/self/status").is_file():
@@ -300,29 +304,29 @@ class Checkpoints:
             yield Row(name, size(peak), size(bound), peak / bound, "< 1")
 
     def load_rows(self) -> Iterator[Row]:
-        """Loading beside loading."""
+        """Yield rows that compare loading the baked checkpoint with loading the original."""
         if not self.baked.is_dir():
             self.apply()
 
         stock = AutoModelForImageTextToText.from_pretrained
         name = "`yopo.load` of the baked checkpoint over transformers' of the original"
         for what, finish in (("until it returns", bool), ("until all weights are read", read)):
-            mine, beside, ratio = take_turns(
+            mine, theirs, ratio = take_turns(
                 lambda finish=finish: finish(load(self.baked)),
                 lambda finish=finish: finish(stock(self.original, dtype="auto")),
                 self.options.runs,
             )
-            yield Row(f"{name}, {what}", seconds(mine), seconds(beside), ratio, "<= 1.2")
+            yield Row(f"{name}, {what}", seconds(mine), seconds(theirs), ratio, "<= 1.2")
 
 
 def read(model: PreTrainedModel) -> None:
-    """Touch every page of the weights: until then they are a mapped file."""
+    """Touch every page of the weights, which are a mapped file until then."""
     for weight in model.parameters():
         weight.detach().view(-1)[::1024].sum()
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """Measure the parts that are asked for."""
+    """Measure the requested parts."""
     if {"calibration", "memory"}.intersection(options.parts):
         calibration = Calibration(options)
         if "calibration" in options.parts:
@@ -342,12 +346,12 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def seconds(value: float) -> str:
-    """Seconds for people."""
+    """Format seconds for people."""
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.0f} ms"
 
 
 def size(value: float) -> str:
-    """Bytes for people."""
+    """Format bytes for people."""
     return f"{value / 1e6:.0f} MB" if value >= 1e7 else f"{value / 1e3:.0f} kB"
 
 

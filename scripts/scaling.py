@@ -1,14 +1,15 @@
-"""How prefill time grows with the number of visual tokens, dense and pruned: a picture.
+"""Plot how prefill time grows with the number of visual tokens, dense and pruned.
 
-Full-width layers of a published model with random weights; dense and every preset prefill the same
-prompt in one process, taking turns; medians. Both axes are logarithmic. Solid lines are measured,
-dotted ones are what the executed FLOPs predict: dense time times the ratio of FLOPs, text included.
+The model has full-width layers of a published model with random weights. The dense model and every
+preset take turns at prefilling the same prompt in one process; the plot shows medians, and both
+axes are logarithmic. Solid lines are measured. Dotted lines are what the executed FLOPs predict:
+dense time times the ratio of FLOPs, text included.
 
     python scripts/scaling.py scaling.png --layers 4 --threads 1 --save-data scaling.json
     python scripts/scaling.py scaling.png --data scaling.json      # draw again, measure nothing
     python scripts/scaling.py --save-data scaling.json             # measure, draw nothing
 
-Needs matplotlib to draw (`pip install yopo[pictures]`). Prints the figures as a markdown table.
+Drawing needs matplotlib (`pip install yopo[pictures]`). Prints the figures as a markdown table.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ INK, PAPER, GRID = "#1f2328", "#ffffff", "#d8dee4"
 DOTS_PER_INCH = 160
 
 Points = dict[str, Any]
-"""What is saved: ``about`` (how it was measured) and ``points``, one per token count, with
-``visual`` tokens, ``ms`` and ``flops`` per curve; times are lists, run by run."""
+"""The saved data: ``about`` (how it was measured) and ``points``, one per token count, with
+``visual`` tokens, ``ms`` and ``flops`` per curve; times are lists with one entry per run."""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,8 +40,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("picture", type=Path, nargs="?", help="PNG (or SVG) file to write")
-    parser.add_argument("--data", type=Path, help="draw saved figures, measure nothing")
-    parser.add_argument("--save-data", type=Path, metavar="JSON", help="keep the figures")
+    parser.add_argument("--data", type=Path, help="draw saved figures without measuring")
+    parser.add_argument("--save-data", type=Path, metavar="JSON", help="save the figures")
     parser.add_argument("--visual-tokens", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--presets", nargs="+", default=["yopo-25", "reader-12"])
@@ -50,7 +51,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(words)
     if not (options.picture or options.save_data):
-        parser.error("name a picture to draw, or --save-data, or both")
+        parser.error("nothing to write: name a picture to draw, or pass --save-data, or both")
     return options
 
 
@@ -81,7 +82,7 @@ def measure(options: argparse.Namespace) -> Points:
             plan = with_prompt(plan, visual=visual, text=options.text_tokens)
             used = sampled_layers(plan, options.layers)
             few = fitted(with_layers(plan, used))
-            model = model or random_model(shape)  # one for all: time depends on its shape alone
+            model = model or random_model(shape)  # shared: time depends only on its shape
             prompt = made_up_prompt(model, few, 1)
             subjects[name] = Bench(model, few, prompt, grids_of(few))
         times = take_turns(subjects, options.runs)
@@ -101,9 +102,9 @@ def measure(options: argparse.Namespace) -> Points:
 
 
 def take_turns(subjects: dict[str, Any], runs: int) -> dict[str, list[float]]:
-    """Prefill milliseconds of the dense model and of every preset, run by run.
+    """Return the prefill milliseconds of the dense model and of every preset, run by run.
 
-    One round in front is not counted; the order turns around from round to round.
+    The first round is a warm-up and not counted; the order alternates from round to round.
     """
     some = next(iter(subjects.values()))
     calls = {"dense": lambda: some.measure(DENSE, 0).prefill}
@@ -119,7 +120,7 @@ def take_turns(subjects: dict[str, Any], runs: int) -> dict[str, list[float]]:
 
 
 def ratio(point: Points, name: str) -> float:
-    """Median of the rounds' time ratios, pruned over dense."""
+    """Return the median over rounds of the time ratio, pruned over dense."""
     pairs = zip(point["ms"][name], point["ms"]["dense"], strict=True)
     return median(after / before for after, before in pairs)
 
@@ -134,13 +135,13 @@ def _line(point: Points, names: Sequence[str]) -> str:
 
 
 def table_head(names: Sequence[str]) -> str:
-    """The first lines of the printed table."""
+    """Return the head of the printed table."""
     titles = [f"{name}: time, over dense (over FLOPs ratio)" for name in names]
     return f"| visual tokens | dense | {' | '.join(titles)} |\n|---:|{'---:|' * (len(names) + 1)}"
 
 
 def draw(found: Points, target: Path) -> None:
-    """Draw the curves, their prediction, and their names at their ends."""
+    """Draw the curves with their predictions, and label each curve at its end."""
     pyplot = _pyplot()
     points, about = found["points"], found["about"]
     counts = [point["visual"] for point in points]
@@ -176,7 +177,7 @@ def draw(found: Points, target: Path) -> None:
 
 
 def _apart(heights: dict[str, float], step: float = 1.22) -> dict[str, float]:
-    """Heights of labels on a logarithmic axis, moved up where they would overlap."""
+    """Move labels on a logarithmic axis up where they would overlap; return their heights."""
     placed: dict[str, float] = {}
     lowest = 0.0
     for name, height in sorted(heights.items(), key=lambda entry: entry[1]):
@@ -186,7 +187,7 @@ def _apart(heights: dict[str, float], step: float = 1.22) -> dict[str, float]:
 
 
 def _furnish(axes: Any, counts: Sequence[int], about: dict[str, Any]) -> None:
-    """Titles, ticks at what was measured, a quiet grid."""
+    """Add titles, ticks at the measured counts and a light grid."""
     from matplotlib.ticker import LogLocator
 
     axes.set_title(
@@ -194,7 +195,7 @@ def _furnish(axes: Any, counts: Sequence[int], about: dict[str, Any]) -> None:
         color=INK,
         loc="left",
     )
-    axes.set_xlabel(f"visual tokens (beside {about['text']} text tokens)", color=INK)
+    axes.set_xlabel(f"visual tokens (plus {about['text']} text tokens)", color=INK)
     axes.set_ylabel("seconds", color=INK)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
@@ -227,7 +228,7 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise SystemExit(
-            "Drawing needs matplotlib: pip install 'yopo[pictures]' (or --save-data alone)."
+            "Drawing needs matplotlib: pip install 'yopo[pictures]', or pass only --save-data."
         ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -236,21 +237,21 @@ def _pyplot() -> Any:
 
 
 def read_data(path: Path) -> Points:
-    """Figures that ``--save-data`` kept."""
+    """Read figures that ``--save-data`` wrote."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not found["points"] or not found["about"]:
             raise KeyError("points")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"{path}: not what --save-data writes ({error}).") from error
+        raise SystemExit(f"{path} is not a file that --save-data wrote ({error}).") from error
     return found
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure (or read), save, print, draw."""
+    """Measure (or read), save, print and draw."""
     options = arguments(words)
     if options.picture:
-        _pyplot()  # rather now than behind an hour of measuring
+        _pyplot()  # better to fail now than after an hour of measuring
     if options.data:
         found = read_data(options.data)
         names = [name for name in found["points"][0]["ms"] if name != "dense"]

@@ -1,14 +1,15 @@
-"""Which neurons to keep when the down projection is fitted behind them: four orders compared.
+"""Compare four orders of neurons to keep when the down projection after them is fitted.
 
-Prints a markdown table of the FFN's relative output error on visual tokens of pairs that were not
-fitted on, mean over layers, with the kept neurons alone and with a linear map of the FFN's input:
+Prints a markdown table of the FFN's relative output error on visual tokens of held-out pairs,
+averaged over layers, first with only the kept neurons, then with a linear map of the FFN's input
+as well:
 
     python scripts/selection.py --model llava-tiny
 
 * ``importance``: ``||W_down[:, j]||^2 E[a_j^2]``, what plans use;
-* ``variance``: the same with the variance (FLAP);
-* ``OBS at once``: ``||W_down[:, j]||^2 / [H^-1]_jj``, the cost of removing j alone behind a refit;
-* ``OBS greedy``: the cheapest removed one at a time, weights and inverse updated in between.
+* ``variance``: the same with the variance in place of the second moment (FLAP);
+* ``OBS at once``: ``||W_down[:, j]||^2 / [H^-1]_jj``, the cost of removing only j and refitting;
+* ``OBS greedy``: removes the cheapest one at a time and updates weights and inverse in between.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ Order = Callable[[Gram, torch.Tensor], torch.Tensor]
 
 
 def importance(gram: Gram, down: torch.Tensor) -> torch.Tensor:
-    """By the second moment."""
+    """Order neurons by the second moment of their activation."""
     square = gram.covariance.diagonal() + gram.input_mean.square()
     return (down.square().sum(dim=0) * square).argsort(descending=True)
 
 
 def variance(gram: Gram, down: torch.Tensor) -> torch.Tensor:
-    """By the variance."""
+    """Order neurons by the variance of their activation."""
     return (down.square().sum(dim=0) * gram.covariance.diagonal()).argsort(descending=True)
 
 
 def obs_at_once(gram: Gram, down: torch.Tensor) -> torch.Tensor:
-    """By the cost of removing each alone, the others refitted."""
+    """Order neurons by the cost of removing only that one and refitting the others."""
     inverse = torch.cholesky_inverse(gram.root)
     return (down.square().sum(dim=0) / inverse.diagonal()).argsort(descending=True)
 
 
 def obs_greedy(gram: Gram, down: torch.Tensor) -> torch.Tensor:
-    """By repeated removal of the cheapest."""
+    """Order neurons by repeatedly removing the cheapest."""
     inverse, down, gone = torch.cholesky_inverse(gram.root), down.clone(), []
     left = torch.arange(down.shape[1])
     while len(left) > 1:
@@ -76,7 +77,7 @@ ORDERS: dict[str, Order] = {
 
 @torch.no_grad()
 def grams(session: CalibrationSession, shape: ModelShape, encoded: list[Batch]) -> list[Gram]:
-    """Per layer, moments of (activations, normed input) and the FFN's output."""
+    """Return, per layer, the moments of (activations, normed input) and of the FFN's output."""
     walk, found = DenseWalk(session.model, encoded), []
     for number in range(shape.layers):
         layer = walk.decoder.layers[number]
@@ -86,13 +87,13 @@ def grams(session: CalibrationSession, shape: ModelShape, encoded: list[Batch]) 
         for states in walk.step(number):
             normed = norm(states.middle)
             inputs = torch.cat([part.activations(normed), normed], dim=1)
-            moments.add(inputs, states.behind - states.middle)
+            moments.add(inputs, states.after - states.middle)
         found.append(moments.gram())
     return found
 
 
 def error(fitted: Gram, seen: Gram, kept: torch.Tensor, down: torch.Tensor) -> float:
-    """Relative error on ``seen`` of the FFN's output, fitted on ``fitted`` from some inputs."""
+    """Relative error of the FFN's output on ``seen``, fitted on ``fitted`` from the kept inputs."""
     part = Gram(
         fitted.covariance[kept][:, kept],
         fitted.cross[kept],
@@ -108,7 +109,7 @@ def error(fitted: Gram, seen: Gram, kept: torch.Tensor, down: torch.Tensor) -> f
 
 
 def encoded(session: CalibrationSession, data: str, samples: int, seed: int) -> list[Batch]:
-    """Prompts as model inputs."""
+    """Return the data's prompts as model inputs."""
     groups = batches(open_pairs(data, samples=samples, seed=seed), 32)
     return [encode_for(session.model, session.processor, group) for group in groups]
 

@@ -1,19 +1,19 @@
-# Sourced by the other scripts: makes .venv with yopo and the tested versions, once.
-# Needs Python 3.11+ with pip; re-runs only when the dependencies change.
+# Sourced by the other scripts: creates .venv with yopo and the tested versions of its dependencies.
+# Needs Python 3.11+ with pip; does nothing until the dependencies change.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
 python="${PYTHON:-python3}"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "yopo needs Python 3.11 or newer, found $("$python" --version). Set PYTHON to one." >&2
+    echo "yopo needs Python 3.11 or newer, found $("$python" --version). Set PYTHON to a newer one." >&2
     exit 1
 }
 wanted="$(cat pyproject.toml scripts/constraints.txt | cksum) $root"
 if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.yopo-setup 2>/dev/null)" != "$wanted" ]; then
     echo "Setting up .venv ..." >&2
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    # torch first and exact: a looser request would fetch gigabytes of another build.
+    # Install torch first, pinned: a looser requirement would fetch gigabytes of another build.
     .venv/bin/python -m pip install --quiet "$(grep '^torch==' scripts/constraints.txt)" >&2
     .venv/bin/python -m pip install --quiet --constraint scripts/constraints.txt --editable '.[test,pictures]' >&2
     echo "$wanted" > .venv/.yopo-setup

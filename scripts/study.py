@@ -1,7 +1,7 @@
-"""What a visual budget keeps, by which method: over calibration seeds, on pairs held out.
+"""Measure how much each method keeps at a visual budget, over calibration seeds, on held-out pairs.
 
-Every result is appended to a JSON-lines file as soon as it is there, and what the file holds is not
-run again; `scripts/study_report.py` makes tables and a picture of it.
+Every result is appended to a JSON-lines file as soon as it is available, and results that the file
+already holds are not run again; `scripts/study_report.py` makes tables and a plot from it.
 
     python scripts/study.py methods --model llava-tiny --output study.jsonl
     python scripts/study.py ablation --model llava-tiny --output study.jsonl
@@ -11,16 +11,16 @@ run again; `scripts/study_report.py` makes tables and a picture of it.
     python scripts/study.py kv --model llava-tiny --budgets 0.12 --output study.jsonl
     python scripts/study.py long --model llava-tiny --heldout demo:heldout --kind description
 
-Methods, all at the same visual FLOPs (the nearest below that a method can reach):
+All methods use the same visual FLOPs, or the nearest amount below that they can reach:
 
 * ``paper+random``: the paper's shape with random heads and neurons.
 * ``authors``: the rules of the paper's released code: half of the layers, heads by threshold and
   vote, the first neurons, radius 2.
 * ``paper``: the same shape with heads by mean activity and neurons by importance.
-* ``paper+refit``: and with output and down projections fitted for visual tokens.
-* ``search``: the best of ten shapes, improved layer by layer by measured KL; no weights fitted.
-* ``allocated``: what `yopo calibrate --budget` does: measured scores, fitted weights.
-* ``allocated+search``: what `yopo search` makes of it (study ``deeper``).
+* ``paper+refit``: the same with output and down projections fitted for visual tokens.
+* ``search``: the best of ten templates, improved layer by layer by measured KL; no fitted weights.
+* ``allocated``: the default of `yopo calibrate --budget`: measured scores, fitted weights.
+* ``allocated+search``: that plan improved as by `yopo search` (study ``deeper``).
 * ``vtw``, ``fastv``, ...: baselines (``yopo.baselines.registry``), which need no calibration.
 """
 
@@ -71,7 +71,7 @@ ABLATIONS = {
     "no visual attention": Levers(attend=False),
     "bottleneck alone": Levers(maps=(0.0,), widths=(0.0, 1.0), attend=False),
 }
-"""What an allocation may use."""
+"""The levers that an allocation may use, per row of the ablation."""
 
 Change = Callable[[], AbstractContextManager[object]]
 
@@ -85,7 +85,7 @@ class Results:
         self._known = {json.dumps(json.loads(line)["key"]) for line in lines}
 
     def has(self, key: dict) -> bool:
-        """Whether a result is there already."""
+        """Whether the file already holds a result."""
         return json.dumps(key) in self._known
 
     def add(self, key: dict, result: dict) -> None:
@@ -108,7 +108,7 @@ class Study:
     def session(
         self, seed: int, samples: int | None = None, data: str | None = None
     ) -> CalibrationSession:
-        """Calibrated once per seed, number of pairs and data."""
+        """Return the session for a seed, number of pairs and data, calibrated only once."""
         samples = samples or self.options.samples
         key = (seed, samples, data)
         if key not in self._sessions:
@@ -124,7 +124,7 @@ class Study:
         return self._sessions[key]
 
     def records(self, session: CalibrationSession):
-        """The dense model's answers on the held-out pairs."""
+        """Return the dense model's answers on the held-out pairs."""
         if self._records is None:
             pairs = self._heldout()
             self._records = record_dense(
@@ -147,7 +147,7 @@ class Study:
     def measure(
         self, key: dict, session: CalibrationSession, change: Change, budget: float
     ) -> None:
-        """Evaluate a changed model on the held-out pairs and keep the result."""
+        """Evaluate a changed model on the held-out pairs and store the result."""
         kept = measure_kept(
             session.model,
             session.processor,
@@ -168,7 +168,7 @@ class Study:
         self.results.add(key, {"summary": summary, "kinds": kinds, "pairs": kept.pairs})
 
     def plan(self, key: dict, session: CalibrationSession, make: Callable[[], PruningPlan]) -> None:
-        """Make a plan and measure it; a budget that cannot be met is a result too."""
+        """Make a plan and measure it; a budget that cannot be met is stored as missing."""
         if self.results.has(key):
             return
         try:
@@ -180,13 +180,13 @@ class Study:
         self.measure(key, session, change, visual_budget(plan))
 
     def key(self, study: str, method: str, budget: float, seed: int, **more: object) -> dict:
-        """What names a result."""
+        """Return the key that identifies a result."""
         model = {"study": study, "model": self.options.model}
         return {**model, "method": method, "budget": budget, "seed": seed, **more}
 
 
 def methods(study: Study) -> None:
-    """Every method at every budget, over seeds."""
+    """Measure every method at every budget, over seeds."""
     for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
@@ -198,7 +198,7 @@ def methods(study: Study) -> None:
 
 
 def measure_baseline(study: Study, session: CalibrationSession, name: str, budget: float) -> None:
-    """Measure a baseline at a budget; they know no calibration, so no seed."""
+    """Measure a baseline at a budget; baselines need no calibration, so there is one seed."""
     key = study.key("methods", name, budget, 0)
     if study.results.has(key):
         return
@@ -212,7 +212,7 @@ def measure_baseline(study: Study, session: CalibrationSession, name: str, budge
 
 
 def ablation(study: Study) -> None:
-    """Allocations that may not use one lever or another."""
+    """Measure allocations that may not use some of the levers."""
     for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
@@ -222,7 +222,7 @@ def ablation(study: Study) -> None:
 
 
 def sizes(study: Study) -> None:
-    """How few calibration pairs suffice."""
+    """Measure how few calibration pairs suffice."""
     for seed in study.options.seeds:
         for samples in SIZES:
             for budget in study.options.budgets:
@@ -233,7 +233,7 @@ def sizes(study: Study) -> None:
 
 
 def shift(study: Study) -> None:
-    """Calibration pairs of another distribution than the held-out ones."""
+    """Calibrate on pairs from a different distribution than the held-out ones."""
     for seed in study.options.seeds:
         session = study.session(seed, data=study.options.calibration)
         for budget in study.options.budgets:
@@ -243,7 +243,7 @@ def shift(study: Study) -> None:
 
 
 def kv(study: Study) -> None:
-    """Allocations that may keep a part of the visual KV cache alone."""
+    """Measure allocations that may keep only part of the visual KV cache."""
     for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
@@ -254,7 +254,7 @@ def kv(study: Study) -> None:
 
 
 def deeper(study: Study) -> None:
-    """What a search makes of an allocation, on the pairs of ``methods``."""
+    """Improve allocations by a search, on the pairs of ``methods``."""
     for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
@@ -263,7 +263,7 @@ def deeper(study: Study) -> None:
 
 
 def long(study: Study) -> None:
-    """One kind of pairs alone, long answers: do they stay the dense model's to the end?"""
+    """Measure whether long answers of one kind stay identical to the dense model's to the end."""
     for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
@@ -273,14 +273,14 @@ def long(study: Study) -> None:
 
 
 def authors(session: CalibrationSession, budget: float) -> PruningPlan:
-    """The released rules, scaled to a budget by one ratio for heads and neurons."""
+    """Apply the released rules, scaled to a budget by one ratio for heads and neurons."""
     statistics, shape = session.statistics, session.statistics.model.shape
     builder = TemplateBuilder(statistics, budget)
     half = shape.layers // 2
     seen = statistics.rho[:, :half].flatten(1)
 
     def build(ratio: float) -> Layers:
-        # The threshold at which a share of the heads wins its vote (40 % of the samples).
+        # The threshold at which this share of the heads wins the vote (40 % of the samples).
         winning = seen.quantile(0.6, dim=0)
         alpha = float(winning.quantile(1 - ratio)) if ratio < 1 else 0.0
         return paper_layers(
@@ -302,12 +302,12 @@ def authors(session: CalibrationSession, budget: float) -> PruningPlan:
 
 
 def paper(session: CalibrationSession, budget: float, compensation: str = "none") -> PruningPlan:
-    """The paper's shape, by scores."""
+    """Make a plan in the paper's shape, with heads and neurons chosen by scores."""
     return session.make(BudgetRequest(budget, template="paper", compensation=compensation)).plan
 
 
 def search(session: CalibrationSession, budget: float) -> PruningPlan:
-    """The best shape without compensation, searched on."""
+    """Make the best template without compensation, improved by a search."""
     return session.make(BudgetRequest(budget, compensation="none", search=SEARCH_RUNS)).plan
 
 
@@ -317,7 +317,7 @@ def allocated(
     levers: Levers | None = None,
     kv_budget: float | None = None,
 ) -> PruningPlan:
-    """Measured scores, fitted weights."""
+    """Allocate a budget by measured scores, with fitted weights."""
     chosen = planner(session, BudgetRequest(budget, compensation="refit", kv_budget=kv_budget))
     chosen.levers = levers or Levers()
     plan, _ = chosen.make()
@@ -325,17 +325,17 @@ def allocated(
 
 
 def searched(session: CalibrationSession, budget: float) -> PruningPlan:
-    """An allocation, searched on as far as the shapes are."""
+    """Make an allocation, improved by a search with as many runs as the templates get."""
     return session.make(BudgetRequest(budget, compensation="refit", search=SEARCH_RUNS)).plan
 
 
 def planner(session: CalibrationSession, request: BudgetRequest) -> Planner:
-    """A planner of a session."""
+    """Build a session's planner."""
     return Planner(session.statistics, request, session.kl, session.fitter)
 
 
 def random(session: CalibrationSession, budget: float) -> PruningPlan:
-    """The paper's shape, by random scores."""
+    """Make a plan in the paper's shape, with heads and neurons chosen by random scores."""
     shuffled = random_rho(session.statistics, session.options.seed)
     request = BudgetRequest(budget, template="paper", compensation="none")
     plan, _ = Planner(shuffled, request, None, None).make()
@@ -369,7 +369,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="llava-tiny")
     parser.add_argument("--calibration", default="demo:calibration")
     parser.add_argument("--heldout", default="demo:heldout")
-    parser.add_argument("--kind", help="demo pairs of this kind alone")
+    parser.add_argument("--kind", help="use only demo pairs of this kind")
     parser.add_argument("--samples", type=int, default=256, help="calibration pairs")
     parser.add_argument("--pairs", type=int, default=512, help="held-out pairs")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)

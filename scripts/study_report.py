@@ -1,11 +1,11 @@
-"""Tables and the picture of what `scripts/study.py` found.
+"""Print the tables of `scripts/study.py`'s results, and draw them.
 
     python scripts/study_report.py study.jsonl                        # markdown tables
     python scripts/study_report.py study.jsonl --picture front.png    # and the front, per model
 
-Figures are means over calibration seeds; the largest distance of a seed from its mean stands
-behind. Baselines know no calibration, so they have one figure. A budget that a method cannot meet
-stays empty.
+Figures are means over calibration seeds, each followed by the largest deviation of a seed from the
+mean. Baselines need no calibration, so they have a single figure. The cell of a budget that a
+method cannot meet is empty.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLORS = {
 
 
 def read(path: Path) -> dict[tuple[str, str], list[dict]]:
-    """Results by (study, model)."""
+    """Read the results by (study, model)."""
     results = defaultdict(list)
     for line in path.read_text().splitlines():
         result = json.loads(line)
@@ -53,7 +53,7 @@ def read(path: Path) -> dict[tuple[str, str], list[dict]]:
 
 
 def grouped(results: list[dict], *more: str) -> dict[tuple, list[dict]]:
-    """Summaries by (method, budget, further entries of the key); missing ones are left out."""
+    """Group summaries by (method, budget, further entries of the key), without missing ones."""
     groups = defaultdict(list)
     for result in results:
         key = result["key"]
@@ -64,7 +64,7 @@ def grouped(results: list[dict], *more: str) -> dict[tuple, list[dict]]:
 
 
 def cell(found: list[dict] | None, name: str, form: str, scale: float = 1) -> str:
-    """Mean over seeds and the largest distance from it."""
+    """Format the mean over seeds and the largest deviation from it."""
     if not found:
         return ""
     values = [scale * each[name] for each in found]
@@ -76,7 +76,7 @@ def cell(found: list[dict] | None, name: str, form: str, scale: float = 1) -> st
 
 
 def table(groups: dict[tuple, list[dict]], rows: dict[str, str], title: str) -> None:
-    """One row per method; accuracy over dense, agreement and KL for every budget."""
+    """Print a row per method with accuracy over dense, agreement and KL for every budget."""
     budgets = sorted({key[1] for key in groups})
     print(f"\n{title}\n")
     print("| | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |")
@@ -97,7 +97,7 @@ def report(results: dict[tuple[str, str], list[dict]]) -> None:
     legend = "accuracy of dense, % / top-1 agreement, % / logit KL"
     for (study, model), found in sorted(results.items()):
         if study == "methods":
-            # What a search makes of allocations stands with them, where it was run.
+            # Searched allocations go into the same table, if they were run.
             found = [*found, *results.get(("deeper", model), [])]
             table(grouped(found), METHODS, f"{model}: {legend}")
         elif study == "deeper":
@@ -115,7 +115,7 @@ def report(results: dict[tuple[str, str], list[dict]]) -> None:
 
 
 def long_table(found: list[dict], model: str) -> None:
-    """Whole answers that stay the same, and tokens."""
+    """Print the shares of whole answers and of tokens that stay the same."""
     groups = grouped(found)
     budgets = sorted({key[1] for key in groups})
     kinds = {result["key"]["kind"] for result in found}
@@ -136,11 +136,11 @@ def long_table(found: list[dict], model: str) -> None:
 
 
 def draw(results: dict[tuple[str, str], list[dict]], path: Path) -> None:
-    """Accuracy and KL over the visual budget, a column per model."""
+    """Draw accuracy and KL over the visual budget, with a column per model."""
     try:
         import matplotlib
     except ImportError:
-        sys.exit("A picture needs matplotlib: pip install 'yopo[pictures]'")
+        sys.exit("Drawing needs matplotlib: pip install 'yopo[pictures]'")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -182,7 +182,7 @@ def draw(results: dict[tuple[str, str], list[dict]], path: Path) -> None:
 
 
 def main() -> None:
-    """Print tables; draw if asked."""
+    """Print the tables, and draw if requested."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--picture", type=Path)

@@ -19,11 +19,11 @@ settings.load_profile("yopo")
 
 @pytest.fixture(scope="module", params=tiny.BACKBONES)
 def subject(request: pytest.FixtureRequest) -> tiny.Subject:
-    """A tiny LLaVA of every supported kind of decoder, with its float64 oracle."""
+    """A tiny LLaVA for every supported kind of decoder, with its float64 oracle."""
     return tiny.make_subject(request.param)
 
 
 @pytest.fixture(scope="module")
 def mha() -> tiny.Subject:
-    """The multi-head one alone, where the kind of decoder does not matter."""
+    """The multi-head one only, for tests where the kind of decoder does not matter."""
     return tiny.make_subject("mha")

@@ -20,7 +20,7 @@ def make(
     family: str = "llava",
     workload: Workload | None = None,
 ) -> Statistics:
-    """Random statistics; the model's dimensions are LLaVA-like in proportion, or those given."""
+    """Make random statistics; dimensions are LLaVA-like in proportion unless given."""
     generator = torch.Generator().manual_seed(seed)
     shape = shape or ModelShape(layers, 16 * heads, heads, kv_heads, 16, 43 * heads)
     layers, heads = shape.layers, shape.heads

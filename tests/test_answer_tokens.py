@@ -1,4 +1,4 @@
-"""Who feeds answers says where prompts end: in this block, in this thread, for this forward."""
+"""Prompt ends are declared for one block, one thread and one forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from yopo.support.errors import ModelError
 ANSWERS = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
 
 
-def test_prompts_end_in_front_of_their_answers() -> None:
+def test_prompts_end_before_their_answers() -> None:
     assert forced_ends(2, 5) is None
     with teacher_forced(ANSWERS):
         assert forced_ends(2, 5).tolist() == [2, 3]
@@ -23,13 +23,13 @@ def test_prompts_end_in_front_of_their_answers() -> None:
     assert forced_ends(2, 5) is None
 
 
-def test_what_is_said_ends_with_the_block_even_if_it_fails() -> None:
+def test_prompt_ends_are_forgotten_after_the_block_even_if_it_fails() -> None:
     with pytest.raises(ZeroDivisionError), teacher_forced(ANSWERS):
         raise ZeroDivisionError
     assert forced_ends(2, 5) is None
 
 
-def test_other_threads_do_not_hear_it() -> None:
+def test_other_threads_do_not_see_prompt_ends() -> None:
     heard = []
     with teacher_forced(ANSWERS):
         thread = Thread(target=lambda: heard.append(forced_ends(2, 5)))

@@ -1,4 +1,4 @@
-"""``import yopo``: what it offers, and the examples in its docstrings, run one after the other."""
+"""``import yopo`` offers typed names, and the examples in its docstrings run in sequence."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_examples_of_the_docstrings_work(
         assert not problems, "".join(problems)
 
 
-def test_everything_offered_is_there_and_typed() -> None:
+def test_every_public_name_exists_and_is_typed() -> None:
     listed = set(yopo.__all__) - {"__version__"}
     assert all(getattr(yopo, name) is not None for name in listed)
     assert (Path(yopo.__file__).parent / "py.typed").is_file()
@@ -87,7 +87,7 @@ def test_a_model_in_memory_needs_its_processor_and_keeps_it_as_it_was() -> None:
     assert found.pairs == 16
 
 
-def test_a_plan_in_memory_is_the_one_that_its_file_gives(tmp_path: Path) -> None:
+def test_a_plan_in_memory_equals_the_one_read_from_its_file(tmp_path: Path) -> None:
     made = yopo.calibrate("llava-tiny", 0.4, options=yopo.RunOptions(samples=32))
     assert made.plan.needs_order or made.plan.tensors.num_bytes
     yopo.write_plan(made.plan, str(tmp_path / "plan.yaml"))

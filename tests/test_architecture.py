@@ -1,4 +1,4 @@
-"""What keeps the house small and light; import-linter keeps its rooms apart (pyproject.toml)."""
+"""Modules are short and light; import-linter keeps the rooms apart (pyproject.toml)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_light_modules_import_neither_torch_nor_transformers(module: str) -> Non
     assert done.returncode == 0, done.stderr
 
 
-def test_every_public_name_can_be_had() -> None:
+def test_every_public_name_can_be_imported() -> None:
     for name in yopo.__all__:
         assert getattr(yopo, name) is not None
     assert set(yopo.__all__) <= set(dir(yopo))

@@ -17,12 +17,12 @@ DTYPES = {True: ("float32",), False: ("float16", "bfloat16")}
 """Of the demo model, and of published checkpoints."""
 
 
-def test_there_is_one_per_model() -> None:
+def test_every_alias_has_a_configuration() -> None:
     assert {path.stem for path in CONFIGS} == set(ALIASES)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_is_a_calibration(path: Path) -> None:
+def test_every_configuration_is_a_calibration(path: Path) -> None:
     values = load_config(path, command)
     assert values["model"] == path.stem and resolve(values["model"]).name == path.stem
     with command.make_context("calibrate", ["--config", str(path)]) as context:
@@ -37,7 +37,7 @@ def test_config_is_a_calibration(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_flags_override_it(path: Path) -> None:
+def test_flags_override_the_configuration(path: Path) -> None:
     with command.make_context("calibrate", ["--preset", "yopo-12", "--config", str(path)]) as made:
         request = plan_request(made)
     assert isinstance(request, PaperRequest) and request.preset == "yopo-12"

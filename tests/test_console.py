@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal alone, one at a time, and the items come through unchanged."""
+"""Progress bars appear only on a terminal, one at a time, and items come through unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_lines_stay_apart_and_names_in_them_do_not(
+def test_newlines_in_names_are_escaped_but_lines_stay_separate(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "_quiet", False)
@@ -24,7 +24,7 @@ def test_lines_stay_apart_and_names_in_them_do_not(
 
 
 def open_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Inside the test: pytest puts its own stderr in place behind the fixtures."""
+    """Open it inside the test, because pytest replaces stderr after the fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
@@ -36,7 +36,7 @@ def bar(label: str, items: range) -> list[int]:
     return list(console.track(items, label=label, total=None, unit="things"))
 
 
-def test_what_is_tracked_inside_shows_no_bar_of_its_own(
+def test_nested_tracking_shows_no_second_bar(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = open_terminal(monkeypatch)
@@ -46,15 +46,15 @@ def test_what_is_tracked_inside_shows_no_bar_of_its_own(
     assert "outer" in shown and "2/2" in shown and "inner" not in shown
 
 
-def test_a_bar_behind_a_failure_shows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_after_a_failure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = open_terminal(monkeypatch)
     bars = console.track([0, 1], **OUTER)
     next(bars)
-    bars.close()  # what leaving a loop by an exception comes to
+    bars.close()  # as if an exception had left the loop
     assert bar("later", range(3)) == [0, 1, 2] and "3/?" in terminal.getvalue()
 
 
-def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(console.track([1, 2], **OUTER)) == [1, 2]
     assert capsys.readouterr().err == ""
 

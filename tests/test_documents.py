@@ -1,4 +1,4 @@
-"""Strict YAML: what is wrong is said with file, line and key."""
+"""Strict YAML: every mistake is reported with file, line and key."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_unknown_keys_suggest_the_known_one(document: Document) -> None:
 
 
 @pytest.mark.parametrize("key", ["null", "1.5", "2026-01-01", "true", "7"])
-def test_keys_that_are_no_text_are_unknown_keys(key: str) -> None:
+def test_keys_that_are_not_text_are_unknown_keys(key: str) -> None:
     document = Document("plan.yaml", f"{key}: 1\n")
     with pytest.raises(PlanError, match="is not a known key"):
         document.check_keys((), document.data, ("name",))
@@ -110,7 +110,7 @@ def test_values_of_a_wrong_type_are_named(
         ("a: " + "[" * 900 + "]" * 900, "nests too deeply"),
     ],
 )
-def test_what_is_no_document_is_refused(text: str, message: str) -> None:
+def test_invalid_documents_are_refused(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Document("f.yaml", text)
 
@@ -148,7 +148,7 @@ def test_descriptions_are_short() -> None:
     assert len(describe("x" * 1000)) == 60
 
 
-def test_merged_keys_are_known_by_their_own_lines() -> None:
+def test_keys_next_to_a_merge_keep_their_lines() -> None:
     document = Document("plan.yaml", "one: &one\n  rows: 3\ntwo:\n  <<: *one\n  cols: 4\n")
     assert document.data["two"] == {"rows": 3, "cols": 4}
     assert str(document.error(("two", "cols"), "is odd")) == "plan.yaml:5: two.cols is odd."

@@ -1,4 +1,4 @@
-"""What a model is: shapes, grids, names, and the fingerprint that tells checkpoints apart."""
+"""Models have shapes, grids, names, and a fingerprint that distinguishes checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from yopo.plans.schema import ModelShape
 from yopo.support.errors import ModelError
 
 
-def test_shapes_are_read_off_the_configuration() -> None:
+def test_shapes_are_read_from_the_configuration() -> None:
     expected = {
         "mha": ModelShape(layers=4, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=96),
         "gqa": ModelShape(layers=4, hidden=60, heads=6, kv_heads=2, head_dim=16, ffn=96),
@@ -46,7 +46,7 @@ def test_square_grids_split_runs_into_whole_images() -> None:
         square_grids([16, 20], 16)
 
 
-def test_llavas_grids_come_from_its_tower() -> None:
+def test_llava_grids_come_from_its_tower() -> None:
     config = LlavaConfig()  # 336 pixels by patches of 14
     assert LLAVA.grids_of(config, [[(7, 576)], [(7, 576), (7, 576)]], {}) == [
         (Grid(24, 24),),
@@ -127,7 +127,7 @@ def test_unknown_names_are_refused(name: str, message: str, remedy: str) -> None
     assert remedy in caught.value.remedy
 
 
-def test_a_fingerprint_is_the_weights_not_the_object(subject: Subject) -> None:
+def test_a_fingerprint_depends_on_the_weights_not_the_object(subject: Subject) -> None:
     again = tiny.llava(subject.identity.name.removeprefix("tiny-"))
     expected = subject.identity.fingerprint
     assert fingerprint_of_decoder(again.get_decoder()) == expected
@@ -147,7 +147,7 @@ def test_a_fingerprint_changes_with_any_sampled_tensor(mha: Subject, place: tupl
         assert fingerprint_of_decoder(decoder) != mha.identity.fingerprint, name
 
 
-def test_a_digest_is_of_names_shapes_and_values_in_any_order() -> None:
+def test_a_digest_covers_names_shapes_and_values_in_any_order() -> None:
     values = sample(torch.arange(12.0).reshape(3, 4))
     entries = [("a", (3, 4), values), ("b", (3, 4), values)]
     expected = digest(entries)

@@ -1,4 +1,4 @@
-"""Single output files: what may be written where, with which rights, and what is never replaced."""
+"""Output files go only where allowed, with the right permissions, and replace only their kind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def refusal(path: Path, kind: Kind = PLAN, *, force: bool = True) -> OutputError
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("content", CONTENT)
-def test_only_its_own_kind_is_replaced(tmp_path: Path, kind: str, content: str) -> None:
+def test_a_file_replaces_only_files_of_its_own_kind(
+    tmp_path: Path, kind: str, content: str
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(CONTENT[content])
     assert "exists already" in refusal(path, KINDS[kind], force=False).message
@@ -50,7 +52,7 @@ def test_only_its_own_kind_is_replaced(tmp_path: Path, kind: str, content: str) 
     assert path.read_bytes() == CONTENT[content]
 
 
-def test_an_empty_file_has_nothing_to_lose(tmp_path: Path) -> None:
+def test_an_empty_file_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     check_writable(tmp_path / "file", PLAN, force=True)
 
@@ -63,8 +65,8 @@ def bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_what_is_no_file_is_refused_without_opening_it(tmp_path: Path, bound: None) -> None:
-    """Opening a pipe that nobody writes to would wait for ever."""
+def test_anything_but_a_file_is_refused_without_opening_it(tmp_path: Path, bound: None) -> None:
+    """Opening a pipe that nobody writes to would block forever."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero")):
         assert "is a device, a pipe or a socket" in refusal(path).message
@@ -86,7 +88,7 @@ def test_a_link_is_not_written_through(tmp_path: Path, leads_to: str) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_rights_are_those_of_the_umask_or_of_the_file_before(tmp_path: Path, mask: int) -> None:
+def test_permissions_follow_the_umask_or_the_previous_file(tmp_path: Path, mask: int) -> None:
     former = os.umask(mask)
     try:
         write_file(tmp_path / "new", b"x")
@@ -98,7 +100,9 @@ def test_rights_are_those_of_the_umask_or_of_the_file_before(tmp_path: Path, mas
     assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o600
 
 
-def test_synced_renamed_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_synced_renamed_and_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = []
     fsync, replace = os.fsync, os.replace
 

@@ -1,4 +1,4 @@
-"""FLOPs and bytes in closed form: the paper's numbers, and what must hold for any plan."""
+"""FLOPs and bytes in closed form match the paper's numbers and hold for any plan."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def identity(shape: ModelShape) -> ModelIdentity:
 
 
 def papers_plan(shape: ModelShape, share: int) -> PruningPlan:
-    """Half the layers, one of ``share`` heads and neurons, two neighbors around."""
+    """Half of the layers, one in ``share`` heads and neurons, radius 2."""
     heads = tuple(range(shape.heads // share))
     some = LayerPlan(heads, attend_heads=heads, radius=2, neurons=shape.ffn // share)
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
@@ -57,7 +57,7 @@ def papers_plan(shape: ModelShape, share: int) -> PruningPlan:
 
 
 @pytest.mark.parametrize(("shape", "tera"), [(LLAVA_7B, 7.63), (LLAVA_13B, 14.89)])
-def test_the_papers_dense_flops(shape: ModelShape, tera: float) -> None:
+def test_dense_flops_are_the_papers_figures(shape: ModelShape, tera: float) -> None:
     assert round(dense_visual_flops(shape, IMAGE) / 1e12, 2) == tera
 
 
@@ -65,12 +65,12 @@ def test_the_papers_dense_flops(shape: ModelShape, tera: float) -> None:
     ("shape", "share", "percent"),
     [(LLAVA_7B, 2, 24.5), (LLAVA_7B, 4, 12.3), (LLAVA_13B, 2, 24.6), (LLAVA_13B, 4, 12.3)],
 )
-def test_the_papers_pruned_flops(shape: ModelShape, share: int, percent: float) -> None:
+def test_pruned_flops_are_the_papers_figures(shape: ModelShape, share: int, percent: float) -> None:
     assert round(100 * visual_budget(papers_plan(shape, share)), 1) == percent
 
 
 @SHAPES
-def test_dense_flops_by_the_papers_formula(shape: ModelShape) -> None:
+def test_dense_flops_follow_the_papers_formula(shape: ModelShape) -> None:
     n, d, m = IMAGE.visual, shape.hidden, shape.ffn
     if shape.heads == shape.kv_heads:
         assert dense_visual_flops(shape, IMAGE) == shape.layers * (
@@ -93,7 +93,7 @@ def test_the_whole_plan_costs_what_the_dense_model_costs(shape: ModelShape) -> N
 
 
 @SHAPES
-def test_a_plan_without_anything_visual_costs_nothing_visual(shape: ModelShape) -> None:
+def test_a_plan_without_visual_work_has_no_visual_cost(shape: ModelShape) -> None:
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = full_plan(identity(shape), IMAGE).with_layers((none,) * shape.layers)
     text_alone = Workload((Grid(1, 1),), IMAGE.text)
@@ -117,7 +117,7 @@ def test_grouped_heads_shrink_keys_and_values_by_kv_head() -> None:
 
 
 def smaller(layer: LayerPlan, rng: random.Random) -> LayerPlan:
-    """The layer with one thing removed, if there is one left."""
+    """Return the layer with one more thing removed, if any is left."""
     choice = rng.choice(["head", "attend", "radius", "neurons", "bottleneck", "map"])
     if choice == "head" and layer.read_heads:
         gone = rng.choice(layer.read_heads)

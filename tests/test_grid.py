@@ -1,4 +1,4 @@
-"""Blocks of image rows: every query once, with every key that it may attend, and few others."""
+"""Blocks of image rows hold every query once, with all keys it may attend to and few others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RADII = (None, 0, 1, 2, 3, 30)
 
 
 def cells(grids: list[Grid]) -> list[tuple[int, int, int]]:
-    """(image, row, column) along the visual stream."""
+    """Return (image, row, column) along the visual stream."""
     return [
         (image, row, col)
         for image, each in enumerate(grids)
@@ -31,7 +31,7 @@ def cells(grids: list[Grid]) -> list[tuple[int, int, int]]:
 
 
 def neighbors(grids: list[Grid], query: int, radius: int | None, bidirectional: bool) -> set[int]:
-    """Keys that a visual query may attend, from the sentences of yopo/README.md."""
+    """Return the keys that a visual query may attend to, following yopo/README.md."""
     places = cells(grids)
     image, row, col = places[query]
     found = set()
@@ -105,7 +105,7 @@ def test_window_pairs_count_whole_rows(name: str, radius: int | None) -> None:
     assert window_pairs(grids, radius) == counted
 
 
-def test_window_pairs_of_the_papers_image() -> None:
+def test_window_pairs_of_the_papers_image_are_counted() -> None:
     assert window_pairs([Grid(24, 24)], 2) == 65_664
     assert window_pairs([Grid(24, 24)], None) == 331_776
 
@@ -128,7 +128,7 @@ def test_shared_blocks_hold_every_samples_neighbors(
             assert query in keys and neighbors(grids, query, radius, bidirectional) <= set(keys)
 
 
-def test_shared_blocks_leave_out_what_is_far() -> None:
+def test_shared_blocks_leave_out_distant_rows() -> None:
     samples = [[Grid(40, 20)], [Grid(20, 40)]]
     pairs = sum(block.pairs for block in shared_blocks(samples, 2, False))
     assert pairs < 0.45 * 800**2

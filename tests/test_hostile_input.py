@@ -1,4 +1,4 @@
-"""Files that mean harm, and files that went wrong: refused in a sentence, at once, at no cost."""
+"""Malicious and broken files are refused in one sentence, at once and at no cost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text_of(plan: PruningPlan) -> str:
 
 @contextmanager
 def at_no_cost() -> Iterator[None]:
-    """Fails if what is inside takes long or memory."""
+    """Fail if the block takes long or uses much memory."""
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     yield
     assert time.perf_counter() - started < 10
@@ -74,7 +74,7 @@ def test_aliases_cannot_multiply() -> None:
     refused(lambda: parse_plan("plan.yaml", text), "holds more than 250,000 values")
 
 
-def test_a_few_aliases_are_welcome(plan: PruningPlan) -> None:
+def test_a_few_aliases_are_accepted(plan: PruningPlan) -> None:
     text = text_of(replace(plan, layers=(plan.layers[0],) * 3))
     head, _, _ = text.partition("layers:\n")
     layer = "{read_heads: [0, 1], attend_heads: true, radius: 1, neurons: 50}"
@@ -91,7 +91,7 @@ def test_a_few_aliases_are_welcome(plan: PruningPlan) -> None:
         ("ffn: 50", f"ffn: {'9' * 5000}", "a number of 5000 characters"),
         ("ffn: 50", f"ffn: 0x{'f' * 5000}", "a number of 5002 characters"),
         ("ffn: 50", "ffn: 0b_", "not valid YAML"),
-        ("ffn: 50", "ffn: !!int 50", "no tags"),
+        ("ffn: 50", "ffn: !!int 50", "tags are not allowed"),
         ("text: 10", "text: 99999999999", "workload.text must be at most"),
         ("- [6, 6]", "- [30000, 30000]", "workload.grids must hold at most 131072 visual tokens"),
         ("- [6, 6]", "- [1, 1]\n  " * 5000, "workload.grids must hold at most 1024 images"),
@@ -102,7 +102,7 @@ def test_a_few_aliases_are_welcome(plan: PruningPlan) -> None:
         ("compensation: mean", f"{'k' * 1000}: 1", "is not a known key"),
     ],
 )
-def test_sizes_that_no_model_has(plan: PruningPlan, old: str, new: str, sentence: str) -> None:
+def test_impossible_sizes_are_refused(plan: PruningPlan, old: str, new: str, sentence: str) -> None:
     text = text_of(replace(plan, workload=tiny.workload(side=6)))
     assert old in text
     refused(lambda: parse_plan("plan.yaml", text.replace(old, new, 1)), sentence)
@@ -116,15 +116,15 @@ def test_names_that_look_like_dates_are_names(plan: PruningPlan) -> None:
 @pytest.mark.parametrize(
     "name", ["/etc/passwd", "../plan.safetensors", "a/b", "..", ".", "", "a\\b", "x" * 300]
 )
-def test_a_side_file_is_a_name_beside_the_plan(plan: PruningPlan, name: str) -> None:
+def test_a_side_file_must_be_a_plain_file_name(plan: PruningPlan, name: str) -> None:
     text = to_yaml(plan, TensorsFile(name, "0" * 64))
-    refused(lambda: parse_plan("plan.yaml", text), "tensors.file must be the name of a file")
+    refused(lambda: parse_plan("plan.yaml", text), "tensors.file must be a file name")
     text = to_yaml(plan, TensorsFile("plan.safetensors", "../" * 3))
     refused(lambda: parse_plan("plan.yaml", text), "tensors.sha256 must be 64 hex digits")
 
 
 def write(plan: PruningPlan, folder: Path, side: Path | None = None) -> Path:
-    """A plan and its tensors as files; ``side`` is where the tensors really lie."""
+    """Write a plan and its tensors as files; ``side`` is where the tensors really are."""
     content = to_bytes(plan.tensors)
     path = folder / "plan.yaml"
     (side or folder / "plan.safetensors").write_bytes(content)
@@ -133,7 +133,7 @@ def write(plan: PruningPlan, folder: Path, side: Path | None = None) -> Path:
     return path
 
 
-def test_a_side_file_is_no_link_out_of_the_folder(plan: PruningPlan, tmp_path: Path) -> None:
+def test_a_side_file_must_not_link_out_of_the_folder(plan: PruningPlan, tmp_path: Path) -> None:
     folder, outside = tmp_path / "plans", tmp_path / "outside.safetensors"
     folder.mkdir()
     path = write(plan, folder, outside)
@@ -141,7 +141,7 @@ def test_a_side_file_is_no_link_out_of_the_folder(plan: PruningPlan, tmp_path: P
     refused(lambda: read_plan(path), "is a link that leads out of its folder")
 
 
-def test_the_hub_cache_links_to_its_blobs(plan: PruningPlan, tmp_path: Path) -> None:
+def test_side_files_may_link_to_blobs_of_the_hub_cache(plan: PruningPlan, tmp_path: Path) -> None:
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
     for each in (blobs, folder):
         each.mkdir(parents=True)
@@ -150,15 +150,17 @@ def test_the_hub_cache_links_to_its_blobs(plan: PruningPlan, tmp_path: Path) -> 
     assert read_plan(path) == plan
 
 
-def test_a_side_file_far_too_long_is_not_read(plan: PruningPlan, tmp_path: Path) -> None:
+def test_an_oversized_side_file_is_not_read(plan: PruningPlan, tmp_path: Path) -> None:
     path = write(plan, tmp_path)
-    os.truncate(tmp_path / "plan.safetensors", 1 << 40)  # a hole: it takes no room
+    os.truncate(tmp_path / "plan.safetensors", 1 << 40)  # a sparse file: it takes no space
     refused(lambda: read_plan(path), "plan.safetensors: has 1,099,511,627,776 bytes")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_side_file_holds_finite_values(tmp_path: Path, value: float, kind: torch.dtype) -> None:
+def test_a_side_file_must_hold_finite_values(
+    tmp_path: Path, value: float, kind: torch.dtype
+) -> None:
     plan = tiny.random_plan(IDENTITY, random.Random(3), compensation="refit", baked=False)
     plan = replace(plan, tensors=tiny.random_tensors(plan, 1))
     layer, weights = next((layer, each) for layer, each in plan.tensors.refit.items() if each)
@@ -180,13 +182,13 @@ def test_an_edited_plan_has_the_budget_of_its_layers(
     stale = replace(plan, budget=Budget(0.5, 0.01))
     found, _ = parse_plan("plan.yaml", text_of(stale))
     assert found.budget == Budget(0.5, round(visual_budget(plan), 6))
-    assert "says that it reaches a visual budget of 0.01" in capsys.readouterr().err
+    assert "states a visual budget of 0.01" in capsys.readouterr().err
 
 
 # Files
 
 
-def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+def test_anything_but_a_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.yaml")
     os.mkfifo(tmp_path / "fifo.jsonl")
     os.mkfifo(tmp_path / "fifo.png")
@@ -211,14 +213,14 @@ def test_an_endless_document_is_not_read(tmp_path: Path, monkeypatch: pytest.Mon
     os.truncate(path, 1 << 40)
     refused(lambda: read_text(path), "long.yaml: has 1,099,511,627,776 bytes")
     monkeypatch.setattr("sys.stdin", io.StringIO("x" * (MAX_BYTES + 1)))
-    refused(lambda: read_text("-"), "<stdin>: has more than the 8,388,608 characters")
+    refused(lambda: read_text("-"), "<stdin>: is longer than the limit of 8,388,608 characters")
 
 
 # Images and rows
 
 
 def bomb(size: tuple[int, int], kind: str = "PNG") -> bytes:
-    """A small file of a large image; nothing of it is ever decoded."""
+    """Write a small file with a large image, which must never be decoded."""
     file = io.BytesIO()
     Image.new("1", size).save(file, kind)
     return file.getvalue()
@@ -228,7 +230,7 @@ def test_a_small_file_with_many_pixels_is_not_decoded() -> None:
     content = bomb((13_000, 13_000))
     assert len(content) < 100_000
     refused(ImageRef(content, "p.jsonl:3: image a.png").load, "p.jsonl:3: image a.png: cannot be")
-    refused(ImageRef(bomb((30_000, 9)), "row 1").load, "it is a line of 30000 x 9 pixels")
+    refused(ImageRef(bomb((30_000, 9)), "row 1").load, "it is too narrow with 30000 x 9 pixels")
 
 
 def test_an_image_that_is_a_program_is_not_run() -> None:
@@ -243,10 +245,10 @@ ROW = {"image": "a.png", "question": "what?"}
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({**ROW, "video": "v.mp4"}, "about a video too"),
-        ({**ROW, "videos": ["v.mp4"]}, "about a video too"),
-        ({**ROW, "question": "<image>\n<video>\nwhat?"}, "about a video too"),
-        ({**ROW, "audio": {"path": "a.wav"}}, "about audio too"),
+        ({**ROW, "video": "v.mp4"}, "also about a video"),
+        ({**ROW, "videos": ["v.mp4"]}, "also about a video"),
+        ({**ROW, "question": "<image>\n<video>\nwhat?"}, "also about a video"),
+        ({**ROW, "audio": {"path": "a.wav"}}, "also about audio"),
         (
             {
                 "messages": [
@@ -260,25 +262,25 @@ ROW = {"image": "a.png", "question": "what?"}
                     }
                 ]
             },
-            "about a video too",
+            "also about a video",
         ),
         ({**ROW, "image": {"bytes": 10**12}}, "an image's bytes must be bytes"),
-        ({**ROW, "image": "zip://a::https://x/y.zip"}, "the image is an address"),
+        ({**ROW, "image": "zip://a::https://x/y.zip"}, "the image is a URL"),
         ({**ROW, "question": "x" * (1 << 21)}, "the question has 2,097,152 characters"),
         ({**ROW, "answer": [[[[[["it"]]]]]]}, "an answer must be text or a list"),
         ({f"\x1b[31m{n}": 1 for n in range(1000)}, "has no question (columns found: "),
     ],
 )
-def test_rows_that_cannot_be_measured(row: dict, sentence: str, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_measured_are_refused(row: dict, sentence: str, tmp_path: Path) -> None:
     refused(lambda: pair_from_row(row, where="p:1", number=0, folder=tmp_path), sentence)
 
 
-def test_empty_video_columns_are_no_videos(tmp_path: Path) -> None:
+def test_empty_video_columns_are_ignored(tmp_path: Path) -> None:
     row = {**ROW, "video": None, "videos": [], "audio": ""}
     assert pair_from_row(row, where="p:1", number=0, folder=tmp_path).question == "what?"
 
 
-def test_images_of_openai_messages_are_seen(tmp_path: Path) -> None:
+def test_images_in_openai_messages_are_found(tmp_path: Path) -> None:
     content = [{"type": "image_url", "image_url": {"url": "a.png"}}]
     content.append({"type": "text", "text": "what?"})
     row = {"messages": [{"role": "user", "content": content}]}
@@ -304,7 +306,7 @@ def test_names_cannot_command_the_terminal(
     assert lines == [shown, f"warning: {shown}"]
 
 
-def test_endless_names_are_cut() -> None:
+def test_overlong_names_are_truncated() -> None:
     message = PlanError("x" * 10**6 + " is wrong.").message
     assert len(message) < 1010 and message.endswith("is wrong.")
     assert DataError("short").message == "short"

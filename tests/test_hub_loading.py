@@ -1,6 +1,6 @@
-"""A baked checkpoint in the hub: every advertised way to load it, from a cache and without network.
+"""Every advertised way loads a baked checkpoint on the hub, from a cache and without network.
 
-The cache is laid out as huggingface_hub does it; another process, which knows nothing else, loads.
+The cache is laid out like huggingface_hub's; a separate process loads from it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ AUTO = (
 
 
 def add_snapshot(cache: Path, name: str, revision: str, commit: str, files: Path) -> None:
-    """Put a directory's files into a hub cache: blobs, and links to them in a snapshot."""
+    """Put a directory's files into a hub cache: blobs, and a snapshot that links to them."""
     repository = cache / f"models--{name.replace('/', '--')}"
     for folder in ("blobs", "refs", f"snapshots/{commit}"):
         (repository / folder).mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def add_snapshot(cache: Path, name: str, revision: str, commit: str, files: Path
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What a process without network found: way of loading -> budget, None (dense) or error."""
+    """Findings of a process without network: way of loading -> budget, None (dense) or error."""
     folder = tmp_path_factory.mktemp("hub")
     source = resolve("llava-tiny")
     identity = identify(load_dense(source), "llava-tiny")
@@ -130,7 +130,7 @@ def test_yopo_load_takes_a_hub_id_a_revision_and_a_subfolder(told) -> None:
     assert told["load subfolder"] == told["first"]
 
 
-def test_a_dense_repository_is_told_from_a_pruned_one(told) -> None:
+def test_a_dense_repository_is_distinguished_from_a_pruned_one(told) -> None:
     assert "me/dense: is not a pruned checkpoint (no yopo_plan.yaml)" in told["load dense"]
 
 
@@ -143,7 +143,7 @@ def test_eval_and_bench_take_a_hub_id(told) -> None:
     assert told["target"] == told["first"] and told["target dense"] is None
 
 
-def test_remote_code_is_of_its_revision(told) -> None:
+def test_remote_code_comes_from_its_revision(told) -> None:
     assert told["revision"] == told["second"]
 
 

@@ -1,4 +1,4 @@
-"""Where visual tokens are: streams, grid coordinates, and the probe that finds them per forward."""
+"""Visual tokens have streams and grid coordinates, and a probe finds them in each forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRIDS = [(Grid(2, 3),), (Grid(1, 2), Grid(2, 1))]
 
 @pytest.fixture
 def ragged() -> tuple[torch.Tensor, TokenLayout]:
-    """Two padded rows with other images: (is visual, layout)."""
+    """Two padded rows with different images: (is visual, layout)."""
     width = max(len(row) for row in ROWS)
     is_visual = torch.zeros(2, width, dtype=torch.bool)
     for number, row in enumerate(ROWS):
@@ -47,7 +47,7 @@ def test_gather_and_scatter_are_inverse(ragged: tuple) -> None:
     assert torch.equal(joined, states)
 
 
-def test_rows_that_agree_share_their_positions() -> None:
+def test_rows_with_equal_layouts_share_their_positions() -> None:
     same = torch.tensor([[False, True, True, False]] * 2)
     grids = [(Grid(1, 2),), (Grid(2, 1),)]
     layout = build_layout(same, grids)

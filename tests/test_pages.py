@@ -1,7 +1,7 @@
-"""The pages stay true: tables are what the code says, links lead somewhere, commands run.
+"""The pages match the code: tables agree, links lead somewhere, commands run.
 
-What takes seconds on the demo model is run as printed; every other command is taken by the parser
-of its program, which refuses options and choices that it does not know.
+Commands that take seconds on the demo model run as printed; all others go through the parser
+of their program, which refuses unknown options and choices.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def card(folder: str) -> str:
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
-    """The cells of the table under a heading line."""
+    """Return the cells of the table under a heading line."""
     (_, after) = page.split(f"{heading}\n", 1)
     lines = after.split("\n\n")[0].splitlines()[1:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -63,7 +63,7 @@ def keys(cell: str) -> list[str]:
 # What the tables say.
 
 
-def test_supported_models_are_those_of_the_registry() -> None:
+def test_the_supported_models_match_the_registry() -> None:
     found = {
         (name, architecture, frozenset(texts.split(", ")), frozenset(aliases.split(", ")))
         for name, architecture, texts, aliases in rows(
@@ -82,12 +82,12 @@ def test_supported_models_are_those_of_the_registry() -> None:
     assert found == expected
 
 
-def test_the_demo_models_table_is_its_cards() -> None:
+def test_the_demo_models_table_matches_its_card() -> None:
     table = card("llava_tiny")
     assert table[table.index("| kind |") :].strip() in SCRIPTS
 
 
-def test_the_second_demo_models_figures_are_its_cards() -> None:
+def test_the_second_demo_models_figures_match_its_card() -> None:
     about = card("qwen2_vl_tiny")
     about = about[: about.index("## Other pictures")]
     (short,) = re.findall(r"all short answers\*\* \| \d+ \| \*\*([\d.]+)%", about)
@@ -96,7 +96,7 @@ def test_the_second_demo_models_figures_are_its_cards() -> None:
     assert f"{short} % of held-out short questions, and {grid} % of the requests" in text
 
 
-def test_the_headlines_are_figures_of_the_tables() -> None:
+def test_the_headline_figures_are_in_the_tables() -> None:
     (at_12,) = [line for line in README.splitlines() if "of the visual FLOPs keep" in line]
     for label, share in (("paper's shape, scores", "55.8"), ("VTW", "22.3")):
         assert f"{share} %" in at_12
@@ -151,7 +151,7 @@ def test_the_figure_draws_the_rooms() -> None:
     order = TopologicalSorter()
     for above, below in arrows:
         order.add(above, below)
-    assert set(order.static_order()) == rooms  # no circle, and every room has an arrow
+    assert set(order.static_order()) == rooms  # no cycle, and every room has an arrow
 
 
 # How the pages look, and where they lead.
@@ -162,14 +162,14 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_lines_fit_a_window(name: str) -> None:
+def test_lines_have_at_most_120_characters(name: str) -> None:
     text = re.sub(r"```.*?```", "", PAGES[name], flags=re.S)
     prose = [each for each in text.splitlines() if not each.startswith(("|", "    "))]
     assert [each for each in prose if len(each) > 120] == []
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page, re.M)
     return {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
 
@@ -189,7 +189,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_are_named_exist(name: str) -> None:
+def test_named_files_exist(name: str) -> None:
     for path in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|sh|md|yml|txt|png))`", PAGES[name]):
         places = (ROOT, ROOT / "yopo", (ROOT / name).parent)
         assert any((place / path).is_file() for place in places), path
@@ -199,16 +199,16 @@ def test_files_that_are_named_exist(name: str) -> None:
 
 
 def listings(page: str) -> str:
-    """Indented code and shell blocks, a command on each line."""
+    """Return indented code and shell blocks, with one command per line."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
     blocks += re.findall(r"(?:^ {4}.*\n)+", page, re.M)
     return "\n".join(blocks).replace("\\\n", " ")
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """The words of every command of a page, those of a pipeline one by one.
+    """Yield the words of every command on a page, and of each command in a pipeline.
 
-    ``...`` in front of flags stands for the command above.
+    ``...`` before flags repeats the command above.
     """
     above: list[str] = []
     spans = re.findall(r"`((?:yopo|python|scripts/)[^`\n]*)`", page)
@@ -226,14 +226,16 @@ def commands(page: str) -> Iterator[list[str]]:
 COMMANDS = {shlex.join(words): words for page in PAGES.values() for words in commands(page)}
 
 
-def test_there_are_commands() -> None:
+def test_the_pages_show_every_command() -> None:
     programs = {tuple(words[:2]) for words in COMMANDS.values()}
     assert {("yopo", name) for name in cli.list_commands(click.Context(cli))} <= programs
     assert len(COMMANDS) > 50
 
 
 @pytest.mark.parametrize("line", [each for each in COMMANDS if each.startswith("yopo ")])
-def test_the_command_line_takes_them(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_accepts_every_yopo_command(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)  # configurations are named from there
     _, name, *arguments = COMMANDS[line]
     if "--help" in (name, *arguments):
@@ -242,16 +244,16 @@ def test_the_command_line_takes_them(line: str, monkeypatch: pytest.MonkeyPatch)
     assert command is not None
     try:
         command.make_context(name, arguments)
-    except click.MissingParameter:  # the text speaks of some options alone
+    except click.MissingParameter:  # the text mentions some options by themselves
         assert len(arguments) <= 1 or "-o" in arguments
 
 
 class Parsed(Exception):
-    """A script took its arguments."""
+    """Raised when a script has parsed its arguments."""
 
 
 @pytest.mark.parametrize("line", [each for each in COMMANDS if each.startswith("python ")])
-def test_scripts_take_them(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scripts_accept_every_python_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = COMMANDS[line]
     if words[1] == "-c":  # the end of a pipeline, which is run below
         return
@@ -273,7 +275,7 @@ def test_scripts_take_them(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("script", ["demo.sh", "test.sh"])
-def test_scripts_can_be_started(script: str) -> None:
+def test_shell_scripts_are_executable(script: str) -> None:
     assert f"scripts/{script}" in README and os.access(ROOT / "scripts" / script, os.X_OK)
 
 
@@ -281,7 +283,7 @@ def test_scripts_can_be_started(script: str) -> None:
 
 
 def run(command: str, folder: Path) -> str:
-    """What a shell prints; the demo model and its pairs stand for the reader's."""
+    """Run a command in a shell and return what it prints."""
     done = subprocess.run(
         ["bash", "-e", "-o", "pipefail", "-c", command],
         capture_output=True,
@@ -294,7 +296,7 @@ def run(command: str, folder: Path) -> str:
 
 
 def with_demo(code: str) -> str:
-    """The same with the demo model and pairs in place of the reader's."""
+    """Replace the reader's model and pairs in code by the demo model and its pairs."""
     for theirs, ours in (
         ("llava-1.5-7b", "llava-tiny"),
         ("heldout.jsonl", "heldout/held.jsonl"),
@@ -323,13 +325,13 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_first_commands_run(walked: Path) -> None:
+def test_the_first_commands_run_as_printed(walked: Path) -> None:
     assert (walked / "llava-tiny-yopo" / "yopo_plan.yaml").is_file()
     assert yopo.read_plan(walked / "plan.yaml").budget.reached <= 0.12
     assert yopo.read_plan(walked / "other.yaml").budget.reached < 0.13
 
 
-def test_python_runs(walked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_run(walked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(walked)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 2

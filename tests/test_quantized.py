@@ -1,4 +1,4 @@
-"""Pruned models of quantized weights: the numbers of the unpacked weights, or a sentence."""
+"""Pruned models with quantized weights compute with the unpacked weights, or are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10]]
 
 
 class Packed(torch.Tensor):
-    """Int8 with one scale; nothing can be done with it but to apply and to unpack it."""
+    """Int8 with one scale, which can only be applied and unpacked."""
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> Packed:
@@ -64,7 +64,7 @@ def pack(model: PreTrainedModel) -> None:
 
 
 def unpacked_copy(model: PreTrainedModel, like: PreTrainedModel) -> PreTrainedModel:
-    """A stock model whose linear layers have the values that a quantized one's stand for."""
+    """Return a stock model whose linear layers have the unpacked values of a quantized one."""
     copied = copy.deepcopy(like)
     ours = dict(model.named_modules())
     with torch.no_grad():
@@ -76,7 +76,7 @@ def unpacked_copy(model: PreTrainedModel, like: PreTrainedModel) -> PreTrainedMo
 
 @pytest.fixture(scope="module", params=["none", "mean", "refit"])
 def baked(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
-    """A baked checkpoint; heads in ragged groups, so that some parts are no slices."""
+    """A baked checkpoint with heads in ragged groups, so that some parts are not slices."""
     gqa = tiny.make_subject("gqa")
     folder = tmp_path_factory.mktemp("quantized")
     gqa.model.save_pretrained(folder / "source")
@@ -86,7 +86,7 @@ def baked(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
 
 
 def check_numbers(found: PreTrainedModel, path: Path) -> None:
-    """Compare with the same plan on a stock model of the unpacked values."""
+    """Compare with the same plan on a stock model with the unpacked values."""
     stock = AutoModelForImageTextToText.from_pretrained(path)
     inputs = tiny.batch(ROWS)
     where = tiny.real_text(inputs)
@@ -98,14 +98,14 @@ def check_numbers(found: PreTrainedModel, path: Path) -> None:
     assert not torch.allclose(dense, expected, atol=1e-2)  # quantizing did something
 
 
-def test_weights_that_cannot_be_cut_are_unpacked_in_part(baked: Path) -> None:
+def test_weights_that_cannot_be_sliced_are_partly_unpacked(baked: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(baked)
     pack(model)
     with pruned(model, read_baked_plan(baked), check=False):
         check_numbers(model, baked)
 
 
-def test_weights_that_are_packed_later_are_unpacked_as_well(baked: Path) -> None:
+def test_weights_that_are_packed_later_are_unpacked_too(baked: Path) -> None:
     model = yopo.load(baked)
     tiny.logits(model, tiny.batch(ROWS))
     stock = AutoModelForImageTextToText.from_pretrained(baked)
@@ -118,7 +118,7 @@ def test_weights_that_are_packed_later_are_unpacked_as_well(baked: Path) -> None
     assert torch.allclose(tiny.logits(model, inputs), expected, atol=0.5)
 
 
-def test_a_part_is_cut_once_for_each_weight() -> None:
+def test_a_part_is_sliced_once_per_weight() -> None:
     part, first = PackedPart(torch.arange(2, 5), columns=True), Packed.of(torch.randn(4, 6))
     found = part.cut(first)
     assert torch.equal(found, first.dequantize()[:, 2:5]) and part.cut(first) is found
@@ -135,9 +135,9 @@ def test_a_quantized_model_in_memory_has_no_fingerprint(mha: Subject) -> None:
             pass
 
 
-def test_layers_of_another_quantizer_are_refused_with_what_works(mha: Subject) -> None:
+def test_layers_of_another_quantizer_are_refused_with_alternatives(mha: Subject) -> None:
     class Linear4bit(torch.nn.Linear):
-        """What bitsandbytes calls its layer."""
+        """Has the name of bitsandbytes' layer."""
 
     model = copy.deepcopy(mha.model)
     layer = model.get_decoder().layers[0].self_attn
@@ -149,7 +149,7 @@ def test_layers_of_another_quantizer_are_refused_with_what_works(mha: Subject) -
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 @pytest.mark.parametrize("way", ["while loading", "trust_remote_code", "afterwards"])
-def test_torchao_weight_only(baked: Path, kind: str, way: str) -> None:
+def test_torchao_weight_only_quantization_works(baked: Path, kind: str, way: str) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from transformers import TorchAoConfig
 

@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a pruned model: a directory that is pruned in yopo and dense elsewhere."""
+"""``save_pretrained`` of a pruned model writes a directory that is pruned in yopo, else dense."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHARDS = {"one file": {}, "shards": {"max_shard_size": "100KB"}}
 
 
 def three_plans(subject: Subject) -> list[PruningPlan]:
-    """Plans of one calibration: fitted, with means, and neither; one neuron order."""
+    """Make plans of one calibration: fitted, with means, and neither; all in one neuron order."""
     plans = [
         subject.random_plan(seed, compensation=compensation, baked=False)
         for seed, compensation in enumerate(KINDS, start=7)
@@ -59,13 +59,13 @@ def baked(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def budgets(folder: Path) -> dict[str, float]:
-    """The budgets of a checkpoint's plans by their compensation."""
+    """Return the budgets of a checkpoint's plans by compensation."""
     plans = [read_plan(path) for path in folder.glob("yopo_plan*.yaml")]
     return {plan.compensation: plan.budget.reached for plan in plans}
 
 
 def shake(model: nn.Module) -> None:
-    """Stand in for training: change every parameter, fitted ones too, if they are some."""
+    """Simulate training: change every parameter, including fitted ones if they are parameters."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in model.parameters():
@@ -73,7 +73,7 @@ def shake(model: nn.Module) -> None:
 
 
 def check_same(one: nn.Module, other: nn.Module) -> None:
-    """Compare logits and weights; logits up to rounding, which follows where shards begin."""
+    """Compare weights, and logits up to rounding, which depends on where shards begin."""
     torch.testing.assert_close(
         tiny.logits(one, INPUTS), tiny.logits(other, INPUTS), atol=1e-4, rtol=1e-4
     )
@@ -120,7 +120,7 @@ def test_a_trained_model_is_saved_as_it_is(
         assert fitted_parameters(model)
     shake(model)
     model.save_pretrained(tmp_path, **SHARDS[shards])
-    assert "plans of other budgets" in capsys.readouterr().err
+    assert "plans for other budgets" in capsys.readouterr().err
     check_same(yopo.load(tmp_path), model)
     check_same(LOADERS["remote code"](tmp_path), model)
     plans = list(tmp_path.glob("yopo_plan*.yaml"))
@@ -128,7 +128,7 @@ def test_a_trained_model_is_saved_as_it_is(
     plan, before = read_plan(plans[0]), model.get_decoder().yopo.plan
     assert plan.model.fingerprint != before.model.fingerprint
     assert plan.provenance["trained_from"] == before.model.fingerprint
-    assert "trained since" in (tmp_path / "README.md").read_text()
+    assert "trained afterwards" in (tmp_path / "README.md").read_text()
     stock, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     trained = dict(model.named_parameters())
@@ -136,7 +136,7 @@ def test_a_trained_model_is_saved_as_it_is(
         assert torch.equal(parameter, trained[name]), name
 
 
-def test_trained_fitted_weights_alone_leave_the_other_budgets(baked: Path, tmp_path: Path) -> None:
+def test_training_only_fitted_weights_keeps_the_other_budgets(baked: Path, tmp_path: Path) -> None:
     model = yopo.load(baked, trainable=True)
     with torch.no_grad():
         for parameter in fitted_parameters(model).values():
@@ -170,7 +170,7 @@ def test_a_model_outlives_the_directory_that_it_came_from(baked: Path, tmp_path:
     check_same(yopo.load(tmp_path / "out"), model)
 
 
-def test_another_precision_is_saved_as_such(baked: Path, tmp_path: Path) -> None:
+def test_another_precision_is_saved_as_it_is(baked: Path, tmp_path: Path) -> None:
     model = yopo.load(baked, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     again = yopo.load(tmp_path)
@@ -235,7 +235,7 @@ def trainer(model: nn.Module, folder: Path, steps: int) -> Trainer:
     return Trainer(model, arguments, train_dataset=rows(8), data_collator=lambda given: given[0])
 
 
-def test_a_trainers_checkpoint_is_whole_and_training_goes_on_from_it(
+def test_a_trainer_checkpoint_is_complete_and_training_resumes_from_it(
     mha: Subject, tmp_path: Path
 ) -> None:
     mha.model.save_pretrained(tmp_path / "source")
@@ -269,14 +269,14 @@ def test_a_trained_checkpoint_can_be_baked_again(mha: Subject, tmp_path: Path) -
     torch.testing.assert_close(found[where], expected[where], atol=1e-3, rtol=1e-3)
 
 
-def test_a_plan_in_memory_is_no_part_of_what_is_saved(
+def test_a_plan_in_memory_is_not_saved(
     baked: Path, mha: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = three_plans(mha)[0]
     model = copy.deepcopy(mha.model)
     with pruned(model, plan):
         model.save_pretrained(tmp_path / "dense")
-    assert "holds the dense model" in capsys.readouterr().err
+    assert "saved the dense model" in capsys.readouterr().err
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert not {"yopo", "auto_map"} & config.keys()
     check_same(AutoModelForImageTextToText.from_pretrained(tmp_path / "dense"), mha.model)
@@ -285,7 +285,7 @@ def test_a_plan_in_memory_is_no_part_of_what_is_saved(
     with pruned(model, plan, trainable=True), pytest.raises(ModelError, match="be saved"):
         model.save_pretrained(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
-    stock = AutoModelForImageTextToText.from_pretrained(baked)  # its configuration says yopo
+    stock = AutoModelForImageTextToText.from_pretrained(baked)  # its configuration mentions yopo
     if stock.config.text_config.num_attention_heads == mha.shape.heads:
         with pruned(stock, read_plan(baked / "yopo_plan-2.yaml")):
             stock.save_pretrained(tmp_path / "claims")
@@ -293,10 +293,10 @@ def test_a_plan_in_memory_is_no_part_of_what_is_saved(
         assert stock.config.yopo  # as it was
 
 
-def test_adapters_that_are_not_merged_are_refused(baked: Path, tmp_path: Path) -> None:
+def test_unmerged_adapters_are_refused(baked: Path, tmp_path: Path) -> None:
     model = yopo.load(baked)
     peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match="not merged"):
+    with pytest.raises(ModelError, match="unmerged adapters"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     peft_model.save_pretrained(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""A baked directory: dense in stock transformers, pruned in yopo and under trust_remote_code."""
+"""A baked directory is dense in stock transformers, and pruned in yopo or with remote code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = [[1, 5, 6, *PICTURE, 7, 8, 9, 10], [1, *PICTURE, 3, 4, *PICTURE, 9]]
 
 @pytest.fixture(scope="module", params=["hub layout", "module names"])
 def baked(request: pytest.FixtureRequest, subject: Subject, tmp_path_factory):
-    """(baked directory, plan, subject) in both key layouts."""
+    """Return (baked directory, plan, subject) in both key layouts."""
     folder = tmp_path_factory.mktemp("baked")
     is_hub = request.param == "hub layout"
     subject.model.save_pretrained(folder / "source", save_original_format=is_hub)
@@ -61,7 +61,7 @@ def check_pruned(found: torch.nn.Module, plan, subject: Subject) -> None:
     assert not torch.allclose(usual[where], tiny.logits(subject.model, inputs)[where], atol=1e-3)
 
 
-def test_load_gives_the_pruned_model(baked) -> None:
+def test_yopo_load_gives_the_pruned_model(baked) -> None:
     path, plan, subject = baked
     check_pruned(yopo.load(path), plan, subject)
 
@@ -130,7 +130,7 @@ def test_a_missing_weight_is_an_error_not_a_random_tensor(
         yopo.load(broken)
 
 
-def test_other_weights_than_the_plans_are_refused(baked, tmp_path: Path) -> None:
+def test_weights_other_than_the_plans_are_refused(baked, tmp_path: Path) -> None:
     path, _, subject = baked
     other = shutil.copytree(path, tmp_path / "other")
     stranger = tiny.llava("mha")
@@ -148,7 +148,7 @@ def test_a_dense_directory_is_not_loaded_as_pruned(mha: Subject, tmp_path: Path)
         yopo.load(tmp_path)
 
 
-def test_unreachable_and_unsupported_models_are_a_sentence(tmp_path: Path) -> None:
+def test_unreachable_and_unsupported_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="hub cannot be"):
         load_dense(replace(resolve("llava-1.5-7b"), location="nobody/nothing"))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -171,7 +171,7 @@ def test_auto_model_is_the_pruned_one_without_its_head(baked) -> None:
     assert torch.allclose(found[where], usual[where], atol=1e-4)
 
 
-def test_a_pruned_model_is_not_made_of_a_configuration(baked) -> None:
+def test_a_pruned_model_cannot_be_built_from_a_configuration(baked) -> None:
     path, *_ = baked
     config = AutoConfig.from_pretrained(path)
     with pytest.raises(ModelError, match="from its configuration alone"):
@@ -195,9 +195,11 @@ def test_a_model_says_whether_it_is_pruned_and_how_far(baked) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
-def test_any_precision_loads_in_any_other(mha: Subject, stored, loaded, tmp_path: Path) -> None:
+def test_a_checkpoint_of_any_precision_loads_in_any_other(
+    mha: Subject, stored, loaded, tmp_path: Path
+) -> None:
     model = tiny.llava("mha").to(stored)
-    with torch.no_grad():  # values that float16 has as zeros or in steps
+    with torch.no_grad():  # values that float16 rounds to zero or to coarse steps
         for name, weight in model.get_decoder().named_parameters():
             if name.endswith("proj.weight"):
                 weight[0] *= 1e-6
@@ -212,7 +214,7 @@ def test_any_precision_loads_in_any_other(mha: Subject, stored, loaded, tmp_path
     own = yopo.read_plan(tmp_path / "out" / "yopo_plan.yaml")
     assert own == read_baked_plan(tmp_path / "out")
     with pruned(dense, own):
-        assert yopo.is_pruned(dense)  # a model in memory knows its files, too
+        assert yopo.is_pruned(dense)  # a model in memory knows its files too
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_swapped_parts_and_inner_rows_are_noticed(baked, part: str, tmp_path: Pa
         AutoModelForImageTextToText.from_pretrained(other, trust_remote_code=True)
 
 
-def test_engines_that_take_every_safetensors_file_are_told_which(baked) -> None:
+def test_the_index_names_the_weight_files_for_other_engines(baked) -> None:
     path, *_ = baked
     files = {file.name for file in path.glob("*.safetensors")}
     assert files == {"model.safetensors", "yopo.safetensors"}
@@ -272,7 +274,7 @@ pathlib.Path(r"{}").touch()
 """
 
 
-def test_only_our_code_is_in_a_baked_checkpoint(mha: Subject, tmp_path: Path) -> None:
+def test_a_baked_checkpoint_holds_only_our_code(mha: Subject, tmp_path: Path) -> None:
     source, mark = tmp_path / "source", tmp_path / "ran"
     mha.model.save_pretrained(source)
     (source / "theirs.py").write_text(HOSTILE.format(mark))

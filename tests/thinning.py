@@ -1,4 +1,4 @@
-"""A baseline from outside: all that a new method needs is a class like this and a line for it."""
+"""An external baseline: a new method needs only a class like this and a registry line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINE = {"thinning": "thinning:Thinning"}
 
 @dataclass(frozen=True)
 class Thinning(Baseline):
-    """One of ``step`` visual tokens stays, in front of every second layer.
+    """Keeps one in ``step`` visual tokens before every second layer.
 
     Attributes:
         step: Two: half of them, and half again.
@@ -32,11 +32,11 @@ class Thinning(Baseline):
 
     @classmethod
     def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Thinning]:
-        """Few of them."""
+        """Return a few choices."""
         return (cls(step) for step in (2, 4, 64))
 
     def tokens(self, shape: ModelShape, grids: Sequence[Grid]) -> tuple[int, ...]:
-        """Fewer at every second layer."""
+        """Return fewer tokens at every second layer."""
         count, counts = sum(grid.tokens for grid in grids), []
         for layer in range(shape.layers):
             count = -(-count // self.step) if layer % 2 else count
@@ -44,11 +44,11 @@ class Thinning(Baseline):
         return tuple(counts)
 
     def describe(self, shape: ModelShape, workload: Workload) -> str:
-        """In words."""
+        """Describe the method in words."""
         return f"one of {self.step}, and again"
 
     def keep(self, between: Between) -> torch.Tensor | None:
-        """Every ``step``-th."""
+        """Keep every ``step``-th token."""
         if between.number % 2 == 0:
             return None
         check(between)
@@ -57,10 +57,11 @@ class Thinning(Baseline):
 
 
 def check(between: Between) -> None:
-    """What a method is shown between two layers belongs together."""
+    """Check that what a method sees between two layers is consistent."""
     length = between.stream.hidden.shape[1]
-    assert between.front is not None
-    assert between.front.keys.shape[2] == between.front.entered.hidden.shape[1] == length
+    previous = between.previous
+    assert previous is not None
+    assert previous.keys.shape[2] == previous.entered.hidden.shape[1] == length
     assert between.real is None or between.real.shape[1] == length
     rows = torch.arange(len(between.ends))
     assert torch.equal(between.stream.places[rows, between.ends], between.prompt.ends)

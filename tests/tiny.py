@@ -1,7 +1,7 @@
 """Tiny real LLaVA models, prompts and random plans that tests share. Offline, on CPU.
 
 Weights are random and large, so that attention is far from uniform and mistakes show. Closeness is
-judged by a float64 oracle: a result may be no further from it than a few times the rounding error
+judged by a float64 oracle: a result may differ from it by at most a few times the rounding error
 of an ordinary float32 run of the same computation.
 """
 
@@ -65,7 +65,7 @@ _COMMON = {
 
 
 def text_config(backbone: str) -> LlamaConfig | Qwen2Config:
-    """The text decoder's configuration: ``mha``, ``gqa`` (ragged, all biases) or ``qwen2``."""
+    """Configure the text decoder: ``mha``, ``gqa`` (ragged, all biases) or ``qwen2``."""
     if backbone == "mha":
         return LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **_COMMON)
     if backbone == "gqa":  # three query heads per KV head; heads wider in sum than the model
@@ -81,7 +81,7 @@ def text_config(backbone: str) -> LlamaConfig | Qwen2Config:
 
 
 def llava(backbone: str = "mha", *, side: int = SIDE) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights, biases and norms; the same for the same arguments."""
+    """Build a LLaVA with random weights, biases and norms, always the same for equal arguments."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
@@ -106,7 +106,7 @@ def llava(backbone: str = "mha", *, side: int = SIDE) -> LlavaForConditionalGene
 
 
 def exact(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """A float64 copy whose norms stay in float64 (those of transformers round to float32)."""
+    """Return a float64 copy whose norms compute in float64 (transformers' round to float32)."""
     oracle = copy.deepcopy(model).double()
     for module in list(oracle.get_decoder().modules()):
         for name, child in list(module.named_children()):
@@ -137,7 +137,7 @@ class Subject:
         return self.identity.shape
 
     def random_plan(self, seed: int, **fixed: Any) -> PruningPlan:
-        """A plan by ``random_plan``, with tensors."""
+        """Make a plan by ``random_plan``, with tensors."""
         plan = random_plan(self.identity, random.Random(seed), **fixed)
         return replace(plan, tensors=random_tensors(plan, seed))
 
@@ -151,12 +151,12 @@ def make_subject(backbone: str, *, side: int = SIDE) -> Subject:
 
 
 def workload(*, side: int = SIDE, text: int = 10, text_before: int = 3) -> Workload:
-    """One square image and some text."""
+    """Return a workload of one square image and some text."""
     return Workload((Grid(side, side),), text, text_before)
 
 
 def random_layer(shape: ModelShape, rng: random.Random, *, fitted: bool = False) -> LayerPlan:
-    """A layer plan from every corner: no, some or all heads and neurons, any radius.
+    """Draw a layer plan: no, some or all heads and neurons, any radius.
 
     ``fitted`` ones may have a bottleneck and a linear map as well.
     """
@@ -176,7 +176,7 @@ def random_layer(shape: ModelShape, rng: random.Random, *, fitted: bool = False)
 
 
 def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> PruningPlan:
-    """A valid plan; keyword arguments set fields of ``PruningPlan`` instead of drawing them."""
+    """Draw a valid plan; keyword arguments set fields of ``PruningPlan`` instead."""
     shape = identity.shape
     compensation = fixed.get("compensation") or rng.choice(["none", "mean", "refit", "refit"])
     fitted = compensation == "refit"
@@ -211,7 +211,7 @@ def in_few_bits(plan: PruningPlan, seed: int) -> PruningPlan:
 
 
 def random_tensors(plan: PruningPlan, seed: int) -> PlanTensors:
-    """Orders (none for a baked plan), means and fitted weights of the right shapes."""
+    """Draw orders (none for a baked plan), means and fitted weights of the right shapes."""
     shape, generator = plan.model.shape, torch.Generator().manual_seed(seed)
     orders = [torch.randperm(shape.ffn, generator=generator) for _ in range(shape.layers)]
     neurons = 0.2 * torch.randn(shape.layers, shape.ffn, generator=generator)
@@ -225,7 +225,7 @@ def random_tensors(plan: PruningPlan, seed: int) -> PlanTensors:
 def random_refit(
     plan: PruningPlan, generator: torch.Generator
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Fitted weights for every layer that wants some."""
+    """Draw fitted weights for every layer that needs them."""
     return {
         index: {
             name: 0.2 * torch.randn(size, generator=generator)
@@ -236,14 +236,14 @@ def random_refit(
 
 
 def whole(subject: Subject) -> PruningPlan:
-    """The plan that prunes nothing."""
+    """Return the plan that prunes nothing."""
     return full_plan(subject.identity, workload())
 
 
 def batch(
     rows: Sequence[Sequence[int]], *, seed: int = 0, side: int = SIDE, pad: str = "left"
 ) -> dict[str, torch.Tensor]:
-    """Model inputs for prompts of token ids, padded, with an image per run of placeholders."""
+    """Build padded inputs from prompts of token ids, with an image per run of placeholders."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), PAD)
     mask = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -258,13 +258,13 @@ def batch(
 
 
 def pictures(count: int, *, seed: int = 0, side: int = SIDE) -> torch.Tensor:
-    """(count, 3, height, width) random pixels."""
+    """Return (count, 3, height, width) random pixels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, side * PATCH, side * PATCH, generator=generator)
 
 
 def as_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Inputs with their floating-point tensors in another precision."""
+    """Return inputs with floating-point tensors in another precision."""
     return {
         key: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
         for key, value in inputs.items()
@@ -272,36 +272,36 @@ def as_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def real(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(batch, sequence) bool: everything but padding."""
+    """Return (batch, sequence) bool: everything but padding."""
     return inputs["attention_mask"].bool()
 
 
 def real_text(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(batch, sequence) bool: text tokens, padding excluded; their logits are what plans keep."""
+    """Return (batch, sequence) bool: text tokens without padding, whose logits plans keep."""
     return real(inputs) & (inputs["input_ids"] != IMAGE)
 
 
 def fixed_grids(*rows: Sequence[tuple[int, int]]) -> GridsOf:
-    """A ``grids_of`` that gives every batch row the named (rows, columns) per image."""
+    """Return a ``grids_of`` that gives every batch row these (rows, columns) per image."""
     grids = [tuple(Grid(*size) for size in row) for row in rows]
     return lambda *_: grids
 
 
 @torch.no_grad()
 def logits(model: LlavaForConditionalGeneration, inputs: dict[str, Any]) -> torch.Tensor:
-    """(batch, sequence, vocabulary) of one forward, in the model's own precision."""
+    """Return (batch, sequence, vocabulary) logits of one forward, in the model's own precision."""
     return model(**as_dtype(inputs, model.dtype)).logits
 
 
 def assert_close(
     found: torch.Tensor, usual: torch.Tensor, oracle: torch.Tensor, where: torch.Tensor
 ) -> None:
-    """Check a result by the error that the usual way of computing it makes.
+    """Check a result by the error of the usual computation.
 
     Args:
         found: (batch, sequence, vocabulary) logits under test.
-        usual: The same by stock code in the same precision.
-        oracle: The same by stock code in float64.
+        usual: Logits of stock code in the same precision.
+        oracle: Logits of stock code in float64.
         where: (batch, sequence) bool, the positions that count.
     """
     assert where.any()

@@ -7,10 +7,10 @@
     yopo.apply("plan.yaml", output="llava-1.5-7b-yopo")
     model = yopo.load("llava-1.5-7b-yopo")              # skips the pruned work
     with yopo.pruned(model_in_memory, calibrated.plan):
-        ...                                             # or a model in memory, for a while
+        ...                                             # or prune a model in memory temporarily
 
-Each function is what the command of its name does. Importing this package imports neither torch
-nor transformers; the first use of a function does.
+Each function does what the command of the same name does. Importing this package imports neither
+torch nor transformers; the first use of a function does.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How the demo models were made: untrained models, training rows, recipes, the training loop."""
+"""Code that made the demo models: untrained models, training rows, recipes, training loop."""

@@ -1,7 +1,7 @@
-"""The untrained demo model and its processor, in LLaVA-1.5's form and a thousandth of its size.
+"""The untrained demo model and its processor: LLaVA-1.5's architecture at a thousandth of its size.
 
 CLIP vision tower, two-layer projector, Llama decoder: the same classes, prompt and path of visual
-tokens as `llava-hf/llava-1.5-7b-hf`, so what works here has met the real code of transformers.
+tokens as `llava-hf/llava-1.5-7b-hf`, so what works here has run on the real transformers code.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the word-level tokenizer: every word of the scenes, and nothing else."""
+    """Build the word-level tokenizer, which knows exactly the words of the scenes."""
     words = [*_SPECIAL.values(), _IMAGE_TOKEN, *_WORDS, *COLORS, *SHAPES, *PLURALS.values()]
     words += [*NUMBERS, *ROWS, *COLUMNS]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
@@ -77,7 +77,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """Build the processor; its image half needs Pillow only, no torchvision."""
+    """Build the processor; its image half needs only Pillow, not torchvision."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),

@@ -1,4 +1,4 @@
-"""The untrained glyph reader and its processor: Qwen2-VL's form, a thousandth of its size.
+"""The untrained glyph reader and its processor: Qwen2-VL at a thousandth of its size.
 
 Vision tower with rotary positions, 2 x 2 patch merger, decoder with grouped KV heads and M-RoPE:
 the same classes, prompt and path of visual tokens as `Qwen/Qwen2-VL-2B-Instruct`.
@@ -31,7 +31,7 @@ GRID_TOKENS = IMAGE_SIZE // (PATCH_SIZE * MERGE_SIZE)  # 8 rows and 8 columns of
 HIDDEN_SIZE = 128
 NUM_LAYERS = 6
 NUM_HEADS, NUM_KV_HEADS = 8, 2
-MAX_NEW_TOKENS = 60  # a whole grid is 54 tokens and the end
+MAX_NEW_TOKENS = 60  # a whole grid is 54 tokens and the end token
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
@@ -58,7 +58,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the word-level tokenizer: Qwen2-VL's special tokens, and every word of the task."""
+    """Build the word-level tokenizer: Qwen2-VL's special tokens and every word of the task."""
     words = [*_SPECIAL, *_WORDS, EMPTY, *GLYPHS, *COLORS, *NUMBERS]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -84,7 +84,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> Qwen2VLProcessor:
-    """Build the processor without its video half: it needs Pillow only, no torchvision."""
+    """Build the processor without its video half; it needs only Pillow, not torchvision."""
     return image_class(Qwen2VLProcessor)(
         image_processor=Qwen2VLImageProcessorPil(
             patch_size=PATCH_SIZE,
@@ -98,7 +98,7 @@ def build_processor() -> Qwen2VLProcessor:
 
 
 def save_processor(processor: Qwen2VLProcessor, directory: Path) -> None:
-    """Save a processor of `build_processor`, and settings for the video half that it lacks.
+    """Save a processor from `build_processor`, with settings for the video half that it lacks.
 
     Where torchvision is installed, transformers loads Qwen2-VL processors with both halves.
     """

@@ -17,7 +17,7 @@ from yopo.demo.glyphs.questions import COLORS, GRID
 from yopo.demo.task import Turn
 
 LABELS = {"glyph": 1 + len(GLYPHS), "color": 1 + len(COLORS), "row": GRID, "col": GRID, "first": 2}
-"""What `token_labels` says of a visual token, and how many classes that has."""
+"""The labels that `token_labels` gives a visual token, and their numbers of classes."""
 
 _ROW_LENGTH = 256
 _TOKEN_SIZE = IMAGE_SIZE // GRID_TOKENS
@@ -50,11 +50,11 @@ class Patches:
 
 
 def token_labels(grid: GlyphGrid) -> Tensor:
-    """Say of each visual token what stands in the cell that its center lies in.
+    """Label each visual token with what is in the cell at its center.
 
     Returns:
         (token, 5) int64, one column per entry of `LABELS`: glyph and color (0: an empty cell), row
-        and col of the cell, and whether the token is its cell's first: a cell has up to four.
+        and col of the cell, and whether the token is the first of the cell's up to four.
     """
     centers = (np.arange(GRID_TOKENS) * _TOKEN_SIZE + _TOKEN_SIZE // 2) // CELL_SIZE
     is_first = np.diff(centers, prepend=-1) > 0
@@ -80,7 +80,7 @@ def tower_batches(
 
 
 class Packer(RowPacker):
-    """Packs turns behind one image's visual tokens in the form of Qwen2-VL's chat template."""
+    """Packs turns after one image's visual tokens in the form of Qwen2-VL's chat template."""
 
     def __init__(self, processor: Qwen2VLProcessor) -> None:
         """Take the tokenizer from the processor."""
@@ -101,7 +101,7 @@ class Packer(RowPacker):
         super().__init__(tokenizer, form)
 
     def batch(self, batch: Sequence[tuple[Turn, ...]]) -> dict[str, Tensor]:
-        """As `RowPacker.batch`, with M-RoPE's position_ids (3, row, token)."""
+        """Return `RowPacker.batch` with M-RoPE's position_ids (3, row, token)."""
         packed = super().batch(batch)
         positions = packed["position_ids"].expand(3, -1, -1).clone()
         positions[..., : len(self.form.prefix)] = self.prefix_positions[:, None]
@@ -109,7 +109,7 @@ class Packer(RowPacker):
 
 
 def _positions(num_before: int) -> Tensor:
-    """Time, row and column of the prefix's tokens: (3, token) int64."""
+    """Return time, row and column of the prefix's tokens: (3, token) int64."""
     before = torch.arange(num_before).expand(3, -1)
     side = torch.arange(GRID_TOKENS)
     rows, cols = (part.flatten() for part in torch.meshgrid(side, side, indexing="ij"))

@@ -15,11 +15,11 @@ from yopo.demo.scenes import IMAGE_SIZE, Scene, split_scenes, turns
 from yopo.demo.vocabulary import COLORS, GRID, SHAPES
 
 LABELS = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "cell": 1 + GRID * GRID}
-"""What `patch_labels` says of a patch, and how many classes that has; 0 is the background."""
+"""The labels that `patch_labels` gives a patch, and their numbers of classes; 0: background."""
 
 _GRID_PATCHES = IMAGE_SIZE // PATCH_SIZE
 _NUM_VISUAL = _GRID_PATCHES**2
-_MIN_PATCH_PIXELS = 5  # fewer pixels of an object do not make a patch its own
+_MIN_PATCH_PIXELS = 5  # a patch with fewer pixels of an object is not labeled with it
 _ROW_LENGTH = 220  # twelve turns about an image; fixed, so that the decoder is compiled once
 
 
@@ -63,7 +63,7 @@ def tower_batches(
 
 
 class Packer(RowPacker):
-    """Packs turns behind one image's visual tokens in the form of LLaVA's chat template."""
+    """Packs turns after one image's visual tokens in the form of LLaVA's chat template."""
 
     def __init__(self, processor: LlavaProcessor) -> None:
         """Take tokenizer and image token from the processor."""

@@ -1,4 +1,4 @@
-"""What differs between the demo models' trainings, as data."""
+"""The differences between the demo models' trainings, as data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from yopo.demo.task import Task
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: what it trains, how long and how fast."""
+    """A stage of training: what it trains, for how long and how fast."""
 
     name: str
     num_steps: int
@@ -34,22 +34,23 @@ class Recipe:
     """How a demo model is built, trained and evaluated.
 
     Attributes:
-        task: What it learns.
-        home: Where the trained model is kept.
-        build_model: Builds it with random weights, from `seed`.
+        task: The task that the model learns.
+        home: The directory of the trained model.
+        build_model: Builds the model with random weights, from `seed`.
         build_processor: Builds its processor.
-        save_processor: Saves that in a directory.
-        width: Of the features that `features` gives.
-        labels: What the tower learns to say of a visual token, and how many classes that has.
-        tower: What the first stage trains: the vision tower, with its patch merger if it has one
-            (left to the second stage, that forgets what the first questions learned do not need).
-        behind_tower: The modules that the second stage trains.
+        save_processor: Saves the processor in a directory.
+        width: Width of the features that `features` gives.
+        labels: The labels that the tower learns for visual tokens, and their numbers of classes.
+        tower: The part that the first stage trains: the vision tower, with its patch merger if it
+            has one. (Trained in the second stage, the merger forgets whatever the questions learned
+            first do not need.)
+        after_tower: The modules that the second stage trains.
         features: Runs a model's tower on a batch of images: (picture, token, width).
         tower_batches: (processor, batch size, seed) -> images and labels (picture, token, label).
-        decoder_batches: (processor, batch size, seed) -> the model's inputs, and its labels.
+        decoder_batches: (processor, batch size, seed) -> the model's inputs and labels.
         stages: The two stages.
-        shifted: The task as it was not trained on: the same questions, other pictures.
-        is_compiled: Whether the decoder is compiled for training, where that makes it faster.
+        shifted: A variant of the task not seen in training: the same questions, other pictures.
+        is_compiled: Whether to compile the decoder for training, where that is faster.
     """
 
     task: Task
@@ -60,7 +61,7 @@ class Recipe:
     width: int
     labels: dict[str, int]
     tower: Callable[[PreTrainedModel], nn.Module]
-    behind_tower: Callable[[PreTrainedModel], list[nn.Module]]
+    after_tower: Callable[[PreTrainedModel], list[nn.Module]]
     features: Callable[[PreTrainedModel, Any], Tensor]
     tower_batches: Callable[[Any, int, int], Iterator[tuple[Any, Tensor]]]
     decoder_batches: Callable[[Any, int, int], Iterator[dict[str, Tensor]]]
@@ -85,7 +86,7 @@ RECIPES = {
         width=build.HIDDEN_SIZE,
         labels=packing.LABELS,
         tower=lambda model: model.model.vision_tower,
-        behind_tower=lambda model: [
+        after_tower=lambda model: [
             model.model.multi_modal_projector,
             model.model.language_model,
             model.lm_head,
@@ -106,7 +107,7 @@ RECIPES = {
         width=glyph_build.HIDDEN_SIZE,
         labels=glyph_packing.LABELS,
         tower=lambda model: model.model.visual,
-        behind_tower=lambda model: [model.model.language_model, model.lm_head],
+        after_tower=lambda model: [model.model.language_model, model.lm_head],
         features=_qwen2_vl_features,
         tower_batches=glyph_packing.tower_batches,
         decoder_batches=glyph_packing.decoder_batches,

@@ -1,7 +1,7 @@
 """Training rows: several turns about one image in one sequence.
 
-The visual tokens are by far the longest part of a prompt, so a row holds a dozen turns behind one
-copy of them: an image is worth many questions.
+The visual tokens are by far the longest part of a prompt, so a row holds a dozen turns after one
+copy of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from yopo.demo.task import Turn
 
-IGNORED = -100  # the label that the loss leaves out
+IGNORED = -100  # the label that the loss ignores
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class ChatForm:
     """A chat template as token ids, and how long rows are.
 
     Attributes:
-        prefix: All that stands before the first question, visual tokens included.
-        next_position: The position of the first token behind the prefix.
-        turn: What begins a further question.
-        reply: What stands between question and answer.
-        end: What ends an answer.
-        row_length: Tokens of a row; fixed, so that a decoder is compiled once.
+        prefix: Everything before the first question, visual tokens included.
+        next_position: The position of the first token after the prefix.
+        turn: The tokens that begin a further question.
+        reply: The tokens between question and answer.
+        end: The token that ends an answer.
+        row_length: Number of tokens in a row; fixed, so that a decoder is compiled only once.
     """
 
     prefix: tuple[int, ...]
@@ -42,14 +42,14 @@ class ChatForm:
 class RowPacker:
     """Packs several turns about one image into one training sequence.
 
-    Three rows in four are packed so that a turn sees the image and itself only, at the positions
-    that it would have alone: many single-question prompts for the price of one image. Otherwise
-    earlier answers would give later ones away. The fourth is a plain conversation, as the chat
-    template writes it.
+    Three rows in four are packed so that a turn sees only the image and itself, at the positions
+    that it would have by itself: many single-question prompts for the price of one image.
+    Otherwise earlier answers would give later ones away. The fourth row is a plain conversation, as
+    the chat template writes it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, form: ChatForm) -> None:
-        """Keep the tokenizer and the form that rows take."""
+        """Keep the tokenizer and the form of rows."""
         self.tokenizer = tokenizer
         self.form = form
         self.known: dict[str, list[int]] = {}
@@ -60,7 +60,7 @@ class RowPacker:
         return self.known[text]
 
     def row(self, asked: tuple[Turn, ...], is_isolated: bool) -> tuple[Tensor, ...]:
-        """Pack one row; turns that do not fit any more are left out.
+        """Pack one row; turns that no longer fit are left out.
 
         Returns:
             ids, labels, positions and owner, each (token,) int64. A token sees the earlier ones

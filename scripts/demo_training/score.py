@@ -1,4 +1,4 @@
-"""How well a model answers demo pairs, per kind of question."""
+"""Score a model's answers to demo pairs, per kind of question."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONG_KINDS = ("description", "grid")
 
 @dataclass(frozen=True)
 class KindScore:
-    """Scores of one kind; `majority` is what always giving its commonest answer would score."""
+    """Scores of one kind; `majority` is what always giving the most common answer would score."""
 
     kind: str
     num_pairs: int
@@ -51,7 +51,7 @@ def answer(
 
 
 def score(pairs: Sequence[DemoPair], answers: Sequence[str]) -> list[KindScore]:
-    """Compare answers with the right ones, kind by kind, in the order of first appearance."""
+    """Compare answers with the correct ones, kind by kind, in the order of first appearance."""
     scores = []
     for kind in dict.fromkeys(pair.kind for pair in pairs):
         rows = [(p.answer, a) for p, a in zip(pairs, answers, strict=True) if p.kind == kind]
@@ -73,7 +73,7 @@ def score(pairs: Sequence[DemoPair], answers: Sequence[str]) -> list[KindScore]:
 
 
 def overall(scores: Sequence[KindScore]) -> float:
-    """Return the share of right answers over all pairs of the short kinds."""
+    """Return the share of correct answers over all pairs of the short kinds."""
     short = [s for s in scores if s.kind not in _LONG_KINDS]
     return sum(s.accuracy * s.num_pairs for s in short) / sum(s.num_pairs for s in short)
 

@@ -1,9 +1,9 @@
-"""Trains a demo model from scratch on CPU, in two stages.
+"""Train a demo model from scratch on CPU, in two stages.
 
-1. tower: the vision tower alone learns to name what each visual token shows. A decoder behind an
-   untrained tower learns nothing in that time.
-2. decoder: the tower is frozen; what connects it and the decoder learn from a dozen questions per
-   picture.
+1. tower: only the vision tower learns, to name what each visual token shows. A decoder on top of an
+   untrained tower would learn nothing in that time.
+2. decoder: the tower is frozen; the decoder and what connects it to the tower learn from a dozen
+   questions per picture.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TokenHeads(nn.Module):
     def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, str]:
         """Cross-entropy of features (picture, token, width) against labels (picture, token, label).
 
-        The text reports accuracies where there is something to see (the first label is not 0).
+        The text reports accuracies on tokens that show something (whose first label is not 0).
         """
         logits = self.linear(self.norm(features)).split(list(self.labels.values()), dim=-1)
         losses, accuracies = [], []
@@ -55,7 +55,7 @@ class TokenHeads(nn.Module):
 
 
 def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, str]:
-    """Next-token cross-entropy on answers; the text reports the share of right answer tokens."""
+    """Next-token cross-entropy on answers; the text reports the share of correct answer tokens."""
     labels = batch["labels"][:, 1:]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
@@ -66,10 +66,10 @@ def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tenso
 
 
 class Trainer:
-    """Runs the stages in order, with checkpoints; the seed and the resume points fix the result."""
+    """Runs the stages in order, with checkpoints; seed and resume points determine the result."""
 
     def __init__(self, recipe: Recipe, work: Path, seed: int) -> None:
-        """Build the untrained model; `work` is the checkpoint's directory."""
+        """Build the untrained model; `work` is the directory of the checkpoint."""
         self.recipe = recipe
         self.checkpoint = work / "checkpoint.pt"
         self.seed = seed
@@ -82,7 +82,7 @@ class Trainer:
         self.saved_optimizers: list[dict] | None = None
 
     def resume(self) -> None:
-        """Continue from the checkpoint, where there is one."""
+        """Continue from the checkpoint, if there is one."""
         if not self.checkpoint.exists():
             return
         state = torch.load(self.checkpoint, weights_only=True)
@@ -93,7 +93,7 @@ class Trainer:
         logger.info("resumed in stage %s at step %d", self.stage_name, self.step)
 
     def save(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Write the checkpoint aside, then rename: a killed run leaves the former one."""
+        """Write a temporary file, then rename: a killed run leaves the previous checkpoint."""
         state = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
@@ -102,12 +102,12 @@ class Trainer:
             "seconds": self.seconds,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
-        aside = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, aside)
-        os.replace(aside, self.checkpoint)
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.checkpoint)
 
     def run(self, stages: list[Stage], save_every: int) -> None:
-        """Run what is left of all stages."""
+        """Run the remaining steps of all stages."""
         names = [stage.name for stage in stages]
         done = names.index(self.stage_name) if self.stage_name else 0
         for stage in stages[done:]:
@@ -118,10 +118,10 @@ class Trainer:
     def _trained(self, stage: Stage) -> list[nn.Module]:
         if stage.name == "tower":
             return [self.recipe.tower(self.model), self.heads]
-        return self.recipe.behind_tower(self.model)
+        return self.recipe.after_tower(self.model)
 
     def _loss(self, stage: Stage) -> Iterator[tuple[Tensor, str]]:
-        """Yield the loss of one fresh batch after another."""
+        """Yield the loss of each fresh batch."""
         recipe, size = self.recipe, stage.batch_size
         data_seed = self.seed + self.step  # a resumed run must not repeat its data
         if stage.name == "tower":
@@ -163,7 +163,7 @@ class Trainer:
 def make_optimizers(modules: list[nn.Module]) -> list[torch.optim.Optimizer]:
     """Give the matrices of transformer layers to Muon and the rest to AdamW.
 
-    Muon spends more per step and needs fewer steps, which are what a CPU has few of.
+    Muon costs more per step but needs fewer steps, which pays off on a CPU.
     """
     named = [(name, p) for module in modules for name, p in module.named_parameters()]
     matrices = [p for name, p in named if p.ndim == 2 and ("layers." in name or "blocks." in name)]

@@ -1,4 +1,4 @@
-"""The same visual FLOPs: methods meet budgets from below, and run what the closed forms say."""
+"""All methods meet a budget from below and execute the FLOPs that their closed forms predict."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def large(request: pytest.FixtureRequest) -> Subject:
 
 
 def executed(subject: Subject) -> int:
-    """Matrix-product FLOPs of one forward's text decoder."""
+    """Return the matrix-product FLOPs of the text decoder in one forward."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         tiny.logits(subject.model, INPUTS)
@@ -67,7 +67,7 @@ def executed(subject: Subject) -> int:
     ],
     ids=str,
 )
-def test_what_runs_is_what_is_predicted(large: Subject, method: Baseline) -> None:
+def test_executed_flops_are_the_predicted_ones(large: Subject, method: Baseline) -> None:
     predicted = method.prefill_flops(large.shape, PROMPT)
     with baseline(large.model, method):
         assert executed(large) == pytest.approx(predicted, rel=0.01)
@@ -78,8 +78,8 @@ def test_what_runs_is_what_is_predicted(large: Subject, method: Baseline) -> Non
     assert predicted < dense_prefill_flops(large.shape, PROMPT)
 
 
-def test_ranking_is_counted_to_the_last_product(large: Subject) -> None:
-    """One more query projection and one row of logits, beside what the layers multiply."""
+def test_ranking_flops_are_counted_exactly(large: Subject) -> None:
+    """Ranking costs one more query projection and one row of logits on top of the layers."""
     method, dense = FastV(2, share=0.3), executed(large)
     with baseline(large.model, method):
         saved = dense - executed(large)
@@ -87,7 +87,7 @@ def test_ranking_is_counted_to_the_last_product(large: Subject) -> None:
     assert saved == predicted - method.prefill_flops(large.shape, PROMPT)
 
 
-def test_the_simulation_runs_everything(large: Subject) -> None:
+def test_the_mask_simulation_executes_all_flops(large: Subject) -> None:
     plan = large.random_plan(3, workload=PROMPT)
     method, shape = solve_for("masked", plan), large.shape
     with baseline(large.model, method, plan):
@@ -104,7 +104,7 @@ def test_the_simulation_runs_everything(large: Subject) -> None:
 @pytest.mark.parametrize("workload", [WORKLOAD, WIDE], ids=["square", "two sizes"])
 @pytest.mark.parametrize("shape", [SEVEN_B, GROUPED], ids=["7b", "grouped"])
 @pytest.mark.parametrize("name", BUDGETED)
-def test_budgets_are_met_from_below_and_nearly(
+def test_budgets_are_met_closely_from_below(
     name: str, shape: ModelShape, workload: Workload, budget: float
 ) -> None:
     found = solve(name, shape, workload, budget).reached(shape, workload)
@@ -113,14 +113,14 @@ def test_budgets_are_met_from_below_and_nearly(
 
 
 @pytest.mark.parametrize("name", BUDGETED)
-def test_the_whole_budget_drops_nothing(name: str) -> None:
+def test_a_budget_of_one_drops_nothing(name: str) -> None:
     method = solve(name, SEVEN_B, WIDE, 1.0)
     assert method.tokens(SEVEN_B, WIDE.grids) == (WIDE.visual,) * SEVEN_B.layers
     assert method.visual_flops(SEVEN_B, WIDE) == dense_visual_flops(SEVEN_B, WIDE)
 
 
-def test_parameters_are_those_of_hand_arithmetic() -> None:
-    """A quarter of 32 layers is 8; behind two whole ones, 18.75 % of the budget is left for 30."""
+def test_parameters_match_hand_arithmetic() -> None:
+    """A quarter of 32 layers is 8; after two whole layers, 18.75 % of the budget is left for 30."""
     assert solve("vtw", SEVEN_B, WORKLOAD, 0.25).layers == 8
     method = solve("fastv", SEVEN_B, WORKLOAD, 0.25)
     assert method.layers == 2 and 0.19 < method.share < 0.21
@@ -130,14 +130,14 @@ def test_parameters_are_those_of_hand_arithmetic() -> None:
     assert more.reached(SEVEN_B, WORKLOAD) > 0.25
 
 
-def test_two_whole_layers_are_the_least_of_fastv() -> None:
+def test_fastv_keeps_at_least_two_whole_layers() -> None:
     with pytest.raises(PlanError, match=r"fastv needs at least 6\.2 %"):
         solve("fastv", SEVEN_B, WORKLOAD, 0.06)
     assert solve("vtw", SEVEN_B, WORKLOAD, 0.01).layers == 0
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5])
-def test_budgets_are_shares(budget: float) -> None:
+def test_a_budget_must_be_a_share(budget: float) -> None:
     with pytest.raises(PlanError, match="budget"):
         solve("vtw", SEVEN_B, WORKLOAD, budget)
 
@@ -152,7 +152,7 @@ def test_methods_follow_a_sample_of_layers(name: str) -> None:
     assert few == (replace(method, layers=layers[name]) if name in layers else method)
 
 
-def test_what_parameters_are_called() -> None:
+def test_parameters_are_described_by_name() -> None:
     def called(name: str) -> str:
         return solve(name, SEVEN_B, WORKLOAD, 0.25).describe(SEVEN_B, WORKLOAD)
 

@@ -1,4 +1,4 @@
-"""Baselines are evaluated as plans are: same pairs and records, answers generated and compared."""
+"""Baselines are evaluated like plans: same pairs and records, answers generated and compared."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def answered() -> Batch:
 
 @pytest.mark.parametrize("name", SOME)
 def test_answers_are_predicted_as_in_decoding(subject: Subject, name: str) -> None:
-    """Token by token behind the prefilled prompt: FastV may not look at the answer to rank."""
+    """Answers follow the prefilled prompt token by token: FastV must not see them when ranking."""
     batch = answered()
     with torch.no_grad(), baseline(subject.model, SOME[name]):
         found = answer_log_probs(subject.model, batch)
@@ -59,8 +59,8 @@ def test_answers_are_predicted_as_in_decoding(subject: Subject, name: str) -> No
     assert torch.allclose(found, torch.stack(expected), atol=1e-4)
 
 
-def test_an_answer_would_change_the_ranking(mha: Subject) -> None:
-    """What ``teacher_forced`` is there for."""
+def test_answer_tokens_would_change_the_ranking(mha: Subject) -> None:
+    """This is why ``teacher_forced`` exists."""
     batch = answered()
     with torch.no_grad(), baseline(mha.model, SOME["fastv"]):
         plain = mha.model(**batch.inputs).logits
@@ -70,7 +70,7 @@ def test_an_answer_would_change_the_ranking(mha: Subject) -> None:
     assert torch.equal(plain, again) and not torch.allclose(plain, forced, atol=1e-3)
 
 
-def test_a_baseline_that_drops_nothing_strays_nowhere(subject: Subject) -> None:
+def test_a_baseline_that_drops_nothing_has_no_kl(subject: Subject) -> None:
     batch = answered()
     records = [Recorded(batch, ANSWERS, answer_log_probs(subject.model, batch))]
     with baseline(subject.model, FastV(2, share=1.0)):
@@ -81,7 +81,7 @@ def test_a_baseline_that_drops_nothing_strays_nowhere(subject: Subject) -> None:
 
 
 def test_baselines_answer_the_demo_pairs() -> None:
-    """The trained model: nothing dropped, nothing lost; nothing seen, no better than a guess."""
+    """On the trained model, dropping nothing loses nothing; dropping all is mere guessing."""
     source = resolve("llava-tiny")
     model, processor = load_dense(source), load_processor(source.location)
     pairs = list(open_pairs("demo:heldout", samples=48, seed=0))

@@ -1,4 +1,4 @@
-"""A baseline is one class and one line: what the registry promises, and a method from outside."""
+"""A baseline is one class and one registry line, also for a method from outside."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from yopo.support.errors import PlanError
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_an_entry_is_a_class_of_that_name(name: str) -> None:
+def test_every_entry_is_a_class_with_that_name(name: str) -> None:
     found = baseline_class(name)
     assert issubclass(found, Baseline) and found.name == name
     assert found.label and found.__doc__
 
 
-def test_names_are_known_without_any_method() -> None:
-    """A command line shows them before torch is there; classes come when they are asked for."""
+def test_names_are_listed_without_importing_the_methods() -> None:
+    """The command line lists them before torch is imported; classes are loaded on request."""
     modules = {target.partition(":")[0] for target in BASELINES.values()}
     code = f"import sys, yopo.baselines.registry; print({modules} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
-def test_labels_tell_baselines_apart() -> None:
+def test_labels_are_unique() -> None:
     labels = [baseline_class(name).label for name in BASELINES]
     assert len(set(labels)) == len(labels)
     assert set(BASELINES) - set(with_own_budget()) == {"masked"}
@@ -51,8 +51,8 @@ def test_an_unknown_name_suggests_known_ones() -> None:
 PROMPTS = [[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 3, 4, 9, 11, 12]]
 
 
-def test_a_method_from_outside_may_drop_at_several_layers(subject: Subject) -> None:
-    """Its cache shrinks layer by layer; decode steps see what one forward of all tokens sees."""
+def test_an_external_method_may_drop_at_several_layers(subject: Subject) -> None:
+    """Its cache shrinks layer by layer; decode steps see the same as one forward of all tokens."""
     model, inputs = subject.model, tiny.batch(PROMPTS)
     length, settings = inputs["input_ids"].shape[1], {"do_sample": False, "max_new_tokens": 5}
     with torch.no_grad(), baseline(model, Thinning()):
@@ -75,7 +75,7 @@ def test_a_method_from_outside_may_drop_at_several_layers(subject: Subject) -> N
     assert torch.equal(forced[:, length - 1 : -1].argmax(dim=-1), whole[:, length:])
 
 
-def test_a_method_from_outside_is_benched_by_its_line(
+def test_an_external_method_is_benched_once_registered(
     mha: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "BASELINES", BASELINES | thinning.LINE)

@@ -1,4 +1,4 @@
-"""Baselines: the stock model where they drop nothing, independent oracles where they do."""
+"""Baselines equal the stock model if they drop nothing, and independent oracles if they do."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(
 
 @torch.no_grad()
 def brute_fastv(model: Any, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
-    """Logits by eager attention of the whole sequence; dropped tokens are masked out as keys."""
+    """Compute logits by eager attention over everything, with dropped tokens masked as keys."""
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     shown = eager(**inputs, output_attentions=True)
@@ -135,7 +135,7 @@ def test_fastv_is_eager_attention_without_the_dropped_keys(
 
 
 def test_fastv_ranks_each_sample_by_its_own_question(mha: Subject) -> None:
-    """The same image under two questions: other tokens stay."""
+    """The same image keeps different tokens under two questions."""
     rows = [[1, 5, *PICTURE, 7, 8, 9, 10], [1, 5, *PICTURE, 40, 41, 42, 43]]
     inputs = tiny.batch(rows)
     inputs["pixel_values"] = tiny.pictures(1).repeat(2, 1, 1, 1)
@@ -148,7 +148,7 @@ def test_fastv_ranks_each_sample_by_its_own_question(mha: Subject) -> None:
 
 @torch.no_grad()
 def hand_shortened(model: Any, inputs: dict[str, torch.Tensor], side: int, smaller: tuple) -> Any:
-    """The stock decoder over embeddings whose image was pooled by hand; one image, one row."""
+    """Run the stock decoder on embeddings whose image was pooled by hand; one image, one row."""
     ids = inputs["input_ids"][0]
     features = model.base_model.get_image_features(
         inputs["pixel_values"].to(model.dtype), return_dict=True
@@ -179,7 +179,7 @@ def test_downsampling_is_the_stock_model_on_a_shorter_prompt(subject: Subject) -
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_simulation_means_what_the_reference_means(
+def test_the_mask_simulation_matches_the_reference(
     subject: Subject, prompt: str, seed: int
 ) -> None:
     plan = subject.random_plan(seed, compensation=("none", "mean")[seed % 2])
@@ -197,8 +197,8 @@ def test_the_simulation_means_what_the_reference_means(
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("name", BASELINES)
-def test_generate_is_teacher_forcing(subject: Subject, name: str, prompt: str) -> None:
-    """Decode steps see what one forward of prompt and answer sees."""
+def test_generate_matches_teacher_forcing(subject: Subject, name: str, prompt: str) -> None:
+    """Decode steps see the same as one forward of prompt and answer."""
     model, inputs = subject.model, inputs_of(prompt)
     plan = subject.random_plan(1)
     with torch.no_grad(), baseline(model, SOME.get(name, name), plan):
@@ -216,7 +216,7 @@ def test_generate_is_teacher_forcing(subject: Subject, name: str, prompt: str) -
 
 @pytest.mark.parametrize("name", SOME)
 def test_padding_changes_nothing(subject: Subject, name: str) -> None:
-    """A row alone is a row of a padded batch; the cache, too, holds nothing of its padding."""
+    """A single row equals that row of a padded batch, and the cache holds none of its padding."""
     inputs, rows = inputs_of("padded"), PROMPTS["padded"]
     with baseline(subject.model, SOME[name]):
         together, said = tiny.logits(subject.model, inputs), generated(subject.model, inputs)
@@ -263,7 +263,7 @@ def test_the_model_is_restored_bit_for_bit(mha: Subject, name: str, fails: bool)
 
 
 def trace(model: Any) -> tuple[object, ...]:
-    """Everything that a baseline might leave behind."""
+    """Return everything that a baseline might leave on a model."""
     modules = list(model.modules())
     hooks = [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in modules]
     attributes = [set(vars(each)) for each in (model.base_model, model.get_decoder())]
@@ -284,7 +284,7 @@ def test_hooks_of_accelerate_stay_around_the_forward(mha: Subject, name: str) ->
     assert torch.equal(tiny.logits(model, inputs), usual)
 
 
-def test_a_forward_that_would_not_be_reached_is_refused(mha: Subject) -> None:
+def test_a_forward_that_would_be_bypassed_is_refused(mha: Subject) -> None:
     model = copy.deepcopy(mha.model)
     decoder = model.get_decoder()
     decoder.forward = torch.compile(decoder.forward, backend="eager")
@@ -294,7 +294,7 @@ def test_a_forward_that_would_not_be_reached_is_refused(mha: Subject) -> None:
     assert trace(model) == state
 
 
-def test_text_alone_is_the_stock_model(mha: Subject) -> None:
+def test_text_only_input_gives_the_stock_model(mha: Subject) -> None:
     inputs = tiny.batch([[1, 5, 6, 7], [2, 3]])
     usual, said = tiny.logits(mha.model, inputs), generated(mha.model, inputs)
     plan = mha.random_plan(2)
@@ -305,7 +305,7 @@ def test_text_alone_is_the_stock_model(mha: Subject) -> None:
         assert torch.allclose(found[tiny.real(inputs)], usual[tiny.real(inputs)], atol=1e-4)
 
 
-def test_eager_attention_gets_masks_that_it_adds(mha: Subject) -> None:
+def test_eager_attention_gets_additive_masks(mha: Subject) -> None:
     inputs, eager = inputs_of("padded"), copy.deepcopy(mha.model)
     eager.set_attn_implementation("eager")
     plan = mha.random_plan(1)
@@ -329,8 +329,8 @@ def used_cache(model: Any) -> DynamicCache:
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "counts": (lambda m: forward(m, [ONE[0], [1, *PICTURE, *PICTURE, 3]]), "equally many"),
-    "none": (lambda m: forward(m, [ONE[0], [1, 2, 3]]), "equally many"),
+    "counts": (lambda m: forward(m, [ONE[0], [1, *PICTURE, *PICTURE, 3]]), "the same number"),
+    "none": (lambda m: forward(m, [ONE[0], [1, 2, 3]]), "the same number"),
     "beams": (lambda m: generated(m, tiny.batch(ONE), num_beams=2), "only grows"),
     "end": (lambda m: forward(m, [[1, 5, *PICTURE]]), "ends in an image"),
     "end, right-padded": (
@@ -349,13 +349,13 @@ def second_image(model: Any) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_baseline_cannot_do_it_says(mha: Subject, case: str) -> None:
+def test_a_baseline_refuses_what_it_cannot_do(mha: Subject, case: str) -> None:
     call, expected = REFUSED[case]
     with baseline(mha.model, SOME["fastv"]), pytest.raises(ModelError, match=expected):
         call(mha.model)
 
 
-def test_caches_do_not_change_hands(mha: Subject) -> None:
+def test_a_cache_cannot_be_used_by_another_model(mha: Subject) -> None:
     model, step = mha.model, torch.tensor([[9]])
     dense = used_cache(model)
     with torch.no_grad(), baseline(model, SOME["vtw"]):
@@ -368,13 +368,13 @@ def test_caches_do_not_change_hands(mha: Subject) -> None:
         model(input_ids=step, past_key_values=theirs)
 
 
-def test_ranking_needs_a_layer_to_rank_in() -> None:
+def test_ranking_needs_a_preceding_layer() -> None:
     with pytest.raises(PlanError, match="fastv cannot drop tokens after 0 layers"):
         FastV(0, share=0.5)
     assert FastV(2, share=0.5).on_layers((2, 3)) == FastV(1, share=0.5)
 
 
-def test_one_change_at_a_time(mha: Subject) -> None:
+def test_only_one_change_may_be_installed_at_a_time(mha: Subject) -> None:
     with baseline(mha.model, SOME["vtw"]), pytest.raises(ModelError, match="already"):
         with baseline(mha.model, SOME["fastv"]):
             pass
@@ -384,7 +384,7 @@ def test_one_change_at_a_time(mha: Subject) -> None:
             pass
 
 
-def test_a_name_needs_a_plan(mha: Subject) -> None:
+def test_a_baseline_given_by_name_needs_a_plan(mha: Subject) -> None:
     for which in ("vtw", MaskedPlan()):
         with pytest.raises(PlanError, match="plan"), baseline(mha.model, which):
             pass
@@ -395,8 +395,8 @@ def test_a_name_needs_a_plan(mha: Subject) -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_several_forwards_are_one(subject: Subject, name: str) -> None:
-    """Steps of one and of several tokens, padded rows: as if all had been in one prompt."""
+def test_several_forwards_equal_one(subject: Subject, name: str) -> None:
+    """Steps of one and of several tokens over padded rows act as if all were in one prompt."""
     turns = [PROMPTS["padded"], [[40, 41, 42], [50, 51]], [[43], [52]], [[44, 45], [53, 54]]]
     parts = [tiny.batch(rows) for rows in turns]
     plan = subject.random_plan(1)
@@ -411,9 +411,9 @@ def test_several_forwards_are_one(subject: Subject, name: str) -> None:
             found.append(done.logits)
         whole = torch.cat([part["input_ids"] for part in parts], dim=1)
         real, length = torch.cat(mask, dim=1), parts[0]["input_ids"].shape[1]
-        behind = torch.arange(whole.shape[1])[None] >= length
+        is_answer = torch.arange(whole.shape[1])[None] >= length
         inputs = {"input_ids": whole, "pixel_values": parts[0]["pixel_values"]}
-        with teacher_forced(behind.expand_as(whole)):
+        with teacher_forced(is_answer.expand_as(whole)):
             once = subject.model(**inputs, attention_mask=real).logits
     where = real.bool() & (whole != IMAGE)
     assert torch.allclose(torch.cat(found, dim=1)[where], once[where], atol=1e-4)
@@ -421,7 +421,7 @@ def test_several_forwards_are_one(subject: Subject, name: str) -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_second_turn_of_text_continues_the_first(mha: Subject, name: str) -> None:
-    """``generate`` over a used cache says what it says when it prefills everything."""
+    """``generate`` over a used cache gives the same tokens as when it prefills everything."""
     model, inputs = mha.model, inputs_of("one image")
     plan = mha.random_plan(1)
     with baseline(model, SOME.get(name, name), plan):

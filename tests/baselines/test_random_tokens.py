@@ -1,4 +1,4 @@
-"""Random tokens: the same for the same prompt, kept as a mask would keep them, met to the token."""
+"""Random tokens are repeatable per prompt, act like a mask, and meet budgets to the token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VISUAL = len(PICTURE)
 
 @torch.no_grad()
 def kept_places(subject: Subject, method: RandomTokens, rows: list[list[int]]) -> torch.Tensor:
-    """(batch, kept) int64: which of each row's visual tokens the last layer holds."""
+    """Return (batch, kept) int64: which of each row's visual tokens the last layer holds."""
     inputs = tiny.batch(rows)
     with baseline(subject.model, method):
         cache = subject.model(**inputs, use_cache=True).past_key_values
@@ -31,7 +31,7 @@ def kept_places(subject: Subject, method: RandomTokens, rows: list[list[int]]) -
 
 @pytest.mark.parametrize("layers", [0, 2])
 def test_a_prompt_keeps_the_same_tokens(mha: Subject, layers: int) -> None:
-    """Alone, again, in a padded batch; other seeds and other prompts keep others."""
+    """By itself, repeated or in a padded batch; other seeds and prompts keep other tokens."""
     method = RandomTokens(layers, share=0.5)
     (alone,) = kept_places(mha, method, [ONE])
     assert len(alone) == VISUAL // 2
@@ -43,15 +43,15 @@ def test_a_prompt_keeps_the_same_tokens(mha: Subject, layers: int) -> None:
     assert not torch.equal(other[0], alone)
 
 
-def test_all_places_are_drawn(mha: Subject) -> None:
-    """Over seeds, every token stays about as often as any other."""
+def test_every_position_is_drawn_equally_often(mha: Subject) -> None:
+    """Over seeds, every token is kept about equally often."""
     counts = torch.zeros(VISUAL)
     for seed in range(48):
         counts[kept_places(mha, RandomTokens(0, share=0.5, seed=seed), [ONE])[0]] += 1
     assert counts.sum() == 48 * VISUAL // 2 and 10 <= counts.min() and counts.max() <= 38
 
 
-def test_a_drop_in_front_is_the_stock_model_without_those_tokens(subject: Subject) -> None:
+def test_an_early_drop_is_the_stock_model_without_those_tokens(subject: Subject) -> None:
     """Text after a gap keeps its positions."""
     inputs, method = tiny.batch([ONE]), RandomTokens(0, share=0.4)
     (kept,) = kept_places(subject, method, [ONE])
@@ -78,7 +78,7 @@ def test_a_drop_in_front_is_the_stock_model_without_those_tokens(subject: Subjec
 
 
 def test_budgets_are_met_to_the_token() -> None:
-    """In front of the first layer there is no least budget."""
+    """Before the first layer there is no smallest budget."""
     shape, workload = tiny.make_subject("mha").shape, tiny.workload()
     method = solve("random", shape, workload, 0.5)
     count = method.kept(VISUAL)
@@ -89,7 +89,7 @@ def test_budgets_are_met_to_the_token() -> None:
     assert solve("random", shape, workload, 0.01).kept(VISUAL) == 0
 
 
-def test_the_share_is_what_it_is_called() -> None:
+def test_the_share_is_named_in_the_description() -> None:
     shape, workload = tiny.make_subject("mha").shape, tiny.workload()
     assert RandomTokens(0, share=0.25).describe(shape, workload) == "R = 25.0 %"
     later = RandomTokens(2, share=0.25)

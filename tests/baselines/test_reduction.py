@@ -1,4 +1,4 @@
-"""A reduction in front of the first layer: kept per image, merged features, positions."""
+"""A reduction before the first layer: tokens kept per image, merged features, positions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_tokens_are_kept_image_by_image() -> None:
     assert torch.equal(short.positions[0], short.index)
 
 
-def test_merged_features_stand_at_the_kept_places() -> None:
-    """One matrix per row, as clusters or attention weights give it; other layers' features too."""
+def test_merged_features_replace_the_kept_tokens() -> None:
+    """One matrix per row merges features, including those of later layers."""
     weights = torch.rand(2, 3, 7)
     reduction = Reduction.of_images(GRIDS, PER_IMAGE, merge=lambda each: weights @ each)
     short = reduction.shorten(LAYOUT, EMBEDS, POSITIONS)
@@ -37,10 +37,10 @@ def test_merged_features_stand_at_the_kept_places() -> None:
     assert torch.equal(reduction.merged(visual), weights @ visual)
     text = ~IS_VISUAL.gather(1, short.index)
     assert torch.equal(short.embeds[text], EMBEDS[~IS_VISUAL])
-    assert torch.equal(EMBEDS, torch.arange(40.0).reshape(2, 10, 2))  # the caller's stay
+    assert torch.equal(EMBEDS, torch.arange(40.0).reshape(2, 10, 2))  # unchanged
 
 
-def test_positions_may_close_up() -> None:
+def test_positions_may_be_replaced() -> None:
     moved = torch.stack([POSITIONS[0] * 10, POSITIONS[0] * 20])
     short = Reduction.of_images(GRIDS, PER_IMAGE, positions=moved).shorten(
         LAYOUT, EMBEDS, POSITIONS.expand(2, -1, -1)

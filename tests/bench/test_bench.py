@@ -1,4 +1,4 @@
-"""``yopo bench``: what ran is what is predicted, layers keep their mix, and no trace is left."""
+"""``yopo bench`` runs what is predicted, samples layers in their mix and leaves no trace."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_prompts_hold_whole_images() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_the_random_model_has_the_asked_shape(kv_heads: int) -> None:
+def test_the_random_model_has_the_requested_shape(kv_heads: int) -> None:
     shape = replace(SHAPE, kv_heads=kv_heads)
     model = random_model(shape)
     assert shape_of(model.config) == shape
@@ -176,14 +176,14 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         random_model(ModelShape(9999, 16384, 128, 128, 128, 53248))
 
 
-def test_unknown_shapes_suggest() -> None:
+def test_unknown_shapes_suggest_known_ones() -> None:
     with pytest.raises(ModelError, match="llava-1.5-9b") as caught:
         published_model("llava-1.5-9b")
     assert "llava-1.5-7b" in caught.value.remedy
 
 
 def test_made_up_images_reach_the_decoder() -> None:
-    """The dense model attends to the features, and a plan that prunes nothing changes nothing."""
+    """The dense model attends to them, and a plan that prunes nothing gives the same logits."""
     plan = plan_for()
     whole = plan.with_layers(
         [LayerPlan((0, 1, 2, 3), (0, 1, 2, 3), None, SHAPE.ffn)] * SHAPE.layers
@@ -200,7 +200,7 @@ def test_made_up_images_reach_the_decoder() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_flops_beside_the_time_are_those_that_ran(name: str) -> None:
+def test_reported_flops_are_the_executed_ones(name: str) -> None:
     plan = preset_plan(name, MODEL, Workload((Grid(12, 14),), text=20, text_before=3))
     subject = subject_of(with_layers(plan, sampled_layers(plan, 5)))
     counts = []
@@ -214,7 +214,7 @@ def test_the_flops_beside_the_time_are_those_that_ran(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_ratio_is_that_of_flops_py(name: str) -> None:
+def test_the_flops_ratio_matches_flops_py(name: str) -> None:
     found = bench_random(plan_for(name), Sizes(visual=25, text=7), QUICK, num_layers=4)
     ran, workload = found.plan, Workload((Grid(5, 5),), text=7, text_before=2)
     assert ran.workload == workload and ran.model.shape.layers == 4
@@ -252,7 +252,7 @@ def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == [DENSE, PRUNED, "vtw", "vtw", PRUNED, DENSE]
 
 
-def test_ratios_are_medians_of_the_pairs_own() -> None:
+def test_ratios_are_medians_over_pairs() -> None:
     found = Compared.of([1.0, 10.0, 4.0], [0.5, 1.0, 3.0])
     assert found.dense.median == 4.0 and found.pruned.median == 1.0
     assert (found.ratio.low, found.ratio.median, found.ratio.high) == (0.3, 0.5, 0.625)
@@ -265,7 +265,9 @@ def state(model: Any) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind(mha: Subject, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_a_benchmark_leaves_no_trace(
+    mha: Subject, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
     plan = mha.random_plan(3)
     tiny.logits(mha.model, tiny.batch([[1, *tiny.PICTURE, 3]]))  # transformers hooks its own tower
     before, threads = state(mha.model), torch.get_num_threads()
@@ -293,12 +295,12 @@ def test_a_real_model_is_timed_on_its_own_images(subject: Subject) -> None:
     assert found.layers.used == (0, 1, 2, 3) and found.decode is None
     assert found.visual_kv[1] == found.planned_kv == 2 * visual_kv_bytes(found.plan, 4)
     with pytest.raises(
-        ModelError, match="9 visual tokens are wanted, 1 of the model.s images have 16"
+        ModelError, match="9 visual tokens were requested, but 1 of the model.s images have 16"
     ):
         bench_model(subject.model, plan, Sizes(visual=9), QUICK)
 
 
-def test_another_familys_plan_runs_on_a_stand_in(mha: Subject) -> None:
+def test_a_plan_of_another_family_runs_on_a_substitute_model(mha: Subject) -> None:
     plan = mha.random_plan(5)
     plan = replace(plan, model=replace(plan.model, family="internvl"))
     found = bench_random(plan, Sizes(), QUICK, num_layers=2)
@@ -306,7 +308,7 @@ def test_another_familys_plan_runs_on_a_stand_in(mha: Subject) -> None:
     assert not bench_random(plan_for(), Sizes(), QUICK).stand_in
 
 
-def test_peak_memory_counts_what_is_held_at_a_time() -> None:
+def test_peak_memory_counts_what_is_held_at_once() -> None:
     def call() -> torch.Tensor:
         first = torch.empty(1000, dtype=torch.float32)
         second = torch.empty(500, dtype=torch.float32)
@@ -328,7 +330,7 @@ def test_baselines_are_measured_at_the_plans_budget() -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
     options = replace(QUICK, baselines=tuple(BASELINES), may_leave_out=True)
     found = bench_random(plan, Sizes(batch=2), options)
-    runs = [name for name in BASELINES if name != "fastv"]  # half of its layers are too many
+    runs = [name for name in BASELINES if name != "fastv"]  # half of its layers exceed the budget
     assert list(found.measured) == [DENSE, PRUNED, *runs]
     assert list(found.left_out) == ["fastv"] and "25.0 %" in found.left_out["fastv"]
     shape, workload = found.plan.model.shape, found.plan.workload
@@ -344,7 +346,7 @@ def test_baselines_are_measured_at_the_plans_budget() -> None:
     assert found.measured[DENSE].prefill.ratio.median == 1.0
 
 
-def test_the_flops_beside_a_baselines_time_are_those_that_ran() -> None:
+def test_reported_flops_of_baselines_are_the_executed_ones() -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
     plan = with_layers(plan, (0, 1, 2, 3, 4))
     model = random_model(plan.model.shape)
@@ -359,12 +361,12 @@ def test_the_flops_beside_a_baselines_time_are_those_that_ran() -> None:
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.01), name
 
 
-def test_a_baseline_that_is_asked_for_must_run() -> None:
+def test_a_requested_baseline_must_run() -> None:
     with pytest.raises(PlanError, match="fastv needs"):
         bench_random(plan_for("yopo-12"), Sizes(), replace(QUICK, baselines=("fastv",)))
 
 
-def test_decode_steps_at_contexts() -> None:
+def test_decode_steps_are_timed_at_several_contexts() -> None:
     options = replace(QUICK, baselines=("vtw", "masked"), contexts=(40, 64))
     found = bench_random(plan_for(), Sizes(), options)
     assert [each.context for each in found.contexts] == [40, 64]
@@ -377,7 +379,7 @@ def test_decode_steps_at_contexts() -> None:
         dense = fixed + dense_visual_kv_bytes(shape, at.plan.workload, 4)
         kept = fixed + visual_kv_bytes(at.plan, 4)
         assert found.bytes_ratio_of(PRUNED, at.plan) == pytest.approx(kept / dense)
-    with pytest.raises(PlanError, match="does not hold the prompt of 24"):
+    with pytest.raises(PlanError, match="too short for the prompt of 24"):
         bench_random(plan_for(), Sizes(), replace(QUICK, contexts=(23,)))
 
 
@@ -388,7 +390,7 @@ def test_longer_prompts_reach_the_cache() -> None:
             assert subject.prefill().get_seq_length() == 50
 
 
-def test_a_steps_bytes_are_weights_and_text() -> None:
+def test_a_decode_step_moves_weights_and_text_kv() -> None:
     model = random_model(SHAPE)
     layers = model.get_decoder().layers
     weights = sum(each.nbytes for each in layers.parameters() if each.dim() == 2)
@@ -396,7 +398,7 @@ def test_a_steps_bytes_are_weights_and_text() -> None:
     assert step_bytes(SHAPE, 7, 3, 4) == weights + cached
 
 
-def test_some_layers_of_a_refit_plan_take_their_weights_along(mha: Subject) -> None:
+def test_sampled_layers_of_a_refit_plan_keep_their_weights(mha: Subject) -> None:
     heads = tuple(range(mha.shape.heads))
     layers = (
         LayerPlan(heads, heads[:1], None, 20, qkv_rank=7),
@@ -412,8 +414,8 @@ def test_some_layers_of_a_refit_plan_take_their_weights_along(mha: Subject) -> N
     assert torch.equal(few.tensors.neuron_order, plan.tensors.neuron_order[[1, 3]])
 
 
-def test_layers_of_other_fits_are_of_other_kinds(mha: Subject) -> None:
-    """One layer in four is asked for: each kind has its share, heads do not make kinds."""
+def test_layers_with_different_fits_are_sampled_separately(mha: Subject) -> None:
+    """Of two sampled layers, one is of each kind; different heads do not make a kind."""
     heads = tuple(range(mha.shape.heads))
     plain, same = (LayerPlan(heads, heads[:count], None, 20) for count in (2, 3))
     mapped = LayerPlan(heads, heads[:2], None, 20, qkv_rank=5, map_rank=2)
@@ -437,7 +439,7 @@ def shown(found: Any) -> str:
 
 @pytest.fixture
 def other_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Weights of any size take oneDNN's products; these are collected, by their size."""
+    """Let weights of any size use oneDNN's products, and collect the sizes of those that do."""
     kernel, seen = gemm._kernel(), []
 
     def spy(inputs, weight, *rest):
@@ -450,7 +452,7 @@ def other_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @needs_kernel
-def test_all_but_the_stock_model_run_on_the_same_kernels(other_kernel: list[int]) -> None:
+def test_all_models_but_stock_run_on_the_same_kernels(other_kernel: list[int]) -> None:
     plan = plan_for(workload=Workload((Grid(12, 14),), text=20, text_before=3))
     subject = subject_of(plan)
     baselines = {"vtw": TokenWithdrawal(2), "downsample": Downsampling()}
@@ -471,7 +473,7 @@ def test_all_but_the_stock_model_run_on_the_same_kernels(other_kernel: list[int]
 
 
 @needs_kernel
-def test_what_another_kernel_saves_is_a_figure_of_its_own(
+def test_savings_of_another_kernel_are_reported_separately(
     other_kernel: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = {DENSE: 10.0, PRUNED: 5.0, STOCK: 20.0}
@@ -486,24 +488,24 @@ def test_what_another_kernel_saves_is_a_figure_of_its_own(
     assert "as shipped: prefill" in shown(found) and "slower kernel" in shown(found)
 
 
-def test_on_the_same_kernels_one_figure_is_enough() -> None:
+def test_equal_kernels_need_only_one_figure() -> None:
     found = bench_random(plan_for(), Sizes(), QUICK)
     assert found.shipped is None and found.over_bound_as_shipped == found.over_bound
     assert "as shipped" not in shown(found)
 
 
-def test_more_than_the_machine_can_do_is_called_a_wrong_measurement() -> None:
+def test_an_impossible_rate_is_reported_as_a_wrong_measurement() -> None:
     found = bench_random(plan_for(), Sizes(), QUICK)
     fast = found.flops_of(PRUNED) / found.prefill.pruned.median
     for rate, exceeded in ((2 * fast, False), (0.99 * fast, False), (0.5 * fast, True)):
         guess = replace(found, rates=Rates(max(rate, 1e-9), 1e30))
         assert ("pruned prefill" in guess.off) == exceeded
-        assert ("measurement is off: pruned prefill" in shown(guess)) == exceeded
+        assert ("measurement is unreliable: pruned prefill" in shown(guess)) == exceeded
     guess = replace(found, rates=Rates(1e30, 1.0))
     assert document(guess)["shares_above_the_bound"].keys() == {"dense decode", "pruned decode"}
 
 
-def test_rates_are_those_of_the_best_round() -> None:
+def test_rates_come_from_the_best_round() -> None:
     assert best([Rates(1.0, 5.0), Rates(3.0, 2.0)]) == Rates(3.0, 5.0)
     model = random_model(SHAPE)
     rates = measure_rates(model.get_decoder().layers, 2, 30)

@@ -1,4 +1,4 @@
-"""Rows of JSON files, read in pieces: the same rows as of the whole text, and no more memory."""
+"""JSON files read in pieces give the same rows as the whole text, in constant memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def some_list(rng: random.Random) -> bytes:
     return (b"\xef\xbb\xbf" if rng.random() < 0.3 else b"") + bytes(content)
 
 
-def test_a_list_in_pieces_is_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_list_in_pieces_gives_the_same_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, refused = tmp_path / "rows.json", 0
     for seed in range(600):
         rng = random.Random(seed)
@@ -63,7 +65,7 @@ def test_a_list_in_pieces_is_the_list(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
-def test_many_rows_take_the_memory_of_few(
+def test_memory_does_not_grow_with_the_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(json_rows, "CHUNK", 1 << 15)
@@ -91,15 +93,15 @@ def test_many_rows_take_the_memory_of_few(
         (b"[1,]", ":1: not JSON: Expecting value"),
         (b"[" * 100_000, ":1: not JSON: it nests too deeply"),
         (b'{"a": ' * 100_000, ":1: not JSON: it nests too deeply"),
-        (b"[1" + b"1" * 5000 + b"]", ":1: not JSON: a number of too many digits"),
-        (b"\n1" + b"1" * 5000, ":2: not JSON: a number of too many digits"),
+        (b"[1" + b"1" * 5000 + b"]", ":1: not JSON: a number has too many digits"),
+        (b"\n1" + b"1" * 5000, ":2: not JSON: a number has too many digits"),
         (b'{"a": 1}\n{"\xff": 1}', ":2: is not UTF-8 text"),
         (b'[{"a": "\xff"}]', ":1: is not UTF-8 text"),
         (b"", ": holds no pairs"),
         (b"[]", ": holds no pairs"),
     ],
 )
-def test_what_is_no_json_names_its_line(tmp_path: Path, content: bytes, sentence: str) -> None:
+def test_invalid_json_names_its_line(tmp_path: Path, content: bytes, sentence: str) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -109,12 +111,14 @@ def test_what_is_no_json_names_its_line(tmp_path: Path, content: bytes, sentence
     assert f"{path}{sentence}" in caught.value.message
 
 
-def test_a_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_rows, "MAX_ROW", 100)
     monkeypatch.setattr(json_rows, "CHUNK", 10)
     path = tmp_path / "rows.json"
     path.write_text('{"question": "' + "x" * 200 + '"}')
-    with pytest.raises(DataError, match="rows.json:1: the row is longer than the 100 bytes"):
+    with pytest.raises(
+        DataError, match="rows.json:1: the row is longer than the limit of 100 bytes"
+    ):
         list(JsonRows(path).scan())
     for text in ('["' + "x" * 5000 + '"]', '["' + "x" * 5000):
         path.write_text(text)
@@ -122,12 +126,12 @@ def test_a_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
             list(JsonRows(path).scan())
 
 
-def test_a_file_that_changes_between_two_looks_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_changes_between_two_reads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     path = tmp_path / "rows.jsonl"
     path.write_text('{"image": "a.png", "question": "what?"}\n' * 2)
     pairs = open_pairs(str(path), samples=1, seed=0)
     assert len(list(pairs)) == 1
     path.write_text('{"image": "b.png", "question": "which one?"}\n')
-    with pytest.raises(DataError, match="was changed while it was in use"):
+    with pytest.raises(DataError, match="changed while it was in use"):
         list(pairs)

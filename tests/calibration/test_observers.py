@@ -1,4 +1,4 @@
-"""What calibration measures equals a brute force over eager attention matrices in float64."""
+"""Calibration measures the same as brute force over eager attention matrices in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = [
 
 @dataclass
 class Sums:
-    """The brute force's sums over samples, in float64."""
+    """Sums over samples of the brute force, in float64."""
 
     rho: torch.Tensor
     cross_modal: torch.Tensor
@@ -57,7 +57,7 @@ def watch(
 
 
 def brute_force(subject: Subject, rows: list[list[int]], queries: str) -> Sums:
-    """Everything by definition, one sample at a time, from ``output_attentions`` in float64."""
+    """Compute everything by definition, per sample, from float64 ``output_attentions``."""
     parts = []
     for number, row in enumerate(rows):
         parts.append(one_sample(subject, row, queries, seed=number))
@@ -93,12 +93,12 @@ def one_sample(subject: Subject, row: list[int], queries: str, *, seed: int) -> 
             handle.remove()
     visual = inputs["input_ids"][0] == IMAGE
     places = visual.nonzero().flatten().tolist()
-    behind = [q for q in range(len(row)) if not visual[q] and q > places[0]]
-    counted = {"text": behind, "all": list(range(len(row))), "last": [len(row) - 1]}[queries]
+    after = [q for q in range(len(row)) if not visual[q] and q > places[0]]
+    counted = {"text": after, "all": list(range(len(row))), "last": [len(row) - 1]}[queries]
     weights = torch.stack([each[0] for each in attentions])  # (layers, heads, queries, keys)
     rho = weights[:, :, counted][..., visual].sum((2, 3))
     rho = rho / weights[:, :, counted][..., ~visual].sum((2, 3))
-    cross_modal = weights[:, :, behind][..., visual].sum(-1).mean(1).sum(-1)
+    cross_modal = weights[:, :, after][..., visual].sum(-1).mean(1).sum(-1)
     locality = torch.zeros(shape.layers, MAX_DISTANCE + 2, dtype=torch.float64)
     for i, query in enumerate(places):
         for j, key in enumerate(places):
@@ -109,14 +109,14 @@ def one_sample(subject: Subject, row: list[int], queries: str, *, seed: int) -> 
     ffn = torch.stack([taken["ffn", index][visual] for index in range(shape.layers)])
     heads = torch.stack([taken["heads", index][visual] for index in range(shape.layers)])
     squares, sums = ffn.square().sum(1), (ffn.sum(1), heads.sum(1))
-    effect = reading_effect(subject, taken, weights[:, :, behind], visual)
-    norms = torch.stack([taken["input", index][behind] for index in range(shape.layers)])
+    effect = reading_effect(subject, taken, weights[:, :, after], visual)
+    norms = torch.stack([taken["input", index][after] for index in range(shape.layers)])
     norm = norms.square().sum((1, 2))
-    return rho, cross_modal, locality, squares, *sums, effect, norm, len(behind)
+    return rho, cross_modal, locality, squares, *sums, effect, norm, len(after)
 
 
 def reading_effect(subject: Subject, taken: dict, weights: torch.Tensor, visual: torch.Tensor):
-    """(layers, heads): what hiding the image from one head changes in the layer's output."""
+    """Return (layers, heads): how hiding the image from one head changes the layer's output."""
     shape, effect = subject.shape, torch.zeros(subject.shape.layers, subject.shape.heads).double()
     for index, layer in enumerate(subject.oracle.get_decoder().layers):
         values = taken["values", index].unflatten(-1, (-1, shape.head_dim)).transpose(0, 1)
@@ -132,7 +132,7 @@ def reading_effect(subject: Subject, taken: dict, weights: torch.Tensor, visual:
 
 
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """One batch with the very images that ``one_sample`` draws row by row."""
+    """Build one batch with the same images that ``one_sample`` draws row by row."""
     inputs = tiny.batch(rows)
     images = [tiny.batch([row], seed=number)["pixel_values"] for number, row in enumerate(rows)]
     return {**inputs, "pixel_values": torch.cat(images)}
@@ -143,7 +143,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-def test_equals_brute_force_on_a_padded_batch(subject: Subject, queries: str) -> None:
+def test_a_padded_batch_matches_brute_force(subject: Subject, queries: str) -> None:
     assert len(ROWS[2]) - 2 * len(PICTURE) > CHUNK
     expected = brute_force(subject, ROWS, queries)
     found = watch(subject, padded(ROWS), queries)
@@ -161,8 +161,8 @@ def test_equals_brute_force_on_a_padded_batch(subject: Subject, queries: str) ->
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-def test_rho_is_exact_to_1e_5_where_the_forward_is(subject: Subject, queries: str) -> None:
-    """Of the float64 model, row by row: padding shifts the float32 angles of RoPE."""
+def test_rho_is_exact_to_1e_5_if_the_forward_is(subject: Subject, queries: str) -> None:
+    """Checked row by row on the float64 model, because padding shifts RoPE's float32 angles."""
     for row in ROWS:
         expected = brute_force(subject, [row], queries)
         found = watch(subject, tiny.batch([row]), queries, in_float64=True)
@@ -181,7 +181,7 @@ def test_observing_does_not_change_the_model(subject: Subject) -> None:
     assert torch.equal(before, tiny.logits(subject.model, inputs))
 
 
-def test_everything_is_switched_off_after_an_exception(mha: Subject) -> None:
+def test_an_exception_removes_all_observers(mha: Subject) -> None:
     model, decoder = mha.model, mha.model.get_decoder()
     implementation = decoder.config._attn_implementation
     family = family_of(model.config)
@@ -197,7 +197,7 @@ def test_everything_is_switched_off_after_an_exception(mha: Subject) -> None:
         assert not layer._forward_pre_hooks
 
 
-def test_no_matrix_of_all_queries_is_formed(mha: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_full_attention_matrix_is_formed(mha: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     from yopo.calibration import observers
 
     seen = []
@@ -213,6 +213,6 @@ def test_no_matrix_of_all_queries_is_formed(mha: Subject, monkeypatch: pytest.Mo
     assert seen and max(seen) <= CHUNK < 8 * len(PICTURE)
 
 
-def test_an_image_that_nobody_reads_is_an_error(mha: Subject) -> None:
-    with pytest.raises(DataError, match="no text behind its image"):
+def test_an_image_that_no_text_follows_is_an_error(mha: Subject) -> None:
+    with pytest.raises(DataError, match="no text after its image"):
         watch(mha, tiny.batch([[1, 2, *PICTURE]]))

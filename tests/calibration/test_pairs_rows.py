@@ -1,4 +1,4 @@
-"""The forms that a row of data may have."""
+"""A row of data may have several forms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read(row: Any, folder: Path | None = FOLDER) -> Pair:
 @pytest.mark.parametrize("image", ["image", "images", "image_path", "file_name", "Image"])
 @pytest.mark.parametrize("question", ["question", "query", "prompt", "text", "Question"])
 @pytest.mark.parametrize("answer", ["answer", "answers", "label", "multiple_choice_answer"])
-def test_common_column_names(image: str, question: str, answer: str) -> None:
+def test_common_column_names_are_accepted(image: str, question: str, answer: str) -> None:
     pair = read({image: "a.png", question: "Why?", answer: "So."})
     assert pair.images[0].source == FOLDER / "a.png"
     assert (pair.question, pair.answers, pair.id) == ("Why?", ("So.",), "4")
@@ -42,11 +42,11 @@ def test_common_column_names(image: str, question: str, answer: str) -> None:
         ({"answer": ["a", "b"]}, ("a", "b")),
     ],
 )
-def test_answers(answer: Any, expected: tuple[str, ...]) -> None:
+def test_answers_are_read_from_all_their_forms(answer: Any, expected: tuple[str, ...]) -> None:
     assert read({"image": "a", "question": "q", "answers": answer}).answers == expected
 
 
-def test_llava_conversation() -> None:
+def test_llava_conversations_become_pairs() -> None:
     turns = [
         {"from": "human", "value": "<image>\nWhat is this?"},
         {"from": "gpt", "value": "A cat."},
@@ -60,7 +60,7 @@ def test_llava_conversation() -> None:
     assert read({"image": "a", "conversations": swapped}).answers == ()
 
 
-def test_chat_messages() -> None:
+def test_chat_messages_become_pairs() -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     reply = {"role": "assistant", "content": [{"type": "text", "text": "That."}]}
     system = {"role": "system", "content": "Be brief."}
@@ -73,13 +73,13 @@ def test_chat_messages() -> None:
     assert read({"messages": messages}).images[0].source == FOLDER / "inline.png"
 
 
-def test_cauldron_texts() -> None:
+def test_cauldron_texts_become_pairs() -> None:
     turn = {"user": "What?", "assistant": "That.", "source": "x"}
     pair = read({"images": ["a"], "texts": [turn]})
     assert (pair.question, pair.answers) == ("What?", ("That.",))
 
 
-def test_image_values() -> None:
+def test_images_may_have_several_forms() -> None:
     picture = Image.new("L", (2, 3))
     values = [picture, b"raw", {"bytes": b"raw", "path": "x/y.png"}, {"bytes": None, "path": "z"}]
     pair = read({"images": values, "question": "q"})
@@ -108,18 +108,18 @@ def test_image_values() -> None:
         ({"image": {"path": None}, "question": "q"}, "p:1: the image must be a path or an image"),
     ],
 )
-def test_bad_rows(row: Any, message: str) -> None:
+def test_bad_rows_are_refused(row: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         read(row)
     assert caught.value.message.startswith(message)
 
 
-def test_path_without_a_folder_is_refused() -> None:
-    with pytest.raises(DataError, match="leads nowhere from here"):
+def test_a_path_without_a_folder_is_refused() -> None:
+    with pytest.raises(DataError, match="but the data has no folder"):
         read({"image": "a.png", "question": "q"}, folder=None)
 
 
-def test_placeholders_go_with_their_white_space() -> None:
+def test_placeholders_are_removed_with_their_whitespace() -> None:
     assert without_placeholders("<image>\nWhat?") == "What?"
     assert without_placeholders("What?\n<image>") == "What?"
     assert without_placeholders("Is <image> like <image>?") == "Is like ?"

@@ -120,7 +120,7 @@ def test_too_many_samples_use_all_and_warn_once(
     path = write_rows(tmp_path / "p.jsonl", [row(0), row(1)])
     pairs = open_pairs(str(path), samples=9, seed=0)
     assert len(list(pairs)) == len(list(pairs)) == pairs.total == 2
-    expected = f"warning: {path}: 9 samples were asked for, there are 2; using all.\n"
+    expected = f"warning: {path}: 9 samples were requested, but there are 2; using all.\n"
     assert capsys.readouterr().err == expected
 
 
@@ -132,15 +132,15 @@ def expect_error(data: str | None, start: str, remedy: str = "", **options: obje
     assert "\n" not in caught.value.message
 
 
-def test_missing_sources(tmp_path: Path) -> None:
+def test_missing_sources_are_refused(tmp_path: Path) -> None:
     expect_error(f"{tmp_path}/no.jsonl", f"{tmp_path}/no.jsonl: no such file.", "Give a .jsonl")
     expect_error(f"{tmp_path}/nothing", f"{tmp_path}/nothing: no such file or directory.", "hub id")
     expect_error("nothing", "nothing: no such file or directory.", "demo:calibration")
     (tmp_path / "pairs.txt").write_text("x")
-    expect_error(f"{tmp_path}/pairs.txt", f"{tmp_path}/pairs.txt: not a kind of file", "Give a")
+    expect_error(f"{tmp_path}/pairs.txt", f"{tmp_path}/pairs.txt: pairs cannot be read", "Give a")
 
 
-def test_bad_json_names_the_line(tmp_path: Path) -> None:
+def test_bad_json_names_its_line(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     lines, listed = tmp_path / "p.jsonl", tmp_path / "p.json"
     lines.write_text(json.dumps(row()) + "\n{'image'\n", encoding="utf-8")
@@ -164,7 +164,7 @@ def test_first_bad_pair_is_an_error_even_outside_the_sample(tmp_path: Path) -> N
         (row(question=5), ": the question must be text, found 5."),
         (row(image=5), ": the image must be a path or an image, found 5."),
         (row(answer={"a": 1}), ": an answer must be text or a list of texts, found {'a': 1}."),
-        (row(image="https://x.org/a.png"), ": the image is an address ('https://x.org/a.png')"),
+        (row(image="https://x.org/a.png"), ": the image is a URL ('https://x.org/a.png')"),
         ("a text", ": a pair must be an object with an image and a question, found 'a text'."),
     ]:
         write_rows(path, [row(), row(), bad, row()])
@@ -172,7 +172,7 @@ def test_first_bad_pair_is_an_error_even_outside_the_sample(tmp_path: Path) -> N
         expect_error(str(path), f"{path}:3{start}", samples=1)
 
 
-def test_missing_image_is_found_before_anything_runs(tmp_path: Path) -> None:
+def test_a_missing_image_is_found_before_anything_runs(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.jsonl", [row(image="gone.png")])
     with pytest.raises(DataError) as caught:
         open_pairs(str(path), samples=None, seed=0)
@@ -183,7 +183,7 @@ def test_missing_image_is_found_before_anything_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "empty", "broken chunk"])
-def test_corrupt_image_names_file_and_row(tmp_path: Path, damage: str) -> None:
+def test_a_corrupt_image_names_its_file_and_row(tmp_path: Path, damage: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
@@ -203,7 +203,7 @@ def test_corrupt_image_names_file_and_row(tmp_path: Path, damage: str) -> None:
     assert "Replace the file" in str(caught.value.remedy)
 
 
-def test_options_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+def test_meaningless_options_are_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     path = write_rows(tmp_path / "p.jsonl", [row()])
     expect_error(str(path), "The number of samples must be at least 1, found 0.", samples=0)
@@ -237,7 +237,7 @@ def test_exif_orientation_is_applied() -> None:
     assert ImageRef(held.getvalue(), "a").load().size == (3, 6)
 
 
-def test_demo_pairs() -> None:
+def test_demo_pairs_are_a_source() -> None:
     pytest.importorskip("yopo.demo.scenes")
     pairs = open_pairs(None, samples=6, seed=0)
     first = list(pairs)

@@ -31,7 +31,7 @@ def png(width: int) -> bytes:
 
 
 def columns() -> dict[str, list[Any]]:
-    """Pairs whose image width tells which row they are: number + 1."""
+    """Columns of pairs whose image width identifies the row: number + 1."""
     return {
         "image": [{"bytes": png(number + 1), "path": None} for number in range(COUNT)],
         "question": [f"q{number}" for number in range(COUNT)],
@@ -53,7 +53,7 @@ def check_all(pairs: Any) -> None:
 
 
 @pytest.mark.parametrize("is_image", [True, False], ids=["image column", "raw struct"])
-def test_parquet_file(tmp_path: Path, is_image: bool) -> None:
+def test_a_parquet_file_becomes_pairs(tmp_path: Path, is_image: bool) -> None:
     path = tmp_path / "own.parquet"
     dataset(is_image=is_image).to_parquet(path)
     pairs = open_pairs(str(path), samples=None, seed=0)
@@ -61,13 +61,13 @@ def test_parquet_file(tmp_path: Path, is_image: bool) -> None:
     assert (pairs.name, pairs.total) == ("own.parquet", COUNT)
 
 
-def test_parquet_name_is_no_pattern(tmp_path: Path) -> None:
+def test_a_parquet_file_name_is_not_a_glob_pattern(tmp_path: Path) -> None:
     dataset().to_parquet(tmp_path / "x.parquet")
     path = (tmp_path / "x.parquet").rename(tmp_path / "own[1]*.parquet")
     assert open_pairs(str(path), samples=None, seed=0).total == COUNT
 
 
-def test_parquet_sample_keeps_row_numbers(tmp_path: Path) -> None:
+def test_sampling_parquet_keeps_row_numbers(tmp_path: Path) -> None:
     path = tmp_path / "own.parquet"
     dataset().to_parquet(path)
     pairs = open_pairs(str(path), samples=4, seed=1)
@@ -78,7 +78,7 @@ def test_parquet_sample_keeps_row_numbers(tmp_path: Path) -> None:
     assert numbers == [int(pair.id) for pair in open_pairs(str(path), samples=4, seed=1)]
 
 
-def test_parquet_with_paths_and_several_images(tmp_path: Path) -> None:
+def test_parquet_may_hold_paths_and_several_images(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(3))
     (tmp_path / "b.png").write_bytes(png(5))
     rows = {"images": [["b.png", "a.png"]], "question": ["q"]}
@@ -92,7 +92,7 @@ def test_parquet_with_paths_and_several_images(tmp_path: Path) -> None:
         assert [ref.load().size[0] for ref in pair.images] == [5, 3]
 
 
-def test_chat_rows_in_parquet(tmp_path: Path) -> None:
+def test_parquet_may_hold_chat_rows(tmp_path: Path) -> None:
     content = [{"type": "image"}, {"type": "text", "text": "q"}]
     reply = [{"type": "text", "text": "a"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
@@ -110,7 +110,7 @@ def test_chat_rows_in_parquet(tmp_path: Path) -> None:
         assert pair.images[0].load().size == (2, 4)
 
 
-def test_parquet_directory_and_its_splits(tmp_path: Path) -> None:
+def test_a_parquet_directory_has_splits(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     dataset().to_parquet(home / "train-00000-of-00001.parquet")
@@ -128,7 +128,7 @@ def test_parquet_directory_and_its_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_image_folder(tmp_path: Path, form: str) -> None:
+def test_an_image_folder_becomes_pairs(tmp_path: Path, form: str) -> None:
     home = tmp_path / "folder"
     home.mkdir()
     (home / "a.png").write_bytes(png(3))
@@ -143,7 +143,7 @@ def test_image_folder(tmp_path: Path, form: str) -> None:
     assert widths == {"a": 3, "b": 5} and pairs.name == "folder"
 
 
-def test_saved_datasets(tmp_path: Path) -> None:
+def test_saved_datasets_become_pairs(tmp_path: Path) -> None:
     dataset().save_to_disk(tmp_path / "one")
     check_all(open_pairs(str(tmp_path / "one"), samples=None, seed=0))
     both = datasets.DatasetDict(train=dataset(), test=dataset().select(range(2)))
@@ -160,7 +160,7 @@ def expect_error(data: Path | str, start: str) -> None:
     assert "\n" not in caught.value.message
 
 
-def test_bad_tables(tmp_path: Path) -> None:
+def test_bad_tables_are_refused(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.parquet"
     dataset().rename_column("question", "frage").to_parquet(wrong)
     expect_error(
@@ -177,7 +177,7 @@ def test_bad_tables(tmp_path: Path) -> None:
     expect_error(bare, f"{bare}: the directory holds no pairs.")
 
 
-def test_corrupt_image_in_parquet_names_the_row(tmp_path: Path) -> None:
+def test_a_corrupt_image_in_parquet_names_its_row(tmp_path: Path) -> None:
     values = columns()
     values["image"][2] = {"bytes": b"no image", "path": "cat.png"}
     path = tmp_path / "own.parquet"
@@ -188,20 +188,20 @@ def test_corrupt_image_in_parquet_names_the_row(tmp_path: Path) -> None:
     assert caught.value.message.startswith(f"{path} row 2: image cat.png: cannot be decoded: ")
 
 
-def test_hub_offline_is_one_quick_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offline_hub_fails_quickly_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError) as caught:
         open_pairs("some-org/some-data:train", samples=4, seed=0)
     assert caught.value.message == (
-        "some-org/some-data: is nothing here, and cannot be opened on the hub: "
+        "some-org/some-data: not found locally, and cannot be opened on the hub: "
         "HF_HUB_OFFLINE is set."
     )
     assert "demo pairs" in str(caught.value.remedy)
 
 
-def test_hub_unreachable_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -215,7 +215,7 @@ def test_hub_unreachable_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def hub_with(monkeypatch: pytest.MonkeyPatch, splits: dict[str, datasets.Dataset]) -> list[Any]:
-    """Let the hub have one dataset; returns the calls of load_dataset."""
+    """Let the hub have these datasets; return the calls of load_dataset."""
     calls: list[Any] = []
 
     def load(*args: object, **kwargs: object) -> datasets.IterableDatasetDict:
@@ -228,7 +228,7 @@ def hub_with(monkeypatch: pytest.MonkeyPatch, splits: dict[str, datasets.Dataset
     return calls
 
 
-def test_hub_stream_is_sampled_and_pinned(
+def test_a_hub_stream_is_sampled_and_pinned(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = hub_with(monkeypatch, {"train": dataset(), "test": dataset()})
@@ -243,10 +243,12 @@ def test_hub_stream_is_sampled_and_pinned(
         assert f"q{pair.images[0].load().size[0] - 1}" == pair.question
     assert "warning" not in capsys.readouterr().err
     assert len(list(open_pairs("org/vqa:test", samples=99, seed=2))) == COUNT
-    assert "99 samples were asked for, there are 12" in capsys.readouterr().err
+    assert "99 samples were requested, but there are 12" in capsys.readouterr().err
 
 
-def test_hub_whole_stream_and_split_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_stream_can_be_read_whole_and_names_its_splits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hub_with(monkeypatch, {"train": dataset(), "test": dataset()})
     pairs = open_pairs("org/vqa:train", samples=None, seed=0)
     assert pairs.total is None
@@ -254,4 +256,4 @@ def test_hub_whole_stream_and_split_errors(monkeypatch: pytest.MonkeyPatch) -> N
     expect_error("org/vqa", "org/vqa: has the splits train, test, and none was named.")
     expect_error("org/vqa:dev", "org/vqa: has no split 'dev'.")
     monkeypatch.setattr(tables, "probe", lambda *_, **__: Probe(True, None, "it is gated"))
-    expect_error("org/x", "org/x: is nothing here, and cannot be opened on the hub: it is gated.")
+    expect_error("org/x", "org/x: not found locally, and cannot be opened on the hub: it is gated.")

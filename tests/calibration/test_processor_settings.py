@@ -1,4 +1,4 @@
-"""Directories that do not say what a processor must know of the model: as many published ones."""
+"""Processors are configured from the model if their directory lacks settings, as many do."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def make_processor(name: str, **settings: object) -> ProcessorMixin:
 
 
 def published(folder: Path, name: str, **images: object) -> Path:
-    """A directory with preprocessor_config.json, the tokenizer's files and config.json alone."""
+    """Make a directory that has only preprocessor_config.json, tokenizer files and config.json."""
     make_processor(name).save_pretrained(folder)
     parts = json.loads((folder / "processor_config.json").read_text())
     (folder / "processor_config.json").unlink()
@@ -123,7 +123,7 @@ def test_settings_come_from_the_model(
     strategy = "full" if name in ("siglip", "class token") else "default"
     assert (processor.patch_size, processor.vision_feature_select_strategy) == (PATCH, strategy)
     assert processor.num_additional_image_tokens == (name != "siglip")
-    assert f"config.json says: patch_size {PATCH}, vision_feature" in capsys.readouterr().err
+    assert f"values in config.json: patch_size {PATCH}, vision_feature" in capsys.readouterr().err
     model, seen = build(CONFIGS[name]), []
     family = family_of(model.config)
     probe = LayoutProbe(model.base_model, family.grids_of)
@@ -138,12 +138,12 @@ def test_settings_come_from_the_model(
     )
 
 
-def test_a_processor_class_of_its_own_is_settled_too(tmp_path: Path) -> None:
+def test_a_named_processor_class_is_configured_too(tmp_path: Path) -> None:
     folder = published(tmp_path, "clip", processor_class="LlavaProcessor")
     assert load_processor(str(folder)).patch_size == PATCH
 
 
-def test_a_wrong_setting_is_mended_and_a_right_one_not_spoken_of(
+def test_a_wrong_setting_is_corrected_and_a_right_one_not_mentioned(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     settings = {"patch_size": PATCH, "vision_feature_select_strategy": "default"}
@@ -158,24 +158,24 @@ def test_a_wrong_setting_is_mended_and_a_right_one_not_spoken_of(
         assert err.endswith(f"{said}\n") if said else err == ""
 
 
-def test_what_cannot_be_known_is_refused(tmp_path: Path) -> None:
+def test_settings_that_cannot_be_determined_are_refused(tmp_path: Path) -> None:
     folder = published(tmp_path, "clip", processor_class="LlavaProcessor")
     (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match="nor a config.json of a supported model say") as caught:
+    with pytest.raises(ModelError, match="there is no config.json of a supported model") as caught:
         load_processor(str(folder))
     assert "patch_size" in caught.value.message and "config.json" in caught.value.remedy
 
 
 REFUSED = {
-    "the vision tower 'dinov2' is not supported: how its tokens lie": llava(Dinov2Config(**PART)),
+    "the vision tower 'dinov2' is not supported: the layout of its tokens": llava(
+        Dinov2Config(**PART)
+    ),
     "'siglip_vision_model' has no class token, but": llava(SiglipVisionConfig(**VISION)),
     "'pixtral' has no class token, but": llava(PixtralVisionConfig(**VISION)),
-    "every tile of clip_vision_model has a class token more": llava_next(
+    "every tile of clip_vision_model also has a class token": llava_next(
         CLIPVisionConfig(**VISION), **FULL
     ),
-    "LLaVA-NeXT cuts images into tiles of one size": llava_next(
-        PixtralVisionConfig(**VISION), **FULL
-    ),
+    "LLaVA-NeXT needs tiles of one size": llava_next(PixtralVisionConfig(**VISION), **FULL),
 }
 
 

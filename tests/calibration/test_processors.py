@@ -1,4 +1,4 @@
-"""Processors with a video half, without torchvision: built, saved, loaded, and measured with."""
+"""Processors with a video half work without torchvision: built, saved, loaded and used."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ PAIRS = (
 GRIDS = ((Grid(3, 5),), (Grid(5, 3), Grid(2, 2)), (Grid(2, 6),))
 
 
-def test_it_is_loaded_as_the_stock_class_without_its_video_half(folder: Path, kind: str) -> None:
+def test_a_processor_is_the_stock_class_without_its_video_half(folder: Path, kind: str) -> None:
     processor = load_processor(str(folder))
     stock = getattr(transformers, f"{kind}Processor")
     assert isinstance(processor, stock) and type(processor).__name__ == stock.__name__
@@ -134,7 +134,7 @@ def test_it_is_loaded_as_the_stock_class_without_its_video_half(folder: Path, ki
 
 
 def test_hub_directories_are_loaded(folder: Path, kind: str, tmp_path: Path) -> None:
-    """Hub repositories have a file per part, and one for videos that nobody can use here."""
+    """Hub repositories have a file per part, and one for videos that cannot be used here."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     parts = json.loads((folder / "processor_config.json").read_text())
@@ -149,7 +149,7 @@ def test_hub_directories_are_loaded(folder: Path, kind: str, tmp_path: Path) -> 
     assert found.image_processor.patch_size == PATCH
 
 
-def test_a_batch_of_images_of_different_sizes(folder: Path) -> None:
+def test_a_batch_may_hold_images_of_different_sizes(folder: Path) -> None:
     batch = encode(
         load_processor(str(folder)),
         PAIRS,
@@ -167,7 +167,7 @@ def test_a_batch_of_images_of_different_sizes(folder: Path) -> None:
 
 
 def test_pairs_are_measured_planned_and_compared(folder: Path, kind: str) -> None:
-    """The whole of ``yopo calibrate`` behind loading."""
+    """All of ``yopo calibrate`` after loading."""
     model, processor = make_model(kind), load_processor(str(folder))
     statistics = measure(model, processor, PAIRS, name="tiny", batch_size=2)
     assert statistics.visual_tokens == sum(grid.tokens for row in GRIDS for grid in row)
@@ -184,15 +184,15 @@ def test_pairs_are_measured_planned_and_compared(folder: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("often", range(len(PAIRS)))
-def test_the_usual_pair_has_the_commonest_grids(folder: Path, kind: str, often: int) -> None:
-    """Across batches, wherever they come, and however large they are."""
+def test_the_usual_pair_has_the_most_common_grids(folder: Path, kind: str, often: int) -> None:
+    """This holds across batches, in any order and for grids of any size."""
     model, processor = make_model(kind), load_processor(str(folder))
     pairs = [*PAIRS[:often], PAIRS[often], *PAIRS[often:]]
     statistics = measure(model, processor, pairs, name="tiny", batch_size=3)
     assert statistics.workload.grids == GRIDS[often]
 
 
-def test_whatever_else_is_missing_is_still_an_error(folder: Path, tmp_path: Path) -> None:
+def test_other_missing_files_are_still_errors(folder: Path, tmp_path: Path) -> None:
     for name in ("processor_config.json", "config.json"):  # no tokenizer
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     assert load_without_videos(str(tmp_path)) is None

@@ -119,7 +119,7 @@ def words_of(processor: LlavaProcessor, ids: torch.Tensor) -> list[str]:
     return processor.tokenizer.convert_ids_to_tokens(ids.tolist())
 
 
-def test_prompt_by_template_and_by_llava_form() -> None:
+def test_prompts_come_from_a_template_or_llavas_form() -> None:
     one = pair("<image>\nwhat is this?")
     assert prompt_text(make_processor(), one) == "USER: <image>\nwhat is this? ASSISTANT:"
     assert prompt_text(make_processor(None), one) == "USER: <image>\nwhat is this? ASSISTANT:"
@@ -133,7 +133,7 @@ def test_prompt_by_template_and_by_llava_form() -> None:
     assert prompt_text(newline, one, answer="a cat").endswith("ASSISTANT:\na cat")
 
 
-def test_batch_is_left_padded(processor: LlavaProcessor) -> None:
+def test_batches_are_left_padded(processor: LlavaProcessor) -> None:
     pairs = [pair("what?"), pair("what is this and that?", images=2, color="blue")]
     batch = run(processor, pairs, dtype=torch.bfloat16)
     assert len(batch) == 2 and batch.pairs == tuple(pairs) and batch.answer_mask is None
@@ -152,7 +152,7 @@ def test_batch_is_left_padded(processor: LlavaProcessor) -> None:
     assert ids.dtype == torch.int64
 
 
-def test_bos_in_the_template_is_not_doubled() -> None:
+def test_a_bos_token_in_the_template_is_not_doubled() -> None:
     batch = run(make_processor("{{ bos_token }}" + TEMPLATE), [pair("what?")])
     ids = batch.inputs["input_ids"][0]
     assert (ids == 1).sum() == 1 and ids[0] == 1
@@ -166,7 +166,7 @@ def test_image_modes_reach_the_model_as_three_channels(
     assert pixels.shape == (1, 3, SIZE, SIZE)
 
 
-def test_padding_does_not_change_what_the_model_says(
+def test_padding_does_not_change_the_logits(
     processor: LlavaProcessor, model: LlavaForConditionalGeneration
 ) -> None:
     pairs = [pair("what?"), pair("what is this and that?", images=2, color="blue")]
@@ -176,7 +176,7 @@ def test_padding_does_not_change_what_the_model_says(
         torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_answers_stand_behind_the_prompts(processor: LlavaProcessor) -> None:
+def test_answers_follow_their_prompts(processor: LlavaProcessor) -> None:
     pairs = [pair("what?"), pair("what is this and that?"), pair("this?")]
     prompts_only = run(processor, pairs)
     batch = run(processor, pairs, answers=["a cat", [15, 14, 15, 2], ""])
@@ -199,10 +199,10 @@ def test_answers_stand_behind_the_prompts(processor: LlavaProcessor) -> None:
     assert torch.equal(batch.inputs["pixel_values"], same)
 
 
-def test_greedy_continuation_is_reproduced_in_one_pass(
+def test_one_pass_reproduces_the_greedy_continuation(
     processor: LlavaProcessor, model: LlavaForConditionalGeneration
 ) -> None:
-    """Each answer token is the argmax one position before it: no answer is shifted."""
+    """Each answer token is the argmax one position earlier, so no answer is shifted."""
     pairs = [pair("what?"), pair("what is this and that?", color="blue")]
     inputs = run(processor, pairs).inputs
     made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -214,7 +214,7 @@ def test_greedy_continuation_is_reproduced_in_one_pass(
         assert predicted[row][before].tolist() == expected
 
 
-def test_other_inputs_of_the_prompt_grow_along() -> None:
+def test_other_prompt_inputs_grow_with_the_answer() -> None:
     inputs = {
         "input_ids": torch.tensor([[0, 5, 6], [7, 8, 9]]),
         "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
@@ -229,8 +229,8 @@ def test_other_inputs_of_the_prompt_grow_along() -> None:
     assert torch.equal(grown["image_sizes"], inputs["image_sizes"])
 
 
-def test_answer_ids_follow_the_vocabulary_of_the_boundary() -> None:
-    """A sentencepiece-like vocabulary knows "▁yes" behind a word and "yes" behind a newline."""
+def test_answer_ids_depend_on_what_precedes_the_answer() -> None:
+    """A sentencepiece-like vocabulary has "▁yes" after a word and "yes" after a newline."""
     words = ["<unk>", "▁USER:", "▁ASSISTANT:", "▁yes", "yes", "\n"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     space = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -247,15 +247,17 @@ def test_answer_ids_follow_the_vocabulary_of_the_boundary() -> None:
     assert ids("USER:\n", "yes", space) == [3], "merged: the answer by itself"
 
 
-def test_prompt_without_visual_token_is_refused(processor: LlavaProcessor) -> None:
+def test_a_prompt_without_visual_tokens_is_refused(processor: LlavaProcessor) -> None:
     with pytest.raises(DataError, match="p:1: the processor made a prompt without visual tokens"):
         run(processor, [pair("what?")], image_token_id=99)
     blind = make_processor(TEMPLATE.replace("<image>\n", ""))
-    with pytest.raises(DataError, match="p:1: the processor refuses the batch: The total number"):
+    with pytest.raises(DataError, match="p:1: the processor rejects the batch: The total number"):
         run(blind, [pair("what?")])
 
 
-def test_corrupt_image_surfaces_when_encoded(processor: LlavaProcessor, tmp_path: Path) -> None:
+def test_a_corrupt_image_is_reported_when_encoded(
+    processor: LlavaProcessor, tmp_path: Path
+) -> None:
     (tmp_path / "a.png").write_text("no image")
     bad = Pair((ImageRef(tmp_path / "a.png", "p:7: image a.png"),), "what?", (), None, "0", "p:7")
     with pytest.raises(DataError, match="p:7: image a.png: cannot be decoded"):
@@ -277,12 +279,12 @@ def expect_error(location: Path | str, message: str, remedy: str) -> None:
     assert remedy in str(caught.value.remedy)
 
 
-def test_a_tokenizer_alone_is_no_processor(tmp_path: Path) -> None:
+def test_a_tokenizer_is_not_accepted_as_a_processor(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     expect_error(tmp_path, "not a processor for images and text", "processor_config.json")
 
 
-def test_unknown_processor_class(tmp_path: Path) -> None:
+def test_an_unknown_processor_class_is_refused(tmp_path: Path) -> None:
     make_processor().save_pretrained(tmp_path)
     for name in ("processor_config.json", "tokenizer_config.json"):
         path = tmp_path / name
@@ -290,11 +292,11 @@ def test_unknown_processor_class(tmp_path: Path) -> None:
     expect_error(tmp_path, "not a processor for images and text", "processor class")
 
 
-def test_empty_directory(tmp_path: Path) -> None:
+def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
     expect_error(tmp_path, f"{tmp_path}: the processor cannot be loaded: ", "files next to")
 
 
-def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     def fail(*_: object, **__: object) -> None:
@@ -306,13 +308,15 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     expect_error(tmp_path, "package that is missing: XVideoProcessor requires", "same build")
 
 
-def test_hub_out_of_reach_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_and_a_missing_repository_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     expect_error(
         "some-org/some-model",
-        "the hub is out of reach (HF_HUB_OFFLINE is set)",
+        "the hub is unreachable (HF_HUB_OFFLINE is set)",
         "give its directory",
     )
     monkeypatch.setattr(
@@ -321,7 +325,7 @@ def test_hub_out_of_reach_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     expect_error("some-org/some-model", "there is no such model", "hf auth login")
 
 
-def test_pad_token_is_set_where_a_tokenizer_has_none(tmp_path: Path) -> None:
+def test_a_missing_pad_token_is_set(tmp_path: Path) -> None:
     made = make_processor()
     made.tokenizer.pad_token = None
     made.save_pretrained(tmp_path)
@@ -330,7 +334,7 @@ def test_pad_token_is_set_where_a_tokenizer_has_none(tmp_path: Path) -> None:
     assert len(run(loaded, [pair("what?"), pair("what is this?")])) == 2
 
 
-def test_demo_pairs_encode() -> None:
+def test_demo_pairs_can_be_encoded() -> None:
     build = pytest.importorskip("demo_training.build")
     from yopo.data.sources import open_pairs
 

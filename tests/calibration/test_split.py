@@ -1,4 +1,4 @@
-"""Pairs that are judged on are never fitted on, nor are their images; and always the same ones."""
+"""Plans are never compared on pairs or images that they were fitted on; splits are repeatable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pair(*images: object, question: str = "what?") -> Pair:
 
 
 def different(count: int) -> list[Pair]:
-    """Pairs about an image each."""
+    """Make pairs about one image each."""
     return [pair(f"image {number}".encode()) for number in range(count)]
 
 
@@ -47,13 +47,13 @@ def test_the_sides_are_disjoint_and_sane(holdout: bool) -> None:
         assert not found.comparison or min(len(found.fit), len(found.comparison)) >= MIN_SIDE
 
 
-def test_all_pairs_are_measured_where_nothing_is_compared() -> None:
+def test_all_pairs_are_measured_if_nothing_is_compared() -> None:
     found = split_pairs(different(9), seed=0, fit=4)
     assert found.statistics == set(range(9)) and len(found.fit) == 4
     assert not found.comparison and not found.holdout
 
 
-def test_a_seed_always_divides_alike() -> None:
+def test_a_seed_always_splits_the_same_way() -> None:
     first, again, other = (
         split_pairs(different(64), seed=seed, fit=256, comparison=16) for seed in (1, 1, 2)
     )
@@ -79,7 +79,7 @@ def test_images_join_pairs_through_others() -> None:
     assert group_by_image(pairs) == [[0, 1, 3, 4], [2], [5]]
 
 
-def test_of_two_images_with_many_questions_one_is_compared_on() -> None:
+def test_two_images_are_split_between_fitting_and_comparing() -> None:
     pairs = [pair(b"one", question=str(n)) for n in range(20)]
     pairs += [pair(b"two", question=str(n)) for n in range(12)]
     found = split_pairs(pairs, seed=0, fit=256, comparison=64)
@@ -115,7 +115,7 @@ def test_picking_keeps_the_order_and_stops_at_the_last() -> None:
     assert list(pick(endless(), frozenset())) == []
 
 
-def test_few_pairs_or_images_are_warned_of(capsys: pytest.CaptureFixture) -> None:
+def test_too_few_pairs_or_images_cause_a_warning(capsys: pytest.CaptureFixture) -> None:
     for pairs, expected in (
         (different(1), "warning: Only 1 pair to"),
         (different(FEW - 1), f"warning: Only {FEW - 1} pairs to"),

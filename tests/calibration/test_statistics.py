@@ -43,7 +43,7 @@ def test_another_models_statistics_do_not_merge(statistics) -> None:
         statistics.merge(replace(statistics, model=stranger))
 
 
-def test_zero_samples_are_refused(statistics) -> None:
+def test_statistics_of_zero_samples_are_refused(statistics) -> None:
     with pytest.raises(DataError, match="No visual token"):
         _ = replace(statistics, visual_tokens=0).importance
     with pytest.raises(DataError, match="No text query"):
@@ -73,7 +73,7 @@ def test_concentration_counts_neurons_for_90_percent() -> None:
     assert single[0] == pytest.approx(1 / width)
 
 
-def test_file_round_trip_is_exact(statistics, tmp_path: Path) -> None:
+def test_a_file_round_trip_is_exact(statistics, tmp_path: Path) -> None:
     path = tmp_path / "stats.safetensors"
     path.write_bytes(statistics.to_bytes())
     found = load_statistics(path)
@@ -86,7 +86,9 @@ def test_file_round_trip_is_exact(statistics, tmp_path: Path) -> None:
     ("content", "message"),
     [(b"not a safetensors file", "is not a safetensors file"), (None, "no such statistics file")],
 )
-def test_unreadable_files_are_a_sentence(content, message: str, tmp_path: Path) -> None:
+def test_unreadable_files_are_refused_in_one_sentence(
+    content, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "stats.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -94,7 +96,7 @@ def test_unreadable_files_are_a_sentence(content, message: str, tmp_path: Path) 
         load_statistics(path)
 
 
-def test_other_safetensors_are_no_statistics(tmp_path: Path) -> None:
+def test_other_safetensors_files_are_refused_as_statistics(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")

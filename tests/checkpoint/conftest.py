@@ -158,7 +158,7 @@ def make_plan() -> Callable[..., PruningPlan]:
             LayerPlan((1, 3), attend_heads=(1, 3), radius=1, neurons=20),
             LayerPlan((2,), attend_heads=(), radius=None, neurons=7),
         )
-        if compensation == "refit":  # heads that read but do not attend stand among the others
+        if compensation == "refit":  # heads that read but do not attend are among the others
             layers = (
                 LayerPlan((0, 1, 2, 3), (1, 2), None, shape.ffn, qkv_rank=9),
                 LayerPlan((0, 1, 3), (0, 3), 1, 20, qkv_rank=5, map_rank=3),

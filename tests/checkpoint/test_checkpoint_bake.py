@@ -1,4 +1,4 @@
-"""A baked checkpoint is the original model, in another order, with the plan beside it."""
+"""A baked checkpoint is the original model, reordered, with the plan next to it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES = [
 
 @pytest.fixture
 def baked(saved, make_plan, tmp_path):
-    """Factory: bake a fixture model; gives (source, plan, report)."""
+    """Factory: bake a fixture model; returns (source, plan, report)."""
 
     def make(kind: str = "mha", *, compensation: str = "none", **layout):
         source = saved(kind, **layout)
@@ -96,14 +96,14 @@ def test_stock_transformers_loads_the_original_function(
     original, reordered = load(source.path), load(report.output)
     before, after = logits(original, inputs), logits(reordered, inputs)
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
-    # The tolerance can fail: two FFN columns in the wrong place are far outside it.
+    # The tolerance is meaningful: two FFN columns in the wrong place are far outside it.
     weight = reordered.get_decoder().layers[1].mlp.down_proj.weight
     with torch.no_grad():
         weight[:, [0, 1]] = weight[:, [1, 0]]
     assert (logits(reordered, inputs) - before).abs().max() > 1e-4
 
 
-def test_float32_logits_are_as_near_to_the_oracle_as_the_originals(baked, inputs) -> None:
+def test_float32_logits_are_as_close_to_the_oracle_as_the_originals(baked, inputs) -> None:
     source, _, report = baked()
     oracle = logits(load(source.path), inputs)
     error = (logits(load(source.path, torch.float32), inputs) - oracle).abs().max()
@@ -112,7 +112,7 @@ def test_float32_logits_are_as_near_to_the_oracle_as_the_originals(baked, inputs
 
 
 @pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
-def test_every_decoder_tensor_stands_in_the_plans_order(baked, kind) -> None:
+def test_every_decoder_tensor_is_in_the_plans_order(baked, kind) -> None:
     source, plan, report = baked(kind)
     before, after = read_all(source.path), read_all(report.output)
     assert before.keys() == after.keys()
@@ -167,8 +167,8 @@ def test_bfloat16_stays_bfloat16(baked, inputs) -> None:
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-11)
 
 
-def test_plain_process_without_yopo(baked, inputs, tmp_path) -> None:
-    """Where yopo is not even imported, the result is the original model, without a prompt."""
+def test_a_process_without_yopo_loads_the_original_model(baked, inputs, tmp_path) -> None:
+    """Without importing yopo, the result is the original model, and no question is asked."""
     source, _, report = baked("gqa")
     torch.save(inputs, tmp_path / "inputs.pt")
     code = """
@@ -195,7 +195,7 @@ assert not [name for name in sys.modules if name.startswith("yopo")]
 
 
 @pytest.mark.parametrize("kind", ["mha", "gqa"])
-def test_baked_plan_is_the_checkpoints_own(baked, kind) -> None:
+def test_the_baked_plan_belongs_to_the_checkpoint(baked, kind) -> None:
     source, plan, report = baked(kind)
     found = read_plan(report.output / "yopo_plan.yaml")
     assert not (report.output / "yopo.safetensors").exists()
@@ -252,7 +252,7 @@ def test_fitted_weights_travel_in_a_side_file(baked) -> None:
     load(report.output)  # stock transformers does not see it
 
 
-def test_companions(baked) -> None:
+def test_companion_files_are_copied(baked) -> None:
     source, _, report = baked()
     found = {path.name for path in report.output.iterdir()}
     assert {"chat_template.jinja", "generation_config.json", "README.original.md"} <= found
@@ -270,7 +270,7 @@ def test_companions(baked) -> None:
     assert after == before
 
 
-def test_model_card(baked) -> None:
+def test_the_model_card_states_the_plan_and_its_savings(baked) -> None:
     _, plan, report = baked()
     card = (report.output / "README.md").read_text()
     head = yaml.safe_load(card.split("---\n")[1])
@@ -285,11 +285,11 @@ def test_model_card(baked) -> None:
 
 
 @pytest.mark.parametrize("compensation", ["mean", "refit"])
-def test_model_card_of_a_compensated_plan(baked, compensation) -> None:
+def test_the_model_card_names_the_compensation(baked, compensation) -> None:
     _, _, report = baked(compensation=compensation)
     card = (report.output / "README.md").read_text()
     size = format_bytes((report.output / "yopo.safetensors").stat().st_size)
-    words = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
+    words = {"mean": "means", "refit": "separate weights, fitted to the original model"}
     assert f"Compensation: {words[compensation]} ({size} in `yopo.safetensors`)." in card
     rows = [line for line in card.splitlines() if line.startswith("| layers |")]
     assert ("bottleneck" in rows[0]) == ("rank of the linear map" in rows[0])
@@ -345,14 +345,14 @@ def test_remote_code_defines_the_class(baked) -> None:
     assert issubclass(found, PrunedForConditionalGeneration)
 
 
-def test_remote_code_without_yopo_says_so(baked, monkeypatch) -> None:
+def test_remote_code_without_yopo_asks_to_install_it(baked, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "yopo.serving.loading", None)
     _, _, report = baked()
     with pytest.raises(ImportError, match="needs the Python package yopo: install it"):
         exec((report.output / "modeling_yopo.py").read_text(), {"__name__": "modeling_yopo"})
 
 
-def test_dry_run_validates_and_writes_nothing(saved, make_plan, tmp_path) -> None:
+def test_a_dry_run_validates_and_writes_nothing(saved, make_plan, tmp_path) -> None:
     plan = make_plan(saved().model)
     report = bake(plan, saved().path, tmp_path / "out", dry_run=True)
     assert report.num_reordered > 0 and report.plan is None
@@ -381,7 +381,7 @@ def test_an_identity_plan_copies_every_byte(saved, make_plan, tmp_path) -> None:
 
 
 def break_write(monkeypatch, error: BaseException, *, after: int) -> None:
-    """Let the reordering write fail once so many calls have succeeded."""
+    """Let the reordering write fail after this many calls have succeeded."""
     write, calls = os.pwrite, []
 
     def fail(*args):
@@ -401,7 +401,7 @@ def break_write(monkeypatch, error: BaseException, *, after: int) -> None:
     ],
 )
 @pytest.mark.parametrize("force", [True, False])
-def test_failure_in_the_middle_leaves_nothing(
+def test_a_failure_halfway_leaves_nothing(
     saved, make_plan, tmp_path, monkeypatch, error, expected, message, force
 ) -> None:
     plan = make_plan(saved().model)
@@ -416,7 +416,7 @@ def test_failure_in_the_middle_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if force else [])
 
 
-def test_force_replaces_the_former_result(baked, saved, tmp_path) -> None:
+def test_force_replaces_the_previous_result(baked, saved, tmp_path) -> None:
     _, plan, first = baked()
     before, inode = contents(first.output), first.output.stat().st_ino
     bake(plan, saved().path, first.output, force=True)
@@ -425,7 +425,7 @@ def test_force_replaces_the_former_result(baked, saved, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("mine", ["notes.txt", "README.md", "my/notes.txt", "my/empty", ".git/x"])
-def test_force_takes_no_file_of_the_users_with_it(baked, saved, tmp_path, mine) -> None:
+def test_force_never_deletes_the_users_files(baked, saved, tmp_path, mine) -> None:
     _, plan, first = baked()
     path = first.output / mine
     path.parent.mkdir(exist_ok=True)
@@ -433,7 +433,7 @@ def test_force_takes_no_file_of_the_users_with_it(baked, saved, tmp_path, mine) 
         path.mkdir()
     else:
         path.write_text("mine")
-    with pytest.raises(OutputError, match=f"did not write, or that were changed since: {mine}"):
+    with pytest.raises(OutputError, match=f"did not write, or that changed since: {mine}"):
         bake(plan, saved().path, first.output, force=True)
     assert path.is_dir() or path.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -466,8 +466,10 @@ def test_a_source_that_changes_during_the_copy_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
-def test_what_is_read_back_is_compared(saved, make_plan, tmp_path, monkeypatch, kind) -> None:
-    """A last byte that is wrong in any tensor, reordered or not, is found."""
+def test_written_bytes_are_read_back_and_compared(
+    saved, make_plan, tmp_path, monkeypatch, kind
+) -> None:
+    """A wrong last byte is found in any tensor, reordered or not."""
     plan = make_plan(saved(kind).model)
     checkpoint = Checkpoint.open(saved(kind).path)
     entries = [entry for shard in checkpoint.shards for entry in shard.tensors]
@@ -495,7 +497,7 @@ def test_what_is_read_back_is_compared(saved, make_plan, tmp_path, monkeypatch, 
 
 @pytest.fixture
 def refused(saved, make_plan, tmp_path):
-    """Factory: bake with an altered plan must raise and write nothing."""
+    """Factory: baking an altered plan must raise and write nothing."""
 
     def check(kind, match: str, alter=lambda plan: plan, *, on=None) -> None:
         plan = alter(make_plan(saved().model))
@@ -506,19 +508,19 @@ def refused(saved, make_plan, tmp_path):
     return check
 
 
-def test_refuses_a_baked_plan(refused) -> None:
-    refused(PlanError, "baked already", lambda plan: replace(plan, baked=True))
+def test_a_baked_plan_is_refused(refused) -> None:
+    refused(PlanError, "already baked", lambda plan: replace(plan, baked=True))
 
 
-def test_refuses_a_plan_without_its_neuron_order(refused) -> None:
+def test_a_plan_without_its_neuron_order_is_refused(refused) -> None:
     refused(PlanError, "The plan: lacks neuron_order", lambda plan: plan.without_tensors())
 
 
-def test_refuses_compensation_without_means(refused) -> None:
+def test_compensation_without_means_is_refused(refused) -> None:
     refused(PlanError, "lacks the means", lambda plan: replace(plan, compensation="mean"))
 
 
-def test_refuses_fitted_weights_that_are_missing_or_another_plans(refused) -> None:
+def test_missing_or_foreign_fitted_weights_are_refused(refused) -> None:
     refused(PlanError, "layer 0's fitted 'output' has shape None", _refitted)
 
     def other(plan):
@@ -534,32 +536,32 @@ def _refitted(plan):
     return replace(plan.with_layers((first, *plan.layers[1:])), compensation="refit")
 
 
-def test_refuses_another_checkpoint_and_names_both(refused) -> None:
+def test_another_checkpoint_is_refused_and_both_are_named(refused) -> None:
     def other(plan):
         return replace(plan, model=replace(plan.model, fingerprint="abcdef"))
 
     refused(ModelError, r"fingerprint is [-0-9a-f]{97}, the plan's is abcdef", other)
 
 
-def test_refuses_another_shape(refused, saved) -> None:
-    match = r"other dimensions than the plan's model llava-1.5-7b: kv_heads 2 \(plan: 4\)"
+def test_another_shape_is_refused(refused, saved) -> None:
+    match = r"dimensions differ from those of the plan's model llava-1.5-7b: kv_heads 2 \(plan: 4\)"
     refused(ModelError, match, on=saved("gqa"))
 
 
-def test_refuses_another_family(refused) -> None:
+def test_another_family_is_refused(refused) -> None:
     def other(plan):
         return replace(plan, model=replace(plan.model, family="qwen2_vl"))
 
-    refused(ModelError, "is a llava model, the plan was made for qwen2_vl", other)
+    refused(ModelError, "is a llava model, but the plan was made for qwen2_vl", other)
 
 
-def test_refuses_a_broken_source(saved, make_plan, tmp_path) -> None:
+def test_a_broken_source_is_refused(saved, make_plan, tmp_path) -> None:
     plan = make_plan(saved().model)
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
         bake(plan, tmp_path / "nothing", tmp_path / "out")
 
 
-def test_refuses_a_full_disk_before_the_first_byte(refused, monkeypatch) -> None:
+def test_a_full_disk_is_refused_before_the_first_byte(refused, monkeypatch) -> None:
     usage = types.SimpleNamespace(free=1000)
     monkeypatch.setattr("yopo.checkpoint.writer.shutil.disk_usage", lambda path: usage)
     refused(OutputError, r"out: needs 1\.\d MB, but its file system has 1.0 kB left")

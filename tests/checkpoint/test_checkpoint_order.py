@@ -1,4 +1,4 @@
-"""The order that is baked: kept first, then by activity, groups whole, plans renamed to match."""
+"""The baked order puts kept heads first, sorts by activity, keeps groups and renames plans."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def keep(*heads: int) -> LayerPlan:
     return LayerPlan(heads, attend_heads=heads, radius=None, neurons=2)
 
 
-def test_mha_puts_kept_heads_first_and_both_parts_in_order_of_activity() -> None:
+def test_kept_heads_come_first_and_both_parts_are_sorted_by_activity() -> None:
     activity = (0.9, 0.1, 0.5, 0.7, 0.2, 0.3)
     heads, kv_heads = order_heads(keep(1, 3, 5), MHA, activity)
     assert heads == (3, 5, 1, 0, 2, 4)
@@ -66,7 +66,7 @@ def test_baked_plan_keeps_the_same_heads_under_new_names(
     assert baked.provenance == {**plan.provenance, "baked_from": plan.model.fingerprint}
     rho = [plan.measured.rho[0][old] for old in orders[0].head_order]
     assert baked.measured.rho[0] == tuple(rho)
-    if compensation == "mean":  # all heads of this layer attend, so activity alone decides
+    if compensation == "mean":  # all heads of this layer attend, so only activity decides
         assert rho == sorted(rho, reverse=True)
     again, _ = parse_plan("again", to_yaml(baked))
     assert again.layers == baked.layers
@@ -123,7 +123,7 @@ def test_plans_without_compensation_bake_no_tensors(saved, make_plan) -> None:
     assert baked_plan(plan, order_layers(plan)).tensors == PlanTensors()
 
 
-def test_no_tensors_leave_the_neurons_alone(saved, make_plan) -> None:
+def test_a_plan_without_tensors_leaves_the_neurons_in_place(saved, make_plan) -> None:
     plan = make_plan(saved().model).without_tensors()
     full = tuple(replace(layer, neurons=plan.model.shape.ffn) for layer in plan.layers)
     for order in order_layers(plan.with_layers(full)):

@@ -1,4 +1,4 @@
-"""The output appears complete or not at all, and nobody's folder is deleted."""
+"""The output appears complete or not at all, and no unrelated folder is deleted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def names(path: Path) -> list[str]:
     return sorted(each.name for each in path.iterdir())
 
 
-def test_appears_by_one_rename(source, tmp_path, monkeypatch) -> None:
+def test_the_output_appears_by_one_rename(source, tmp_path, monkeypatch) -> None:
     renames = []
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *pair: (renames.append(pair), rename(*pair)))
@@ -70,7 +70,7 @@ def test_force_replaces_a_checkpoint(source, tmp_path) -> None:
     assert names(tmp_path) == ["out", "source"]
 
 
-def test_a_link_keeps_leading_to_the_result(source, tmp_path) -> None:
+def test_a_link_still_leads_to_the_result(source, tmp_path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(old_checkpoint(tmp_path / "disk" / "real"))
     with open_output(tmp_path / "out", source, force=True) as folder:
@@ -90,7 +90,7 @@ def test_a_link_keeps_leading_to_the_result(source, tmp_path) -> None:
     ],
 )
 @pytest.mark.parametrize("force", [True, False])
-def test_failure_leaves_everything_as_it_was(
+def test_a_failure_leaves_everything_as_it_was(
     source, tmp_path, error, expected, message, force
 ) -> None:
     target = tmp_path / "out"
@@ -106,15 +106,15 @@ def test_failure_leaves_everything_as_it_was(
 
 @pytest.fixture
 def without_exchange(monkeypatch) -> None:
-    """As on a file system that cannot let two names change places."""
+    """Act like a file system that cannot exchange two names."""
     monkeypatch.setattr(scratch, "exchange", lambda one, other: False)
 
 
-def test_force_without_exchange(source, tmp_path, without_exchange) -> None:
+def test_force_works_without_atomic_exchange(source, tmp_path, without_exchange) -> None:
     test_force_replaces_a_checkpoint(source, tmp_path)
 
 
-def test_failed_swap_restores_the_old_checkpoint(
+def test_a_failed_swap_restores_the_old_checkpoint(
     source, tmp_path, monkeypatch, without_exchange
 ) -> None:
     target = old_checkpoint(tmp_path / "out")
@@ -135,7 +135,7 @@ def test_failed_swap_restores_the_old_checkpoint(
     assert names(tmp_path) == ["out", "source"]
 
 
-def test_target_that_appears_meanwhile_is_not_replaced(source, tmp_path) -> None:
+def test_a_target_that_appears_in_the_meantime_is_not_replaced(source, tmp_path) -> None:
     target = tmp_path / "out"
     with pytest.raises(OutputError, match="exists already"), open_output(target, source) as folder:
         (folder / "config.json").write_text("new")
@@ -150,39 +150,39 @@ def refusal(target: Path, source: Path, *, force: bool = False) -> OutputError:
     return caught.value
 
 
-def test_existing_needs_force(source, tmp_path) -> None:
+def test_an_existing_checkpoint_needs_force(source, tmp_path) -> None:
     error = refusal(old_checkpoint(tmp_path / "out"), source)
     assert "exists already and is not empty" in error.message and "--force" in error.remedy
 
 
-def test_a_strangers_folder_is_never_replaced(source, tmp_path) -> None:
+def test_an_unrelated_folder_is_never_replaced(source, tmp_path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "holiday.jpg").write_text("x")
-    assert "is no directory that yopo wrote" in refusal(folder, source, force=True).message
+    assert "was not written by yopo" in refusal(folder, source, force=True).message
     assert names(folder) == ["holiday.jpg"]
 
 
-def test_anothers_model_is_never_replaced(source, tmp_path) -> None:
-    """What has a config.json was --force's to delete once."""
+def test_another_programs_model_is_never_replaced(source, tmp_path) -> None:
+    """A former --force deleted any folder that had a config.json."""
     for name, text in (("plain", "{}"), ("looks-baked", '{"yopo": {"plan": "yopo_plan.yaml"}}')):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(text)
         (folder / "model.safetensors").write_bytes(b"weights")
-        assert "is no directory that yopo wrote" in refusal(folder, source, force=True).message
+        assert "was not written by yopo" in refusal(folder, source, force=True).message
 
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", "[" * 9000, '{"yopo": 1}', '{"yopo": 1, "files": []}', "\xff"]
 )
-def test_a_list_of_files_that_is_none_protects(source, tmp_path, text) -> None:
+def test_an_invalid_file_list_prevents_replacement(source, tmp_path, text) -> None:
     target = old_checkpoint(tmp_path / "out")
     (target / MANIFEST_FILE).write_bytes(text.encode("latin-1"))
-    assert "is no directory that yopo wrote" in refusal(target, source, force=True).message
+    assert "was not written by yopo" in refusal(target, source, force=True).message
 
 
-def test_links_and_changed_files_are_the_users(source, tmp_path) -> None:
+def test_links_and_changed_files_belong_to_the_user(source, tmp_path) -> None:
     target = old_checkpoint(tmp_path / "out")
     (target / "extra.txt").write_text("new")  # of the same size
     (target / "link").symlink_to(source)
@@ -194,7 +194,7 @@ def test_a_file_is_never_replaced(source, tmp_path) -> None:
     assert "is a file" in refusal(tmp_path / "file", source, force=True).message
 
 
-def test_overlap_with_the_source(source, tmp_path) -> None:
+def test_a_target_inside_the_source_is_refused(source, tmp_path) -> None:
     assert "is the source checkpoint itself" in refusal(source, source, force=True).message
     link = tmp_path / "link"
     link.symlink_to(source)
@@ -203,11 +203,11 @@ def test_overlap_with_the_source(source, tmp_path) -> None:
     assert "is a parent of the source" in refusal(tmp_path, source, force=True).message
 
 
-def test_no_parent(source, tmp_path) -> None:
+def test_a_missing_parent_folder_is_refused(source, tmp_path) -> None:
     assert "its folder does not exist" in refusal(tmp_path / "a" / "b", source).message
 
 
-def test_too_little_space(source, tmp_path, monkeypatch) -> None:
+def test_too_little_disk_space_is_refused(source, tmp_path, monkeypatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2000, 1100, 900))
     assert "needs 1.0 kB, but its file system has 900 B left" in (
@@ -215,12 +215,12 @@ def test_too_little_space(source, tmp_path, monkeypatch) -> None:
     )
 
 
-def test_format_bytes() -> None:
+def test_bytes_are_formatted_for_people() -> None:
     assert [format_bytes(size) for size in (0, 999, 13_476_839_424)] == ["0 B", "999 B", "13.5 GB"]
 
 
 def recorded(monkeypatch) -> list[str]:
-    """The calls that decide what survives a power cut, in order, as ``what name``."""
+    """Record the calls that decide what survives a power cut, in order, as ``what name``."""
     steps: list[str] = []
 
     def record(owner, name, label):
@@ -250,7 +250,7 @@ SYNCED = ["sync config.json", "sync inner.txt", f"sync {MANIFEST_FILE}"]
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_synced_then_renamed_then_synced_then_deleted(
+def test_the_old_checkpoint_is_deleted_only_after_the_new_one_is_synced(
     source, tmp_path, monkeypatch, replaces
 ) -> None:
     target = tmp_path / "out"
@@ -270,7 +270,7 @@ def test_synced_then_renamed_then_synced_then_deleted(
     assert steps[steps.index("sync new") :] == expected
 
 
-def test_without_exchange_the_old_one_is_deleted_last(
+def test_without_atomic_exchange_the_old_checkpoint_is_deleted_last(
     source, tmp_path, monkeypatch, without_exchange
 ) -> None:
     old_checkpoint(tmp_path / "out")

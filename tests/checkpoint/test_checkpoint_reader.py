@@ -1,4 +1,4 @@
-"""Reading a checkpoint: what a sound one gives, and one sentence for everything that is unsound."""
+"""A sound checkpoint can be read; anything unsound is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def failure(path: Path) -> CheckpointError:
 
 
 @pytest.mark.parametrize(("hub_layout", "sharded"), LAYOUTS)
-def test_lists_every_tensor_as_safetensors_does(saved, hub_layout, sharded) -> None:
+def test_the_reader_lists_every_tensor_as_safetensors_does(saved, hub_layout, sharded) -> None:
     checkpoint = Checkpoint.open(saved(hub_layout=hub_layout, sharded=sharded).path)
     assert (len(checkpoint.shards) > 1) == sharded == checkpoint.is_indexed
     seen = 0
@@ -71,27 +71,27 @@ def test_lists_every_tensor_as_safetensors_does(saved, hub_layout, sharded) -> N
 
 @pytest.mark.parametrize("kind", ["mha", "gqa", "qwen2"])
 @pytest.mark.parametrize(("hub_layout", "sharded"), LAYOUTS)
-def test_fingerprint_equals_the_loaded_models(saved, kind, hub_layout, sharded) -> None:
+def test_the_fingerprint_equals_the_loaded_models(saved, kind, hub_layout, sharded) -> None:
     source = saved(kind, hub_layout=hub_layout, sharded=sharded)
     expected = fingerprint_of_decoder(source.model.get_decoder())
     found = fingerprint(Checkpoint.open(source.path))
     assert is_same(found, expected) and found.startswith(expected)
 
 
-def test_fingerprint_survives_loading_in_another_dtype(saved) -> None:
+def test_the_fingerprint_survives_loading_in_another_dtype(saved) -> None:
     source = saved(dtype=torch.bfloat16)
     model = AutoModelForImageTextToText.from_pretrained(source.path, dtype=torch.float32)
     found = fingerprint(Checkpoint.open(source.path))
     assert is_same(found, fingerprint_of_decoder(model.get_decoder()))
 
 
-def test_fingerprint_is_the_weights_not_the_layout(saved) -> None:
+def test_the_fingerprint_depends_on_weights_not_on_layout(saved) -> None:
     layouts = [saved(hub_layout=hub, sharded=sharded).path for hub, sharded in LAYOUTS]
     assert len({fingerprint(Checkpoint.open(path)) for path in layouts}) == 1
 
 
 def inner_rows(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    """Other values everywhere but in a matrix's first and last row."""
+    """Change all values except those in a matrix's first and last row."""
 
     def change(tensors):
         tensors[name][1:-1] += 1
@@ -109,7 +109,7 @@ def inner_rows(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
         "vision_tower.encoder.layers.0.mlp.fc1.weight",
     ],
 )
-def test_fingerprint_covers_every_tensor_and_its_inner_rows(single, name) -> None:
+def test_the_fingerprint_covers_every_tensor_and_its_inner_rows(single, name) -> None:
     before = fingerprint(Checkpoint.open(single))
     edit_tensors(single, inner_rows(name))
     after = fingerprint(Checkpoint.open(single))
@@ -121,7 +121,7 @@ def test_fingerprint_covers_every_tensor_and_its_inner_rows(single, name) -> Non
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_loaded_decoder_is_its_files_in_any_precision(saved, stored, loaded) -> None:
+def test_a_loaded_decoder_matches_its_files_in_any_precision(saved, stored, loaded) -> None:
     checkpoint = Checkpoint.open(saved(dtype=stored).path)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint.path, dtype=loaded)
     decoder = model.get_decoder()
@@ -132,7 +132,7 @@ def test_a_loaded_decoder_is_its_files_in_any_precision(saved, stored, loaded) -
     assert not is_same(fingerprint_of_decoder(decoder), fingerprint(checkpoint))
 
 
-def test_fingerprint_changes_with_a_weight(single) -> None:
+def test_the_fingerprint_changes_with_a_weight(single) -> None:
     before = fingerprint(Checkpoint.open(single))
 
     def change(tensors):
@@ -142,40 +142,40 @@ def test_fingerprint_changes_with_a_weight(single) -> None:
     assert fingerprint(Checkpoint.open(single)) != before
 
 
-def test_left_over_buffers_are_no_part_of_the_fingerprint(single) -> None:
+def test_leftover_buffers_do_not_change_the_fingerprint(single) -> None:
     before = fingerprint(Checkpoint.open(single))
     name = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(single, lambda tensors: tensors.update({name: torch.ones(4)}))
     assert fingerprint(Checkpoint.open(single)) == before
 
 
-def test_no_directory(tmp_path) -> None:
+def test_a_missing_directory_is_refused(tmp_path) -> None:
     assert "no such checkpoint directory" in failure(tmp_path / "nothing").message
 
 
-def test_no_config(sharded) -> None:
+def test_a_missing_config_is_refused(sharded) -> None:
     (sharded / "config.json").unlink()
     assert "config.json: no such file" in failure(sharded).message
 
 
-def test_config_is_not_json(sharded) -> None:
+def test_an_invalid_config_is_refused(sharded) -> None:
     (sharded / "config.json").write_text("{")
     assert "config.json: is not valid JSON" in failure(sharded).message
 
 
-def test_config_of_an_unknown_architecture(sharded) -> None:
+def test_an_unknown_architecture_is_refused(sharded) -> None:
     edit_json(sharded / "config.json", lambda config: config.update(model_type="nonsense"))
     assert "transformers cannot read it" in failure(sharded).message
 
 
-def test_config_of_an_unsupported_family(sharded) -> None:
+def test_an_unsupported_family_is_refused(sharded) -> None:
     (sharded / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="Models of type 'llama' are not supported"):
         Checkpoint.open(sharded)
 
 
 @pytest.mark.parametrize("place", ["outer", "text_config"])
-def test_quantized(sharded, place) -> None:
+def test_a_quantized_checkpoint_is_refused(sharded, place) -> None:
     def quantize(config):
         part = config if place == "outer" else config["text_config"]
         part["quantization_config"] = {"quant_method": "awq"}
@@ -186,12 +186,12 @@ def test_quantized(sharded, place) -> None:
     assert "unquantized" in error.remedy
 
 
-def test_adapter(sharded) -> None:
+def test_an_adapter_checkpoint_is_refused(sharded) -> None:
     (sharded / "adapter_config.json").write_text("{}")
     assert "holds an adapter" in failure(sharded).message
 
 
-def test_only_pickles(sharded) -> None:
+def test_a_checkpoint_of_pickles_is_refused(sharded) -> None:
     for path in [*sharded.glob("*.safetensors"), sharded / INDEX_FILE]:
         path.unlink()
     error = failure(sharded)
@@ -199,7 +199,7 @@ def test_only_pickles(sharded) -> None:
     assert "save_pretrained()" in error.remedy
 
 
-def test_missing_shard(sharded) -> None:
+def test_a_missing_shard_is_named(sharded) -> None:
     victim = sorted(sharded.glob("model-*.safetensors"))[1]
     victim.unlink()
     error = failure(sharded)
@@ -207,20 +207,20 @@ def test_missing_shard(sharded) -> None:
     assert "Download" in error.remedy
 
 
-def test_index_without_map(sharded) -> None:
+def test_an_index_without_a_weight_map_is_refused(sharded) -> None:
     edit_json(sharded / INDEX_FILE, lambda index: index.pop("weight_map"))
     assert "lacks the mapping 'weight_map'" in failure(sharded).message
 
 
-def test_index_names_a_tensor_that_its_shard_lacks(sharded) -> None:
+def test_an_index_that_names_a_missing_tensor_is_refused(sharded) -> None:
     def invent(index):
         index["weight_map"]["invented.weight"] = next(iter(index["weight_map"].values()))
 
     edit_json(sharded / INDEX_FILE, invent)
-    assert "names tensor 'invented.weight' in model-0000" in failure(sharded).message
+    assert "lists tensor 'invented.weight' in model-0000" in failure(sharded).message
 
 
-def test_index_that_leads_outside(sharded) -> None:
+def test_an_index_that_leads_outside_the_folder_is_refused(sharded) -> None:
     edit_json(
         sharded / INDEX_FILE,
         lambda index: index["weight_map"].update({"x": "../model.safetensors"}),
@@ -228,7 +228,7 @@ def test_index_that_leads_outside(sharded) -> None:
     assert "'../model.safetensors' is not a plain file name" in failure(sharded).message
 
 
-def test_tensor_in_two_shards(sharded) -> None:
+def test_a_tensor_in_two_shards_is_refused(sharded) -> None:
     first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
     tensors = load_file(second)
     name, tensor = next(iter(load_file(first).items()))
@@ -237,12 +237,12 @@ def test_tensor_in_two_shards(sharded) -> None:
 
 
 @pytest.mark.parametrize(("change", "word"), [(-1, "shorter"), (1, "longer")])
-def test_shard_of_wrong_length(single, change, word) -> None:
+def test_a_shard_of_the_wrong_length_is_refused(single, change, word) -> None:
     path = single / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] if change < 0 else data + b"\0")
     message = failure(single).message
-    assert f"is {word} than its header says ({len(data)} bytes expected" in message
+    assert f"is {word} than its header states (expected {len(data)} bytes" in message
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_shard_of_wrong_length(single, change, word) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
     ],
 )
-def test_bad_header(single, content, problem) -> None:
+def test_a_bad_header_is_refused(single, content, problem) -> None:
     (single / "model.safetensors").write_bytes(content)
     assert problem in failure(single).message
 
@@ -268,7 +268,7 @@ def test_bad_header(single, content, problem) -> None:
         ({"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}, "starts at"),
     ],
 )
-def test_bad_entry(single, entry, problem) -> None:
+def test_a_bad_tensor_entry_is_refused(single, entry, problem) -> None:
     header = json.dumps({"x": entry}).encode()
     content = len(header).to_bytes(8, "little") + header + b"\0" * 8
     (single / "model.safetensors").write_bytes(content)
@@ -283,22 +283,22 @@ DOWN = "language_model.model.layers.1.mlp.down_proj.weight"
     [
         (lambda t: t.pop(DOWN), "lacks mlp.down_proj.weight of decoder layer 1"),
         (lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), "has shape (44, 32), expected (32"),
-        (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), "is I8, expected one of F64"),
+        (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), "has type I8, expected one of F64"),
         (
             lambda t: t.update({DOWN.replace("weight", "lora_A"): torch.ones(2)}),
-            "is no known part of a decoder layer",
+            "is not a known part of a decoder layer",
         ),
-        (lambda t: t.update({DOWN.replace(".1.", ".9."): t[DOWN] + 1}), "is of layer 9"),
+        (lambda t: t.update({DOWN.replace(".1.", ".9."): t[DOWN] + 1}), "is from layer 9"),
         (lambda t: t.update({f"model.{DOWN}": t[DOWN] + 1}), "holds layer 1's mlp.down_proj"),
     ],
     ids=["missing", "shape", "dtype", "unknown", "beyond", "twice"],
 )
-def test_decoder_is_not_the_configs(single, edit, problem) -> None:
+def test_a_decoder_that_differs_from_its_config_is_refused(single, edit, problem) -> None:
     edit_tensors(single, edit)
     assert problem in failure(single).message
 
 
-def test_fetch_of_a_local_model_is_its_directory(tmp_path) -> None:
+def test_fetching_a_local_model_gives_its_directory(tmp_path) -> None:
     assert fetch(ModelSource("m", str(tmp_path), None, is_local=True)) == tmp_path
 
 
@@ -306,7 +306,7 @@ def hub(repository: str) -> ModelSource:
     return ModelSource(repository, repository, None, is_local=False)
 
 
-def test_fetch_offline(monkeypatch, tmp_path) -> None:
+def test_fetching_offline_is_explained(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="org/not-here: .*hub cannot be reached") as caught:
@@ -314,21 +314,21 @@ def test_fetch_offline(monkeypatch, tmp_path) -> None:
     assert "HF_HUB_OFFLINE" in caught.value.remedy
 
 
-def test_fetch_of_an_impossible_name() -> None:
-    with pytest.raises(ModelError, match="knows no such model"):
+def test_fetching_an_impossible_name_is_refused() -> None:
+    with pytest.raises(ModelError, match="no such model on"):
         fetch(hub("org/--bad..name"))
 
 
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
-        ("RepositoryNotFoundError", "knows no such model"),
-        ("RevisionNotFoundError", "knows no such revision"),
+        ("RepositoryNotFoundError", "no such model on"),
+        ("RevisionNotFoundError", "no such revision on"),
         ("GatedRepoError", "is gated"),
         ("HfHubHTTPError", "cannot be reached"),
     ],
 )
-def test_fetch_explains_the_hubs_answers(monkeypatch, kind, problem) -> None:
+def test_fetching_explains_the_hubs_answers(monkeypatch, kind, problem) -> None:
     from huggingface_hub import errors
 
     kind = getattr(errors, kind)
@@ -341,7 +341,7 @@ def test_fetch_explains_the_hubs_answers(monkeypatch, kind, problem) -> None:
         fetch(hub("org/model"))
 
 
-def test_fetch_names_a_full_disk(monkeypatch) -> None:
+def test_fetching_reports_a_full_disk(monkeypatch) -> None:
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 

@@ -59,7 +59,7 @@ def run(source: Path, target: Path, changes: dict[str, Reorder]) -> int:
 @pytest.mark.parametrize("block", [1, 3, BLOCK])
 @pytest.mark.parametrize("chunk", [1, 50, 2**24])
 @pytest.mark.parametrize("min_read", [1, 10**6], ids=["by row", "whole"])
-def test_reorders_exactly_what_it_is_told(
+def test_only_the_given_tensors_are_reordered(
     tmp_path, monkeypatch, dtype, block, chunk, min_read
 ) -> None:
     monkeypatch.setattr(shards, "CHUNK", chunk)
@@ -77,7 +77,7 @@ def test_reorders_exactly_what_it_is_told(
 
 
 @pytest.mark.parametrize("reason", [None, errno.EXDEV, errno.ENOSYS])
-def test_copies_with_and_without_the_kernel(tmp_path, monkeypatch, reason) -> None:
+def test_shards_are_copied_with_and_without_kernel_copies(tmp_path, monkeypatch, reason) -> None:
     if reason is None:
         monkeypatch.delattr(os, "copy_file_range", raising=False)
     else:
@@ -92,7 +92,7 @@ def test_copies_with_and_without_the_kernel(tmp_path, monkeypatch, reason) -> No
     assert target.read_bytes() == source.read_bytes()
 
 
-def test_steps_cover_the_file_once(tmp_path) -> None:
+def test_copy_steps_cover_the_file_exactly_once(tmp_path) -> None:
     source = tmp_path / "a.safetensors"
     save_file(make_tensors(torch.float32, BLOCK), source)
     shard = read_shard(source)
@@ -116,10 +116,10 @@ def test_a_source_that_shrinks_is_noticed(tmp_path, changes) -> None:
 @pytest.mark.parametrize("in_kernel", [True, False], ids=["by the kernel", "by hand"])
 @pytest.mark.parametrize("min_read", [1, 10**6], ids=["by row", "whole"])
 @pytest.mark.parametrize("most", [1, 7, 100])
-def test_calls_that_move_less_than_asked_go_on_where_they_stopped(
+def test_short_reads_and_writes_resume_where_they_stopped(
     tmp_path, monkeypatch, most, min_read, in_kernel
 ) -> None:
-    """Signals and network file systems cut reads and writes short, at any byte."""
+    """Signals and network file systems may cut reads and writes short at any byte."""
     preadv, pwrite, cut = os.preadv, os.pwrite, {"preadv": 0, "pwrite": 0, "copy_file_range": 0}
 
     def short_read(file, buffers, start):
@@ -157,10 +157,10 @@ def test_calls_that_move_less_than_asked_go_on_where_they_stopped(
 @pytest.mark.parametrize("after", [0, 1, 5])
 @pytest.mark.parametrize("min_read", [1, 10**6], ids=["by row", "whole"])
 @pytest.mark.parametrize("changes", [{}, reorders()], ids=["copied", "reordered"])
-def test_a_source_that_ends_within_a_read_is_noticed(
+def test_a_source_that_ends_in_the_middle_of_a_read_is_noticed(
     tmp_path, monkeypatch, after, min_read, changes
 ) -> None:
-    """A part of what was asked for, then nothing: whatever lay in memory must not be written."""
+    """The read returns a part and then nothing; leftover memory must not be written."""
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(make_tensors(torch.float32, BLOCK), source)
     shard = read_shard(source)
@@ -184,7 +184,7 @@ def test_a_source_that_ends_within_a_read_is_noticed(
     assert after + 2 <= len(calls) < 100
 
 
-def test_no_worker_goes_on_when_nobody_asks_for_more(tmp_path) -> None:
+def test_workers_stop_when_the_consumer_stops(tmp_path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(make_tensors(torch.float32, BLOCK), source)
     steps = write_shard(source, target, read_shard(source), reorders())
@@ -194,7 +194,7 @@ def test_no_worker_goes_on_when_nobody_asks_for_more(tmp_path) -> None:
     assert not any(thread.name.startswith("yopo-bake") for thread in threading.enumerate())
 
 
-def test_holds_a_few_chunks_per_worker(tmp_path, monkeypatch) -> None:
+def test_a_worker_holds_only_a_few_chunks(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shards, "CHUNK", 2**16)
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     size = 2**20

@@ -1,4 +1,4 @@
-"""What tests of the command line share: a tiny real LLaVA that demo pairs fit, and results."""
+"""Shared by tests of the command line: a tiny real LLaVA for demo pairs, and results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAST = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one command line did."""
+    """The result of one command line."""
 
     code: int
     out: str
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def is_sentence(self) -> bool:
-        """Whether it failed as a user should see it: a sentence on stderr, no result."""
+        """Whether it failed as a user should see it: one sentence on stderr and no result."""
         return (
             self.code == 1
             and self.out == ""
@@ -54,7 +54,7 @@ Yopo = Callable[..., Run]
 
 
 def side_file(plan: Path) -> Path:
-    """Where a plan's tensors are."""
+    """Return the path of a plan's tensors."""
     _, named = read_document(plan)
     assert named is not None
     return plan.with_name(named.file)

@@ -34,7 +34,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def yopo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Yopo:
-    """Runs a command line in a working directory of its own, ``tmp_path / "work"``."""
+    """Runs a command line in its own working directory, ``tmp_path / "work"``."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -60,7 +60,7 @@ def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plan(calibrated: Path, tmp_path: Path) -> Path:
-    """A plan file of the model that the test may change, its tensors beside it."""
+    """A plan file of the model that the test may change, with its tensors next to it."""
     path = shutil.copy(calibrated / "plan.yaml", tmp_path / "plan.yaml")
     shutil.copy(side_file(calibrated / "plan.yaml"), tmp_path)
     return path

@@ -1,4 +1,4 @@
-"""Bad input: each case a sentence on stderr, exit code 1, no traceback, nothing left behind."""
+"""Bad input gives one sentence on stderr, exit code 1, no traceback and no leftovers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 @pytest.fixture
 def calibrate(yopo: Yopo, model: Path) -> Callable[..., str]:
-    """Calibrates on some data, expects a sentence and no output, and returns the sentence."""
+    """Calibrates on some data, expects one sentence and no output, and returns the sentence."""
 
     def run(*arguments: object, of: Path | str = model) -> str:
         done = yopo("calibrate", "--model", of, *FAST, "--preset", "yopo-25", *arguments)
@@ -31,7 +31,7 @@ def calibrate(yopo: Yopo, model: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Callable[..., Path]:
-    """Writes pairs.jsonl from rows; a good image stands beside it."""
+    """Writes pairs.jsonl from rows, next to a valid image."""
 
     def write(*rows: object) -> Path:
         Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
@@ -51,7 +51,7 @@ GOOD = {"image": "red.png", "question": "what color is the circle?", "answer": "
 
 
 @pytest.mark.parametrize("command", ["inspect", "apply", "eval"])
-def test_plan_file_that_cannot_be_read(yopo: Yopo, tmp_path: Path, command: str) -> None:
+def test_an_unreadable_plan_file_is_refused(yopo: Yopo, tmp_path: Path, command: str) -> None:
     def sentence(name: str) -> str:
         done = yopo(command, tmp_path / name)
         assert done.is_sentence, done
@@ -69,7 +69,9 @@ def test_plan_file_that_cannot_be_read(yopo: Yopo, tmp_path: Path, command: str)
     assert expected in sentence("folder")
 
 
-def test_plan_on_stdin_that_is_not_text(yopo: Yopo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_on_stdin_that_is_not_text_is_refused(
+    yopo: Yopo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
     assert "<stdin>: is not UTF-8 text" in yopo("inspect", "-").err
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
@@ -88,7 +90,7 @@ def test_plan_on_stdin_that_is_not_text(yopo: Yopo, monkeypatch: pytest.MonkeyPa
         ("yopo_plan: 1", "yopo_plan: 99", "this yopo reads version 1"),
     ],
 )
-def test_plan_with_a_mistake(
+def test_a_mistake_in_a_plan_is_named(
     yopo: Yopo, plan: Path, before: str, after: str, sentence: str
 ) -> None:
     text = plan.read_text()
@@ -99,7 +101,9 @@ def test_plan_with_a_mistake(
     assert done.is_sentence and sentence in done.err and f"plan.yaml:{line}: " in done.err
 
 
-def test_plan_without_its_tensors_or_with_others(yopo: Yopo, plan: Path, model: Path) -> None:
+def test_a_plan_with_missing_or_wrong_tensors_is_refused(
+    yopo: Yopo, plan: Path, model: Path
+) -> None:
     side = side_file(plan)
     side.write_bytes(side.read_bytes()[:-1] + b"\x01")
     done = yopo("apply", plan, "--model", model)
@@ -109,7 +113,7 @@ def test_plan_without_its_tensors_or_with_others(yopo: Yopo, plan: Path, model: 
     assert done.is_sentence and "tensors are missing" in done.err and not os.listdir()
 
 
-def test_plan_of_another_model(yopo: Yopo, plan: Path, tmp_path: Path) -> None:
+def test_a_plan_of_another_model_is_refused(yopo: Yopo, plan: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", seed=1)
     done = yopo("apply", plan, "--model", other)
     assert done.is_sentence and "fingerprint" in done.err and not os.listdir()
@@ -120,7 +124,7 @@ def test_plan_of_another_model(yopo: Yopo, plan: Path, tmp_path: Path) -> None:
 # Data
 
 
-def test_data_that_cannot_be_read(calibrate, tmp_path: Path, data) -> None:
+def test_unreadable_data_is_refused(calibrate, tmp_path: Path, data) -> None:
     assert "no such file" in calibrate("--data", tmp_path / "nowhere.jsonl")
     assert "holds no pairs" in calibrate("--data", data())
     assert "pairs.jsonl:1: not JSON" in calibrate("--data", data("{"))
@@ -128,12 +132,12 @@ def test_data_that_cannot_be_read(calibrate, tmp_path: Path, data) -> None:
     assert "at least 1" in calibrate("--samples", 0)
 
 
-def test_pair_without_image_or_question(calibrate, data) -> None:
+def test_a_pair_without_image_or_question_is_refused(calibrate, data) -> None:
     assert "pairs.jsonl:2" in calibrate("--data", data(GOOD, {"question": "what?"}))
     assert "pairs.jsonl:1" in calibrate("--data", data({"image": "red.png"}))
 
 
-def test_missing_and_corrupt_image(calibrate, data, tmp_path: Path) -> None:
+def test_missing_and_corrupt_images_are_named(calibrate, data, tmp_path: Path) -> None:
     missing = calibrate("--data", data(GOOD, {**GOOD, "image": "blue.png"}))
     assert "pairs.jsonl:2: image blue.png: there is no file" in missing
     whole = data(GOOD, {**GOOD, "image": "cut.png"})
@@ -143,7 +147,7 @@ def test_missing_and_corrupt_image(calibrate, data, tmp_path: Path) -> None:
     assert "pairs.jsonl:2: image cut.png: cannot be decoded" in calibrate("--data", whole)
 
 
-def test_question_longer_than_the_context(calibrate, data) -> None:
+def test_a_question_longer_than_the_context_is_refused(calibrate, data) -> None:
     long = {**GOOD, "question": "what color is the circle? " * 500}
     said = calibrate("--data", data(GOOD, long))
     assert "pairs.jsonl:2: the prompt has " in said and "context of 2,048" in said
@@ -154,7 +158,7 @@ def test_names_in_data_cannot_command_the_terminal(calibrate, data) -> None:
     assert "\x1b[31m[red]" not in said and "\\x1b[31m[red].png" in said
 
 
-def test_prompt_without_visual_token(calibrate, model: Path, tmp_path: Path) -> None:
+def test_prompts_without_visual_tokens_are_refused(calibrate, model: Path, tmp_path: Path) -> None:
     blind = shutil.copytree(model, tmp_path / "blind")
     processor = build_processor()
     processor.chat_template = "{% for m in messages %}USER: what? ASSISTANT:{% endfor %}"
@@ -166,13 +170,15 @@ def test_prompt_without_visual_token(calibrate, model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.01, "nan"])
-def test_budget_outside_0_to_1(yopo: Yopo, model: Path, calibrated: Path, budget: object) -> None:
+def test_a_budget_outside_0_to_1_is_refused(
+    yopo: Yopo, model: Path, calibrated: Path, budget: object
+) -> None:
     for command in (("calibrate", "--model", model), ("plan", calibrated / "stats.safetensors")):
         done = yopo(*command, "--budget", budget)
         assert done.is_sentence and "budget must lie in (0, 1]" in done.err and not os.listdir()
 
 
-def test_requests_that_cannot_be_met(yopo: Yopo, calibrated: Path) -> None:
+def test_impossible_requests_are_refused(yopo: Yopo, calibrated: Path) -> None:
     cases = {
         ("--budget", 1e-4): "fits a visual budget of 0.0001",
         ("--budget", 0.5, "--template", "readr"): "Did you mean 'reader'",
@@ -188,7 +194,7 @@ def test_requests_that_cannot_be_met(yopo: Yopo, calibrated: Path) -> None:
         assert done.is_sentence and sentence in done.err and not os.listdir(), done
 
 
-def test_statistics_that_are_none(yopo: Yopo, plan: Path, tmp_path: Path) -> None:
+def test_a_file_that_holds_no_statistics_is_refused(yopo: Yopo, plan: Path, tmp_path: Path) -> None:
     assert "no such statistics" in yopo("plan", tmp_path / "nowhere.safetensors").err
     done = yopo("plan", side_file(plan))
     assert done.is_sentence and "holds no yopo statistics" in done.err
@@ -199,28 +205,28 @@ def test_statistics_that_are_none(yopo: Yopo, plan: Path, tmp_path: Path) -> Non
 # Models
 
 
-def test_unknown_alias(calibrate) -> None:
+def test_an_unknown_alias_is_refused(calibrate) -> None:
     assert "Did you mean 'llava-tiny'" in calibrate(of="lava-tiny")
     assert "no such model directory" in calibrate(of="./nowhere")
 
 
-def test_hub_out_of_reach(calibrate) -> None:  # HF_HUB_OFFLINE is set for all tests
+def test_an_unreachable_hub_is_reported(calibrate) -> None:  # HF_HUB_OFFLINE is set for all tests
     error = calibrate(of="no-such-org/no-such-model")
     assert "no-such-org/no-such-model" in error and "reached" in error
 
 
-def test_device_and_dtype_that_do_not_exist(calibrate) -> None:
+def test_unknown_devices_and_dtypes_are_refused(calibrate) -> None:
     assert "Device 'gpu' cannot be used" in calibrate("--device", "gpu")
     assert "Unknown dtype 'float17'" in calibrate("--dtype", "float17")
 
 
-def test_directory_that_is_no_model(calibrate, tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_refused(calibrate, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "empty" in calibrate(of=tmp_path / "empty")
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "garbage", "index"])
-def test_damaged_shard(
+def test_a_damaged_shard_is_refused(
     yopo: Yopo, calibrate, plan: Path, sharded: Path, tmp_path: Path, damage: str
 ) -> None:
     broken = shutil.copytree(sharded, tmp_path / "broken")
@@ -240,7 +246,9 @@ def test_damaged_shard(
     assert expected in done.err
 
 
-def test_model_of_an_unsupported_family(calibrate, model: Path, tmp_path: Path) -> None:
+def test_a_model_of_an_unsupported_family_is_refused(
+    calibrate, model: Path, tmp_path: Path
+) -> None:
     other = shutil.copytree(model, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["model_type"] = "llama"
@@ -251,29 +259,29 @@ def test_model_of_an_unsupported_family(calibrate, model: Path, tmp_path: Path) 
 # Outputs
 
 
-def test_outputs_are_checked_before_the_long_work(calibrate, model: Path, yopo: Yopo) -> None:
+def test_outputs_are_checked_before_the_expensive_work(calibrate, model: Path, yopo: Yopo) -> None:
     assert "its folder does not exist" in calibrate("-o", "nowhere/plan.yaml")
     assert "two outputs" in calibrate("--stats", "./plan.yaml")
-    assert "is a name for tensors" in calibrate("-o", "plan.safetensors")
+    assert ".safetensors is for tensors" in calibrate("-o", "plan.safetensors")
     Path("plan.yaml").write_text("mine")
     done = yopo("calibrate", "--model", "never-looked-at")
     assert done.is_sentence and "plan.yaml: exists already" in done.err and "--force" in done.err
     assert Path("plan.yaml").read_text() == "mine"
 
 
-def test_output_directory_exists(yopo: Yopo, plan: Path, model: Path) -> None:
+def test_an_existing_output_directory_is_refused(yopo: Yopo, plan: Path, model: Path) -> None:
     Path("out").mkdir()
     Path("out/note.txt").write_text("mine")
     done = yopo("apply", plan, "--model", model, "-o", "out")
     assert done.is_sentence and "exists already" in done.err
     done = yopo("apply", plan, "--model", model, "-o", "out", "--force")
-    assert done.is_sentence and "is no directory that yopo wrote" in done.err
+    assert done.is_sentence and "was not written by yopo" in done.err
     assert os.listdir() == ["out"] and os.listdir("out") == ["note.txt"]
     done = yopo("apply", plan, "--model", model, "-o", model, "--force")
     assert done.is_sentence and "source" in done.err
 
 
-def test_disk_full_while_baking(
+def test_a_full_disk_while_baking_is_reported(
     yopo: Yopo, plan: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from yopo.checkpoint import bake
@@ -293,7 +301,7 @@ def test_disk_full_while_baking(
     assert written and not os.listdir()
 
 
-def test_disk_full_while_writing_a_plan(
+def test_a_full_disk_while_writing_a_plan_is_reported(
     calibrate, yopo: Yopo, calibrated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:
@@ -305,7 +313,9 @@ def test_disk_full_while_writing_a_plan(
     assert done.is_sentence and not os.listdir()
 
 
-def test_disk_full_while_writing_pairs(yopo: Yopo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_writing_pairs_is_reported(
+    yopo: Yopo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""``yopo bench`` on the command line: a table for people, one JSON document for machines."""
+"""``yopo bench`` prints a table for people and one JSON document for machines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(random_model.SHAPES, "llava-1.5-7b", shape)
 
 
-def test_the_document_for_machines(yopo: Yopo) -> None:
+def test_json_output_is_one_complete_document(yopo: Yopo) -> None:
     sizes = ("--visual-tokens", 16, "--text-tokens", 8, "--batch", 2, "--threads", 1)
     done = yopo("bench", "--preset", "yopo-25", "--layers", 4, *sizes, *FAST, "--json")
     assert (done.code, done.err) == (0, "")
@@ -66,7 +66,7 @@ def test_the_document_for_machines(yopo: Yopo) -> None:
     assert found["contexts"] == [] and found["left_out"] == {}
 
 
-def test_the_table_for_people(yopo: Yopo) -> None:
+def test_text_output_is_a_table(yopo: Yopo) -> None:
     done = yopo("bench", "--preset", "yopo-12", "--visual-tokens", 16, *FAST)
     assert (done.code, done.err) == (0, "")
     for expected in (
@@ -77,7 +77,7 @@ def test_the_table_for_people(yopo: Yopo) -> None:
         "visual KV",
         "weights: random",
         "median of 2 pairs",
-        "peak memory: of prefill, above the weights",
+        "peak memory: during prefill, without the weights",
     ):
         assert expected in done.out
     assert "speed" not in done.out
@@ -89,14 +89,14 @@ def test_the_table_for_people(yopo: Yopo) -> None:
 WITH_BASELINES = ("bench", "--preset", "yopo-25", "--visual-tokens", 64, *FAST, "--context", 200)
 
 
-def test_baselines_for_machines(yopo: Yopo) -> None:
+def test_json_output_holds_the_baselines(yopo: Yopo) -> None:
     done = yopo(*WITH_BASELINES, "--baselines", "--json")
     assert (done.code, done.err) == (0, "")
     found = json.loads(done.out)
     contenders = found["contenders"]
     runs = [name for name in BASELINES if name != "fastv"]
     assert list(contenders) == ["dense", "pruned", *runs]
-    assert list(found["left_out"]) == ["fastv"]  # two of six layers are more than the budget
+    assert list(found["left_out"]) == ["fastv"]  # two of six layers exceed the budget
     for name, each in contenders.items():
         assert each["visual_kv_bytes"] == each["planned_visual_kv_bytes"]
         ideal = 1e3 * found["prefill_flops"]["dense"] * each["prefill_flops_ratio"]
@@ -112,7 +112,7 @@ def test_baselines_for_machines(yopo: Yopo) -> None:
     assert 0 < at["decode"]["pruned"]["bytes_ratio"] < at["decode"]["dense"]["bytes_ratio"] == 1
 
 
-def test_baselines_for_people(yopo: Yopo) -> None:
+def test_the_table_shows_the_baselines(yopo: Yopo) -> None:
     done = yopo(*WITH_BASELINES, "--baseline", "vtw", "--baseline", "masked")
     assert (done.code, done.err) == (0, "")
     lines = [line.split() for line in done.out.splitlines()]
@@ -125,8 +125,8 @@ def test_baselines_for_people(yopo: Yopo) -> None:
     assert max(map(len, done.out.splitlines())) <= 80 and "speed" not in done.out
 
 
-def test_the_flags_of_the_last_release_still_work(yopo: Yopo) -> None:
-    """Hidden; results say what they say for the new ones."""
+def test_flags_of_the_previous_release_still_work(yopo: Yopo) -> None:
+    """They are hidden, and give the same results as the new ones."""
     old = yopo(*WITH_BASELINES, "--rival", "vtw", "--baseline", "masked", "--json")
     assert (old.code, old.err) == (0, "")
     found = json.loads(old.out)
@@ -138,7 +138,9 @@ def test_the_flags_of_the_last_release_still_work(yopo: Yopo) -> None:
     assert "rival" not in shown and all(name in shown for name in BASELINES)
 
 
-def test_a_new_baseline_is_there_by_its_line(yopo: Yopo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_baseline_appears_once_registered(
+    yopo: Yopo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, where in thinning.LINE.items():
         monkeypatch.setitem(BASELINES, name, where)
     for flag in (("--baseline", "thinning"), ("--baselines",)):
@@ -154,7 +156,7 @@ def test_a_new_baseline_is_there_by_its_line(yopo: Yopo, monkeypatch: pytest.Mon
 
 
 def fresh_help() -> str:
-    """What ``--help`` of a process that starts now says."""
+    """Return the ``--help`` of a newly started process."""
     spec = importlib.util.find_spec("yopo.cli.bench")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -177,13 +179,13 @@ def test_the_printed_flops_are_those_of_the_plan(yopo: Yopo, plan: Path, model: 
     assert found["weights"] == "checkpoint" and found["layers"]["used"] == list(range(LAYERS))
 
 
-def test_a_plan_without_its_model(yopo: Yopo, plan: Path) -> None:
+def test_a_plan_can_be_benched_without_its_model(yopo: Yopo, plan: Path) -> None:
     done = yopo("bench", plan, "--random-weights", "--layers", 2, *FAST)
     assert done.code == 0 and f"on 2 of {LAYERS} layers" in done.out
     assert "stands in" not in done.out
 
 
-def test_a_baked_directory(yopo: Yopo, plan: Path, model: Path) -> None:
+def test_a_baked_directory_can_be_benched(yopo: Yopo, plan: Path, model: Path) -> None:
     assert yopo("apply", plan, "--model", model, "-o", "baked").code == 0
     done = yopo("bench", "baked", *FAST)
     assert done.code == 0 and "time / FLOPs" in done.out and "random" not in done.out
@@ -201,7 +203,7 @@ def test_a_baked_directory(yopo: Yopo, plan: Path, model: Path) -> None:
         (("--preset", "yopo-25", "--context", 99, "--decode-steps", 0), "--decode-steps"),
     ],
 )
-def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: tuple, expected: str) -> None:
+def test_usage_errors_exit_with_2(yopo: Yopo, arguments: tuple, expected: str) -> None:
     done = yopo("bench", *arguments)
     assert (done.code, done.out) == (2, "") and expected in done.err
 
@@ -211,8 +213,8 @@ def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: tuple, expected: str) -
     [
         (("--preset", "yopo-26"), "yopo-25"),
         (("--preset", "yopo-25", "--shape-of", "llava-1.5-8b"), "llava-1.5-7b"),
-        (("--preset", "yopo-25", "--visual-tokens", 7), "7 visual tokens form no whole images"),
-        (("--preset", "yopo-25", "--layers", 7), "7 layers of a plan of 6"),
+        (("--preset", "yopo-25", "--visual-tokens", 7), "7 visual tokens do not form whole images"),
+        (("--preset", "yopo-25", "--layers", 7), "7 layers from a plan with 6"),
         (("--preset", "yopo-25", "--baseline", "fastvv"), "fastv"),
         (("--preset", "yopo-25", "--baseline", "fastv"), "fastv needs at least"),
         (("--preset", "yopo-25", "--context", 9), "context of 9 tokens"),
@@ -220,6 +222,6 @@ def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: tuple, expected: str) -
         (("--preset", "yopo-25", "--dtype", "float33"), "float33"),
     ],
 )
-def test_failures_are_sentences(yopo: Yopo, arguments: tuple, expected: str) -> None:
+def test_failures_are_single_sentences(yopo: Yopo, arguments: tuple, expected: str) -> None:
     done = yopo("bench", *arguments, *FAST)
     assert done.is_sentence and expected in done.err

@@ -1,4 +1,4 @@
-"""Options from files and flags: defaults < file < command line."""
+"""Options come from files and flags: defaults < file < command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yopo.planning.request import plan_request
 
 @pytest.fixture
 def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs ``calibrate`` with a configuration up to the library call; returns what it got."""
+    """Runs ``calibrate`` with a configuration up to the library call; returns its arguments."""
 
     class Called(Exception):
         pass
@@ -38,7 +38,7 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def test_defaults(called) -> None:
+def test_defaults_reach_the_library_call(called) -> None:
     got, _ = called(None, "--model", "m", "--device", "cpu")
     assert got["request"] == plan_request(budget=0.25)
     assert got["options"] == RunOptions(device="cpu")
@@ -64,7 +64,7 @@ def test_null_means_unset_and_whole_numbers_are_numbers(called) -> None:
     assert got["request"] == plan_request(budget=0.25)
 
 
-def test_a_flag_overrules_the_file_s_other_way_of_asking(called) -> None:
+def test_a_flag_overrides_an_alternative_option_in_the_file(called) -> None:
     for key in ("template", "shape"):
         got, _ = called(f"model: a\nbudget: 0.25\n{key}: paper\n", "--preset", "yopo-12")
         assert got["request"] == plan_request(preset="yopo-12")
@@ -85,11 +85,11 @@ def test_a_former_name_of_an_option_is_read(called) -> None:
         got, done = called(f"model: a\nbudget: 0.5\n{key}: 3\n")
         assert not got and f"config.yaml:3: {key} must be text, found 3" in done.err
     got, done = called("model: a\nbudget: 0.5\ntemplate: paper\nshape: paper\n")
-    sentence = "config.yaml:4: shape is another name of template, given as well."
+    sentence = "config.yaml:4: shape is another name for template, which is also given."
     assert not got and done.is_sentence and sentence in done.err
 
 
-def test_contradictions_in_one_place_are_refused(called) -> None:
+def test_contradictions_within_one_source_are_refused(called) -> None:
     got, done = called("model: a\nbudget: 0.25\npreset: yopo-12\n")
     assert not got and done.is_sentence and "exclude one another" in done.err
     got, done = called(None, "--model", "a", "--budget", 0.25, "--radius", 2)
@@ -113,11 +113,11 @@ def test_contradictions_in_one_place_are_refused(called) -> None:
         ("model: [\n", "config.yaml: not valid YAML"),
     ],
 )
-def test_bad_files_are_sentences_with_a_line(called, text: str, sentence: str) -> None:
+def test_errors_in_files_name_the_line(called, text: str, sentence: str) -> None:
     got, done = called(text)
     assert not got and done.is_sentence and sentence in done.err
 
 
-def test_missing_file(yopo: Yopo) -> None:
+def test_a_missing_configuration_file_is_refused(yopo: Yopo) -> None:
     done = yopo("calibrate", "--config", "nowhere.yaml")
     assert done.is_sentence and "nowhere.yaml: no such file." in done.err

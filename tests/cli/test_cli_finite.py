@@ -1,4 +1,4 @@
-"""A NaN or an infinity anywhere ends in a sentence: at calibrate, plan, apply, load and eval."""
+"""A NaN or an infinity anywhere is refused: at calibrate, plan, apply, load and eval."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def poisoned(source: Path, target: Path, part: str, value: float, dtype: torch.d
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     name = next(name for name in tensors if part in name)
     flat = tensors[name].view(-1)
-    flat[len(flat) // 2] = value  # not among those that the fingerprint is made of
+    flat[len(flat) // 2] = value  # not among those that the fingerprint covers
     save_file(tensors, file, metadata={"format": "pt"})
     return name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
-def test_one_value_is_seen(dtype: torch.dtype, value: float) -> None:
+def test_a_single_non_finite_value_is_found(dtype: torch.dtype, value: float) -> None:
     tensor = torch.full((3, 1001), 3.0, dtype=dtype)
     tensor[0, 0] = torch.finfo(dtype).max
     assert is_finite(tensor) and is_finite(tensor[:0]) and is_finite(tensor.long())
@@ -59,12 +59,12 @@ def test_one_value_is_seen(dtype: torch.dtype, value: float) -> None:
         ("multi_modal_projector", -INFINITY, torch.float32),
     ],
 )
-def test_weights(
+def test_non_finite_weights_are_refused(
     yopo: Yopo, model: Path, plan: Path, tmp_path: Path, part: str, value: float, dtype: torch.dtype
 ) -> None:
     name = poisoned(model, tmp_path / "bad", part, value, dtype)
     done = yopo("apply", plan, "--model", tmp_path / "bad")
-    # A small tensor is covered by the fingerprint whole, which is compared first.
+    # The fingerprint, which is compared first, covers a small tensor completely.
     reasons = (f"tensor '{name}' holds values that are not finite", "is not the checkpoint")
     assert done.is_sentence and any(each in done.err for each in reasons)
     for command in (("calibrate",), ("eval", plan)):
@@ -73,7 +73,9 @@ def test_weights(
     assert not os.listdir()
 
 
-def test_weights_of_a_baked_checkpoint(yopo: Yopo, model: Path, plan: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_of_a_baked_checkpoint_are_refused(
+    yopo: Yopo, model: Path, plan: Path, tmp_path: Path
+) -> None:
     assert yopo("apply", plan, "--model", model, "-o", "baked").code == 0
     poisoned(Path("baked"), tmp_path / "bad", "layers.2.self_attn.o_proj", NAN, torch.float32)
     with pytest.raises(ModelError, match="o_proj.weight' holds values that are not finite"):
@@ -83,17 +85,17 @@ def test_weights_of_a_baked_checkpoint(yopo: Yopo, model: Path, plan: Path, tmp_
 @pytest.mark.parametrize(
     ("part", "layer"), [("layers.1.mlp.gate_proj", 1), ("layers.2.self_attn.v_proj", 2)]
 )
-def test_activations_name_their_layer(model: Path, part: str, layer: int) -> None:
+def test_non_finite_activations_name_their_layer(model: Path, part: str, layer: int) -> None:
     dense = load_dense(resolve(str(model)))
     weight = next(each for name, each in dense.named_parameters() if part in name)
     with torch.no_grad():
         weight.view(-1)[0] = INFINITY
     pairs = open_pairs("demo:calibration", samples=2, seed=0)
-    with pytest.raises(DataError, match=f"measured in layer {layer} is not finite"):
+    with pytest.raises(DataError, match=f"measurements of layer {layer} are not finite"):
         measure(dense, load_processor(str(model)), pairs, name="bad")
 
 
-def test_statistics(yopo: Yopo, calibrated: Path, tmp_path: Path) -> None:
+def test_non_finite_statistics_are_refused(yopo: Yopo, calibrated: Path, tmp_path: Path) -> None:
     good = load_statistics(calibrated / "stats.safetensors")
     path = tmp_path / "bad.safetensors"
     for each in fields(good):
@@ -104,11 +106,11 @@ def test_statistics(yopo: Yopo, calibrated: Path, tmp_path: Path) -> None:
         changed.view(-1)[-1] = NAN
         path.write_bytes(replace(good, **{each.name: changed}).to_bytes())
         done = yopo("plan", path, "--preset", "yopo-25")
-        assert done.is_sentence and "in layer 2 is not finite" in done.err and not os.listdir()
+        assert done.is_sentence and "of layer 2 are not finite" in done.err and not os.listdir()
 
 
-def test_predictions(model: Path) -> None:
-    """Weights that are finite, and too large for what is made of them."""
+def test_non_finite_predictions_are_refused(model: Path) -> None:
+    """The weights are finite but too large for the products made from them."""
     dense = load_dense(resolve(str(model)))
     with torch.no_grad():
         weight = dense.get_output_embeddings().weight

@@ -1,4 +1,4 @@
-"""Checkpoints that are refused, at once: quantized, pickled, or with code of their own."""
+"""Quantized or pickled checkpoints, and those with custom code, are refused at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CALIBRATE = ("calibrate", "--data", "demo:calibration", *FAST)
 
 @pytest.fixture
 def foreign(model: Path, tmp_path: Path) -> Path:
-    """A copy of the model, to change."""
+    """A copy of the model that tests may change."""
     return Path(shutil.copytree(model, tmp_path / "foreign"))
 
 
 @pytest.fixture
 def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes loading weights or drawing pairs a failure of the test."""
+    """Makes the test fail if weights are loaded or pairs are drawn."""
 
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("something that takes long was started")
@@ -46,7 +46,7 @@ def commands(foreign: Path, plan: Path) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "bitsandbytes"])
-def test_quantized_sources_are_refused_before_anything_takes_long(
+def test_quantized_sources_are_refused_early(
     yopo: Yopo, foreign: Path, plan: Path, method: str, no_model_is_loaded: None
 ) -> None:
     edit_config(foreign, quantization_config={"quant_method": method})
@@ -56,12 +56,12 @@ def test_quantized_sources_are_refused_before_anything_takes_long(
         assert "Use the unquantized checkpoint" in done.err
 
 
-def test_an_empty_quantization_config_is_none(yopo: Yopo, foreign: Path, plan: Path) -> None:
+def test_an_empty_quantization_config_is_ignored(yopo: Yopo, foreign: Path, plan: Path) -> None:
     edit_config(foreign, quantization_config=None)
     assert yopo("apply", plan, "--model", foreign, "--dry-run").code == 0
 
 
-def test_pickled_sources_are_refused_before_anything_takes_long(
+def test_pickled_sources_are_refused_early(
     yopo: Yopo, foreign: Path, plan: Path, no_model_is_loaded: None
 ) -> None:
     (foreign / "model.safetensors").unlink()
@@ -74,7 +74,7 @@ def test_pickled_sources_are_refused_before_anything_takes_long(
 
 @pytest.fixture
 def hostile(foreign: Path) -> Path:
-    """A model whose files name code for everything; the code leaves a mark."""
+    """A model whose files name custom code everywhere; the code leaves a mark if it runs."""
     names = {"AutoConfig": "theirs.C", "AutoModel": "theirs.C", "AutoProcessor": "theirs.C"}
     names |= {"AutoModelForImageTextToText": "theirs.C", "AutoImageProcessor": "theirs.C"}
     names["AutoTokenizer"] = ["theirs.C", "theirs.C"]
@@ -87,11 +87,13 @@ def hostile(foreign: Path) -> Path:
 
 @pytest.fixture
 def yes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers whatever may be asked on stdin with yes."""
+    """Answers every question on stdin with yes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
 
 
-def test_code_beside_stock_classes_is_not_asked_for(yopo: Yopo, hostile: Path, yes: None) -> None:
+def test_custom_code_for_stock_classes_is_not_requested(
+    yopo: Yopo, hostile: Path, yes: None
+) -> None:
     done = yopo(*CALIBRATE, "--model", hostile, "--budget", 0.5)
     assert done.code == 0 and done.out == ""
     assert yopo("apply", "plan.yaml", "--model", hostile, "-o", "out", "--verify").code == 0
@@ -99,18 +101,20 @@ def test_code_beside_stock_classes_is_not_asked_for(yopo: Yopo, hostile: Path, y
     assert not (hostile / "ran").exists() and not Path("out/theirs.py").exists()
 
 
-def test_code_that_is_needed_is_named_and_run_only_if_told_to(
+def test_required_custom_code_is_named_and_runs_only_if_trusted(
     yopo: Yopo, hostile: Path, yes: None
 ) -> None:
     edit_config(hostile, "processor_config.json", processor_class="TheirProcessor")
     done = yopo(*CALIBRATE, "--model", hostile)
-    assert done.is_sentence and "code of its own, which is not run" in done.err
+    assert done.is_sentence and "custom code, which is not run" in done.err
     assert "--trust-remote-code" in done.err and not (hostile / "ran").exists()
     yopo(*CALIBRATE, "--model", hostile, "--trust-remote-code")
     assert (hostile / "ran").exists()
 
 
-def test_a_model_of_another_class_stays_refused(yopo: Yopo, hostile: Path, yes: None) -> None:
+def test_a_model_of_another_class_is_refused_even_if_trusted(
+    yopo: Yopo, hostile: Path, yes: None
+) -> None:
     edit_config(hostile, model_type="their_own")
     done = yopo(*CALIBRATE, "--model", hostile, "--trust-remote-code")
     assert done.is_sentence and "their_own" in done.err and not (hostile / "ran").exists()

@@ -1,4 +1,4 @@
-"""Several budgets in one go: plans that share a checkpoint, loaded at the budget asked for."""
+"""Several budgets share one checkpoint, which loads at the requested budget."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_one_checkpoint_serves_every_budget(baked: Path) -> None:
         package.load(baked, budget=0.05)
 
 
-def test_each_baked_plan_is_the_plan_in_memory(yopo: Yopo, front: Path, baked: Path) -> None:
+def test_each_baked_plan_equals_the_plan_in_memory(yopo: Yopo, front: Path, baked: Path) -> None:
     fast = ("--samples", 8, "--timing-runs", 0, "--max-new-tokens", 4, "--json")
     for name, budget in (("plan-0.1.yaml", 0.1), ("plan-0.3.yaml", 0.3)):
         alone = json.loads(yopo("eval", front / name, *fast).out)
@@ -54,7 +54,9 @@ def test_each_baked_plan_is_the_plan_in_memory(yopo: Yopo, front: Path, baked: P
         assert together["kl"] == pytest.approx(alone["kl"], rel=1e-3, abs=1e-6)
 
 
-def test_plans_of_other_calibrations_cannot_share(yopo: Yopo, front: Path, baked: Path) -> None:
+def test_plans_of_different_calibrations_cannot_share_a_checkpoint(
+    yopo: Yopo, front: Path, baked: Path
+) -> None:
     other = front / "other.yaml"
     if not other.exists():
         asked = ("--head-ratio", 0.5, "--neuron-ratio", 0.5, "--seed", 3, "-o", other)
@@ -65,7 +67,7 @@ def test_plans_of_other_calibrations_cannot_share(yopo: Yopo, front: Path, baked
 
 
 def test_a_tolerance_finds_its_budget(yopo: Yopo, tmp_path: Path) -> None:
-    """Loose: something is pruned; a plan that meets it says how closely."""
+    """A loose tolerance prunes something; a plan that meets it records how closely."""
     output = tmp_path / "plan.yaml"
     done = yopo("calibrate", *QUICK, "--samples", 24, "--tolerance", 0.5, "-o", output)
     assert done.code == 0 and "The smallest budget within a tolerance of 50.0% is" in done.err
@@ -81,22 +83,24 @@ def test_a_tolerance_finds_its_budget(yopo: Yopo, tmp_path: Path) -> None:
         (("--tolerance", 0.1, "--budget", 0.2), "tolerance and budget exclude one another"),
         (("--tolerance", 1.5), "tolerance must lie in (0, 1), found 1.5"),
         (("--tolerance", 0.1, "--compensation", "mean"), "compensation must be refit"),
-        (("--budgets", "0.1,many"), "expected numbers between commas, found '0.1,many'"),
+        (("--budgets", "0.1,many"), "expected comma-separated numbers, found '0.1,many'"),
         (("--budgets", "0.1,0.2", "-o", "-"), "--budgets writes several plans"),
         (("--tolerance", 0.1, "--samples", 3), "too few to hold some out"),
     ],
 )
-def test_what_cannot_be_asked_is_a_sentence(yopo: Yopo, flags: tuple, sentence: str) -> None:
+def test_invalid_budget_combinations_are_refused(yopo: Yopo, flags: tuple, sentence: str) -> None:
     done = yopo("calibrate", "--model", "llava-tiny", *flags)
     assert done.code in (1, 2) and sentence in " ".join(done.err.split())
 
 
-def test_milliseconds_by_a_benchmark_of_the_same_shape(yopo: Yopo, tmp_path: Path) -> None:
+def test_milliseconds_become_a_budget_by_a_benchmark_of_the_same_shape(
+    yopo: Yopo, tmp_path: Path
+) -> None:
     plan, costs = tmp_path / "plan.yaml", tmp_path / "costs.json"
     done = yopo("calibrate", *QUICK, "--preset", "yopo-25", "-o", plan)
     timed = yopo("bench", plan, "--random-weights", "--runs", 3, "--decode-steps", 0, "--json")
     assert done.code == timed.code == 0
-    document = json.loads(timed.out)  # tiny models' own times may come out in any order
+    document = json.loads(timed.out)  # times measured on tiny models may be in any order
     for side, milliseconds in (("dense", 9.0), ("pruned", 4.0)):
         document["prefill_ms"][side]["median"] = milliseconds
     costs.write_text(json.dumps(document))
@@ -111,21 +115,21 @@ def test_milliseconds_by_a_benchmark_of_the_same_shape(yopo: Yopo, tmp_path: Pat
         "thin",
     )
     done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "slow.yaml")
-    assert done.code == 0 and "1e+06 ms are a visual budget of 100.0%" in done.err
+    assert done.code == 0 and "1e+06 ms correspond to a visual budget of 100.0%" in done.err
     done = yopo(
         "calibrate", *QUICK, "--milliseconds", 1e-6, "--costs", costs, "--force", "-o", plan
     )
     assert done.is_sentence and "out of reach" in done.err
     done = yopo("calibrate", *QUICK, "--milliseconds", 5)
-    assert done.code == 2 and "--milliseconds and --costs go together" in done.err
+    assert done.code == 2 and "--milliseconds and --costs need each other" in done.err
 
 
-def test_a_budget_chooses_among_a_checkpoint_s_plans_only(yopo: Yopo, front: Path, baked) -> None:
+def test_a_budget_selects_only_among_the_checkpoints_plans(yopo: Yopo, front: Path, baked) -> None:
     done = yopo("eval", front / "plan-0.1.yaml", "--budget", 0.1)
     assert done.is_sentence and "is one plan" in done.err
 
 
-def test_a_kv_budget_goes_with_a_budget(yopo: Yopo, tmp_path: Path) -> None:
+def test_a_kv_budget_can_be_combined_with_a_budget(yopo: Yopo, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     done = yopo("calibrate", *QUICK, "--budget", 0.3, "--kv-budget", 0.4, "-o", plan)
     assert done.code == 0
@@ -133,7 +137,7 @@ def test_a_kv_budget_goes_with_a_budget(yopo: Yopo, tmp_path: Path) -> None:
     assert 0.2 < kept <= 0.4
     asked = ("--preset", "yopo-25", "--kv-budget", 0.4)
     done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "none.yaml")
-    assert done.code == 1 and "kv_budget goes with a budget" in done.err
+    assert done.code == 1 and "kv_budget needs a budget" in done.err
     asked = ("--samples", 24, "--tolerance", 1e-6, "--kv-budget", 0.01)
     done = yopo("calibrate", *QUICK, *asked, "-o", tmp_path / "none.yaml")
     assert done.code == 1 and "No plan within a KV budget of 0.01 agrees" in done.err

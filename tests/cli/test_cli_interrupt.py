@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP in the middle of the work: real signals to a real process."""
+"""Ctrl-C, SIGTERM and SIGHUP may come at any time: real signals to a real process."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def stop_here(*arguments, **options):
 setattr(module, sys.argv[2], stop_here)
 sys.exit(main(sys.argv[3:]))
 """
-"""Runs a command line that stands still behind a function's first call."""
+"""Runs a command line that pauses at a function's first call."""
 
 
 def interrupted(
     place: tuple[str, str], arguments: list[object], folder: Path, number: signal.Signals
 ) -> tuple[int, str, str, list[str]]:
-    """Interrupt a command line where it stands still.
+    """Interrupt a command line where it pauses.
 
     Returns:
-        (exit code, stdout, stderr behind "ready", what lay in the folder when it stood still).
+        (exit code, stdout, stderr after "ready", the folder's content during the pause).
     """
     with subprocess.Popen(
         [sys.executable, "-c", _DRIVER, *place, *map(str, arguments)],
@@ -72,7 +72,9 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize("number", OUTCOMES)
-def test_while_baking(plan: Path, model: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_bake_leaves_nothing(
+    plan: Path, model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     work = tmp_path / "work"
     work.mkdir()
     place = ("yopo.checkpoint.bake", "write_weights")
@@ -83,7 +85,7 @@ def test_while_baking(plan: Path, model: Path, tmp_path: Path, number: signal.Si
     assert os.listdir(work) == []
 
 
-def test_while_calibrating(model: Path, tmp_path: Path) -> None:
+def test_an_interrupted_calibration_leaves_nothing(model: Path, tmp_path: Path) -> None:
     arguments = ["calibrate", "--model", model, *FAST, "--stats", "s.safetensors"]
     place = ("yopo.calibration.measure", "_observe")
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGINT)
@@ -91,7 +93,7 @@ def test_while_calibrating(model: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_statistics_are_there_before_anything_is_planned(model: Path, tmp_path: Path) -> None:
+def test_statistics_are_written_before_planning_starts(model: Path, tmp_path: Path) -> None:
     arguments = ["calibrate", "--model", model, *FAST, "--stats", "s.safetensors"]
     place = ("yopo.cli.results", "write_file")
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGTERM)
@@ -102,7 +104,7 @@ def test_statistics_are_there_before_anything_is_planned(model: Path, tmp_path: 
     )  # of 32; the others are held out
 
 
-def test_while_writing_pairs(tmp_path: Path) -> None:
+def test_an_interrupted_write_of_pairs_leaves_nothing(tmp_path: Path) -> None:
     place = ("yopo.demo.pair_files", "write_pairs")
     arguments = ["pairs", "mine", "--count", 2]
     code, out, err, meanwhile = interrupted(place, arguments, tmp_path, signal.SIGINT)
@@ -123,7 +125,7 @@ def test_an_interrupt_that_a_library_swallows_is_not_lost() -> None:
         interrupts.raise_if_arrived()  # the former block's
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
+def test_an_ignored_signal_remains_ignored() -> None:
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what nohup and `&` do
     try:
         with interrupts.catching():
@@ -133,10 +135,10 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGINT, former)
 
 
-def test_a_second_signal_while_cleaning_up_waits(
+def test_a_second_signal_waits_for_the_cleanup(
     yopo: Yopo, plan: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both at the worst moments: in the middle of the copy, and before each step of cleaning."""
+    """Both come at the worst moments: in the middle of the copy, and before each cleanup step."""
     rmtree, steps = shutil.rmtree, []
 
     def again(path: Path, **options: object) -> None:
@@ -154,7 +156,7 @@ def test_a_second_signal_while_cleaning_up_waits(
     assert steps == ["new"] and os.listdir() == []
 
 
-def test_a_signal_while_the_result_is_put_in_place_waits(
+def test_a_signal_waits_until_the_result_is_in_place(
     yopo: Yopo, plan: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = os.rename
@@ -168,7 +170,7 @@ def test_a_signal_while_the_result_is_put_in_place_waits(
     assert done.code == 130 and os.listdir() == ["out"] and Path("out/config.json").exists()
 
 
-def test_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_terminal_is_handled(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
         def write(self, text: str) -> None:
             raise OSError(5, "Input/output error")

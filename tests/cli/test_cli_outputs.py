@@ -1,4 +1,4 @@
-"""Outputs of commands: nobody's file is taken, statistics outlive a failure, leftovers go."""
+"""Commands never overwrite unrelated files, keep statistics after a failure, clean leftovers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_devices_pipes_and_links_are_refused(yopo: Yopo, model: Path, calibrated
     assert sorted(os.listdir()) == ["link", "pipe"]
 
 
-def test_a_page_replaces_a_page(yopo: Yopo, calibrated: Path) -> None:
+def test_an_html_page_may_replace_an_html_page(yopo: Yopo, calibrated: Path) -> None:
     for force in ((), ("--force",)):
         done = yopo("inspect", calibrated / "plan.yaml", "--html", "page.html", *force)
         assert done.code == 0, done.err
@@ -99,7 +99,7 @@ def test_a_plan_that_fails_does_not_lose_the_statistics(
     stats = ("--stats", "s.safetensors") if asked else ()
     done = yopo("calibrate", "--model", model, *QUICK, *stats)
     (path,) = [Path("s.safetensors")] if asked else (tmp_path / "cache").glob("statistics-*")
-    assert done.code == 1 and f"`yopo plan {path}` makes plans of them" in done.err
+    assert done.code == 1 and f"`yopo plan {path}` makes plans from them" in done.err
     assert isinstance(error, RuntimeError) or done.is_sentence
     assert len(load_statistics(path).rho) == 32
     monkeypatch.undo()
@@ -111,14 +111,14 @@ _STEPS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "open", "ctypes.dlsy
 
 
 def run_killed(limit: int | None, *arguments: object) -> int:
-    """Run a command line in a process that kills itself before a step of an unfinished result.
+    """Run a command line in a process that kills itself before a step on an unfinished result.
 
     Args:
-        limit: Which step, from 1; None: no one.
+        limit: Number of the step, from 1; None: never.
         arguments: The command line.
 
     Returns:
-        How many steps there were.
+        The number of steps.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -149,12 +149,12 @@ def run_killed(limit: int | None, *arguments: object) -> int:
 
 
 @pytest.mark.parametrize("replaces", ["by exchange", "by two renames", "nothing"])
-def test_killed_before_any_step_there_is_a_whole_checkpoint(
+def test_a_kill_before_any_step_leaves_a_complete_checkpoint(
     yopo: Yopo, plan: Path, model: Path, monkeypatch: pytest.MonkeyPatch, replaces: str
 ) -> None:
-    """With --force the old one or the new one; what is left besides is known, and goes.
+    """With --force it is the old or the new one; anything else that is left can be cleaned.
 
-    Between two renames there is none, on file systems that need them: cleaning brings it back.
+    On file systems that need two renames there is none in between: cleaning restores it.
     """
     if replaces == "by exchange":
         Path("a").touch()
@@ -186,7 +186,7 @@ def test_killed_before_any_step_there_is_a_whole_checkpoint(
     assert num_left == total - 1  # before the first step there is nothing
 
 
-def test_leftovers_are_named_then_cleaned(yopo: Yopo, plan: Path, model: Path) -> None:
+def test_leftovers_are_named_and_then_cleaned(yopo: Yopo, plan: Path, model: Path) -> None:
     run_killed(12, "apply", plan, "--model", model, "-o", "out")
     (left,) = os.listdir()
     done = yopo("apply", plan, "--model", model, "-o", "out", "--dry-run")
@@ -198,17 +198,17 @@ def test_leftovers_are_named_then_cleaned(yopo: Yopo, plan: Path, model: Path) -
     assert (done.code, done.out, done.err) == (0, "", "Nothing to remove.\n")
 
 
-def test_clean_alone(yopo: Yopo, plan: Path) -> None:
+def test_clean_excludes_a_plan_and_needs_an_existing_folder(yopo: Yopo, plan: Path) -> None:
     assert yopo("apply", plan, "--clean", ".").code == 2
     assert yopo("apply").code == 2
     done = yopo("apply", "--clean", "nowhere/out")
     assert done.is_sentence and "its folder does not exist" in done.err
 
 
-def test_a_power_cut_behind_a_finished_apply(
+def test_a_finished_apply_survives_a_power_cut(
     yopo: Yopo, plan: Path, model: Path, tmp_path: Path
 ) -> None:
-    """What has reached a disk when `apply` returns, by a copy of the disk: all files, whole."""
+    """A copy of the disk shows that all files have reached it, complete, when `apply` returns."""
     if os.geteuid() != 0 or not shutil.which("mkfs.ext4"):
         pytest.skip("needs root and mkfs.ext4, to mount a file system of its own")
     image, copy, point = tmp_path / "disk", tmp_path / "after", tmp_path / "mounted"
@@ -229,7 +229,7 @@ def test_a_power_cut_behind_a_finished_apply(
     try:
         found = contents(point / "out")
         lost = point / "not-synced"
-        assert not lost.exists() or not lost.read_bytes()  # the cut was one
+        assert not lost.exists() or not lost.read_bytes()  # the copy was taken at the right moment
     finally:
         subprocess.run(["umount", point], check=True)
     assert found == whole and len(whole) > 8

@@ -20,7 +20,7 @@ from yopo.plans.storage import read_plan
 BIN = Path(sys.executable).parent
 
 
-def test_shell_pipeline(model: Path, tmp_path: Path) -> None:
+def test_commands_work_in_a_shell_pipeline(model: Path, tmp_path: Path) -> None:
     calibrate = shlex.join(["yopo", "calibrate", "--model", str(model), *map(str, FAST), "-o", "-"])
     line = f"set -o pipefail; {calibrate} | yopo inspect --json - | python -m json.tool"
     path = f"{BIN}:{os.environ['PATH']}"
@@ -72,7 +72,7 @@ def test_demo_pairs_come_with_a_note(yopo: Yopo, model: Path) -> None:
     assert yopo(*arguments, "--force", "--quiet").err == ""
 
 
-def test_plan_without_the_model(yopo: Yopo, calibrated: Path) -> None:
+def test_plan_needs_no_model(yopo: Yopo, calibrated: Path) -> None:
     stats = calibrated / "stats.safetensors"
     done = yopo("plan", stats, "--budget", 0.5)
     assert (done.code, done.out) == (0, "") and "not measured" in done.err
@@ -85,7 +85,7 @@ def test_plan_without_the_model(yopo: Yopo, calibrated: Path) -> None:
     assert plan.tensors.neuron_order.shape == (LAYERS, FFN)
 
 
-def test_inspect(yopo: Yopo, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_shows_a_plan(yopo: Yopo, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = yopo("inspect", plan)
     assert tables.code == 0 and tables.err == ""
     for part in ("fingerprint", "visual FLOPs", "per layer", "head activity", "profile"):
@@ -101,9 +101,9 @@ def test_inspect(yopo: Yopo, plan: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert yopo("inspect", plan, "--html", "page.html").is_sentence
 
 
-def test_apply_verify_and_load(yopo: Yopo, plan: Path, model: Path) -> None:
+def test_apply_verifies_a_checkpoint_that_loads(yopo: Yopo, plan: Path, model: Path) -> None:
     dry = yopo("apply", plan, "--model", model, "--dry-run")
-    assert (dry.code, dry.out) == (0, "") and "nothing was" in dry.err and not os.listdir()
+    assert (dry.code, dry.out) == (0, "") and "(dry run)" in dry.err and not os.listdir()
     done = yopo("apply", plan, "--model", model, "--verify")
     assert (done.code, done.out) == (0, "tiny-llava-yopo\n")
     assert "visual KV" in done.err and "Verified in float32" in done.err
@@ -114,7 +114,7 @@ def test_apply_verify_and_load(yopo: Yopo, plan: Path, model: Path) -> None:
     assert yopo("-q", "apply", plan, "--model", model, "-o", "other").err == ""
 
 
-def test_apply_finds_the_model_by_the_plan_s_name(yopo: Yopo, plan: Path, model: Path) -> None:
+def test_apply_finds_the_model_by_the_name_in_the_plan(yopo: Yopo, plan: Path, model: Path) -> None:
     done = yopo("apply", plan)
     assert done.is_sentence and "--model" in done.err
     Path("tiny-llava").symlink_to(model)
@@ -131,7 +131,9 @@ def test_verify_refuses_a_checkpoint_that_computes_something_else(
     assert done.is_sentence and "does not compute what the plan in memory does" in done.err
 
 
-def test_eval_of_plan_and_of_checkpoint(yopo: Yopo, plan: Path, model: Path, pairs: Path) -> None:
+def test_eval_takes_a_plan_or_a_checkpoint(
+    yopo: Yopo, plan: Path, model: Path, pairs: Path
+) -> None:
     options = ("--samples", 4, "--max-new-tokens", 2, "--timing-runs", 1, "--data", pairs)
     table = yopo("eval", plan, "--model", model, *options)
     assert table.code == 0 and table.err == ""
@@ -147,7 +149,7 @@ def test_eval_of_plan_and_of_checkpoint(yopo: Yopo, plan: Path, model: Path, pai
     assert found["prefill"]["runs"] == 1
 
 
-def test_pairs(yopo: Yopo, model: Path) -> None:
+def test_pairs_writes_demo_pairs(yopo: Yopo, model: Path) -> None:
     done = yopo("pairs", "mine", "--count", 3, "--split", "calibration", "--seed", 5)
     assert (done.code, done.out) == (0, "mine/pairs.jsonl\n") and os.listdir() == ["mine"]
     lines = Path("mine/pairs.jsonl").read_text().splitlines()

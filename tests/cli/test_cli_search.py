@@ -18,7 +18,7 @@ ASKED = (*FAST, "--budget", 0.3, "--template", "reader", "--compensation", "none
 
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[Search]:
-    """Every search that a command makes."""
+    """Collects every search that a command makes."""
     made: list[Search] = []
 
     usual = Search.__init__
@@ -31,7 +31,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[Search]:
     return made
 
 
-def test_a_search_measures_and_keeps_what_strays_less(
+def test_a_search_measures_plans_and_keeps_the_lower_kl(
     yopo: Yopo, model: Path, pairs: Path, searches: list[Search]
 ) -> None:
     done = yopo("search", "--model", model, "--data", pairs, *ASKED, "--search", 6, "-o", "p.yaml")
@@ -57,7 +57,7 @@ def test_a_search_measures_and_keeps_what_strays_less(
         ("calibrate", (), []),
     ],
 )
-def test_it_is_calibrate_with_a_search_unless_told_otherwise(
+def test_search_is_calibrate_with_a_search_by_default(
     yopo: Yopo,
     model: Path,
     pairs: Path,

@@ -1,4 +1,4 @@
-"""Start-up, usage errors, and what happens to failures nobody thought of."""
+"""Start-up is fast, usage errors are explained, and unexpected failures are handled."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_command_has_help(yopo: Yopo, name: str) -> None:
     assert f"Usage: yopo {name}" in done.out and "--quiet" in done.out
 
 
-def test_version(yopo: Yopo) -> None:
+def test_the_version_is_printed(yopo: Yopo) -> None:
     assert yopo("--version").out == f"yopo {__version__}\n"
 
 
@@ -68,7 +68,7 @@ def test_version(yopo: Yopo) -> None:
         (["inspect", "plan.yaml", "--json", "--html", "page.html"], "--html"),
     ],
 )
-def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: list[str], expected: str) -> None:
+def test_usage_errors_exit_with_2(yopo: Yopo, arguments: list[str], expected: str) -> None:
     done = yopo(*arguments)
     assert (done.code, done.out) == (2, "")
     assert expected in done.err and "Traceback" not in done.err
@@ -83,7 +83,7 @@ def test_wrong_usage_exits_with_2(yopo: Yopo, arguments: list[str], expected: st
         (MemoryError(), "Out of memory."),
     ],
 )
-def test_any_failure_is_a_sentence(
+def test_unexpected_failures_are_single_sentences(
     yopo: Yopo, plan: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
 ) -> None:
     def fail(source: str) -> None:
@@ -97,7 +97,7 @@ def test_any_failure_is_a_sentence(
         assert "Traceback" in yopo(*arguments).err
 
 
-def test_closed_pipe_is_quiet(plan: Path) -> None:
+def test_a_closed_pipe_is_quiet(plan: Path) -> None:
     with subprocess.Popen(
         [YOPO, "inspect", "--json", plan], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -106,7 +106,7 @@ def test_closed_pipe_is_quiet(plan: Path) -> None:
         assert process.wait() == 1
 
 
-def test_terminal_that_lacks_characters(plan: Path) -> None:
+def test_a_terminal_without_unicode_gets_ascii(plan: Path) -> None:
     environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     done = subprocess.run([YOPO, "inspect", plan], capture_output=True, env=environment)
     assert done.returncode == 0 and b"?" in done.stdout and done.stdout.isascii()

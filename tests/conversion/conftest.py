@@ -1,4 +1,4 @@
-"""No progress bars of transformers between the lines that tests read."""
+"""Progress bars of transformers are off, so that tests read only their own lines."""
 
 from transformers.utils import logging
 

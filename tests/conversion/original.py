@@ -1,7 +1,7 @@
-"""Tiny checkpoints as OpenGVLab writes them, and what their own code computes, written out.
+"""Tiny checkpoints as OpenGVLab writes them, and the computation of the original code.
 
 The formulas are those of the original remote code (InternViT, pixel shuffle v2, mlp1, InternLM2
-with its interleaved wqkv, Phi-3 with fused projections), in float64 and without any of
+with its interleaved wqkv, Phi-3 with fused projections), in float64 and without
 transformers' classes.
 """
 
@@ -116,7 +116,7 @@ TEMPLATES = {"phi3": "phi3-chat", "qwen2": "Hermes-2", "llama": "internvl2_5"}
 
 
 def raw_config(decoder: str, vision: str) -> dict[str, Any]:
-    """config.json of an original checkpoint."""
+    """Return config.json of an original checkpoint."""
     return {
         "_commit_hash": None,
         "architectures": ["InternVLChatModel"],
@@ -182,7 +182,7 @@ class Original:
     def save(
         self, path: Path, *, sharded: bool = False, dtype: torch.dtype = torch.float32
     ) -> Path:
-        """Write it as a repository of the hub has it."""
+        """Write it in the layout of a hub repository."""
         path.mkdir()
         tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
         (path / "config.json").write_text(json.dumps(self.config))
@@ -206,7 +206,7 @@ class Original:
         return path
 
     def logits(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, sequence, vocabulary) in float64."""
+        """Compute (batch, sequence, vocabulary) logits in float64."""
         tensors = {name: tensor.double() for name, tensor in self.tensors.items()}
         features = _features(self.config, tensors, pixels.double())
         return _decode(self.config["llm_config"], tensors, ids, features)
@@ -294,7 +294,7 @@ def _rms(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Te
 
 
 def _features(config: dict[str, Any], tensors: Tensors, pixels: torch.Tensor) -> torch.Tensor:
-    """(tiles, tokens, hidden): the tower, the pixel shuffle and mlp1."""
+    """Run the tower, the pixel shuffle and mlp1: (tiles, tokens, hidden)."""
     vision, take = config["vision_config"], tensors.__getitem__
     name = "vision_model.embeddings."
     patches = conv2d(
@@ -375,7 +375,7 @@ def _decode(
 
 
 def _rotary(llm: dict[str, Any], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(length, head_dim) cosines and sines; angles in float32, as the original code has them."""
+    """Return (length, head_dim) cosines and sines; angles are float32, as in the original code."""
     base, scaling, factor = llm["rope_theta"], llm["rope_scaling"] or {}, 1.0
     scale, most = torch.ones(HEAD_DIM // 2), llm["max_position_embeddings"]
     if scaling.get("type") == "dynamic" and length > most:

@@ -1,4 +1,4 @@
-"""A converted checkpoint is the original model: numbers, names, files; the rest is refused."""
+"""A converted checkpoint is the original model in numbers, names and files; others are refused."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from yopo.serving.loading import load_dense
 from yopo.support.errors import CheckpointError, ModelError, OutputError
 
 LENGTHS = {"short": 10, "beyond": 290}
-"""Text behind the images: inside the positions of training, and beyond them (rope scaling)."""
+"""Text after the images: within the trained positions, and beyond them (RoPE scaling)."""
 
 
 def load(path: Path) -> InternVLForConditionalGeneration:
-    """In float64 throughout; nothing may be missing, invented or left over."""
+    """Load in float64 throughout; no weight may be missing, invented or left over."""
     model, report = AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float64, output_loading_info=True
     )
@@ -51,7 +51,7 @@ def load(path: Path) -> InternVLForConditionalGeneration:
 
 
 def prompt(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of two tiles and some text, and the tiles' pixels."""
+    """Return the ids of two tiles and some text, and the tiles' pixels."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(3, 80, (1, length), generator=generator)
     tiles = torch.full((1, 2 * SIDE**2), CONTEXT)
@@ -65,7 +65,9 @@ CASES = [(decoder, "vit-300m") for decoder in DECODERS] + [("internlm2", "vit-6b
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("decoder", "vision"), CASES)
 @torch.no_grad()
-def test_numbers_are_the_originals(decoder: str, vision: str, length: str, tmp_path: Path) -> None:
+def test_logits_match_the_original_formulas(
+    decoder: str, vision: str, length: str, tmp_path: Path
+) -> None:
     original = Original.make(decoder, vision)
     original.save(tmp_path / "source", sharded=length == "short")
     convert(tmp_path / "source", tmp_path / "out")
@@ -74,7 +76,7 @@ def test_numbers_are_the_originals(decoder: str, vision: str, length: str, tmp_p
     found = model(input_ids=ids, pixel_values=pixels.double()).logits
     expected = original.logits(ids, pixels)
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()  # angles are float32
-    # The tolerance can fail: one head in another place is far outside it.
+    # The tolerance is meaningful: one head in another place is far outside it.
     with torch.no_grad():
         weight = model.get_decoder().layers[0].self_attn.o_proj.weight
         weight[:, :16] = weight[:, :16].roll(8, dims=1)
@@ -82,7 +84,7 @@ def test_numbers_are_the_originals(decoder: str, vision: str, length: str, tmp_p
     assert (moved - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
-def test_linear_rope_scaling(tmp_path: Path) -> None:
+def test_linear_rope_scaling_is_converted(tmp_path: Path) -> None:
     original = Original.make()
     original.config["llm_config"]["rope_scaling"] = {"type": "linear", "factor": 4.0}
     convert(original.save(tmp_path / "source"), tmp_path / "out")
@@ -131,7 +133,7 @@ def test_values_and_dtypes_are_kept_bit_for_bit(sharded: bool, tmp_path: Path) -
     assert checkpoint.family.name == "internvl" and checkpoint.is_indexed == sharded
 
 
-def test_files_beside_the_weights(tmp_path: Path) -> None:
+def test_companion_files_are_converted(tmp_path: Path) -> None:
     source = Original.make("phi3").save(tmp_path / "source")
     (source / "generation_config.json").write_text('{"eos_token_id": [7, 92]}')
     done = convert(source, tmp_path / "out")
@@ -151,7 +153,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     assert any("Rope scaling 'su'" in note for note in done.notes)
 
 
-def test_image_processor_cuts_tiles(tmp_path: Path) -> None:
+def test_the_image_processor_cuts_tiles(tmp_path: Path) -> None:
     from PIL import Image
 
     convert(Original.make().save(tmp_path / "source"), tmp_path / "out")
@@ -178,7 +180,7 @@ def test_image_processor_cuts_tiles(tmp_path: Path) -> None:
         ("phi3", "<|system|>\nBe.<|end|><|user|>\n<IMG_CONTEXT>\nWhat?<|end|><|assistant|>\n"),
     ],
 )
-def test_chat_template(decoder: str, expected: str, tmp_path: Path) -> None:
+def test_the_chat_template_is_the_originals(decoder: str, expected: str, tmp_path: Path) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     convert(Original.make(decoder).save(tmp_path / "source"), tmp_path / "out")
@@ -189,7 +191,9 @@ def test_chat_template(decoder: str, expected: str, tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_one_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_piece_is_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("yopo.conversion.tensors.CHUNK", 2**16)
     names = [f"language_model.model.layers.{number}.attention.wqkv.weight" for number in range(3)]
     save_file({name: torch.randn(512, 1024) for name in names}, tmp_path / "old")
@@ -249,7 +253,7 @@ LAYER = "language_model.model.layers.0."
         (outer(novel=1), "the outer part.novel is unknown"),
         (outer(template="novel"), "conversation template 'novel' is unknown"),
         (outer(model_type="internvl"), "not an original InternVL checkpoint"),
-        (inner("llm_config", architectures=["Novel"]), "the text decoder is Novel"),
+        (inner("llm_config", architectures=["Novel"]), "the text decoder Novel cannot"),
         (inner("llm_config", novel=1), "llm_config.novel is unknown"),
         (inner("llm_config", rope_pos_id_version="v2pe"), "rope_pos_id_version is 'v2pe'"),
         (inner("llm_config", pruned_heads={"0": [1]}), "pruned_heads is"),
@@ -267,16 +271,16 @@ LAYER = "language_model.model.layers.0."
             inner("vision_config", qk_normalization=True, layer_norm_eps=1e-5),
             "layer_norm_eps is 1e-05",
         ),
-        (inner("vision_config", qk_normalization=True), "nothing in it becomes 'vision_tower"),
-        (tensor("novel.weight", 3), "tensor 'novel.weight' is no known part"),
-        (tensor(LAYER + "attention.lora_A.weight", 3), "is no known part"),
-        (tensor("vision_model.encoder.layers.7.ls1", 16), "holds 'vision_tower.encoder.layer.7"),
+        (inner("vision_config", qk_normalization=True), "has no tensor for 'vision_tower"),
+        (tensor("novel.weight", 3), "tensor 'novel.weight' is not part of a known"),
+        (tensor(LAYER + "attention.lora_A.weight", 3), "is not part of a known"),
+        (tensor("vision_model.encoder.layers.7.ls1", 16), "has 'vision_tower.encoder.layer.7"),
         (tensor(LAYER + "attention.wqkv.weight", 63, 32), "expected rows of 2 x 4 heads"),
         (tensor(LAYER + "ffn_norm.weight", 31), "would have shape .31,., expected .32,."),
-        (lost(LAYER + "feed_forward.w2.weight"), "nothing in it becomes .*mlp.down_proj"),
+        (lost(LAYER + "feed_forward.w2.weight"), "has no tensor for .*mlp.down_proj"),
     ],
 )
-def test_what_is_not_known_is_refused(edit: Edit, match: str, tmp_path: Path) -> None:
+def test_unknown_originals_are_refused(edit: Edit, match: str, tmp_path: Path) -> None:
     original = Original.make()
     edit(original)
     source = original.save(tmp_path / "source")
@@ -315,7 +319,7 @@ def test_full_size_models_have_the_published_number_of_parameters(
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "phi3"])
-def test_rope_types_are_the_decoders_own(kind: str, tmp_path: Path) -> None:
+def test_rope_types_that_the_decoder_lacks_are_refused(kind: str, tmp_path: Path) -> None:
     original = Original.make(kind)
     original.config["llm_config"]["rope_scaling"] = {"type": "linear", "factor": 2.0}
     with pytest.raises(CheckpointError, match="of type linear, which cannot be converted"):
@@ -327,15 +331,15 @@ def test_the_placeholders_id_is_read_not_guessed(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text(
         json.dumps({"added_tokens": [{"id": 5, "content": "<IMG_CONTEXT>"}]})
     )
-    with pytest.raises(CheckpointError, match=r"different ids \[5, 90\] of <IMG_CONTEXT>"):
+    with pytest.raises(CheckpointError, match=r"different ids \[5, 90\] for <IMG_CONTEXT>"):
         convert(source, tmp_path / "out")
     for name in ("tokenizer.json", "added_tokens.json"):
         (source / name).unlink()
-    with pytest.raises(CheckpointError, match="do not say the id of <IMG_CONTEXT>"):
+    with pytest.raises(CheckpointError, match="do not give an id for <IMG_CONTEXT>"):
         convert(source, tmp_path / "out")
 
 
-def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_a_failure_halfway_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     source = Original.make().save(tmp_path / "source")
 
     def fail(*_: object) -> None:
@@ -350,7 +354,7 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch) -> No
         convert(source, source)
 
 
-def test_loading_an_original_says_what_to_do(tmp_path: Path) -> None:
+def test_loading_an_original_suggests_converting_it(tmp_path: Path) -> None:
     source = Original.make().save(tmp_path / "source")
     with pytest.raises(ModelError, match="is an original internvl checkpoint") as caught:
         load_dense(resolve(str(source)))
@@ -376,7 +380,9 @@ def test_hub_originals_are_refused_before_their_weights_are_downloaded(
     assert "*.safetensors" in asked[-1][1]
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_converts_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from yopo.cli.main import main
 
     source, out = Original.make().save(tmp_path / "source"), tmp_path / "out"

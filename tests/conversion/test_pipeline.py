@@ -1,4 +1,4 @@
-"""From an original InternVL2 to a pruned model, by the command line alone."""
+"""The command line leads from an original InternVL2 to a pruned model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAST = ("--samples", 16, "--batch-size", 3, "--measure-pairs", 8, "--max-new-tok
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer.json whose special tokens have the ids that the checkpoint says."""
+    """Write a tokenizer.json whose special tokens have the checkpoint's ids."""
     words = {"<unk>": 0, "</s>": 2, **{f"w{index}": index for index in range(3, 96)}, "<s>": 1}
     for index, token in SPECIAL.items():
         del words[f"w{index}"]
@@ -49,14 +49,14 @@ def run(*arguments: object) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["internlm2", "phi3"])
-def test_convert_calibrate_apply_load(
+def test_an_original_can_be_converted_calibrated_applied_and_loaded(
     decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("YOPO_CACHE", str(tmp_path / "cache"))
     source = Original.make(decoder).save(tmp_path / "source")
     write_tokenizer(source)
-    # Random weights might say the placeholder, of which stock models then miss an image.
+    # Random weights might generate the placeholder, for which stock models then miss an image.
     (source / "generation_config.json").write_text(json.dumps({"suppress_tokens": [CONTEXT]}))
     run("convert", source, "native")
     processor = load_processor("native")

@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def user(*parts: Image.Image | str) -> dict:
-    """A user's turn of images and texts."""
+    """Build a user turn of images and texts."""
     content = [
         {"type": "text", "text": part}
         if isinstance(part, str)

@@ -1,4 +1,4 @@
-"""Grids of glyphs: drawn as recorded, asked about rightly, repeatable, split without overlap."""
+"""Grids of glyphs are drawn as recorded, with correct questions, repeatable, split disjointly."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def line(name: str, ordinal: str, cells: list[Cell | None], part: str = "glyph")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_candidate_is_what_the_cells_say(kind: str) -> None:
+def test_every_answer_follows_from_the_cells(kind: str) -> None:
     drawn = grids(60)
     asked = [(rows_of(grid), *found) for grid in drawn for found in candidates(grid.cells, kind)]
     assert len(asked) >= 60
@@ -72,7 +72,7 @@ def test_every_candidate_is_what_the_cells_say(kind: str) -> None:
         assert kind not in ANSWERS or answer in ANSWERS[kind]
 
 
-def test_glyphs_differ_and_lookalikes_differ_by_little() -> None:
+def test_glyphs_differ_and_lookalikes_differ_only_slightly() -> None:
     assert len(GLYPHS) == len(set(GLYPHS)) == 24
     for one, other in itertools.combinations(GLYPHS, 2):
         assert (BITMAPS[one] != BITMAPS[other]).any(), (one, other)
@@ -80,7 +80,7 @@ def test_glyphs_differ_and_lookalikes_differ_by_little() -> None:
         assert (BITMAPS[one] != BITMAPS[other]).sum() <= 4
 
 
-def test_what_is_drawn_is_what_is_recorded() -> None:
+def test_drawings_match_their_records() -> None:
     for grid in grids(20):
         pixels = grid.pixels()
         blank = replace(grid, cells=(None,) * GRID**2).pixels()
@@ -103,7 +103,7 @@ def test_what_is_drawn_is_what_is_recorded() -> None:
             assert min(distances, key=distances.get) == cell.color
 
 
-def test_the_paper_tells_rows_and_columns_apart() -> None:
+def test_the_paper_distinguishes_rows_and_columns() -> None:
     pixels = replace(grids(1)[0], cells=(None,) * GRID**2).pixels().astype(int)
     assert (np.diff(pixels[:, 0, 0]) >= 0).all() and (np.diff(pixels[0, :, 2]) >= 0).all()
     assert pixels[-1, 0, 0] - pixels[0, 0, 0] > 60 and pixels[0, -1, 2] - pixels[0, 0, 2] > 60

@@ -1,4 +1,4 @@
-"""The glyph reader: how it is built, and that the shipped weights read held-out grids."""
+"""The glyph reader is built as documented, and the shipped weights read held-out grids."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_word_is_known_and_survives_the_tokenizer(processor: Qwen2VLProces
                 assert 50 <= len(ids) < MAX_NEW_TOKENS
 
 
-def test_training_rows_are_what_processor_and_model_make_of_the_chat(
+def test_training_rows_match_processor_and_model(
     processor: Qwen2VLProcessor,
 ) -> None:
     grid, asked = next(TASK.turns("train"))
@@ -85,14 +85,14 @@ def test_training_rows_are_what_processor_and_model_make_of_the_chat(
     assert torch.equal(batch["position_ids"][:, 3, :length], positions[:, 0])
 
 
-def test_talks_fit_their_rows(processor: Qwen2VLProcessor) -> None:
+def test_conversations_fit_their_rows(processor: Qwen2VLProcessor) -> None:
     packer = Packer(processor)
     for _, asked in itertools.islice(TASK.turns("train"), 200):
         _, labels, _, _ = packer.row(asked, True)
         assert (labels == packer.form.end).sum() == len(asked)
 
 
-def test_a_packed_turn_computes_what_it_computes_alone(processor: Qwen2VLProcessor) -> None:
+def test_a_packed_turn_gives_the_same_result_as_by_itself(processor: Qwen2VLProcessor) -> None:
     model, packer = build_model().eval(), Packer(processor)
     grid, asked = next(TASK.turns("train"))
 
@@ -142,7 +142,7 @@ def test_grids_count_as_long_answers() -> None:
     assert "| **all short answers** | 14 | **100.0%** |" in table(list(scores.values()))
 
 
-def test_the_shipped_directory_is_whole_and_small() -> None:
+def test_the_shipped_directory_is_complete_and_small() -> None:
     files = {path.name: path.stat().st_size for path in QWEN2_VL_TINY.iterdir()}
     assert {
         "README.md",

@@ -1,4 +1,4 @@
-"""The glyph reader in the library: calibrated, pruned, baked and evaluated on its own pairs."""
+"""The glyph reader is calibrated, pruned, baked and evaluated on its own pairs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_calibration_takes_the_models_own_pairs(calibrated: Calibrated) -> None:
     assert (plan.model.shape.heads, plan.model.shape.kv_heads) == (8, 2)
 
 
-def test_the_plan_that_prunes_nothing_is_the_dense_model(calibrated: Calibrated) -> None:
+def test_a_plan_that_prunes_nothing_is_the_dense_model(calibrated: Calibrated) -> None:
     source = resolve(NAME)
     model, processor = load_dense(source), load_processor(source.location)
     pairs = list(open_pairs("demo:glyphs-heldout", samples=7, seed=3))
@@ -65,7 +65,9 @@ def test_the_plan_that_prunes_nothing_is_the_dense_model(calibrated: Calibrated)
     assert (half[is_text] - dense[is_text]).abs().max() > 1e-3
 
 
-def test_baked_and_evaluated_on_held_out_grids(calibrated: Calibrated, tmp_path: Path) -> None:
+def test_a_baked_model_is_evaluated_on_held_out_grids(
+    calibrated: Calibrated, tmp_path: Path
+) -> None:
     target = tmp_path / "smaller"
     bake(calibrated.plan, fetch(resolve(NAME)), target)
     options = RunOptions(samples=36, batch_size=18, max_new_tokens=12)

@@ -1,4 +1,4 @@
-"""The demo model: how it is built, and that the shipped weights answer held-out questions."""
+"""The demo model is built as documented, and the shipped weights answer held-out questions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_several_turns_and_images_become_one_prompt(processor: LlavaProcessor) -
     assert ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1
 
 
-def test_training_rows_are_what_the_processor_makes_of_the_chat(processor: LlavaProcessor) -> None:
+def test_training_rows_match_the_processor(processor: LlavaProcessor) -> None:
     scene, asked = next(turns("train"))
     chat = []
     for index, turn in enumerate(asked):
@@ -87,7 +87,7 @@ def test_training_rows_are_what_the_processor_makes_of_the_chat(processor: Llava
     assert torch.equal(Pixels(processor)([scene]), expected["pixel_values"])
 
 
-def test_a_packed_turn_computes_what_it_computes_alone(processor: LlavaProcessor) -> None:
+def test_a_packed_turn_gives_the_same_result_as_by_itself(processor: LlavaProcessor) -> None:
     model, packer = build_model().eval(), Packer(processor)
     scene, asked = next(turns("train"))
     pixels = Pixels(processor)([scene])
@@ -138,7 +138,7 @@ def test_scores_count_whole_answers_and_leave_descriptions_out_of_the_total() ->
     assert "| **all short answers** | 12 | **91.7%** |" in table(list(scores.values()))
 
 
-def test_the_shipped_directory_is_whole_and_small() -> None:
+def test_the_shipped_directory_is_complete_and_small() -> None:
     files = {path.name: path.stat().st_size for path in LLAVA_TINY.iterdir()}
     assert {
         "README.md",

@@ -1,4 +1,4 @@
-"""Pairs on disk: same arguments, same bytes; what is read back is what was generated."""
+"""Pairs on disk have the same bytes for the same arguments, and read back as generated."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_set_can_be_written_and_opened(name: str, tmp_path: Path) -> None:
         assert one.images[0].load().tobytes() == other.images[0].load().tobytes()
 
 
-def test_sets_differ() -> None:
+def test_sets_hold_different_pairs() -> None:
     images = {name: {p.image.tobytes() for p in pairs_of(name, 12)} for name in SETS}
     for one, other in itertools.combinations(SETS, 2):
         assert not images[one] & images[other]

@@ -36,7 +36,7 @@ SHAPE = {"head_ratio": 0.25, "neuron_ratio": 0.05, "visual_layers": 2, "radius":
 
 
 class Collate:
-    """Pairs to a batch whose labels are the answers."""
+    """Turns pairs into a batch whose labels are the answers."""
 
     def __init__(self, processor: ProcessorMixin):
         self.processor = processor
@@ -83,7 +83,7 @@ def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
 def example() -> str:
     """The code in the module's docstring."""
     text = saved.__doc__.partition("weights:\n\n")[2]
-    return textwrap.dedent(text.partition("\n\nA checkpoint that PEFT")[0])
+    return textwrap.dedent(text.partition("\n\nAn intermediate PEFT")[0])
 
 
 def test_the_documented_recovery_works(

@@ -1,4 +1,4 @@
-"""The generated questions: right, unambiguous, balanced, repeatable, and split without overlap."""
+"""The generated questions are correct, unambiguous, balanced, repeatable and split disjointly."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def solve(objects: tuple[SceneObject, ...], question: str) -> str:
 
 
 @pytest.mark.parametrize("kind", SHORT_KINDS)
-def test_every_candidate_is_what_the_objects_say(kind: str) -> None:
+def test_every_answer_follows_from_the_objects(kind: str) -> None:
     asked = [(s.objects, *found) for s in scenes(150) for found in candidates(s.objects, kind)]
     assert len(asked) > 200
     for objects, question, answer in asked:
@@ -88,7 +88,7 @@ def test_descriptions_are_long_and_name_all_objects_in_reading_order() -> None:
         assert len(re.findall(r"\w+|[,.]", answer)) >= 30
 
 
-def test_what_is_drawn_is_what_is_recorded() -> None:
+def test_drawings_match_their_records() -> None:
     for scene in scenes(60):
         image = scene.render()
         assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
@@ -155,7 +155,7 @@ def test_kinds_come_in_turn_and_answers_are_balanced() -> None:
         assert max(counts.values()) / 200 < 1 / len(ANSWERS[kind]) + 0.1
 
 
-def test_pairs_can_be_descriptions_only() -> None:
+def test_pairs_can_be_only_descriptions() -> None:
     assert {p.kind for p in pairs("train", 5, kinds=("description",))} == {"description"}
 
 

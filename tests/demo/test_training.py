@@ -1,4 +1,4 @@
-"""Training in miniature: what each stage trains, and that an interrupted run goes on."""
+"""Each training stage trains what it names, and an interrupted run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets in milliseconds: a line through what was measured, and a sentence where it ends."""
+"""Milliseconds become a budget on a line through measured points; others are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOPE, FIXED = 2e-8, 0.25
 
 
 def benchmark(path: Path, *, layers: int = 4, batch: int = 2, **changes: object) -> Path:
-    """As `yopo bench --json` prints it, of a machine with a price per FLOP and per layer."""
+    """Write what `yopo bench --json` prints on a machine with a price per FLOP and per layer."""
     work = {"dense": 4e9, "pruned": 1e9}
     times = {name: {"median": SLOPE * each + FIXED * layers * batch} for name, each in work.items()}
     shape = asdict(replace(SHAPE, layers=layers))
@@ -34,7 +34,7 @@ def benchmark(path: Path, *, layers: int = 4, batch: int = 2, **changes: object)
     return path
 
 
-def test_the_line_is_found_again(tmp_path: Path) -> None:
+def test_the_fitted_line_is_the_given_one(tmp_path: Path) -> None:
     costs = read_costs(benchmark(tmp_path / "costs.json"), SHAPE)
     assert costs.slope == pytest.approx(SLOPE) and costs.fixed == pytest.approx(FIXED)
 
@@ -54,7 +54,7 @@ def test_milliseconds_become_the_budget_on_the_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prefill_ms": None}, "is not what `yopo bench --json` prints"),
+        ({"prefill_ms": None}, "is not an output of `yopo bench --json`"),
         ({"shape": asdict(replace(SHAPE, hidden=64))}, "measured at hidden 64, the model's is 128"),
         (
             {"prefill_ms": {"dense": {"median": 1.0}, "pruned": {"median": 2.0}}},
@@ -62,8 +62,8 @@ def test_milliseconds_become_the_budget_on_the_line() -> None:
         ),
     ],
 )
-def test_what_is_no_cost_table_is_a_sentence(tmp_path: Path, changes: dict, message: str) -> None:
+def test_an_invalid_cost_table_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_costs(benchmark(tmp_path / "costs.json", **changes), SHAPE)
-    with pytest.raises(DataError, match="is not what"):
+    with pytest.raises(DataError, match="is not an output"):
         read_costs(tmp_path / "nothing.json", SHAPE)

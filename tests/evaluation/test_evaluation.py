@@ -1,4 +1,4 @@
-"""Evaluation: KL and agreement by definition, a plan that prunes nothing keeps everything."""
+"""KL and agreement follow their definitions; a plan that prunes nothing keeps everything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANSWERS = [3, 2]
 
 
 def answered() -> Batch:
-    """A padded batch whose last tokens, 3 and 2 of them, are answers."""
+    """A padded batch whose last 3 and 2 tokens are answers."""
     inputs = tiny.batch(ROWS)
     mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     for row, count in enumerate(ANSWERS):
@@ -56,14 +56,14 @@ def test_kl_and_agreement_follow_their_definition(subject: Subject) -> None:
     assert found.tokens == sum(ANSWERS)
 
 
-def test_the_whole_plan_strays_nowhere(subject: Subject) -> None:
+def test_the_whole_plan_has_zero_kl(subject: Subject) -> None:
     records = record(subject)
     with pruned(subject.model, tiny.whole(subject)):
         found = compare(subject.model, records)
     assert abs(found.kl) < 1e-6 and found.agreement == 1.0
 
 
-def test_no_pairs_are_an_error(mha: Subject) -> None:
+def test_evaluating_no_pairs_is_an_error(mha: Subject) -> None:
     with pytest.raises(DataError, match="no pairs"):
         record_dense(mha.model, None, [], batch_size=2, max_new_tokens=4)
 

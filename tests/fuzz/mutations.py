@@ -1,4 +1,4 @@
-"""Damage of all kinds: of bytes, of text, and of structure that stays well-formed."""
+"""Damage of all kinds: to bytes, to text, and to structure that remains well-formed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it ends soon, in a result or in an error of our own.
+"""Whatever a file holds, reading it ends soon, in a result or in one of our own errors.
 
 Seeds are fixed, so a failure repeats; ``cases`` may be raised to search for longer.
 """
@@ -84,7 +84,7 @@ def some_plan_text(rng: random.Random) -> str:
         concentration=tuple(rng.random() for _ in layers),
         locality=tuple(rng.randrange(9) for _ in layers),
     )
-    key = rng.choice(["template", "shape"])  # the latter in plans of long ago
+    key = rng.choice(["template", "shape"])  # the latter in old plans
     candidates = [{key: "reader", "compensation": "none", "budget": 0.5, "kl": None}]
     about = {"pairs": "own.jsonl", "samples": 4, key: "reader", "candidates": candidates}
     plan = tiny.random_plan(IDENTITY, rng, measured=measured, provenance=about)
@@ -118,7 +118,7 @@ def damaged_plan_file(folder: Path) -> Callable[[random.Random], None]:
 
 
 def with_header(content: bytes, change: Callable[[Any], Any], rng: random.Random) -> bytes:
-    """A safetensors file with another header, whose length may be wrong."""
+    """Build a safetensors file with another header, whose length may be wrong."""
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(change(json.loads(content[8 : 8 + length]))).encode()
     said = rng.choice([len(header)] * 8 + [0, length, 2**40, 2**63])
@@ -210,7 +210,7 @@ PYTHON_VALUES = (b"", b"x", datetime.date(2026, 1, 1), {1, 2}, object(), (), ran
 
 
 def damaged_row(folder: Path) -> Callable[[random.Random], None]:
-    """Rows as tables give them: with values that JSON does not have."""
+    """Build rows as tables give them, with values that JSON does not have."""
     Image.new("RGB", (3, 2)).save(folder / "a.png")
 
     def case(rng: random.Random) -> None:
@@ -247,29 +247,29 @@ def damaged_rows(folder: Path) -> Callable[[random.Random], None]:
     return case
 
 
-def test_plans() -> None:
+def test_damaged_plans_end_in_a_result_or_an_error() -> None:
     assert 20 < hunt(damaged_plan, 250) < 230
 
 
-def test_plan_files(tmp_path: Path) -> None:
+def test_damaged_plan_files_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert hunt(damaged_plan_file(tmp_path), 120) < 110
 
 
-def test_side_files(tmp_path: Path) -> None:
+def test_damaged_side_files_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 5 < hunt(damaged_side_file(tmp_path), 400) < 390
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_damaged_shards_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 5 < hunt(damaged_shard(tmp_path), 400) < 390
 
 
-def test_statistics(tmp_path: Path) -> None:
+def test_damaged_statistics_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 5 < hunt(damaged_statistics(tmp_path), 400) < 390
 
 
-def test_rows(tmp_path: Path) -> None:
+def test_damaged_rows_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 20 < hunt(damaged_row(tmp_path), 800) < 780
 
 
-def test_files_of_rows(tmp_path: Path) -> None:
+def test_damaged_files_of_rows_end_in_a_result_or_an_error(tmp_path: Path) -> None:
     assert 5 < hunt(damaged_rows(tmp_path), 400) < 390

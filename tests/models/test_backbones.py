@@ -1,4 +1,4 @@
-"""What the description of a backbone says is what the model in memory has."""
+"""The description of a backbone matches the model in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zoo import Specimen
 
 
 def test_the_rotation_is_that_of_the_models_own_module(specimen: Specimen) -> None:
-    """Whatever module of transformers it is taken from."""
+    """This holds for every transformers module that it is taken from."""
     backbone = specimen.family.backbone(specimen.model.config)
     decoder = specimen.model.get_decoder()
     attention = decoder.layers[0].self_attn

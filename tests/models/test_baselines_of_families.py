@@ -1,4 +1,4 @@
-"""Baselines on every family: stock where they drop nothing, right where they do, or a refusal."""
+"""On every family, baselines are stock if they drop nothing, else correct or refused."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_withdrawal_is_the_plan_of_whole_then_empty_layers(specimen: Specimen, p
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_simulation_means_what_the_reference_means(specimen: Specimen, prompt: str) -> None:
+def test_the_mask_simulation_matches_the_reference(specimen: Specimen, prompt: str) -> None:
     inputs = specimen.inputs(PROMPTS[prompt])
     plan = specimen.plan(1)
     with reference(specimen.model, plan):
@@ -103,7 +103,7 @@ def test_the_simulation_means_what_the_reference_means(specimen: Specimen, promp
 
 @torch.no_grad()
 def brute_row(specimen: Specimen, inputs: dict[str, Any]) -> torch.Tensor:
-    """(keys,) what the last token attends to in layer 1, by eager attention, mean over heads."""
+    """Return (keys,): the last token's eager attention in layer 1, averaged over heads."""
     model = specimen.model
     model.set_attn_implementation("eager")
     try:
@@ -131,7 +131,7 @@ def test_fastv_keeps_what_the_last_token_attends_to(specimen: Specimen) -> None:
 
 
 class BetweenLayers(RandomTokens):
-    """The same tokens leave between the embeddings and the first layer, not in front of both."""
+    """Drops the same tokens between the embeddings and the first layer instead of before both."""
 
     def reduce(self, *_: object) -> None:
         return None
@@ -141,10 +141,10 @@ class BetweenLayers(RandomTokens):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_reduction_in_front_is_a_drop_before_the_first_layer(
+def test_an_early_reduction_equals_a_drop_before_the_first_layer(
     specimen: Specimen, prompt: str
 ) -> None:
-    """Positions of several axes and features that later layers add go along in both ways."""
+    """Positions with several axes and features that later layers add are kept in both cases."""
     model, inputs = specimen.model, specimen.inputs(PROMPTS[prompt])
     found = []
     for kind in (RandomTokens, BetweenLayers):
@@ -156,8 +156,8 @@ def test_a_reduction_in_front_is_a_drop_before_the_first_layer(
     assert not torch.allclose(reduced[where], tiny.logits(model, inputs)[where], atol=1e-3)
 
 
-def test_pooled_images_stand_where_smaller_ones_would(specimen: Specimen) -> None:
-    """M-RoPE: rows and columns of the smaller grid, and text behind it closes up."""
+def test_pooled_images_have_the_positions_of_smaller_ones(specimen: Specimen) -> None:
+    """M-RoPE: rows and columns are the smaller grid's, and text follows without a gap."""
     model = specimen.model.base_model
     if not hasattr(model, "get_rope_index"):
         pytest.skip("positions are one number per token")
@@ -181,7 +181,7 @@ def test_pooled_images_stand_where_smaller_ones_would(specimen: Specimen) -> Non
 
 
 def shortened(specimen: Specimen, inputs: dict[str, Any], method: Downsampling) -> tuple:
-    """Ids, kinds and sizes of a prompt whose images had the smaller grids from the start."""
+    """Return ids, kinds and sizes of a prompt whose images have the smaller grids at once."""
     ids, kinds = inputs["input_ids"][0].tolist(), inputs["mm_token_type_ids"][0].tolist()
     merge = specimen.model.config.vision_config.spatial_merge_size
     grids = specimen.workload(MIXED).grids

@@ -1,4 +1,4 @@
-"""Calibrating every family: against a brute force in float64, and from pairs to a served model."""
+"""Calibration of every family matches brute force in float64 and leads to a served model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def watch(specimen: Specimen, inputs: dict[str, Any]) -> Observer:
 def eager(specimen: Specimen, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """(layers, batch, heads, queries, keys) attention and (layers, batch, tokens, ffn), float64.
 
-    By matrices of its own: stock eager attention makes NaN of padding in float64.
+    It builds its own matrices, because stock eager attention gives NaN for padding in float64.
     """
     oracle, taken, activations = specimen.oracle, [], []
 
@@ -77,7 +77,7 @@ def eager(specimen: Specimen, inputs: dict[str, Any]) -> tuple[torch.Tensor, tor
 
 
 def cells(specimen: Specimen, row: Row) -> list[tuple[int, int, int]]:
-    """(image, row, column) of the visual tokens of a prompt."""
+    """Return (image, row, column) of each visual token in a prompt."""
     return [
         (image, place // grid.cols, place % grid.cols)
         for image, grid in enumerate(specimen.workload(row).grids)
@@ -86,7 +86,7 @@ def cells(specimen: Specimen, row: Row) -> list[tuple[int, int, int]]:
 
 
 def brute_force(specimen: Specimen, rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
-    """(rho, cross-modal sum, locality sum, squared activations) by definition."""
+    """Compute (rho, cross-modal sum, locality sum, squared activations) by definition."""
     inputs = specimen.inputs(rows)
     weights, activations = eager(specimen, inputs)
     is_text, real = specimen.text_positions(inputs), inputs["attention_mask"].bool()
@@ -95,8 +95,8 @@ def brute_force(specimen: Specimen, rows: Sequence[Row]) -> tuple[torch.Tensor, 
     for number, row in enumerate(rows):
         visual = real[number] & ~is_text[number]
         places = visual.nonzero().flatten().tolist()
-        behind = is_text[number] & (torch.arange(len(visual)) > places[0])
-        asked = weights[:, number][:, :, behind]  # (layers, heads, queries, keys)
+        after = is_text[number] & (torch.arange(len(visual)) > places[0])
+        asked = weights[:, number][:, :, after]  # (layers, heads, queries, keys)
         seen = asked[..., visual].sum(-1)
         rho.append(seen.sum(-1) / asked[..., ~visual].sum((-1, -2)))
         cross = cross + seen.mean(1).sum(-1)
@@ -114,7 +114,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def test_it_equals_brute_force(specimen: Specimen) -> None:
+def test_calibration_matches_brute_force(specimen: Specimen) -> None:
     rho, cross, locality, squares = brute_force(specimen, ROWS)
     found = watch(specimen, specimen.inputs(ROWS))
     assert (found.rho[0].double() / rho - 1).abs().max() < 5e-5  # float32 against float64
@@ -135,7 +135,7 @@ def test_observing_does_not_change_the_model(specimen: Specimen) -> None:
 
 
 def measured(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> Statistics:
-    """Statistics of prompts of the zoo; they stand in for pairs, and for what a processor makes."""
+    """Statistics of zoo prompts, which replace pairs and a processor's output."""
     monkeypatch.setattr(
         run, "encode_for", lambda _, __, group: Batch(specimen.inputs(group), None, group)
     )
@@ -156,7 +156,7 @@ def test_the_same_pairs_give_the_same_bytes(
 
 
 @pytest.mark.parametrize("template", ["paper", "reader-heads"])
-def test_from_pairs_to_a_served_model(
+def test_pairs_lead_to_a_served_model(
     specimen: Specimen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, template: str
 ) -> None:
     request = BudgetRequest(0.5, template=template)

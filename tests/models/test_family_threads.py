@@ -1,4 +1,4 @@
-"""What encoders are told of images belongs to the thread that encodes them, in every family."""
+"""Grids given to encoders belong to the thread that encodes the images, in every family."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ENTRIES = {type(entry).__module__: entry for entry in zoo.all_entries()}
 
 
 @pytest.mark.parametrize("module", ENTRIES)
-def test_images_that_are_encoded_at_once_are_not_mixed_up(module: str) -> None:
-    """All threads encode before any prefills, as two calls of ``generate`` may."""
+def test_concurrently_encoded_images_are_not_mixed_up(module: str) -> None:
+    """All threads encode before any of them prefills, as two calls of ``generate`` may."""
     specimen = zoo.build(ENTRIES[module])
     plan = specimen.plan(3)
     batches = [specimen.inputs(rows, seed) for seed, rows in enumerate(ROWS)]

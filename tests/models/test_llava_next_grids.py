@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's grids are where the library itself packs its features, for any image size."""
+"""LLaVA-NeXT's grids match how the library packs its features, for any image size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = LlavaNextConfig()  # 336 pixels by patches of 14, the pinpoints of 1.6
 
 
 def packed(size: tuple[int, int]) -> torch.Tensor:
-    """What kind of token follows what, by the library: (tokens,) of the values above."""
+    """Return the kinds of tokens in the library's order: (tokens,) of the values above."""
     tiles = image_size_to_num_patches(size, CONFIG.image_grid_pinpoints, 336)
     features = torch.full((tiles, 24 * 24, 1), TILES)
     features[0] = BASE
@@ -43,7 +43,7 @@ def sizes(count: int) -> list[tuple[int, int]]:
     return draws + [(height // 9 + 1, width // 9 + 1) for height, width in draws[::4]] + extreme
 
 
-def test_grids_are_the_librarys_packing() -> None:
+def test_grids_match_the_librarys_packing() -> None:
     seen = set()
     for size in sizes(300):
         kinds = packed(size)
@@ -56,7 +56,7 @@ def test_grids_are_the_librarys_packing() -> None:
     assert len(seen) > 50
 
 
-def test_an_image_without_tiles_is_its_base_and_one_newline() -> None:
+def test_an_image_without_tiles_is_a_base_and_one_newline() -> None:
     config = LlavaNextConfig(image_grid_pinpoints=[[0, 0]])
     base, rest = image_grids(config, [300, 300])
     one = torch.full((1, 576, 1), BASE)
@@ -66,7 +66,7 @@ def test_an_image_without_tiles_is_its_base_and_one_newline() -> None:
     assert len(kinds) == base.tokens + rest.tokens == 577 and rest == Grid(1, 1)
 
 
-def test_images_are_dealt_to_rows_and_beams() -> None:
+def test_images_are_assigned_to_rows_and_beams() -> None:
     first, second = (100, 300), (500, 200)
     grids = {size: image_grids(CONFIG, list(size)) for size in (first, second)}
     tokens = {size: sum(grid.tokens for grid in grids[size]) for size in grids}
@@ -78,8 +78,8 @@ def test_images_are_dealt_to_rows_and_beams() -> None:
     assert LLAVA_NEXT.grids_of(CONFIG, beams, told) == [row for row in expected for _ in range(3)]
 
 
-def test_sizes_that_are_missing_or_of_other_images_are_a_sentence() -> None:
+def test_missing_or_foreign_image_sizes_are_refused() -> None:
     with pytest.raises(ModelError, match="needs the sizes of its images"):
         LLAVA_NEXT.grids_of(CONFIG, [[(7, 1000)]], {})
-    with pytest.raises(ModelError, match="are not those of the images"):
+    with pytest.raises(ModelError, match="do not match the images"):
         LLAVA_NEXT.grids_of(CONFIG, [[(7, 1000)]], {"image_sizes": torch.tensor([[300, 300]])})

@@ -60,13 +60,15 @@ def save_model(path: Path) -> None:
     )
     torch.manual_seed(0)
     model = LlavaNextForConditionalGeneration(config)
-    # Random weights might say the placeholder, of which stock models then miss an image.
+    # Random weights might generate the placeholder, for which stock models then miss an image.
     model.generation_config.suppress_tokens = [config.image_token_id]
     model.save_pretrained(path)
     processor.save_pretrained(path)
 
 
-def test_calibrate_apply_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_calibrated_plan_can_be_applied_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("YOPO_CACHE", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")

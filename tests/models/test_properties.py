@@ -109,7 +109,7 @@ def specified(
 
 @storages
 @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
-def test_generate_says_what_the_reference_says(specimen: Specimen, beams: int, stored: str) -> None:
+def test_generate_matches_the_reference(specimen: Specimen, beams: int, stored: str) -> None:
     for seed, (name, inputs) in enumerate(prompts_of(specimen).items()):
         plan = drawn(specimen, seed, stored)
         expected = specified(specimen, plan, inputs, num_beams=beams)
@@ -125,12 +125,12 @@ def test_a_second_turn_with_a_new_image_continues_the_cache(
     specimen: Specimen, first: list[int | str], seed: int, stored: str
 ) -> None:
     plan, cache, oracle = drawn(specimen, seed, stored), DynamicCache(), specimen.oracle
-    behind = [11, "B", 12, 13]
+    second = [11, "B", 12, 13]
     with pruned(oracle, plan):
         said = specimen.generate(oracle, specimen.inputs([first]), past_key_values=cache)
         answer = said[0, specimen.inputs([first])["input_ids"].shape[1] :].tolist()
-        whole = specimen.inputs([[*first, *answer, *behind]])
-        turn = specimen.entry.next_turn(oracle, whole, specimen.new_images(whole, behind))
+        whole = specimen.inputs([[*first, *answer, *second]])
+        turn = specimen.entry.next_turn(oracle, whole, specimen.new_images(whole, second))
         found = specimen.generate(oracle, turn, past_key_values=cache)
     assert torch.equal(found, specified(specimen, plan, whole))
     assert cache.get_seq_length() == found.shape[1] - 1  # the last token was never fed back
@@ -141,7 +141,7 @@ def test_a_second_turn_with_a_new_image_continues_the_cache(
 
 @pytest.fixture(scope="module", params=["hub layout", "module names"])
 def baked(request: pytest.FixtureRequest, specimen: Specimen, tmp_path_factory) -> tuple:
-    """(baked directory, plan, specimen)."""
+    """Return (baked directory, plan, specimen)."""
     folder = tmp_path_factory.mktemp("baked")
     is_hub = request.param == "hub layout"
     specimen.model.save_pretrained(folder / "source", save_original_format=is_hub)
@@ -159,16 +159,16 @@ def check_stock(path: Path, specimen: Specimen) -> None:
     usual, oracle = (tiny.logits(each, inputs) for each in (specimen.model, specimen.oracle))
     found = tiny.logits(stock, inputs)
     tiny.assert_close(found, usual, oracle, inputs["attention_mask"].bool())
-    assert not torch.equal(found, usual)  # it stands in another order
+    assert not torch.equal(found, usual)  # it is in another order
 
 
-def test_baked_in_stock_transformers_is_the_original(baked: tuple) -> None:
+def test_a_baked_model_in_stock_transformers_is_the_original(baked: tuple) -> None:
     path, _, specimen = baked
     check_stock(path, specimen)
 
 
 @pytest.mark.parametrize("how", ["yopo.load", "trust_remote_code"])
-def test_baked_and_loaded_is_pruned_in_memory(baked: tuple, how: str) -> None:
+def test_a_baked_and_loaded_model_equals_one_pruned_in_memory(baked: tuple, how: str) -> None:
     path, plan, specimen = baked
     if how == "yopo.load":
         model = yopo.load(path)
@@ -212,7 +212,7 @@ def test_baked_in_few_bits_is_pruned_in_memory(specimen: Specimen, tmp_path: Pat
 
 
 def test_verify_compares_both_checkpoints(baked: tuple) -> None:
-    """What ``yopo apply --verify`` does: noise of the family's own making."""
+    """This is what ``yopo apply --verify`` does, with the family's own inputs of noise."""
     path, plan, specimen = baked
     inputs = random_prompt(specimen.model, plan)
     assert 0 < (~specimen.text_positions(inputs)).sum() < inputs["input_ids"].numel()
@@ -224,7 +224,7 @@ def test_verify_compares_both_checkpoints(baked: tuple) -> None:
 
 
 def executed(specimen: Specimen, inputs: dict[str, Any]) -> int:
-    """Matrix-product FLOPs of one forward's text decoder."""
+    """Return the matrix-product FLOPs of the text decoder in one forward."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         tiny.logits(specimen.model, inputs)
@@ -235,14 +235,14 @@ def executed(specimen: Specimen, inputs: dict[str, Any]) -> int:
     return sum(counts.values())
 
 
-def test_the_dense_models_flops(specimen: Specimen) -> None:
+def test_flops_of_the_dense_model_are_the_predicted_ones(specimen: Specimen) -> None:
     predicted = dense_prefill_flops(specimen.identity.shape, specimen.workload(LARGE))
     assert executed(specimen, specimen.inputs([LARGE])) == pytest.approx(predicted, rel=0.01)
 
 
 @storages
 @pytest.mark.parametrize("seed", SEEDS)
-def test_flops_and_bytes(specimen: Specimen, seed: int, stored: str) -> None:
+def test_flops_and_bytes_are_the_predicted_ones(specimen: Specimen, seed: int, stored: str) -> None:
     inputs = specimen.inputs([LARGE])
     plan = drawn(specimen, seed, stored, workload=specimen.workload(LARGE))
     with pruned(specimen.model, plan):
@@ -299,7 +299,7 @@ def test_grids_are_found_in_forward_generate_and_beams(specimen: Specimen) -> No
     assert seen == [expected, expected, None, beams]
 
 
-def test_nothing_visual_is_nothing_pruned(specimen: Specimen, capsys: Any, recwarn: Any) -> None:
+def test_without_images_nothing_is_pruned(specimen: Specimen, capsys: Any, recwarn: Any) -> None:
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = specimen.plan(0, layers=(none,) * 4)
     inputs = specimen.inputs(PROMPTS["text"])

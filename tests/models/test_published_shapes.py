@@ -55,7 +55,7 @@ IMAGE = Workload((Grid(32, 32),), 64, 15)
 
 
 def published(name: str) -> PreTrainedConfig:
-    """The configuration as the hub has it: flat in Qwen2(.5)-VL, nested in Qwen3-VL."""
+    """Return the configuration as on the hub: flat for Qwen2(.5)-VL, nested for Qwen3-VL."""
     numbers = dict(zip(KEYS, SHAPES[name], strict=True))
     text: dict[str, Any] = {
         "num_hidden_layers": numbers["layers"],
@@ -81,7 +81,7 @@ def published(name: str) -> PreTrainedConfig:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_shape_and_family_are_read_off_the_published_configuration(name: str) -> None:
+def test_shape_and_family_are_read_from_the_published_configuration(name: str) -> None:
     config = published(name)
     assert shape_of(config) == ModelShape(*SHAPES[name])
     family = family_of(config)
@@ -91,7 +91,7 @@ def test_shape_and_family_are_read_off_the_published_configuration(name: str) ->
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_dense_flops_are_two_per_weight_and_token(name: str) -> None:
-    """Against the weights of the real architecture, and their number on the models' cards."""
+    """Compared with the weights of the real architecture, and their number on the model cards."""
     config = published(name)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -106,7 +106,7 @@ def test_dense_flops_are_two_per_weight_and_token(name: str) -> None:
     assert type(model).__name__ == family_of(config).architecture
 
 
-def test_the_visual_cache_of_qwen2_vl_7b() -> None:
+def test_the_visual_cache_of_qwen2_vl_7b_has_the_published_size() -> None:
     """Four KV heads of 128 in 28 layers: 57 344 bytes per visual token in 16 bit."""
     assert dense_visual_kv_bytes(ModelShape(*SHAPES["qwen2-vl-7b"]), IMAGE) == 57344 * 1024
 

@@ -1,4 +1,4 @@
-"""Full-size models, from their published configurations: what the configs quote, what fits."""
+"""Figures of full-size models, as quoted in configs/, follow their published configurations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_quoted_flops(name: str) -> None:
+def test_configs_quote_the_right_flops(name: str) -> None:
     family = next(family for family in IMAGES if name.startswith(family))
     flops = [dense_visual_flops(SHAPES[name], Workload(grids, 40)) for grids in IMAGES[family]]
     text = " ".join((CONFIGS / f"{name}.yaml").read_text().replace("#", " ").split())

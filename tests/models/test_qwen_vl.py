@@ -1,4 +1,4 @@
-"""Where Qwen-VL's images and frames are: against the models' own positions, and when told wrong."""
+"""Grids of Qwen-VL's images and frames match the models' own positions; wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def layout_of(specimen: Specimen, inputs: dict[str, Any]) -> TokenLayout:
 
 
 def test_coordinates_are_the_models_own_positions(qwen: Specimen) -> None:
-    """M-RoPE says time, row and column of every token; the layout must agree with it."""
+    """M-RoPE gives time, row and column of every token; the layout must agree with it."""
     inputs = qwen.inputs(ROWS)
     layout = layout_of(qwen, inputs)
     told = {name: each for name, each in inputs.items() if not name.startswith("pixel")}
@@ -67,15 +67,15 @@ def test_coordinates_are_the_models_own_positions(qwen: Specimen) -> None:
         assert len(table[:, 0].unique()) == count
 
 
-def test_a_placeholder_that_nothing_fills_is_text(qwen: Specimen) -> None:
-    """A model may say the video token; it is no frame then, and the image stays one."""
+def test_an_unfilled_placeholder_is_text(qwen: Specimen) -> None:
+    """A model may generate the video token; it is not a frame then, and the image is unaffected."""
     inputs = qwen.inputs([[1, "A", 5, VIDEO, 6]])
     inputs["mm_token_type_ids"] *= inputs["mm_token_type_ids"] != 2
     layout = layout_of(qwen, inputs)
     assert layout.grids == ((Grid(3, 2),),) and layout.visual.length == 6
 
 
-def test_what_was_said_of_an_earlier_prompt_does_not_count(qwen: Specimen) -> None:
+def test_grids_of_an_earlier_prompt_are_not_reused(qwen: Specimen) -> None:
     with pruned(qwen.model, qwen.plan(1)):
         for row in (["V", 5, "C", 6], ["B", 7, 8], ["V", 9], ["A", 5]):
             inputs = qwen.inputs([[1, *row]])
@@ -88,16 +88,16 @@ def pruned_again(specimen: Specimen) -> Any:
     return pruned(zoo.build(specimen.entry).model, specimen.plan(1))
 
 
-def test_a_second_turn_of_two_rows_with_new_images(qwen: Specimen) -> None:
-    """Every row has an offset of its own between places in the cache and M-RoPE positions."""
+def test_two_rows_may_get_new_images_in_a_second_turn(qwen: Specimen) -> None:
+    """Every row has its own offset between cache positions and M-RoPE positions."""
     oracle, plan, cache = qwen.oracle, qwen.plan(4), DynamicCache()
-    rows, behind = [[1, 5, "A", 7], [1, 2, 3, "C", 7, 8]], [11, "B", 12]
-    first, new = qwen.inputs(rows, seed=1), qwen.inputs([behind, behind], seed=2)
+    rows, turn = [[1, 5, "A", 7], [1, 2, 3, "C", 7, 8]], [11, "B", 12]
+    first, new = qwen.inputs(rows, seed=1), qwen.inputs([turn, turn], seed=2)
     with pruned(oracle, plan):
         said = qwen.generate(oracle, first, past_key_values=cache)
         answers = said[:, first["input_ids"].shape[1] :].tolist()
         both = zip(rows, answers, strict=True)
-        whole = qwen.inputs([[*row, *answer, *behind] for row, answer in both])
+        whole = qwen.inputs([[*row, *answer, *turn] for row, answer in both])
         parts = [
             each["pixel_values"].split(each["image_grid_thw"].prod(dim=1).tolist())
             for each in (first, new)
@@ -112,7 +112,7 @@ def test_a_second_turn_of_two_rows_with_new_images(qwen: Specimen) -> None:
     assert len(oracle.base_model.rope_deltas.unique()) == 2
 
 
-def test_a_batch_of_rows_without_and_with_several_images() -> None:
+def test_a_batch_may_mix_rows_with_and_without_images() -> None:
     info = {
         "image_grid_thw": torch.tensor([[1, 4, 6], [1, 6, 4]]),
         "video_grid_thw": torch.tensor([[2, 4, 4]]),
@@ -130,18 +130,18 @@ def test_a_batch_of_rows_without_and_with_several_images() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[(IMAGE, 5)]], r"visual tokens \(\[5\] per row\) are not those of the images"),
-        ([[(IMAGE, 6), (IMAGE, 6)]], "are not those of the images"),
+        ([[(IMAGE, 5)]], r"visual tokens \(\[5\] per row\) do not match the images"),
+        ([[(IMAGE, 6), (IMAGE, 6)]], "do not match the images"),
         ([[(IMAGE, 2), (IMAGE, 4)]], "not a whole number of images"),
-        ([[(VIDEO, 4)]], "nothing says what their images' video_grid_thw is"),
+        ([[(VIDEO, 4)]], "but the video_grid_thw of their images is missing"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence(rows: list, message: str) -> None:
+def test_inputs_that_do_not_fit_are_refused(rows: list, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         grids_of(CONFIG, rows, {"image_grid_thw": torch.tensor([[1, 4, 6]])})
 
 
-def test_chunks_inside_an_image_are_refused(qwen: Specimen) -> None:
+def test_chunks_that_split_an_image_are_refused(qwen: Specimen) -> None:
     inputs = qwen.inputs([[1, 5, 6, "C", 7, 8]])
     with pruned(qwen.model, qwen.plan(0)), pytest.raises(ModelError, match="in one piece"):
         qwen.generate(qwen.model, inputs, prefill_chunk_size=8)
@@ -153,12 +153,15 @@ def test_images_encoded_by_hand_before_pruning_are_refused_not_guessed(qwen: Spe
         inputs.pop("pixel_values"), inputs["image_grid_thw"], return_dict=True
     )
     inputs["mm_encoder_outputs"] = {"image": features}
-    with pruned(qwen.model, qwen.plan(0)), pytest.raises(ModelError, match="nothing says"):
+    with (
+        pruned(qwen.model, qwen.plan(0)),
+        pytest.raises(ModelError, match="of their images is missing"),
+    ):
         qwen.model.generate(**inputs, max_new_tokens=1)
 
 
 def test_images_encoded_before_others_are_not_taken_for_those(qwen: Specimen) -> None:
-    """Two images of as many tokens, on other grids: what was said of each stays with it."""
+    """Two images have equally many tokens on different grids; each keeps its own grid."""
     pixels = {name: qwen.inputs([[1, 5, name, 7]]) for name in "AB"}
     pixels["B"]["image_grid_thw"] = pixels["A"]["image_grid_thw"][:, [0, 2, 1]]
     pixels["B"]["pixel_values"] = pixels["A"]["pixel_values"].flip(0)
@@ -189,8 +192,8 @@ def test_images_encoded_before_others_are_not_taken_for_those(qwen: Specimen) ->
 
 
 @pytest.mark.parametrize("rows", [3, 4])
-def test_packed_samples_are_told_apart_by_their_text_positions(qwen: Specimen, rows: int) -> None:
-    """As in stock: a fourth row of positions counts tokens; three rows say nothing of samples."""
+def test_packed_samples_are_distinguished_by_text_positions(qwen: Specimen, rows: int) -> None:
+    """As in stock: a fourth row of positions counts tokens; three rows do not separate samples."""
     samples = [[1, 5, "A", 7, 8], [1, 2, "B", 9], [1, 3, 4]]
     inputs = qwen.inputs([[piece for sample in samples for piece in sample]])
     del inputs["attention_mask"]
@@ -204,6 +207,6 @@ def test_packed_samples_are_told_apart_by_their_text_positions(qwen: Specimen, r
     tiny.assert_close(found, usual, oracle, torch.ones_like(inputs["input_ids"]).bool())
 
 
-def test_the_three_differ_in_data_alone() -> None:
+def test_the_three_families_differ_only_in_data() -> None:
     assert QWEN2_VL.grids_of is grids_of
     assert QWEN2_VL.backbones[0].position_axes == 3

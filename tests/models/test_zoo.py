@@ -1,4 +1,4 @@
-"""The table family x property has no hole: every family has a model that the properties run on."""
+"""Every family has a model that the properties run on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Tiny randomly initialised models of every family, and prompts for them.
 
-A module ``zoo_NAME.py`` beside this one describes a family's models in a list ``ENTRIES`` of
+Each module ``zoo_NAME.py`` next to this one describes a family's models in a list ``ENTRIES`` of
 :class:`Entry` objects; the properties are tested on all of them. Prompts are rows of token ids and
-letters: a letter stands for an image that the entry knows (``A`` and ``B`` always, ``L`` is large).
+letters: a letter is an image that the entry knows (``A`` and ``B`` always, ``L`` is large).
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Picture:
     """An image as a prompt sees it.
 
     Attributes:
-        tokens: What the processor writes for it.
+        tokens: Tokens that the processor writes for it.
         grids: Its visual tokens' grids.
-        size: Whatever the entry needs to draw it.
+        size: Whatever the entry needs for drawing it.
     """
 
     tokens: tuple[int, ...]
@@ -76,7 +76,7 @@ class Entry:
     Attributes:
         name: In test ids.
         pictures: Letter -> image; ``A`` and ``B`` (of another size if there are sizes), ``L``.
-        prompts: Prompts of this entry beside the common ones.
+        prompts: Prompts of this entry in addition to the common ones.
         placeholders: Token ids that count as visual, and must not be generated.
     """
 
@@ -86,11 +86,11 @@ class Entry:
     placeholders: tuple[int, ...] = (IMAGE,)
 
     def build(self) -> PreTrainedModel:
-        """The model; weights are randomised by the caller's seed and perturbed behind."""
+        """Build the model; weights come from the caller's seed and are perturbed afterwards."""
         raise NotImplementedError
 
     def pixels(self, pictures: list[Picture], generator: torch.Generator) -> dict[str, Any]:
-        """What the processor makes of images, in prompt order, beside the token ids."""
+        """Return the processor's output for images, in prompt order, except for the token ids."""
         raise NotImplementedError
 
     def finish(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Entry:
         Args:
             model: The model, pruned.
             whole: Inputs of the whole conversation.
-            new: Inputs of the new turn alone.
+            new: Inputs of the new turn only.
         """
         ids = {name: whole[name] for name in ("input_ids", "attention_mask")}
         return {**new, **ids}
@@ -177,7 +177,7 @@ class Specimen:
         return entry.finish(inputs)
 
     def new_images(self, whole: dict[str, Any], row: Row) -> dict[str, Any]:
-        """What the processor makes of a row's images alone, with their pixels in ``whole``."""
+        """Return the processor's output for one row's images, with their pixels from ``whole``."""
         alone = self.inputs([row])
         for name, value in alone.items():
             if name not in ("input_ids", "attention_mask") and value.shape != whole[name].shape:
@@ -196,7 +196,7 @@ class Specimen:
     def generate(
         self, model: PreTrainedModel, inputs: dict[str, Any], **options: Any
     ) -> torch.Tensor:
-        """Token ids, prompt included; placeholders are never said."""
+        """Return token ids, prompt included; placeholders are never generated."""
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False} | options
         options["suppress_tokens"] = list(self.entry.placeholders)
         return model.generate(**tiny.as_dtype(inputs, model.dtype), **options)

@@ -1,4 +1,4 @@
-"""InternVL: tiles of equally many tokens on three decoders, Phi-3 with fused projections."""
+"""InternVL: tiles with equal numbers of tokens on three decoders, Phi-3 with fused projections."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKBONES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "phi3": Phi3Config, "qw
 
 
 def picture(tiles: int) -> Picture:
-    """An image that was cut into so many tiles, the thumbnail included."""
+    """Make an image that was cut into this many tiles, the thumbnail included."""
     tokens = (START, *(IMAGE,) * (tiles * SIDE**2), END)
     return Picture(tokens, (Grid(SIDE, SIDE),) * tiles, tiles)
 

@@ -57,7 +57,7 @@ class Llava(Entry):
 
 
 class WithClassToken(Llava):
-    """CLIP whose class token is kept: it is no patch."""
+    """CLIP that keeps its class token, which is not a patch."""
 
     pictures = {"A": CLASS, "B": CLASS, "L": CLASS}
     selection = {"vision_feature_select_strategy": "full"}
@@ -78,7 +78,7 @@ class Siglip(Llava):
 
 
 def sized(rows: int, cols: int) -> Picture:
-    """An image of so many patches: rows end with a break token, the last one with another."""
+    """Make an image of this many patches; rows end with a break token, the last with another."""
     tokens = ((IMAGE,) * cols + (BREAK,)) * rows
     size = (rows * tiny.PATCH, cols * tiny.PATCH)
     return Picture((*tokens[:-1], END), (Grid(rows, cols),), size)

@@ -25,7 +25,7 @@ BACKBONES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Confi
 
 
 def picture(size: tuple[int, int], rows: int, cols: int) -> Picture:
-    """An image of (height, width) pixels whose tiles make so many rows and columns of tokens."""
+    """Make an image of (height, width) pixels with this many rows and columns of tile tokens."""
     grids = (Grid(SIDE, SIDE), Grid(rows, cols + 1))
     return Picture((IMAGE,) * sum(grid.tokens for grid in grids), grids, size)
 
@@ -33,8 +33,8 @@ def picture(size: tuple[int, int], rows: int, cols: int) -> Picture:
 class LlavaNext(Entry):
     pictures = {
         "A": picture((16, 32), 4, 8),  # fills two tiles
-        "B": picture((30, 12), 8, 4),  # stands upright; padded to 32 x 16, and unpadded
-        "C": picture((20, 100), 2, 12),  # lies; padded above and below
+        "B": picture((30, 12), 8, 4),  # upright; padded to 32 x 16, then unpadded
+        "C": picture((20, 100), 2, 12),  # wide; padded above and below
         "L": picture((62, 50), 14, 12),  # twelve tiles
     }
     prompts = {"unpadded": [[1, 5, "C", 6, "L", 7], [1, "B", 4]]}

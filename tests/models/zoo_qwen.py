@@ -26,7 +26,7 @@ def image(rows: int, cols: int) -> Picture:
 
 
 def video(frames: int, rows: int, cols: int, *, run_per_frame: bool) -> Picture:
-    """Frames in one run, or each in its own behind a time stamp."""
+    """Make frames in one run, or each in its own run after a time stamp."""
     if run_per_frame:
         tokens = (40, START, *(VIDEO,) * (rows * cols), END) * frames
     else:
@@ -81,7 +81,7 @@ class QwenVL(Entry):
     def next_turn(
         self, model: PreTrainedModel, whole: dict[str, Any], new: dict[str, Any]
     ) -> dict[str, Any]:
-        """Positions follow from all images, features are wanted of the new ones alone."""
+        """Positions follow from all images, features are needed only for the new ones."""
         features = model.base_model.get_image_features(
             new["pixel_values"].to(model.dtype), new["image_grid_thw"], return_dict=True
         )

@@ -1,4 +1,4 @@
-"""What a session does with its pairs: it judges on none that it fitted on, or does neither."""
+"""A session never compares plans on pairs that it fitted on."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def session() -> CalibrationSession:
-    """One that has a holdout, on as few pairs as that takes."""
+    """A session with a holdout, on as few pairs as possible."""
     fit_options = FitOptions(fit_pairs=8)
     return CalibrationSession(MODEL, options(3 * MIN_SIDE), fit_options, needs_holdout=True)
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.02])
-def test_a_tolerance_is_kept_and_spent(
+def test_a_tolerance_is_met_and_used_up(
     session: CalibrationSession, monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
-    """The smaller the budget, the more answers are made to differ: four in a thousand over it."""
+    """Smaller budgets are made to disagree more: 0.004 over the budget."""
     monkeypatch.setattr(session, "agreement", lambda plan: 1 - 0.004 / plan.budget.reached)
     made = session.make(ToleranceRequest(tolerance))
     least = 0.004 / tolerance
@@ -94,7 +94,7 @@ def test_a_tolerance_is_kept_and_spent(
 def test_a_plan_within_a_tolerance_agrees_within_it(
     session: CalibrationSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the holdout tells, and nothing else that is compared on."""
+    """Only the holdout decides, not the pairs that plans are compared on."""
     tolerance = 0.02
     compared: list[tuple[PruningPlan, Fidelity]] = []
     usual = session._compare
@@ -117,7 +117,9 @@ def test_a_plan_within_a_tolerance_agrees_within_it(
 
 
 @pytest.mark.parametrize("samples", [1, 2 * MIN_SIDE - 1])
-def test_few_pairs_fit_nothing_and_say_so(samples: int, capsys: pytest.CaptureFixture) -> None:
+def test_too_few_pairs_fit_nothing_and_cause_a_warning(
+    samples: int, capsys: pytest.CaptureFixture
+) -> None:
     made = make(samples, BudgetRequest(0.2))
     said = capsys.readouterr().err
     pairs = f"{samples} pair{'s' * (samples > 1)}"
@@ -138,7 +140,7 @@ def test_few_pairs_fit_nothing_and_say_so(samples: int, capsys: pytest.CaptureFi
         (ToleranceRequest(0.1), "too few to hold some out for a tolerance, expected at least 24"),
     ],
 )
-def test_what_needs_more_pairs_is_refused(asked: PlanRequest, message: str) -> None:
+def test_requests_that_need_more_pairs_are_refused(asked: PlanRequest, message: str) -> None:
     with pytest.raises(DataError) as caught:
         make(15, asked)
     assert message in caught.value.message and "--samples" in caught.value.remedy
@@ -161,7 +163,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
     assert len(first) == 2 and first == again
 
 
-def test_questions_about_one_image_are_as_good_as_one_pair(
+def test_many_questions_about_one_image_count_as_one_pair(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     for name in ("a.png", "copy.png"):

@@ -11,7 +11,7 @@ from yopo.data.prompts import Batch
 
 @pytest.fixture(scope="module", params=specimens.ENTRIES, ids=lambda entry: entry.name)
 def specimen(request: pytest.FixtureRequest) -> zoo.Specimen:
-    """Ragged GQA with biases, plain MHA, M-RoPE, DeepStack with norms per head, fused."""
+    """Ragged GQA with biases, MHA, M-RoPE, DeepStack with norms per head, fused projections."""
     return zoo.build(request.param)
 
 

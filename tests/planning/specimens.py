@@ -19,10 +19,10 @@ ENTRIES = [Llava("gqa"), *(entry for entry in zoo.all_entries() if entry.name in
 
 
 def encoded(inputs: dict[str, Any]) -> Batch:
-    """Inputs as calibration hands them on."""
+    """Wrap inputs as calibration passes them on."""
     return Batch(inputs, None, (None,) * len(inputs["input_ids"]))
 
 
 def make_batches(specimen: zoo.Specimen, prompts: Sequence[Sequence[zoo.Row]]) -> list[Batch]:
-    """One batch per prompt, other pixels in each."""
+    """Make one batch per prompt, each with different pixels."""
     return [encoded(specimen.inputs(rows, seed)) for seed, rows in enumerate(prompts)]

@@ -1,4 +1,4 @@
-"""Budgets spent by weightings: kept, spent, whole KV groups, no work that nobody would read."""
+"""Allocations keep and spend their budget, keep KV groups whole and do no unread work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from yopo.calibration.statistics import Statistics
 from yopo.fitting.profile import Profile
 from yopo.planning import planner
 from yopo.planning.allocate import FACTOR, Allocator, Weighting, weighting_moves
-from yopo.planning.planner import Candidate, make_plan
+from yopo.planning.candidate import Candidate
+from yopo.planning.planner import make_plan
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.plans.flops import visual_budget, visual_flops_of_layer
@@ -57,7 +58,7 @@ def make_allocator(
 
 
 def damage(layers: Layers, allocator: Allocator) -> float:
-    """The estimate, written down once more from the words of the module."""
+    """Compute the estimate independently, following the module's docstring."""
     statistics, profile = allocator.builder.statistics, allocator.profile
     shape, visual_weight = statistics.model.shape, weight_of(allocator)
     effect = statistics.head_effect
@@ -81,7 +82,7 @@ def damage(layers: Layers, allocator: Allocator) -> float:
 
 
 def weight_of(allocator: Allocator) -> float:
-    """The visual weight that the allocator was made with: ``later`` is that times later reading."""
+    """Return the allocator's visual weight: ``later`` is that times later reading."""
     effect = allocator.builder.statistics.head_effect
     reading = (effect / (1 + effect)).sum(dim=1)
     return float(allocator.later[0] / reading[1:].sum())
@@ -98,7 +99,7 @@ def test_budgets_are_kept_and_spent(
         allocator = make_allocator(budget, visual_weight, kv_heads=kv_heads, radius=radius)
         layers = allocator.allocate()
         if visual_weight > 1 and layers is None:
-            continue  # what visual states are made of is worth more than anybody's reading them
+            continue  # visual states may matter more than reading them
         cost = allocator.builder.cost(layers)
         assert cost <= budget and len(layers) == LAYERS and layers == trim(layers)
         reached.append(cost / budget)
@@ -121,13 +122,13 @@ def test_a_larger_budget_never_means_more_damage(
 ) -> None:
     allocators = [make_allocator(budget, visual_weight) for budget in sorted((first, second))]
     layers = [each.allocate() for each in allocators]
-    assume(None not in layers)  # visual states may be worth more than anybody's reading them
+    assume(None not in layers)  # visual states may matter more than reading them
     less, more = (damage(each, by) for each, by in zip(layers, allocators, strict=True))
     assert more <= less * (1 + 1e-9) + 1e-12
 
 
-def test_no_single_change_is_a_bargain() -> None:
-    """Random other layers at no higher cost do not beat the allocation by the estimate."""
+def test_no_single_change_improves_an_allocation() -> None:
+    """By the estimate, no random other layer at the same or lower cost beats the allocation."""
     allocator = make_allocator(0.3)
     layers = allocator.allocate()
     cost, best = allocator.builder.cost(layers), damage(layers, allocator)
@@ -154,8 +155,8 @@ def test_a_tiny_visual_weight_reads_and_a_huge_one_computes() -> None:
     assert heads[1] < heads[0]
 
 
-def test_at_the_full_budget_everything_is_done_that_is_read() -> None:
-    """A budget of 1 prunes only what no later layer reads."""
+def test_the_full_budget_keeps_everything_that_is_read() -> None:
+    """A budget of 1 prunes only work that no later layer reads."""
     allocator = make_allocator(1.0)
     layers = allocator.allocate()
     assert all(len(layer.read_heads) == HEADS and layer.qkv_rank is None for layer in layers)
@@ -163,7 +164,7 @@ def test_at_the_full_budget_everything_is_done_that_is_read() -> None:
     assert not layers[-1].attend_heads and not layers[-1].has_ffn
 
 
-def test_where_nothing_fits_there_is_none() -> None:
+def test_there_is_no_allocation_if_nothing_fits() -> None:
     assert make_allocator(1e-6).allocate() is None
     statistics = make_statistics()
     unread = replace(statistics, head_effect_sum=torch.zeros_like(statistics.head_effect_sum))
@@ -173,7 +174,7 @@ def test_where_nothing_fits_there_is_none() -> None:
 
 
 def test_unread_layers_do_nothing_at_the_end() -> None:
-    """``trim`` takes maps, too: nobody reads what stands behind the last reader."""
+    """``trim`` removes maps too: nothing after the last reading layer is read."""
     reader = LayerPlan((0, 1), (0, 1), 2, 7, qkv_rank=3, map_rank=2)
     trimmed = trim((reader, reader, LayerPlan((), (), None, 5, map_rank=2)))
     assert trimmed == (
@@ -183,7 +184,7 @@ def test_unread_layers_do_nothing_at_the_end() -> None:
     )
 
 
-def test_weights_of_single_layers_count() -> None:
+def test_weights_of_single_layers_are_respected() -> None:
     statistics = make_statistics()
     profile, builder = make_profile(statistics), TemplateBuilder(statistics, 0.1)
     even = Weighting.even(1.0, None, LAYERS)
@@ -226,7 +227,7 @@ class FakeFitter:
 
 
 def counting(kl: Callable[[PruningPlan], float]) -> tuple[Callable, list[tuple[Layers, str]]]:
-    """A measure, and what it was asked for."""
+    """Return a measure and the list of its calls."""
     seen: list[tuple[Layers, str]] = []
 
     def measure(plan: PruningPlan) -> float:
@@ -237,7 +238,7 @@ def counting(kl: Callable[[PruningPlan], float]) -> tuple[Callable, list[tuple[L
 
 
 def wants_rank(plan: PruningPlan) -> float:
-    """A made-up KL: reading heads are good, attending ones and neurons too, at other prices."""
+    """A made-up KL that reading heads, attending heads and neurons lower to different degrees."""
     heads = sum(len(layer.read_heads) + 2 * len(layer.attend_heads) for layer in plan.layers)
     return 10.0 / (1 + heads) + (plan.compensation == "none") + 0.1 * plan.budget.reached
 
@@ -291,20 +292,22 @@ def test_a_search_that_finds_nothing_keeps_the_best_candidate() -> None:
     assert candidates[0] is candidates[1] and len(seen) == len(set(seen))
 
 
-def test_a_refit_needs_the_model() -> None:
+def test_a_refit_without_the_model_is_refused() -> None:
     for request in (
         PaperRequest(preset="yopo-25", compensation="refit"),
         PaperRequest(compensation="refit"),
         BudgetRequest(0.3, compensation="refit"),
     ):
-        with pytest.raises(PlanError, match="fitted on the model, and there is none") as caught:
+        with pytest.raises(
+            PlanError, match="fitted on the model, which is not available"
+        ) as caught:
             make_plan(make_statistics(), request)
         assert caught.value.remedy == "Use `yopo calibrate --compensation refit`."
 
 
 @pytest.mark.parametrize("asked", [None, "refit", "mean", "none"])
 @pytest.mark.parametrize("template", [None, "reader"])
-def test_what_no_budget_pays_for_is_a_sentence(asked: str | None, template: str | None) -> None:
+def test_an_unaffordable_budget_is_refused(asked: str | None, template: str | None) -> None:
     statistics = make_statistics()
     measure, seen = counting(wants_rank)
     request = BudgetRequest(1e-6, compensation=asked, template=template)
@@ -313,7 +316,7 @@ def test_what_no_budget_pays_for_is_a_sentence(asked: str | None, template: str 
     assert seen == []
 
 
-def test_templates_are_candidates_where_nothing_can_be_allocated(
+def test_templates_are_candidates_if_nothing_can_be_allocated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     statistics = make_statistics()

@@ -1,4 +1,4 @@
-"""What a fit says when memory does not suffice."""
+"""A fit that runs out of memory suggests a remedy."""
 
 from __future__ import annotations
 

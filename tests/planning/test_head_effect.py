@@ -1,4 +1,4 @@
-"""What a head does with the image tells more than how much it looks, on the demo model."""
+"""On the demo model, a head's effect is a better score than how much it looks at the image."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from yopo.serving.loading import load_dense
 from yopo.strategies.heads import score, select_top
 
 
-def test_half_of_the_heads_by_effect_stray_less_than_by_rho() -> None:
-    """Half of all heads may read, everything else of the visual tokens is frozen."""
+def test_selecting_heads_by_effect_gives_a_lower_kl_than_by_rho() -> None:
+    """Half of all heads may read; all other work of visual tokens is frozen."""
     source = resolve("llava-tiny")
     processor, model = load_processor(source.location), load_dense(source)
     pairs = list(open_pairs("demo:calibration", samples=128, seed=0))

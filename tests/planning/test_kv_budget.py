@@ -1,4 +1,4 @@
-"""A budget of KV bytes beside the one of FLOPs: every planner keeps both."""
+"""Every planner keeps a budget of KV bytes in addition to one of FLOPs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def limited(kv_budget: float, kv_heads: int, budget: float = 0.3) -> Allocator:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_allocations_keep_both_and_spend_the_scarce_one(kv_heads: int) -> None:
+def test_allocations_keep_both_budgets_and_spend_the_scarce_one(kv_heads: int) -> None:
     free = make_allocator(0.3, kv_heads=kv_heads)
     assert free.builder.kv_share(free.allocate()) > max(SHARES)  # else nothing is limited below
     spoiled = []
@@ -39,7 +39,7 @@ def test_allocations_keep_both_and_spend_the_scarce_one(kv_heads: int) -> None:
     assert limited(1.0, kv_heads).allocate() == free.allocate()
 
 
-def test_less_than_one_kv_head_is_known_without_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kv_budget_below_one_head_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     one = 1 / (LAYERS * 4)
     kept = limited(1.001 * one, 4).allocate()
     assert sum(bool(layer.read_heads) for layer in kept) == 1
@@ -48,8 +48,8 @@ def test_less_than_one_kv_head_is_known_without_trying(monkeypatch: pytest.Monke
     assert allocator.allocate() is None
 
 
-def test_the_heads_that_are_left_are_those_that_read_most() -> None:
-    """With nothing but reading to lose, a KV budget is a threshold on what reading is worth."""
+def test_the_remaining_heads_are_those_that_read_most() -> None:
+    """If only reading matters, a KV budget is a threshold on the value of reading."""
     statistics = make_statistics()
     profile = make_profile(statistics)
     profile.mixing.zero_(), profile.nonlinear_residual.zero_(), profile.map_residual.zero_()
@@ -64,7 +64,7 @@ def test_the_heads_that_are_left_are_those_that_read_most() -> None:
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_templates_keep_it(share: float) -> None:
+def test_templates_keep_the_kv_budget(share: float) -> None:
     builder = TemplateBuilder(make_statistics(), 0.4, kv_budget=share)
     found = dict(builder.candidates())
     expected = {"reader-heads", "paper"}
@@ -76,7 +76,7 @@ def test_templates_keep_it(share: float) -> None:
 
 
 @pytest.mark.parametrize("search", [None, 20])
-def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
+def test_candidates_and_searched_plans_keep_the_kv_budget(search: int | None) -> None:
     seen: list[PruningPlan] = []
 
     def measure(plan: PruningPlan) -> float:
@@ -91,6 +91,6 @@ def test_candidates_and_what_a_search_finds_keep_it(search: int | None) -> None:
         assert visual_kv_bytes(each) <= 0.3 * dense and visual_budget(each) <= 0.4
 
 
-def test_what_cannot_be_had_is_a_sentence() -> None:
+def test_an_impossible_kv_budget_is_refused() -> None:
     with pytest.raises(PlanError, match=r"a KV budget of 0.01: one layer .* caches 0.1667"):
         make_plan(make_statistics(), BudgetRequest(0.5, kv_budget=0.01, template="reader"))

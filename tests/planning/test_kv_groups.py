@@ -1,4 +1,4 @@
-"""Under GQA: whole KV groups are dropped, which frees cache, or single query heads, which is finer.
+"""Under GQA, either whole KV groups are dropped, which frees cache, or single query heads.
 
 A KV head's visual keys and values exist as long as one of its query heads reads.
 """
@@ -26,7 +26,7 @@ GROUP = 4
 
 @pytest.fixture(scope="module")
 def spread() -> Statistics:
-    """In every KV group one query head reads much and the others little."""
+    """Make statistics in which one query head per KV group reads much and the others little."""
     statistics = statistics_maker.make(kv_heads=8 // GROUP)
     rho = 0.1 * statistics.rho
     rho[:, :, ::GROUP] += 1.0
@@ -45,7 +45,7 @@ def is_whole(plan: PruningPlan) -> bool:
 
 
 @pytest.mark.parametrize("asked", [{"head_ratio": 0.5}, {"preset": "yopo-25"}, {"alpha": 0.6}])
-def test_groups_are_whole_if_asked_for(spread: Statistics, asked: dict) -> None:
+def test_kv_groups_are_kept_whole_on_request(spread: Statistics, asked: dict) -> None:
     whole, single = (plan_of(spread, kv_groups=each, **asked) for each in (True, False))
     assert is_whole(whole) and not is_whole(single)
     assert whole.provenance["kv_groups"] is True and "kv_groups" not in single.provenance
@@ -71,7 +71,7 @@ def test_every_template_at_a_budget_keeps_whole_groups(spread: Statistics, name:
     assert is_whole(plan) and visual_budget(plan) <= 0.3
 
 
-def test_a_budget_is_met_with_groups(spread: Statistics) -> None:
+def test_a_budget_is_met_with_whole_groups(spread: Statistics) -> None:
     for template in ("paper", "reader-heads"):
         plan = plan_of(spread, budget=0.3, template=template, kv_groups=True)
         assert is_whole(plan) and 0.2 < plan.budget.reached <= 0.3

@@ -1,4 +1,4 @@
-"""Fits on sums are fits on rows: normal equations, reduced rank, bottlenecks; never NaN."""
+"""Fits from sums equal fits from rows: normal equations, reduced rank, bottlenecks; never NaN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = st.tuples(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5), st.i
 
 
 def draw(rows: int, inputs: int, targets: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated inputs with a mean, and targets that depend on them in part; float32 values."""
+    """Draw correlated inputs with a mean and targets that partly depend on them; float32 values."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(inputs, inputs, generator=generator)
     x = torch.randn(rows, inputs, generator=generator) @ mixing
@@ -44,20 +44,20 @@ def centred(x: torch.Tensor) -> torch.Tensor:
 
 
 def damping_of(gram: Gram) -> float:
-    """The ridge term by its definition."""
+    """Compute the ridge term by its definition."""
     diagonal = gram.covariance.diagonal().mean().item()
     return 1e-3 * diagonal + 1e-9 * gram.input_mean.square().mean().item() + 1e-30
 
 
 def error(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> float:
-    """Mean squared error of ``weight x + bias``, summed over targets."""
+    """Return the mean squared error of ``weight x + bias``, summed over targets."""
     rest = y.double() - x.double() @ weight.T - bias
     return rest.square().sum(dim=1).mean().item()
 
 
 @pytest.fixture
 def undamped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fits are exact where the covariance is well conditioned."""
+    """Makes fits exact if the covariance is well conditioned."""
     monkeypatch.setattr(least_squares, "DAMPING", 1e-13)
     monkeypatch.setattr(least_squares, "FLOOR", 0.0)
 
@@ -88,7 +88,7 @@ def test_sums_in_pieces_are_the_rows_at_once(sizes: tuple[int, ...], cut: float)
 
 
 def test_small_variances_survive_large_means() -> None:
-    """Massive activations: means a thousand times the deviations, products in float32."""
+    """Massive activations have means a thousand times their deviations; products are float32."""
     x, y = draw(400, 5, 3, 1)
     far_x, far_y = x + 3000, y - 5000
     exact = centred(far_x).T @ centred(far_x) / len(x)
@@ -100,7 +100,7 @@ def test_small_variances_survive_large_means() -> None:
 
 
 @given(sizes=SIZES)
-def test_the_first_inputs_alone(sizes: tuple[int, ...]) -> None:
+def test_a_fit_may_use_only_the_first_inputs(sizes: tuple[int, ...]) -> None:
     x, y = draw(*sizes)
     count = max(1, x.shape[1] - 1)
     whole, part = gram_of(x, y).first(count), gram_of(x[:, :count], y)
@@ -111,7 +111,7 @@ def test_the_first_inputs_alone(sizes: tuple[int, ...]) -> None:
 
 
 @given(seed=st.integers(0, 999))
-def test_without_takes_a_fit_off_the_targets(seed: int) -> None:
+def test_without_subtracts_a_fit_from_the_targets(seed: int) -> None:
     x, y = draw(60, 6, 3, seed)
     weight = torch.randn(3, 2, generator=torch.Generator().manual_seed(seed))
     found = gram_of(x, y).without(4, weight.double())
@@ -124,7 +124,7 @@ def test_without_takes_a_fit_off_the_targets(seed: int) -> None:
 
 @given(sizes=SIZES, has_weight=st.booleans())
 def test_ridge_solves_the_damped_normal_equations(sizes: tuple[int, ...], has_weight: bool) -> None:
-    """min |Y - X W^T|^2 / n + damping |W - toward|^2, which holds for one row as for many."""
+    """min |Y - X W^T|^2 / n + damping |W - toward|^2 holds for one row and for many."""
     x, y = draw(*sizes)
     gram = gram_of(x, y)
     toward = None
@@ -179,7 +179,7 @@ def test_degenerate_inputs_give_finite_fits(name: str, pieces: int) -> None:
     residual = Projections(gram, [own]).residual_by_rank()
     for each in (*found, *bottleneck.bias, explained(gram), residual):
         assert torch.isfinite(each).all()
-    # However little varies, a fit is at worst about as good as the best constant.
+    # However small the variance, a fit is at worst about as good as the best constant.
     constant = centred(y).square().sum(dim=1).mean().item()
     assert error(x, y, weight, bias) <= constant * 1.01 + 1e-6
     through = x.double() @ bottleneck.reduce.T @ bottleneck.expand[0].T + bottleneck.bias[0]
@@ -188,7 +188,7 @@ def test_degenerate_inputs_give_finite_fits(name: str, pieces: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 12345.678])
-def test_where_nothing_varies_the_weight_stays(value: float) -> None:
+def test_a_constant_input_keeps_its_weight(value: float) -> None:
     x, y = torch.full((64, 4), value), draw(64, 4, 3, 5)[1]
     own = torch.randn(3, 4, generator=torch.Generator().manual_seed(2)).double()
     weight, bias = ridge(gram_of(x, y), own)
@@ -199,7 +199,7 @@ def test_where_nothing_varies_the_weight_stays(value: float) -> None:
     torch.testing.assert_close(x[0].double() @ nothing.T + mean, y.double().mean(dim=0))
 
 
-def test_a_dead_input_keeps_its_weight_beside_live_ones() -> None:
+def test_a_dead_input_among_live_ones_keeps_its_weight() -> None:
     x, y = draw(300, 5, 3, 6)
     x[:, 2] = 0
     own = torch.randn(3, 5, generator=torch.Generator().manual_seed(2)).double()
@@ -221,7 +221,7 @@ def test_reduced_rank_at_full_rank_is_ridge_and_its_error_falls(seed: int) -> No
         out, inner, shift = reduced_rank(gram, rank)
         assert out.shape == (4, rank) and inner.shape == (rank, 6)
         errors.append(error(x, y, out @ inner, shift))
-    # What damping gives away is bounded by the ridge term.
+    # The loss from damping is bounded by the ridge term.
     slack = damping_of(gram) * weight.square().sum().item()
     assert all(one >= other - slack for one, other in zip(errors, errors[1:], strict=False))
     assert errors[0] == pytest.approx(centred(y).square().sum(dim=1).mean().item(), rel=1e-5)
@@ -233,7 +233,7 @@ def test_reduced_rank_at_full_rank_is_ridge_and_its_error_falls(seed: int) -> No
 
 
 def test_knowing_the_covariance_helps() -> None:
-    """The strict form of the above on one case where a plain truncation keeps the wrong part."""
+    """The strict form of the above, in a case where plain truncation keeps the wrong part."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.01, 0.01, 5.0, 5.0])
     x = torch.randn(500, 4, generator=generator) * scales
@@ -248,7 +248,7 @@ def test_knowing_the_covariance_helps() -> None:
 
 
 @given(seed=st.integers(0, 999))
-def test_explained_is_what_each_rank_explains(seed: int) -> None:
+def test_explained_gives_the_share_of_each_rank(seed: int) -> None:
     x, y = draw(80, 6, 4, seed)
     gram = gram_of(x, y)
     parts = explained(gram)
@@ -299,7 +299,7 @@ def test_a_bottleneck_of_full_rank_changes_nothing(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 999))
-def test_residuals_fall_from_all_to_nothing(seed: int) -> None:
+def test_residuals_fall_from_one_to_zero(seed: int) -> None:
     x, weights, _ = projections(seed)
     found = Projections(gram_of(x), weights).residual_by_rank()
     assert found.shape == (7,) and found[0] == 1 and found[-1] < 1e-12
@@ -309,7 +309,7 @@ def test_residuals_fall_from_all_to_nothing(seed: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_a_residual_is_the_measured_one(undamped: None, rank: int) -> None:
+def test_a_residual_equals_the_measured_error(undamped: None, rank: int) -> None:
     x, weights, biases = projections(7)
     found = Projections(gram_of(x), weights[:1])
     best = found.at_rank(rank, biases[:1])

@@ -1,4 +1,4 @@
-"""Plans from statistics: budgets are kept, presets are the paper's shapes, choices are measured."""
+"""Plans from statistics keep budgets, presets are the paper's shapes, and choices are measured."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_heads_are_kept_by_activity(statistics: Statistics) -> None:
     assert plan.visual_depth == 3
 
 
-def test_vote_follows_the_authors_rule(statistics: Statistics) -> None:
+def test_the_vote_follows_the_authors_rule(statistics: Statistics) -> None:
     plan, _ = make_plan(statistics, PaperRequest(alpha=0.5))
     votes = (statistics.rho > 0.5).float().mean(dim=0)
     for index, layer in enumerate(plan.layers):
@@ -90,7 +90,7 @@ def test_vote_follows_the_authors_rule(statistics: Statistics) -> None:
         assert list(layer.read_heads) == list(expected)
 
 
-def test_the_measured_best_wins_and_the_table_is_kept(statistics: Statistics) -> None:
+def test_the_best_measured_plan_wins_and_all_are_recorded(statistics: Statistics) -> None:
     def measure(plan: PruningPlan) -> float:
         frozen = sum(not layer.attend_heads for layer in plan.layers)
         return abs(frozen - 3) + (plan.compensation == "none") / 2
@@ -103,7 +103,7 @@ def test_the_measured_best_wins_and_the_table_is_kept(statistics: Statistics) ->
     assert plan.budget.asked == 0.4 and plan.budget.reached == visual_budget(plan) <= 0.4
 
 
-def test_without_a_model_a_budget_means_the_named_template(statistics: Statistics) -> None:
+def test_without_a_model_a_budget_uses_the_named_template(statistics: Statistics) -> None:
     plan, candidates = make_plan(statistics, BudgetRequest(0.3, template="withdraw"))
     assert plan.provenance["template"] == "withdraw" and len(candidates) == 1
     assert candidates[0].kl is None
@@ -128,7 +128,7 @@ def test_random_scores_change_the_selection_but_not_the_shape() -> None:
     ]
 
 
-def test_requests_that_do_not_fit_the_model(statistics: Statistics) -> None:
+def test_requests_that_do_not_fit_the_model_are_refused(statistics: Statistics) -> None:
     with pytest.raises(PlanError, match="the model has 8 layers"):
         make_plan(statistics, PaperRequest(visual_layers=9))
     with pytest.raises(PlanError, match="fits a visual budget of 0.0001"):

@@ -1,4 +1,4 @@
-"""Energies of what could be left out: zero where nothing is, else what brute force finds."""
+"""Energies of prunable work are zero if there is none, and otherwise match brute force."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def undamped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def states(specimen: Specimen, batches: list[Batch]) -> dict[str, list[torch.Tensor]]:
-    """Visual tokens' states by hooks on a stock forward, (tokens, width) per layer, float64.
+    """Record visual states by hooks on a stock forward, (tokens, width) per layer, float64.
 
     Returns:
-        ``before`` and ``behind`` each layer, ``normed`` in front of attention and ``fed`` in front
-        of the FFN, ``ffn`` its output.
+        ``before`` and ``after`` each layer, ``normed`` before attention and ``fed`` before
+        the FFN, ``ffn`` its output.
     """
     names = specimen.family.backbone(specimen.model.config)
     taken: dict[str, list[list[torch.Tensor]]] = {}
@@ -58,7 +58,7 @@ def states(specimen: Specimen, batches: list[Batch]) -> dict[str, list[torch.Ten
 
     for number, layer in enumerate(specimen.model.get_decoder().layers):
         note("before", number, layer, output=False)
-        note("behind", number, layer, output=True)
+        note("after", number, layer, output=True)
         note("normed", number, getattr(layer, names.attention_norm), output=True)
         note("fed", number, getattr(layer, names.ffn_norm), output=True)
         note("ffn", number, layer.mlp, output=True)
@@ -81,7 +81,7 @@ def states(specimen: Specimen, batches: list[Batch]) -> dict[str, list[torch.Ten
 
 
 def residual(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Mean squared error of the best affine map from x to y."""
+    """Return the mean squared error of the best affine map from x to y."""
     ones = torch.cat([x, torch.ones(len(x), 1).to(x)], dim=1)
     best = torch.linalg.lstsq(ones, y, driver="gelsd").solution
     return (y - ones @ best).square().sum(dim=1).mean().item()
@@ -105,22 +105,22 @@ def test_energies_are_relative_to_the_residual_stream(
 ) -> None:
     truth = states(specimen, many)
     for number in range(specimen.identity.shape.layers):
-        before, behind = truth["before"][number], truth["behind"][number]
-        update = behind - before
+        before, after = truth["before"][number], truth["after"][number]
+        update = after - before
         energy = before.square().sum(dim=1).mean()
         spread = (update - update.mean(dim=0)).square().sum(dim=1).mean() / energy
         assert found.map_residual[number, 0].item() == pytest.approx(spread.item(), rel=1e-4)
 
 
-def test_what_no_map_explains_is_what_least_squares_leave(
+def test_the_unexplained_part_matches_least_squares(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
-    """From above, because damped: at most what another percent of the update would be."""
+    """Damping makes it an upper bound, too large by at most one percent of the update."""
     truth = states(specimen, many)
     for number in range(specimen.identity.shape.layers):
         before, normed = truth["before"][number], truth["normed"][number]
         energy = before.square().sum(dim=1).mean().item()
-        left = residual(normed, truth["behind"][number] - before) / energy
+        left = residual(normed, truth["after"][number] - before) / energy
         nonlinear = residual(truth["fed"][number], truth["ffn"][number]) / energy
         whole = found.map_residual[number, 0].item()
         feeds = truth["ffn"][number].square().sum(dim=1).mean().item() / energy
@@ -130,10 +130,10 @@ def test_what_no_map_explains_is_what_least_squares_leave(
     assert (found.map_residual.diff(dim=1) <= 0).all()
 
 
-def test_residuals_of_bottlenecks_are_those_of_the_stacked_projections(
+def test_bottleneck_residuals_match_the_stacked_projections(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
-    """Singular values of W_i root over their norms, whatever modules the projections are in."""
+    """They follow from singular values of W_i root over their norms, in any module layout."""
     shape, truth = specimen.identity.shape, states(specimen, many)
     names = specimen.family.backbone(specimen.model.config)
     widths = [shape.heads * shape.head_dim, *(shape.kv_heads * shape.head_dim,) * 2]
@@ -156,7 +156,7 @@ def test_residuals_of_bottlenecks_are_those_of_the_stacked_projections(
 
 
 def own_value_in(heads: list[int]) -> str:
-    """An attention in which some heads give every token its own value; its registered name."""
+    """Register an attention in which some heads give every token its own value; return its name."""
 
     def attend(module, query, key, value, mask, **options: Any) -> tuple[torch.Tensor, None]:
         mixed, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
@@ -169,7 +169,7 @@ def own_value_in(heads: list[int]) -> str:
     return "sdpa_own_value"
 
 
-def test_a_head_that_sees_itself_alone_mixes_nothing(
+def test_a_head_that_sees_only_its_own_token_mixes_nothing(
     specimen: Specimen, many: list[Batch], undamped: None
 ) -> None:
     shape = specimen.identity.shape
@@ -188,7 +188,7 @@ def test_a_head_that_sees_itself_alone_mixes_nothing(
 
 
 def test_a_head_without_values_mixes_nothing(specimen: Specimen, many: list[Batch]) -> None:
-    """Whatever it attends to, it gathers a constant: its value's bias."""
+    """Whatever it attends to, it gathers a constant, its value's bias."""
     shape = specimen.identity.shape
     names = specimen.family.backbone(specimen.model.config)
     attention = specimen.model.get_decoder().layers[1].self_attn
@@ -207,7 +207,7 @@ def test_a_head_without_values_mixes_nothing(specimen: Specimen, many: list[Batc
     assert found[1, : shape.heads - shape.group].min() > 1e-6 and found[0].min() > 1e-6
 
 
-def test_data_twice_or_in_another_order_says_the_same(
+def test_repeated_or_reordered_data_gives_the_same_profile(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
     again = profile(specimen.model, [*many[::-1], *many], specimen.identity.shape)

@@ -1,4 +1,4 @@
-"""Fitted weights: what a plan asks for, exact where they can be, better than none, reproducible."""
+"""Fitted weights match their plan, are exact if possible, better than none and reproducible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def orders(shape: ModelShape, seed: int = 0) -> torch.Tensor:
 def plan_of(
     specimen: Specimen, *layers: LayerPlan, order: torch.Tensor | None = None, **fixed: Any
 ) -> PruningPlan:
-    """A plan whose layers repeat the given ones, with a neuron order, if any, and not fitted."""
+    """Make an unfitted plan that repeats the given layers, with a neuron order if any."""
     total = specimen.identity.shape.layers
     chosen = tuple(layers[index % len(layers)] for index in range(total))
     return tiny.random_plan(
@@ -49,19 +49,19 @@ def plan_of(
 
 
 def fitted(model: nn.Module, batches: list[Batch], plan: PruningPlan) -> PruningPlan:
-    """The plan with the weights that a fit gives it."""
+    """Return the plan with fitted weights."""
     weights = refit.refit(model, batches, plan)
     return replace(plan, tensors=replace(plan.tensors, refit=weights))
 
 
 def everything(shape: ModelShape) -> LayerPlan:
-    """A layer with all that a plan can say: part of the heads, fewer attending, both fits."""
+    """Make a layer that uses every lever: some heads, fewer that attend, both fits."""
     heads = tuple(range(1, shape.heads))
     return LayerPlan(heads, heads[1:], 1, shape.ffn // 3, qkv_rank=shape.hidden // 2, map_rank=5)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_fit_is_what_the_plan_asks_for(
+def test_a_fit_has_exactly_the_weights_of_its_plan(
     specimen: Specimen, batches: list[Batch], seed: int
 ) -> None:
     shape = specimen.identity.shape
@@ -99,7 +99,7 @@ def test_fitted_weights_are_in_the_models_precision(
     assert found.dtype == dtype and torch.isfinite(found).all()
 
 
-def test_random_plans_ask_for_every_weight(specimen: Specimen) -> None:
+def test_random_plans_cover_every_fitted_weight(specimen: Specimen) -> None:
     """Guards the test above."""
     asked = set()
     for seed in range(4):
@@ -112,7 +112,7 @@ def test_random_plans_ask_for_every_weight(specimen: Specimen) -> None:
 def test_a_bottleneck_as_wide_as_the_model_is_the_dense_model(
     specimen: Specimen, batches: list[Batch]
 ) -> None:
-    """In float64, where what the fit rounds away is far below what a mistake would change."""
+    """In float64 the fit's rounding is far below the effect of a mistake."""
     shape = specimen.identity.shape
     every = tuple(range(shape.heads))
     oracle = specimen.oracle
@@ -125,7 +125,7 @@ def test_a_bottleneck_as_wide_as_the_model_is_the_dense_model(
         with pruned(oracle, plan, check=False):
             found = tiny.logits(oracle, batch.inputs)
         torch.testing.assert_close(found[real], dense[real], rtol=1e-8, atol=1e-8)
-    # The tolerance can fail: one dimension less is far outside it.
+    # The tolerance is meaningful: one dimension less is far outside it.
     narrow = replace(wide.layers[0], qkv_rank=shape.hidden // 2)
     less = fitted(oracle, precise, wide.with_layers((narrow,) * shape.layers))
     with pruned(oracle, less, check=False):
@@ -135,7 +135,7 @@ def test_a_bottleneck_as_wide_as_the_model_is_the_dense_model(
 
 @pytest.fixture
 def carried(monkeypatch: pytest.MonkeyPatch) -> list[PrunedBatch]:
-    """The batches that the latest fit carried along, as it left them."""
+    """The batches of the latest fit, in their final state."""
     seen: list[PrunedBatch] = []
 
     def split(*arguments: Any) -> list[PrunedBatch]:
@@ -146,24 +146,24 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> list[PrunedBatch]:
     return seen
 
 
-@pytest.mark.parametrize("where", ["middle", "behind"])
-def test_a_fit_makes_up_for_the_layers_in_front(
+@pytest.mark.parametrize("where", ["middle", "after"])
+def test_a_fit_compensates_for_the_preceding_layers(
     specimen: Specimen, batches: list[Batch], carried: list[PrunedBatch], where: str
 ) -> None:
     """Least squares with a bias bring the mean of visual states to the dense one, whatever error
-    the layers in front made: the target starts from the pruned states."""
+    the preceding layers made: the target starts from the pruned states."""
     shape = specimen.identity.shape
     total, heads = shape.layers, tuple(range(shape.heads))
     spoiled = LayerPlan(heads, (), None, 0)
     mended = LayerPlan(heads, heads[1:], None, 0)
-    if where == "behind":
+    if where == "after":
         mended = LayerPlan(heads, (), None, shape.ffn // 3)
     plan = plan_of(specimen, *(spoiled,) * (total - 1), mended, order=orders(shape))
     refit.refit(specimen.model, batches, plan)
     found = torch.cat([each.real(each.visual) for each in carried])
     dense = torch.cat(dense_ends(specimen, batches, where))
     torch.testing.assert_close(found.mean(dim=0), dense.mean(dim=0), rtol=1e-3, atol=1e-3)
-    assert (found - dense).abs().max() > 0.1  # the mean is all that is exact
+    assert (found - dense).abs().max() > 0.1  # only the mean is exact
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -173,7 +173,7 @@ def test_the_fit_sees_what_the_runtime_computes(
     carried: list[PrunedBatch],
     bidirectional: bool,
 ) -> None:
-    """Both streams behind the last layer of a plan with everything, DeepStack included."""
+    """Both streams match after the last layer of a plan with every lever, DeepStack included."""
     shape = specimen.identity.shape
     frozen = LayerPlan(tuple(range(shape.heads)), (), None, 0, map_rank=4)
     layers = (everything(shape), frozen)
@@ -197,12 +197,12 @@ def test_the_fit_sees_what_the_runtime_computes(
 
 
 def visual_error(dense: list[torch.Tensor], found: list[PrunedBatch]) -> float:
-    """Squared error of final visual states."""
+    """Return the squared error of final visual states."""
     pairs = zip(dense, found, strict=True)
     return sum(float((each.real(each.visual) - truth).square().sum()) for truth, each in pairs)
 
 
-def test_a_refit_brings_visual_states_nearer(
+def test_a_refit_brings_visual_states_closer_to_the_dense_ones(
     specimen: Specimen, batches: list[Batch], carried: list[PrunedBatch]
 ) -> None:
     shape = specimen.identity.shape
@@ -224,9 +224,9 @@ def test_a_refit_brings_visual_states_nearer(
 
 
 def dense_ends(
-    specimen: Specimen, batches: list[Batch], where: str = "behind"
+    specimen: Specimen, batches: list[Batch], where: str = "after"
 ) -> list[torch.Tensor]:
-    """Visual states of the dense model in or behind its last layer."""
+    """Return the dense model's visual states in or after its last layer."""
     walk = refit.DenseWalk(specimen.model, batches)
     for number in range(specimen.identity.shape.layers):
         states = [getattr(each, where) for each in walk.step(number)]
@@ -234,7 +234,7 @@ def dense_ends(
 
 
 def unfitted_error(specimen: Specimen, batches: list[Batch], plan: PruningPlan) -> float:
-    """The error of the plan without compensation: visual states in front of the final norm."""
+    """Return the error of visual states before the final norm, without compensation."""
     total, masks = 0.0, []
     walk = refit.DenseWalk(specimen.model, batches)
     masks = [batch.layout for batch in walk.batches]
@@ -261,7 +261,7 @@ def test_two_fits_give_the_same_bytes(specimen: Specimen, batches: list[Batch]) 
     assert first == again
 
 
-def test_data_without_any_image_is_a_sentence(specimen: Specimen) -> None:
+def test_data_without_any_image_is_refused(specimen: Specimen) -> None:
     inputs = specimen.inputs(PROMPTS["text"])
     plan = plan_of(specimen, everything(specimen.identity.shape))
     with pytest.raises(DataError, match="No calibration pair holds an image"):
@@ -275,8 +275,8 @@ def undamped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_neurons_and_map_recover_what_they_can_say(undamped: None, rank: int) -> None:
-    """A target that is a down projection and an affine map of rank 3: known from rank 3 on."""
+def test_neurons_and_map_recover_a_target_they_can_express(undamped: None, rank: int) -> None:
+    """A down projection plus an affine map of rank 3 is recovered from rank 3 on."""
     generator = torch.Generator().manual_seed(0)
     neurons, inputs = (torch.randn(400, width, generator=generator) for width in (5, 7))
     own, left, right = (
@@ -312,7 +312,7 @@ def test_without_a_map_the_down_projection_is_ridge() -> None:
 
 
 class Affine(nn.Module):
-    """Stands for an FFN that a linear map of rank 2 can replace; keeps the real one's parts."""
+    """Replaces an FFN by a linear map of rank 2; keeps the real one's parts."""
 
     def __init__(self, mlp: nn.Module, hidden: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a refit gains on the trained demo model, and plans with it from pairs to answers."""
+"""A refit improves plans on the trained demo model, from pairs to answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = 24
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo model with everything that a planner wants of it, on the same few pairs."""
+    """The demo model with everything that a planner needs, on the same few pairs."""
 
     model: PreTrainedModel
     statistics: Statistics
@@ -41,7 +41,7 @@ class Demo:
             return compare(self.model, self.records).kl
 
     def plan(self, layers: tuple[LayerPlan, ...], compensation: str) -> PruningPlan:
-        """A plan of some layers, fitted if it asks for that."""
+        """Make a plan with these layers, fitted if it needs to be."""
         made, _ = make_plan(self.statistics, PaperRequest(preset="yopo-25"))
         plan = replace(made, layers=layers, compensation=compensation)
         return self.fitter.fit(plan) if compensation == "refit" else plan
@@ -67,7 +67,7 @@ def demo() -> Demo:
 
 
 def test_a_refit_lowers_the_kl(demo: Demo) -> None:
-    """Half of the heads attend, an eighth of the neurons is used; then maps in their place."""
+    """Half of the heads attend and an eighth of the neurons is used; then maps replace them."""
     shape = demo.statistics.model.shape
     heads = tuple(range(shape.heads))
     layer = LayerPlan(heads, heads[::2], None, shape.ffn // 8)
@@ -85,7 +85,7 @@ def test_a_refit_lowers_the_kl(demo: Demo) -> None:
     assert kl["rank"] < 0.2 * min(kl["none"], kl["mean"])
 
 
-def test_a_preset_with_a_refit(demo: Demo) -> None:
+def test_a_preset_can_be_refitted(demo: Demo) -> None:
     request = PaperRequest(preset="yopo-25", compensation="refit")
     plan, candidates = make_plan(demo.statistics, request, None, demo.fitter)
     bare, _ = make_plan(demo.statistics, PaperRequest(preset="yopo-25"))
@@ -96,7 +96,7 @@ def test_a_preset_with_a_refit(demo: Demo) -> None:
     assert demo.kl(plan) < demo.kl(bare)
 
 
-def test_a_budget_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_can_be_met_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yopo.planning.planner.VISUAL_WEIGHTS", (1.0, 10.0))
     request = BudgetRequest(0.2, compensation="refit")
     plan, found = make_plan(demo.statistics, request, demo.kl, demo.fitter)

@@ -1,4 +1,4 @@
-"""Requests: what options make of them, which exclude one another, and what is out of range."""
+"""Options make requests; contradictory ones and values out of range are refused."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def test_options_make_the_request_that_they_describe(kind: str, beside: dict) ->
     assert plan_request(**unsaid | options | beside) == replace(request, **beside)
 
 
-def test_what_only_a_budget_or_a_time_may_say() -> None:
+def test_a_budget_or_a_time_may_name_a_template_and_a_search() -> None:
     for kind in ("budget", "milliseconds"):
         options, request = SOLVED[kind]
         beside = {"template": "reader", "search": 7}
         assert plan_request(**options, **beside) == replace(request, **beside)
 
 
-def test_all_other_options_are_the_papers_shape() -> None:
+def test_all_other_options_describe_the_papers_shape() -> None:
     assert plan_request() == PaperRequest()
     assert plan_request(bidirectional=True) == PaperRequest(bidirectional=True)
     for name, value in KNOB_VALUES.items():
@@ -68,7 +68,7 @@ def test_all_other_options_are_the_papers_shape() -> None:
 
 @pytest.mark.parametrize("kind", SOLVED)
 @pytest.mark.parametrize("knob", KNOBS)
-def test_a_shape_of_ones_own_excludes_whatever_is_solved(kind: str, knob: str) -> None:
+def test_an_explicit_shape_excludes_solved_requests(kind: str, knob: str) -> None:
     with pytest.raises(PlanError, match=f"^{kind} and {knob} exclude one another") as caught:
         plan_request(**SOLVED[kind][0], **{knob: KNOB_VALUES[knob]})
     assert caught.value.remedy
@@ -78,7 +78,7 @@ def test_a_shape_of_ones_own_excludes_whatever_is_solved(kind: str, knob: str) -
     ("first", "second"),
     [("tolerance", "budget"), ("tolerance", "milliseconds"), ("milliseconds", "budget")],
 )
-def test_one_thing_is_solved_for(first: str, second: str) -> None:
+def test_only_one_quantity_can_be_solved_for(first: str, second: str) -> None:
     with pytest.raises(PlanError, match=f"^{first} and {second} exclude one another"):
         plan_request(**SOLVED[second][0], **SOLVED[first][0])
 
@@ -87,7 +87,7 @@ def test_one_thing_is_solved_for(first: str, second: str) -> None:
 def test_a_tolerance_finds_and_allocates_the_budget_itself(beside: dict) -> None:
     with pytest.raises(PlanError, match="tolerance and .* exclude one another") as caught:
         plan_request(tolerance=0.01, **beside)
-    assert caught.value.remedy == "A tolerance finds the budget, and allocates it."
+    assert caught.value.remedy == "A tolerance already finds the budget and how to spend it."
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_a_tolerance_finds_and_allocates_the_budget_itself(beside: dict) -> None
         ({"template": "reader"}, "template needs a budget"),
         ({"search": 10}, "search needs a budget"),
         ({"preset": "yopo-25", "search": 10}, "search needs a budget"),
-        ({"kv_budget": 0.5}, "kv_budget goes with a budget, and there is none"),
-        ({"preset": "yopo-25", "kv_budget": 0.5}, "kv_budget goes with a budget"),
+        ({"kv_budget": 0.5}, "kv_budget needs a budget, and none is given"),
+        ({"preset": "yopo-25", "kv_budget": 0.5}, "kv_budget needs a budget"),
         ({"milliseconds": 30.0}, "milliseconds needs the costs"),
         ({"alpha": 0.1, "head_ratio": 0.5}, "head_ratio and alpha exclude one another"),
         (
@@ -107,7 +107,7 @@ def test_a_tolerance_finds_and_allocates_the_budget_itself(beside: dict) -> None
         ({"tolerance": 0.01, "compensation": "mean"}, "compensation must be refit"),
     ],
 )
-def test_options_that_do_not_go_together_are_a_sentence(options: dict, message: str) -> None:
+def test_contradictory_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(PlanError, match=message) as caught:
         plan_request(**options)
     assert "\n\n" not in str(caught.value)
@@ -115,7 +115,10 @@ def test_options_that_do_not_go_together_are_a_sentence(options: dict, message: 
 
 NOT_A_NUMBER = float("nan")
 OUT_OF_RANGE = [
-    *((BudgetRequest, {"budget": each}, r"budget must lie in \(0, 1\]") for each in (0.0, 1.5)),
+    *(
+        (BudgetRequest, {"budget": each}, r"budget must lie in \(0, 1\]")
+        for each in (-0.5, 0.0, 1.5)
+    ),
     (BudgetRequest, {"budget": NOT_A_NUMBER}, r"budget must lie in \(0, 1\], found nan"),
     (BudgetRequest, {"budget": 0.5, "kv_budget": 2}, r"kv_budget must lie in \(0, 1\], found 2"),
     (BudgetRequest, {"budget": 0.5, "kv_budget": 0}, r"kv_budget must lie in \(0, 1\], found 0"),
@@ -138,23 +141,23 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize(("kind", "values", "message"), OUT_OF_RANGE)
-def test_a_value_out_of_range_is_a_sentence(
+def test_a_value_out_of_range_is_refused(
     kind: type[PlanRequest], values: dict, message: str
 ) -> None:
-    """Whether the request is made itself or of options."""
+    """This holds for requests made directly and from options."""
     for make in (kind, plan_request):
         with pytest.raises(PlanError, match=message) as caught:
             make(**values)
         assert "\n\n" not in str(caught.value)
 
 
-def test_the_ends_of_a_range_are_inside() -> None:
+def test_ranges_include_their_ends() -> None:
     assert BudgetRequest(1.0, kv_budget=1.0).budget == 1.0
     assert PaperRequest(head_ratio=0.0, neuron_ratio=1.0).ratio("neuron_ratio") == 1.0
 
 
 @pytest.mark.parametrize("kind", ["milliseconds", "tolerance"])
-def test_what_is_said_beside_goes_with_the_budget_that_is_found(kind: str) -> None:
+def test_additional_options_carry_over_to_the_solved_budget(kind: str) -> None:
     beside = BESIDE | {"kv_budget": 0.5}
     beside |= {} if kind == "tolerance" else {"template": "reader", "search": 3}
     assert replace(SOLVED[kind][1], **beside).at(0.3) == BudgetRequest(0.3, **beside)
@@ -163,7 +166,7 @@ def test_what_is_said_beside_goes_with_the_budget_that_is_found(kind: str) -> No
 SHAPE = ModelShape(layers=9, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=96)
 
 
-def test_a_preset_says_what_the_knobs_do_not() -> None:
+def test_a_preset_sets_what_the_options_leave_open() -> None:
     asked = PaperRequest(preset="yopo-12", head_ratio=0.75)
     assert (asked.ratio("head_ratio"), asked.ratio("neuron_ratio")) == (0.75, 0.25)
     assert (asked.num_visual_layers(SHAPE), asked.radius_or_default) == (4, 2)
@@ -174,7 +177,7 @@ def test_a_preset_says_what_the_knobs_do_not() -> None:
     assert (bare.num_visual_layers(SHAPE), bare.radius_or_default) == (9, None)
 
 
-def test_query_heads_go_alone_unless_asked_otherwise() -> None:
+def test_query_heads_are_pruned_singly_by_default() -> None:
     assert [BudgetRequest(0.3, kv_groups=each).group(SHAPE) for each in (False, True)] == [1, 4]
 
 
@@ -188,11 +191,11 @@ def test_query_heads_go_alone_unless_asked_otherwise() -> None:
         (BudgetRequest(0.4, kv_budget=0.5, kv_groups=True), {"kv_budget": 0.5, "kv_groups": True}),
     ],
 )
-def test_a_plan_says_what_was_asked_defaults_left_out(
+def test_a_plan_records_its_request_without_defaults(
     asked: BudgetRequest | PaperRequest, expected: dict
 ) -> None:
     plan, _ = make_plan(statistics_maker.make(), asked)
-    assert asked.asked() == expected
+    assert asked.provenance() == expected
     assert {key: plan.provenance.get(key) for key in expected} == expected
     left_out = {*KNOBS, "kv_budget", "kv_groups"} - set(expected)
     assert not left_out & set(plan.provenance)

@@ -1,4 +1,4 @@
-"""The layer-by-layer search: every state keeps the budget, and only measured gains are taken."""
+"""In the layer-by-layer search every state keeps the budget and only measured gains count."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def builder(request: pytest.FixtureRequest) -> TemplateBuilder:
 
 
 def wants_attention_in_layer_3(layers: Layers, compensation: str) -> float:
-    """A made-up KL whose best plan attends in layer 3 alone and is not compensated."""
+    """A made-up KL whose best plan attends only in layer 3 and is not compensated."""
     wrong = sum(bool(layer.attend_heads) is not (index == 3) for index, layer in enumerate(layers))
     return 1.0 + wrong + (compensation == "mean") / 2
 
@@ -48,7 +48,7 @@ def test_every_move_resolves_to_a_plan_within_the_budget(builder: TemplateBuilde
     assert len(set(kept)) > builder.shape.layers
 
 
-def test_the_search_finds_what_the_measure_wants(builder: TemplateBuilder) -> None:
+def test_the_search_finds_the_best_plan_by_the_measure(builder: TemplateBuilder) -> None:
     start = builder.build("reader")
     first = wants_attention_in_layer_3(start, "mean")
     search = make_search(builder, wants_attention_in_layer_3, 500)
@@ -58,7 +58,7 @@ def test_the_search_finds_what_the_measure_wants(builder: TemplateBuilder) -> No
     assert compensation == "none" and builder.cost(layers) <= BUDGET
 
 
-def test_no_better_plan_leaves_the_given_one(builder: TemplateBuilder) -> None:
+def test_without_a_better_plan_the_given_one_remains(builder: TemplateBuilder) -> None:
     start = builder.build("withdraw")
     search = make_search(builder, lambda layers, compensation: 5.0, 40)
     assert search.run(state_of(start, "none"), (start, "none"), 1.0) == ((start, "none"), 1.0)
@@ -107,8 +107,8 @@ def test_a_move_is_stacked_only_if_it_gains_more_than_the_margin_again() -> None
         assert add_one_of("ab", kl) == (expected, kl[expected])
 
 
-def test_a_move_that_gains_little_alone_waits_for_the_next_sweep() -> None:
-    """There it competes with all others, and need not be the first."""
+def test_a_move_that_gains_little_waits_for_the_next_sweep() -> None:
+    """There it competes with all others and need not be the first."""
     kl = {"": 1.0, "a": 0.9, "b": 0.998, "c": 0.999, "ab": 0.7, "ac": 0.5, "bc": 0.9, "abc": 0.8}
     assert add_one_of("abc", kl) == ("ac", 0.5)
 
@@ -125,6 +125,6 @@ def test_a_searched_plan_says_where_it_comes_from() -> None:
     assert plan.budget.reached <= BUDGET
 
 
-def test_a_search_needs_a_model() -> None:
-    with pytest.raises(PlanError, match="there is none here"):
+def test_a_search_without_a_model_is_refused() -> None:
+    with pytest.raises(PlanError, match="which is not available here"):
         make_plan(statistics_maker.make(), BudgetRequest(BUDGET, search=10))

@@ -1,4 +1,4 @@
-"""The dense walk goes where the stock decoder goes, sees visual tokens alone and leaves nothing."""
+"""The dense walk follows the stock decoder, sees only visual tokens and leaves no trace."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from yopo.support.errors import DataError, ModelError
 
 @torch.no_grad()
 def stock(specimen: Specimen, batch: Batch) -> dict[str, list[torch.Tensor]]:
-    """States around every layer of a stock forward, by hooks of its own.
+    """Record the states around every layer of a stock forward, by its own hooks.
 
     Returns:
-        ``before``, ``middle`` and ``behind`` each layer, and ``after``: what follows takes.
+        ``before``, ``middle`` and ``after`` each layer, and ``next``: the input that follows.
     """
     decoder, found = specimen.model.get_decoder(), {}
     names = specimen.family.backbone(specimen.model.config)
@@ -37,22 +37,22 @@ def stock(specimen: Specimen, batch: Batch) -> dict[str, list[torch.Tensor]]:
             for handle in (
                 layer.register_forward_pre_hook(note("before")),
                 norm.register_forward_pre_hook(note("middle")),
-                layer.register_forward_hook(note("behind")),
+                layer.register_forward_hook(note("after")),
             ):
                 hooks.callback(handle.remove)
         hooks.callback(decoder.norm.register_forward_pre_hook(note("last")).remove)
         specimen.model.base_model(**batch.inputs, use_cache=False)
-    found["after"] = found["before"][1:] + found.pop("last")
+    found["next"] = found["before"][1:] + found.pop("last")
     return found
 
 
 def visual(specimen: Specimen, batch: Batch) -> torch.Tensor:
-    """(batch, sequence) bool, from the token ids alone."""
+    """Return (batch, sequence) bool, based only on token ids."""
     return torch.isin(batch.inputs["input_ids"], torch.tensor(specimen.entry.placeholders))
 
 
 def leftovers(model: nn.Module) -> list[str]:
-    """Hooks anywhere in a model, and methods that stand on a module instead of its class."""
+    """Return hooks anywhere in a model, and methods set on a module instead of its class."""
     found = []
     for name, module in model.named_modules():
         found += [f"{name}: hook" for _ in (*module._forward_hooks, *module._forward_pre_hooks)]
@@ -64,13 +64,13 @@ def leftovers(model: nn.Module) -> list[str]:
 
 @pytest.fixture
 def clean(specimen: Specimen) -> list[str]:
-    """What a stock forward leaves: vision towers of transformers keep hooks of their own."""
+    """What a stock forward leaves: vision towers in transformers keep their own hooks."""
     inputs = specimen.inputs(PROMPTS["one image"])
     stock(specimen, Batch(inputs, None, (None,)))
     return leftovers(specimen.model)
 
 
-def test_the_walk_is_the_stock_forward(specimen: Specimen, batches: list[Batch]) -> None:
+def test_the_walk_matches_the_stock_forward(specimen: Specimen, batches: list[Batch]) -> None:
     expected = [stock(specimen, batch) for batch in batches]
     masks = [visual(specimen, batch) for batch in batches]
     walk = DenseWalk(specimen.model, batches)
@@ -78,14 +78,14 @@ def test_the_walk_is_the_stock_forward(specimen: Specimen, batches: list[Batch])
     for number in range(specimen.identity.shape.layers):
         found = walk.step(number)
         for states, batch, truth, mask in zip(found, walk.batches, expected, masks, strict=True):
-            for name in ("before", "middle", "behind"):
+            for name in ("before", "middle", "after"):
                 rows = getattr(states, name)
                 assert rows.shape == (int(mask.sum()), specimen.identity.shape.hidden)
                 assert torch.equal(rows, truth[name][number][mask]), (number, name)
-            assert torch.equal(batch.hidden, truth["after"][number]), number
+            assert torch.equal(batch.hidden, truth["next"][number]), number
 
 
-def test_visual_tokens_are_fewer_than_the_padded_rows(
+def test_the_batches_have_padding_and_a_row_without_images(
     specimen: Specimen, batches: list[Batch]
 ) -> None:
     """Guards the test above: rows differ in images, are padded, and one has no image at all."""
@@ -110,19 +110,19 @@ def test_a_batch_without_any_image_is_left_out(specimen: Specimen, clean: list[s
 def test_nothing_is_left_on_the_model(
     specimen: Specimen, batches: list[Batch], clean: list[str]
 ) -> None:
-    before = stock(specimen, batches[0])["after"][-1]
+    before = stock(specimen, batches[0])["next"][-1]
     weights = {name: value.clone() for name, value in specimen.model.state_dict().items()}
     walk = DenseWalk(specimen.model, batches)
     for number in range(specimen.identity.shape.layers):
         walk.step(number)
     assert leftovers(specimen.model) == clean
-    assert torch.equal(stock(specimen, batches[0])["after"][-1], before)
+    assert torch.equal(stock(specimen, batches[0])["next"][-1], before)
     after = specimen.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in weights.items())
 
 
 class Broken(RuntimeError):
-    """Raised on purpose."""
+    """An error raised on purpose."""
 
 
 def fail(*_: Any, **__: Any) -> None:
@@ -148,10 +148,10 @@ def test_nothing_is_left_after_an_exception(
 
 
 def test_layers_that_take_states_by_name_are_stepped_as_well(specimen: Specimen) -> None:
-    """A hook sees the very dictionary that the layer is called with: it must stay whole."""
+    """A hook sees the dictionary that the layer is called with, so it must not be changed."""
     layer = specimen.model.get_decoder().layers[0]
     batch = Batch(specimen.inputs(PROMPTS["one image"]), None, (None,))
-    expected = stock(specimen, batch)["after"][0]
+    expected = stock(specimen, batch)["next"][0]
     call = type(layer).__call__
 
     class ByName(type(layer)):
@@ -170,10 +170,10 @@ def test_layers_that_take_states_by_name_are_stepped_as_well(specimen: Specimen)
 def test_weights_that_cannot_be_read_are_refused(specimen: Specimen, batches: list[Batch]) -> None:
     names = specimen.family.backbone(specimen.model.config)
     mlp = specimen.model.get_decoder().layers[-1].mlp
-    stands = getattr(mlp, names.down)
-    setattr(mlp, names.down, nn.Sequential(stands))
+    down = getattr(mlp, names.down)
+    setattr(mlp, names.down, nn.Sequential(down))
     try:
         with pytest.raises(ModelError, match="expected a plain linear layer"):
             DenseWalk(specimen.model, batches)
     finally:
-        setattr(mlp, names.down, stands)
+        setattr(mlp, names.down, down)

@@ -1,4 +1,4 @@
-"""A new way to prune is one field of the layer plan: files, tables and cards have it by itself."""
+"""A new lever is one field of the layer plan; files, tables and cards follow automatically."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ print(json.dumps({
 """
 
 
-def test_the_levers_are_the_fields_that_say_so() -> None:
+def test_levers_are_the_fields_marked_as_such() -> None:
     assert [each.name for each in LEVERS] == [
         *("qkv_rank", "map_rank"),
         *("key_bits", "value_bits"),
@@ -77,7 +77,7 @@ def test_the_levers_are_the_fields_that_say_so() -> None:
     assert required == ["read_heads", "attend_heads", "radius", "neurons"]
 
 
-def test_a_new_lever_shows_in_files_tables_and_cards() -> None:
+def test_a_new_lever_appears_in_files_tables_and_cards() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, layer_plan.__file__, FIELD],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""plan.yaml: what is written is read back byte for byte, and every mistake names its line."""
+"""A plan.yaml is read back byte for byte as written, and every mistake names its line."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FORMER_KEYS = {
 
 
 def in_former_words(text: str) -> str:
-    """A document, a part of one or a message with the keys that layers had before."""
+    """Return a document, a part of one or a message with the former keys of layers."""
     for key, former in FORMER_KEYS.items():
         text = text.replace(key, former)
     return text
@@ -90,7 +90,7 @@ def in_former_words(text: str) -> str:
 
 @settings(max_examples=40)
 @given(rng=st.randoms(use_true_random=False), provenance=YAML_VALUES)
-def test_round_trip(rng: random.Random, provenance: object) -> None:
+def test_a_written_plan_is_read_back_unchanged(rng: random.Random, provenance: object) -> None:
     plan = replace(some_plan(rng), provenance={"pairs": provenance})
     plan = replace(plan, budget=replace(plan.budget, reached=visual_budget(plan)))
     side_file = rng.choice([SIDE_FILE, None]) if plan.baked or not plan.needs_order else SIDE_FILE
@@ -113,7 +113,7 @@ def test_round_trip(rng: random.Random, provenance: object) -> None:
 @settings(max_examples=40)
 @given(rng=st.randoms(use_true_random=False), name=st.text(min_size=1))
 def test_any_model_name_survives_or_is_refused(rng: random.Random, name: str) -> None:
-    """YAML cannot say every character; none may come back as another."""
+    """YAML cannot hold every character; none may come back as another."""
     plan = replace(some_plan(rng), model=replace(IDENTITY, name=name))
     try:
         text = to_yaml(plan, SIDE_FILE)
@@ -129,7 +129,7 @@ def test_the_same_plan_gives_the_same_bytes() -> None:
     assert len(texts) == 1
 
 
-def test_fits_and_attending_heads_are_written_where_a_layer_has_them() -> None:
+def test_fits_and_attending_heads_are_written_only_if_present() -> None:
     layers = (
         LayerPlan((0, 1, 4), (1, 4), 2, 20, qkv_rank=7, map_rank=3),
         LayerPlan((0, 1), (0, 1), None, 50),
@@ -154,7 +154,7 @@ def test_attending_heads_may_be_a_list_or_a_switch() -> None:
     assert nobody.layers[0].attend_heads == ()
 
 
-def test_numbers_for_people_are_short() -> None:
+def test_numbers_are_written_with_few_digits() -> None:
     rho = ((1 / 3,) * SHAPE.heads,) * SHAPE.layers
     thirds = Measured(rho, (2 / 3,) * 3, (1 / 3,) * 3, (1,) * 3)
     plan = replace(some_plan(random.Random(5)), budget=Budget(None, 1 / 3), measured=thirds)
@@ -164,7 +164,7 @@ def test_numbers_for_people_are_short() -> None:
     assert "cross_modal: [0.6667, 0.6667, 0.6667]" in text
 
 
-def test_a_small_file_may_leave_defaults_out(tmp_path: Path) -> None:
+def test_a_file_may_omit_defaults(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD, encoding="utf-8")
     plan, named = read_document(path)
@@ -301,7 +301,7 @@ def test_mistakes_name_line_and_key(name: str, spelled: Callable[[str], str]) ->
     assert old in GOOD
     with pytest.raises(PlanError) as caught:
         parse_plan("plan.yaml", spelled(GOOD.replace(old, new, 1)))
-    if not name.startswith("missing"):  # what is not there is asked for by its present name
+    if not name.startswith("missing"):  # a missing key is named by its present name
         message = spelled(message)
     assert f"plan.yaml:{message}" in str(caught.value)
     if remedy:
@@ -356,7 +356,7 @@ FITTED_MISTAKES = {
         "neurons: 7\n  map_rank: 61",
         "layers[0].map_rank must lie betw",
     ),
-    "a map beside all": (
+    "a map in addition to everything": (
         "neurons: 50",
         "neurons: 50, map_rank: 2",
         "layers[1].map_rank must be 0 whe",
@@ -411,7 +411,7 @@ def test_a_layer_may_mix_former_and_present_keys() -> None:
 
 @pytest.mark.parametrize("key", FORMER_KEYS)
 def test_both_names_of_a_key_are_refused(key: str) -> None:
-    """Even where they agree: who edits one of them next would think that it counts."""
+    """This holds even if they agree, because a later edit of one might not count."""
     former, value = FORMER_KEYS[key], {"read_heads": "[0, 5]", "attend_heads": "true"}.get(key, 3)
     alone = (
         FITTED if f"{key}: {value}" in FITTED else FITTED.replace("  ra", f"  {key}: 3\n  ra", 1)
@@ -421,7 +421,9 @@ def test_both_names_of_a_key_are_refused(key: str) -> None:
     line = 1 + both.split("\n").index(f"  {former}: {value}")
     with pytest.raises(PlanError) as caught:
         parse_plan("plan.yaml", both)
-    sentence = f"plan.yaml:{line}: layers[0].{former} is the former name of {key}, given as well."
+    sentence = (
+        f"plan.yaml:{line}: layers[0].{former} is the former name of {key}, which is also given."
+    )
     assert str(caught.value) == sentence
 
 
@@ -436,7 +438,7 @@ def test_both_names_of_a_key_are_refused(key: str) -> None:
         ("  locality: [1, 2, 3]\n", "", "measured lacks the key 'locality'"),
     ],
 )
-def test_mistakes_in_measurements(old: str, new: str, message: str) -> None:
+def test_mistakes_in_measurements_are_refused(old: str, new: str, message: str) -> None:
     assert parsed(GOOD + MEASURED).measured.locality == (1, 2, 3)
     with pytest.raises(PlanError, match=re.escape(message)):
         parse_plan("plan.yaml", GOOD + MEASURED.replace(old, new, 1))
@@ -451,7 +453,7 @@ def test_mistakes_in_measurements(old: str, new: str, message: str) -> None:
         ("yopo_plan: 1\n", "lacks the key 'model'"),
     ],
 )
-def test_what_is_no_plan_is_refused(text: str, message: str) -> None:
+def test_documents_that_are_not_plans_are_refused(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=f"plan.yaml.*{message}"):
         parse_plan("plan.yaml", text)
 
@@ -465,7 +467,7 @@ def test_plans_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_cut_of_a_plan_is_a_plan_or_a_plan_error() -> None:
-    """Half-written or hand-edited files end in a sentence, whatever was lost."""
+    """Truncated or hand-edited files give one sentence, whatever was lost."""
     plan = replace(some_plan(random.Random(1)), measured=measured(random.Random(1)))
     text = to_yaml(plan, SIDE_FILE)
     for end in range(0, len(text), 17):

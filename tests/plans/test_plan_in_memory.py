@@ -1,4 +1,4 @@
-"""One object is the whole plan: made in memory, run, written, read and run again."""
+"""One object is the whole plan: it is made in memory, run, written, read and run again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INPUTS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, 9, *PICTURE, 4]])
 
 
 def by_hand(subject: Subject) -> PruningPlan:
-    """A plan that prunes neurons, as a script would make it."""
+    """Make a plan that prunes neurons, as a script would."""
     shape = subject.shape
     heads = tuple(range(shape.heads))
     full = LayerPlan(heads, heads, None, shape.ffn)
@@ -53,7 +53,7 @@ def logits_under(subject: Subject, plan: PruningPlan | str | Path) -> torch.Tens
 
 
 @pytest.mark.parametrize("make", [by_hand, random_mean, random_refit])
-def test_made_run_written_read_and_run_again(
+def test_a_plan_made_in_memory_survives_running_writing_and_reading(
     subject: Subject,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

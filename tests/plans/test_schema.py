@@ -1,4 +1,4 @@
-"""A plan validates itself and says what follows from its layers."""
+"""A plan validates itself and derives properties from its layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NONE = LayerPlan((), attend_heads=(), radius=None, neurons=0)
 
 
 def with_layer(**changes: object) -> PruningPlan:
-    """The whole plan with its second layer changed."""
+    """Return the whole plan with its second layer changed."""
     layer = replace(full_layer(SHAPE), **changes)
     return WHOLE.with_layers((WHOLE.layers[0], layer, WHOLE.layers[2]))
 
@@ -52,6 +52,12 @@ def test_the_whole_plan_is_valid_and_keeps_everything() -> None:
 
 
 INVALID = {
+    "layers[1].attend_heads must be a tuple of heads, empty for none, found True": lambda: (
+        with_layer(attend_heads=True)
+    ),
+    "layers[1].read_heads must be a tuple of heads, empty for none, found 'all'": lambda: (
+        with_layer(read_heads="all")
+    ),
     "layers[1].read_heads names head 6": lambda: with_layer(read_heads=(0, 6)),
     "layers[1].read_heads names head -1": lambda: with_layer(read_heads=(-1, 0)),
     "layers[1].read_heads must be ascending": lambda: with_layer(read_heads=(2, 1)),
@@ -68,7 +74,7 @@ INVALID = {
     "layers[1].qkv_rank needs 'compensation: refit'": lambda: with_layer(qkv_rank=4),
     "layers[1].map_rank needs 'compensation: refit'": lambda: with_layer(neurons=7, map_rank=4),
     "layers[1].map_rank must lie between 0": lambda: with_layer(neurons=7, map_rank=-1),
-    "layers[1].map_rank must be 0 where all neurons": lambda: with_layer(map_rank=4),
+    "layers[1].map_rank must be 0 when all neurons": lambda: with_layer(map_rank=4),
     "layers[1].radius must be null or at least 0, found -1": lambda: with_layer(radius=-1),
     "layers[1].neurons must lie between 0 and 50, found 51": lambda: with_layer(neurons=51),
     "layers[1].neurons must lie": lambda: with_layer(neurons=-1),
@@ -94,7 +100,7 @@ def test_invalid_plans_name_the_key(message: str) -> None:
     assert isinstance(caught.value, PlanError)
 
 
-def test_pruned_neurons_need_an_order_unless_they_stand_in_it() -> None:
+def test_pruned_neurons_need_an_order_unless_already_sorted() -> None:
     layers = with_layer(neurons=0).layers  # nothing left to order
     assert not WHOLE.with_layers(layers).needs_order
     some = replace(full_layer(SHAPE), neurons=7)
@@ -108,7 +114,7 @@ def test_pruned_neurons_need_an_order_unless_they_stand_in_it() -> None:
     check_tensors(baked)
 
 
-def test_visual_depth_ends_behind_the_last_layer_with_anything_visual() -> None:
+def test_visual_depth_ends_after_the_last_visual_layer() -> None:
     reads = replace(NONE, read_heads=(2,))
     feeds = replace(NONE, neurons=SHAPE.ffn)
     for layers, depth in (

@@ -1,4 +1,4 @@
-"""A plan's side file: named by its hash, found beside the plan or in the cache, never by halves."""
+"""A side file is named by its hash, found next to the plan or in the cache, and never partial."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def plan() -> PruningPlan:
-    """One that needs everything: orders and means."""
+    """A plan that needs both orders and means."""
     plan = tiny.random_plan(IDENTITY, random.Random(2), compensation="mean", baked=False)
     assert plan.needs_order
     return replace(plan, tensors=tiny.random_tensors(plan, 1))
@@ -48,7 +48,7 @@ def assert_same(one: PlanTensors, other: PlanTensors) -> None:
 
 
 def side_file(folder: Path) -> Path:
-    """The only tensors of ``plan.yaml`` in a folder."""
+    """Return the only side file of ``plan.yaml`` in a folder."""
     (path,) = folder.glob("plan.????????.safetensors")
     return path
 
@@ -90,7 +90,7 @@ def test_files_round_trip(plan: PruningPlan, tmp_path: Path) -> None:
     assert to_yaml(again, named) == target.read_text() == to_yaml(plan, named)
 
 
-def test_the_pair_can_be_moved_together(plan: PruningPlan, tmp_path: Path) -> None:
+def test_plan_and_side_file_can_be_moved_together(plan: PruningPlan, tmp_path: Path) -> None:
     write_plan(plan, str(tmp_path / "plan.yaml"), force=False)
     (tmp_path / "plan.yaml").read_text().index("file: plan.")  # no path in it
     other = tmp_path / "other"
@@ -133,7 +133,7 @@ def test_a_plan_on_stdout_leaves_its_tensors_in_the_cache(
     assert len(files(cache)) == 1
 
 
-def test_the_cache_is_in_the_home_folder_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_in_the_home_folder_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_directory() == Path(os.environ["YOPO_CACHE"])
     monkeypatch.setenv("YOPO_CACHE", "")
     monkeypatch.setenv("HOME", "/home/someone")
@@ -169,7 +169,7 @@ def test_replacing_a_plan_leaves_its_copies_their_tensors(
 
 
 @pytest.mark.parametrize("broken", ["yopo_plan: 1\nlayers: [", "yopo_plan: 1\n"])
-def test_force_replaces_a_plan_that_was_spoiled_by_hand(
+def test_force_replaces_a_plan_that_was_broken_by_hand(
     plan: PruningPlan, tmp_path: Path, broken: str
 ) -> None:
     (tmp_path / "plan.yaml").write_text(broken)
@@ -188,24 +188,26 @@ def test_a_side_files_name_is_never_taken_from_another_file(
     assert side.stat().st_ino == former  # the same content is there: nothing to write
     (tmp_path / "plan.yaml").unlink()
     side.write_bytes(b"mine")
-    with pytest.raises(OutputError, match="is not what its name says"):
+    with pytest.raises(OutputError, match="does not match the hash in its name"):
         write_plan(plan, str(tmp_path / "plan.yaml"), force=True)
     assert side.read_bytes() == b"mine" and files(tmp_path) == [side.name]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_no_plan_goes_among_a_models_weights(plan: PruningPlan, tmp_path: Path, name: str) -> None:
+def test_a_plan_cannot_be_written_among_a_models_weights(
+    plan: PruningPlan, tmp_path: Path, name: str
+) -> None:
     (tmp_path / name).write_bytes(b"weights")
-    with pytest.raises(OutputError, match="its folder is a model's"):
+    with pytest.raises(OutputError, match="its folder holds a model's weights"):
         write_plan(plan, str(tmp_path / "model.yaml"), force=True)
     assert files(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"weights"
 
 
-def test_targets_that_cannot_be_written_are_refused(plan: PruningPlan, tmp_path: Path) -> None:
+def test_unwritable_targets_are_refused(plan: PruningPlan, tmp_path: Path) -> None:
     for target, message in (
         (tmp_path / "none" / "plan.yaml", "folder does not exist"),
         (tmp_path, "is a directory"),
-        (tmp_path / "plan.safetensors", "is a name for tensors"),
+        (tmp_path / "plan.safetensors", ".safetensors is for tensors"),
     ):
         with pytest.raises(OutputError, match=message):
             write_plan(plan, str(target), force=True)
@@ -213,17 +215,17 @@ def test_targets_that_cannot_be_written_are_refused(plan: PruningPlan, tmp_path:
 
 
 class Killed(BaseException):
-    """Stands for a process that ends here: whatever would clean up does not run."""
+    """Simulates a process that ends here, so that no cleanup runs."""
 
 
 @pytest.mark.parametrize("step", range(8))
-def test_plan_and_tensors_are_a_pair_at_every_moment(
+def test_plan_and_tensors_match_at_every_moment(
     plan: PruningPlan,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     step: int,
 ) -> None:
-    """Killed before any step that changes a name, the old pair or the new one can be read."""
+    """After a kill before any step that changes a name, the old or the new pair can be read."""
     target, new = tmp_path / "plan.yaml", altered(plan)
     write_plan(plan, str(target), force=False)
     steps: list[str] = []
@@ -267,7 +269,7 @@ def test_an_altered_side_file_is_refused(plan: PruningPlan, tmp_path: Path, dama
 
 
 def rename_in(plan: PruningPlan, folder: Path) -> Path:
-    """Write a plan that names whatever stands in ``odd.safetensors``, by its true hash."""
+    """Write a plan that names the content of ``odd.safetensors`` by its true hash."""
     sha256 = hashlib.sha256((folder / "odd.safetensors").read_bytes()).hexdigest()
     path = folder / "odd.yaml"
     path.write_text(to_yaml(plan, TensorsFile("odd.safetensors", sha256)))
@@ -367,7 +369,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("message", SPOILED)
-def test_a_fitted_weight_that_does_not_fit_is_a_sentence(
+def test_a_fitted_weight_of_the_wrong_size_is_refused(
     fitted: PruningPlan, tmp_path: Path, message: str
 ) -> None:
     index, name, size = SPOILED[message]
@@ -395,7 +397,7 @@ def test_a_refit_plan_without_any_weight_is_refused(fitted: PruningPlan, tmp_pat
         write_plan(bare, str(tmp_path / "plan.yaml"))
 
 
-def test_without_tensors_a_plan_that_needs_some_is_not_written(
+def test_a_plan_without_its_required_tensors_is_not_written(
     plan: PruningPlan, fitted: PruningPlan, tmp_path: Path
 ) -> None:
     for each, what in ((plan, "neuron_order"), (fitted, "neuron_order")):

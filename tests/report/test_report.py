@@ -1,4 +1,4 @@
-"""What people and machines read about a plan: numbers, widths, no color in a pipe, no torch."""
+"""Reports have the right numbers and widths, no color in a pipe, and need no torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GONE = LayerPlan((), attend_heads=(), radius=None, neurons=0)
 
 
 def make_plan(layers: int = 8, heads: int = 8, *, kv_heads: int | None = None) -> PruningPlan:
-    """A plan whose layers differ: whole, near, frozen, gone."""
+    """Make a plan whose layers differ: whole, near, frozen, gone."""
     shape = ModelShape(layers, 16 * heads, heads, kv_heads or heads, 16, 352)
     every = tuple(range(heads))
     kinds = (
@@ -73,7 +73,7 @@ def test_everything_fits_the_width_without_color(width: int, layers: int, heads:
     assert sum(line.startswith("    0 ") for line in lines) == 2  # layer 0: one row per picture
 
 
-def test_totals() -> None:
+def test_totals_are_shown() -> None:
     plan = make_plan()
     table = "\n".join(text_of(savings_table(plan)))
     assert units.share(visual_budget(plan)) in table
@@ -81,9 +81,9 @@ def test_totals() -> None:
     assert "prefill FLOPs with text" in table
 
 
-def test_plan_without_measurements() -> None:
+def test_a_plan_without_measurements_can_be_shown() -> None:
     lines = text_of(plan_report(replace(make_plan(), measured=None)))
-    assert any("carries no measurements" in line for line in lines)
+    assert any("has no measurements" in line for line in lines)
     assert plan_document(replace(make_plan(), measured=None))["measured"] is None
 
 
@@ -96,7 +96,7 @@ def test_equal_layers_are_one_row() -> None:
 
 
 def make_fitted(layers: int = 8, heads: int = 8, **kinds: int) -> PruningPlan:
-    """A refit plan: subsets of attending heads, bottlenecks and maps."""
+    """Make a refit plan with subsets of attending heads, bottlenecks and maps."""
     plan = make_plan(layers, heads, **kinds)
     every = tuple(range(heads))
     first = (
@@ -116,7 +116,7 @@ def test_a_fitted_plan_fits_the_width(width: int, layers: int, heads: int) -> No
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_fitted_layer_rows(width: int) -> None:
+def test_fitted_layers_have_rows(width: int) -> None:
     lines = text_of(LayerTable(make_fitted()), width)
     assert lines[1].split() == "layer heads /8 attends neurons /352 rank map FLOPs KV".split()
     rows = [line.split() for line in lines[2:]]
@@ -128,7 +128,7 @@ def test_fitted_layer_rows(width: int) -> None:
     assert any(glyph in "".join(lines) for glyph in "▏▎▍▌▋▊▉") == (width == 120)
 
 
-def test_only_the_columns_of_what_a_plan_has() -> None:
+def test_a_table_has_only_the_columns_that_a_plan_uses() -> None:
     head = text_of(LayerTable(make_plan()))[1]
     assert "rank" not in head and "map" not in head
     fitted = make_fitted()
@@ -138,7 +138,7 @@ def test_only_the_columns_of_what_a_plan_has() -> None:
 
 
 @pytest.mark.parametrize("change", [{"attend_heads": (0,)}, {"qkv_rank": 3}, {"map_rank": 3}])
-def test_layers_that_differ_in_a_fit_alone_are_two_rows(change: dict[str, object]) -> None:
+def test_layers_that_differ_only_in_a_fit_are_two_rows(change: dict[str, object]) -> None:
     layer = LayerPlan((0, 1, 2), (1,), None, 5, qkv_rank=2, map_rank=2)
     found = [span for *span, _ in runs((layer, layer, replace(layer, **change)))]
     assert found == [[0, 1], [2, 2]]
@@ -161,7 +161,7 @@ def test_json_holds_the_fits() -> None:
     )
 
 
-def test_layer_rows() -> None:
+def test_layers_have_rows() -> None:
     rows = [line.split() for line in text_of(plan_report(make_plan()), 60)]
     assert ["0", "8", "all", "352", "100.0", "%", "32.8", "kB"] in rows
     assert ["2", "1", "-", "-", "1.9", "%", "4.1", "kB"] in rows
@@ -176,7 +176,7 @@ def test_grouped_heads_share_their_kv() -> None:
     assert "8 heads on 2 KV heads" in "\n".join(text_of(plan_report(plan)))
 
 
-def test_heatmap_marks_kept_heads_and_grows_with_rho() -> None:
+def test_the_heatmap_marks_kept_heads_and_grows_with_rho() -> None:
     plan = make_plan()
     lines = text_of(Heatmap(plan))
     rows = [line[6:] for line in lines if line[:5].strip().isdigit()]
@@ -188,7 +188,7 @@ def test_heatmap_marks_kept_heads_and_grows_with_rho() -> None:
     assert steps == sorted(steps) and [steps.count(step) for step in range(4)] == [16] * 4
 
 
-def test_heatmap_of_many_heads_takes_the_most_active_of_neighbors() -> None:
+def test_the_heatmap_of_many_heads_shows_the_most_active_neighbor() -> None:
     plan = make_plan(heads=128)
     lines = text_of(Heatmap(plan), 60)
     rows = [line[6:] for line in lines if line[:5].strip().isdigit()]
@@ -196,20 +196,20 @@ def test_heatmap_of_many_heads_takes_the_most_active_of_neighbors() -> None:
     assert rows[1][0] in KEPT and rows[2][0] in KEPT and rows[2][1] in DROPPED
 
 
-def test_heatmap_of_equal_heads() -> None:
+def test_a_heatmap_of_equal_heads_can_be_drawn() -> None:
     plan = make_plan()
     rho = ((0.0,) * 8,) * 8
     assert text_of(Heatmap(replace(plan, measured=replace(plan.measured, rho=rho))))
 
 
-def test_profile_pools_layers_where_it_is_narrow() -> None:
+def test_the_profile_pools_layers_if_it_is_narrow() -> None:
     wide, narrow = (text_of(Profile(make_plan(layers=64)), width) for width in (120, 60))
     assert "per bar" not in wide[0] and "4 per bar" in narrow[0]
     bars = [sum(glyph in LEVELS for glyph in line) for line in (wide[1], narrow[1])]
     assert bars == [64, 16]
 
 
-def test_small_pictures() -> None:
+def test_small_plots_are_drawn_in_text() -> None:
     assert sparkline([0, 0.5, 1], 1.0) == "▁▅█" and sparkline([0, 0], 0) == "▁▁"
     assert pooled([1, 3, 5], 2) == [2, 5]
     assert [bar(ratio, 2) for ratio in (0, 1e-6, 0.5, 1)] == ["  ", "▏ ", "█ ", "██"]
@@ -225,12 +225,12 @@ def test_small_pictures() -> None:
         (units.share(0.12345), "12.3 %"),
     ],
 )
-def test_units(shown: str, expected: str) -> None:
+def test_numbers_have_units(shown: str, expected: str) -> None:
     assert shown == expected
 
 
-@pytest.mark.parametrize("key", ["template", "shape"])  # the latter in plans of long ago
-def test_candidates(key: str) -> None:
+@pytest.mark.parametrize("key", ["template", "shape"])  # the latter in old plans
+def test_candidates_are_listed(key: str) -> None:
     rows = [
         {key: "reader", "compensation": "mean", "budget": 0.25, "kl": 0.0123},
         {key: "paper", "compensation": "none", "budget": 0.2, "kl": None},
@@ -242,7 +242,7 @@ def test_candidates(key: str) -> None:
     assert text_of(candidate_table(rows, 64), 90)[-3].endswith("logit KL on 64 held-out pairs")
 
 
-def test_json_is_plain_and_complete() -> None:
+def test_json_output_is_plain_and_complete() -> None:
     plan = make_plan()
     document = json.loads(json.dumps(plan_document(plan)))
     assert list(document) == [

@@ -1,4 +1,4 @@
-"""LoRA on a pruned model: visual tokens follow the adapted weights, or a sentence says why not."""
+"""With LoRA on a pruned model, visual tokens follow the adapted weights, or it is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALL = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def adapted(model: nn.Module, **options: Any) -> PeftModel:
-    """The model with LoRA on all projections of its decoder, far from the identity."""
+    """Return the model with LoRA on all projections of its decoder, far from the identity."""
     chosen = {"r": 4, "target_modules": ALL, "init_lora_weights": False, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -52,7 +52,7 @@ def merged(model: PeftModel) -> nn.Module:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_an_adapter_on_a_pruned_model_is_the_merged_model(subject: Subject, seed: int) -> None:
+def test_an_adapter_on_a_pruned_model_matches_the_merged_model(subject: Subject, seed: int) -> None:
     plan = subject.random_plan(seed)
     model = copy.deepcopy(subject.model)
     expected = merged(adapted(copy.deepcopy(model)))
@@ -87,7 +87,7 @@ def test_a_model_with_an_adapter_can_be_pruned(subject: Subject, seed: int) -> N
         pass
 
 
-def test_biases_of_adapters_and_several_of_them_count() -> None:
+def test_adapter_biases_and_several_adapters_are_supported() -> None:
     subject = tiny.make_subject("gqa")  # every projection has a bias
     for seed in range(3):
         plan = subject.random_plan(seed)
@@ -114,8 +114,8 @@ def test_adapters_in_another_precision_are_cast_as_peft_does(mha: Subject) -> No
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_gradients_of_adapters_are_the_references(subject: Subject, seed: int) -> None:
-    """Visual tokens share in training; the reference calls whole modules and masks."""
+def test_adapter_gradients_match_the_reference(subject: Subject, seed: int) -> None:
+    """Visual tokens take part in training; the reference calls whole modules and masks."""
     plan = subject.random_plan(seed)
     model = adapted(copy.deepcopy(subject.oracle))
     model = model.double()
@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
 
 @pytest.mark.parametrize("order", ["before", "behind"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_other_adapters_are_refused_in_a_sentence(mha: Subject, kind: str, order: str) -> None:
+def test_other_adapters_are_refused(mha: Subject, kind: str, order: str) -> None:
     adapt, message = REFUSED[kind]
     plan = mha.random_plan(3, compensation="none")
     model = copy.deepcopy(mha.model)
@@ -175,7 +175,7 @@ def test_prefixes_in_the_cache_are_refused(mha: Subject) -> None:
         tiny.logits(get_peft_model(model, config), INPUTS)
 
 
-def test_another_adapter_per_row_is_refused(mha: Subject) -> None:
+def test_a_different_adapter_per_row_is_refused(mha: Subject) -> None:
     plan = mha.random_plan(3)
     model = adapted(copy.deepcopy(mha.model))
     model.add_adapter("other", LoraConfig(r=2, target_modules=ALL))
@@ -183,7 +183,7 @@ def test_another_adapter_per_row_is_refused(mha: Subject) -> None:
         tiny.logits(model, INPUTS | {"adapter_names": ["default", "other"]})
 
 
-def test_uninstalling_below_an_adapter_leaves_the_dense_model(mha: Subject) -> None:
+def test_uninstalling_under_an_adapter_leaves_the_dense_model(mha: Subject) -> None:
     plan = mha.random_plan(3)
     model = copy.deepcopy(mha.model)
     install(model, plan)

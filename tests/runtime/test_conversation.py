@@ -1,4 +1,4 @@
-"""A prompt in several forwards over one cache - decode steps, further turns, new images - against
+"""Several forwards over one cache (decode steps, further turns, new images) are compared with
 one forward of the reference over all of it."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Turn = list[list[int]]
 
 
 def words(*rows: list[int]) -> list[Turn]:
-    """Decode steps: one token per forward and row."""
+    """Build decode steps: one token per forward and row."""
     return [[[token] for token in step] for step in zip(*rows, strict=True)]
 
 
@@ -87,7 +87,7 @@ class Talk:
 def say(
     model: LlavaForConditionalGeneration, turns: list[dict[str, Any]], cache: DynamicCache
 ) -> torch.Tensor:
-    """(batch, all tokens, vocabulary) logits of one forward after the other."""
+    """Return (batch, all tokens, vocabulary) logits of consecutive forwards."""
     said = []
     for turn in turns:
         said.append(model(**tiny.as_dtype(turn, model.dtype), past_key_values=cache).logits)
@@ -112,7 +112,7 @@ def check_talk(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_conversation_is_the_reference_over_all_of_it(
+def test_a_conversation_matches_the_reference_over_all_of_it(
     subject: Subject, name: str, seed: int
 ) -> None:
     talk = Talk.of(CONVERSATIONS[name])
@@ -130,8 +130,8 @@ def test_under_the_whole_plan_it_is_the_stock_model(subject: Subject, name: str)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_new_images_of_other_grids(subject: Subject, seed: int) -> None:
-    """Same counts, other grids in every turn: nothing may remember the first turn's."""
+def test_new_images_may_have_other_grids(subject: Subject, seed: int) -> None:
+    """Every turn has the same counts on other grids, so the first turn's must not be reused."""
     talk = Talk.of([PROMPT, [[12, *PICTURE, 13, 14]], *words([15])])
     by_turn = iter([[(2, 8)], [(8, 2)]])
     check_talk(
@@ -152,8 +152,8 @@ def test_decoding_outgrows_its_buffers(subject: Subject, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_given_positions_go_on_where_they_were(subject: Subject, seed: int) -> None:
-    """As generate passes them: counted over real tokens, not over padding."""
+def test_given_positions_continue_where_they_ended(subject: Subject, seed: int) -> None:
+    """They are counted over real tokens, not over padding, as generate passes them."""
     talk = Talk.of(CONVERSATIONS["new images, padded"])
     counted = (talk.together["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     talk.together["position_ids"] = counted
@@ -166,7 +166,7 @@ def test_given_positions_go_on_where_they_were(subject: Subject, seed: int) -> N
 
 
 def test_image_tokens_without_an_image_are_text(subject: Subject) -> None:
-    """Prompt lookup proposes them; the stock model takes them for text, too."""
+    """Prompt lookup proposes them; the stock model treats them as text too."""
     prompt = tiny.batch(PROMPT)
     proposed = {"input_ids": torch.tensor([[9, IMAGE, IMAGE, IMAGE]])}
     usual = say(subject.model, [prompt, proposed], DynamicCache())

@@ -1,6 +1,6 @@
-"""What the decoder multiplies is what ``flops.py`` predicts; torch counts, the formula must agree.
+"""The decoder executes the FLOPs that ``flops.py`` predicts, as counted by torch.
 
-Attention runs under the math kernel, because the counter does not see the fused one on CPU.
+Attention uses the math kernel, because the counter does not see the fused one on CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 
 def executed(subject: Subject, inputs: dict[str, Any] = INPUTS) -> int:
-    """Matrix-product FLOPs of one forward's text decoder."""
+    """Return the matrix-product FLOPs of the text decoder in one forward."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         tiny.logits(subject.model, inputs)
@@ -40,21 +40,21 @@ def executed(subject: Subject, inputs: dict[str, Any] = INPUTS) -> int:
     return sum(counts[decoder].values())
 
 
-def test_the_dense_model(subject: Subject) -> None:
+def test_executed_flops_of_the_dense_model_are_predicted(subject: Subject) -> None:
     assert executed(subject) == pytest.approx(
         dense_prefill_flops(subject.shape, WORKLOAD), rel=0.01
     )
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_plans(subject: Subject, seed: int) -> None:
+def test_executed_flops_of_random_plans_are_predicted(subject: Subject, seed: int) -> None:
     plan = subject.random_plan(seed, workload=WORKLOAD)
     with pruned(subject.model, plan):
         assert executed(subject) == pytest.approx(prefill_flops(plan), rel=0.01)
 
 
-def test_the_papers_shape(subject: Subject) -> None:
-    """Half the layers, half the heads, half the neurons, two neighbors around."""
+def test_executed_flops_of_the_papers_shape_are_predicted(subject: Subject) -> None:
+    """Half of the layers, heads and neurons, with radius 2."""
     shape = subject.shape
     heads = tuple(range(1, shape.heads, 2))
     some = LayerPlan(heads, attend_heads=heads, radius=2, neurons=shape.ffn // 2)
@@ -68,7 +68,7 @@ def test_the_papers_shape(subject: Subject) -> None:
     assert count < 0.5 * dense_prefill_flops(shape, WORKLOAD)
 
 
-def test_layers_without_anything_visual_cost_what_text_costs(subject: Subject) -> None:
+def test_layers_without_visual_work_cost_only_text(subject: Subject) -> None:
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = subject.random_plan(0, layers=(none,) * 4, workload=WORKLOAD)
     text = {key: INPUTS[key][:, :20] for key in ("input_ids", "attention_mask")}
@@ -78,7 +78,7 @@ def test_layers_without_anything_visual_cost_what_text_costs(subject: Subject) -
         assert executed(subject) == pytest.approx(executed(subject, text), rel=0.01)
 
 
-def test_a_decode_step_reads_visual_keys_of_kept_heads_alone(subject: Subject) -> None:
+def test_a_decode_step_reads_visual_keys_only_of_kept_heads(subject: Subject) -> None:
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     counts = {}
     for name, layers in (("none", (none,) * 4), ("all", tiny.whole(subject).layers)):

@@ -1,4 +1,4 @@
-"""Matrix products that gain run on the other kernel, to rounding the same; the others stay."""
+"""Only matrix products that gain use the other kernel, with equal results up to rounding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def without_gradients() -> Iterator[None]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny weights take the other kernel too; 17 rows of one are copied together at a time."""
+    """Lets tiny weights use the other kernel too, copied 17 rows at a time."""
     monkeypatch.setattr(gemm, "MIN_WEIGHT", 1)
     monkeypatch.setattr(gemm, "MIN_ROWS_TO_COPY", 1)
     monkeypatch.setattr(gemm, "COPY_BYTES", 17 * 96 * 4)
@@ -49,7 +49,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the weights that went to the other kernel."""
+    """Collects the shapes of weights that use the other kernel."""
     kernel, seen = gemm._kernel(), []
 
     def spy(inputs, weight, *rest):
@@ -68,7 +68,7 @@ def layers(width: int = 96, dtype: torch.dtype = torch.float32) -> nn.ModuleList
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("weight", ["whole", "rows", "columns"])
 @pytest.mark.parametrize("name", INPUTS)
-def test_equals_linear(
+def test_the_other_kernel_equals_linear(
     small: None, calls: list[tuple[int, ...]], name: str, weight: str, has_bias: bool
 ) -> None:
     torch.manual_seed(0)
@@ -89,7 +89,9 @@ def test_equals_linear(
 
 
 @needs_kernel
-def test_only_what_gains_is_sent(calls: list[tuple[int, ...]], monkeypatch) -> None:
+def test_only_products_that_gain_use_the_other_kernel(
+    calls: list[tuple[int, ...]], monkeypatch
+) -> None:
     monkeypatch.setattr(gemm, "MIN_WEIGHT", 96 * 40)
     weight, inputs = torch.randn(40, 96), torch.randn(1, 33, 96)
     with fast_gemm(layers(), inputs):
@@ -110,7 +112,7 @@ def autocast() -> AbstractContextManager[object]:
 
 
 @pytest.mark.parametrize("around", [torch.enable_grad, FlopCounterMode, autocast])
-def test_off_where_others_look_on(small: None, around: Callable) -> None:
+def test_the_other_kernel_is_off_if_others_observe_products(small: None, around: Callable) -> None:
     context = around(display=False) if around is FlopCounterMode else around()
     with context:
         assert isinstance(fast_gemm(layers(), torch.randn(1, 33, 96)), nullcontext)
@@ -126,12 +128,14 @@ def test_off_where_others_look_on(small: None, around: Callable) -> None:
     ],
     ids=["a decode step", "float64", "bfloat16", "another device"],
 )
-def test_off_for(small: None, hidden: torch.Tensor) -> None:
+def test_the_other_kernel_is_off_for_unsuitable_inputs(small: None, hidden: torch.Tensor) -> None:
     assert isinstance(fast_gemm(layers(dtype=hidden.dtype), hidden), nullcontext)
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
-def test_off_for_small_models_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_kernel_is_off_for_small_models_or_if_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     hidden = torch.randn(1, 33, 96)
     assert isinstance(fast_gemm(layers(), hidden), nullcontext)
     monkeypatch.setattr(gemm, "MIN_WEIGHT", 1)
@@ -145,7 +149,7 @@ def modes() -> int:
 
 
 @needs_kernel
-def test_left_behind_also_after_an_exception(small: None) -> None:
+def test_an_exception_switches_the_other_kernel_off(small: None) -> None:
     before = modes()
     with pytest.raises(RuntimeError, match="on purpose"):
         with fast_gemm(layers(), torch.randn(1, 33, 96)) as mode:
@@ -159,7 +163,7 @@ def test_left_behind_also_after_an_exception(small: None) -> None:
 @pytest.mark.parametrize(
     "rows", [[[1, 5, 6, *PICTURE, 7, 8, 9]], [[1, 5, *PICTURE, 7], [1, *PICTURE, 3]]]
 )
-def test_any_plan_is_the_reference(
+def test_any_plan_matches_the_reference(
     subject: Subject, small: None, calls: list[tuple[int, ...]], rows: list[list[int]], seed: int
 ) -> None:
     check_plan(subject, 1000 + seed, tiny.batch(rows))
@@ -168,7 +172,7 @@ def test_any_plan_is_the_reference(
 
 @needs_kernel
 def test_a_counter_sees_every_matrix_product(mha: Subject, small: None) -> None:
-    """It does not know the other kernel, so it must not meet it."""
+    """The counter does not know the other kernel, so it must be off."""
     counts = []
     for threshold in (1, 1 << 40):
         with pytest.MonkeyPatch.context() as patch, pruned(mha.model, tiny.whole(mha)):
@@ -190,7 +194,7 @@ def test_a_dense_model_can_run_on_the_same_kernel(
     hooks = len(decoder._forward_hooks), len(decoder._forward_pre_hooks)
     with gemm.same_gemm(decoder):
         found = tiny.logits(model, inputs)
-        assert modes() == before  # inside the decoder alone
+        assert modes() == before  # only inside the decoder
         linears = [each for each in decoder.modules() if type(each) is nn.Linear]
         assert len(calls) == len(linears)
         with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""``generate`` on a pruned model: the tokens of the reference, which has no cache, in float64."""
+"""``generate`` on a pruned model gives the tokens of the cache-free reference, in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODES: dict[str, dict[str, Any]] = {
 def generate(
     model: LlavaForConditionalGeneration, inputs: dict[str, Any], **options: Any
 ) -> torch.Tensor:
-    """Token ids, prompt included; the random model is kept from saying ``<image>``."""
+    """Return token ids, prompt included; the random model must not generate ``<image>``."""
     options = {"max_new_tokens": 8, "suppress_tokens": [IMAGE], "do_sample": False} | options
     torch.manual_seed(0)
     return model.generate(**tiny.as_dtype(inputs, model.dtype), **options)
@@ -49,7 +49,9 @@ def plan(request: pytest.FixtureRequest, subject: Subject) -> PruningPlan:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [ONE, TWO_ROWS, ONE_WITHOUT], ids=["one", "two", "one without"])
-def test_the_same_tokens(subject: Subject, plan: PruningPlan, rows: list, mode: str) -> None:
+def test_generate_gives_the_same_tokens(
+    subject: Subject, plan: PruningPlan, rows: list, mode: str
+) -> None:
     inputs, options = tiny.batch(rows), MODES[mode]
     expected = specified(subject, plan, inputs, **options)
     with pruned(subject.oracle, plan):
@@ -59,14 +61,14 @@ def test_the_same_tokens(subject: Subject, plan: PruningPlan, rows: list, mode: 
     assert len(new.unique()) > 2  # a model that repeats itself would hide mistakes
 
 
-def test_without_a_cache(subject: Subject, plan: PruningPlan) -> None:
+def test_generate_works_without_a_cache(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch(TWO_ROWS)
     with pruned(subject.oracle, plan):
         with_cache = generate(subject.oracle, inputs)
         assert torch.equal(generate(subject.oracle, inputs, use_cache=False), with_cache)
 
 
-def test_from_embeddings(subject: Subject, plan: PruningPlan) -> None:
+def test_generate_works_from_embeddings(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch(ONE)
     with pruned(subject.oracle, plan):
         by_ids = generate(subject.oracle, inputs)
@@ -77,7 +79,7 @@ def test_from_embeddings(subject: Subject, plan: PruningPlan) -> None:
 
 
 class Collector(BaseStreamer):
-    """Keeps what it is sent."""
+    """A streamer that keeps what it receives."""
 
     def __init__(self) -> None:
         self.sent: list[int] = []
@@ -90,7 +92,7 @@ class Collector(BaseStreamer):
         self.ended = True
 
 
-def test_streaming(subject: Subject, plan: PruningPlan) -> None:
+def test_generate_streams_tokens(subject: Subject, plan: PruningPlan) -> None:
     inputs, streamer = tiny.batch(ONE), Collector()
     with pruned(subject.oracle, plan):
         tokens = generate(subject.oracle, inputs, streamer=streamer)
@@ -98,7 +100,7 @@ def test_streaming(subject: Subject, plan: PruningPlan) -> None:
     assert torch.equal(tokens, specified(subject, plan, inputs))
 
 
-def test_prompt_lookup(subject: Subject, plan: PruningPlan) -> None:
+def test_generate_works_with_prompt_lookup(subject: Subject, plan: PruningPlan) -> None:
     inputs = tiny.batch([[1, 5, 6, *PICTURE, 7, 8, 9, 7, 8, 9, 7, 8]])
     with pruned(subject.oracle, plan):
         found = generate(subject.oracle, inputs, prompt_lookup_num_tokens=3)
@@ -119,8 +121,8 @@ def test_a_second_turn_with_a_new_image_continues_the_cache(
     assert torch.equal(found, specified(subject, plan, together))
 
 
-def test_a_second_turn_of_beams(subject: Subject, plan: PruningPlan) -> None:
-    """Of text alone: transformers cannot expand a new image beside one that is cached."""
+def test_a_second_turn_may_use_beams(subject: Subject, plan: PruningPlan) -> None:
+    """With text only, because transformers cannot expand a new image next to a cached one."""
     first, cache = tiny.batch(ONE), DynamicCache()
     with pruned(subject.oracle, plan):
         said = generate(subject.oracle, first, past_key_values=cache)
@@ -132,7 +134,9 @@ def test_a_second_turn_of_beams(subject: Subject, plan: PruningPlan) -> None:
     assert torch.equal(found, specified(subject, plan, together, num_beams=3))
 
 
-def test_prefill_in_chunks_inside_an_image_is_refused(subject: Subject, plan: PruningPlan) -> None:
+def test_prefill_in_chunks_that_split_an_image_is_refused(
+    subject: Subject, plan: PruningPlan
+) -> None:
     inputs = tiny.batch(ONE)
     with pruned(subject.oracle, plan), pytest.raises(ModelError, match="whole number of images"):
         generate(subject.oracle, inputs, prefill_chunk_size=10)

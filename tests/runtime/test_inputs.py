@@ -1,4 +1,4 @@
-"""What callers hand over beside a prompt: embeddings, labels, other ways to prefill."""
+"""Callers may pass embeddings, labels and other ways to prefill along with a prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yopo.runtime.install import pruned
 from yopo.support.errors import ModelError
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8]]
-NO_TOKEN = "embeddings of no token"
+NO_TOKEN = "embeddings that match no token"
 CONSTANT = "part of the loss is a constant"
 
 
@@ -27,7 +27,7 @@ def said(found: list[Any], what: str) -> bool:
 
 @torch.no_grad()
 def merged(subject: Subject, inputs: dict[str, Any]) -> torch.Tensor:
-    """Embeddings with the image's features in their places."""
+    """Return embeddings with the image's features merged in."""
     model = subject.model
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     features = torch.cat(model.get_image_features(inputs["pixel_values"]).pooler_output)
@@ -35,9 +35,7 @@ def merged(subject: Subject, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("how", ["forward", "generate", "decoder"])
-def test_features_that_are_merged_already_are_not_dense_without_a_word(
-    mha: Subject, how: str
-) -> None:
+def test_already_merged_features_cause_a_warning(mha: Subject, how: str) -> None:
     plan = mha.random_plan(3)
     embeds = merged(mha, tiny.batch(ROWS))
     with pruned(mha.model, plan), torch.no_grad():
@@ -50,7 +48,7 @@ def test_features_that_are_merged_already_are_not_dense_without_a_word(
                 mha.model.get_decoder()(inputs_embeds=embeds)
 
 
-def test_a_second_image_that_is_merged_already_is_noticed(mha: Subject) -> None:
+def test_an_already_merged_second_image_is_noticed(mha: Subject) -> None:
     plan = mha.random_plan(3)
     both = tiny.batch([[*ROWS[0], *PICTURE, 9]])
     embeds = merged(mha, both)
@@ -62,8 +60,10 @@ def test_a_second_image_that_is_merged_already_is_noticed(mha: Subject) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embeddings_of_tokens_are_no_features(subject: Subject, dtype: torch.dtype) -> None:
-    """A prompt of text, placeholders whose pixels come along, and single steps."""
+def test_token_embeddings_are_not_mistaken_for_features(
+    subject: Subject, dtype: torch.dtype
+) -> None:
+    """Covers a prompt of text, placeholders with their pixels, and single steps."""
     model = copy.deepcopy(subject.model).to(dtype)
     plan = subject.random_plan(3, layers=tiny.whole(subject).layers)
     embed = model.get_input_embeddings()
@@ -83,8 +83,8 @@ def test_embeddings_of_tokens_are_no_features(subject: Subject, dtype: torch.dty
         model(inputs_embeds=step, past_key_values=cache)
 
 
-def test_the_remedy_is_one(mha: Subject) -> None:
-    """Images that are encoded already come along as encoder outputs."""
+def test_the_suggested_remedy_works(mha: Subject) -> None:
+    """Already encoded images can be passed as encoder outputs."""
     plan = mha.random_plan(3)
     inputs = tiny.batch(ROWS)
     with pruned(mha.model, plan), warnings.catch_warnings():
@@ -99,7 +99,7 @@ def test_the_remedy_is_one(mha: Subject) -> None:
 
 
 def dropping(subject: Subject) -> PruningPlan:
-    """A plan under which visual tokens are gone before the last layer."""
+    """Make a plan that drops visual tokens before the last layer."""
     full, none = tiny.whole(subject).layers[0], LayerPlan((), (), None, 0)
     plan = subject.random_plan(1, compensation="none", baked=True)
     return plan.with_layers((full, full, none, none))
@@ -107,17 +107,17 @@ def dropping(subject: Subject) -> PruningPlan:
 
 LABELS = {
     "the whole prompt": ([1, 5, 6, *PICTURE, 7, 8], True),
-    "right behind the image": ([-100] * 19 + [7, 8], True),
+    "right after the image": ([-100] * 19 + [7, 8], True),
     "on the image": ([-100] * 5 + [98] + [-100] * 15, True),
     "later": ([-100] * 20 + [8], False),
-    "in front, its first token too": ([-100, 5, 6, 98] + [-100] * 17, False),
+    "before the image, its first token too": ([-100, 5, 6, 98] + [-100] * 17, False),
     "none": ([-100] * 21, False),
 }
 
 
 @pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("is_dropped", [True, False])
-def test_labels_behind_dropped_tokens_are_noticed(
+def test_labels_after_dropped_tokens_cause_a_warning(
     mha: Subject, name: str, is_dropped: bool
 ) -> None:
     labels, asks = LABELS[name]
@@ -129,11 +129,11 @@ def test_labels_behind_dropped_tokens_are_noticed(
             mha.model(**inputs)
             assert said(found, CONSTANT) is (asks and is_dropped)
             count = len(found)
-            mha.model(**tiny.batch(ROWS))  # what one forward asked for is not the next one's
+            mha.model(**tiny.batch(ROWS))  # a forward's request does not carry over to the next one
             assert len(found) == count
 
 
-def test_labels_that_are_shifted_already_and_padded_rows(mha: Subject) -> None:
+def test_shifted_labels_and_padded_rows_are_checked_too(mha: Subject) -> None:
     inputs = tiny.batch([*ROWS, [1, *PICTURE, *PICTURE, 4, 5]], pad="right")
     labels = inputs["input_ids"].masked_fill(~tiny.real_text(inputs), -100)
     labels[0, 19] = labels[1, 33] = -100
@@ -165,7 +165,7 @@ def test_chunks_that_cut_an_image_are_refused(mha: Subject, size: int) -> None:
             mha.model.generate(**two, max_new_tokens=2, prefill_chunk_size=size)
 
 
-def test_continuous_batching_is_refused_at_once_and_only_while_pruned(mha: Subject) -> None:
+def test_continuous_batching_is_refused_only_while_pruned(mha: Subject) -> None:
     plan = mha.random_plan(3)
     before = sorted(vars(mha.model))
     with pruned(mha.model, plan):
@@ -179,7 +179,7 @@ def test_continuous_batching_is_refused_at_once_and_only_while_pruned(mha: Subje
 
 
 @torch.no_grad()
-def test_a_copied_cache_goes_its_own_way(subject: Subject) -> None:
+def test_a_copied_cache_is_independent(subject: Subject) -> None:
     plan = subject.random_plan(2)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "suppress_tokens": [IMAGE]}
     prompt = tiny.batch([[1, 5, 6, *PICTURE, 7, 8], [1, *PICTURE, 7, 8, 9, 10]])

@@ -1,4 +1,4 @@
-"""Pruning a model in memory: what the block leaves behind (nothing), and what it refuses."""
+"""Pruning a model in memory leaves no trace after the block, and refuses some models."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_ho
 
 
 def portrait(model: LlavaForConditionalGeneration) -> dict[str, Any]:
-    """Everything of a model that pruning might leave changed, values copied."""
-    logits = tiny.logits(model, INPUTS)  # first: transformers installs hooks of its own on demand
+    """Copy everything about a model that pruning might change."""
+    logits = tiny.logits(model, INPUTS)  # first: transformers installs its own hooks on demand
     state = model.state_dict(keep_vars=True)
     return {
         "identities": {name: id(tensor) for name, tensor in state.items()},
@@ -93,7 +93,7 @@ def test_an_exception_inside_a_forward_restores_it_too(subject: Subject, run: Ca
     assert_unchanged(before, subject.model)
 
 
-def test_state_dict_and_class_name_stay_while_pruned(subject: Subject) -> None:
+def test_state_dict_and_class_name_are_kept_while_pruned(subject: Subject) -> None:
     keys, name = list(subject.model.state_dict()), type(subject.model.get_decoder()).__name__
     plan = subject.random_plan(3)
     with pruned(subject.model, plan):
@@ -111,12 +111,12 @@ def test_the_same_model_can_be_pruned_again(mha: Subject) -> None:
     assert not torch.equal(said[0], said[1])
 
 
-def test_nested_use_is_refused_and_the_outer_block_goes_on(mha: Subject) -> None:
+def test_nested_use_is_refused_and_the_outer_block_continues(mha: Subject) -> None:
     before = portrait(mha.model)
     plan = mha.random_plan(3)
     with pruned(mha.model, plan):
         outer = tiny.logits(mha.model, INPUTS)
-        with pytest.raises(ModelError, match="pruned already"):
+        with pytest.raises(ModelError, match="already pruned"):
             with pruned(mha.model, plan):
                 pass
         assert torch.equal(tiny.logits(mha.model, INPUTS), outer)
@@ -145,7 +145,7 @@ def test_the_pruned_parts_follow_the_model_to_another_dtype(mha: Subject) -> Non
 
 
 class Quantised(nn.Linear):
-    """A linear layer whose weight is not what it multiplies with, as quantisers and PEFT make."""
+    """A linear layer that does not multiply with its weight, as quantizers and PEFT make."""
 
 
 def spoiled(change: Callable[[nn.Module], None]) -> LlavaForConditionalGeneration:
@@ -183,7 +183,7 @@ REFUSED_MODELS = {
 
 
 @pytest.mark.parametrize("name", REFUSED_MODELS)
-def test_models_that_cannot_be_cut_are_refused_untouched(mha: Subject, name: str) -> None:
+def test_models_that_cannot_be_sliced_are_refused_untouched(mha: Subject, name: str) -> None:
     change, message = REFUSED_MODELS[name]
     model = spoiled(change)
     decoder = model.get_decoder()
@@ -218,7 +218,7 @@ def test_another_shape_or_family_is_refused(mha: Subject) -> None:
 
 
 def test_plans_in_memory_need_their_tensors(mha: Subject) -> None:
-    """Without an order the first neurons would be kept instead of the important ones."""
+    """Without an order, the first neurons would be kept instead of the important ones."""
     plan = mha.random_plan(3, baked=False, compensation="mean")
     assert plan.needs_order
     tensors = plan.tensors
@@ -249,9 +249,9 @@ def test_a_baked_plan_takes_neurons_in_the_checkpoints_order(mha: Subject) -> No
 
 
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
-def test_states_of_all_layers_are_refused(mha: Subject, option: str) -> None:
+def test_requests_for_all_hidden_states_are_refused(mha: Subject, option: str) -> None:
     plan = mha.random_plan(3)
-    model = copy.deepcopy(mha.model)  # asking for them installs hooks of transformers' own
+    model = copy.deepcopy(mha.model)  # requesting them installs transformers' own hooks
     with pruned(model, plan):
         with pytest.raises(ModelError, match=option.removeprefix("output_")):
             tiny.logits(model, INPUTS | {option: True})
@@ -276,7 +276,7 @@ def test_image_tokens_that_are_not_whole_images_are_refused(mha: Subject) -> Non
 
 
 def test_a_sliding_window_holds_until_it_is_outgrown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistral's window: inside of it nothing differs, beyond it the pruned model refuses."""
+    """Within Mistral's window nothing differs; beyond it the pruned model refuses."""
 
     def config(backbone: str) -> MistralConfig:
         sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 30}

@@ -1,4 +1,4 @@
-"""Rows that hold several samples behind one another: none attends another's tokens."""
+"""In rows that hold several samples in sequence, none attends to another's tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLES = {
 
 
 def packed(samples: list[list[int]], **more: Any) -> tuple[dict, list[dict]]:
-    """Samples in one row, and each alone, with the same images."""
+    """Samples in one row, and each by itself, with the same images."""
     alone = [tiny.batch([sample], seed=seed) for seed, sample in enumerate(samples)]
     together = {
         "input_ids": torch.cat([each["input_ids"] for each in alone], dim=1),
@@ -50,7 +50,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SAMPLES)
-def test_packed_samples_are_what_they_are_alone(subject: Subject, name: str, seed: int) -> None:
+def test_packed_samples_match_separate_ones(subject: Subject, name: str, seed: int) -> None:
     plan = subject.random_plan(60 + seed)
     together, alone = packed(SAMPLES[name])
     with pruned(subject.model, plan):
@@ -64,7 +64,7 @@ def test_packed_samples_are_what_they_are_alone(subject: Subject, name: str, see
 
 @pytest.mark.parametrize("has_cache", [False, True])
 def test_under_the_whole_plan_it_is_the_stock_model(subject: Subject, has_cache: bool) -> None:
-    """Which tells samples apart by positions only where nothing is cached."""
+    """The stock model separates samples by positions only if nothing is cached."""
     together, _ = packed(SAMPLES["images"], use_cache=has_cache)
     usual, oracle = (tiny.logits(each, together) for each in (subject.model, subject.oracle))
     with pruned(subject.model, tiny.whole(subject)):
@@ -73,7 +73,9 @@ def test_under_the_whole_plan_it_is_the_stock_model(subject: Subject, has_cache:
 
 
 @pytest.mark.parametrize("has_positions", [False, True])
-def test_a_padding_free_collators_lengths_say_the_same(mha: Subject, has_positions: bool) -> None:
+def test_lengths_from_a_padding_free_collator_are_equivalent(
+    mha: Subject, has_positions: bool
+) -> None:
     plan = mha.random_plan(3)
     together, _ = packed(SAMPLES["images"])
     ends = starts(SAMPLES["images"])
@@ -108,12 +110,12 @@ def test_lengths_that_do_not_fit_are_refused(mha: Subject) -> None:
     plan = mha.random_plan(3)
     together, _ = packed(SAMPLES["images"])
     together["cu_seq_lens_q"] = starts(SAMPLES["images"])[:-1]
-    with pruned(mha.model, plan), pytest.raises(ModelError, match="do not end at the"):
+    with pruned(mha.model, plan), pytest.raises(ModelError, match="that end at its"):
         tiny.logits(mha.model, together)
 
 
-def test_several_packed_rows(mha: Subject) -> None:
-    """Of one length, with samples that begin elsewhere."""
+def test_several_packed_rows_match_separate_samples(mha: Subject) -> None:
+    """The rows have one length, with samples that begin at different places."""
     plan = mha.random_plan(3)
     rows = [[[1, 5, *PICTURE, 7], [1, 2, *PICTURE, 8, 9]], [[1, 2, 3, *PICTURE], [*PICTURE, 4, 5]]]
     rows[1][1] += [6, 7]
@@ -130,7 +132,7 @@ def test_several_packed_rows(mha: Subject) -> None:
     assert torch.allclose(found[where], expected[where], atol=1e-4)
 
 
-def test_the_mask_says_what_it_takes(mha: Subject) -> None:
+def test_unsupported_masks_are_named_in_the_error(mha: Subject) -> None:
     plan = mha.random_plan(3)
     inputs = tiny.batch([SAMPLES["images"][0]])
     length = inputs["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-"""A prompt in one forward: the whole plan is the stock model, any plan is the reference."""
+"""In one forward, the whole plan matches the stock model and any plan the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = {
     "one image": [[1, 5, 6, *PICTURE, 7, 8, 9, 10]],
     "image first": [[*PICTURE, 7, 8]],
     "image last": [[1, 5, *PICTURE]],
-    "one text token in front": [[1, *PICTURE]],
+    "one text token before": [[1, *PICTURE]],
     "one text token between": [[*PICTURE, 1, *PICTURE]],
     "two images apart": [[1, 5, *PICTURE, 6, 7, *PICTURE, 8, 9]],
     "two images adjacent": [[1, 5, *PICTURE, *PICTURE, 8, 9]],
@@ -64,7 +64,7 @@ def check_plan(
 
 @pytest.fixture
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Image rows per attention call: whole tiny images would fit into one as shipped."""
+    """Image rows per attention call; by default, a whole tiny image would fit into one."""
     if request.param is not None:
         monkeypatch.setattr(grid, "ROWS_PER_BLOCK", request.param)
         monkeypatch.setattr(grid, "TOKENS_PER_BLOCK", 1)
@@ -85,27 +85,29 @@ def test_the_whole_plan_is_the_stock_model(subject: Subject, name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", PROMPTS)
-def test_any_plan_is_the_reference(subject: Subject, name: str, seed: int) -> None:
+def test_any_plan_matches_the_reference(subject: Subject, name: str, seed: int) -> None:
     check_plan(subject, 100 * len(name) + seed, tiny.batch(PROMPTS[name]))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3], indirect=True)
 @pytest.mark.parametrize("name", GRIDS)
-def test_any_grid_in_blocks_is_the_reference(subject: Subject, name: str, blocks: None) -> None:
+def test_any_grid_in_blocks_matches_the_reference(
+    subject: Subject, name: str, blocks: None
+) -> None:
     rows, grids_of = GRIDS[name]
     for seed in range(3):
         check_plan(subject, 100 * len(name) + seed, tiny.batch(rows), grids_of)
 
 
-def test_blocks_as_shipped_on_a_larger_image() -> None:
+def test_shipped_block_sizes_match_the_reference_on_a_larger_image() -> None:
     subject = tiny.make_subject("gqa", side=12)
     inputs = tiny.batch([[1, 5, 6, *[IMAGE] * 144, 7, 8]], side=12)
     for seed in range(4):
         check_plan(subject, seed, inputs)
 
 
-def test_plans_change_what_the_model_says(subject: Subject) -> None:
-    """Else equality with the reference would say nothing."""
+def test_plans_change_the_logits(subject: Subject) -> None:
+    """Otherwise equality with the reference would prove nothing."""
     inputs = tiny.batch(PROMPTS["one image"])
     stock, text = tiny.logits(subject.model, inputs), tiny.real_text(inputs)
     said = [stock]
@@ -129,19 +131,19 @@ def test_text_before_the_image_is_untouched(mha: Subject) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_right_padding(subject: Subject, seed: int) -> None:
+def test_right_padding_is_supported(subject: Subject, seed: int) -> None:
     check_plan(subject, seed, tiny.batch(PROMPTS["one and two images"], pad="right"))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_an_image_that_the_attention_mask_hides(subject: Subject, seed: int) -> None:
+def test_an_image_may_be_hidden_by_the_attention_mask(subject: Subject, seed: int) -> None:
     inputs = tiny.batch(PROMPTS["two images apart"])
     inputs["attention_mask"][0, 2:18] = 0
     check_plan(subject, seed, inputs)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_embeddings_instead_of_ids(subject: Subject, seed: int) -> None:
+def test_embeddings_may_replace_ids(subject: Subject, seed: int) -> None:
     plan = subject.random_plan(seed)
     inputs = tiny.batch(PROMPTS["one and two images"])
     with pruned(subject.model, plan):
@@ -174,7 +176,7 @@ def test_no_attention_mask_means_no_padding(subject: Subject) -> None:
         assert torch.equal(tiny.logits(subject.model, inputs), with_mask)
 
 
-def test_without_a_cache_the_result_is_the_same_and_nothing_is_kept(subject: Subject) -> None:
+def test_without_a_cache_the_result_is_the_same(subject: Subject) -> None:
     inputs = tiny.batch(PROMPTS["one and two images"])
     plan = subject.random_plan(2)
     with torch.no_grad(), pruned(subject.model, plan):
@@ -196,7 +198,7 @@ def test_logits_to_keep_gives_the_last_positions(mha: Subject) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_bfloat16_is_as_good_as_the_stock_models(mha: Subject, seed: int) -> None:
+def test_bfloat16_is_as_accurate_as_the_stock_model(mha: Subject, seed: int) -> None:
     inputs = tiny.batch(PROMPTS["one and two images"])
     plan = mha.random_plan(seed)
     model = tiny.llava("mha").to(torch.bfloat16)
@@ -211,8 +213,8 @@ def test_bfloat16_is_as_good_as_the_stock_models(mha: Subject, seed: int) -> Non
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_float64_is_as_exact_as_float64(subject: Subject, seed: int) -> None:
-    """In the oracle's own precision only the order of the sums differs."""
+def test_float64_differs_only_by_rounding(subject: Subject, seed: int) -> None:
+    """In the oracle's own precision, only the order of sums differs."""
     inputs = tiny.batch(PROMPTS["one and two images"])
     plan = subject.random_plan(seed)
     with reference(subject.model, plan):

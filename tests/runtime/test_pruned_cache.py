@@ -1,4 +1,4 @@
-"""The cache of a pruned model: the bytes that were predicted, what it can do, what it refuses."""
+"""The cache of a pruned model has the predicted bytes, and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def visual_bytes(cache: DynamicCache) -> int:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_visual_bytes_are_the_predicted_ones(subject: Subject, seed: int) -> None:
+def test_cached_visual_bytes_are_the_predicted_ones(subject: Subject, seed: int) -> None:
     plan = subject.random_plan(seed)
     predicted = visual_kv_bytes(plan, itemsize=4)
     with torch.no_grad(), pruned(subject.model, plan):
@@ -42,7 +42,7 @@ def test_visual_bytes_are_the_predicted_ones(subject: Subject, seed: int) -> Non
     assert predicted <= dense_visual_kv_bytes(subject.shape, plan.workload, itemsize=4)
 
 
-def test_dense_bytes_are_those_of_the_stock_cache_and_more_than_a_plans(subject: Subject) -> None:
+def test_the_stock_cache_has_the_predicted_dense_bytes(subject: Subject) -> None:
     workload = tiny.workload()
     dense = filled(subject, ONE)
     share = workload.visual / ONE["input_ids"].shape[1]
@@ -56,8 +56,8 @@ def test_dense_bytes_are_those_of_the_stock_cache_and_more_than_a_plans(subject:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_dropped_layer_holds_text_alone(subject: Subject, seed: int) -> None:
-    """Not only reports: the buffers that exist are no longer than their tokens."""
+def test_a_dropped_layer_holds_only_text(subject: Subject, seed: int) -> None:
+    """This is not only reported: the actual buffers are no longer than their tokens."""
     plan = subject.random_plan(seed)
     with pruned(subject.model, plan):
         cache = filled(subject, ONE)
@@ -83,7 +83,7 @@ def test_generate_reports_the_logical_length(mha: Subject) -> None:
 
 
 @torch.no_grad()
-def test_cropping_takes_back_text(subject: Subject) -> None:
+def test_cropping_removes_text(subject: Subject) -> None:
     plan = subject.random_plan(2)
     with pruned(subject.model, plan):
         cache = filled(subject, ONE)
@@ -108,7 +108,7 @@ def test_cropping_into_an_image_is_refused(subject: Subject) -> None:
 
 
 @torch.no_grad()
-def test_rows_are_selected_repeated_and_forgotten(subject: Subject) -> None:
+def test_cache_rows_can_be_selected_repeated_and_reset(subject: Subject) -> None:
     plan = subject.random_plan(2)
     step = {"input_ids": torch.tensor([[9], [11]])}
     mask = torch.cat([TWO_ROWS["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)

@@ -1,4 +1,4 @@
-"""The specification itself: who may attend whom, in plain loops by the words of yopo/README.md."""
+"""The specification's masks match plain loops written after yopo/README.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRIDS = [(2, 3), (4, 1), (1, 3)]
 
 
 def places() -> list[tuple[int, int, int] | None]:
-    """(image, row, column) of every token of ``ROW``; None for text."""
+    """Return (image, row, column) of every token in ``ROW``; None for text."""
     cells = [
         (image, row, col)
         for image, (rows, cols) in enumerate(GRIDS)
@@ -32,7 +32,7 @@ def places() -> list[tuple[int, int, int] | None]:
 
 
 def may_attend(layer: LayerPlan, bidirectional: bool, head: int, query: int, key: int) -> bool:
-    """yopo/README.md, word by word."""
+    """Decide attention literally as yopo/README.md says."""
     query_place, key_place = places()[query], places()[key]
     not_later = key <= query
     if key_place is None:
@@ -47,7 +47,7 @@ def may_attend(layer: LayerPlan, bidirectional: bool, head: int, query: int, key
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
+def test_the_reference_masks_follow_the_design_page(mha: Subject, seed: int) -> None:
     rng = random.Random(seed)
     plan = tiny.random_plan(mha.identity, rng, compensation="none")
     ids = torch.tensor([ROW])
@@ -65,8 +65,8 @@ def test_who_may_attend_whom(mha: Subject, seed: int) -> None:
 
 
 @pytest.mark.parametrize("run", [reference, pruned])
-def test_without_anything_visual_images_do_not_matter(subject: Subject, run: type) -> None:
-    """No layer reads, so other pixels change no text logit; with reads they do."""
+def test_without_visual_reads_images_do_not_matter(subject: Subject, run: type) -> None:
+    """If no layer reads, other pixels change no text logit; with reads they do."""
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     plan = subject.random_plan(0, layers=(none,) * 4, compensation="none")
     rows = [[1, 5, *PICTURE, 7, 8]]
@@ -84,7 +84,7 @@ def test_without_anything_visual_images_do_not_matter(subject: Subject, run: typ
 
 @pytest.mark.parametrize("run", [reference, pruned])
 def test_reading_heads_are_the_named_ones(subject: Subject, run: type) -> None:
-    """Cutting a head off at the output projection hides what it reads, and only that."""
+    """Cutting off a head at the output projection hides exactly what it reads."""
     layer, head_dim = 1, subject.shape.head_dim
     none = LayerPlan((), attend_heads=(), radius=None, neurons=0)
     reader = subject.shape.heads - 2

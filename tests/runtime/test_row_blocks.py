@@ -1,4 +1,4 @@
-"""Blocks of rows: they cut what one token does not share with others, and change no result."""
+"""Blocks of rows split work that is independent per token, and change no result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZES = [(1, 7, 3), (4, 2, 3), (5, 3, 3), (3, 10, 2), (2, 1, 1)]
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four tokens of width 3 per block: tiny prompts would fit into one as shipped."""
+    """Four tokens of width 3 per block; tiny prompts would fit into one shipped block."""
     monkeypatch.setattr(row_blocks, "BLOCK_BYTES", 4 * 3 * 4)
     monkeypatch.setattr(row_blocks, "PIECE_BYTES", 4 * 3 * 4)
 
@@ -25,7 +25,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_blocks_cover_everything_once_in_contiguous_pieces(size: tuple[int, int, int]) -> None:
+def test_blocks_cover_every_element_once_in_contiguous_pieces(size: tuple[int, int, int]) -> None:
     states = torch.zeros(size)
     for place in row_blocks.blocks(states):
         states[place] += 1
@@ -44,7 +44,7 @@ def test_no_block_of_a_row_is_left_with_a_few_tokens() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES)
-def test_pieces_are_computed_apart_and_leave_what_they_are_given(
+def test_pieces_are_computed_separately_and_keep_their_inputs(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int]
 ) -> None:
     monkeypatch.setattr(row_blocks, "PIECE_BYTES", 4 * 3 * 4)
@@ -74,7 +74,7 @@ def test_sums_are_in_place_unless_gradients_are_recorded(size: tuple[int, int, i
 
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("tokens", [1, 3, 20])
-def test_any_plan_is_the_reference_in_blocks(
+def test_any_plan_matches_the_reference_in_blocks(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int
 ) -> None:
     monkeypatch.setattr(row_blocks, "BLOCK_BYTES", tokens * subject.shape.hidden * 4)
@@ -83,7 +83,7 @@ def test_any_plan_is_the_reference_in_blocks(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gradients_are_those_of_the_reference(subject: Subject, seed: int) -> None:
+def test_gradients_match_the_reference(subject: Subject, seed: int) -> None:
     plan = subject.random_plan(seed)
     inputs = tiny.batch(PROMPTS["one image each, padded"])
     embeddings = subject.model.get_input_embeddings().weight

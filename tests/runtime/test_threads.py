@@ -1,4 +1,4 @@
-"""One model in several threads: every call is what it would be alone."""
+"""In several threads, every call on one model gives what it would give by itself."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def say(subject: Subject, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
-    """Results of calls, each in a thread of its own."""
+    """Return the results of calls, each in its own thread."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 @pytest.fixture
 def meeting(mha: Subject) -> Any:
-    """Two forwards that begin before either reaches the decoder, so that they overlap for sure."""
+    """Make two forwards begin before either reaches the decoder, so that they surely overlap."""
     barrier = threading.Barrier(2, timeout=PATIENCE)
 
     def meet(*_: object) -> None:
@@ -67,7 +67,7 @@ def test_overlapping_forwards_do_not_see_one_anothers_images(
         assert torch.equal(one, other)
 
 
-def test_many_forwards_and_generations_in_many_threads(mha: Subject) -> None:
+def test_many_threads_may_run_forward_and_generate(mha: Subject) -> None:
     plan = mha.random_plan(3)
     with pruned(mha.model, plan):
         logits = [tiny.logits(mha.model, each) for each in PROMPTS]
@@ -85,8 +85,8 @@ def test_many_forwards_and_generations_in_many_threads(mha: Subject) -> None:
         assert at_once([lambda shift=shift: work(shift) for shift in range(4)]) == [0] * 4
 
 
-def test_a_thread_that_is_started_inside_a_block_is_pruned(mha: Subject) -> None:
-    """As a streamer's is."""
+def test_a_thread_started_inside_a_block_is_pruned(mha: Subject) -> None:
+    """A streamer's thread is one."""
     plan = mha.random_plan(3)
     with pruned(mha.model, plan):
         expected = tiny.logits(mha.model, PROMPTS[0])
@@ -96,7 +96,7 @@ def test_a_thread_that_is_started_inside_a_block_is_pruned(mha: Subject) -> None
 
 @pytest.mark.parametrize("where", ["base_model", "decoder", "layer"])
 @pytest.mark.parametrize("begins", ["dense", "pruned"])
-def test_a_forward_under_way_when_a_block_is_entered_or_left_is_no_mixture(
+def test_a_forward_under_way_at_the_edge_of_a_block_is_consistent(
     mha: Subject, where: str, begins: str
 ) -> None:
     plan = mha.random_plan(3)
@@ -152,7 +152,7 @@ def test_a_conversation_across_the_edge_of_a_block_is_refused(mha: Subject) -> N
             future.result()
 
 
-def test_a_value_per_context_is_neither_shared_nor_kept_alive() -> None:
+def test_a_context_value_is_neither_shared_nor_kept_alive() -> None:
     class Owner:
         pass
 

@@ -1,4 +1,4 @@
-"""Training a pruned model: visual tokens see every step, checkpointing, dropout, fitted weights."""
+"""A pruned model trains: visual tokens see steps, checkpointing, dropout and fitted weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
 
 
 def halved(subject: Subject, compensation: str, **fixed: Any) -> PruningPlan:
-    """Half of everything, ragged under GQA: every kind of visual module in every layer."""
+    """Halve everything, ragged under GQA, so that every layer has every kind of visual module."""
     shape = subject.shape
     heads = tuple(range(0, shape.heads, 2)) + ((shape.heads - 1,) if shape.heads % 2 == 0 else ())
     more = {"qkv_rank": 8, "map_rank": 4} if compensation == "refit" else {}
@@ -56,11 +56,13 @@ def halved(subject: Subject, compensation: str, **fixed: Any) -> PruningPlan:
 
 @pytest.mark.parametrize("baked", [True, False], ids=["baked", "in memory"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_seen_by_visual_tokens_at_once(subject: Subject, kind: str, baked: bool) -> None:
+def test_visual_tokens_see_an_optimizer_step_at_once(
+    subject: Subject, kind: str, baked: bool
+) -> None:
     plan = halved(subject, kind, baked=baked)
     model = copy.deepcopy(subject.model)
     install(model, plan)
-    first = tiny.logits(model, INPUTS)  # whatever an evaluation keeps must not outlive a step
+    first = tiny.logits(model, INPUTS)  # caches of an evaluation must not outlive a step
     train(model)
     live = tiny.logits(model, INPUTS)
     uninstall(model)
@@ -71,8 +73,8 @@ def test_a_step_is_seen_by_visual_tokens_at_once(subject: Subject, kind: str, ba
     assert not torch.allclose(live[where], first[where], atol=1e-2)
 
 
-def test_values_that_are_set_behind_autograds_back_are_seen_too(subject: Subject) -> None:
-    """``.data`` counts no version: what mergers of adapters write to."""
+def test_values_set_without_autograd_are_seen_too(subject: Subject) -> None:
+    """Merging adapters writes to ``.data``, which counts no version."""
     plan = halved(subject, "mean", baked=False)
     model = copy.deepcopy(subject.model)
     install(model, plan)
@@ -87,7 +89,7 @@ def test_values_that_are_set_behind_autograds_back_are_seen_too(subject: Subject
 
 
 class Kept:
-    """Counts the bytes that autograd keeps for the backward pass, weights left out."""
+    """Counts the bytes that autograd keeps for the backward pass, excluding weights."""
 
     def __init__(self, model: nn.Module):
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -113,7 +115,7 @@ class Kept:
 
 
 def gradients(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
-    """Of all parameters, and the bytes kept on the way."""
+    """Return the gradients of all parameters, and the bytes that autograd kept."""
     model.zero_grad()
     torch.manual_seed(0)
     with Kept(model) as kept:
@@ -131,7 +133,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(
     plan = halved(subject, kind, baked=False)
     model = copy.deepcopy(subject.model)
     for layer in model.get_decoder().layers:
-        layer.self_attn.attention_dropout = 0.1  # the same ones fall out when it is run again
+        layer.self_attn.attention_dropout = 0.1  # dropout drops the same ones when it is run again
     install(model, plan, trainable=True)
     model.train()
     expected, whole = gradients(model)
@@ -158,8 +160,8 @@ def test_checkpointing_is_off_in_evaluation_and_refuses_a_filled_cache(mha: Subj
         model(**step)
 
 
-def test_dropout_of_attention_is_the_dense_models(subject: Subject) -> None:
-    """With a probability of one nothing is random: attention gives nothing at all."""
+def test_attention_dropout_matches_the_dense_model(subject: Subject) -> None:
+    """With a probability of one nothing is random: attention outputs nothing."""
     plan = subject.random_plan(1, compensation="none")
     model = copy.deepcopy(subject.model)
     layers = [*model.get_decoder().layers]
@@ -180,8 +182,8 @@ def test_dropout_of_attention_is_the_dense_models(subject: Subject) -> None:
         torch.testing.assert_close(found, tiny.logits(model, INPUTS))
 
 
-def test_residual_dropouts_are_the_dense_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phi-3's, behind attention and FFN; at one, only embeddings and the last norm are left."""
+def test_residual_dropouts_match_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi-3 has them after attention and FFN; at one, only embeddings and the last norm remain."""
     options = {"resid_pdrop": 0.5, "num_attention_heads": 4, "num_key_value_heads": 4}
     monkeypatch.setattr(tiny, "text_config", lambda _: Phi3Config(**options, **tiny._COMMON))
     monkeypatch.setattr(
@@ -199,14 +201,14 @@ def test_residual_dropouts_are_the_dense_models(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(found, tiny.logits(model, INPUTS))  # stock, in training as well
 
 
-def test_fitted_weights_are_parameters_on_request_alone(subject: Subject) -> None:
+def test_fitted_weights_are_parameters_only_on_request(subject: Subject) -> None:
     plan = halved(subject, "refit", baked=True)
     model = copy.deepcopy(subject.model)
     keys, before = list(model.state_dict()), copy.deepcopy(plan.tensors)
     with pruned(model, plan):
         plain = tiny.logits(model, INPUTS)
         assert list(model.state_dict()) == keys
-        with pytest.raises(ModelError, match="no fitted weights"):
+        with pytest.raises(ModelError, match="no trainable fitted weights"):
             fitted_parameters(model)
     with pruned(model, plan, trainable=True):
         assert torch.equal(tiny.logits(model, INPUTS), plain)
@@ -229,7 +231,7 @@ def test_an_adapter_and_fitted_weights_train_together(mha: Subject) -> None:
     adapter = LoraConfig(r=2, target_modules=r".*language_model.*(q|v|up|down)_proj")
     peft_model = get_peft_model(model, adapter)
     fitted = fitted_parameters(peft_model)
-    assert not any(each.requires_grad for each in fitted.values())  # PEFT freezes what is not its
+    assert not any(each.requires_grad for each in fitted.values())  # PEFT freezes everything else
     for each in fitted.values():
         each.requires_grad_()
     before = {name: each.detach().clone() for name, each in fitted.items()}
@@ -238,10 +240,10 @@ def test_an_adapter_and_fitted_weights_train_together(mha: Subject) -> None:
     assert not any(torch.equal(each, before[name]) for name, each in fitted.items())
 
 
-def test_weights_without_fitted_ones_are_not_loaded_in_silence(
+def test_loading_weights_without_fitted_ones_is_reported(
     mha: Subject, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A Trainer loads a checkpoint's shards alone when it resumes."""
+    """A Trainer that resumes loads only a checkpoint's shards."""
     plan = halved(mha, "refit", baked=True)
     model = copy.deepcopy(mha.model)
     dense = model.state_dict()
@@ -252,4 +254,4 @@ def test_weights_without_fitted_ones_are_not_loaded_in_silence(
     model.load_state_dict(model.state_dict())
     assert not capsys.readouterr().err
     model.load_state_dict(dense, strict=False)
-    assert "without the fitted weights" in " ".join(capsys.readouterr().err.split())
+    assert "do not include the fitted weights" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""Scripts as modules, and a shape that is timed in no time."""
+"""Scripts are imported as modules, and timed on a tiny shape."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def script() -> Callable[[str], ModuleType]:
 
 @pytest.fixture
 def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The alias of a shape of tiny layers."""
+    """The alias of a shape with tiny layers."""
     shape = ModelShape(layers=8, hidden=64, heads=4, kv_heads=4, head_dim=16, ffn=160)
     monkeypatch.setitem(random_model.SHAPES, "tiny", shape)
     return "tiny"

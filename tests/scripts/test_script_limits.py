@@ -1,4 +1,4 @@
-"""``scripts/limits.py``: every row is measured, and nothing is left behind."""
+"""``scripts/limits.py`` measures every row and leaves no files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_turns_alternate_and_the_first_pair_is_not_counted(script) -> None:
     assert "".join(order) == "baabbaab"
 
 
-def test_calibration_is_the_same_pass_that_a_plain_forward_is(script, tiny_shape: str) -> None:
+def test_calibration_runs_the_same_pass_as_a_plain_forward(script, tiny_shape: str) -> None:
     limits = script("limits")
     options = limits.arguments(["--shape-of", tiny_shape, "--layers", "2"])
     subject = limits.Calibration(options)
@@ -48,4 +48,4 @@ def test_calibration_is_the_same_pass_that_a_plain_forward_is(script, tiny_shape
     shown = subject.show_attention()
     subject.calibrate()
     assert [tuple(each.shape) for each in shown] == [(1, 4, 640, 640)] * 2
-    assert torch.equal(subject.forward().last_hidden_state, plain)  # nothing stayed switched on
+    assert torch.equal(subject.forward().last_hidden_state, plain)  # nothing is left switched on

@@ -1,4 +1,4 @@
-"""``scripts/scaling.py``: measured once, drawn as often as one likes."""
+"""``scripts/scaling.py`` measures once and draws as often as requested."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def same_threads():
 
 @pytest.fixture
 def saved(script, tiny_shape: str, tmp_path: Path) -> Path:
-    """Figures of two token counts."""
+    """Saved figures for two token counts."""
     file = tmp_path / "scaling.json"
     small = ["--layers", "2", "--runs", "2", "--visual-tokens", "64", "16", "--text-tokens", "9"]
     script("scaling").main(["--shape-of", tiny_shape, "--save-data", str(file), *small])
@@ -50,7 +50,7 @@ def test_a_picture_is_drawn_from_saved_figures(script, saved: Path, tmp_path: Pa
     assert width > 800 and height > 500
 
 
-def test_lines_are_what_was_measured_and_predicted(
+def test_lines_show_measured_and_predicted_values(
     script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -68,7 +68,7 @@ def test_lines_are_what_was_measured_and_predicted(
     assert {text.get_text() for text in drawn.texts} == {"dense", "x (50%)"}
 
 
-def test_without_matplotlib_it_says_what_to_install(
+def test_without_matplotlib_the_error_says_what_to_install(
     script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -77,20 +77,20 @@ def test_without_matplotlib_it_says_what_to_install(
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"points": []}', "no JSON"])
-def test_what_was_not_saved_by_it_is_refused(script, tmp_path: Path, text: str) -> None:
+def test_files_that_it_did_not_save_are_refused(script, tmp_path: Path, text: str) -> None:
     file = tmp_path / "other.json"
     file.write_text(text)
-    with pytest.raises(SystemExit, match="other.json: not what --save-data writes"):
+    with pytest.raises(SystemExit, match="other.json is not a file that --save-data wrote"):
         script("scaling").read_data(file)
 
 
 def test_labels_are_moved_apart(script) -> None:
-    placed = script("scaling")._apart({"high": 10.0, "low": 1.0, "beside": 1.1})
+    placed = script("scaling")._apart({"high": 10.0, "low": 1.0, "close": 1.1})
     assert placed["low"] == 1.0 and placed["high"] == 10.0
-    assert placed["beside"] == pytest.approx(1.22)
+    assert placed["close"] == pytest.approx(1.22)
 
 
-def test_nothing_to_do_is_an_error(script, capsys) -> None:
+def test_a_run_without_output_is_an_error(script, capsys) -> None:
     with pytest.raises(SystemExit):
         script("scaling").main([])
     assert "--save-data" in capsys.readouterr().err

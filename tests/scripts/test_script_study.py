@@ -1,4 +1,4 @@
-"""Studies: every method has a result at its budget, results resume, reports say what was found."""
+"""Studies measure every method at its budget and resume, and reports show the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(path: Path) -> Namespace:
-    """Of a study of one seed and one budget."""
+    """Return the options of a study of one seed and one budget."""
     return Namespace(
         model="llava-tiny",
         calibration="demo:calibration",
@@ -63,14 +63,14 @@ def test_every_method_keeps_the_budget(results: Path) -> None:
         result = json.loads(line)
         found[result["key"]["method"]] = result
     assert set(found) == {*study.METHODS, "allocated+search", *with_own_budget()}
-    assert not set(study.METHODS) & set(with_own_budget())  # results are told apart by name
+    assert not set(study.METHODS) & set(with_own_budget())  # results are distinguished by name
     for name, result in found.items():
         summary = result["summary"]
         assert 0 < summary["reached"] <= 0.3, name
         assert summary["kl"] >= 0 and 0 <= summary["agreement"] <= 1 and result["pairs"] == 6
 
 
-def test_a_new_baseline_is_there_by_its_line(
+def test_a_new_baseline_appears_once_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(registry, "BASELINES", thinning.LINE)
@@ -84,7 +84,7 @@ def test_a_new_baseline_is_there_by_its_line(
     assert "| Thinning |" in capsys.readouterr().out and "thinning" in report.COLORS
 
 
-def test_what_is_there_is_not_run_again(results: Path) -> None:
+def test_existing_results_are_not_run_again(results: Path) -> None:
     before = results.read_text()
     run_study(results)
     assert results.read_text() == before
@@ -109,7 +109,7 @@ def test_seeds_become_a_mean_and_a_spread() -> None:
     assert cell(found[:1], "kl", "{:.1f}") == "0.1" and cell(None, "kl", "{:.1f}") == ""
 
 
-def test_the_page_prints_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_shows_the_recorded_results(capsys: pytest.CaptureFixture[str]) -> None:
     report = script("study_report")
     report.report(report.read(FOUND))
     page = (ROOT / "scripts" / "README.md").read_text()
@@ -118,7 +118,7 @@ def test_the_page_prints_what_was_found(capsys: pytest.CaptureFixture[str]) -> N
     assert [each for each in tables if each.strip() not in page] == []
 
 
-def test_orders_of_neurons_are_permutations() -> None:
+def test_neuron_orders_are_permutations() -> None:
     import torch
 
     selection = script("selection")

@@ -1,4 +1,4 @@
-"""What killed runs leave is named, told from what lives, and removed; nothing else is."""
+"""Leftovers of killed runs are named, distinguished from live files, and removed; no others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from yopo.support import scratch
 from yopo.support.durable import exchange, uninterrupted
-from yopo.support.scratch import Scratch, find_leftovers, remove_leftover, tell_leftovers
+from yopo.support.scratch import Scratch, find_leftovers, remove_leftover, report_leftovers
 
 KILLED = """
 import os, signal, sys
@@ -38,16 +38,16 @@ def kill_in(target: Path) -> Path:
     return path
 
 
-def test_what_a_killed_process_left_is_found_named_and_removed(tmp_path: Path, capsys) -> None:
+def test_leftovers_of_a_killed_process_are_found_named_and_removed(tmp_path: Path, capsys) -> None:
     left = kill_in(tmp_path / "out")
     assert find_leftovers(tmp_path) == find_leftovers(tmp_path, "out") == [left]
     assert find_leftovers(tmp_path, "other") == []
-    tell_leftovers(tmp_path / "out")
+    report_leftovers(tmp_path / "out")
     assert str(left) in (said := capsys.readouterr().err) and "--clean" in said
     assert remove_leftover(left) is None and names(tmp_path) == []
 
 
-def test_what_a_living_process_has_is_left_alone(tmp_path: Path) -> None:
+def test_files_of_a_living_process_are_left_alone(tmp_path: Path) -> None:
     with Scratch(tmp_path / "out") as made:
         made.new.mkdir()
         (folder,) = tmp_path.iterdir()
@@ -59,7 +59,7 @@ def test_what_a_living_process_has_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["other name", "no lock", "another file", "a link", "a file"])
-def test_what_yopo_did_not_make_is_nobodys_leftover(tmp_path: Path, how: str) -> None:
+def test_files_that_yopo_did_not_make_are_not_leftovers(tmp_path: Path, how: str) -> None:
     folder = tmp_path / (".out.new-12345678" if how == "other name" else ".out.yopo-12345678")
     if how == "a link":
         (tmp_path / "photos").mkdir()
@@ -77,15 +77,15 @@ def test_what_yopo_did_not_make_is_nobodys_leftover(tmp_path: Path, how: str) ->
     assert find_leftovers(tmp_path) == [] and names(tmp_path) == before
 
 
-def test_killed_before_it_had_a_lock(tmp_path: Path) -> None:
+def test_a_run_killed_before_locking_leaves_a_leftover(tmp_path: Path) -> None:
     (tmp_path / ".out.yopo-12345678").mkdir()
     (found,) = find_leftovers(tmp_path)
     remove_leftover(found)
     assert names(tmp_path) == []
 
 
-def test_taken_for_a_leftover_before_it_was_locked(tmp_path: Path, monkeypatch) -> None:
-    """Between making its directory and locking it, a run can lose it: it makes another one."""
+def test_a_run_survives_losing_its_directory_before_locking(tmp_path: Path, monkeypatch) -> None:
+    """A run that loses its directory before locking it makes another one."""
     lock, taken = scratch._try_lock, []
 
     def late(file: int) -> bool:
@@ -102,8 +102,8 @@ def test_taken_for_a_leftover_before_it_was_locked(tmp_path: Path, monkeypatch) 
     assert names(tmp_path) == []
 
 
-def test_the_only_copy_of_a_former_result_comes_back(tmp_path: Path) -> None:
-    """Killed between two renames, on a file system that cannot exchange names."""
+def test_the_only_copy_of_a_previous_result_is_restored(tmp_path: Path) -> None:
+    """The run was killed between two renames, on a file system that cannot exchange names."""
     left = kill_in(tmp_path / "out")
     (left / "old").mkdir()
     (left / "old" / "config.json").write_text("old")
@@ -111,7 +111,9 @@ def test_the_only_copy_of_a_former_result_comes_back(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["config.json"]
 
 
-def test_a_former_result_that_cannot_come_back_stays(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_previous_result_that_cannot_be_restored_is_kept(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("old")
     monkeypatch.setattr(scratch, "exchange", lambda one, other: False)
@@ -146,7 +148,7 @@ def test_a_scratch_directory_that_cannot_be_removed_is_named(
     assert names(tmp_path) == []
 
 
-def test_exchange(tmp_path: Path) -> None:
+def test_exchange_swaps_two_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()

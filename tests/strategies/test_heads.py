@@ -1,4 +1,4 @@
-"""Which heads stay: the authors' vote to the letter, and what it counts as active."""
+"""Heads are kept by the authors' vote to the letter, with its definition of active."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ALPHA = 0.5
 
 
 def activity(active: int, samples: int, *, idle: float = 0.0) -> torch.Tensor:
-    """(samples, layers 3, heads 2) rho: in the last layer head 1 is active in so many samples."""
+    """Make (samples, 3 layers, 2 heads) rho with head 1 active in this many samples at the end."""
     rho = torch.full((samples, 3, 2), idle)
     rho[:active, 2, 1] = 2 * ALPHA
     return rho
 
 
 @pytest.mark.parametrize(("active", "samples"), [(40, 100), (2, 5), (4, 10), (100, 250)])
-def test_exactly_the_share_of_samples_is_not_enough(active: int, samples: int) -> None:
+def test_a_head_needs_more_than_the_share_of_samples(active: int, samples: int) -> None:
     """The authors keep a head that is active in more than 40 of 100 samples."""
     assert active == VOTE_SHARE * samples
     kept = [

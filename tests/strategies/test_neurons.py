@@ -1,4 +1,4 @@
-"""Which neurons are used: shares of a layer's importance compete, not importance itself."""
+"""Neurons compete by their share of a layer's importance, not by importance itself."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_the_same_distribution_at_any_scale_gets_the_same_neurons() -> None:
         assert select_widths(rank(row * SCALES[:, None], [0, 1, 2]), count, 3) == [width] * 3
 
 
-def test_a_concentrated_layer_comes_first_however_faint() -> None:
-    """One neuron is all of the faint layer, and a quarter of the other."""
+def test_a_concentrated_layer_comes_first_even_if_faint() -> None:
+    """One neuron has all importance of the faint layer, and a quarter of the other's."""
     importance = torch.tensor([[100.0] * 4, [0.01, 0.0, 0.0, 0.0]])
     assert select_widths(rank(importance, [0, 1]), 1, 2) == [0, 1]
     assert select_widths(rank(importance, [0, 1]), 5, 2) == [4, 1]
 
 
 @pytest.mark.parametrize("layers", [[], [2], [0, 2]])
-def test_closed_layers_get_none(layers: list[int]) -> None:
+def test_closed_layers_get_no_neurons(layers: list[int]) -> None:
     widths = select_widths(rank(torch.ones(3, 4), layers), 100, 3)
     assert widths == [4 if index in layers else 0 for index in range(3)]

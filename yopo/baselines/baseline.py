@@ -1,8 +1,8 @@
-"""What a baseline is: one class with everything that its method decides.
+"""The interface of a baseline: one class with everything specific to its method.
 
 A subclass is a frozen dataclass whose fields are the method's parameters; an instance is the
-method, ready to run on any prompt. What it costs follows from the visual tokens that it leaves in
-every layer, each of which does everything there. No torch here: hooks are typed, not run.
+method, ready to run on any prompt. Its cost follows from the number of visual tokens that it leaves
+in every layer, each computed in full there. No torch at run time: hooks are typed, not run.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _ROUNDING = 1e-6
 
 
 class Hooks:
-    """What a method keeps on a model while it runs there; this one keeps nothing.
+    """A method's state and hooks on a model while it is installed; by default there are none.
 
     Made by :meth:`Baseline.hooks` when a method is installed.
     """
 
     def enter(self, visual: torch.Tensor, length: int) -> None:
-        """A forward of prompts begins.
+        """Called when a forward of prompts begins.
 
         Args:
             visual: (batch, visual) int64, positions of its visual tokens.
@@ -43,7 +43,7 @@ class Hooks:
         """
 
     def leave(self) -> None:
-        """The forward, of whatever kind, is over."""
+        """Called when a forward of any kind ends."""
 
     def attention_mask(
         self,
@@ -55,15 +55,15 @@ class Hooks:
         visual: torch.Tensor | None,
         prompt: Prompt | None,
     ) -> torch.Tensor | None:
-        """Who may attend whom in one layer.
+        """The attention mask of one layer.
 
         Args:
             layer: Its index.
             mask: (batch, 1, queries, keys) bool, causal and without padding; None: stock attention
-                is right without one.
+                needs none.
             hidden: (batch, queries, hidden), the layer's input.
             keys: (batch, keys) int64, logical positions of all keys.
-            visual: (batch, visual) int64, logical positions of the visual ones as they came in;
+            visual: (batch, visual) int64, logical positions of the visual tokens in the prompt;
                 None: there were none.
             prompt: The prompts, in the forward that prefills images; None in all others.
 
@@ -73,7 +73,7 @@ class Hooks:
         return mask
 
     def remove(self) -> None:
-        """Take off the model what was put there."""
+        """Remove everything that was added to the model."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Baseline(ABC):
     """A method and its parameters.
 
     Attributes:
-        name: What command lines and results call it; its key in the registry.
-        label: What tables call it.
+        name: Its key in the registry, on command lines and in results.
+        label: Its name in tables.
         source: The paper that describes it, or an empty string.
-        needs_plan: Whether it shows a given plan instead of meeting a budget of its own. What it
-            takes is then the dense model's cost, so it is left out where only cost counts.
+        needs_plan: Whether it demonstrates a given plan instead of meeting a budget. It then costs
+            as much as the dense model, so it is left out where only cost matters.
         drops_tokens: Whether visual tokens may leave before the last layer.
     """
 
@@ -95,19 +95,19 @@ class Baseline(ABC):
     needs_plan: ClassVar[bool] = False
     drops_tokens: ClassVar[bool] = True
 
-    # What it does at a budget, in closed form.
+    # Parameters and cost at a budget, in closed form.
 
     @classmethod
     @abstractmethod
     def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Self]:
-        """The parameters to choose from when a budget is to be met; ties go to earlier ones."""
+        """The candidate parameters for meeting a budget; ties go to earlier ones."""
 
     @classmethod
     def solve(cls, shape: ModelShape, workload: Workload, budget: float) -> Self:
         """The choice that comes closest to a visual budget in (0, 1] from below.
 
         Raises:
-            PlanError: The least of them is above the budget.
+            PlanError: The cheapest choice is above the budget.
         """
         reached = [(each.reached(shape, workload), each) for each in cls.choices(shape, workload)]
         fitting = [pair for pair in reached if pair[0] <= budget * (1 + _ROUNDING)]
@@ -125,48 +125,48 @@ class Baseline(ABC):
         return (sum(grid.tokens for grid in grids),) * shape.layers
 
     def extra_flops(self, shape: ModelShape, workload: Workload) -> int:
-        """FLOPs of one prefill that no layer's tokens account for, such as ranking them."""
+        """FLOPs of one prefill in addition to those of its layers, such as ranking tokens."""
         return 0
 
     def on_layers(self, used: Sequence[int]) -> Self:
-        """The same on a model that has only some of the layers, by their indices."""
+        """The equivalent method on a model with only some of the layers, given by index."""
         return self
 
     @abstractmethod
     def describe(self, shape: ModelShape, workload: Workload) -> str:
-        """The parameters, as papers write them."""
+        """The parameters, in the notation of the papers."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and parameters, as plain values."""
+        """Name and parameters as plain values."""
         return {"name": self.name, **asdict(self)}
 
-    # What it does on a model.
+    # Execution on a model.
 
     def check_model(self, model: PreTrainedModel, family: Family) -> None:
-        """Refuse a model on which the method makes no sense.
+        """Check that the method applies to a model.
 
         Raises:
-            ModelError: It is one.
+            ModelError: It does not.
         """
         return None
 
     def hooks(self, decoder: Decoder, names: Backbone, plan: PruningPlan | None) -> Hooks:
-        """Put on a decoder what the method needs there.
+        """Install the method's hooks on a decoder.
 
         Args:
-            decoder: Stock layers.
-            names: Of their modules.
-            plan: What was given; of the model's shape.
+            decoder: Decoder with stock layers.
+            names: Names of the layers' modules.
+            plan: The caller's plan, for a model of this shape, or None.
 
         Raises:
-            PlanError: The method ``needs_plan``, and there is none or it cannot be shown.
+            PlanError: The method ``needs_plan``, and there is none or it cannot be demonstrated.
         """
         return Hooks()
 
     def reduce(
         self, prompt: Prompt, embeds: torch.Tensor, positions: torch.Tensor
     ) -> Reduction | None:
-        """Drop or merge visual tokens in front of the first layer.
+        """Drop or merge visual tokens before the first layer.
 
         Args:
             prompt: Where text and images are.
@@ -174,31 +174,31 @@ class Baseline(ABC):
             positions: (axes, batch, sequence) int64; axes 1, or 3 (time, row, column) under M-RoPE.
 
         Returns:
-            What becomes of the visual tokens; None: all go in.
+            How the visual tokens are reduced; None: all are kept.
 
         Raises:
-            ModelError: The prompts are of a kind that the method does not know.
+            ModelError: The method does not support this kind of prompt.
         """
         return None
 
     def keep(self, between: Between) -> torch.Tensor | None:
-        """Drop visual tokens between two layers of a prefill; asked in front of every layer.
+        """Drop visual tokens between two layers of a prefill; called before every layer.
 
         Args:
-            between: The layers, and the tokens on their way.
+            between: The two layers and the tokens between them.
 
         Returns:
-            (batch, kept) int64, ascending: which of the stream's visual tokens go on, 0 the first
-            of them; equally many per row. None: all of them.
+            (batch, kept) int64, ascending: indices of the kept tokens among the stream's visual
+            ones, the same number per row. None: all of them.
         """
         return None
 
-    # What that costs.
+    # Cost of the execution.
 
     def visual_flops(self, shape: ModelShape, workload: Workload) -> int:
         """Visual FLOPs that the method computes for one prompt, in the paper's convention.
 
-        What only ranks tokens is not counted, as the papers do not.
+        As in the papers, ranking tokens is not counted.
         """
         return sum(dense_visual_flops(*each) for each in self._layers(shape, workload))
 
@@ -217,14 +217,14 @@ class Baseline(ABC):
         return sum(dense_visual_kv_bytes(*each, itemsize) for each in layers)
 
     def _layers(self, shape: ModelShape, workload: Workload) -> list[tuple[ModelShape, Workload]]:
-        """A dense layer for every one, and the prompt that it sees."""
+        """One dense layer per layer of the decoder, with the prompt that it sees."""
         one = replace(shape, layers=1)
         counts = self.tokens(shape, workload.grids)
         return [(one, _with_visual(workload, count)) for count in counts]
 
 
 def share_of(share: float, count: int) -> int:
-    """A share of a count, rounded down; a share that was a quotient of counts gives them back."""
+    """A share of a count, rounded down; exact for a share that is a quotient of counts."""
     return int(share * count + _ROUNDING)
 
 

@@ -1,8 +1,8 @@
 """The KV cache of a baseline: stock dynamic layers whose lengths differ.
 
 Tokens that a layer never saw have no keys there. All layers report the *logical* length - every
-token of the conversation - from which ``generate`` and position ids are computed; which of them a
-layer holds is written down once per stretch of layers.
+token of the conversation - from which ``generate`` and position ids are computed; which tokens a
+layer holds is recorded once per stretch of layers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Stretch:
     """Consecutive layers that hold the same tokens.
 
     Attributes:
-        first: The first of them.
+        first: Index of the first layer.
         places: (batch, held) int64, logical positions of the held tokens, ascending.
-        num_visual: Visual ones among them, per row.
+        num_visual: Number of visual tokens among them, per row.
     """
 
     first: int
@@ -32,14 +32,14 @@ class Stretch:
 
 @dataclass
 class Record:
-    """What all layers of one cache share.
+    """State shared by all layers of one cache.
 
     Attributes:
         length: Tokens seen.
-        stretches: From the first layer on.
-        shift: How much smaller than the dense model's the positions of new tokens are.
+        stretches: Stretches of layers, from the first layer on.
+        shift: How much smaller positions of new tokens are than in the dense model.
         visual: (batch, visual) int64, logical positions of visual tokens; None: there are none.
-        is_open: Whether a baseline's forward is under way.
+        is_open: Whether a baseline's forward is in progress.
     """
 
     length: int = 0
@@ -49,7 +49,7 @@ class Record:
     is_open: bool = False
 
     def stretch(self, layer: int) -> Stretch:
-        """Where a layer belongs."""
+        """The stretch of a layer."""
         return [each for each in self.stretches if each.first <= layer][-1]
 
 
@@ -65,7 +65,7 @@ class BaselineLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values; refuse a model that would not know which ones are missing."""
+        """Append keys and values; refuse models other than the baseline that filled the cache."""
         if not self.record.is_open:
             raise ModelError(
                 "This cache was filled by a baseline and cannot serve another model.",
@@ -84,7 +84,7 @@ class BaselineLayer(DynamicLayer):
         return (self.keys.nbytes + self.values.nbytes) * count // held
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refuse beams."""
+        """Refuse beam search."""
         self._refuse()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -96,23 +96,23 @@ class BaselineLayer(DynamicLayer):
         self._refuse()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget."""
+        """Refuse to crop."""
         self._refuse()
 
     def _refuse(self) -> None:
         raise ModelError(
-            "A baseline's cache only grows: it serves greedy decoding and sampling alone.",
+            "A baseline's cache only grows: it supports only greedy decoding and sampling.",
             remedy="Drop num_beams and prompt lookup.",
         )
 
 
 def adopt(cache: Cache, num_layers: int, owner: object) -> list[BaselineLayer]:
-    """Make a cache object that transformers handed over hold a baseline's layers.
+    """Put a baseline's layers into a cache object passed in by transformers.
 
     Args:
         cache: Empty, or filled by the same baseline.
-        num_layers: Of the decoder.
-        owner: Who the baseline is.
+        num_layers: Number of decoder layers.
+        owner: Identifies the baseline.
 
     Returns:
         The cache's layers, which share a record.

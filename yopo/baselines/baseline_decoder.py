@@ -1,4 +1,4 @@
-"""The decoder of baselines: stock layers, called in a loop of its own over a cache of its own."""
+"""The decoder of baselines: stock layers, called in a custom loop over a custom cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class BaselineDecoder:
             before the last layer, and the cache.
 
         Raises:
-            ModelError: The batch, the cache, the mask or the attention is of an unusable kind.
+            ModelError: The batch, cache, mask or attention implementation is not supported.
         """
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         keep = bool(use_cache) or past_key_values is not None
@@ -80,7 +80,7 @@ def _check_config(config: PreTrainedConfig, kwargs: dict[str, object], length: i
     refuse_captures(config, kwargs, "A baseline")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ModelError(
-            f"A baseline runs on sdpa or eager attention, found {config._attn_implementation}.",
+            f"A baseline needs sdpa or eager attention, found {config._attn_implementation}.",
             remedy="Load the model with attn_implementation='sdpa'.",
         )
     refuse_window(config, length, "a baseline")
@@ -91,12 +91,12 @@ def _check_layout(layout: TokenLayout | None, record: Record) -> None:
         return
     if record.length:
         raise ModelError(
-            "A baseline takes images in the first turn alone.",
-            remedy="Prefill the whole conversation in one piece.",
+            "A baseline takes images only in the first turn.",
+            remedy="Prefill the whole conversation at once.",
         )
     if layout.visual.mask is not None:
         raise ModelError(
-            "A baseline wants equally many visual tokens in all rows of a batch.",
+            "A baseline needs the same number of visual tokens in all rows of a batch.",
             remedy="Use batches of one prompt.",
         )
 

@@ -1,6 +1,6 @@
-"""Image features pooled to a smaller grid in front of the decoder, as a smaller image would come.
+"""Image features pooled to a smaller grid before the decoder, as if the image were smaller.
 
-The baseline that "Are We Using the Right Benchmark" (arXiv 2510.07143) finds above many token
+The baseline that "Are We Using the Right Benchmark" (arXiv 2510.07143) finds better than many token
 compression methods. It pools the features after the projector, so the vision encoder still sees
 the whole image; positions are those of the shorter prompt, by row and column under M-RoPE.
 """
@@ -32,7 +32,7 @@ class Downsampling(Baseline):
     """Smaller images.
 
     Attributes:
-        scale: Rows and columns of every image's grid, over the original ones.
+        scale: Ratio of every image's rows and columns to the original ones.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -56,21 +56,21 @@ class Downsampling(Baseline):
         return (cls(pair) for pair in pairs)
 
     def grid(self, grid: Grid) -> Grid:
-        """What an image's grid becomes."""
+        """The reduced grid of an image."""
         rows, cols = self.scale
         return Grid(max(1, share_of(rows, grid.rows)), max(1, share_of(cols, grid.cols)))
 
     def tokens(self, shape: ModelShape, grids: Sequence[Grid]) -> tuple[int, ...]:
-        """Those of the smaller images, everywhere."""
+        """The tokens of the smaller images, in every layer."""
         return (sum(self.grid(grid).tokens for grid in grids),) * shape.layers
 
     def describe(self, shape: ModelShape, workload: Workload) -> str:
-        """Grids before and after."""
+        """The grids before and after."""
         pairs = ((each, self.grid(each)) for each in dict.fromkeys(workload.grids))
         return ", ".join(f"{old.rows}x{old.cols} to {new.rows}x{new.cols}" for old, new in pairs)
 
     def check_model(self, model: PreTrainedModel, family: Family) -> None:
-        """Refuse images whose tokens are not all pixels.
+        """Check that all tokens of an image are pixels.
 
         Raises:
             ModelError: The family puts newline tokens into its images.
@@ -85,7 +85,7 @@ class Downsampling(Baseline):
     def reduce(
         self, prompt: Prompt, embeds: torch.Tensor, positions: torch.Tensor
     ) -> Reduction | None:
-        """Pool every image; it keeps its first places, and the text after it closes up.
+        """Pool every image into its first places; the text after it moves up.
 
         Raises:
             ModelError: The rows' images differ, or are the frames of a video.
@@ -93,7 +93,7 @@ class Downsampling(Baseline):
         layout = prompt.layout
         if not layout.has_uniform_grids:
             raise ModelError(
-                "Downsampling wants images of the same grids in all rows of a batch.",
+                "Downsampling needs images with the same grids in all rows of a batch.",
                 remedy="Use batches of one prompt.",
             )
         grids, batch = layout.grids[0], len(embeds)
@@ -107,7 +107,7 @@ class Downsampling(Baseline):
 
 
 def pool(features: torch.Tensor, grids: Sequence[Grid], smaller: Sequence[Grid]) -> torch.Tensor:
-    """Area-pool images one after another: (batch, visual, hidden) to (batch, fewer, hidden)."""
+    """Area-pool consecutive images: (batch, visual, hidden) to (batch, fewer, hidden)."""
     parts, start = [], 0
     for old, new in zip(grids, smaller, strict=True):
         image = features[:, start : start + old.tokens].unflatten(1, (old.rows, old.cols))
@@ -118,7 +118,7 @@ def pool(features: torch.Tensor, grids: Sequence[Grid], smaller: Sequence[Grid])
 
 
 def _starts(grids: Sequence[Grid], smaller: Sequence[Grid]) -> list[tuple[int, Grid]]:
-    """Where each image starts along the visual stream, and what it becomes."""
+    """Where each image starts along the visual stream, and its smaller grid."""
     starts = [sum(grid.tokens for grid in grids[:number]) for number in range(len(grids))]
     return list(zip(starts, smaller, strict=True))
 
@@ -130,7 +130,7 @@ def _moved(
     smaller: Sequence[Grid],
     remaining: torch.Tensor,
 ) -> tuple[torch.Tensor, int]:
-    """Positions as the shorter prompt has them, at the remaining places; and the total shift."""
+    """Positions of the shorter prompt, at the remaining places, and the total shift."""
     axes, batch, length = positions.shape
     after = torch.zeros(batch, length, dtype=torch.int64, device=positions.device)
     images: list[torch.Tensor] = []
@@ -141,7 +141,7 @@ def _moved(
         begin = positions.gather(2, first.expand(axes, batch)[..., None])
         if axes > 1 and before is not None and bool((begin[1] == before[1]).any()):
             raise ModelError(
-                "Downsampling does not know how a video's frames are placed.",
+                "Downsampling does not support videos: it does not know their frames' positions.",
                 remedy="Compare on images.",
             )
         images.append(begin - total + _offsets(new, axes).to(begin)[:, None])
@@ -155,12 +155,12 @@ def _moved(
 
 
 def _span(grid: Grid, axes: int) -> int:
-    """How far an image moves the position of the token after it."""
+    """How far an image advances the position of the token after it."""
     return grid.tokens if axes == 1 else max(grid.rows, grid.cols)
 
 
 def _offsets(grid: Grid, axes: int) -> torch.Tensor:
-    """(axes, tokens) int64: positions inside an image, over its first token's."""
+    """(axes, tokens) int64: positions inside an image, relative to its first token."""
     place = torch.arange(grid.tokens)
     if axes == 1:
         return place[None]

@@ -1,4 +1,4 @@
-"""What methods that drop visual tokens in front of one layer have in common."""
+"""The common base of methods that drop visual tokens before one layer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dropping(Baseline):
-    """All visual tokens in the first layers, some of them or none after those.
+    """All visual tokens in the first layers, some or none of them after those.
 
     Attributes:
-        layers: Decoder layers in front of the drop (K); all of them: nothing is dropped.
-        least_layers: The smallest K that the method can do with.
+        layers: Decoder layers before the drop (K); all of them: nothing is dropped.
+        least_layers: The smallest K that the method supports.
     """
 
     layers: int
@@ -39,24 +39,24 @@ class Dropping(Baseline):
 
     @abstractmethod
     def kept(self, visual: int) -> int:
-        """How many of a prompt's visual tokens go on after the drop."""
+        """How many of a prompt's visual tokens are kept by the drop."""
 
     @abstractmethod
     def choose(self, between: Between, count: int) -> torch.Tensor:
-        """Which tokens go on: (batch, count) int64, ascending, as ``Baseline.keep`` wants them."""
+        """The kept tokens: (batch, count) int64, ascending, as returned by ``Baseline.keep``."""
 
     def tokens(self, shape: ModelShape, grids: Sequence[Grid]) -> tuple[int, ...]:
-        """All of them up to the drop."""
-        visual, front = sum(grid.tokens for grid in grids), min(self.layers, shape.layers)
-        return (visual,) * front + (self.kept(visual),) * (shape.layers - front)
+        """All tokens up to the drop, the kept ones after it."""
+        visual, before = sum(grid.tokens for grid in grids), min(self.layers, shape.layers)
+        return (visual,) * before + (self.kept(visual),) * (shape.layers - before)
 
     def on_layers(self, used: Sequence[int]) -> Self:
-        """A drop after as many of the layers as are used."""
-        front = sum(index < self.layers for index in used)
-        return replace(self, layers=max(front, self.least_layers))
+        """A drop after those of the first K layers that are used."""
+        before = sum(index < self.layers for index in used)
+        return replace(self, layers=max(before, self.least_layers))
 
     def keep(self, between: Between) -> torch.Tensor | None:
-        """Drop in front of layer K."""
+        """Drop before layer K."""
         if between.number != self.layers:
             return None
         return self.choose(between, self.kept(between.num_visual))

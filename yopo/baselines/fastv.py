@@ -1,8 +1,8 @@
 """FastV: after layer K = 2, only the visual tokens that the last prompt token attends to most.
 
 "An Image is Worth 1/2 Tokens After Layer 2" (arXiv 2403.06764): tokens are ranked by the attention
-that they receive in layer K from the last token, as a mean over heads. One row of the attention
-matrix is all that takes, so the layer itself runs fused; in float32.
+that they receive in layer K from the last token, as a mean over heads. This needs only one row of
+the attention matrix, computed in float32, so the layer itself runs fused.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 
 from yopo.baselines.baseline import share_of
 from yopo.baselines.dropping import Dropping
-from yopo.baselines.prefill import Between, Front
+from yopo.baselines.prefill import Between, FinishedLayer
 from yopo.plans.schema import ModelShape, Workload
 
-FRONT_LAYERS = 2
-"""Layers in front of the drop (K), of which the last one's attention ranks the tokens."""
+FIRST_LAYERS = 2
+"""Layers before the drop (K); the attention of the last of them ranks the tokens."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FastV(Dropping):
     """All visual tokens in the first K layers, a share of them after those.
 
     Attributes:
-        share: Of the visual tokens, kept after the drop (R).
+        share: Share of the visual tokens kept after the drop (R).
     """
 
     share: float = 0.0
@@ -39,27 +39,27 @@ class FastV(Dropping):
 
     @classmethod
     def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Self]:
-        """The paper's K, every number of tokens."""
-        visual, front = max(workload.visual, 1), min(FRONT_LAYERS, shape.layers)
-        return (cls(front, count / visual) for count in range(visual + 1))
+        """The paper's K, with every number of tokens."""
+        visual, before = max(workload.visual, 1), min(FIRST_LAYERS, shape.layers)
+        return (cls(before, count / visual) for count in range(visual + 1))
 
     def kept(self, visual: int) -> int:
-        """A share."""
+        """A share of the tokens."""
         return share_of(self.share, visual)
 
     def extra_flops(self, shape: ModelShape, workload: Workload) -> int:
-        """Ranking: one more query projection and one row of logits."""
+        """FLOPs of ranking: one more query projection and one row of logits."""
         if self.layers >= shape.layers:
             return 0
         keys = shape.hidden + workload.visual + workload.text
         return 2 * keys * shape.heads * shape.head_dim
 
     def choose(self, between: Between, count: int) -> torch.Tensor:
-        """Those with the highest attention: (batch, count) int64, ascending."""
+        """The tokens with the highest attention: (batch, count) int64, ascending."""
         if not count:
             return between.stream.visual[:, :0]
-        assert between.front is not None, "least_layers"
-        row = last_row(between.front, between.ends, between.real)
+        assert between.previous is not None, "least_layers"
+        row = last_row(between.previous, between.ends, between.real)
         best = row.gather(1, between.stream.visual).topk(count, dim=1).indices
         return best.sort(dim=1).values
 
@@ -68,22 +68,22 @@ class FastV(Dropping):
         return f"K = {self.layers} of {shape.layers} layers, R = {100 * self.share:.1f} %"
 
 
-def last_row(front: Front, ends: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+def last_row(layer: FinishedLayer, ends: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """The attention of one query per prompt over everything before it, mean over heads.
 
     Args:
-        front: The layer that attends, its input and its keys.
+        layer: The layer that attends, its input and its keys.
         ends: (batch,) int64, position of the prompt's last token.
         real: (batch, length) bool, False on padding; None: no padding.
 
     Returns:
-        (batch, length) float32, rows adding up to 1.
+        (batch, length) float32, each row sums to 1.
     """
-    names, entered, keys = front.names, front.entered, front.keys
-    attention: Any = front.layer.self_attn
+    names, entered, keys = layer.names, layer.entered, layer.keys
+    attention: Any = layer.module.self_attn
     rows = torch.arange(len(ends), device=ends.device)
-    normed = getattr(front.layer, names.attention_norm)(entered.hidden[rows, ends][:, None])
-    width = attention.config.num_attention_heads * attention.head_dim  # in front, if it is fused
+    normed = getattr(layer.module, names.attention_norm)(entered.hidden[rows, ends][:, None])
+    width = attention.config.num_attention_heads * attention.head_dim  # first, if it is fused
     query = getattr(attention, names.query)(normed)[..., :width]
     query = query.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     if names.head_norms is not None:

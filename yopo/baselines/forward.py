@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from yopo.baselines.baseline import Baseline, Hooks
 from yopo.baselines.baseline_cache import BaselineLayer, Stretch
-from yopo.baselines.prefill import Between, Decoder, Front, Prompt
+from yopo.baselines.prefill import Between, Decoder, FinishedLayer, Prompt
 from yopo.baselines.token_stream import TokenStream, causal_mask, for_attention, spread
 from yopo.models.answer_tokens import forced_ends
 from yopo.models.family import Backbone
@@ -21,13 +21,13 @@ from yopo.support.errors import ModelError
 
 @dataclass(eq=False)
 class BaselineState:
-    """What a baseline's decoder carries.
+    """State of a baseline's decoder.
 
     Attributes:
-        method: What it does.
-        names: Of a layer's modules.
+        method: The baseline.
+        names: Names of a layer's modules.
         probe: Finds the visual tokens.
-        hooks: What the method keeps on the model.
+        hooks: The method's hooks on the model.
     """
 
     method: Baseline
@@ -41,8 +41,8 @@ class Run:
 
     Args:
         decoder: Its stock parts.
-        state: What a baseline put beside them.
-        cache: What stock layers append to.
+        state: The baseline's state.
+        cache: The cache that stock layers append to.
         held: The cache's layers; their record is extended by this forward's tokens.
         layout: Text and visual tokens; None if there is no visual token in this forward.
         real: (batch, cached + length) bool, False on padding; None: no padding.
@@ -70,7 +70,7 @@ class Run:
 
         Args:
             embeds: (batch, sequence, hidden), image features merged in.
-            position_ids: (1 or batch, sequence), or several axes of them in front.
+            position_ids: (1 or batch, sequence), or with a leading dimension of several axes.
             stack: (visual tokens of all rows, hidden) each, added after the first layers.
 
         Returns:
@@ -102,7 +102,7 @@ class Run:
     def _enter(
         self, embeds: torch.Tensor, position_ids: torch.Tensor, stack: Sequence[torch.Tensor]
     ) -> TokenStream:
-        """The sequence in front of the first layer."""
+        """The sequence before the first layer."""
         batch, length, _ = embeds.shape
         record = self.record
         places = torch.arange(length, device=embeds.device).expand(batch, -1) + record.length
@@ -131,7 +131,7 @@ class Run:
         places: torch.Tensor,
         stack: Sequence[torch.Tensor],
     ) -> TokenStream:
-        """Prompts with images in front of the first layer, reduced if the method does that."""
+        """Prompts with images before the first layer, reduced if the method does that."""
         (batch, length, _), axes = embeds.shape, self.state.names.position_axes
         visual = layout.visual.index
         features = [layout.visual.unflatten(each) for each in stack]
@@ -152,18 +152,18 @@ class Run:
         return TokenStream(embeds, rotary, places, visual, added)
 
     def _kept(self, number: int, entered: TokenStream, stream: TokenStream) -> torch.Tensor | None:
-        """(batch, kept) int64, the visual tokens that go on into this layer; None: all."""
+        """(batch, kept) int64, the visual tokens kept for this layer; None: all."""
         if self.prompt is None:
             return None
-        front = None
+        previous = None
         if number:
             layer, keys = self.decoder.layers[number - 1], self.held[number - 1].keys
-            assert keys is not None, "the layer in front has run"
-            front = Front(layer, self.state.names, entered, keys)
-        return self.state.method.keep(Between(number, self.prompt, stream, front))
+            assert keys is not None, "the previous layer has run"
+            previous = FinishedLayer(layer, self.state.names, entered, keys)
+        return self.state.method.keep(Between(number, self.prompt, stream, previous))
 
     def _begin(self, first: int, stream: TokenStream) -> None:
-        """From this layer on, the stream's tokens are what layers hold."""
+        """Record that layers from this one on hold the stream's tokens."""
         stretch = Stretch(first, stream.places, stream.visual.shape[1])
         before = [each for each in self.record.stretches if each.first < first]
         self.record.stretches = [*before, stretch]

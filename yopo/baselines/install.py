@@ -1,4 +1,4 @@
-"""Put a baseline to work on a model in memory, for the length of a ``with`` block."""
+"""Apply a baseline to a model in memory, for the length of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def baseline(
     budget: float | None = None,
     grids_of: GridsOf | None = None,
 ) -> Iterator[PreTrainedModel]:
-    """Run a model under a baseline inside a ``with`` block; it is restored bit for bit after it.
+    """Run a model under a baseline inside a ``with`` block, then restore it bit for bit.
 
-    Prefill, decode steps and ``generate`` (greedy or sampling) work as ever; the rows of a batch
-    hold equally many visual tokens, and images are in the first turn.
+    Prefill, decode steps and ``generate`` (greedy or sampling) work as usual; the rows of a batch
+    must hold the same number of visual tokens, and images must be in the first turn.
 
     Args:
         model: A multimodal model of a supported family, dense, in memory.
-        which: A name of ``registry.BASELINES``, solved for the plan's prompt; or a method with its
+        which: A name in ``registry.BASELINES``, solved for the plan's prompt; or a method with
             parameters.
-        plan: Says which visual budget on which prompt, and what a method that shows a plan shows.
-            A method with its parameters needs none otherwise.
+        plan: Gives the visual budget and the prompt, and is the plan that a method with
+            ``needs_plan`` demonstrates; not needed otherwise by a method with parameters.
         budget: Visual FLOPs over the dense model's, instead of the plan's.
-        grids_of: Locates images instead of the family's rule (made-up features).
+        grids_of: Locates images instead of the family's rule (synthetic features).
 
     Yields:
         The same model object.
 
     Raises:
-        ModelError: The model is unsupported, not of the plan's shape, already changed, or none for
-            this method.
+        ModelError: The model is unsupported, not of the plan's shape, already changed, or not
+            supported by this method.
         PlanError: No such baseline, no plan where one is needed, or a budget that it cannot meet.
     """
     decoder = model.get_decoder()
     if hasattr(decoder, "yopo") or hasattr(decoder, "baseline"):
         raise ModelError(
-            "The model is pruned or under a baseline already.",
+            "The model is already pruned or under a baseline.",
             remedy="Leave the first block before.",
         )
     method = which if isinstance(which, Baseline) else _solved(which, plan, budget)
@@ -85,8 +85,8 @@ def baseline(
 def _solved(name: str, plan: PruningPlan | None, budget: float | None) -> Baseline:
     if plan is None:
         raise PlanError(
-            f"Which budget on which prompt the baseline '{name}' is to meet, a plan must say.",
-            remedy="Give a plan, or a method with its parameters.",
+            f"The baseline '{name}' needs a plan for its budget and prompt.",
+            remedy="Pass a plan, or a method with parameters.",
         )
     return solve_for(name, plan, budget)
 
@@ -95,7 +95,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def decoder_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """The baselines' subclass of a decoder class; it keeps the name that transformers looks at."""
+    """The baselines' subclass of a decoder class, under the name that transformers checks."""
     if stock not in _CLASSES:
         members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
         _CLASSES[stock] = type(stock.__name__, (BaselineDecoder, stock), members)

@@ -1,9 +1,9 @@
-"""A plan as masks over the full computation: the way the paper's released code shows its method.
+"""A plan as masks over the full computation: how the paper's released code demonstrates its method.
 
-Every projection, every head and every FFN neuron runs for every token, the KV cache is whole; what
-the plan prunes is then taken out. Semantics are those of ``runtime/reference.py`` - keys are
-excluded before the softmax, where the released code zeroes them after it - and so is the answer;
-the cost is the simulation's. Unlike the released code, it may use SDPA, which that cannot.
+Every projection, every head and every FFN neuron runs for every token, and the KV cache is full;
+what the plan prunes is then masked out. Semantics and outputs are those of ``runtime/reference.py``
+(keys are excluded before the softmax, where the released code zeroes them after it); the cost is
+the simulation's. Unlike the released code, it can use SDPA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from yopo.support.errors import PlanError
 
 @dataclass(frozen=True)
 class MaskedPlan(Baseline):
-    """A given plan's outputs at the dense model's cost."""
+    """Produces a given plan's outputs at the dense model's cost."""
 
     name = "masked"
     label = "masks"
@@ -38,16 +38,16 @@ class MaskedPlan(Baseline):
 
     @classmethod
     def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Self]:
-        """There is nothing to choose."""
+        """The only choice."""
         return (cls(),)
 
     @classmethod
     def solve(cls, shape: ModelShape, workload: Workload, budget: float) -> Self:
-        """The plan says what is pruned, whatever the budget."""
+        """The same for every budget, as the plan decides what is pruned."""
         return cls()
 
     def describe(self, shape: ModelShape, workload: Workload) -> str:
-        """That it saves nothing."""
+        """A note that nothing is saved."""
         return "the plan as masks, nothing is skipped"
 
     def hooks(self, decoder: Decoder, names: Backbone, plan: PruningPlan | None) -> Hooks:
@@ -55,29 +55,29 @@ class MaskedPlan(Baseline):
 
         Raises:
             PlanError: There is no plan, it lacks tensors, or it has fitted weights, which masks
-                cannot stand for.
+                cannot represent.
         """
         if plan is None:
-            raise PlanError(f"The baseline '{self.name}' shows a plan.", remedy="Give one.")
+            raise PlanError(f"The baseline '{self.name}' needs a plan.", remedy="Pass one.")
         check_tensors(plan)
         return Masks(plan, decoder, names)
 
 
 class Masks(Hooks):
-    """Hooks that take out what a plan prunes, and the attention masks of its layers.
+    """Hooks that mask out what a plan prunes, and the attention masks of its layers.
 
     Args:
         plan: The plan.
-        decoder: Whose projections are watched, until ``remove``.
-        names: Of the decoder's modules.
+        decoder: The decoder whose projections are hooked, until ``remove``.
+        names: Names of the decoder's modules.
 
     Raises:
-        PlanError: The plan has fitted weights, which masks cannot stand for.
+        PlanError: The plan has fitted weights, which masks cannot represent.
     """
 
     def __init__(self, plan: PruningPlan, decoder: Decoder, names: Backbone):
         if plan.compensation == "refit":
-            raise PlanError("Masks simulate pruning alone, and the plan has fitted weights.")
+            raise PlanError("Masks can only simulate pruning, but the plan has fitted weights.")
         self.plan = plan
         self._is_visual: torch.Tensor | None = None
         self._handles: list[RemovableHandle] = []
@@ -95,12 +95,12 @@ class Masks(Hooks):
         self._handles.clear()
 
     def enter(self, visual: torch.Tensor, length: int) -> None:
-        """Note where the visual tokens of the forward in progress are: (batch, visual) int64."""
+        """Store the positions of this forward's visual tokens: (batch, visual) int64."""
         table = torch.zeros(len(visual), length, dtype=torch.bool, device=visual.device)
         self._is_visual = table.scatter_(1, visual, True)
 
     def leave(self) -> None:
-        """The forward is over."""
+        """Forget the positions."""
         self._is_visual = None
 
     def attention_mask(
@@ -113,7 +113,7 @@ class Masks(Hooks):
         visual: torch.Tensor | None,
         prompt: Prompt | None,
     ) -> torch.Tensor | None:
-        """The plan's in prefill, later without visual keys in heads that do not read them."""
+        """The plan's mask in prefill; later without visual keys in heads that do not read them."""
         if prompt is not None:
             return self._prefill_mask(layer, prompt.layout, prompt.real, hidden)
         return mask if visual is None else self._later_mask(layer, visual, keys, mask)
@@ -121,7 +121,7 @@ class Masks(Hooks):
     def _prefill_mask(
         self, number: int, layout: TokenLayout, real: torch.Tensor | None, hidden: torch.Tensor
     ) -> torch.Tensor:
-        """(batch, heads, length, length) bool of one layer; an empty row attends itself."""
+        """(batch, heads, length, length) bool of one layer; an empty row attends to itself."""
         with hidden.device:
             allowed = LayerSpec(self.plan, number, layout, real).allowed(hidden)
             own = torch.eye(hidden.shape[1], dtype=torch.bool)
@@ -130,7 +130,7 @@ class Masks(Hooks):
     def _later_mask(
         self, number: int, visual: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What text after the prompt may attend in one layer.
+        """The mask of text after the prompt in one layer.
 
         Args:
             number: The layer.
@@ -153,7 +153,7 @@ class Masks(Hooks):
     def _watch(
         self, module: nn.Linear, mean: torch.Tensor | None, is_pruned: torch.Tensor, is_on: bool
     ) -> None:
-        """Replace pruned inputs of visual tokens by their mean (or 0); outputs too if all are."""
+        """Replace pruned inputs of visual tokens by means (or 0), and outputs if all are pruned."""
         device = module.weight.device
         instead = torch.zeros((), device=device) if mean is None else mean.flatten().to(device)
         is_pruned = is_pruned.to(device)
@@ -181,14 +181,14 @@ class Masks(Hooks):
 
 
 def _pruned_heads(spec: LayerSpec) -> torch.Tensor:
-    """(heads * head_dim,) bool: what visual tokens' attention does not output."""
+    """(heads * head_dim,) bool: attention outputs that are pruned for visual tokens."""
     is_silent = torch.ones(spec.shape.heads, dtype=torch.bool)
     is_silent[list(spec.layer.attend_heads)] = False
     return is_silent.repeat_interleave(spec.shape.head_dim)
 
 
 def _pruned_neurons(spec: LayerSpec) -> torch.Tensor:
-    """(ffn,) bool: the neurons that visual tokens do not use."""
+    """(ffn,) bool: neurons that visual tokens do not use."""
     is_pruned = torch.zeros(spec.shape.ffn, dtype=torch.bool)
     is_pruned[spec.order[spec.layer.neurons :]] = True
     return is_pruned

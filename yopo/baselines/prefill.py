@@ -1,4 +1,4 @@
-"""What a method may look at while prompts are prefilled."""
+"""The information that a method receives while prompts are prefilled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Decoder(Protocol):
     Attributes:
         config: The text configuration.
         layers: Decoder layers.
-        embed_tokens, rotary_emb, norm: In front of the layers, beside them, behind them.
+        embed_tokens, rotary_emb, norm: Token embedding, rotary embedding and final norm.
     """
 
     config: PreTrainedConfig
@@ -35,7 +35,7 @@ class Prompt:
     """The prompts of one batch.
 
     Attributes:
-        layout: Where text and visual tokens are; all rows hold equally many of both, padding
+        layout: Where text and visual tokens are; all rows hold the same number of both, padding
             included.
         ends: (batch,) int64, position of each prompt's last token; an answer may follow.
         real: (batch, sequence) bool, False on padding; None: no padding.
@@ -47,7 +47,7 @@ class Prompt:
 
     @property
     def lengths(self) -> torch.Tensor:
-        """(batch,) int64, each prompt's tokens, without padding and answer."""
+        """(batch,) int64, number of each prompt's tokens, without padding and answer."""
         if self.real is None:
             return self.ends + 1
         place = torch.arange(self.real.shape[1], device=self.ends.device)
@@ -55,17 +55,17 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Front:
-    """A layer that has just run, in front of a place where tokens may be dropped.
+class FinishedLayer:
+    """A layer that has just run, after which tokens may be dropped.
 
     Attributes:
-        layer: A stock decoder layer.
-        names: Of its modules.
-        entered: What went into it: the tokens that came out of it.
+        module: The stock decoder layer.
+        names: Names of its modules.
+        entered: Its input stream, of the same tokens as its output.
         keys: (batch, kv_heads, length, head_dim), its keys of these tokens, RoPE applied.
     """
 
-    layer: nn.Module
+    module: nn.Module
     names: Backbone
     entered: TokenStream
     keys: torch.Tensor
@@ -77,19 +77,19 @@ class Between:
 
     Attributes:
         number: The layer that comes next.
-        prompt: What is prefilled.
-        stream: What goes into that layer, unless tokens are dropped here.
-        front: The layer in front; None before the first layer.
+        prompt: The prompts that are prefilled.
+        stream: That layer's input, unless tokens are dropped here.
+        previous: The layer before it; None before the first layer.
     """
 
     number: int
     prompt: Prompt
     stream: TokenStream
-    front: Front | None
+    previous: FinishedLayer | None
 
     @property
     def num_visual(self) -> int:
-        """Visual tokens per row that are still there."""
+        """Remaining visual tokens per row."""
         return self.stream.visual.shape[1]
 
     @property

@@ -1,7 +1,7 @@
 """Random visual tokens: what a choice of tokens has to beat.
 
-A draw depends on a seed and on the prompt's size alone, so the same prompt always keeps the same
-tokens: whatever else is in its batch, whether it is padded, and whether an answer follows.
+A draw depends only on a seed and the prompt's size, so the same prompt always keeps the same
+tokens, whatever else is in its batch and whether it is padded or followed by an answer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class RandomTokens(Dropping):
     """A share of the visual tokens, drawn at random, after the first K layers or in all of them.
 
     Attributes:
-        share: Of the visual tokens, kept after the drop.
-        seed: Of the draw, together with the prompt's numbers of visual and of all tokens.
+        share: Share of the visual tokens kept after the drop.
+        seed: Seed of the draw, along with the prompt's numbers of visual and of all tokens.
     """
 
     share: float = 0.0
@@ -38,29 +38,29 @@ class RandomTokens(Dropping):
 
     @classmethod
     def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Self]:
-        """Every number of tokens, in front of the first layer."""
+        """Every number of tokens, dropped before the first layer."""
         visual = max(workload.visual, 1)
         return (cls(0, count / visual) for count in range(visual + 1))
 
     def kept(self, visual: int) -> int:
-        """A share."""
+        """A share of the tokens."""
         return share_of(self.share, visual)
 
     def reduce(
         self, prompt: Prompt, embeds: torch.Tensor, positions: torch.Tensor
     ) -> Reduction | None:
-        """K = 0: drop in front of the first layer; what is kept keeps its features and position."""
+        """K = 0: drop before the first layer; kept tokens keep their features and positions."""
         if self.layers:
             return None
         visual = prompt.layout.visual.length
         return Reduction(self._drawn(prompt, visual, self.kept(visual)))
 
     def keep(self, between: Between) -> torch.Tensor | None:
-        """K > 0: drop in front of layer K."""
+        """K > 0: drop before layer K."""
         return super().keep(between) if self.layers else None
 
     def choose(self, between: Between, count: int) -> torch.Tensor:
-        """Drawn: (batch, count) int64, ascending."""
+        """Random tokens: (batch, count) int64, ascending."""
         return self._drawn(between.prompt, between.num_visual, count)
 
     def describe(self, shape: ModelShape, workload: Workload) -> str:
@@ -69,10 +69,10 @@ class RandomTokens(Dropping):
         return f"K = {self.layers} of {shape.layers} layers, {share}" if self.layers else share
 
     def _drawn(self, prompt: Prompt, visual: int, count: int) -> torch.Tensor:
-        """(batch, count) int64, ascending: some of 0 to ``visual - 1``."""
+        """(batch, count) int64, ascending: random indices below ``visual``."""
         rows = []
         for length in prompt.lengths.tolist():
-            # A checksum spreads the three over the 32 bits that torch's CPU generator looks at.
+            # A checksum spreads the three over the 32 bits that torch's CPU generator uses.
             seed = crc32(f"{self.seed} {visual} {length}".encode())
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(visual, generator=generator)

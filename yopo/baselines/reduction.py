@@ -1,7 +1,7 @@
-"""Fewer visual tokens in front of the first layer: some are kept, or what they hold is merged.
+"""Fewer visual tokens before the first layer, by dropping or merging them.
 
-Nothing here knows a method or a decoder. A reducer says per image which tokens' places remain and
-how features become theirs; the prompt is shortened here, embeddings and positions alike.
+Independent of methods and decoders. A method decides which tokens' places remain and how their
+features are computed; the prompt is shortened here, both embeddings and positions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Merge = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Reduction:
-    """What becomes of a batch's visual tokens.
+    """The reduction of a batch's visual tokens.
 
     Attributes:
-        kept: (batch, kept) int64, ascending: the visual tokens whose places remain, 0 the first of
-            a row's first image and images one after another; equally many per row.
-        merge: Makes the kept tokens' features, of the image's embeddings and of whatever a model
-            adds to them in later layers alike; None: they keep their own.
-        positions: (axes, batch, sequence) int64, position ids after the reduction, of which those
-            of remaining tokens are used; None: they keep their own.
+        kept: (batch, kept) int64, ascending: indices of the visual tokens whose places remain,
+            counted over a row's images in order; the same number per row.
+        merge: Computes the kept tokens' features, both from the image's embeddings and from what a
+            model adds to them in later layers; None: they keep their own.
+        positions: (axes, batch, sequence) int64, position ids after the reduction, used at the
+            remaining tokens; None: they keep their own.
         shift: How much smaller the position of the token after the prompt becomes.
     """
 
@@ -47,11 +47,11 @@ class Reduction:
         positions: torch.Tensor | None = None,
         shift: int = 0,
     ) -> Reduction:
-        """Put images together.
+        """Combine the reductions of all images.
 
         Args:
             grids: The images of every row.
-            kept: (batch, kept) int64 per image, ascending, 0 the image's first token.
+            kept: (batch, kept) int64 per image, ascending, indices within the image.
             merge: As above.
             positions: As above.
             shift: As above.
@@ -67,10 +67,10 @@ class Reduction:
     def shorten(
         self, layout: TokenLayout, embeds: torch.Tensor, positions: torch.Tensor
     ) -> Shortened:
-        """Take the dropped tokens out of the prompts.
+        """Remove the dropped tokens from the prompts.
 
         Args:
-            layout: Where the images are; equally many visual tokens per row.
+            layout: Where the images are; the same number of visual tokens per row.
             embeds: (batch, sequence, hidden), image features merged in.
             positions: (axes, batch, sequence) int64.
         """

@@ -1,6 +1,6 @@
-"""Which baselines there are. A new one is a line here and a file beside; no torch until it is used.
+"""The known baselines. A new one is a line here and a file; torch is not loaded until it is used.
 
-Names are what command lines and results say; labels, for tables, are the classes' own.
+Names are used on command lines and in results; labels for tables are in the classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BASELINES: dict[str, str] = {
     "random": "yopo.baselines.random:RandomTokens",
     "masked": "yopo.baselines.masked:MaskedPlan",
 }
-"""Name -> where its class is, in the order of tables."""
+"""Name -> location of its class, in the order of tables."""
 
 
 def baseline_class(name: str) -> type[Baseline]:
@@ -37,7 +37,7 @@ def baseline_class(name: str) -> type[Baseline]:
 
 
 def with_own_budget() -> dict[str, type[Baseline]]:
-    """The baselines that meet a budget by themselves; the others show a given plan."""
+    """The baselines that meet a budget by themselves; the others demonstrate a given plan."""
     classes = {name: baseline_class(name) for name in BASELINES}
     return {name: each for name, each in classes.items() if not each.needs_plan}
 
@@ -46,21 +46,21 @@ def solve(name: str, shape: ModelShape, workload: Workload, budget: float) -> Ba
     """A baseline with the parameters that come closest to a visual budget from below.
 
     Args:
-        name: One of ``BASELINES``; one that shows a plan has no budget of its own.
-        shape: The decoder.
+        name: One of ``BASELINES``; one that demonstrates a plan ignores the budget.
+        shape: The decoder's dimensions.
         workload: The prompt that the budget is solved for.
         budget: Visual FLOPs over the dense model's, in (0, 1].
 
     Raises:
-        PlanError: No such baseline, or its least is above the budget.
+        PlanError: No such baseline, or its cheapest choice is above the budget.
     """
     chosen = baseline_class(name)
     if not 0 < budget <= 1:
-        raise PlanError(f"A visual budget lies in (0, 1], found {budget:g}.")
+        raise PlanError(f"A visual budget must be in (0, 1], found {budget:g}.")
     return chosen.solve(shape, workload, budget)
 
 
 def solve_for(name: str, plan: PruningPlan, budget: float | None = None) -> Baseline:
     """A baseline at a plan's visual budget (or another one) on the plan's own prompt."""
-    asked = visual_budget(plan) if budget is None else budget
-    return solve(name, plan.model.shape, plan.workload, asked)
+    budget = visual_budget(plan) if budget is None else budget
+    return solve(name, plan.model.shape, plan.workload, budget)

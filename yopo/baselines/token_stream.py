@@ -1,4 +1,4 @@
-"""The sequence on its way through the layers: fewer tokens after a drop, and who attends whom."""
+"""The token sequence between layers: which tokens remain after a drop, and their causal masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TokenStream:
         rotary: Their cosines and sines.
         places: (batch, length) int64, their logical positions, ascending.
         visual: (batch, visual) int64, which of the ``length`` tokens are visual, ascending.
-        added: (batch, length, hidden) each, what is added to them after the first layers.
+        added: (batch, length, hidden) each, features added to them after the first layers.
     """
 
     hidden: torch.Tensor
@@ -38,7 +38,7 @@ class TokenStream:
         """The stream with all of its text and some of its visual tokens.
 
         Args:
-            kept: (batch, fewer visual) int64, which of ``visual``, ascending.
+            kept: (batch, fewer visual) int64, indices into ``visual``, ascending.
         """
         batch, length = self.places.shape
         chosen = self.visual.gather(1, kept)
@@ -70,17 +70,17 @@ def spread(values: torch.Tensor, index: torch.Tensor, like: torch.Tensor) -> tor
 def causal_mask(
     queries: torch.Tensor, keys: torch.Tensor, real: torch.Tensor | None, *, is_always: bool
 ) -> torch.Tensor | None:
-    """Who may attend whom: no later key, no padding.
+    """The causal mask: no later key, no padding.
 
     Args:
         queries: (batch, queries) int64, logical positions.
-        keys: (batch, keys) int64, likewise; the queries' own come last.
+        keys: (batch, keys) int64, logical positions; the queries' own come last.
         real: (batch, logical length) bool, False on padding; None: no padding.
-        is_always: Whether the attention call cannot do without (it would not be causal).
+        is_always: Whether the attention call always needs a mask (it would not be causal).
 
     Returns:
-        (batch, 1, queries, keys) bool; None where stock attention is right without. Padding
-        attends itself, so that it stays finite.
+        (batch, 1, queries, keys) bool; None where stock attention needs no mask. Padding attends
+        to itself to stay finite.
     """
     is_plain = queries.shape[1] in (1, keys.shape[1])
     if real is None and is_plain and not is_always:
@@ -92,7 +92,7 @@ def causal_mask(
 
 
 def for_attention(mask: torch.Tensor | None, like: torch.Tensor, kind: str) -> torch.Tensor | None:
-    """A boolean mask as an attention implementation wants it: eager attention adds it."""
+    """Convert a boolean mask for an attention implementation; eager attention adds its mask."""
     if mask is None or kind != "eager":
         return mask
     lowest = torch.finfo(like.dtype).min

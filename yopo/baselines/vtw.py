@@ -1,6 +1,6 @@
 """Visual token withdrawal: after layer K, visual tokens are gone ("VTW", arXiv 2405.05803).
 
-The paper finds K by the divergence of the outputs on a few samples; here the budget says it.
+The paper finds K by the divergence of the outputs on a few samples; here the budget determines it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class TokenWithdrawal(Dropping):
         return (cls(layers) for layers in range(shape.layers + 1))
 
     def kept(self, visual: int) -> int:
-        """None."""
+        """No tokens."""
         return 0
 
     def choose(self, between: Between, count: int) -> torch.Tensor:
-        """None: (batch, 0) int64."""
+        """No tokens: (batch, 0) int64."""
         return between.stream.visual[:, :0]
 
     def describe(self, shape: ModelShape, workload: Workload) -> str:

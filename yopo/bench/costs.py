@@ -1,8 +1,8 @@
-"""A budget in milliseconds, by what `yopo bench --json` measured.
+"""A budget in milliseconds, converted by the measurements of `yopo bench --json`.
 
-Prefill time follows the executed FLOPs (scripts/README.md, "Speed"), so the two points that a
-benchmark measures, dense and pruned, make a line: milliseconds = fixed + slope x FLOPs. A budget in
-milliseconds is the visual budget at which the prefill FLOPs, text included, lie on that line.
+Prefill time is linear in the executed FLOPs (scripts/README.md, "Speed"), so the two points that a
+benchmark measures, dense and pruned, give a line: milliseconds = fixed + slope x FLOPs. A budget in
+milliseconds becomes the visual budget whose prefill FLOPs, text included, are on that line.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _WIDTHS = ("hidden", "heads", "kv_heads", "head_dim", "ffn")
 
 @dataclass(frozen=True)
 class Costs:
-    """What a prefill of one prompt costs on some machine.
+    """The cost of prefilling one prompt on some machine.
 
     Attributes:
-        fixed: Milliseconds per layer and prompt that no FLOPs explain (launches, norms, copies).
+        fixed: Milliseconds per layer and prompt beyond the FLOPs (launches, norms, copies).
         slope: Milliseconds per FLOP.
     """
 
@@ -32,7 +32,7 @@ class Costs:
     slope: float
 
     def budget(self, milliseconds: float, shape: ModelShape, workload: Workload) -> float:
-        """The visual budget, in (0, 1], whose prefill takes so long.
+        """The visual budget, in (0, 1], whose prefill takes this long.
 
         Raises:
             PlanError: Text alone takes longer.
@@ -44,20 +44,20 @@ class Costs:
             raise PlanError(
                 f"A prefill in {milliseconds:g} ms is out of reach: its text alone takes "
                 f"{least:.3g} ms, the dense model {most:.3g} ms.",
-                remedy="Ask for more milliseconds, or for a share of the visual FLOPs.",
+                remedy="Allow more milliseconds, or give a share of the visual FLOPs.",
             )
         return min(1.0, (milliseconds - least) / (most - least))
 
 
 def read_costs(path: str | Path, shape: ModelShape) -> Costs:
-    """Read what ``yopo bench --json`` printed.
+    """Read the output of ``yopo bench --json``.
 
     Args:
         path: Its output.
-        shape: Of the model that a budget is wanted for; the benchmark may have had fewer layers.
+        shape: Dimensions of the model to plan for; the benchmark may have had fewer layers.
 
     Raises:
-        DataError: Not a benchmark, or one of another width, or its two times do not differ.
+        DataError: Not a benchmark, or of another width, or its two times do not differ.
     """
     try:
         found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -67,8 +67,8 @@ def read_costs(path: str | Path, shape: ModelShape) -> Costs:
         batch = found["prompt"]["batch"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: is not what `yopo bench --json` prints: {error}.",
-            remedy="Write it with `yopo bench ... --json > costs.json`.",
+            f"{path}: is not an output of `yopo bench --json`: {error}.",
+            remedy="Create it with `yopo bench ... --json > costs.json`.",
         ) from error
     other = [name for name in _WIDTHS if layers.get(name) != asdict(shape)[name]]
     if other:
@@ -79,6 +79,6 @@ def read_costs(path: str | Path, shape: ModelShape) -> Costs:
         )
     slope = (times[0] - times[1]) / max(work[0] - work[1], 1)
     if slope <= 0:
-        raise DataError(f"{path}: pruned took as long as dense, which tells no price of FLOPs.")
+        raise DataError(f"{path}: pruned took as long as dense, so FLOPs have no measurable cost.")
     fixed = max(0.0, (times[0] - slope * work[0]) / (batch * layers["layers"]))
     return Costs(fixed, slope)

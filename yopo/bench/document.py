@@ -1,6 +1,6 @@
 """A benchmark as one JSON document.
 
-Times stand beside one another on the same kernels; ``as_shipped`` compares with stock transformers.
+Times are compared on the same kernels; ``as_shipped`` compares with stock transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from yopo.plans.flops import visual_budget
 
 
 def document(found: Benchmark) -> dict[str, Any]:
-    """Everything a machine wants to know, as plain values."""
+    """All results as plain values."""
     dense_flops, pruned_flops = found.flops
     shipped = found.shipped
     decode = found.decode if shipped is None else shipped.decode

@@ -1,10 +1,9 @@
 """Peak memory of one call above what was allocated before it.
 
-On CUDA the allocator knows. On CPU ``ru_maxrss`` cannot serve: it never falls, so the second of two
-models would seem to need nothing. There the torch profiler notes every allocation and release of
-torch's CPU allocator, and the peak is the largest running sum. That is exact for tensors and for
-the scratch memory that torch's operators take; buffers that MKL or oneDNN keep for themselves are
-not in it.
+On CUDA the allocator reports it. On CPU ``ru_maxrss`` is of no use: it never falls, so the second
+of two models would seem to need nothing. There the torch profiler records every allocation and
+release of torch's CPU allocator, and the peak is the largest running sum. That is exact for tensors
+and the scratch memory of torch's operators; buffers internal to MKL or oneDNN are not included.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ CPU, CUDA = "sum of torch's CPU allocations (profiler)", "torch.cuda.max_memory_
 
 
 def measured_by(device: str) -> str | None:
-    """How memory is measured on a device; None: it is not."""
+    """How memory is measured on a device; None if it is not."""
     kind = torch.device(device).type
     return {"cpu": CPU, "cuda": CUDA}.get(kind)
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int | None:
-    """Largest number of bytes that ``call`` holds at a time, what it returns included.
+    """Most bytes that ``call`` holds at a time, including its return value.
 
     Returns:
-        Bytes; None where the device has no such measure.
+        Bytes; None where they cannot be measured on the device.
     """
     kind = torch.device(device).type
     if kind == "cuda":
@@ -55,7 +54,7 @@ def peak_bytes(call: Callable[[], object], device: str) -> int | None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Keep what the profiler says about itself, printed by C++, off the terminal."""
+    """Suppress the profiler's own messages, printed by C++."""
     sys.stderr.flush()
     saved = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

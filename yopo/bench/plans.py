@@ -1,8 +1,8 @@
-"""Plans to time: presets made without any statistics, another prompt, fewer layers.
+"""Plans to time: presets without calibration, other prompts, fewer layers.
 
 Time depends on how many heads, neurons and layers a plan keeps, not on which: so a plan with
-made-up scores, taken through the real planner and the real baking order, costs what a calibrated
-one of the same request costs.
+made-up scores, made by the real planner in the real baking order, costs the same as a calibrated
+one for the same request.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ PRESETS: dict[str, BudgetRequest | PaperRequest] = {
 """The paper's two shapes, and frozen visual tokens that the text reads in most layers."""
 
 FITTED, FITTED_BUDGET = "fitted-12", 0.12
-"""A uniform plan with fitted weights, at the budget of its name: see :func:`fitted_plan`."""
+"""A uniform plan with fitted weights, at the budget in its name: see :func:`fitted_plan`."""
 
 MADE_UP = "0" * 64
-"""Fingerprint of models that no checkpoint stands behind."""
+"""Fingerprint of models without a checkpoint."""
 
 
 def preset_plan(
     name: str, model: ModelIdentity, workload: Workload, *, seed: int = 0
 ) -> PruningPlan:
-    """A preset on a model's shape, with made-up scores, as baking would leave it.
+    """A preset for a model's shape, with made-up scores, as if baked.
 
     Args:
         name: Key in ``PRESETS``, or ``FITTED``.
-        model: Whose shape to plan for.
+        model: The model to plan for.
         workload: The prompt that budgets are solved for.
-        seed: Of the scores.
+        seed: Seed of the scores.
 
     Raises:
         PlanError: No such preset, or it does not fit the shape.
@@ -63,10 +63,10 @@ def preset_plan(
 
 
 def fitted_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
-    """What allocations look like, evened out over the layers, as wide as the budget allows.
+    """A typical allocation, the same in all layers and as wide as the budget allows.
 
-    Text reads all heads; visual tokens attend in a quarter of them, go through one bottleneck, and
-    have a linear map of a 32nd of the width and a 32nd of the neurons in place of the FFN.
+    Text reads in all heads; visual tokens attend in a quarter of them, go through one bottleneck,
+    and have a linear map of 1/32 of the width and 1/32 of the neurons instead of the FFN.
 
     Raises:
         PlanError: It does not fit the shape.
@@ -105,7 +105,7 @@ def fitted_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
 
 
 def made_up_refit(plan: PruningPlan) -> PlanTensors:
-    """Random weights of the sizes that a plan with ``compensation: refit`` wants."""
+    """Random weights of the sizes that a plan with ``compensation: refit`` needs."""
     generator = torch.Generator().manual_seed(0)
     shape = plan.model.shape
     refit = {
@@ -119,7 +119,7 @@ def made_up_refit(plan: PruningPlan) -> PlanTensors:
 
 
 def made_up_statistics(model: ModelIdentity, workload: Workload, *, seed: int) -> Statistics:
-    """Uniformly random scores in the form that calibration gives them."""
+    """Uniformly random scores in the form of a calibration's statistics."""
     generator, shape = torch.Generator().manual_seed(seed), model.shape
     layers, heads = shape.layers, shape.heads
 
@@ -148,7 +148,7 @@ def made_up_statistics(model: ModelIdentity, workload: Workload, *, seed: int) -
 def with_prompt(
     plan: PruningPlan, *, visual: int | None = None, text: int | None = None
 ) -> PruningPlan:
-    """The same layers, for a prompt of other sizes.
+    """The plan for a prompt of other sizes.
 
     Args:
         plan: A plan.
@@ -156,7 +156,7 @@ def with_prompt(
         text: Text tokens; None: the plan's own number.
 
     Raises:
-        PlanError: So many visual tokens form no whole images.
+        PlanError: The visual tokens do not form whole images.
     """
     workload = plan.workload
     if visual is not None and visual != workload.visual:
@@ -168,7 +168,7 @@ def with_prompt(
 
 
 def grids_for(visual: int, known: tuple[Grid, ...] = ()) -> tuple[Grid, ...]:
-    """Images that hold so many visual tokens: copies of the known ones, or one square.
+    """Images with this many visual tokens: copies of the known ones, or one square.
 
     Raises:
         PlanError: Neither fits.
@@ -180,19 +180,22 @@ def grids_for(visual: int, known: tuple[Grid, ...] = ()) -> tuple[Grid, ...]:
     if side and side**2 == visual:
         return (Grid(side, side),)
     whole = f"a multiple of {tokens} (the plan's images) or " if tokens else ""
-    raise PlanError(f"{visual} visual tokens form no whole images: give {whole}a square number.")
+    raise PlanError(
+        f"{visual} visual tokens do not form whole images.",
+        remedy=f"Use {whole}a square number.",
+    )
 
 
 def sampled_layers(plan: PruningPlan, count: int) -> tuple[int, ...]:
-    """Which layers stand for the plan: each kind of layer in its share, evenly spaced in it.
+    """Sample layers that represent the plan: each kind in proportion, evenly spaced.
 
-    A kind is what decides a layer's cost: whether it reads, whether it attends and how far, whether
-    the visual FFN runs on none, a part or all of its neurons, whether visual tokens have weights
-    of their own, whether they are gone.
+    A layer's kind determines its cost: whether it reads, whether it attends and how far, whether
+    the visual FFN runs on none, a part or all of its neurons, whether visual tokens have fitted
+    weights, whether they are gone.
 
     Args:
         plan: A plan.
-        count: How many layers, at least one and at most all.
+        count: Number of layers, from one to all.
 
     Returns:
         Layer indices, ascending.
@@ -201,7 +204,7 @@ def sampled_layers(plan: PruningPlan, count: int) -> tuple[int, ...]:
         PlanError: More layers than the plan has.
     """
     if not 1 <= count <= len(plan.layers):
-        raise PlanError(f"Cannot take {count} layers of a plan of {len(plan.layers)}.")
+        raise PlanError(f"Cannot sample {count} layers from a plan with {len(plan.layers)}.")
     kinds: dict[tuple, list[int]] = defaultdict(list)
     for index, layer in enumerate(plan.layers):
         kinds[_kind(layer, plan, index)].append(index)
@@ -229,7 +232,7 @@ def _kind(layer: LayerPlan, plan: PruningPlan, index: int) -> tuple[object, ...]
 
 
 def with_layers(plan: PruningPlan, indices: tuple[int, ...]) -> PruningPlan:
-    """A plan of some of the layers, for a model that has only those."""
+    """A plan with some of the layers, for a model that has only those."""
     shape = replace(plan.model.shape, layers=len(indices))
     few = replace(
         plan,

@@ -1,8 +1,8 @@
-"""The prompt that is timed: images between text tokens, already encoded, as ``generate`` does it.
+"""The prompt that is timed: already encoded images between text tokens, as in ``generate``.
 
-Images are encoded before anything is timed: the vision encoder is the same in both models, and
-would only dilute the ratio. What is left is what the model's own forward does with a prompt:
-embedding, merging image features, (pruned) finding the layout, the text decoder.
+Images are encoded before anything is timed: the vision encoder is the same in both models and would
+only dilute the ratio. The rest is what the model's own forward does with a prompt: embedding,
+merging image features, (pruned) finding the layout, the text decoder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from yopo.plans.schema import PruningPlan, Workload
 from yopo.support.errors import ModelError, PlanError
 
 Encode = Callable[..., BaseModelOutputWithPooling]
-"""A model's own way from pixels to image features."""
+"""A model's ``get_image_features``."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Prompt:
 
     Attributes:
         inputs: Arguments of the base model's forward.
-        encoded: Encoded images, as ``mm_encoder_outputs`` has them.
+        encoded: Encoded images, in the form of ``mm_encoder_outputs``.
         batch: Number of prompts.
-        next_token: An ordinary text token, to decode.
+        next_token: An ordinary text token for decode steps.
     """
 
     inputs: dict[str, Any]
@@ -46,18 +46,18 @@ class Prompt:
         return self.inputs["input_ids"].shape[1]
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of one forward, safe to be changed by it."""
+        """Arguments of one forward, which may modify them."""
         return {**self.inputs, "mm_encoder_outputs": {"image": self.encoded}}
 
     def lengthened(self, length: int) -> Prompt:
-        """The same prompt with ordinary text behind it, so many tokens long.
+        """The prompt followed by ordinary text, up to a length.
 
         Raises:
-            PlanError: It is longer already.
+            PlanError: It is already longer.
         """
         if length < self.length:
             raise PlanError(
-                f"A context of {length} tokens does not hold the prompt of {self.length}.",
+                f"A context of {length} tokens is too short for the prompt of {self.length}.",
                 remedy=f"Use --context {self.length} or more.",
             )
         fill = {"input_ids": self.next_token, "attention_mask": 1, "mm_token_type_ids": 0}
@@ -70,7 +70,7 @@ class Prompt:
 
 
 def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Prompt:
-    """The plan's prompt with random image features, for any grids; the vision tower is not used."""
+    """The plan's prompt with random image features for any grids, without the vision tower."""
     workload = plan.workload
     generator = torch.Generator().manual_seed(0)
     ids, words = _token_ids(model, workload, workload.visual, batch)
@@ -95,12 +95,12 @@ def noise_prompt(
 
     Args:
         model: Any supported model.
-        plan: Its workload says how many text tokens, and about how many visual ones.
-        batch: Equal prompts.
-        visual: Exactly so many visual tokens; None: images until there are as many as in the plan.
+        plan: Its workload determines the text tokens, and about how many visual ones.
+        batch: Number of equal prompts.
+        visual: Exact number of visual tokens; None: images until there are as many as in the plan.
 
     Returns:
-        (the prompt, the plan with the grids that the model made of the images).
+        (the prompt, the plan with the grids of the model's images).
 
     Raises:
         ModelError: The model's images do not add up to ``visual``.
@@ -119,11 +119,11 @@ def noise_prompt(
         for name in images[0]
     }
     encode = cast(Encode, model.base_model.get_image_features)
-    wanted = inspect.signature(encode).parameters
+    accepted = inspect.signature(encode).parameters
     arguments = {
         name: value.to(model.dtype) if value.is_floating_point() else value
         for name, value in about.items()
-        if name in wanted
+        if name in accepted
     }
     encoded = encode(**arguments, return_dict=True)
     assert encoded.pooler_output is not None, "every family's encoder gives features"
@@ -131,7 +131,8 @@ def noise_prompt(
     found //= batch * plan.model.shape.hidden
     if visual is not None and not visual == found == sum(counts):
         raise ModelError(
-            f"{visual} visual tokens are wanted, {len(counts)} of the model's images have {found}.",
+            f"{visual} visual tokens were requested, but {len(counts)} of the model's images have "
+            f"{found}.",
             remedy=f"Use --visual-tokens {found // len(counts)}, or a multiple of it.",
         )
     ids, words = _token_ids(model, workload, found, batch)
@@ -149,13 +150,13 @@ def noise_prompt(
 def _token_ids(
     model: PreTrainedModel, workload: Workload, visual: int, batch: int
 ) -> tuple[torch.Tensor, list[int]]:
-    """((batch, sequence) int64 ids, the text tokens among them) of equal prompts."""
+    """((batch, sequence) int64 ids of equal prompts, the text tokens among them)."""
     config, text = model.config, model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     special = {*family_of(config).token_ids(config), text.pad_token_id}
-    wanted = max(workload.text, 1)
-    drawn = torch.randint(text.vocab_size, (64 + 4 * wanted,), generator=generator).tolist()
-    words = [word for word in drawn if word not in special][:wanted]
-    before, behind = words[: workload.text_before], words[workload.text_before : workload.text]
-    row = [*before, *[config.image_token_id] * visual, *behind]
+    count = max(workload.text, 1)
+    drawn = torch.randint(text.vocab_size, (64 + 4 * count,), generator=generator).tolist()
+    words = [word for word in drawn if word not in special][:count]
+    before, after = words[: workload.text_before], words[workload.text_before : workload.text]
+    row = [*before, *[config.image_token_id] * visual, *after]
     return torch.tensor([row] * batch, device=model.device), words

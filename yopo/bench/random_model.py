@@ -1,9 +1,9 @@
 """Models of published shapes with random weights, so that 7B layers can be timed anywhere.
 
-The decoder has the plan's full width; around it stand a tiny vision tower that is never called
-(image features are made up, as they are when ``generate`` encodes images first) and a tiny
-vocabulary. What runs is transformers' own model under ``yopo.pruned``, nothing simulated. Every
-layer has weights of its own in memory: sharing them would let caches lie.
+The decoder has the plan's full width; the rest is a tiny vision tower that is never called (image
+features are made up, and passed in as when ``generate`` encodes images first) and a tiny
+vocabulary. transformers' own model runs under ``yopo.pruned``, nothing is simulated. Every layer
+has separate weights in memory: shared ones would stay in CPU caches.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ SHAPES: dict[str, ModelShape] = {
 """Published decoders, by alias."""
 
 WORKLOAD = Workload((Grid(24, 24),), text=64, text_before=5)
-"""LLaVA-1.5's image in a short prompt: ``<s>USER: `` stands in front of it."""
+"""LLaVA-1.5's image in a short prompt, preceded by ``<s>USER: ``."""
 
 FAMILY = "llava"
-"""Of every random model: a Llama decoder stands in for those of other families."""
+"""Family of every random model: a Llama decoder substitutes those of other families."""
 
 VOCABULARY, IMAGE_TOKEN = 128, 127
 
 _BLOCK = 1 << 20
-"""Random values drawn per model; weights are copies of this block, each at an offset of its own."""
+"""Random values drawn per model; weights are copies of this block at different offsets."""
 
 _SCALE = 0.02
 _MARGIN = 1.25
-"""Memory wanted, over that of the weights."""
+"""Required memory over that of the weights."""
 
 
 def published_model(name: str) -> ModelIdentity:
@@ -72,8 +72,8 @@ def random_model(
 
     Args:
         shape: The decoder's dimensions.
-        dtype: Of the weights.
-        device: Where they are.
+        dtype: Dtype of the weights.
+        device: Device of the weights.
         side: Visual tokens per row and column of an image, for prompts with pixels.
 
     Raises:
@@ -140,7 +140,7 @@ def _fill(model: nn.Module) -> None:
 
 
 def fitted(plan: PruningPlan) -> PruningPlan:
-    """A plan as the random model wears it: of its family, fitted weights it lacks made up."""
+    """A plan for the random model: of its family, with missing fitted weights made up."""
     plan = replace(plan, model=replace(plan.model, family=FAMILY, fingerprint=MADE_UP))
     if plan.compensation == "refit" and not plan.tensors.refit:
         plan = replace(plan, tensors=made_up_refit(plan))
@@ -148,7 +148,7 @@ def fitted(plan: PruningPlan) -> PruningPlan:
 
 
 def grids_of(plan: PruningPlan) -> GridsOf:
-    """Locates the images of the plan's prompt, whatever their grids."""
+    """A function that locates the images of the plan's prompt, for any grids."""
     return lambda config, rows, images: [plan.workload.grids] * len(rows)
 
 
@@ -163,14 +163,14 @@ def _check_memory(shape: ModelShape, dtype: torch.dtype, device: str) -> None:
         return
     if needed * _MARGIN > free:
         raise ModelError(
-            f"{shape.layers} random layers take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of "
-            f"{device} memory are free.",
+            f"{shape.layers} random layers need {needed / 1e9:.1f} GB, but only "
+            f"{free / 1e9:.1f} GB of {device} memory are free.",
             remedy="Time fewer of them (--layers 4), or use --dtype bfloat16.",
         )
 
 
 def _available_bytes() -> int:
-    """Main memory that can be had: file caches count as free where the system says so."""
+    """Available main memory: file caches count as free where the system reports it."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

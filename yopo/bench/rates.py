@@ -1,8 +1,8 @@
-"""How fast the machine is: a plain product of the model's largest weight, on the very kernels.
+"""The machine's speed: plain products with the model's largest weight, on the same kernels.
 
-What a prefill or a decode step could reach at best, if it were nothing but products. Measured in
-every round, so that the rate and the times are of the same minutes; the best round counts, as
-others only say that the machine was busy.
+This bounds a prefill or a decode step, if it consisted only of products. It is measured in every
+round, so that rates and times are from the same minutes; the best round counts, as the machine was
+just busy in the others.
 """
 
 from __future__ import annotations

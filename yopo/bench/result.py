@@ -1,9 +1,9 @@
-"""What ``yopo bench`` measured, and beside it what the plan predicts.
+"""The measurements of ``yopo bench``, and what the plan predicts.
 
 Every figure has a bound. Prefill can at best run all its FLOPs as fast as the machine runs a plain
-product of as many rows; a decode step can at best read its bytes (weights and cache) as fast as the
-machine reads weights; the visual KV cache is what the plan says, exactly. Both rates are measured
-between the rounds, on the kernels that the contenders run on: a share of a bound above 1 says that
+product with as many rows; a decode step can at best read its bytes (weights and cache) as fast as
+the machine reads weights; the visual KV cache is exactly what the plan predicts. Both rates are
+measured between the rounds, on the kernels of the contenders: a share of a bound above 1 means that
 something is wrong with the measurement.
 """
 
@@ -26,13 +26,13 @@ from yopo.plans.flops import (
 from yopo.plans.schema import ModelShape, PruningPlan
 
 DENSE, PRUNED = "dense", "pruned"
-"""Both on the kernels that a pruned model takes."""
+"""Both on the kernels of a pruned model."""
 
 STOCK = "stock"
-"""The dense model on the kernels that transformers takes, where those are others."""
+"""The dense model on transformers' kernels, where those differ."""
 
 TOLERANCE = 1.03
-"""Share of a bound from which on it counts as exceeded: rates are measured with some noise."""
+"""Share of a bound above which it counts as exceeded: rates are measured with some noise."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class BenchOptions:
 
     Attributes:
         runs: Counted rounds of dense, pruned and baselines.
-        warmup: Uncounted rounds in front.
-        decode_steps: Decode steps behind each prefill; 0 skips decoding.
-        threads: CPU threads of torch; None: as they are.
-        baselines: What else is timed at the plan's visual budget, names of the registry.
-        may_leave_out: Whether a baseline that cannot run is left out instead of an error.
-        contexts: Prompt lengths at which decode steps are timed as well.
+        warmup: Uncounted rounds before those.
+        decode_steps: Decode steps after each prefill; 0 skips decoding.
+        threads: CPU threads of torch; None: unchanged.
+        baselines: Names of baselines in the registry, also timed at the plan's visual budget.
+        may_leave_out: Whether a baseline that cannot run is left out instead of raising an error.
+        contexts: Additional prompt lengths at which decode steps are timed.
     """
 
     runs: int = 7
@@ -97,7 +97,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Layers:
-    """Which of the plan's layers the timed model has.
+    """The layers of the plan that the timed model has.
 
     Attributes:
         total: Layers of the plan.
@@ -112,11 +112,11 @@ class Layers:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run the model, beside the dense one.
+    """One way to run the model, compared with the dense one.
 
     Attributes:
-        prefill: Embedding, merging and text decoder, ms per batch; the image is encoded already.
-        decode: Text decoder, ms per step behind that prompt; None if skipped.
+        prefill: Embedding, merging and text decoder, ms per batch; the image is already encoded.
+        decode: Text decoder, ms per step after that prompt; None if skipped.
         peak_memory: Bytes above the weights during prefill; None if not measured.
         visual_kv: Bytes of visual keys and values found in the cache.
     """
@@ -129,11 +129,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Shipped:
-    """Pruned serving as it is beside stock transformers as it is, on different kernels.
+    """Pruned serving compared with stock transformers, each on its own kernels.
 
     Attributes:
         prefill: Milliseconds; its ``dense`` is the stock model.
-        decode: Likewise, per step; None if skipped.
+        decode: Milliseconds per step; None if skipped.
     """
 
     prefill: Compared
@@ -142,10 +142,10 @@ class Shipped:
 
 @dataclass(frozen=True)
 class Rates:
-    """The best that the machine showed between the rounds.
+    """The machine's best rates, measured between the rounds.
 
     Attributes:
-        flops: FLOPs per millisecond of a product of as many rows as the prompts have tokens.
+        flops: FLOPs per millisecond of a product with as many rows as the prompts have tokens.
         bytes: Bytes per millisecond of weights that a product of one row per prompt reads.
     """
 
@@ -155,11 +155,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class AtContext:
-    """Decode steps behind a prompt of another length.
+    """Decode steps after a prompt of another length.
 
     Attributes:
         context: Tokens of the prompt.
-        decode: What each contender's step took, beside the dense one's.
+        decode: Each contender's time per step, compared with the dense one's.
         plan: The plan for that prompt.
     """
 
@@ -170,22 +170,22 @@ class AtContext:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured, and beside it what the plan predicts.
+    """The measurements, and what the plan predicts.
 
     Attributes:
-        plan: What ran: these layers, this prompt.
-        layers: How they relate to the plan that was asked for.
-        weights: ``random``, or where they come from.
+        plan: The plan that ran: its layers and prompt.
+        layers: How they relate to the requested plan.
+        weights: ``random``, or their source.
         stand_in: Whether the timed decoder is of another family than the plan.
         options: How it was measured.
-        batch, device, dtype, threads: On what.
+        batch, device, dtype, threads: What it was measured on.
         measured: Dense, pruned and baselines, by name.
-        baselines: What those were, by name, on the layers that ran.
+        baselines: The baselines with their parameters, by name, on the layers that ran.
         left_out: Why baselines are missing, by name.
-        contexts: Decode steps behind longer prompts.
+        contexts: Decode steps after longer prompts.
         memory_by: How peak memory is measured; None if it is not.
-        rates: What bounds are made of.
-        shipped: Pruned beside stock; None if both run on the same kernels anyway.
+        rates: The rates that bounds are computed from.
+        shipped: Pruned compared with stock; None if both run on the same kernels anyway.
     """
 
     plan: PruningPlan
@@ -207,12 +207,12 @@ class Benchmark:
 
     @property
     def prefill(self) -> Compared:
-        """Prefill, pruned beside dense."""
+        """Prefill, pruned compared with dense."""
         return self.measured[PRUNED].prefill
 
     @property
     def decode(self) -> Compared | None:
-        """Decode steps, pruned beside dense; None if skipped."""
+        """Decode steps, pruned compared with dense; None if skipped."""
         return self.measured[PRUNED].decode
 
     @property
@@ -228,7 +228,7 @@ class Benchmark:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number."""
+        """Bytes per number."""
         return getattr(torch, self.dtype).itemsize
 
     @property
@@ -243,19 +243,19 @@ class Benchmark:
 
     @property
     def over_bound(self) -> float:
-        """Prefill time ratio over FLOPs ratio, same kernels; 1.0: all saved work is saved time."""
+        """Prefill time ratio over FLOPs ratio, same kernels; 1.0: time falls with the work."""
         return self.prefill.ratio.median / self.flops_ratio
 
     @property
     def over_bound_as_shipped(self) -> float:
-        """The same against the stock model: what another kernel saves is in it, too."""
+        """That quotient against the stock model, which includes the gain of another kernel."""
         if self.shipped is None:
             return self.over_bound
         return self.shipped.prefill.ratio.median / self.flops_ratio
 
     @property
     def off(self) -> dict[str, float]:
-        """Shares above what is physically possible, by what was measured: wrong measurements."""
+        """Shares above what is physically possible, by measurement: these are wrong."""
         shares = {}
         for name in self.measured:
             shares[f"{name} prefill"] = self.prefill_bound_of(name)
@@ -298,26 +298,26 @@ class Benchmark:
         return self.batch * self.baselines[name].visual_kv_bytes(shape, workload, size)
 
     def prefill_bound_of(self, name: str) -> float:
-        """Share of the possible speed that prefill reaches: its FLOPs at the machine's rate."""
+        """Share of the possible speed that prefill reaches, given its FLOPs."""
         return self.flops_of(name) / self.rates.flops / self.measured[name].prefill.pruned.median
 
     def bytes_of(self, name: str, plan: PruningPlan | None = None) -> int:
         """Bytes that a decode step reads: weights and cache.
 
         Args:
-            name: Of a contender.
-            plan: With another prompt than the one that ran first.
+            name: Name of a contender.
+            plan: A plan with another prompt than the main one; None: the main one.
         """
         workload = (plan or self.plan).workload
         fixed = step_bytes(self.plan.model.shape, workload.text, self.batch, self.itemsize)
         return fixed + self.planned_kv_of(name)
 
     def bytes_ratio_of(self, name: str, plan: PruningPlan | None = None) -> float:
-        """Those bytes over the dense model's."""
+        """Bytes that a decode step reads over the dense model's."""
         return self.bytes_of(name, plan) / self.bytes_of(DENSE, plan)
 
     def decode_bound_of(self, name: str) -> float | None:
-        """Share of the possible speed that decoding reaches: its bytes at the machine's rate."""
+        """Share of the possible speed that decoding reaches, given its bytes."""
         decode = self.measured[name].decode
         return (
             None
@@ -327,7 +327,7 @@ class Benchmark:
 
 
 def step_bytes(shape: ModelShape, text: int, batch: int, itemsize: int) -> int:
-    """Bytes that a decode step reads in any case: the layers' weights, keys and values of text."""
+    """Bytes that every decode step reads: the layers' weights, keys and values of text."""
     query_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     weights = 2 * shape.hidden * (query_width + kv_width) + 3 * shape.hidden * shape.ffn
     return shape.layers * itemsize * (weights + 2 * batch * text * kv_width)

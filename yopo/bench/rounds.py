@@ -1,4 +1,4 @@
-"""Times as they are taken, round by round, and what they say about one another."""
+"""The times of all rounds, and comparisons of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from yopo.bench.result import DENSE, PRUNED, STOCK, Compared, Rates, Shipped
 
 @dataclass(frozen=True)
 class Sample:
-    """Milliseconds of one prefill, and per decode step behind it."""
+    """Milliseconds of one prefill, and per decode step after it."""
 
     prefill: float
     decode: float | None
@@ -17,26 +17,26 @@ class Sample:
 
 @dataclass
 class Rounds:
-    """Samples of everything that is timed, and the machine's rates beside them."""
+    """Samples of everything that is timed, with the machine's rates."""
 
     samples: dict[str, list[Sample]]
     rates: list[Rates] = field(default_factory=list)
 
-    def prefill(self, name: str, beside: str = DENSE) -> Compared:
-        """Summarise the prefills of one of the names, ``beside`` another."""
-        dense, other = ([each.prefill for each in self.samples[side]] for side in (beside, name))
+    def prefill(self, name: str, against: str = DENSE) -> Compared:
+        """Compare the prefills of one of the names with those of another."""
+        dense, other = ([each.prefill for each in self.samples[side]] for side in (against, name))
         return Compared.of(dense, other)
 
-    def decode(self, name: str, beside: str = DENSE) -> Compared | None:
-        """Summarise the decode steps likewise; None if they were skipped."""
+    def decode(self, name: str, against: str = DENSE) -> Compared | None:
+        """Compare decode steps in the same way; None if they were skipped."""
         dense, other = (
             [each.decode for each in self.samples[side] if each.decode is not None]
-            for side in (beside, name)
+            for side in (against, name)
         )
         return Compared.of(dense, other) if dense else None
 
     def shipped(self) -> Shipped | None:
-        """Pruned beside stock, if stock was timed."""
+        """Pruned compared with stock, if stock was timed."""
         if STOCK not in self.samples:
             return None
         return Shipped(self.prefill(PRUNED, STOCK), self.decode(PRUNED, STOCK))

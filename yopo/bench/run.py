@@ -1,14 +1,14 @@
 """``yopo bench``: does time follow the FLOPs? Dense against pruned, paired, in one process.
 
-Each round prefills the same prompt with both models - and with baselines at the same budget -
-one right behind the other and the order reversed from round to round, then decodes a few tokens
-with each. Medians with quartiles; ratios are medians of the rounds' own ratios to the dense model,
-so that a machine that slows down half-way does not bend them.
-Like is compared with like: where a pruned prefill takes a faster kernel than transformers does
-(``runtime/gemm.py``), everything is timed on that kernel, and the stock model once more on its
-own: what serving gains as shipped is a second figure.
-Beside the prefill ratio stands the ratio of the FLOPs that ``flops.py`` predicts for the very
-prompt and layers that ran: their quotient is 1.0 where all the saved work is saved time.
+Each round prefills the same prompt with both models - and with baselines at the same budget - one
+right after the other, in reversed order from round to round, then decodes a few tokens with each.
+Results are medians with quartiles; ratios are medians of the rounds' own ratios to the dense model,
+so a machine that slows down halfway does not distort them.
+Comparisons use the same kernels: where a pruned prefill uses a faster kernel than transformers
+(``runtime/gemm.py``), everything is timed on that kernel, and the stock model also on its own: the
+gain of serving as shipped is a second figure.
+The prefill ratio is reported with the ratio of the FLOPs that ``flops.py`` predicts for the same
+prompt and layers: their quotient is 1.0 where time falls with the work.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from yopo.support.errors import YopoError
 
 @runtime_checkable
 class _CountsVisual(Protocol):
-    """A cache layer that knows which of its keys and values are visual."""
+    """A cache layer that can tell which of its keys and values are visual."""
 
     def visual_bytes(self) -> int:
         """Bytes of visual keys and values that the layer holds."""
@@ -65,7 +65,7 @@ class Sizes:
     """The prompts to time; None: the plan's own.
 
     Attributes:
-        batch: Equal prompts per forward.
+        batch: Number of equal prompts per forward.
         visual, text: Tokens of one prompt.
     """
 
@@ -80,10 +80,10 @@ class Bench:
 
     Attributes:
         model: Dense, in memory.
-        plan: For this model and this prompt.
-        prompt: What is prefilled.
-        grids_of: Locates images where the model's own rule does not (made-up features).
-        baselines: What else is measured, by name.
+        plan: The plan for this model and this prompt.
+        prompt: The prompt that is prefilled.
+        grids_of: Locates images instead of the model's own rule (made-up features).
+        baselines: Baselines that are also measured, by name.
     """
 
     model: PreTrainedModel
@@ -94,14 +94,14 @@ class Bench:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is timed, in the order of the first round."""
+        """Names of everything timed, in the order of the first round."""
         stock = (STOCK,) if self.has_other_kernels else ()
         return (DENSE, PRUNED, *self.baselines, *stock)
 
     @property
     @torch.no_grad()
     def has_other_kernels(self) -> bool:
-        """Whether a pruned prefill of this prompt takes other kernels than the stock model's."""
+        """Whether a pruned prefill of this prompt uses other kernels than the stock model's."""
         rows = self.prompt.inputs["input_ids"].shape
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
@@ -125,7 +125,7 @@ class Bench:
 
     @torch.no_grad()
     def prefill(self) -> Cache:
-        """Prefill with the model as it is; returns the cache."""
+        """Prefill with the model in its current state; returns the cache."""
         return self.model.base_model(**self.prompt.arguments(), use_cache=True).past_key_values
 
     def measure(self, name: str, decode_steps: int) -> Sample:
@@ -148,7 +148,7 @@ class Bench:
         return median(times) if times else None
 
     def peak(self, name: str) -> int | None:
-        """Peak bytes of a prefill above what is allocated before."""
+        """Peak bytes of a prefill above what was allocated before."""
         with self.switch(name):
             return peak_bytes(self.prefill, str(self.model.device))
 
@@ -162,10 +162,10 @@ class Bench:
         return held * self.plan.workload.visual // self.prompt.length
 
     def lengthened(self, context: int) -> Bench:
-        """The same with so many tokens in the prompt, text behind the rest.
+        """The bench with the prompt extended by text to a number of tokens.
 
         Raises:
-            PlanError: The prompt is longer already.
+            PlanError: The prompt is already longer.
         """
         prompt = self.prompt.lengthened(context)
         plan = with_prompt(self.plan, text=context - self.plan.workload.visual)
@@ -185,7 +185,7 @@ def _all_bytes(layer: object) -> int:
 
 
 def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") -> Rounds:
-    """Measure rounds; the order of a round is that of the round before, reversed."""
+    """Measure rounds, each in the reversed order of the previous one."""
     samples: dict[str, list[Sample]] = {name: [] for name in subject.names}
     layers, prompt, rates = subject.model.get_decoder().layers, subject.prompt, []
     numbers = range(-options.warmup, options.runs)
@@ -210,15 +210,15 @@ def bench_random(
     """Time a plan on a model of its shape with random weights.
 
     Args:
-        plan: Any plan; of another family than LLaVA, a Llama decoder of its shape stands in.
-        sizes: The prompt.
+        plan: Any plan; for families other than LLaVA, a Llama decoder of its shape is used.
+        sizes: The sizes of the prompt.
         options: How to measure.
         num_layers: Decoder layers to time, sampled from the plan; None: all.
-        dtype: Of the weights.
-        device: Where the model runs.
+        dtype: Dtype of the weights.
+        device: Device of the model.
 
     Raises:
-        PlanError: The prompt forms no whole images, or the plan has fewer layers.
+        PlanError: The prompt does not form whole images, or the plan has fewer layers.
         ModelError: The weights would not fit into memory.
     """
     moved = with_prompt(plan, visual=sizes.visual, text=sizes.text)
@@ -230,7 +230,7 @@ def bench_random(
     return _bench(
         subject,
         options,
-        asked=moved,
+        requested=moved,
         layers=Layers(len(plan.layers), used, _flops_ratio(moved)),
         weights="random",
         stand_in=few.model.family != plan.model.family,
@@ -243,10 +243,11 @@ def bench_model(
     sizes: Sizes,
     options: BenchOptions,
 ) -> Benchmark:
-    """Time a plan on the model that it was made for; the model is as it was afterwards.
+    """Time a plan on the model that it was made for; the model is restored afterwards.
 
     Raises:
-        ModelError: The model is not the plan's, or so many visual tokens are no whole images of it.
+        ModelError: The plan was made for another model, or the visual tokens do not form whole
+            images of it.
     """
     check_model(model, plan, check=True)
     moved = with_prompt(plan, text=sizes.text)
@@ -254,7 +255,7 @@ def bench_model(
     layers = Layers(len(plan.layers), tuple(range(len(plan.layers))), _flops_ratio(moved))
     subject = Bench(model, moved, prompt)
     return _bench(
-        subject, options, asked=moved, layers=layers, weights="checkpoint", stand_in=False
+        subject, options, requested=moved, layers=layers, weights="checkpoint", stand_in=False
     )
 
 
@@ -266,12 +267,12 @@ def _bench(
     subject: Bench,
     options: BenchOptions,
     *,
-    asked: PruningPlan,
+    requested: PruningPlan,
     layers: Layers,
     weights: str,
     stand_in: bool,
 ) -> Benchmark:
-    subject, left_out = _with_baselines(subject, options, asked, layers.used)
+    subject, left_out = _with_baselines(subject, options, requested, layers.used)
     model, device = subject.model, str(subject.model.device)
     with _threads(options.threads):
         rounds = run_rounds(subject, options)
@@ -306,14 +307,14 @@ def _bench(
 
 
 def _with_baselines(
-    subject: Bench, options: BenchOptions, asked: PruningPlan, used: Sequence[int]
+    subject: Bench, options: BenchOptions, requested: PruningPlan, used: Sequence[int]
 ) -> tuple[Bench, dict[str, str]]:
-    """Add the baselines at the plan's visual budget; and why some are left out."""
+    """Add the baselines at the plan's visual budget; also returns why some are left out."""
     methods: dict[str, Baseline] = {}
     left_out: dict[str, str] = {}
     for name in options.baselines:
         try:
-            method = solve_for(name, asked).on_layers(used)
+            method = solve_for(name, requested).on_layers(used)
             with replace(subject, baselines={name: method}).switch(name):
                 methods[name] = method
         except YopoError as error:

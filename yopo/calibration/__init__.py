@@ -1,1 +1,1 @@
-"""Measures, on image-question pairs, what visual tokens really use of a model."""
+"""Measures on image-question pairs which parts of a model visual tokens use."""

@@ -1,4 +1,4 @@
-"""Which queries of a batch are scored against which keys, decided once for all layers."""
+"""Queries and keys of a batch to score, determined once for all layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from yopo.models.layout import TokenLayout
 from yopo.support.errors import DataError
 
 CHUNK = 64
-"""Queries scored at once: (batch, heads, 64, keys) float32 is the largest thing formed."""
+"""Queries scored at once: (batch, heads, 64, keys) float32 is the largest tensor."""
 
 
 class Chunk:
@@ -18,15 +18,15 @@ class Chunk:
     Attributes:
         positions: (batch, queries) int64 positions in the sequence.
         counted: (batch, queries) float32, 1 where head activity counts the query.
-        behind: (batch, queries) float32, 1 on real text behind the first image.
-        span: Where the chunk lies along its stream.
+        after: (batch, queries) float32, 1 on real text after the first image.
+        span: The chunk's range in its stream.
     """
 
     def __init__(
-        self, positions: torch.Tensor, counted: torch.Tensor, behind: torch.Tensor, span: slice
+        self, positions: torch.Tensor, counted: torch.Tensor, after: torch.Tensor, span: slice
     ):
         self.positions, self.span = positions[:, span], span
-        self.counted, self.behind = counted[:, span].float(), behind[:, span].float()
+        self.counted, self.after = counted[:, span].float(), after[:, span].float()
 
 
 class BatchView:
@@ -34,7 +34,7 @@ class BatchView:
 
     Attributes:
         kinds: (batch, sequence, 2) float32, one-hot of (visual, text): attention weights times
-            this are a query's visual and text mass.
+            ``kinds`` give a query's visual and text mass.
     """
 
     def __init__(self, layout: TokenLayout, real: torch.Tensor, queries: str):
@@ -53,21 +53,21 @@ class BatchView:
         is_text = real.gather(1, text.index)
         if text.mask is not None:
             is_text = is_text & text.mask
-        behind = is_text & (text.index > first_visual[:, None])
+        after = is_text & (text.index > first_visual[:, None])
         last = text.index == torch.where(real, torch.arange(length, device=real.device), -1).amax(
             dim=1, keepdim=True
         )
-        counted = {"text": behind, "all": is_text, "last": is_text & last}[queries]
+        counted = {"text": after, "all": is_text, "last": is_text & last}[queries]
         is_real_visual = torch.ones_like(visual.index, dtype=torch.bool)
         if visual.mask is not None:
             is_real_visual = visual.mask
         self.num_visual = int(is_real_visual.sum())
-        self.num_behind, self.num_before = int(behind.sum()), int((is_text & ~behind).sum())
+        self.num_after, self.num_before = int(after.sum()), int((is_text & ~after).sum())
         if not bool(counted.any(dim=1).all()):
-            raise DataError("A prompt has no text behind its image: nothing reads the image.")
-        wanted = (counted | behind).any(dim=0)
+            raise DataError("A prompt has no text after its image: nothing reads the image.")
+        wanted = (counted | after).any(dim=0)
         self.text_chunks = [
-            Chunk(text.index, counted, behind, span)
+            Chunk(text.index, counted, after, span)
             for span in _spans(text.length)
             if bool(wanted[span].any())
         ]
@@ -78,7 +78,7 @@ class BatchView:
         self._cells = layout.coordinates()
 
     def allowed(self, chunk: Chunk) -> torch.Tensor:
-        """(batch, 1, queries, keys) bool: real keys that are not later than the query."""
+        """(batch, 1, queries, keys) bool: real keys no later than the query."""
         place = torch.arange(self._real.shape[1], device=self._real.device)
         not_later = place[None, None, :] <= chunk.positions[:, :, None]
         own = place[None, None, :] == chunk.positions[:, :, None]
@@ -88,7 +88,7 @@ class BatchView:
         """Sum visual-to-visual attention (batch, queries, keys) per Chebyshev distance.
 
         Returns:
-            (MAX_DISTANCE + 2,) float32; the last entry is other images.
+            (MAX_DISTANCE + 2,) float32; the last entry is for other images.
         """
         keys = self.layout.visual.index[:, None, :].expand(-1, weights.shape[1], -1)
         mass = weights.gather(2, keys)

@@ -1,4 +1,4 @@
-"""The calibration pass: pairs through the dense model, statistics out."""
+"""The calibration pass: runs pairs through the dense model and returns statistics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from yopo.support.errors import DataError, YopoError
 
 
 def identify(model: PreTrainedModel, name: str) -> ModelIdentity:
-    """Identity of a dense model in memory; ``name`` is what the user calls it.
+    """Identity of a dense model in memory; ``name`` is the user's name for it.
 
     Raises:
         ModelError: No registered family, or an unsupported text decoder or vision tower.
@@ -45,21 +45,21 @@ def measure(
     queries: str = "text",
     provenance: Mapping[str, Any] | None = None,
 ) -> Statistics:
-    """Run pairs through a dense model once and measure everything that plans are made of.
+    """Run pairs through a dense model once and measure everything that plans need.
 
     Args:
         model: A multimodal model of a supported family, in eval mode.
         processor: Its processor.
         pairs: Image-question pairs; only prompts are used, not answers.
-        name: What the plan will call the model.
-        total: How many pairs to expect, for the progress bar.
+        name: The model's name in plans.
+        total: Expected number of pairs, for the progress bar.
         batch_size: Pairs per forward.
-        queries: Which queries head activity sums over: ``text``, ``all`` or ``last``.
-        provenance: Added to what the statistics say of themselves.
+        queries: Queries that head activity sums over: ``text``, ``all`` or ``last``.
+        provenance: Added to the statistics' provenance.
 
     Raises:
         DataError: No pairs, or one that cannot be read.
-        YopoError: Out of memory; names the lever to pull.
+        YopoError: Out of memory; suggests a smaller batch.
     """
     identity = identify(model, name)
     family = family_of(model.config)

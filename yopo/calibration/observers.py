@@ -1,7 +1,7 @@
-"""Hooks that watch a dense model read images, without ever forming its attention matrix.
+"""Hooks that observe a dense model reading images, without forming its attention matrix.
 
-The model keeps its fast attention kernel; beside it, queries are scored against the keys in
-chunks, in float32, and only sums survive. Everything that is switched on here is switched off when
+The model keeps its fast attention kernel; in addition, queries are scored against the keys in
+chunks, in float32, and only sums are kept. Everything that is switched on here is switched off when
 the ``with`` block ends.
 """
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "yopo_observe"
 
 QUERIES = ("text", "all", "last")
-"""Which queries head activity sums over: text behind the image, all, or the last prompt token."""
+"""Queries that head activity sums over: text after the image, all, or the last prompt token."""
 
 
 _FLOAT_BYTES = 8 << 20
-"""Of weights or activations, in float32, at a time."""
+"""Bytes of weights or activations that are converted to float32 at a time."""
 
 
 class Observer:
@@ -44,7 +44,7 @@ class Observer:
     Args:
         shape: The decoder's dimensions.
         queries: One of ``QUERIES``.
-        probe: Tells the layout of the forward in progress.
+        probe: Provides the layout of the forward in progress.
         output: Name of the output projection under ``self_attn``.
     """
 
@@ -70,7 +70,7 @@ class Observer:
         self._real = attention_mask.bool()
 
     def finish(self) -> None:
-        """Take the batch's sums over.
+        """Add the batch's sums.
 
         Raises:
             DataError: They are not finite.
@@ -78,7 +78,7 @@ class Observer:
         self.rho.append(torch.stack(self._rho_of_batch, dim=1))  # (batch, layers, heads)
         view = self.view()
         self.visual_tokens += view.num_visual
-        self.text_queries += view.num_behind
+        self.text_queries += view.num_after
         self.text_tokens += int(self._real.sum()) - view.num_visual
         self.text_before += view.num_before
         self.grids.update(view.layout.grids)
@@ -109,10 +109,10 @@ class Observer:
             weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
             mass = weights @ view.kinds[:, None].to(weights.dtype)  # (batch, heads, queries, 2)
             masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
-            cross_modal += (mass[..., 0].mean(dim=1) * chunk.behind).sum()
+            cross_modal += (mass[..., 0].mean(dim=1) * chunk.after).sum()
             effect = _reading_effect(weights, mass, values, view.kinds, gram)
             self.sums["head_effect_sum"][layer] += (
-                (effect * chunk.behind[:, None]).sum((0, 2)).double().cpu()
+                (effect * chunk.after[:, None]).sum((0, 2)).double().cpu()
             )
         locality = torch.zeros(MAX_DISTANCE + 2, device=queries.device)
         for chunk in view.visual_chunks:
@@ -133,13 +133,13 @@ class Observer:
         for chunk in self.view().text_chunks:
             place = chunk.positions[..., None].expand(-1, -1, hidden.shape[-1])
             norms = hidden.gather(1, place).float().square().sum(dim=-1)
-            self.sums["text_norm_sum"][layer] += (norms * chunk.behind).sum().double().cpu()
+            self.sums["text_norm_sum"][layer] += (norms * chunk.after).sum().double().cpu()
 
     def _gram(self, module: StockAttention) -> torch.Tensor:
         """(heads, head_dim, head_dim) float32: W_o^T W_o of every head.
 
-        Computed anew for every batch: that is 1-2 % of a layer's work on a single prompt, while all
-        layers' matrices would need as much memory as a whole forward.
+        Recomputed for every batch: this is 1-2 % of a layer's work on a single prompt, while
+        keeping all layers' matrices would need as much memory as a whole forward.
         """
         weight = getattr(module, self._output).weight.detach()
         by_head = weight.unflatten(1, (self.shape.heads, self.shape.head_dim)).transpose(0, 1)
@@ -249,7 +249,7 @@ def observing(
         queries: One of ``QUERIES``.
 
     Yields:
-        The observer; call ``begin`` before and ``finish`` behind every forward.
+        The observer; call ``begin`` before and ``finish`` after every forward.
     """
     decoder = model.get_decoder()
     AttentionInterface.register(IMPLEMENTATION, _observing_attention)

@@ -1,18 +1,18 @@
-"""What one calibration pass measures: mergeable sums, small enough to keep for every plan to come.
+"""Statistics of a calibration pass: mergeable sums, small enough to keep for all later plans.
 
-Vocabulary and formulas are those of yopo/README.md: visual mass ``A_v(q)`` is the share of a
-query's softmax attention on visual keys; head activity ``rho = sum_q A_v / sum_q A_t`` per sample
-(the paper's Eq. 6); neuron importance ``||W_down[:, j]||^2 E[a_j^2]`` over visual tokens, the exact
-output error of removing neuron j alone; cross-modal attention is the mean visual mass of the text
+Vocabulary and formulas follow yopo/README.md: visual mass ``A_v(q)`` is the share of a query's
+softmax attention on visual keys; head activity ``rho = sum_q A_v / sum_q A_t`` per sample (the
+paper's Eq. 6); neuron importance ``||W_down[:, j]||^2 E[a_j^2]`` over visual tokens, the exact
+output error of removing only neuron j; cross-modal attention is the mean visual mass of the text
 queries after the image; locality distributes visual-to-visual attention over the Chebyshev
 distance.
 
-Head effect is ours: what hiding the visual keys from one head alone changes in the layer's output,
-``E ||W_o^h (o_h - o_h^text)||^2`` over the text queries after the image, where ``o_h^text`` is the
-head's output with its softmax over text keys only; relative to the squared norm of the residual
-stream. On the demo model, keeping half of all heads for reading (everything else frozen) strays by
-a logit KL of 0.18 when chosen by effect and 0.35 when chosen by rho: a head may look at the image
-a lot and say little.
+Head effect is ours: the change in the layer's output when the visual keys are hidden from a single
+head, ``E ||W_o^h (o_h - o_h^text)||^2`` over the text queries after the image, where ``o_h^text``
+is the head's output with its softmax over text keys only; relative to the squared norm of the
+residual stream. On the demo model, keeping half of all heads for reading (everything else frozen)
+costs a logit KL of 0.18 when chosen by effect and 0.35 when chosen by rho: a head may look at the
+image a lot and contribute little.
 """
 
 from __future__ import annotations
@@ -45,24 +45,23 @@ from yopo.support.finite import first_layer_not_finite
 FORMAT = "yopo-statistics-2"
 
 MAX_COUNT = 1 << 53
-"""Tokens or queries that a sum may be over: all whole numbers up to here are floats, too."""
+"""Maximum tokens or queries in a sum: all integers up to here are exact as floats."""
 
 LEAST_SCALE = 1e-3
 """Of a key's channel, over its head's: a silent channel must not set the step of its group."""
 
 MAX_DISTANCE = 64
-"""Chebyshev distances 0..64 are told apart (farther ones count as 64)."""
+"""Largest Chebyshev distance that is distinguished (farther ones count as 64)."""
 
 
 def _sum(*sizes: str | int) -> dict[str, Any]:
     """Metadata of a field that is a sum over samples, (layers, *sizes) float64.
 
-    The observer starts it at zero and adds to it, passes are merged by adding it, files are checked
-    for its size: a new score is a field here, a property that reads it, and a line in
-    ``calibration.observers``.
+    The observer accumulates it from zero, merging adds it, and its size in files is checked: a new
+    score takes a field here, a property that reads it, and a line in ``calibration.observers``.
 
     Args:
-        *sizes: Numbers, or names of the decoder's dimensions.
+        *sizes: Numbers, or names of decoder dimensions.
     """
     return {"sizes": sizes}
 
@@ -78,14 +77,14 @@ class Statistics:
         neuron_square: (L, m) float64, sum over visual tokens of a_j^2.
         neuron_sum: (L, m) float64, sum over visual tokens of a_j.
         head_sum: (L, H, D) float64, sum over visual tokens of each head's attention output.
-        head_effect_sum: (L, H) float64, sum over text queries behind the image of the squared
+        head_effect_sum: (L, H) float64, sum over text queries after the image of the squared
             output change when the head's visual keys are hidden.
         text_norm_sum: (L,) float64, sum over the same queries of the squared norm of the layer's
             input.
         cross_modal_sum: (L,) float64, sum over the same queries of the visual mass averaged over
             heads.
         locality_sum: (L, MAX_DISTANCE + 2) float64, visual-to-visual attention mass per Chebyshev
-            distance, averaged over heads; the last column is other images.
+            distance, averaged over heads; the last column is for other images.
         key_square_sum: (L, KV heads, D) float64, sum over visual tokens of the squared keys, RoPE
             applied; zero in older files, which lack it.
         down_norm: (L, m) float64, squared column norms of the FFN's down projection.
@@ -132,9 +131,9 @@ class Statistics:
 
     @property
     def cross_modal(self) -> torch.Tensor:
-        """(L,) float64 mean visual mass of the text queries behind the image."""
+        """(L,) float64 mean visual mass of the text queries after the image."""
         if not self.text_queries:
-            raise DataError("No text query behind an image was measured.")
+            raise DataError("No text query after an image was measured.")
         return self.cross_modal_sum / self.text_queries
 
     @property
@@ -159,7 +158,7 @@ class Statistics:
         return self.visual_tokens
 
     def check_finite(self) -> None:
-        """Refuse what a model with a NaN or an infinity in it leaves behind.
+        """Refuse the statistics of a model with a NaN or an infinity in it.
 
         Raises:
             DataError: A sum is not finite; names the layer.
@@ -196,7 +195,7 @@ class Statistics:
 
     @cached_property
     def measured(self) -> Measured:
-        """The summary that plans carry for people."""
+        """The summary that plans carry for reports."""
         sorted_share = self.importance.sort(dim=1, descending=True).values.cumsum(dim=1)
         enough = sorted_share >= 0.9 * sorted_share[:, -1:]
         needed = enough.to(torch.uint8).argmax(dim=1) + 1
@@ -209,7 +208,7 @@ class Statistics:
         )
 
     def to_bytes(self) -> bytes:
-        """Serialise as safetensors; identity and provenance travel in the header."""
+        """Serialize as safetensors; identity and provenance are in the header."""
         tensors = {
             each.name: getattr(self, each.name).contiguous()
             for each in fields(self)
@@ -223,7 +222,7 @@ class Statistics:
             "text_queries": self.text_queries,
             "provenance": dict(self.provenance),
         }
-        # One entry: safetensors writes several in random order, and same inputs, same bytes.
+        # A single entry: safetensors writes several in random order; bytes must be reproducible.
         return save(tensors, metadata={"yopo": json.dumps(about)})
 
 
@@ -246,7 +245,7 @@ def sum_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_not_finite(sums: Iterable[torch.Tensor]) -> None:
-    """Refuse sums, (layers, ...) each, of which any is NaN or infinite.
+    """Refuse (layers, ...) sums with a NaN or an infinity.
 
     Raises:
         DataError: Names the first layer that has one.
@@ -254,7 +253,7 @@ def refuse_not_finite(sums: Iterable[torch.Tensor]) -> None:
     layer = first_layer_not_finite(sums)
     if layer is not None:
         raise DataError(
-            f"What was measured in layer {layer} is not finite (NaN or infinity).",
+            f"The measurements of layer {layer} are not finite (NaN or infinity).",
             remedy="A weight of the model is not finite, or its activations do not fit the dtype: "
             "try --dtype bfloat16 or float32.",
         )
@@ -306,7 +305,7 @@ def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> S
         size = sum_sizes(shape)["key_square_sum"]
         nothing = torch.zeros((), dtype=torch.float64).expand(size)  # its size is yet unchecked
         tensors = {**tensors, "key_square_sum": nothing}
-    known: dict[str, Any] = {**tensors, **about}  # other names, or too few, are a TypeError
+    known: dict[str, Any] = {**tensors, **about}  # unknown or missing names raise a TypeError
     return Statistics(
         model=ModelIdentity(shape=shape, **identity),
         workload=Workload(grids=grids, **workload),
@@ -315,7 +314,7 @@ def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> S
 
 
 def _first_problem(found: Statistics) -> str | None:
-    """What is wrong with statistics from a file: a type, a size, a count."""
+    """The first problem of statistics from a file: a type, a size or a count."""
     model, workload = found.model, found.workload
     texts = (model.name, model.family, model.fingerprint)
     numbers = [*vars(model.shape).values(), workload.text, workload.text_before]
@@ -324,7 +323,7 @@ def _first_problem(found: Statistics) -> str | None:
     if not all(isinstance(each, str) for each in texts) or not isinstance(found.provenance, dict):
         return "its model has no name, family or fingerprint"
     if not all(type(each) is int and 0 <= each <= MAX_COUNT for each in numbers):
-        return "it holds a size or count that is none"
+        return "it holds an invalid size or count"
     wrong = shape_problem(model.shape) or workload_problem(workload)
     if wrong is not None:
         return f"{'.'.join(wrong[0])} {wrong[1]}"
@@ -335,12 +334,12 @@ def _first_problem(found: Statistics) -> str | None:
     for name, size in expected.items():
         tensor = getattr(found, name)
         if tuple(tensor.shape) != size or not tensor.is_floating_point():
-            return f"{name} is of shape {tuple(tensor.shape)}, expected {size}"
+            return f"{name} has shape {tuple(tensor.shape)}, expected {size}"
     return None
 
 
 def _damaged(path: Path, problem: str) -> DataError:
     return DataError(
         f"{path}: is damaged: {problem}.",
-        remedy="Write it anew with `yopo calibrate --stats FILE`.",
+        remedy="Write it again with `yopo calibrate --stats FILE`.",
     )

@@ -1,1 +1,1 @@
-"""Safetensors checkpoints: reading and checking them, and baking a plan into one by streaming."""
+"""Safetensors checkpoints: reading, checking, and baking a plan into one by streaming."""

@@ -1,7 +1,7 @@
 """``yopo apply``: bake a plan into a checkpoint, streaming, without ever holding the model.
 
 The result loads in stock transformers as the original model and with yopo as the pruned one.
-Everything is validated first; then shards, companions and, last of all, config.json are written.
+Everything is validated first; then shards, companions and, finally, config.json are written.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from yopo.support import console
 from yopo.support.errors import ModelError, PlanError
 
 _ROOM = 2**20
-"""Bytes allowed for what is generated: plan, card, code, configuration."""
+"""Bytes reserved for generated files: plan, card, code, configuration."""
 
 
 @dataclass(frozen=True)
 class BakeReport:
-    """What ``bake`` did, or would do.
+    """The result of ``bake``, or of a dry run.
 
     Attributes:
         output: The checkpoint directory.
         num_tensors: Tensors in the checkpoint.
-        num_reordered: Those of them whose rows or columns change places.
+        num_reordered: Tensors whose rows or columns are reordered.
         num_bytes: Size of the shards.
         seconds: Wall time.
         plan: The baked plan; None on a dry run.
@@ -79,19 +79,19 @@ def bake(
     force: bool = False,
     dry_run: bool = False,
 ) -> BakeReport:
-    """Write a copy of a checkpoint whose heads and neurons stand in the plan's order.
+    """Write a copy of a checkpoint with heads and neurons in the plan's order.
 
     Args:
-        plan: What to bake; made for this very checkpoint.
+        plan: The plan to bake; made for exactly this checkpoint.
         source_dir: The checkpoint directory; only read.
-        output: The directory to make.
+        output: The directory to create.
         also: Other plans for the same model: other budgets that the checkpoint can be loaded at.
-            Heads and neurons stand in the first plan's order.
+            Heads and neurons are in the first plan's order.
         force: Whether a checkpoint in ``output`` may be replaced.
         dry_run: Validate everything, write nothing.
 
     Raises:
-        PlanError: A plan is baked already, its tensors are incomplete, or the plans' neuron orders
+        PlanError: A plan is already baked, its tensors are incomplete, or the plans' neuron orders
             differ.
         ModelError: The plan was made for another model.
         CheckpointError: The source is incomplete, damaged or unsuitable.
@@ -108,7 +108,7 @@ def bake(
     reorders = find_reorders(checkpoint, orders)
     moved = [baked_plan(each, orders) for each in plans]
     copies = files_to_copy(checkpoint)
-    _tell_left_out(checkpoint)
+    _report_left_out(checkpoint)
     num_bytes = checkpoint.num_bytes + sum(path.stat().st_size for path in copies.values())
     target = OutputDirectory(
         output,
@@ -124,7 +124,7 @@ def bake(
             check_unchanged(_read_files(checkpoint, copies), before, source_state(source_dir))
             for shard in checkpoint.shards:
                 compare_shard(checkpoint.path, folder, shard, reorders)
-            # Read back from what was written: same layout, other bytes.
+            # Read back from the written files: same layout, other bytes.
             written = fingerprint(replace(checkpoint, path=folder))
             moved = [_for_checkpoint(each, written) for each in moved]
             _write_plans(moved, folder)
@@ -158,7 +158,7 @@ def _read_files(checkpoint: Checkpoint, copies: Mapping[str, Path]) -> set[str]:
 
 
 def find_reorders(checkpoint: Checkpoint, orders: Sequence[BakedLayer]) -> dict[str, Reorder]:
-    """Which tensors of a checkpoint change, and how; those that stay as they are are left out."""
+    """The reorders of a checkpoint's tensors by name; unchanged tensors are omitted."""
     axes = axes_of(checkpoint.backbone)
     blocks = {HEADS: checkpoint.shape.head_dim, KV_HEADS: checkpoint.shape.head_dim, NEURONS: 1}
     unit_orders = [
@@ -180,7 +180,7 @@ def find_reorders(checkpoint: Checkpoint, orders: Sequence[BakedLayer]) -> dict[
 
 
 def _concatenate(orders: Sequence[np.ndarray]) -> np.ndarray:
-    """The order of an axis whose segments, one behind the other, have these orders."""
+    """The order of an axis whose consecutive segments have these orders."""
     starts = np.cumsum([0, *(len(order) for order in orders[:-1])])
     return np.concatenate([order + start for order, start in zip(orders, starts, strict=True)])
 
@@ -197,14 +197,14 @@ def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folde
             source = checkpoint.path / shard.file
             values = FiniteCheck(source)
             for step in write_shard(source, folder / shard.file, shard, reorders):
-                # Here, while the workers write on; what was just copied is still in memory.
+                # Here, while the workers keep writing: the bytes just copied are still in memory.
                 values.check(
                     entry for entry in shard.tensors if step.start <= entry.start < step.stop
                 )
                 yield step
 
     total = len(checkpoint.tensors)
-    with closing(steps()) as work:  # whatever happens: no worker writes on behind it
+    with closing(steps()) as work:  # in any case: no worker writes on afterwards
         for _ in console.track(work, label="baking", total=total, unit="tensors"):
             pass
 
@@ -212,15 +212,15 @@ def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folde
 def _check_plan(plan: PruningPlan, first: PruningPlan) -> None:
     if plan.baked:
         raise PlanError(
-            "The plan is baked already: its checkpoint stands in this order.",
+            "The plan is already baked: its checkpoint is in this order.",
             remedy="Apply the plan that `yopo calibrate` wrote.",
         )
     check_tensors(plan)
     order, others = plan.tensors.neuron_order, first.tensors.neuron_order
     if plan.needs_order and (order is None or others is None or not torch.equal(order, others)):
         raise PlanError(
-            "The plans have different neuron orders, so no one checkpoint can serve them all.",
-            remedy="Bake plans of one calibration together: `yopo calibrate --budgets`.",
+            "The plans have different neuron orders, so no single checkpoint can serve them all.",
+            remedy="Bake plans from one calibration together: `yopo calibrate --budgets`.",
         )
 
 
@@ -228,7 +228,8 @@ def _check_same_model(plan: PruningPlan, checkpoint: Checkpoint) -> None:
     model, path = plan.model, checkpoint.path
     if checkpoint.family.name != model.family:
         raise ModelError(
-            f"{path}: is a {checkpoint.family.name} model, the plan was made for {model.family}."
+            f"{path}: is a {checkpoint.family.name} model, but the plan was made for "
+            f"{model.family}."
         )
     if checkpoint.shape != model.shape:
         expected, found = asdict(model.shape), asdict(checkpoint.shape)
@@ -238,7 +239,7 @@ def _check_same_model(plan: PruningPlan, checkpoint: Checkpoint) -> None:
             if found[key] != expected[key]
         ]
         raise ModelError(
-            f"{path}: its decoder has other dimensions than the plan's model {model.name}: "
+            f"{path}: its decoder's dimensions differ from those of the plan's model {model.name}: "
             f"{', '.join(different)}."
         )
     found_fingerprint = fingerprint(checkpoint)
@@ -246,14 +247,14 @@ def _check_same_model(plan: PruningPlan, checkpoint: Checkpoint) -> None:
         raise ModelError(
             f"{path}: is not the checkpoint that the plan was made for, {model.name}: its "
             f"fingerprint is {found_fingerprint}, the plan's is {model.fingerprint}.",
-            remedy="Calibrate on this checkpoint, or apply the plan to the one that it names.",
+            remedy="Calibrate on this checkpoint, or apply the plan to the one it was made for.",
         )
 
 
-def _tell_left_out(checkpoint: Checkpoint) -> None:
+def _report_left_out(checkpoint: Checkpoint) -> None:
     names = ", ".join(files_left_out(checkpoint))
     if names:
-        console.note(f"{checkpoint.path}: its code is left out of the result: {names}.")
+        console.note(f"{checkpoint.path}: code is not copied to the result: {names}.")
 
 
 def _for_checkpoint(plan: PruningPlan, fingerprint: str) -> PruningPlan:
@@ -278,5 +279,5 @@ def _write_documents(
     card = model_card(plan, name, original_card=original, tensors_bytes=size)
     (folder / CODE_FILE).write_text(MODELING_CODE, encoding="utf-8")
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    # Last: without it the directory is no checkpoint, whatever happens before the rename.
+    # Last: without it the directory is not a checkpoint, whatever happens before the rename.
     (folder / "config.json").write_text(config_json(checkpoint), encoding="utf-8")

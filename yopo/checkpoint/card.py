@@ -1,4 +1,4 @@
-"""The README.md of a baked checkpoint: what was pruned, what it saves, how to load it, whence."""
+"""The README.md of a baked checkpoint: what was pruned, the savings, how to load it, provenance."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def model_card(
         plan: The baked plan.
         name: The directory's own name.
         original_card: The source's README.md, whose license entries are carried over, or None.
-        tensors_bytes: Size of the side file with means or fitted weights; 0: there is none.
-        is_trained: Whether weights were trained after the plan was baked.
+        tensors_bytes: Size of the side file with means or fitted weights; 0 if there is none.
+        is_trained: Whether the weights were trained after the plan was baked.
     """
     sections = (
         _front_matter(plan, original_card),
@@ -62,14 +62,14 @@ def _front_matter(plan: PruningPlan, original_card: Path | None) -> str:
         original = _read_front_matter(original_card)
         data |= {key: original[key] for key in _CARRIED_OVER if key in original}
     base = ALIASES.get(plan.model.name, plan.model.name)
-    if base.count("/") == 1 and ":" not in base:  # the hub accepts nothing but repositories here
+    if base.count("/") == 1 and ":" not in base:  # the hub accepts only repositories here
         data["base_model"] = base
     data |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["yopo"]}
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _read_front_matter(card: Path) -> dict[str, Any]:
-    """The YAML head of somebody else's card; whatever cannot be read counts as absent."""
+    """The YAML front matter of another card; whatever cannot be parsed counts as absent."""
     parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
@@ -85,18 +85,18 @@ def _introduction(
 ) -> str:
     change, dense = "no weight was removed or changed", "the original model"
     if is_trained:
-        change, dense = "the model was trained since", "the trained model, dense"
+        change, dense = "the model was trained afterwards", "the trained model, dense"
     text = f"""\
 # {name}
 
-{plan.model.name} with a plan of yopo {__version__} baked in (`{PLAN_FILE}`; you only prune
-once, [arXiv 2410.06169](https://arxiv.org/abs/2410.06169)). Attention heads and FFN neurons of the
-text decoder stand in order of importance for visual tokens; {change}.
-Loaded as usual it *is* {dense}; loaded with yopo, visual tokens skip what the plan
-prunes, text tokens keep everything.
+{plan.model.name} with a pruning plan baked in (`{PLAN_FILE}`) by yopo {__version__} (you only prune
+once, [arXiv 2410.06169](https://arxiv.org/abs/2410.06169)). The attention heads and FFN neurons of
+the text decoder are sorted by their importance for visual tokens; {change}.
+Loaded as usual, this *is* {dense}. Loaded with yopo, visual tokens skip what the plan
+prunes, and text tokens keep everything.
 """
     if has_original_card:
-        text += f"\nThe original model card is [{ORIGINAL_CARD_FILE}]({ORIGINAL_CARD_FILE}).\n"
+        text += f"\nThe original model card is in [{ORIGINAL_CARD_FILE}]({ORIGINAL_CARD_FILE}).\n"
     return text
 
 
@@ -119,9 +119,9 @@ def _savings(plan: PruningPlan) -> str:
     grids = ", ".join(f"{grid.rows} x {grid.cols}" for grid in workload.grids)
     lines += [
         "",
-        f"For a prompt of {workload.visual} visual tokens ({grids}) and {workload.text} text "
-        "tokens. Visual FLOPs count",
-        "visual tokens in the decoder only, a multiply-add as 2.",
+        f"These figures are for a prompt of {workload.visual} visual tokens ({grids}) and "
+        f"{workload.text} text tokens.",
+        "Visual FLOPs count only visual tokens in the decoder, and a multiply-add as 2.",
         "",
     ]
     return "\n".join(lines)
@@ -165,7 +165,7 @@ def _attend(layer: LayerPlan) -> str:
 
 
 def _compensation(plan: PruningPlan, tensors_bytes: int) -> str:
-    kinds = {"mean": "means", "refit": "weights of their own, fitted to the original model"}
+    kinds = {"mean": "means", "refit": "separate weights, fitted to the original model"}
     if plan.compensation not in kinds or not tensors_bytes:
         return ""
     kind = kinds[plan.compensation]
@@ -187,7 +187,7 @@ def _loading(name: str) -> str:
     return f"""\
 ## Loading
 
-Pruned, with yopo installed:
+With yopo installed, load it pruned:
 
 ```python
 import yopo
@@ -195,8 +195,8 @@ import yopo
 model = yopo.load("{name}")
 ```
 
-or `AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)`. Dense, without
-yopo:
+or `AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)`. Without yopo, it
+loads dense:
 
 ```python
 from transformers import AutoModelForImageTextToText

@@ -1,8 +1,8 @@
-"""Complete what ``save_pretrained`` wrote to a pruned checkpoint like those of ``bake``.
+"""Completes the output of ``save_pretrained`` to a pruned checkpoint like those of ``bake``.
 
-The weights may have been trained since the plan was baked: heads and neurons still stand in its
-order, so the plan holds, under a fingerprint that is taken anew. Other budgets of the checkpoint
-that the model was loaded from are carried over as long as the weights are the same.
+The weights may have been trained since the plan was baked: heads and neurons are still in its
+order, so the plan is valid, with a new fingerprint. Plans for other budgets in the source
+checkpoint are carried over as long as the weights are the same.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ Files = Mapping[str, bytes]
 
 @dataclass(frozen=True)
 class Completion:
-    """Completes what a model that was loaded from a pruned checkpoint saves.
+    """Completes the files saved by a model that was loaded from a pruned checkpoint.
 
     Attributes:
-        source: That checkpoint's directory: where its other plans and its original card are.
+        source: That checkpoint's directory, with its other plans and its original card.
     """
 
     source: Path
@@ -54,9 +54,10 @@ class Completion:
         """Write plans, their tensors, loader code, card and, last, config.json's entries.
 
         Args:
-            folder: Weights and config.json, just written; files of a former plan are replaced.
-            plan: The plan that the model ran under, its fitted weights as they are now.
-            trained: Whether the fitted weights may differ from those that were loaded.
+            folder: Holds weights and config.json, just written; files of a former plan are
+                replaced.
+            plan: The plan that the model ran under, with its current fitted weights.
+            trained: Whether the fitted weights may differ from the loaded ones.
 
         Raises:
             CheckpointError: The directory lacks a decoder weight or is otherwise unsuitable.
@@ -96,7 +97,7 @@ class Completion:
         write_manifest(folder)
 
     def _siblings(self) -> dict[int, PruningPlan]:
-        """The plans of the source by their numbers; none where it is gone."""
+        """The plans of the source by number; empty if it no longer exists."""
         found = {}
         for file in self.source.glob(PLAN_FILES):
             suffix = file.stem.removeprefix(Path(PLAN_FILE).stem).removeprefix("-")
@@ -114,8 +115,8 @@ class Completion:
         if is_changed and others:
             budgets = ", ".join(f"{each.budget.reached:.3g}" for each in others.values())
             console.warn(
-                f"The weights were trained: plans of other budgets ({budgets}) were made for "
-                f"those of {self.source} and are not saved."
+                f"The weights were trained: plans for other budgets ({budgets}) were made for "
+                f"the weights in {self.source} and are not saved."
             )
         files: dict[str, bytes] = {}
         for number, each in others.items():
@@ -125,7 +126,7 @@ class Completion:
 
 
 def _carry(plan: PruningPlan, source: Path, number: int, files: dict[str, bytes]) -> bool:
-    """Take a plan and its tensors over as they are; returns whether they are there, unaltered."""
+    """Carry over a plan and its tensors unchanged; return whether they exist unaltered."""
     file = source / numbered(PLAN_FILE, number)
     if not file.is_file():
         return False
@@ -144,7 +145,7 @@ def _carry(plan: PruningPlan, source: Path, number: int, files: dict[str, bytes]
 
 
 def _retaken(plan: PruningPlan, fingerprint: str) -> PruningPlan:
-    """The same plan for the weights as they are now."""
+    """The same plan for the current weights."""
     if is_same(plan.model.fingerprint, fingerprint):
         return plan
     origin = {**plan.provenance, "trained_from": plan.model.fingerprint}
@@ -152,7 +153,7 @@ def _retaken(plan: PruningPlan, fingerprint: str) -> PruningPlan:
 
 
 def _remove_own_index(folder: Path) -> None:
-    """Remove the index of one file that was written here before: it may be of other tensors."""
+    """Remove a previously written index of a single file: it may list other tensors."""
     path = folder / INDEX_FILE
     if (folder / SINGLE_FILE).is_file() and path.is_file():
         files = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
@@ -161,7 +162,7 @@ def _remove_own_index(folder: Path) -> None:
 
 
 def _remove_former(folder: Path, *, keep: Files) -> None:
-    """Remove what another plan left in a directory that is saved to again."""
+    """Remove files of another plan from a directory that is saved to again."""
     for pattern in (PLAN_FILES, TENSORS_FILES):
         for file in folder.glob(pattern):
             if file.name not in keep:

@@ -1,7 +1,7 @@
-"""Which tensors a decoder layer is made of, and which of their axes counts heads or neurons.
+"""The tensors of a decoder layer, and which of their axes count heads or neurons.
 
-The one place that knows it: the reader checks shapes with it, baking finds what to reorder. A
-tensor that it does not know is refused, because leaving it as it is might break the model silently.
+The single source for both: the reader checks shapes with it, baking finds what to reorder. Unknown
+tensors are refused, because copying them unchanged might silently break the model.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from yopo.support.errors import CheckpointError
 
 HEADS, KV_HEADS, NEURONS = "heads", "kv_heads", "neurons"
 UNITS = (HEADS, KV_HEADS, NEURONS)
-"""Kinds of units that baking reorders; the others are ``hidden`` and ``head_dim``."""
+"""Kinds of units that baking reorders; the other kinds are ``hidden`` and ``head_dim``."""
 
 Axis = tuple[str, ...]
-"""What an axis counts, segment by segment; a fused projection's rows have several segments, each
-with an order of its own: (heads, KV heads, KV heads), (neurons, neurons)."""
+"""The units of an axis, segment by segment; a fused projection's rows have several segments, each
+with its own order: (heads, KV heads, KV heads), (neurons, neurons)."""
 
 BUFFERS = frozenset({"self_attn.rotary_emb.inv_freq"})
-"""Left-overs of old checkpoints: no parameter of the model, copied as they are."""
+"""Leftovers in old checkpoints: not parameters of the model, copied unchanged."""
 
 DecoderTensors = Mapping[tuple[int, str], TensorEntry]
-"""(layer, name inside the layer) -> where it lies."""
+"""(layer, name inside the layer) -> its entry in the file."""
 
 
 def axes_of(backbone: Backbone) -> dict[str, tuple[Axis, ...]]:
-    """What each axis of a layer's tensors counts, for every tensor that such a layer may have.
+    """The axes of every tensor that a layer of this backbone may have.
 
     Returns:
         Name inside the layer (``self_attn.q_proj.weight``) -> its axes.
@@ -39,7 +39,7 @@ def axes_of(backbone: Backbone) -> dict[str, tuple[Axis, ...]]:
     attention = ((backbone.query, HEADS), (backbone.key, KV_HEADS), (backbone.value, KV_HEADS))
     ffn = ((backbone.gate, NEURONS), (backbone.up, NEURONS))
     for holder, parts in (("self_attn", attention), ("mlp", ffn)):
-        for part, unit in parts:  # one that is named again is fused: another segment
+        for part, unit in parts:  # a repeated name is a fused projection: another segment
             name = f"{holder}.{part}"
             rows[name] = (*rows.get(name, ()), unit)
     hidden: Axis = ("hidden",)
@@ -50,13 +50,13 @@ def axes_of(backbone: Backbone) -> dict[str, tuple[Axis, ...]]:
         axes |= {f"{part}.weight": (hidden, (unit,)), f"{part}.bias": (hidden,)}
     for norm in (backbone.attention_norm, backbone.ffn_norm):
         axes |= {f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
-    # Norms over one head's width, shared by all heads: no order in them.
+    # Norms over one head's width, shared by all heads: nothing to reorder.
     axes |= {f"self_attn.{norm}.weight": (("head_dim",),) for norm in ("q_norm", "k_norm")}
     return axes
 
 
 def required_names(backbone: Backbone) -> list[str]:
-    """Names inside a layer without which it is no layer; biases and head norms are optional."""
+    """Names of the required tensors of a layer; biases and head norms are optional."""
     optional = (".bias", "q_norm.weight", "k_norm.weight")
     return [name for name in axes_of(backbone) if not name.endswith(optional)]
 
@@ -75,7 +75,7 @@ def sizes_of(shape: ModelShape) -> dict[str, int]:
 def find_decoder(
     path: Path, entries: Iterable[TensorEntry], backbone: Backbone, shape: ModelShape
 ) -> dict[tuple[int, str], TensorEntry]:
-    """Pick a checkpoint's decoder tensors and check that they are what the configuration says.
+    """Pick a checkpoint's decoder tensors and check them against the configuration.
 
     Args:
         path: The checkpoint, for messages.
@@ -84,7 +84,7 @@ def find_decoder(
         shape: Expected dimensions.
 
     Raises:
-        CheckpointError: A tensor is missing, unknown, doubled, packed or of another shape.
+        CheckpointError: A tensor is missing, unknown, duplicated, packed or of another shape.
     """
     found: dict[tuple[int, str], TensorEntry] = {}
     for entry in entries:
@@ -103,7 +103,7 @@ def find_decoder(
         for name in required:
             if (layer, name) not in found:
                 raise CheckpointError(
-                    f"{path}: lacks {name} of decoder layer {layer}; config.json describes "
+                    f"{path}: lacks {name} of decoder layer {layer}, but config.json describes "
                     f"{shape.layers} layers.",
                     remedy="Download the checkpoint again, or re-save it with save_pretrained().",
                 )
@@ -118,13 +118,13 @@ def _check_shapes(
     for (layer, name), entry in found.items():
         if layer >= shape.layers:
             raise CheckpointError(
-                f"{path}: tensor '{entry.name}' is of layer {layer}, but config.json describes "
+                f"{path}: tensor '{entry.name}' is from layer {layer}, but config.json describes "
                 f"{shape.layers} layers (0 to {shape.layers - 1})."
             )
         if name not in axes:
             raise CheckpointError(
-                f"{path}: tensor '{entry.name}' is no known part of a decoder layer, so it is "
-                "unknown whether it must be reordered.",
+                f"{path}: tensor '{entry.name}' is not a known part of a decoder layer, so it is "
+                "unclear whether it must be reordered.",
                 remedy="Merge adapters and undo quantization before applying a plan.",
             )
         expected = tuple(sum(sizes[kind] for kind in axis) for axis in axes[name])
@@ -135,7 +135,7 @@ def _check_shapes(
             )
         if entry.dtype not in FLOATS:
             raise CheckpointError(
-                f"{path}: tensor '{entry.name}' is {entry.dtype}, expected one of "
+                f"{path}: tensor '{entry.name}' has type {entry.dtype}, expected one of "
                 f"{', '.join(FLOATS)}.",
                 remedy="Apply the plan to the unquantized checkpoint.",
             )

@@ -1,4 +1,4 @@
-"""Files of a hub repository, in the local cache; what goes wrong on the way, in a sentence."""
+"""Downloads files of a hub repository to the local cache, with readable errors."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from yopo.support import console
 from yopo.support.errors import ModelError
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
-"""Options of a download, by their names in transformers and in huggingface_hub."""
+"""Download options, by their names in transformers and huggingface_hub."""
 
 _SKIPPED = ("consolidated*", "original/*", "onnx/*")
 """The same weights in other formats."""
 
 
 def download(source: ModelSource, files: Sequence[str], **options: Any) -> Path:
-    """Bring a repository's files to the local cache.
+    """Download a repository's files to the local cache.
 
     Args:
         source: A hub repository.
-        files: Patterns of their paths.
+        files: Path patterns.
         **options: ``HUB_OPTIONS``.
 
     Returns:
         The directory of the revision in the cache.
 
     Raises:
-        ModelError: The repository or revision is unknown, gated, or the hub is out of reach.
+        ModelError: The repository or revision is unknown or gated, or the hub is unreachable.
     """
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -49,7 +49,7 @@ def download(source: ModelSource, files: Sequence[str], **options: Any) -> Path:
             revision=source.revision,
         )
         if not isinstance(known, str):
-            console.note(f"{name}: looking on the Hugging Face hub (-v shows its progress).")
+            console.note(f"{name}: looking on the Hugging Face hub (-v shows download progress).")
         folder = snapshot_download(
             source.location,
             revision=source.revision,
@@ -65,11 +65,11 @@ def download(source: ModelSource, files: Sequence[str], **options: Any) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         what = "revision" if isinstance(error, RevisionNotFoundError) else "model"
         raise ModelError(
-            f"{name}: the Hugging Face hub knows no such {what}.",
+            f"{name}: no such {what} on the Hugging Face hub.",
             remedy="Check the spelling; a private model needs `hf auth login`.",
         ) from error
     except (HTTPError, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # this machine's trouble: disk full, say
+        if getattr(error, "errno", None) is not None:  # a local problem, such as a full disk
             raise ModelError(f"{name}: cannot be downloaded: {error}.") from error
         raise ModelError(
             f"{name}: is not (completely) in the local cache, and the Hugging Face hub cannot be "

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: where each tensor lies, checked before any of it is believed.
+"""Reads and validates safetensors headers: the location of each tensor.
 
 Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes back
-to back. Baking needs byte offsets, because it copies what it does not reorder without decoding it.
+to back. Baking needs byte offsets, because it copies unchanged tensors without decoding them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from yopo.support.errors import CheckpointError
 from yopo.support.reading import open_regular
 
 MAX_HEADER = 16 << 20
-"""Bytes of a header: a hundred thousand tensors. Parsed it takes twenty times as much memory."""
+"""Maximum bytes of a header (100,000 tensors). Parsed, it takes twenty times as much memory."""
 
 MAX_SIZE = 1 << 48
-"""Of a dimension or an offset; beyond, products of sizes would grow without bound."""
+"""Limit of dimensions and offsets, which bounds products of sizes."""
 
 MAX_DIMENSIONS = 16
 
@@ -40,7 +40,7 @@ _BITS = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
-_RETRY = "Download or copy the file again; it looks cut off or damaged."
+_RETRY = "Download or copy the file again; it looks truncated or damaged."
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -67,7 +67,7 @@ class Shard:
     Attributes:
         file: Its name inside the checkpoint directory.
         size: Its length in bytes.
-        tensors: What it holds, in the order of the bytes, without gaps.
+        tensors: Its tensors in byte order, without gaps.
     """
 
     file: str
@@ -95,13 +95,15 @@ def read_shard(path: Path) -> Shard:
     position = data_start
     for entry in entries:
         if entry.start != position:
-            raise _corrupt(path, f"tensor '{entry.name}' starts at {entry.start}, not {position}")
+            raise _corrupt(
+                path, f"tensor '{entry.name}' starts at {entry.start}, expected {position}"
+            )
         position = entry.stop
     if position != size:
         difference = "shorter" if size < position else "longer"
         raise CheckpointError(
-            f"{path}: is {difference} than its header says ({position} bytes expected, "
-            f"{size} found).",
+            f"{path}: is {difference} than its header states (expected {position} bytes, "
+            f"found {size}).",
             remedy=_RETRY,
         )
     return Shard(path.name, size, tuple(entries))
@@ -118,7 +120,7 @@ def _read_json(path: Path, file: BinaryIO, size: int) -> tuple[int, dict[str, An
         raise _corrupt(path, f"the file has {size} bytes, too few for a header")
     length = int.from_bytes(first[:8], "little")
     if length > min(size - 8, MAX_HEADER):
-        raise _corrupt(path, f"its header claims {length} bytes, the file has {size}")
+        raise _corrupt(path, f"its header claims {length} bytes, but the file has {size}")
     file.seek(8)
     try:
         header = json.loads(file.read(length))
@@ -150,4 +152,4 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
 
 
 def _corrupt(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"{path}: is not a sound safetensors file: {problem}.", remedy=_RETRY)
+    return CheckpointError(f"{path}: is not a valid safetensors file: {problem}.", remedy=_RETRY)

@@ -1,7 +1,7 @@
-"""What yopo wrote into a directory, so that ``--force`` never takes a user's own file with it.
+"""A list of the files that yopo wrote to a directory, so that ``--force`` spares the user's own.
 
-``yopo_files.json`` lists every file with its size, and its sha256 unless it is large, as only
-weights are. A directory without it is nobody's to replace but the user's.
+``yopo_files.json`` lists every file with its size, and its sha256 unless it is large (only weights
+are). A directory without it is never replaced.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from yopo.support.version import __version__
 MANIFEST_FILE = "yopo_files.json"
 
 _LARGE = 64 * 2**20
-"""Bytes from which on a file is known by its name and size alone."""
+"""Size in bytes from which a file is only identified by its name and size."""
 
 _MAX_BYTES = 16 * 2**20
 
 
 def write_manifest(folder: Path) -> None:
-    """List what a finished directory holds."""
+    """Write the manifest of a finished directory."""
     files = {name: _describe(folder / name) for name in _files(folder) if name != MANIFEST_FILE}
     document = {"yopo": __version__, "files": files}
     text = json.dumps(document, indent=1, sort_keys=True) + "\n"
@@ -31,7 +31,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_strangers(folder: Path) -> list[str] | None:
-    """What in a directory is not as yopo wrote it: files that were added or changed.
+    """Files of a directory that were added or changed since yopo wrote it.
 
     Returns:
         Their paths inside the directory; None if yopo did not write the directory.
@@ -61,7 +61,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Paths of everything below a directory that is no directory; empty ones count as well."""
+    """Paths of all files below a directory, and of its empty directories."""
     found = []
     for path, folders, files in os.walk(folder):
         links = [name for name in folders if Path(path, name).is_symlink()]

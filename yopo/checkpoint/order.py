@@ -1,9 +1,9 @@
-"""In which order a baked checkpoint's heads and neurons stand, and the plan in the new numbering.
+"""The order of a baked checkpoint's heads and neurons, and the plan in the new numbering.
 
-Kept heads come first, those in which visual tokens attend before the others, and neurons by
-importance, so that a plan's parts are slices of the weights.
-The dropped ones follow in order of activity: smaller budgets find their prefix as well. A query
-head never leaves the group of its KV head, which is why the function stays the same.
+Kept heads come first, those in which visual tokens attend before the others, and neurons are in
+order of importance, so that a plan's parts are slices of the weights. Dropped heads follow in order
+of activity, so that smaller budgets are prefixes as well. Query heads stay in the group of their KV
+head, so that the function is unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class BakedLayer:
     """The permutation of one layer: new position -> old index.
 
     Attributes:
-        head_order: Query heads; heads of one group stay side by side, groups follow ``kv_order``.
+        head_order: Query heads; heads of one group are adjacent, groups follow ``kv_order``.
         kv_order: KV heads.
         neuron_order: (ffn,) int64.
     """
@@ -36,7 +36,7 @@ def order_layers(plan: PruningPlan) -> list[BakedLayer]:
     """The permutation to bake, layer by layer.
 
     Args:
-        plan: A plan that is not baked; without a neuron order, neurons stay where they are.
+        plan: A plan that is not baked; without a neuron order, neurons are not moved.
     """
     shape = plan.model.shape
     untouched = torch.arange(shape.ffn)
@@ -57,13 +57,13 @@ def order_heads(
     """Order one layer's heads: attending first, then kept, more active first, then by index.
 
     Args:
-        layer: Says which query heads are kept, and in which visual tokens attend.
+        layer: Determines which query heads are kept, and in which visual tokens attend.
         shape: Decoder dimensions.
-        activity: (heads,) mean activity of every query head; equal values leave it to the index.
+        activity: (heads,) mean activity of every query head; ties are ordered by index.
 
     Returns:
         (query heads, KV heads), each new position -> old index. KV heads with more kept query
-        heads come first, among equals those with more attending ones.
+        heads come first, then those with more attending ones.
     """
     kept, attending = set(layer.read_heads), set(layer.attend_heads)
     groups = []
@@ -84,13 +84,13 @@ def order_heads(
 
 
 def baked_plan(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PruningPlan:
-    """The same plan for the baked checkpoint, heads renamed to where they now stand.
+    """The same plan for the baked checkpoint, with heads in the new numbering.
 
-    Its model is still the original one: the baked checkpoint has its fingerprint once written.
+    Its model is still the original one: the new fingerprint is only known once it is written.
 
     Args:
         plan: The plan before baking.
-        orders: What was baked, one per layer.
+        orders: The baked permutations, one per layer.
     """
     layers = []
     for layer, order in zip(plan.layers, orders, strict=True):
@@ -117,9 +117,9 @@ def baked_plan(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PruningPlan:
 
 
 def _baked_tensors(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PlanTensors:
-    """What a plan's compensation needs, in the baked checkpoint's order.
+    """The tensors for a plan's compensation, in the baked checkpoint's order.
 
-    The neuron order itself is no longer needed, and fitted down projections follow it already.
+    The neuron order itself is no longer needed, and fitted down projections already follow it.
     """
     tensors = plan.needed_tensors
     shape = plan.model.shape
@@ -147,7 +147,7 @@ def _baked_tensors(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PlanTenso
 def _baked_refit(
     weights: Refit, layer: LayerPlan, order: BakedLayer, shape: ModelShape
 ) -> dict[str, torch.Tensor]:
-    """One layer's fitted weights, rows and columns of its heads moved to where they now stand."""
+    """One layer's fitted weights, with rows and columns of its heads in the new order."""
     kept_kv = layer.kept_kv(shape)
     queries = _block_rows(
         [old for old in order.head_order if old in layer.attend_heads], layer.attend_heads
@@ -168,5 +168,5 @@ def _baked_refit(
 
 
 def _block_rows(moved: Sequence[int], ascending: Sequence[int]) -> torch.Tensor:
-    """Where each head of the new order stood among the old ones."""
+    """The old position of each head of the new order."""
     return torch.tensor([ascending.index(old) for old in moved], dtype=torch.int64)

@@ -1,9 +1,9 @@
-"""After a copy: is the source still what it was, and can what was written be read back?
+"""Checks after a copy: the source did not change, and the result reads back correctly.
 
-Only times and sizes say whether other bytes were written to the source meanwhile, as reading all of
-it again would double the work. What stands in the result is compared with the source in some places
-of every tensor, in the order that it should have: a copy from the wrong place, a write that never
-arrived, or a source that changed without a trace shows in most of them.
+Changes to the source are detected only by times and sizes, since reading all of it again would
+double the work. The result is compared with the source at some places of every tensor, in the order
+that it should have: a copy from the wrong place, a lost write, or an undetected change of the
+source shows at most of them.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from yopo.checkpoint.shards import Reorder
 from yopo.support.errors import CheckpointError, OutputError
 
 PLACES = 16
-"""Places of a tensor that are compared, its first and its last among them."""
+"""Number of places of a tensor that are compared, including the first and the last."""
 
 _PIECE = 4096
-"""Bytes compared at a place of a tensor that was copied as it is."""
+"""Bytes compared per place of a tensor that was copied unchanged."""
 
 State = Mapping[str, tuple[int, int, int]]
 """Path inside a directory -> (size, modification time in ns, inode)."""
 
 
 def source_state(folder: str | Path) -> State:
-    """What tells whether a file of a directory, or of one inside it, was written to."""
+    """The state of a checkpoint directory's files, which shows whether one was written to."""
     state = {}
     for pattern in ("*", "additional_chat_templates/*"):
         for path in Path(folder).glob(pattern):
             if path.is_file():
-                found = path.stat()  # of what a link leads to, in a hub cache
+                found = path.stat()  # follows links, as in a hub cache
                 name = str(path.relative_to(folder))
                 state[name] = (found.st_size, found.st_mtime_ns, found.st_ino)
     return state
@@ -45,33 +45,33 @@ def check_unchanged(names: Iterable[str], before: State, after: State) -> None:
 
     Args:
         names: The files that were read.
-        before: From before the first of them was opened.
-        after: From behind the copy.
+        before: State before the first of them was opened.
+        after: State after the copy.
 
     Raises:
-        CheckpointError: One was written to, removed or added.
+        CheckpointError: A file was written to, removed or added.
     """
     for name in sorted(names):
         if before.get(name) != after.get(name):
             raise CheckpointError(
                 f"{name}: this file of the source changed while it was copied.",
-                remedy="Let nothing else write to the source checkpoint, and run again.",
+                remedy="Make sure that nothing else writes to the source, and run again.",
             )
 
 
 def compare_shard(
     source: Path, target: Path, shard: Shard, reorders: Mapping[str, Reorder]
 ) -> None:
-    """Compare a written shard with its source, in some places of every tensor.
+    """Compare a written shard with its source, at some places of every tensor.
 
     Args:
         source: The source's directory.
-        target: The directory that was written.
+        target: The written directory.
         shard: The file in both.
         reorders: Tensor name -> how it was permuted.
 
     Raises:
-        OutputError: A place holds other bytes than it should.
+        OutputError: The bytes at a place differ.
     """
     with (source / shard.file).open("rb") as old, (target / shard.file).open("rb") as new:
         for entry in shard.tensors:
@@ -91,7 +91,7 @@ def compare_shard(
 def _expected(
     source: int, entry: TensorEntry, reorder: Reorder | None
 ) -> Iterator[tuple[bytes, int]]:
-    """(bytes, where they belong) of some places of a tensor."""
+    """(expected bytes, position) for some places of a tensor."""
     if entry.num_bytes == 0:
         return
     if reorder is None:
@@ -114,5 +114,5 @@ def _expected(
 
 
 def _places(count: int) -> list[int]:
-    """At most ``PLACES`` numbers below ``count``, evenly spread, with the first and the last."""
+    """At most ``PLACES`` evenly spread numbers below ``count``, including first and last."""
     return sorted({round(place) for place in np.linspace(0, count - 1, PLACES)})

@@ -1,6 +1,6 @@
-"""A checkpoint directory as data: configuration, shards and where every tensor lies, all checked.
+"""Reads and checks a checkpoint directory: configuration, shards and tensor locations.
 
-Nothing here loads the model. ``fetch`` turns a model's name into such a directory.
+Nothing here loads the model. ``fetch`` resolves a model to such a directory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 MAX_JSON = 64 << 20
-"""Bytes of config.json or of an index; those of a thousand shards have a tenth."""
+"""Maximum bytes of config.json or an index; that of a thousand shards takes a tenth of it."""
 
 _HUB_FILES = (
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"),
@@ -42,7 +42,7 @@ _HUB_FILES = (
 )
 
 _DERIVED = ("inv_freq", "position_ids")
-"""Buffers that some versions of a layout store: computed from config.json, no weights."""
+"""Buffers that some versions of a layout store: computed from config.json, not weights."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Checkpoint:
 
     Attributes:
         path: The directory.
-        raw_config: config.json as it stands.
-        config: The same, understood by transformers.
+        raw_config: config.json as plain values.
+        config: config.json as parsed by transformers.
         family: Model family.
         backbone: Names of the decoder's parts.
         shape: The decoder's dimensions.
         shards: Its safetensors files.
         is_indexed: Whether ``model.safetensors.index.json`` names the shards.
-        decoder: Where the decoder's tensors lie: (layer, name inside it) -> entry.
+        decoder: The decoder's tensors: (layer, name inside it) -> entry.
     """
 
     path: Path
@@ -73,11 +73,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read a directory's configuration and safetensors headers, and check all of it.
+        """Read and check a directory's configuration and safetensors headers.
 
         Raises:
-            CheckpointError: A file is missing, damaged or unsuitable, or a tensor is not what
-                the configuration says.
+            CheckpointError: A file is missing, damaged or unsuitable, or a tensor does not match
+                the configuration.
             ModelError: The family or its text decoder is not supported.
         """
         path = Path(path)
@@ -107,7 +107,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def read_source(checkpoint: Checkpoint) -> Source:
-    """Fingerprint of a checkpoint's files, and what a model loaded from them looks like.
+    """Fingerprint of a checkpoint's files, and samples to recognize a model loaded from them.
 
     Reads a few hundred bytes of every tensor.
     """
@@ -127,8 +127,8 @@ def read_source(checkpoint: Checkpoint) -> Source:
 
 
 def _sample(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
-    # `sample` takes the start of the first row and the end of the last. A matrix of just these
-    # two pieces has the same sample as the tensor, and as a vector that is one row.
+    # `sample` takes the start of the first row and the end of the last. A matrix of only these two
+    # pieces has the same sample as the tensor, and as a vector.
     count = min(SAMPLE, entry.shape[-1])
     ends = [(0, count), (math.prod(entry.shape) - count, count)]
     return sample(_read_values(file, entry, ends).view(2, count))
@@ -137,7 +137,7 @@ def _sample(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
 def _read_values(
     file: BinaryIO, entry: TensorEntry, places: Iterable[tuple[int, int]]
 ) -> torch.Tensor:
-    """(values,) of a tensor at places (first value, number of values), one behind the other."""
+    """(values,) of a tensor at places (first value, number of values), concatenated."""
     dtype = FLOATS[entry.dtype]
     data = bytearray()
     for start, count in places:
@@ -153,18 +153,18 @@ def fetch(
     subfolder: str = "",
     **options: Any,
 ) -> Path:
-    """The directory of a model: a local one as it is, a hub repository downloaded to the cache.
+    """The directory of a model: a local one, or a hub repository downloaded to the cache.
 
     Args:
         source: From ``models.registry.resolve``.
-        takes_original: Whether it may be a checkpoint that ``yopo convert`` has to convert.
+        takes_original: Whether a checkpoint that ``yopo convert`` has to convert is accepted.
         subfolder: Folder inside the directory or repository that holds the model.
-        **options: Of the download, by its names in transformers: ``HUB_OPTIONS``.
+        **options: Download options, by their names in transformers: ``HUB_OPTIONS``.
 
     Raises:
-        ModelError: The repository or revision is unknown, gated, or the hub is out of reach; or
-            the model has to be converted first (said before its weights are downloaded).
-        CheckpointError: Its weights are quantized (said as early).
+        ModelError: The repository or revision is unknown or gated, or the hub is unreachable; or
+            the model has to be converted first (checked before its weights are downloaded).
+        CheckpointError: Its weights are quantized (checked as early).
     """
     if not takes_original:
         folder = fetch_some(source, ("config.json",), subfolder=subfolder, **options)
@@ -178,7 +178,7 @@ def fetch(
 def fetch_some(
     source: ModelSource, files: Sequence[str], *, subfolder: str = "", **options: Any
 ) -> Path:
-    """As :func:`fetch`, for files of these patterns alone, unchecked."""
+    """Like :func:`fetch`, but only for files with these patterns, and without checks."""
     if source.is_local:
         return Path(source.location) / subfolder
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
@@ -186,7 +186,7 @@ def fetch_some(
 
 
 def _config_or_nothing(folder: Path) -> dict[str, Any]:
-    """config.json; empty where there is none that could be read (others complain)."""
+    """config.json; empty if it cannot be read (later steps report it)."""
     try:
         return _read_json(folder / "config.json")
     except CheckpointError:
@@ -194,14 +194,14 @@ def _config_or_nothing(folder: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory as it stands.
+    """config.json of a checkpoint directory as plain values.
 
     Raises:
-        CheckpointError: There is none, or it is of packed weights or an adapter.
+        CheckpointError: There is none, or the weights are packed or an adapter.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint directory.")
-    config = _read_json(path / "config.json", remedy="Give the directory of a whole model.")
+    config = _read_json(path / "config.json", remedy="Give the directory of a complete model.")
     refuse_quantized(config, str(path))
     if (path / "adapter_config.json").is_file():
         raise CheckpointError(
@@ -212,7 +212,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
-    """Refuse a checkpoint of packed weights (FP8, AWQ, GPTQ, bitsandbytes, ...) by config.json.
+    """Refuse a checkpoint whose config.json declares packed weights (FP8, AWQ, GPTQ, ...).
 
     Raises:
         CheckpointError: It is one.
@@ -233,10 +233,10 @@ def _parse_config(path: Path, raw_config: Mapping[str, Any]) -> PreTrainedConfig
     from transformers import AutoConfig
 
     try:
-        # False, not unset: unset would ask the user whether to run the checkpoint's code.
+        # False, not unset: unset would prompt the user whether to run the checkpoint's code.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here; all mean the same to a user
-        if "trust_remote_code" in str(error):  # a class of its own: of none of the families
+    except Exception as error:  # transformers raises many kinds; all mean the same to a user
+        if "trust_remote_code" in str(error):  # custom class: none of the families
             family_of_type(str(raw_config.get("model_type")))
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
@@ -263,9 +263,9 @@ def read_shards(path: Path) -> tuple[tuple[Shard, ...], bool]:
     """The checked headers of a checkpoint's safetensors files, and whether an index names them.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or the index is not of these files.
+        CheckpointError: A file is missing or damaged, or the index does not match the files.
     """
-    # The same precedence as in transformers: a single file hides an index.
+    # The same precedence as in transformers: a single file takes precedence over an index.
     if (path / SINGLE_FILE).exists():
         return (read_shard(path / SINGLE_FILE),), False
     if not (path / INDEX_FILE).exists():
@@ -286,20 +286,20 @@ def read_shards(path: Path) -> tuple[tuple[Shard, ...], bool]:
     for name, file in weight_map.items():
         if held.get(name) != file:
             raise CheckpointError(
-                f"{path / INDEX_FILE}: names tensor '{name}' in {file}, which does not hold it.",
-                remedy="Index and shards are of different downloads; download all of them again.",
+                f"{path / INDEX_FILE}: lists tensor '{name}' in {file}, which does not contain it.",
+                remedy="Index and shards are from different downloads; download all of them again.",
             )
     return shards, True
 
 
 def _named_shard(path: Path, file: str) -> Shard:
-    # A path would let the copy write outside its directory.
+    # With a path, the copy could write outside of its directory.
     if Path(file).name != file or not file.isprintable():
         raise CheckpointError(f"{path / INDEX_FILE}: '{file}' is not a plain file name.")
     if len(os.fsencode(file)) > 255 or not (path / file).exists():
         raise CheckpointError(
-            f"{path / file}: this shard is missing, but {INDEX_FILE} names it.",
-            remedy="Download the checkpoint again; the download was not complete.",
+            f"{path / file}: this shard is missing, but {INDEX_FILE} lists it.",
+            remedy="Download the checkpoint again; the download was incomplete.",
         )
     return read_shard(path / file)
 

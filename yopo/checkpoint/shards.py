@@ -1,10 +1,10 @@
-"""Copying a safetensors file with some of its tensors reordered, at nearly the speed of a copy.
+"""Copies a safetensors file with some of its tensors reordered, at nearly the speed of a copy.
 
-Headers, names, dtypes and offsets stay byte for byte: a permutation does not change a size. What is
-not reordered is copied by the kernel. Rows that change places are read from where they lie into
-where they belong, columns are permuted a few rows at a time; both pass through a few megabytes of
-memory, always the same: fresh pages would cost as much as reading into them. A second worker reads
-while the first one writes. Values are moved as opaque bytes, so every dtype is exact.
+Headers, names, dtypes and offsets are unchanged byte for byte: a permutation does not change sizes.
+Unchanged ranges are copied by the kernel. Reordered rows are read directly into their new places,
+columns are permuted a few rows at a time; both go through a few megabytes of reused memory, since
+fresh pages would cost as much as reading into them. A second worker reads while the first one
+writes. Values are moved as opaque bytes, so every dtype is exact.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ CHUNK = 16 * 2**20
 """Bytes per read or write."""
 
 MIN_READ = 1024
-"""Bytes of a row from which on it is read by itself; tensors of shorter rows are read whole."""
+"""Minimum bytes of a row to be read individually; tensors with shorter rows are read whole."""
 
 WORKERS = 2
-"""Threads per shard. Writes to one file wait for one another, so more would not help."""
+"""Threads per shard. Writes to one file are serialized, so more would not help."""
 
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @dataclass(frozen=True, eq=False)
 class Reorder:
-    """How to permute one tensor.
+    """A permutation of one tensor.
 
     Attributes:
         order: (units,) int64, new position -> old index.
@@ -52,9 +52,9 @@ class Reorder:
 
 @dataclass(frozen=True)
 class Step:
-    """A range of bytes of a shard: one tensor to reorder, or a run of anything to copy.
+    """A byte range of a shard: one tensor to reorder, or any run of bytes to copy.
 
-    Its length is the number of tensors in it, so that progress counts tensors.
+    Its ``len`` is the number of tensors in it, so that progress counts tensors.
     """
 
     start: int
@@ -67,15 +67,15 @@ class Step:
 
 
 class Scratch(threading.local):
-    """Two pieces of memory per thread that grow to what is needed and are used again and again."""
+    """Two reusable buffers per thread that grow as needed."""
 
     def __init__(self) -> None:
         self._pieces = {"read": np.empty(0, np.uint8), "moved": np.empty(0, np.uint8)}
 
     def piece(self, name: str, num_bytes: int) -> np.ndarray:
-        """(num_bytes,) uint8, overwritten by the next call of this name (``read``, ``moved``)."""
+        """(num_bytes,) uint8, reused by the next call with this name (``read``, ``moved``)."""
         if len(self._pieces[name]) < num_bytes:
-            self._pieces[name] = np.empty(0, np.uint8)  # give back before taking more
+            self._pieces[name] = np.empty(0, np.uint8)  # free before allocating more
             self._pieces[name] = np.empty(num_bytes, np.uint8)
         return self._pieces[name][:num_bytes]
 
@@ -83,7 +83,7 @@ class Scratch(threading.local):
 def plan_steps(shard: Shard, reorders: Mapping[str, Reorder]) -> list[Step]:
     """Cut a shard into steps that cover it once, from first to last byte."""
     steps = []
-    start, pending = 0, 0  # the first run begins with the header
+    start, pending = 0, 0  # the first run starts with the header
     for entry in shard.tensors:
         if entry.name not in reorders:
             pending += 1
@@ -100,16 +100,16 @@ def plan_steps(shard: Shard, reorders: Mapping[str, Reorder]) -> list[Step]:
 def write_shard(
     source: Path, target: Path, shard: Shard, reorders: Mapping[str, Reorder]
 ) -> Iterator[Step]:
-    """Write a shard's reordered copy, yielding every step when it is done, in any order.
+    """Write a shard's reordered copy, yielding each step when it is done, in any order.
 
     Args:
         source: The shard's file.
         target: A file that does not exist yet.
-        shard: What the source holds.
-        reorders: Tensor name -> how to permute it; others are copied.
+        shard: The source's header.
+        reorders: Tensor name -> its permutation; other tensors are copied.
 
     Raises:
-        CheckpointError: The source became shorter than it was.
+        CheckpointError: The source became shorter.
         OSError: The target cannot be written.
     """
     with ExitStack() as files:
@@ -127,7 +127,7 @@ def write_shard(
 
 
 class _Work:
-    """What the workers of a shard share: two files that they read and write by position."""
+    """State shared by the workers of a shard: two files, read and written by position."""
 
     def __init__(self, read_from: int, write_to: int, reorders: Mapping[str, Reorder]):
         self._source, self._target = read_from, write_to
@@ -143,13 +143,13 @@ class _Work:
         if reorder.axis == 0 and entry.num_bytes >= MIN_READ * len(reorder.order):
             self._move_rows(entry, reorder.order)
         else:
-            # Short rows, biases above all: like columns of one long row.
+            # Short rows, mainly biases: like columns of one long row.
             self._move_columns(entry, reorder.order, entry.shape[0] if reorder.axis else 1)
         return step
 
     def _move_rows(self, entry: TensorEntry, order: np.ndarray) -> None:
-        """Read rows (or heads of rows) in their new order, write them one behind the other."""
-        if hasattr(os, "posix_fadvise"):  # read ahead in file order: disks may hate small jumps
+        """Read rows (or heads of rows) in their new order and write them sequentially."""
+        if hasattr(os, "posix_fadvise"):  # read ahead in file order: small seeks may be slow
             span = (entry.start, entry.num_bytes)
             os.posix_fadvise(self._source, *span, os.POSIX_FADV_WILLNEED)
         size = entry.num_bytes // len(order)
@@ -172,7 +172,7 @@ class _Work:
             self._read(start, data.data)
             moved = self._scratch.piece("moved", data.size)
             units = _as_units(data, rows, len(order))
-            # Any mode but "raise", whose result numpy buffers once more.
+            # Any mode but "raise", for which numpy buffers the result again.
             units.take(order, axis=1, out=_as_units(moved, rows, len(order)), mode="clip")
             self._write(moved, start)
 
@@ -214,16 +214,16 @@ class _Work:
 
 
 def _as_units(data: np.ndarray, rows: int, units: int) -> np.ndarray:
-    """View bytes as (rows, units, words) of the widest integers that a unit is made of."""
+    """View bytes as (rows, units, words) of the widest integers that divide a unit."""
     unit_bytes = data.size // (rows * units)
     width = next(width for width in (8, 4, 2, 1) if unit_bytes % width == 0)
     words = data.view(f"u{width}")
-    # Without the last axis where it is 1: numpy takes single elements twice as fast.
+    # Without the last axis if it is 1: numpy takes single elements twice as fast.
     return words.reshape((rows, units, -1) if unit_bytes > width else (rows, units))
 
 
 def _cut_off() -> CheckpointError:
     return CheckpointError(
         "A shard of the source became shorter while it was copied.",
-        remedy="Let nothing else write to the source checkpoint, and run again.",
+        remedy="Make sure that nothing else writes to the source, and run again.",
     )

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a baked checkpoint: config.json, loader code, copied files."""
+"""The files next to a baked checkpoint's weights: config.json, loader code, copied files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PLAN_FILE = "yopo_plan.yaml"
 TENSORS_FILE = "yopo.safetensors"
 PLAN_FILES = "yopo_plan*.yaml"
-"""Every plan of a checkpoint: the first one and those that were baked with it."""
+"""All plans of a checkpoint: the first one and those baked with it."""
 TENSORS_FILES = "yopo*.safetensors"
 CODE_FILE = "modeling_yopo.py"
 CARD_FILE = "README.md"
@@ -34,7 +34,7 @@ _WEIGHT_SUFFIXES = frozenset(
 _CODE_SUFFIX = ".py"
 
 _MAX_CONFIG = 2**27
-"""Bytes of a JSON file that is looked through for code; no configuration is that long."""
+"""Maximum bytes of a JSON file that is searched for code; no configuration is that long."""
 
 MODELING_CODE = f'''\
 """Loads this checkpoint pruned: AutoModelForImageTextToText with trust_remote_code=True."""
@@ -53,12 +53,12 @@ class {CLASS_NAME}(PrunedForConditionalGeneration):
 
 
 class {BASE_CLASS_NAME}(PrunedModel):
-    """The same without its language modelling head."""
+    """The same model without its language modeling head."""
 '''
 
 
 def numbered(name: str, number: int) -> str:
-    """Name of a checkpoint's plan or tensors file: as it is for the first, numbered behind."""
+    """Name of a checkpoint's plan or tensors file: unchanged for the first, then numbered."""
     stem, dot, suffix = name.partition(".")
     return name if number == 0 else f"{stem}-{number}{dot}{suffix}"
 
@@ -69,9 +69,9 @@ def is_baked(checkpoint: Checkpoint) -> bool:
 
 
 def config_json(checkpoint: Checkpoint) -> str:
-    """The source's config.json with the keys that find the plan and the loader code.
+    """The source's config.json with the keys that locate the plan and the loader code.
 
-    They are the only ones that name code: what the source's own ``auto_map`` names is not copied.
+    No other keys name code: the code in the source's own ``auto_map`` is not copied.
     """
     config: dict[str, Any] = without_code(checkpoint.raw_config)
     config["yopo"] = {"version": __version__, "plan": PLAN_FILE}
@@ -82,7 +82,7 @@ def config_json(checkpoint: Checkpoint) -> str:
 def auto_map(config: PreTrainedConfig) -> dict[str, str]:
     """Our loader code for every Auto class that stock transformers has for a model.
 
-    An Auto class that were left out would load the dense model without a word.
+    An omitted Auto class would silently load the dense model.
     """
     from transformers.models.auto import modeling_auto
 
@@ -101,7 +101,7 @@ def auto_map(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def without_code(config: Any) -> Any:
-    """A configuration, in depth, without the keys that tell transformers to run code beside it."""
+    """A configuration without keys, at any depth, that make transformers run custom code."""
     if isinstance(config, dict):
         return {key: without_code(value) for key, value in config.items() if key != "auto_map"}
     return [without_code(value) for value in config] if isinstance(config, list) else config
@@ -119,9 +119,9 @@ def copy_companion(source: Path, target: Path) -> None:
 
 
 def index_json(checkpoint: Checkpoint) -> str | None:
-    """An index for a checkpoint of one file; None if it has one, of shards.
+    """An index for a checkpoint of one file; None if it already has one.
 
-    Without it, engines that take every safetensors file for weights would read ours as well.
+    Without it, engines that load every safetensors file as weights would read ours as well.
     """
     if checkpoint.is_indexed:
         return None
@@ -132,7 +132,7 @@ def index_json(checkpoint: Checkpoint) -> str | None:
 
 
 def files_left_out(checkpoint: Checkpoint) -> list[str]:
-    """The source's code: names of the files that ``files_to_copy`` leaves behind for what it is."""
+    """Names of the source's code files, which ``files_to_copy`` omits."""
     files = sorted(checkpoint.path.glob(f"*{_CODE_SUFFIX}"))
     return [path.name for path in files if path.name != CODE_FILE]
 
@@ -140,8 +140,8 @@ def files_left_out(checkpoint: Checkpoint) -> list[str]:
 def files_to_copy(checkpoint: Checkpoint) -> dict[str, Path]:
     """The source's small files: tokenizer, processor, generation config, templates, license.
 
-    Weights in any format stay behind: their heads and neurons stand in the old order. So does code:
-    ``trust_remote_code=True``, said to load the pruned model, is trust in ours alone.
+    Weights in any format are not copied: their heads and neurons are in the old order. Neither is
+    code: ``trust_remote_code=True``, set to load the pruned model, is trust only in ours.
 
     Returns:
         Path inside the output -> file of the source.
@@ -164,6 +164,6 @@ def _is_companion(path: Path, checkpoint: Checkpoint) -> bool:
         return False
     if path.suffix in _WEIGHT_SUFFIXES or path.suffix == _CODE_SUFFIX:
         return False
-    if path.name.endswith(".index.json"):  # of weights that stay behind, unless it is ours
+    if path.name.endswith(".index.json"):  # of weights that are not copied, unless it is ours
         return checkpoint.is_indexed and path.name == INDEX_FILE
     return True

@@ -1,4 +1,4 @@
-"""A look at the values of a checkpoint's tensors while they are copied: none may be NaN."""
+"""Checks the values of a checkpoint's tensors for NaN while they are copied."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from yopo.support.errors import CheckpointError
 from yopo.support.finite import is_finite
 
 CHUNK = 4 << 20
-"""Bytes that are looked at together; larger ones would leave the processor's cache."""
+"""Bytes that are checked at once; larger pieces would not fit the processor's cache."""
 
 
 class FiniteCheck:
-    """Looks through tensors of one shard, always in the same piece of memory.
+    """Checks tensors of one shard, reusing one buffer.
 
     Args:
         path: The shard's file.
@@ -27,7 +27,7 @@ class FiniteCheck:
         self._piece = bytearray(CHUNK)
 
     def check(self, entries: Iterable[TensorEntry]) -> None:
-        """Read tensors and refuse the first that is not finite; what is no float passes.
+        """Read tensors and refuse the first that is not finite; non-float types pass.
 
         Raises:
             CheckpointError: Names the tensor.
@@ -48,6 +48,6 @@ class FiniteCheck:
                             f"{self._path}: tensor '{entry.name}' holds values that are not finite "
                             "(NaN or infinity).",
                             remedy="The checkpoint is damaged, or its training diverged; no plan "
-                            "mends that.",
+                            "can fix that.",
                         )
                     left -= count

@@ -1,7 +1,7 @@
-"""A directory that appears complete or not at all, and survives a power cut once it is there.
+"""Writes a directory atomically; once it is there, it survives a power cut.
 
-Everything is written to a hidden directory beside the target, synced, and takes the target's name
-in one step at the end; only then is what had the name removed.
+Everything is written to a hidden directory next to the target, synced, and renamed to the target in
+one step at the end; only then is the old directory removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from yopo.checkpoint.manifest import MANIFEST_FILE, find_strangers, write_manifest
 from yopo.support.errors import OutputError
-from yopo.support.scratch import Scratch, tell_leftovers
+from yopo.support.scratch import Scratch, report_leftovers
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -28,15 +28,15 @@ class OutputDirectory:
     as it was.
 
     Args:
-        target: The directory to make; its parent must exist.
-        source: A directory that is only read; the target may not overlap with it.
-        num_bytes: How much will be written, for the check of free space.
-        force: Whether a target that yopo wrote, and nobody changed since, may be replaced.
+        target: The directory to create; its parent must exist.
+        source: A directory that is only read; the target must not overlap with it.
+        num_bytes: Expected size of the output, to check the free space.
+        force: Whether a target that yopo wrote, unchanged since, may be replaced.
     """
 
     def __init__(self, target: str | Path, *, source: str | Path, num_bytes: int, force: bool):
         self.name = str(target)
-        # A link as the target: write beside the directory that it leads to, on its file system.
+        # If the target is a link, write next to the directory that it leads to.
         self.target = Path(target).expanduser().resolve()
         self.source = Path(source).expanduser().resolve()
         self.num_bytes = num_bytes
@@ -45,7 +45,7 @@ class OutputDirectory:
         self._work: AbstractContextManager[Path]
 
     def check(self) -> None:
-        """Raise OutputError for whatever can be known to go wrong before the first byte."""
+        """Raise OutputError for every problem that can be detected before writing."""
         target, source = self.target, self.source
         if target == source:
             raise OutputError(f"{self.name}: is the source checkpoint itself.", remedy=_ELSEWHERE)
@@ -58,7 +58,7 @@ class OutputDirectory:
             raise OutputError(f"{self.name}: its folder is not writable.")
         self._check_existing()
         if not self._is_checked:
-            tell_leftovers(target)
+            report_leftovers(target)
         self._is_checked = True
         free = shutil.disk_usage(target.parent).free
         if free < self.num_bytes:
@@ -83,14 +83,14 @@ class OutputDirectory:
         strangers = find_strangers(target)
         if strangers is None:
             raise OutputError(
-                f"{self.name}: is no directory that yopo wrote (it has no {MANIFEST_FILE}), so it "
-                "is not replaced even with --force.",
+                f"{self.name}: was not written by yopo (it has no {MANIFEST_FILE}), so it is not "
+                "replaced even with --force.",
                 remedy="Name another directory, or remove this one yourself.",
             )
         if strangers:
             more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
             raise OutputError(
-                f"{self.name}: holds files that yopo did not write, or that were changed since: "
+                f"{self.name}: contains files that yopo did not write, or that changed since: "
                 f"{', '.join(strangers[:3])}{more}.",
                 remedy="Move them elsewhere first, or name another directory.",
             )
@@ -108,7 +108,7 @@ class OutputDirectory:
         self.check()
         try:
             with Scratch(self.target) as scratch:
-                # mkdtemp would make it private to the user; this one follows the umask.
+                # mkdtemp would make it private to the user; mkdir follows the umask.
                 scratch.new.mkdir()
                 yield scratch.new
                 write_manifest(scratch.new)
@@ -122,11 +122,11 @@ class OutputDirectory:
                 f"{self.name}: disk full while writing; nothing was left behind.",
                 remedy=f"Free {format_bytes(self.num_bytes)}, or write to another file system.",
             )
-        where = f" ({error.filename})" if error.filename else ""  # it may be a file of the source
+        where = f" ({error.filename})" if error.filename else ""  # possibly a file of the source
         return OutputError(f"{self.name}: cannot be written: {error.strerror or error}{where}.")
 
 
-_ELSEWHERE = "Write to a directory beside the source."
+_ELSEWHERE = "Write to a directory next to the source."
 
 
 def _is_absent_or_empty(path: Path) -> bool:
@@ -134,7 +134,7 @@ def _is_absent_or_empty(path: Path) -> bool:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Size for people: ``13.5 GB``, decimal units."""
+    """Human-readable size in decimal units: ``13.5 GB``."""
     size, unit = float(num_bytes), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 1000:

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Directory to make.  [default: NAME-yopo in the working directory]",
+    help="Directory to create.  [default: NAME-yopo in the working directory]",
 )
-@click.option("--model", help="The checkpoint, if it is elsewhere than the plan says.")
+@click.option("--model", help="The checkpoint, if not where the plan says.")
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--verify", is_flag=True, help="Open the result and compare it with the original.")
 @click.option(
     "--clean",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Instead: remove what killed runs left of DIR, and in it.",
+    help="Instead: remove leftovers of killed runs next to DIR and in it.",
 )
 @force_option
 def command(
@@ -41,9 +41,9 @@ def command(
     """Bake PLAN (a file, or - for stdin) into a copy of its model's checkpoint.
 
     The copy loads in stock transformers as the original model, and with yopo.load as the pruned
-    one. It appears complete or not at all. Prints its path. Several plans of one calibration are
-    baked together: the first is what yopo.load(DIR) takes, yopo.load(DIR, budget=0.12) the
-    largest within a budget.
+    one. It appears complete or not at all. Prints its path. Several plans from one calibration can
+    be baked together: yopo.load(DIR) uses the first, yopo.load(DIR, budget=0.12) the largest within
+    a budget.
     """
     if clean is not None:
         if plans:
@@ -62,13 +62,13 @@ def command(
         dry_run=dry_run,
         check=verify,
     )
-    _tell(done)
+    _report(done)
     if not dry_run:
         click.echo(done.report.output)
 
 
 def _clean(place: Path) -> None:
-    """Remove what killed runs left of a target, and of targets in it if it is a directory."""
+    """Remove leftovers of killed runs for a target, and for targets in it if it is a directory."""
     from yopo.support.scratch import find_leftovers, remove_leftover
 
     place = place.absolute()
@@ -82,27 +82,27 @@ def _clean(place: Path) -> None:
         except OSError as error:
             raise OutputError(f"{path}: cannot be removed: {error.strerror}.") from error
         if restored is not None:
-            note(f"{restored}: back in its place.")
+            note(f"{restored}: restored.")
         click.echo(path)
-    note(f"{len(found)} leftovers of killed runs removed." if found else "Nothing to remove.")
+    note(f"Removed {len(found)} leftovers of killed runs." if found else "Nothing to remove.")
 
 
-def _tell(done: Applied) -> None:
+def _report(done: Applied) -> None:
     from yopo.report import units
     from yopo.report.plan_tables import savings_table
 
     report, found = done.report, done.verification
     show(savings_table(done.plan))
     size = units.num_bytes(report.num_bytes)
-    verb = "would be written, nothing was" if report.plan is None else "written"
+    verb = "would be written (dry run)" if report.plan is None else "written"
     note(
         f"{report.output}: {size} in {report.num_tensors} tensors "
         f"({report.num_reordered} reordered) {verb}."
     )
     if found is not None:
         note(
-            f"Verified in {found.dtype}: stock transformers is off by {found.dense.relative:.0e} "
-            "of the original,",
-            f"  yopo.load by {found.pruned.relative:.0e} of the plan in memory "
+            f"Verified in {found.dtype}: stock transformers deviates by "
+            f"{found.dense.relative:.0e} from the original,",
+            f"  yopo.load by {found.pruned.relative:.0e} from the plan in memory "
             f"(rounding: up to {found.tolerance:.0e}); no weight is missing.",
         )

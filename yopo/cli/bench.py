@@ -1,4 +1,4 @@
-"""``yopo bench``: does time follow the FLOPs, on this machine?"""
+"""``yopo bench``: whether time follows the FLOPs on this machine."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def _count(name: str, text: str, **settings: Any) -> Any:
     metavar="NAME",
     help=f"The preset's model: llava-1.5-7b or llava-1.5-13b.  [default: {DEFAULT_SHAPE}]",
 )
-@click.option("--model", help="The dense model, if it is elsewhere than the plan says.")
+@click.option("--model", help="The dense model, if not where the plan says.")
 @click.option(
     "--random-weights", is_flag=True, help="No checkpoint: random weights of the plan's shape."
 )
-@_count("--layers", "Random layers, each kind of the plan's in its share.  [default: all]")
+@_count("--layers", "Number of random layers, in the plan's proportions.  [default: all]")
 @_count("--batch", "Prompts per forward.", default=1, show_default=True)
 @_count("--visual-tokens", "Per prompt: whole images, or a square.  [default: the plan's]")
 @_count("--text-tokens", "Per prompt; also grows the context.  [default: the plan's]")
-@_count("--runs", "Counted pairs of dense and pruned.", default=7, show_default=True)
+@_count("--runs", "Timed pairs of dense and pruned.", default=7, show_default=True)
 @click.option(
     "--decode-steps",
     type=click.IntRange(min=0),
     metavar="N",
     default=8,
     show_default=True,
-    help="Tokens decoded behind each prefill; 0 skips decoding.",
+    help="Tokens decoded after each prefill; 0 skips decoding.",
 )
 @click.option(
     "--context",
@@ -55,7 +55,7 @@ def _count(name: str, text: str, **settings: Any) -> Any:
     type=_COUNT,
     metavar="N",
     multiple=True,
-    help="Also time decode steps behind prompts of N tokens; repeatable.",
+    help="Also time decode steps after prompts of N tokens; repeatable.",
 )
 @click.option(
     "--baseline",
@@ -64,10 +64,10 @@ def _count(name: str, text: str, **settings: Any) -> Any:
     multiple=True,
     help=f"Also time at the same visual FLOPs, repeatable: {', '.join(BASELINES)}.",
 )
-@click.option("--baselines", "all_baselines", is_flag=True, help="All of them that can run here.")
+@click.option("--baselines", "all_baselines", is_flag=True, help="All baselines that can run.")
 @click.option("--rival", "old_baselines", multiple=True, hidden=True)
 @click.option("--rivals", "old_all_baselines", is_flag=True, hidden=True)
-@_count("--threads", "CPU threads.  [default: torch's own]")
+@_count("--threads", "CPU threads.  [default: torch's]")
 @click.option(
     "--device",
     default="auto",
@@ -85,9 +85,9 @@ def command(as_json: bool, **values: Any) -> None:
     """Time the pruned model of TARGET against the dense one: prefill, decode, memory, KV cache.
 
     TARGET is what `yopo apply` wrote (a directory or hub id), a plan, or - for a plan on stdin.
-    Both models run in turn in one process, on the same kernels; beside the time stands what the
-    FLOPs allow. Where pruned serving takes a faster kernel than transformers does, a second figure
-    says what both make "as shipped". Without any checkpoint:
+    Both models alternate in one process, on the same kernels; the time is shown next to what the
+    FLOPs allow. If pruned serving uses a faster kernel than transformers, a second figure compares
+    both "as shipped". Without any checkpoint:
 
     \b
     yopo bench --preset yopo-25 --shape-of llava-1.5-7b --layers 4
@@ -105,16 +105,16 @@ def command(as_json: bool, **values: Any) -> None:
 
 
 def _check_usage(values: dict[str, Any]) -> None:
-    """Refuse options that exclude or need one another."""
+    """Refuse options that exclude or need each other."""
     if (values["target"] is None) == (values["preset"] is None):
         raise click.UsageError("Give either a TARGET or --preset.")
     if values["shape_of"] and not values["preset"]:
-        raise click.UsageError("--shape-of goes with --preset.")
+        raise click.UsageError("--shape-of needs --preset.")
     is_random = values["random_weights"] or values["preset"] is not None
     if values["model"] and is_random:
         raise click.UsageError("--model and random weights exclude one another.")
     if values["layers"] and not is_random:
-        raise click.UsageError("--layers goes with --random-weights.")
+        raise click.UsageError("--layers needs --random-weights.")
     if values["contexts"] and not values["decode_steps"]:
         raise click.UsageError("--context times decode steps: --decode-steps must not be 0.")
 
@@ -156,7 +156,7 @@ def _measure(values: dict[str, Any]) -> Benchmark:
 
 
 def _baselines(values: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether all that can run are asked for, and those that are by name; old flags count too."""
+    """Whether all baselines were requested, and those requested by name; includes old flags."""
     named = (*values["baselines"], *values["old_baselines"])
     return values["all_baselines"] or values["old_all_baselines"], tuple(dict.fromkeys(named))
 

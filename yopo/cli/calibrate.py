@@ -1,4 +1,4 @@
-"""``yopo calibrate``: measure a model on pairs once, write the plan."""
+"""``yopo calibrate``: measure a model on pairs once and write the plan."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 def _numbers(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[float, ...] | None:
-    """Numbers between commas."""
+    """Parse comma-separated numbers."""
     if value is None or not isinstance(value, str):
         return value
     try:
         return tuple(float(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"expected numbers between commas, found '{value}'.") from None
+        raise click.BadParameter(f"expected comma-separated numbers, found '{value}'.") from None
 
 
 def _named(output: str, budget: float | None) -> str:
-    """The plan file of one of several budgets."""
+    """The plan file for one of several budgets."""
     if budget is None:
         return output
     if output == "-":
-        raise click.UsageError("--budgets writes several plans: name a file with -o.")
+        raise click.UsageError("--budgets writes several plans: give a file name with -o.")
     path = Path(output)
     return str(path.with_name(f"{path.stem}-{budget:g}{path.suffix}"))
 
@@ -55,7 +55,7 @@ def _named(output: str, budget: float | None) -> str:
     type=click.Choice(("text", "all", "last")),
     default="text",
     show_default=True,
-    help="Which queries head activity sums over.",
+    help="Queries that head activity sums over.",
 )
 @click.option(
     "--measure-pairs",
@@ -63,7 +63,7 @@ def _named(output: str, budget: float | None) -> str:
     metavar="N",
     default=64,
     show_default=True,
-    help="Pairs held out to compare plans on: at most a quarter, and nothing is fitted on them.",
+    help="Held-out pairs to compare plans on: at most a quarter; nothing is fitted on them.",
 )
 @click.option(
     "--fit-pairs",
@@ -71,7 +71,7 @@ def _named(output: str, budget: float | None) -> str:
     metavar="N",
     default=256,
     show_default=True,
-    help="Of the others, pairs on which visual weights are fitted, at most.",
+    help="Maximum number of the other pairs to fit visual weights on.",
 )
 @click.option(
     "-o",
@@ -81,14 +81,12 @@ def _named(output: str, budget: float | None) -> str:
     show_default=True,
     help="The plan; - for stdout.",
 )
-@click.option(
-    "--costs", metavar="FILE", help="What `yopo bench --json` printed, for --milliseconds."
-)
+@click.option("--costs", metavar="FILE", help="Output of `yopo bench --json`, for --milliseconds.")
 @click.option(
     "--budgets",
     metavar="F,F,...",
     callback=_numbers,
-    help="A plan for each of several budgets: FILE-0.12.yaml, ... for one `yopo apply` together.",
+    help="One plan per budget: FILE-0.12.yaml, ... to pass to one `yopo apply` together.",
 )
 @click.option(
     "--stats", type=click.Path(path_type=Path), metavar="FILE", help="Save the statistics here."
@@ -99,15 +97,15 @@ def _named(output: str, budget: float | None) -> str:
 def command(context: click.Context, **values: Any) -> None:
     """Measure a model on image-question pairs once, and write a plan.
 
-    The plan either meets a visual budget (--budget: several templates are measured, the best
-    one wins), or has the paper's shape (--preset, or its knobs, from --head-ratio to --alpha).
+    The plan either meets a visual budget (--budget: several templates are measured, the best one
+    wins), or follows the paper (--preset, or its parameters, from --head-ratio to --alpha).
     """
     output, stats, force = values["output"], values["stats"], values["force"]
     outputs = {budget: _named(output, budget) for budget in values["budgets"] or (None,)}
     check_outputs(outputs.values(), stats, force=force)
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     if (values["milliseconds"] is None) != (values["costs"] is None):
-        raise click.UsageError("--milliseconds and --costs go together.")
+        raise click.UsageError("--milliseconds and --costs need each other.")
     counts = (values["measure_pairs"], values["fit_pairs"])
     fit_options = pipeline.FitOptions(values["queries"], *counts)
     costs = values["costs"]

@@ -1,4 +1,4 @@
-"""What all commands share: ``-v`` and ``-q`` before or behind the command's name, loaded lazily."""
+"""Shared by all commands: ``-v`` and ``-q`` before or after the command's name, lazy loading."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def _verbosity_options() -> list[click.Option]:
             count=True,
             expose_value=False,
             callback=_count_verbose,
-            help="Let the libraries speak; -vv shows tracebacks.",
+            help="Show messages of libraries; -vv shows tracebacks.",
         ),
         click.Option(
             ["-q", "--quiet"],
             is_flag=True,
             expose_value=False,
             callback=_set_quiet,
-            help="No notes and no progress, only results and errors.",
+            help="Hide notes and progress; show only results, warnings and errors.",
         ),
     ]
 
 
 def load(module: str) -> ModuleType:
-    """Import what a command needs when it needs it; torch and transformers take seconds.
+    """Import a module when a command needs it; torch and transformers take seconds.
 
     Raises:
-        KeyboardInterrupt: Also where a library swallowed it during its import.
+        KeyboardInterrupt: Even if a library swallowed it during its import.
     """
     loaded = importlib.import_module(module)
     interrupts.raise_if_arrived()
@@ -77,11 +77,11 @@ class LazyGroup(click.Group):
         self.params += _verbosity_options()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order in which they are used, not of the alphabet."""
+        """Names in the order of use, not alphabetically."""
         return list(self.modules)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command; None if there is no such one."""
+        """Import a command; None if it does not exist."""
         if cmd_name not in self.modules:
             return None
         return importlib.import_module(self.modules[cmd_name][0]).command

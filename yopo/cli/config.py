@@ -1,4 +1,4 @@
-"""``--config FILE``: the options of a command from YAML; defaults < file < command line."""
+"""``--config FILE``: options of a command from YAML; defaults < file < command line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _KINDS = {"integer": int, "float": float, "boolean": bool}
 
 
 def config_option() -> Any:
-    """The decorator that gives a command ``--config``."""
+    """The decorator that adds ``--config`` to a command."""
     return click.option(
         "--config",
         type=click.Path(path_type=Path),
-        is_eager=True,  # its values must be there before other options look for theirs
+        is_eager=True,  # its values must be set before other options are resolved
         expose_value=False,
         callback=_apply,
         metavar="FILE",
-        help="Read options from YAML: the same names, with underscores. Flags win.",
+        help="Read options from YAML: same names, with underscores. Flags take precedence.",
     )
 
 
@@ -31,14 +31,14 @@ def load_config(path: Path, command: click.Command) -> dict[str, Any]:
 
     Args:
         path: YAML file, option names (``batch_size``) to values; null leaves an option unset.
-        command: Whose options they are.
+        command: The command with these options.
 
     Returns:
         Checked values by option name.
 
     Raises:
-        PlanError: Unreadable, not YAML, an unknown option or a value that it does not take;
-            names file and line.
+        PlanError: Unreadable, not YAML, or an unknown option or invalid value; names file and
+            line.
     """
     document = Document(*read_text(path))
     options = {
@@ -55,13 +55,13 @@ def load_config(path: Path, command: click.Command) -> dict[str, Any]:
         name = str(options[key].name)
         if name in values:
             other = next(each for each in _spellings(options[key]) if each != key)
-            raise document.error((key,), f"is another name of {other}, given as well")
+            raise document.error((key,), f"is another name for {other}, which is also given")
         values[name] = _checked(document, key, options[key], value)
     return values
 
 
 def _spellings(option: click.Option) -> list[str]:
-    """What files call an option: its name, and former ones that the command line still takes."""
+    """An option's names in files: its own, and former ones that the command line still accepts."""
     flags = [each[2:].replace("-", "_") for each in option.opts if each.startswith("--")]
     return list(dict.fromkeys([str(option.name), *flags]))
 
@@ -87,13 +87,13 @@ def _apply(context: click.Context, parameter: click.Parameter, value: Path | Non
 
 
 def drop_overruled(context: click.Context, *alternatives: tuple[str, ...]) -> None:
-    """Let a flag overrule what the file says in another way.
+    """Drop options from the file that a flag overrules with an alternative.
 
-    ``--preset yopo-12`` on top of a file with ``budget: 0.25`` asks for the preset; both given in
-    the same place stay, and are refused as contradictory by whoever reads them.
+    ``--preset yopo-12`` on top of a file with ``budget: 0.25`` requests the preset; if both are
+    given in the same place they are kept, and later refused as contradictory.
 
     Args:
-        context: Of the running command; its ``params`` change.
+        context: Context of the running command; its ``params`` change.
         *alternatives: Groups of option names that exclude one another.
     """
     from_flags = click.core.ParameterSource.COMMANDLINE

@@ -1,4 +1,4 @@
-"""``yopo convert``: an original InternVL checkpoint as a native one; its path goes to stdout."""
+"""``yopo convert``: makes an original InternVL checkpoint native; its path goes to stdout."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 def command(source: str, output: Path, force: bool) -> None:
     """Write SOURCE (an alias, directory or hub id) to the directory OUTPUT as a native checkpoint.
 
-    For InternVL2, whose own code does not run on transformers 5. What is not known is refused, not
-    guessed. Nothing is loaded; the result appears complete or not at all. Prints its path.
+    For InternVL2, whose own code does not run on transformers 5. Anything unknown is refused, not
+    guessed. No model is loaded; the result appears complete or not at all. Prints its path.
     """
     found = load("yopo.models.registry").resolve(source)
     folder = load("yopo.checkpoint.reader").fetch(found, takes_original=True)
     done: Conversion = load("yopo.conversion.internvl").convert(folder, output, force=force)
-    _tell(done)
+    _report(done)
     click.echo(done.output)
 
 
-def _tell(done: Conversion) -> None:
+def _report(done: Conversion) -> None:
     from yopo.report import units
 
     size = units.num_bytes(done.num_bytes)

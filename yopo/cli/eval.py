@@ -1,4 +1,4 @@
-"""``yopo eval``: what a plan keeps and what it saves, dense against pruned."""
+"""``yopo eval``: compares the pruned model with the dense one: quality kept, work saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("target")
 @click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:heldout, or glyphs]")
 @run_options
-@click.option("--model", help="The dense model, if it is elsewhere than the plan says.")
+@click.option("--model", help="The dense model, if not where the plan says.")
 @click.option(
     "--timing-runs",
     type=click.IntRange(min=0),
@@ -40,7 +40,7 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
     """Compare the pruned model of TARGET with the dense one on the same pairs.
 
     TARGET is what `yopo apply` wrote (a directory or hub id), a plan, or - for a plan on stdin.
-    Accuracy is counted where the pairs have answers; agreement is measured along the dense model's
+    Accuracy is measured if the pairs have answers; agreement is measured along the dense model's
     answers.
     """
     from yopo.cli.output import print_json, print_report

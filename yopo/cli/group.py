@@ -1,4 +1,4 @@
-"""The command ``yopo``: finds the subcommand, and turns every failure into a sentence."""
+"""The command ``yopo``: runs the subcommand, and turns every failure into a sentence."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ COMMANDS = {
     "apply": ("yopo.cli.apply", "Bake a plan into a checkpoint."),
     "eval": ("yopo.cli.eval", "Compare the pruned model with the dense one."),
     "bench": ("yopo.cli.bench", "Time the pruned model against the dense one."),
-    "convert": ("yopo.cli.convert", "Make an original InternVL2 checkpoint a native one."),
-    "pairs": ("yopo.cli.pairs", "Write demo pairs, to see the format of your own."),
+    "convert": ("yopo.cli.convert", "Convert an original InternVL2 checkpoint to a native one."),
+    "pairs": ("yopo.cli.pairs", "Write demo pairs, as examples of the data format."),
 }
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -44,16 +44,16 @@ def cli() -> None:
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    """Run a command line and say in a sentence what went wrong, if anything did.
+    """Run a command line and report any failure in a sentence.
 
     Args:
-        arguments: Without the program's name; None: those of the process.
+        arguments: Without the program's name; None means those of the process.
 
     Returns:
         The exit code.
 
     Raises:
-        KeyboardInterrupt: A signal arrived, however a library may have put it.
+        KeyboardInterrupt: A signal arrived, in whatever form a library passed it on.
     """
     verbosity = Verbosity()
     _never_fail_to_encode()
@@ -66,7 +66,7 @@ def run(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         sys.stdout = open(os.devnull, "w")
         return 1
     except Exception as error:
@@ -102,7 +102,7 @@ def _sentence(error: Exception) -> tuple[str, str | None, int]:
 
 
 def _never_fail_to_encode() -> None:
-    """Print a question mark rather than fail where the terminal's encoding lacks a character."""
+    """Print a question mark instead of failing if the terminal's encoding lacks a character."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

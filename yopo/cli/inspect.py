@@ -1,4 +1,4 @@
-"""``yopo inspect``: what a plan prunes and what that saves, for people or machines."""
+"""``yopo inspect``: shows what a plan prunes and saves, as tables, JSON or HTML."""
 
 from __future__ import annotations
 

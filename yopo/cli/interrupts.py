@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGHUP: clean up and say so in one word, whatever a library makes of them.
+"""Ctrl-C, SIGTERM and SIGHUP: clean up and print one word, whatever a library does with them.
 
-A KeyboardInterrupt inside an import does not always come out of it: torch, for one, swallows it
-or raises an ImportError instead. So the signal is remembered, and asked for behind such places.
+A KeyboardInterrupt inside an import does not always propagate: torch, for one, swallows it or
+raises an ImportError instead. So the signal is remembered, and checked after such places.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def catching() -> Iterator[None]:
     _arrived, former = None, {}
     for number in SIGNALS:
         handler = signal.getsignal(number)
-        if handler in (signal.default_int_handler, signal.SIG_DFL):  # not if ignored, by nohup say
+        if handler in (signal.default_int_handler, signal.SIG_DFL):  # not if ignored (nohup)
             try:
                 former[number] = signal.signal(number, _interrupt)
-            except ValueError:  # not the main thread: signals are not ours
+            except ValueError:  # not the main thread, which alone gets signals
                 break
     try:
         yield
@@ -48,7 +48,7 @@ def raise_if_arrived() -> None:
 
 
 def outcome() -> tuple[str, int]:
-    """What an interrupted program says, and its exit code: 128 and the first signal's number."""
+    """An interrupted program's last word, and its exit code: 128 plus the first signal's number."""
     number = signal.SIGINT if _arrived is None else _arrived
     return _WORDS[number], 128 + number
 

@@ -1,8 +1,8 @@
 """The entry point ``yopo``.
 
 stdout carries results, stderr everything else. Exit codes: 0 done, 1 failed, 2 wrong usage,
-128 and its number for a signal (130: Ctrl-C). Nothing but the standard library is imported before
-signals are in hand.
+128 plus its number for a signal (130: Ctrl-C). Only the standard library is imported before signal
+handlers are installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        arguments: Without the program's name; None: those of the process.
+        arguments: Without the program's name; None means those of the process.
 
     Returns:
         The exit code.

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the library's records made of them."""
+"""Options shared by several commands, and the library's records built from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEARCH_RUNS = 200
 
 _BUDGET = ("budget", "template", "search", "tolerance", "milliseconds", "kv_budget")
 _RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
-_BESIDE = ("compensation", "kv_groups", "bidirectional")
+_ANY_REQUEST = ("compensation", "kv_groups", "bidirectional")
 
 
 def _chain(*options: Decorator) -> Decorator:
@@ -44,27 +44,27 @@ request_options = _chain(
         "--tolerance",
         type=float,
         metavar="F",
-        help="Instead: the smallest budget that agrees with the dense model within F (0.01), on "
+        help="Instead: the smallest budget that agrees with the dense model within F (0.01) on "
         "holdout pairs.",
     ),
     click.option(
         "--milliseconds",
         type=float,
         metavar="F",
-        help="Instead: prefill time of one prompt, by the --costs of this machine.",
+        help="Instead: prefill time of one prompt, according to --costs from this machine.",
     ),
     click.option(
         "--kv-budget",
         type=float,
         metavar="F",
-        help="Beside one of these: keep at most this share of the visual KV cache.",
+        help="In addition: keep at most this share of the visual KV cache.",
     ),
     click.option(
         "--template",
         "--shape",
         "template",
         metavar="NAME",
-        help="Plan template for the budget, not the best one.",
+        help="Plan template for the budget, instead of the best one.",
     ),
     click.option(
         "--search",
@@ -72,27 +72,23 @@ request_options = _chain(
         is_flag=False,
         flag_value=SEARCH_RUNS,
         metavar="[N]",
-        help=f"Improve the best plan layer by layer, measuring N ({SEARCH_RUNS}) plans at most.",
+        help=f"Improve the best plan layer by layer, measuring at most N ({SEARCH_RUNS}) plans.",
     ),
-    click.option("--preset", metavar="NAME", help="The paper's shapes: yopo-25 or yopo-12."),
-    click.option("--head-ratio", type=float, metavar="F", help="Share of the heads that is kept."),
+    click.option("--preset", metavar="NAME", help="A plan of the paper: yopo-25 or yopo-12."),
+    click.option("--head-ratio", type=float, metavar="F", help="Share of heads to keep."),
+    click.option("--neuron-ratio", type=float, metavar="F", help="Share of FFN neurons to keep."),
     click.option(
-        "--neuron-ratio", type=float, metavar="F", help="Share of the FFN neurons that is kept."
+        "--visual-layers", type=int, metavar="N", help="Number of layers with visual tokens."
     ),
+    click.option("--radius", type=int, metavar="N", help="Attention radius of visual tokens."),
     click.option(
-        "--visual-layers", type=int, metavar="N", help="First layers that see visual tokens."
-    ),
-    click.option(
-        "--radius", type=int, metavar="N", help="Neighborhood in which visual tokens attend."
-    ),
-    click.option(
-        "--alpha", type=float, metavar="F", help="Keep heads whose rho is above this by vote."
+        "--alpha", type=float, metavar="F", help="Keep heads by vote whose rho is above this."
     ),
     click.option(
         "--compensation",
         type=click.Choice(("none", "mean", "refit")),
-        help="Make up for what is pruned: its mean, or weights fitted for visual tokens alone.  "
-        "[default: the best one at a budget, none for a preset]",
+        help="Compensate for what is pruned: by its mean, or weights fitted only for visual "
+        "tokens.  [default: the best one at a budget, none for a preset]",
     ),
     click.option(
         "--kv-groups/--single-heads",
@@ -103,17 +99,17 @@ request_options = _chain(
     click.option(
         "--bidirectional/--causal",
         default=False,
-        help="Visual tokens attend later neighbors too (fine-tuned models).  [default: causal]",
+        help="Visual tokens also attend later neighbors (fine-tuned models).  [default: causal]",
     ),
 )
-"""What the plan should look like."""
+"""Options for the requested plan."""
 
 run_options = _chain(
     click.option(
         "--samples", type=int, metavar="N", help="Pairs to draw.  [default: all, or 256 demo pairs]"
     ),
     click.option(
-        "--seed", type=int, metavar="N", default=0, show_default=True, help="Decides which."
+        "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the draw."
     ),
     click.option(
         "--batch-size",
@@ -141,15 +137,15 @@ run_options = _chain(
         metavar="N",
         default=32,
         show_default=True,
-        help="Longest answer that is generated.",
+        help="Maximum length of generated answers.",
     ),
     click.option(
         "--trust-remote-code",
         is_flag=True,
-        help="Run the code of a processor or tokenizer that the model brings along.",
+        help="Run custom processor or tokenizer code from the model's files.",
     ),
 )
-"""How a model is run over pairs."""
+"""Options for running a model over pairs."""
 
 force_option = click.option("--force", is_flag=True, help="Replace existing output.")
 
@@ -159,18 +155,18 @@ DATA_FORMS = "JSONL, LLaVA JSON, parquet, image folder, hub id org/name:split, o
 def plan_request(
     context: click.Context, *, costs: str | None = None, budget: float | None = None
 ) -> PlanRequest:
-    """What a command with ``request_options`` asks of a plan; a budget if nothing else is said.
+    """The plan request of a command with ``request_options``; by default a budget.
 
     Args:
-        context: Of the running command.
+        context: Context of the running command.
         costs: The file of its ``--costs``, if it has that option.
-        budget: Instead of its ``--budget``.
+        budget: Overrides its ``--budget``.
     """
     drop_overruled(context, _BUDGET, _RATIOS)
     drop_overruled(context, ("alpha",), ("head_ratio",))
     from yopo.planning.request import plan_request
 
-    values = {name: context.params[name] for name in (*_BUDGET, *_RATIOS, *_BESIDE)}
+    values = {name: context.params[name] for name in (*_BUDGET, *_RATIOS, *_ANY_REQUEST)}
     values["budget"] = values["budget"] if budget is None else budget
     ways = ("budget", "tolerance", "milliseconds", *_RATIOS)
     if all(values[name] is None for name in ways):

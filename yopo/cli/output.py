@@ -16,11 +16,11 @@ _HTML_WIDTH = 100
 
 
 def print_report(report: RenderableType) -> None:
-    """Print a rich renderable as wide as the terminal (80 columns in a pipe)."""
+    """Print a rich renderable at the terminal's width (80 columns in a pipe)."""
     from rich.console import Console
 
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    with console.capture() as capture:  # rich would turn a closed pipe into an exit of its own
+    with console.capture() as capture:  # rich would exit by itself on a closed pipe
         console.print(report)
     text = capture.get()
     if not console.is_terminal:
@@ -34,7 +34,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def html(report: RenderableType, *, title: str) -> str:
-    """The same report as a self-contained HTML page."""
+    """Render a report as a self-contained HTML page."""
     import io
     from html import escape
 

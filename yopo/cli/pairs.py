@@ -1,4 +1,4 @@
-"""``yopo pairs``: demo pairs as files, to look at and to copy the format of."""
+"""``yopo pairs``: writes demo pairs to files, as examples of the data format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from yopo.cli.command import Command
 from yopo.demo import SETS
 from yopo.support.console import note
 from yopo.support.errors import OutputError
-from yopo.support.scratch import Scratch, tell_leftovers
+from yopo.support.scratch import Scratch, report_leftovers
 
 
 @click.command(cls=Command)
@@ -26,13 +26,13 @@ from yopo.support.scratch import Scratch, tell_leftovers
     "--count", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Pairs."
 )
 @click.option(
-    "--seed", type=int, metavar="N", default=0, show_default=True, help="Other seed, other pairs."
+    "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the pairs."
 )
 def command(directory: Path, split: str, count: int, seed: int) -> None:
-    """Write demo pairs to DIRECTORY: images, and pairs.jsonl with a line per question.
+    """Write demo pairs to DIRECTORY: images, and pairs.jsonl with one line per question.
 
-    Your own pairs need the same form: {"image": PATH, "question": TEXT, "answer": TEXT}, paths
-    relative to the file; the answer is optional. Prints the path of pairs.jsonl.
+    Your own pairs need the same format: {"image": PATH, "question": TEXT, "answer": TEXT}, with
+    paths relative to the file; the answer is optional. Prints the path of pairs.jsonl.
     """
     from yopo.demo.pair_files import PAIRS_NAME, write_pairs
 
@@ -41,9 +41,9 @@ def command(directory: Path, split: str, count: int, seed: int) -> None:
     parent = directory.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{directory}: its folder does not exist.")
-    tell_leftovers(directory.absolute())
+    report_leftovers(directory.absolute())
     with Scratch(directory.absolute()) as scratch:
         write_pairs(scratch.new, split, count, seed=seed)
         scratch.place_directory(check=lambda: False)  # an empty directory is replaced by a rename
-    note(f"{count} pairs of the split '{split}'.")
+    note(f"Wrote {count} pairs of the split '{split}'.")
     click.echo(directory / PAIRS_NAME)

@@ -1,4 +1,4 @@
-"""``yopo plan``: another plan from saved statistics, without the model."""
+"""``yopo plan``: makes another plan from saved statistics, without the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from yopo.cli.results import check_outputs, save
 def command(context: click.Context, stats: Path, **values: Any) -> None:
     """Make another plan from STATS, which `yopo calibrate --stats` saved, without the model.
 
-    Nothing can be measured without the model: a budget means --template, or `reader-heads`.
+    Nothing can be measured without the model: a budget uses --template, or `reader-heads`.
     """
     check_outputs([values["output"]], None, force=values["force"])
     made = load("yopo.pipeline.commands").plan(stats, plan_request(context))

@@ -1,4 +1,4 @@
-"""Writing what a calibration made: the plan, its tensors, the statistics; and saying so."""
+"""Writes the results of a calibration (plan, tensors, statistics) and reports them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) -> None:
-    """Refuse outputs that could not be written, before the long work.
+    """Refuse outputs that cannot be written, before the long work.
 
     Args:
         outputs: Plan files, or ``-``.
-        stats: The statistics file, if one is asked for.
+        stats: The statistics file, if requested.
         force: Whether files of the same kind may be replaced.
 
     Raises:
-        OutputError: A file exists, has no folder, or two outputs would be one file.
+        OutputError: A file exists, has no folder, or two outputs are the same file.
     """
     from yopo.plans.side_file import check_plan_writable
 
@@ -37,7 +37,7 @@ def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) ->
     taken = [os.path.abspath(path) for path in paths]
     for path in paths:
         if taken.count(os.path.abspath(path)) > 1:
-            raise OutputError(f"{path}: two outputs would have this name.")
+            raise OutputError(f"{path}: two outputs have this name.")
     for plan in plans:
         check_plan_writable(plan, force=force)
     if stats is not None:
@@ -45,11 +45,11 @@ def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) ->
 
 
 class Keeper:
-    """Statistics, on the disk as soon as they exist: whatever happens later, they are not lost.
+    """Saves statistics as soon as they exist, so that a later failure does not lose them.
 
     Args:
-        path: Where they are asked for; None: they are kept in the cache if no plan comes of them.
-        force: Whether statistics there may be replaced.
+        path: The requested file; None keeps them in the cache if making a plan fails.
+        force: Whether existing statistics may be replaced.
     """
 
     def __init__(self, path: Path | None, *, force: bool):
@@ -57,28 +57,28 @@ class Keeper:
         self._statistics: Statistics | None = None
 
     def keep(self, statistics: Statistics) -> None:
-        """Take over statistics that were just made."""
+        """Keep statistics that were just made."""
         self._statistics = statistics
         if self._path is not None:
-            check_writable(self._path, STATISTICS, force=self._force)  # an hour is a long time
+            check_writable(self._path, STATISTICS, force=self._force)  # an hour may have passed
             write_file(self._path, statistics.to_bytes())
             note(f"{self._path}: statistics of {len(statistics.rho)} pairs.")
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
-        """Say where the statistics are if the block fails to make a plan of them."""
+        """Report where the statistics are if the block fails to make a plan."""
         try:
             yield
         except Exception as error:
             if self._statistics is not None:
-                self._tell(self._statistics, error)
+                self._report(self._statistics, error)
             raise
 
-    def _tell(self, statistics: Statistics, error: Exception) -> None:
+    def _report(self, statistics: Statistics, error: Exception) -> None:
         path = self._path or self._rescue(statistics)
         if path is None:
             return
-        sentence = f"The statistics are not lost: `yopo plan {path}` makes plans of them."
+        sentence = f"The statistics are not lost: `yopo plan {path}` makes plans from them."
         if isinstance(error, YopoError):
             error.remedy = f"{error.remedy} {sentence}" if error.remedy else sentence
         else:
@@ -98,7 +98,7 @@ class Keeper:
 
 
 def save(made: Calibrated, output: str, *, force: bool) -> None:
-    """Write a plan and say in one line what was written."""
+    """Write a plan and report it in one line."""
     from yopo.plans.storage import write_plan
 
     if made.candidates:
@@ -123,7 +123,7 @@ def _written(plan: PruningPlan, output: str) -> str:
     from yopo.report import units
 
     prefill = prefill_flops(plan) / dense_prefill_flops(plan.model.shape, plan.workload)
-    asked = "" if plan.budget.asked is None else f" of {units.share(plan.budget.asked)} asked"
+    asked = "" if plan.budget.asked is None else f" of {units.share(plan.budget.asked)} requested"
     return (
         f"{'Plan' if output == '-' else output}: visual budget "
         f"{units.share(plan.budget.reached)}{asked}, prefill FLOPs {units.share(prefill)}."

@@ -1,4 +1,4 @@
-"""How much is said: ``-v`` lets libraries speak, ``-vv`` shows tracebacks, ``-q`` hides notes."""
+"""Verbosity: ``-v`` shows library messages, ``-vv`` shows tracebacks, ``-q`` hides notes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SILENCE = {
 
 @dataclass
 class Verbosity:
-    """Counts of ``-v`` and ``-q``, wherever on the command line they stand."""
+    """Counts of ``-v`` and ``-q``, anywhere on the command line."""
 
     verbose: int = 0
     quiet: bool = False
@@ -38,7 +38,7 @@ class Verbosity:
 
 @contextmanager
 def applied(verbosity: Verbosity) -> Iterator[None]:
-    """Make yopo and the libraries as quiet as asked for the length of a block."""
+    """Set the verbosity of yopo and the libraries within a block."""
     console.set_quiet(verbosity.quiet)
     former = logging.root.manager.disable
     try:

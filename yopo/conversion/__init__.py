@@ -1,1 +1,1 @@
-"""Checkpoints that transformers cannot load, made into ones that it can; tensor by tensor."""
+"""Converts checkpoints that transformers cannot load into ones that it can, tensor by tensor."""

@@ -1,4 +1,4 @@
-"""config.json of an original InternVL checkpoint, as that of the native class."""
+"""Translates config.json of an original InternVL checkpoint to the native class's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yopo.support.errors import CheckpointError
 
 ARCHITECTURE = "InternVLForConditionalGeneration"
 NORM_EPSILON = 1e-6
-"""At which transformers norms the tower's queries and keys, whatever the configuration says."""
+"""Epsilon of transformers' norms of the tower's queries and keys, whatever the configuration."""
 
 _OUTER = Section(
     "the outer part",
@@ -32,8 +32,8 @@ _OUTER = Section(
         "tie_word_embeddings".split()
     ),
 )
-_MUST_BE_SAID = ("ps_version", "dynamic_image_size", "use_thumbnail")
-"""Their defaults in the original code are not what its checkpoints use."""
+_EXPLICIT = ("ps_version", "dynamic_image_size", "use_thumbnail")
+"""Required keys: their defaults in the original code differ from what its checkpoints use."""
 
 _VISION = Section(
     "vision_config",
@@ -77,12 +77,12 @@ Rope = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TextDecoder:
-    """How one kind of text decoder is translated.
+    """The translation of one kind of text decoder.
 
     Attributes:
-        model_type: Of the native configuration.
-        section: What is known of ``llm_config``.
-        rope_types: Kinds of ``rope_scaling`` (besides none) -> how they are written now.
+        model_type: ``model_type`` of the native configuration.
+        section: The known keys of ``llm_config``.
+        rope_types: Kinds of ``rope_scaling`` (besides none) -> their translation.
     """
 
     model_type: str
@@ -185,12 +185,12 @@ def decoder_of(raw: Mapping[str, Any]) -> TextDecoder:
     """The translation of a checkpoint's text decoder.
 
     Raises:
-        CheckpointError: It is of a kind that is not known.
+        CheckpointError: Its kind is unknown.
     """
     found = ((raw.get("llm_config") or {}).get("architectures") or ["nothing"])[0]
     if found not in DECODERS:
         raise CheckpointError(
-            f"config.json: the text decoder is {found}, which cannot be converted "
+            f"config.json: the text decoder {found} cannot be converted "
             f"(only {', '.join(sorted(DECODERS))})."
         )
     return DECODERS[found]
@@ -206,7 +206,7 @@ def translate(raw: Mapping[str, Any], image_token_id: int) -> dict[str, Any]:
     Raises:
         CheckpointError: Something in it is unknown or cannot be expressed natively.
     """
-    for key in _MUST_BE_SAID:
+    for key in _EXPLICIT:
         if key not in raw:
             raise CheckpointError(f"config.json: lacks '{key}'.")
     decoder = decoder_of(raw)
@@ -237,13 +237,13 @@ def _vision(raw: Mapping[str, Any]) -> dict[str, Any]:
     forced = raw.get("force_image_size")
     if forced not in (None, vision["image_size"]):
         raise CheckpointError(
-            f"config.json: force_image_size is {forced}, but the tower's position embeddings are "
+            f"config.json: force_image_size is {forced}, but the tower has position embeddings "
             f"for {vision['image_size']} pixels."
         )
     if vision["use_qk_norm"] and vision["layer_norm_eps"] != NORM_EPSILON:
         raise CheckpointError(
             f"config.json: vision_config.layer_norm_eps is {vision['layer_norm_eps']}, but "
-            f"transformers norms the tower's queries and keys at {NORM_EPSILON}."
+            f"transformers norms the tower's queries and keys with {NORM_EPSILON}."
         )
     return vision
 

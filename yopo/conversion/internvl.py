@@ -1,9 +1,9 @@
-"""``yopo convert``: an original InternVL checkpoint as a native one, without holding the model.
+"""``yopo convert``: converts an original InternVL checkpoint, without loading the model.
 
-The code that comes with OpenGVLab/InternVL2-* does not run on transformers 5, but the models are
-made of parts that transformers has. Only names, the place of some rows and the configuration
-change. The result is checked against the tensors that transformers' own class asks for, by name
-and shape, before the first byte is written.
+The code that comes with OpenGVLab/InternVL2-* does not run on transformers 5, but the models
+consist of parts that transformers has. Only names, the place of some rows and the configuration
+change. The result is checked against the tensors that transformers' own class expects, by name and
+shape, before anything is written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ORIGINAL = "internvl_chat"
 """``model_type`` of original checkpoints."""
 
 _ROOM = 2**20
-"""Bytes allowed for what is generated."""
+"""Bytes reserved for generated files."""
 
 _HUB_NAMES = {
     "model.language_model.": "language_model.model.",
@@ -44,14 +44,14 @@ _HUB_NAMES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``convert`` did.
+    """The result of ``convert``.
 
     Attributes:
         output: The checkpoint directory.
         num_tensors: Tensors in it.
         num_bytes: Size of its shards' data.
         seconds: Wall time.
-        notes: What the user should know or add, a sentence each.
+        notes: Sentences about what the user should know or add.
     """
 
     output: Path
@@ -66,11 +66,11 @@ def convert(source: str | Path, output: str | Path, *, force: bool = False) -> C
 
     Args:
         source: Its directory; only read.
-        output: The directory to make.
+        output: The directory to create.
         force: Whether a checkpoint in ``output`` may be replaced.
 
     Raises:
-        CheckpointError: The source is none, is incomplete, or something in it is unknown.
+        CheckpointError: The source is not one, is incomplete, or has something unknown in it.
         OutputError: The output exists, overlaps with the source or cannot be written.
     """
     started = time.perf_counter()
@@ -78,7 +78,7 @@ def convert(source: str | Path, output: str | Path, *, force: bool = False) -> C
     raw = read_config(source)
     if raw.get("model_type") != ORIGINAL:
         raise CheckpointError(
-            f"{source}: is of type '{raw.get('model_type')}', not an original InternVL checkpoint "
+            f"{source}: has type '{raw.get('model_type')}', not an original InternVL checkpoint "
             f"({ORIGINAL}).",
             remedy="Checkpoints that transformers loads need no conversion.",
         )
@@ -100,7 +100,7 @@ def convert(source: str | Path, output: str | Path, *, force: bool = False) -> C
             (folder / INDEX_FILE).write_text(index_json(plan), encoding="utf-8")
         for path in files_to_copy(source):
             shutil.copyfile(path, folder / path.name)
-        for name, text in texts.items():  # config.json last: without it this is no checkpoint
+        for name, text in texts.items():  # config.json last: it makes the folder a checkpoint
             (folder / name).write_text(text, encoding="utf-8")
     seconds = time.perf_counter() - started
     return Conversion(Path(output), total, num_bytes, seconds, _notes(source, raw, image_token_id))
@@ -114,14 +114,14 @@ def _native_config(source: Path, keywords: Mapping[str, Any]) -> InternVLConfig:
     except Exception as error:  # its validation raises many kinds
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{source}: transformers does not take the translated configuration: {reason}"
+            f"{source}: transformers rejects the translated configuration: {reason}"
         ) from error
 
 
 def _plan(
     source: Path, shards: tuple[Shard, ...], raw: Mapping[str, Any], config: InternVLConfig
 ) -> dict[str, list[NewTensor]]:
-    """What every shard of the result holds, checked against what transformers asks for."""
+    """The tensors of every shard of the result, checked against what transformers expects."""
     tied = frozenset({"language_model.lm_head.weight"} if config.tie_word_embeddings else ())
     text = config.get_text_config().to_dict()
     rules = rules_of(raw["llm_config"]["architectures"][0], text)
@@ -129,9 +129,9 @@ def _plan(
     found = {tensor.name: tensor.shape for tensors in plan.values() for tensor in tensors}
     expected = {name: shape for name, shape in expected_tensors(config).items() if name not in tied}
     for name in sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"{source}: nothing in it becomes '{name}', which the model needs.")
+        raise CheckpointError(f"{source}: has no tensor for '{name}', which the model needs.")
     for name in sorted(found.keys() - expected.keys()):
-        raise CheckpointError(f"{source}: holds '{name}', which the native model does not have.")
+        raise CheckpointError(f"{source}: has '{name}', which the native model does not have.")
     for name, shape in found.items():
         if shape != expected[name]:
             raise CheckpointError(
@@ -142,7 +142,7 @@ def _plan(
 
 
 def expected_tensors(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
-    """Name in a checkpoint -> shape of everything that transformers' class loads."""
+    """Name in a checkpoint -> shape, for every tensor that transformers' class loads."""
     import torch
     from transformers import InternVLForConditionalGeneration
 
@@ -162,23 +162,23 @@ def _write(source: Path, folder: Path, plan: Mapping[str, list[NewTensor]]) -> I
 
 def _notes(source: Path, raw: Mapping[str, Any], image_token_id: int) -> tuple[str, ...]:
     notes = [
-        f"{IMAGE_TOKEN} has id {image_token_id}, as the tokenizer files say.",
-        "The original writes a system message in front of every conversation; the chat template "
-        "does not, so give one if you want it.",
+        f"{IMAGE_TOKEN} has id {image_token_id}, according to the tokenizer files.",
+        "The original adds a system message before every conversation; the chat template does "
+        "not, so pass one if you want it.",
     ]
     scaling = raw["llm_config"].get("rope_scaling")
     if scaling:
         kind = scaling.get("type") or scaling.get("rope_type")
         notes.append(
-            f"Rope scaling '{kind}' is transformers' own; it was not compared with the original "
-            "code on real weights."
+            f"Rope scaling '{kind}' uses transformers' implementation, which was not compared with "
+            "the original code on real weights."
         )
     if raw["vision_config"].get("qk_normalization"):
         notes.append("The tower norms its queries and keys (InternViT-6B): not verified.")
     if not (source / "tokenizer.json").is_file():
         notes.append(
-            "There is no tokenizer.json: where transformers cannot make one of tokenizer.model "
-            "(InternLM2's tokenizer is code of its own), take the tokenizer files of an -hf "
-            f"repository with the same vocabulary, in which {IMAGE_TOKEN} must have the same id."
+            "There is no tokenizer.json: if transformers cannot make one from tokenizer.model "
+            "(InternLM2's tokenizer is custom code), take the tokenizer files of an -hf repository "
+            f"with the same vocabulary, in which {IMAGE_TOKEN} must have the same id."
         )
     return tuple(notes)

@@ -1,8 +1,8 @@
-"""Translating a section of a configuration key by key, refusing every key that is not known.
+"""Translates a section of a configuration key by key, refusing unknown keys.
 
-A key that is silently dropped may change what the model computes. So each one is either carried
-over under its new name, or must have the one value under which it changes nothing, or is known to
-say nothing about the numbers at all.
+A silently dropped key may change what the model computes. So each one is either carried over under
+its new name, or must have the value that changes nothing, or is known not to affect the numbers at
+all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BOILERPLATE = frozenset(
     transformers_version typical_p use_bfloat16 use_cache use_flash_attn
     """.split()
 )
-"""What every configuration of transformers 4 carries along: training, generation, bookkeeping."""
+"""Keys in every configuration of transformers 4: training, generation, bookkeeping."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -36,7 +36,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moe_config": (None,),
     "use_moe": (False,),
 }
-"""Keys of any section, and the values under which they change nothing."""
+"""Keys of any section, and the values that change nothing."""
 
 MOE = frozenset(
     """
@@ -45,19 +45,19 @@ MOE = frozenset(
     shared_expert_intermediate_size use_residual use_rts use_weighted_residual
     """.split()
 )
-"""Read by the original code under ``use_moe`` alone."""
+"""Keys that the original code only reads under ``use_moe``."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """What is known of a section's keys.
+    """The known keys of a section.
 
     Attributes:
-        name: Where it stands in config.json, for messages.
-        required: Old key -> new key, without a default: a checkpoint says these itself.
-        optional: Old key -> new key, carried over where present.
-        fixed: Key -> the values under which it means what the result computes.
-        ignored: Further keys that say nothing about the numbers.
+        name: Its path in config.json, for messages.
+        required: Old key -> new key, without a default: a checkpoint must set these.
+        optional: Old key -> new key, carried over if present.
+        fixed: Key -> the values for which the result computes the same.
+        ignored: Further keys that do not affect the numbers.
         handled: Keys that the caller translates.
     """
 
@@ -72,8 +72,8 @@ class Section:
         """The new keys and values of a section.
 
         Raises:
-            CheckpointError: A required key is absent, one has a value that is not supported, or
-                one is unknown.
+            CheckpointError: A required key is missing, a value is not supported, or a key is
+                unknown.
         """
         for key in self.required:
             if raw.get(key) is None:
@@ -91,7 +91,7 @@ class Section:
                 raise CheckpointError(
                     f"config.json: {self.name}.{key} is unknown, and it might change what the "
                     "model computes.",
-                    remedy="Remove the key if you know that it does not.",
+                    remedy="Remove the key if you are sure that it does not.",
                 )
         return {new: raw[old] for old, new in names.items() if old in raw}
 

@@ -1,4 +1,4 @@
-"""What stands beside a converted checkpoint's weights: tokenizer, processor, chat template."""
+"""The files next to a converted checkpoint's weights: tokenizer, processor, chat template."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ _ROLES = {
     "context_image_token": IMAGE_TOKEN,
     "video_token": "<video>",
 }
-"""Tokens that InternVLProcessor asks its tokenizer for."""
+"""Tokens that InternVLProcessor looks up in its tokenizer."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """How an original conversation template writes a message.
+    """The message format of an original conversation template.
 
     Attributes:
-        before: In front of a message, with ``ROLE`` for the speaker.
+        before: Text before a message, with ``ROLE`` for the speaker.
         end: The token that ends a message, and an answer.
-        behind: White space behind that token.
+        after: White space after that token.
     """
 
     before: str
     end: str
-    behind: str = ""
+    after: str = ""
 
     def chat_template(self) -> str:
-        """The same as a jinja template: images first, a newline behind each."""
+        """The format as a jinja template: images first, each followed by a newline."""
         start = "'" + self.before.replace("ROLE", "' + {role} + '") + "\\n'"
-        end = f"'{self.end}{self.behind}'".replace("\n", "\\n")
+        end = f"'{self.end}{self.after}'".replace("\n", "\\n")
         opening, answer = start.format(role="message['role']"), start.format(role="'assistant'")
         return (
             "{% for message in messages %}"
@@ -72,14 +72,14 @@ CONVERSATIONS = {
     "internvl2_5": Conversation("<|im_start|>ROLE", "<|im_end|>", "\n"),
     "phi3-chat": Conversation("<|ROLE|>", "<|end|>"),
 }
-"""Template named in config.json -> what it writes."""
+"""Template named in config.json -> its format."""
 
 
 def conversation_of(raw: Mapping[str, Any]) -> Conversation:
     """The conversation template that config.json names.
 
     Raises:
-        CheckpointError: It is unknown: prompts and the end of answers would be guessed.
+        CheckpointError: It is unknown: prompts and the end of answers would be guesses.
     """
     name = raw.get("template")
     if name not in CONVERSATIONS:
@@ -91,10 +91,10 @@ def conversation_of(raw: Mapping[str, Any]) -> Conversation:
 
 
 def token_id(folder: Path, token: str) -> int:
-    """Id of a special token, by whichever tokenizer files say it.
+    """Id of a special token, from all tokenizer files that contain it.
 
     Raises:
-        CheckpointError: None does, or two differ.
+        CheckpointError: No file contains it, or two files differ.
     """
     found = set()
     added = _read(folder / "added_tokens.json")
@@ -105,9 +105,9 @@ def token_id(folder: Path, token: str) -> int:
     listed = _read(folder / "tokenizer.json").get("added_tokens") or []
     found |= {int(entry["id"]) for entry in listed if entry.get("content") == token}
     if len(found) != 1:
-        said = f"say different ids {sorted(found)}" if found else "do not say the id"
+        said = f"give different ids {sorted(found)}" if found else "do not give an id"
         raise CheckpointError(
-            f"{folder}: its tokenizer files {said} of {token}.",
+            f"{folder}: its tokenizer files {said} for {token}.",
             remedy="Download all files of the original repository.",
         )
     return found.pop()
@@ -131,7 +131,7 @@ def files_to_copy(folder: Path) -> list[Path]:
 
 
 def documents(folder: Path, raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
-    """The small files that are written anew: name -> text.
+    """The small files that are rewritten: name -> text.
 
     Args:
         folder: The source.
@@ -141,7 +141,7 @@ def documents(folder: Path, raw: Mapping[str, Any], config: Mapping[str, Any]) -
     conversation = conversation_of(raw)
     tokenizer = _read(folder / "tokenizer_config.json")
     tokenizer["extra_special_tokens"] = _ROLES
-    tokenizer.pop("chat_template", None)  # it knows no images
+    tokenizer.pop("chat_template", None)  # it does not support images
     generation = _read(folder / "generation_config.json")
     generation["eos_token_id"] = _ends(generation, token_id(folder, conversation.end))
     generation.pop("transformers_version", None)

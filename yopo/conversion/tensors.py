@@ -1,7 +1,7 @@
-"""Which tensors an original InternVL checkpoint's become, and writing them without decoding any.
+"""Maps an original InternVL checkpoint's tensors to native ones, without decoding any.
 
-Renaming, and cutting fused projections apart: every new tensor is some rows of an old one, so a
-shard is written by copying ranges of bytes. Dtypes and values stay exactly what they were.
+Tensors are renamed and fused projections split: every new tensor is some rows of an old one, so a
+shard is written by copying byte ranges. Dtypes and values do not change.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CHUNK = 16 * 2**20
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a tensor: it is ``groups`` groups of ``members`` equal blocks of rows.
+    """Some rows of a tensor of ``groups`` groups of ``members`` equal blocks of rows.
 
     Attributes:
-        groups: Groups, one behind the other.
+        groups: Number of consecutive groups.
         members: Blocks per group.
-        start, stop: The blocks taken of every group.
+        start, stop: The blocks taken from every group.
     """
 
     groups: int = 1
@@ -51,7 +51,7 @@ class NewTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size of its data."""
+        """Size of its data in bytes."""
         rows = self.rows
         return self.source.num_bytes // rows.members * (rows.stop - rows.start)
 
@@ -99,18 +99,18 @@ VISION: dict[str, Parts] = {
         for index, new in ((0, "layer_norm"), (1, "linear_1"), (3, "linear_2"))
     },
 }
-"""Old name (a regular expression) -> what becomes of it, for the tower and the projector."""
+"""Old name (a regular expression) -> new tensors, for the tower and the projector."""
 
 _NATIVE = {
     r"language_model\.(model\.(?:embed_tokens|norm|layers\.\d+\..+)|lm_head)\.(weight|bias)": {
         r"language_model.\1.\2": WHOLE
     },
 }
-"""Text decoders whose names are transformers' own."""
+"""Text decoders that use transformers' names."""
 
 
 def _internlm2(kv_heads: int, group: int) -> dict[str, Parts]:
-    """A KV head's queries stand in front of its key and its value."""
+    """InternLM2's rules: a KV head's queries come before its key and its value."""
     layer, new = r"language_model\.model\.layers\.(\d+)\.", r"language_model.model.layers.\1."
     members = group + 2
     rows = {"q": (0, group), "k": (group, group + 1), "v": (group + 1, group + 2)}
@@ -140,7 +140,7 @@ def _internlm2(kv_heads: int, group: int) -> dict[str, Parts]:
 
 
 def rules_of(architecture: str, text: Mapping[str, Any]) -> dict[str, Parts]:
-    """What becomes of every tensor of a checkpoint.
+    """The new tensors of every tensor of a checkpoint.
 
     Args:
         architecture: Class of the original text decoder.
@@ -155,15 +155,15 @@ def rules_of(architecture: str, text: Mapping[str, Any]) -> dict[str, Parts]:
 def new_tensors(
     shard: Shard, rules: Mapping[str, Parts], *, skipped: frozenset[str] = frozenset()
 ) -> list[NewTensor]:
-    """The tensors that a shard's become, in the order of their sources.
+    """The new tensors of a shard, in the order of their sources.
 
     Args:
-        shard: Of the original checkpoint.
+        shard: A shard of the original checkpoint.
         rules: From ``rules_of``.
-        skipped: New names that are left out (a tied head).
+        skipped: New names to leave out (a tied head).
 
     Raises:
-        CheckpointError: A tensor is unknown, or is not made of such blocks.
+        CheckpointError: A tensor is unknown, or does not consist of the expected blocks.
     """
     compiled = {re.compile(pattern): parts for pattern, parts in rules.items()}
     made = []
@@ -177,7 +177,7 @@ def new_tensors(
         ]
         if len(found) != 1:
             raise CheckpointError(
-                f"{shard.file}: tensor '{entry.name}' is no known part of an InternVL checkpoint.",
+                f"{shard.file}: tensor '{entry.name}' is not part of a known InternVL checkpoint.",
                 remedy="Merge adapters first; other variants of the model cannot be converted.",
             )
         match, parts = found[0]
@@ -195,18 +195,18 @@ def _shape(shard: Shard, entry: TensorEntry, rows: Rows) -> tuple[int, ...]:
     if rest:
         raise CheckpointError(
             f"{shard.file}: tensor '{entry.name}' has shape {entry.shape}, expected rows of "
-            f"{rows.groups} x {rows.members} heads as config.json says."
+            f"{rows.groups} x {rows.members} heads from config.json."
         )
     return (block * rows.groups * (rows.stop - rows.start), *entry.shape[1:])
 
 
 def write_shard(source: Path, target: Path, tensors: Sequence[NewTensor]) -> Iterator[NewTensor]:
-    """Write a safetensors file, yielding every tensor when it is done.
+    """Write a safetensors file, yielding each tensor when it is done.
 
     Args:
         source: The original shard.
         target: A file that does not exist yet.
-        tensors: What it shall hold.
+        tensors: The tensors to write.
     """
     with source.open("rb") as read_from, target.open("xb") as write_to:
         write_to.write(_header(tensors))

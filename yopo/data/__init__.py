@@ -1,1 +1,1 @@
-"""Image-question pairs: where they come from, how rows are read, and prompts made of them."""
+"""Image-question pairs: sources, reading rows, and building prompts."""

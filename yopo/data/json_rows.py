@@ -1,6 +1,6 @@
-"""The rows of a JSON or JSONL file, one at a time: a million of them take no more memory than one.
+"""Streams the rows of a JSON or JSONL file, in the memory of a single row.
 
-A row is known by the bytes that it lies in, so that the drawn ones can be read again.
+Byte ranges of the rows are remembered, so that sampled rows can be read again.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from yopo.support.errors import DataError
 from yopo.support.reading import open_regular
 
 MAX_ROW = 16 << 20
-"""Bytes of a row: images are named in it, not held."""
+"""Maximum bytes of a row: rows name images, they do not contain them."""
 
 CHUNK = 1 << 20
 """Bytes of a JSON list that are read at a time."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_BEHIND = tuple(",] \t\n\r")
+_AFTER_ITEM = tuple(",] \t\n\r")
 _FORMS = "Write one object per line, or all of them in one list."
 
 
 class JsonRows:
-    """The rows of one file, found by reading it through once.
+    """The rows of one file, found in one scan.
 
     Attributes:
         path: The file.
-        digest: SHA-256 of its bytes, once ``scan`` has come to its end.
+        digest: SHA-256 of its bytes, once ``scan`` is exhausted.
     """
 
     def __init__(self, path: Path):
@@ -52,10 +52,10 @@ class JsonRows:
         return self._hash.hexdigest()
 
     def scan(self) -> Iterator[tuple[int, Any]]:
-        """Yield (line, value) of every row, remembering where it lies.
+        """Yield (line, value) of every row, remembering its position.
 
         Raises:
-            DataError: No regular file, not UTF-8, or not JSON; names the line.
+            DataError: Not a regular file, not UTF-8, or not JSON; names the line.
         """
         file, _ = open_regular(self.path, error=DataError)
         with file:
@@ -67,15 +67,15 @@ class JsonRows:
                 yield line, value
 
     def read(self, numbers: Iterable[int]) -> Iterator[tuple[int, int, Any]]:
-        """Yield (number, line, value) of some rows, read again.
+        """Read some rows again and yield their (number, line, value).
 
         Raises:
-            DataError: The file is another one than at the scan.
+            DataError: The file changed since the scan.
         """
         file, _ = open_regular(self.path, error=DataError)
         with file:
             if _state(file) != self._state:
-                raise DataError(f"{self.path}: was changed while it was in use.")
+                raise DataError(f"{self.path}: changed while it was in use.")
             for number in numbers:
                 line, start = self._lines[number], self._starts[number]
                 file.seek(start)
@@ -105,7 +105,7 @@ class JsonRows:
             offset += len(content)
 
     def _list_rows(self, file: BinaryIO, offset: int) -> Iterator[tuple[int, int, bytes, Any]]:
-        """Rows of one list. JSON's own characters are ASCII: bytes are scanned as if Latin-1."""
+        """Rows of one list. JSON's own characters are ASCII, so bytes are scanned as Latin-1."""
         window = _Window(self, file, offset)
         window.skip("[")
         while window.peek() != "]":
@@ -138,31 +138,31 @@ class JsonRows:
         return content.decode("latin-1")
 
     def not_json(self, line: int, column: int, problem: str) -> DataError:
-        """The error of a row that cannot be parsed."""
+        """Build the error for a row that cannot be parsed."""
         return DataError(
             f"{self.path}:{line}: not JSON: {problem} (column {column}).", remedy=_FORMS
         )
 
     def _too_long(self, line: int) -> DataError:
         return DataError(
-            f"{self.path}:{line}: the row is longer than the {MAX_ROW:,} bytes that are read.",
+            f"{self.path}:{line}: the row is longer than the limit of {MAX_ROW:,} bytes.",
             remedy=_FORMS,
         )
 
 
 class _Window:
-    """A part of a long JSON text, moved along it."""
+    """A window that moves along a long JSON text."""
 
     def __init__(self, rows: JsonRows, file: BinaryIO, offset: int):
         self._rows, self._file = rows, file
         self._text, self._place = "", 0
         self._offset, self._line, self._column = offset, 1, 1  # of the text's first character
-        self._counted, self._lines_before = 0, 0  # characters in which lines were counted
+        self._counted, self._lines_before = 0, 0  # characters whose lines were counted
         self._is_last = False
         self._decoder = json.JSONDecoder()
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             space = _SPACE.match(self._text, self._place)
             self._place = self._place if space is None else space.end()
@@ -171,20 +171,20 @@ class _Window:
             self._grow()
 
     def skip(self, expected: str) -> None:
-        """Go behind a character that has to come next."""
+        """Skip a character that has to come next."""
         if self.peek() != expected:
             raise self.error(f"Expecting '{expected}'")
         self._place += 1
 
     def item(self) -> tuple[int, int, str, Any]:
-        """(line, start, text, value) of the value that comes next."""
+        """(line, start, text, value) of the next value."""
         self.peek()
         while True:
             start = self._place
             try:
                 value, stop = self._decoder.raw_decode(self._text, start)
-                if self._is_last or self._text[stop : stop + 1] in _BEHIND:
-                    break  # else a number may go on
+                if self._is_last or self._text[stop : stop + 1] in _AFTER_ITEM:
+                    break  # otherwise a number may continue
                 problem = ("Expecting ',' delimiter", stop)
             except json.JSONDecodeError as error:
                 problem = (error.msg, error.pos)
@@ -200,14 +200,14 @@ class _Window:
         return self._line + self._lines_before, self._offset + start, self._text[start:stop], value
 
     def error(self, problem: str, place: int | None = None) -> DataError:
-        """What is wrong here, or elsewhere in the window."""
+        """Build an error for a problem here, or at ``place`` in the window."""
         before = self._text[: self._place if place is None else place]
         line_start = before.rfind("\n") + 1
         column = len(before) - line_start + (1 if line_start else self._column)
         return self._rows.not_json(self._line + before.count("\n"), column, problem)
 
     def _grow(self) -> None:
-        """Read on, and forget what is behind."""
+        """Read more, and drop the text before the current place."""
         before, self._text = self._text[: self._place], self._text[self._place :]
         newline = before.rfind("\n")
         self._column = len(before) - newline if newline >= 0 else self._column + len(before)
@@ -226,4 +226,4 @@ def _state(file: BinaryIO) -> tuple[int, int]:
 
 def _beyond(error: Exception) -> str:
     is_deep = isinstance(error, RecursionError)
-    return "it nests too deeply" if is_deep else "a number of too many digits"
+    return "it nests too deeply" if is_deep else "a number has too many digits"

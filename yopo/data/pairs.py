@@ -1,4 +1,4 @@
-"""Image-question pairs: what calibration and evaluation measure on, decoded only when used."""
+"""Image-question pairs for calibration and evaluation, decoded only when used."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ if TYPE_CHECKING:
 
 
 MAX_IMAGE_BYTES = 256 << 20
-"""Of an image file."""
+"""Maximum size of an image file."""
 
 MAX_PIXELS = 64 << 20
-"""Of an image: decoded, upright and as RGB it takes some 600 MB. A file of 2 MB can hold more."""
+"""Maximum pixels of an image; decoding that many takes some 600 MB. A 2 MB file can hold more."""
 
 MAX_ASPECT = 200
-"""Longer side over shorter one: processors scale the shorter one up to hundreds of pixels."""
+"""Maximum aspect ratio: processors scale the shorter side up to hundreds of pixels."""
 
 _PROGRAMS = ("EPS", "WMF")
-"""Formats that are programs, which Pillow has other software run."""
+"""Formats that are programs, for which Pillow calls other software."""
 
 
 @dataclass(frozen=True)
 class ImageRef:
-    """An image that is read and decoded when it is needed, not before.
+    """An image that is only read and decoded when it is needed.
 
     Attributes:
         source: A local path, a remote address that ``datasets`` can read (``hf://``, ``zip://``),
             the bytes of an image file, or a decoded image.
-        label: What messages call it, with the row it stands in: ``pairs.jsonl:3: image cat.png``.
+        label: Name in messages, with its row: ``pairs.jsonl:3: image cat.png``.
     """
 
     source: Path | str | bytes | Image = field(repr=False)
     label: str
 
     def check(self) -> None:
-        """Refuse a local path where no file is, without decoding anything.
+        """Refuse a local path without a file, without decoding anything.
 
         Raises:
             DataError: There is no such file.
@@ -52,7 +52,7 @@ class ImageRef:
             return
         try:
             is_missing = not self.source.is_file()
-        except (OSError, ValueError):  # too long, or with a zero byte in it
+        except (OSError, ValueError):  # too long, or contains a zero byte
             is_missing = True
         if is_missing:
             raise DataError(
@@ -61,10 +61,10 @@ class ImageRef:
             )
 
     def load(self) -> Image:
-        """Decode the image, upright as its EXIF tag says, as RGB.
+        """Decode the image as RGB, upright according to its EXIF tag.
 
         Raises:
-            DataError: The file is missing, cut off, too large, or no image.
+            DataError: The file is missing, truncated, too large, or not an image.
         """
         from PIL import Image, UnidentifiedImageError
 
@@ -77,7 +77,9 @@ class ImageRef:
             file, size = _opened(self.source)
             with file:
                 if size > MAX_IMAGE_BYTES:
-                    raise self._unreadable(f"it has {size:,} bytes; {MAX_IMAGE_BYTES:,} are read")
+                    raise self._unreadable(
+                        f"it has {size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}"
+                    )
                 with warnings.catch_warnings():
                     # Pillow's own limits are wider than ours.
                     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -88,24 +90,26 @@ class ImageRef:
             raise self._unreadable("not an image in a format that Pillow knows") from error
         except (YopoError, MemoryError):
             raise
-        except Exception as error:  # decoders and the EXIF reader raise whatever they stumble on
+        except Exception as error:  # decoders and the EXIF reader raise all kinds of errors
             raise self._unreadable(str(error) or type(error).__name__) from error
 
     def _upright(self, image: Image) -> Image:
-        """Decode an image after a look at what it claims to be; nothing is decoded before."""
+        """Decode an image after checking its format and size, which needs no decoding."""
         width, height = image.size
         if image.format in _PROGRAMS:
             raise self._unreadable(f"{image.format} files are programs, which are not run")
         if width * height > MAX_PIXELS:
-            raise self._unreadable(f"it has {width} x {height} pixels; {MAX_PIXELS:,} are decoded")
+            raise self._unreadable(
+                f"it has {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}"
+            )
         if max(width, height) > MAX_ASPECT * min(width, height):
-            raise self._unreadable(f"it is a line of {width} x {height} pixels")
+            raise self._unreadable(f"it is too narrow with {width} x {height} pixels")
         return _upright_rgb(image)
 
     def _unreadable(self, problem: str) -> DataError:
         return DataError(
             f"{self.label}: cannot be decoded: {problem}.",
-            remedy="Replace the file, or take the pair out of the data.",
+            remedy="Replace the file, or remove the pair from the data.",
         )
 
 
@@ -116,14 +120,14 @@ def _opened(source: Path | bytes) -> tuple[BinaryIO, int]:
 
 
 def _read_remote(address: str) -> Image:
-    """Fetch and decode an image of a streamed dataset, with the hub's token where it needs one."""
+    """Fetch and decode an image of a streamed dataset, with the hub token if it needs one."""
     import datasets
 
     return datasets.Image().decode_example({"path": address, "bytes": None})
 
 
 def _upright_rgb(image: Image) -> Image:
-    """Turn an image upright and into RGB as stock processors do: alpha is dropped, not blended."""
+    """Make an image upright RGB as stock processors do: alpha is dropped, not blended."""
     from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(image)
@@ -139,12 +143,12 @@ class Pair:
     """One or more images, a question about them, and its answers if they are known.
 
     Attributes:
-        images: In the order of the prompt, at least one.
-        question: The question alone: no template, no image placeholder.
+        images: At least one, in prompt order.
+        question: Only the question: no template, no image placeholder.
         answers: Accepted answers; empty when the data has none.
-        kind: What kind of question it is, if the data says so.
-        id: The data's own id, else the row's number.
-        where: Where it stands, for messages: ``pairs.jsonl:3``.
+        kind: The kind of question, if the data states it.
+        id: The data's own id, otherwise the row's number.
+        where: Its location, for messages: ``pairs.jsonl:3``.
     """
 
     images: tuple[ImageRef, ...]
@@ -161,8 +165,8 @@ class Pairs:
 
     Attributes:
         name: File name, hub id or ``demo:split``, for the plan's provenance; no machine path.
-        total: How many an iteration yields (at most, for a stream), or None when unknown.
-        digest: SHA-256 of the JSON text, the hub's commit, or None where neither is at hand.
+        total: Number of pairs per iteration (an upper bound for streams), or None when unknown.
+        digest: SHA-256 of the JSON text, the hub's commit, or None if neither is available.
     """
 
     name: str
@@ -175,4 +179,4 @@ class Pairs:
 
 
 Data = str | Path | Pairs | Sequence[Mapping[str, Any]]
-"""Where pairs come from: a source by name, pairs that are open already, or rows in memory."""
+"""A source of pairs: its name, pairs that are already open, or rows in memory."""

@@ -1,7 +1,7 @@
-"""What a processor must know of the model, filled in from the model where its files do not say.
+"""Sets a processor's model-dependent settings from the model where its files are silent or wrong.
 
 LLaVA's processors count placeholders by the tower's patch size and class token. Many published
-directories hold these in no processor_config.json, or as defaults that are not the model's: the
+directories lack these in processor_config.json, or have defaults that do not match the model: the
 stock processor then fails, or writes a prompt that the model refuses.
 """
 
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NEEDED = ("patch_size", "vision_feature_select_strategy")
-"""Settings without which no placeholder can be counted, by processors that have them."""
+"""Settings without which a processor that has them cannot count placeholders."""
 
 
 def settle(processor: ProcessorMixin, location: str, **options: Any) -> None:
-    """Set a processor's settings to the model's, in place, and say so where they differed.
+    """Set a processor's settings to the model's, in place, and note any differences.
 
     Args:
         processor: Just loaded.
         location: The directory or hub id that it was loaded from.
-        **options: Of ``from_pretrained`` (``revision``, ``local_files_only``).
+        **options: Options of ``from_pretrained`` (``revision``, ``local_files_only``).
 
     Raises:
-        ModelError: A setting is missing and the model's configuration does not tell it, or the
-            model's visual tokens cannot be located.
+        ModelError: A setting is missing in both the processor's files and the model's
+            configuration, or the model's visual tokens cannot be located.
     """
     config, family = _config(location, options), None
     if config is not None:
-        with suppress(ModelError):  # whoever loads the model tells the user
+        with suppress(ModelError):  # loading the model reports it
             family = family_of(config)
     if config is None or family is None:
         missing = [name for name in _NEEDED if getattr(processor, name, "") is None]
         if missing:
             raise ModelError(
-                f"{location}: neither the processor's files nor a config.json of a supported model "
-                f"say what its {missing[0]} is.",
+                f"{location}: the processor lacks {missing[0]}, and there is no config.json of a "
+                "supported model to take it from.",
                 remedy="The directory needs the model's config.json, or a processor_config.json.",
             )
         return
@@ -54,15 +54,15 @@ def settle(processor: ProcessorMixin, location: str, **options: Any) -> None:
 
 
 def settled(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> ProcessorMixin:
-    """A processor in memory with the settings of a model; a copy where they differ.
+    """A copy of a processor in memory with the settings of a model.
 
     Args:
-        processor: Somebody's own, which is left as it is.
-        config: The model's.
-        name: What messages call the model.
+        processor: The user's processor, which is not changed.
+        config: The model's configuration.
+        name: The model's name in messages.
 
     Raises:
-        ModelError: No processor for images and text, or the model is of no supported family.
+        ModelError: Not a processor for images and text, or the model's family is not supported.
     """
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(
@@ -89,15 +89,15 @@ def _apply(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> No
         setattr(processor, key, value)
     if changed:
         listed = ", ".join(f"{key} {value}" for key, value in changed.items())
-        note(f"{name}: the processor's files lack or contradict what config.json says: {listed}.")
+        note(f"{name}: the processor's files lack or contradict values in config.json: {listed}.")
 
 
 def _config(location: str, options: dict[str, Any]) -> PreTrainedConfig | None:
-    """The model's configuration; None if there is none that can be read."""
+    """The model's configuration; None if it cannot be read."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(location, **{**options, "trust_remote_code": False})
-    except Exception as error:  # many kinds; whoever loads the model tells the user
+    except Exception as error:  # many kinds; loading the model reports it
         logger.debug("%s: no configuration: %s", location, error)
         return None

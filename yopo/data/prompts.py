@@ -1,4 +1,4 @@
-"""Pairs as padded model batches: chat template, image decoding, tokens, answers behind prompts."""
+"""Pairs as padded model batches: chat template, image decoding, tokens, appended answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 Answer = str | Sequence[int]
-"""An answer's text, or its token ids (a generated continuation, say)."""
+"""An answer's text, or its token ids (such as a generated continuation)."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Batch:
 
     Attributes:
         inputs: ``input_ids`` and ``attention_mask`` (batch, length) int64, ``pixel_values``
-            (images, channels, height, width) in the asked dtype, and what else the processor makes.
+            (images, channels, height, width) in the requested dtype, and other processor outputs.
         answer_mask: (batch, length) bool, true on the answers' tokens; None without answers.
-        pairs: What it was made of, in row order.
+        pairs: The pairs that it was made from, in row order.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -41,7 +41,7 @@ class Batch:
 
 
 def batches(pairs: Iterable[Pair], size: int) -> Iterator[tuple[Pair, ...]]:
-    """Group pairs in their order; the last group may be smaller than ``size``."""
+    """Group pairs in order; the last group may be smaller than ``size``."""
     group: list[Pair] = []
     for pair in pairs:
         group.append(pair)
@@ -55,22 +55,22 @@ def batches(pairs: Iterable[Pair], size: int) -> Iterator[tuple[Pair, ...]]:
 def load_processor(
     location: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> ProcessorMixin:
-    """Load a model's processor; where the hub is out of reach, from the local cache.
+    """Load a model's processor, from the local cache if the hub is unreachable.
 
     Args:
         location: A local directory or a hub id.
         revision: Hub revision, or None.
-        trust_remote_code: Whether code that the model's files bring along may run.
+        trust_remote_code: Whether code in the model's files may run.
 
     Raises:
-        ModelError: It cannot be reached, needs a missing package or code of its own, has no image
-            half, or does not say what it must know of the model (see ``settle``).
+        ModelError: It cannot be reached, needs a missing package or custom code, has no image
+            half, or lacks settings that cannot be taken from the model (see ``settle``).
     """
     from transformers import AutoProcessor
 
     from yopo.models.processors import load_without_videos
 
-    # False, not unset: unset would ask on stdin whether to run the model's code.
+    # False, not unset: unset would prompt on stdin whether to run the model's code.
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
@@ -86,7 +86,7 @@ def load_processor(
         options["local_files_only"] = unreachable is not None
     try:
         processor = AutoProcessor.from_pretrained(location, **options)
-    except Exception as error:  # OSError, ValueError, KeyError, AttributeError: all of them happen
+    except Exception as error:  # OSError, ValueError, KeyError, AttributeError and others
         processor = load_without_videos(location, **options)
         if processor is None:
             raise _not_loaded(location, unreachable, error) from error
@@ -105,13 +105,13 @@ def load_processor(
 def _not_loaded(location: str, unreachable: str | None, error: Exception) -> ModelError:
     if unreachable is not None:
         return ModelError(
-            f"{location}: the hub is out of reach ({unreachable}) and the local cache does not "
-            "hold the processor.",
-            remedy="Download the model where there is a network and give its directory.",
+            f"{location}: the hub is unreachable ({unreachable}) and the processor is not in the "
+            "local cache.",
+            remedy="Download the model on a machine with a network and give its directory.",
         )
     if "trust_remote_code" in str(error):
         return ModelError(
-            f"{location}: its processor or tokenizer is code of its own, which is not run.",
+            f"{location}: its processor or tokenizer needs custom code, which is not run.",
             remedy="Read that code, then allow it with --trust-remote-code.",
         )
     if isinstance(error, ImportError):
@@ -134,10 +134,9 @@ def prompt_text(processor: ProcessorMixin, pair: Pair, *, answer: str | None = N
     """Write a pair as the model's prompt, images first, one placeholder each.
 
     Args:
-        processor: Its chat template is used; without one, the form of LLaVA-1.5.
+        processor: Its chat template is used; without one, LLaVA-1.5's format.
         pair: Literal ``<image>`` marks in its question are removed.
-        answer: Written behind the prompt, with the space that a reply starts with if the prompt
-            does not end in white space.
+        answer: Appended to the prompt, after a space unless the prompt ends in white space.
     """
     image_token = getattr(processor, "image_token", None) or "<image>"
     question = without_placeholders(pair.question).replace(image_token, " ").strip()
@@ -156,11 +155,11 @@ def _separator(prompt: str) -> str:
 
 
 def answer_ids(processor: ProcessorMixin, prompt: str, answer: str) -> list[int]:
-    """Token ids of an answer as a decode would continue the prompt's own token ids.
+    """Token ids of an answer as decoding would continue the prompt's token ids.
 
-    They are the tokens that follow the prompt's when both are tokenised together, so that
-    "ASSISTANT:" is continued by "▁Yes" or " Yes", whichever the vocabulary has. Where the boundary
-    merges into one token, a decode could not produce that: the answer is tokenised by itself.
+    They are the tokens after the prompt's when both are tokenized together, so that "ASSISTANT:"
+    is continued by "▁Yes" or " Yes", whichever the vocabulary has. If the boundary merges into one
+    token, which decoding could not produce, the answer is tokenized separately.
     """
     if not answer:
         return []
@@ -199,7 +198,7 @@ def encode_for(
         raise DataError(
             f"{pair.where}: the prompt has {length:,} tokens, more than the model's context of "
             f"{context:,}.",
-            remedy="Shorten the question, or take the pair out of the data.",
+            remedy="Shorten the question, or remove the pair from the data.",
         )
     return batch
 
@@ -219,26 +218,26 @@ def encode(
         processor: From ``load_processor``.
         pairs: At least one.
         image_token_id: The model's ``config.image_token_id``.
-        device: Where the tensors go.
-        dtype: Of ``pixel_values`` (every floating-point input); token ids stay int64.
-        answers: One per pair, to be put behind the prompts as token ids; no end token is added.
+        device: Device of the tensors.
+        dtype: Type of ``pixel_values`` (all floating-point inputs); token ids are int64.
+        answers: One per pair, appended to the prompts as token ids; no end token is added.
 
     Raises:
-        DataError: An image cannot be decoded, or a prompt came out without a visual token.
+        DataError: An image cannot be decoded, or a prompt has no visual token.
     """
     prompts = [prompt_text(processor, pair) for pair in pairs]
     bos = processor.tokenizer.bos_token
     text_options = {
         "padding": True,
         "padding_side": "left",
-        "add_special_tokens": not (bos and prompts[0].startswith(bos)),  # templates may write it
+        "add_special_tokens": not (bos and prompts[0].startswith(bos)),  # templates may add it
     }
     images = [[image.load() for image in pair.images] for pair in pairs]
     try:
         made = processor(text=prompts, images=images, text_kwargs=text_options, return_tensors="pt")
     except ValueError as error:
         raise DataError(
-            f"{pairs[0].where}: the processor refuses the batch: {_first_line(error)}.",
+            f"{pairs[0].where}: the processor rejects the batch: {_first_line(error)}.",
             remedy="Check that the processor belongs to the model.",
         ) from error
     inputs = dict(made)
@@ -271,10 +270,10 @@ def _check_visual_tokens(input_ids: torch.Tensor, pairs: Sequence[Pair], token_i
 def _append(
     inputs: dict[str, torch.Tensor], answers: list[list[int]], pad_id: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Put answers behind left-padded prompts and pad anew.
+    """Append answers to left-padded prompts and pad again.
 
     Args:
-        inputs: Those shaped like ``input_ids``, (batch, length), grow; the others stay.
+        inputs: Those shaped like ``input_ids``, (batch, length), grow; the others are unchanged.
         answers: Token ids, one list per row; may be empty.
         pad_id: Padding of ``input_ids``; the other inputs are padded with 0.
 

@@ -1,8 +1,8 @@
-"""A row of data, in any of the usual forms, as a pair.
+"""Reads a row of data, in any of the usual formats, as a pair.
 
-Forms: plain columns (``image``, ``question``, ``answer``), LLaVA conversations, chat messages, and
-the ``texts`` turns of The Cauldron. Of a conversation the first question and answer count. What a
-question needs beside images, a video say, cannot be left out of it: such rows are refused.
+Formats: plain columns (``image``, ``question``, ``answer``), LLaVA conversations, chat messages,
+and the ``texts`` turns of The Cauldron. Of a conversation, the first question and answer are used.
+Rows with other media (video, audio) are refused, since their questions need it.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ OTHER_MEDIA = {
     "video": ("video", "videos", "video_path", "video_paths", "video_url"),
     "audio": ("audio", "audios", "audio_path", "audio_paths", "audio_url", "input_audio"),
 }
-"""Columns, and types of a chat message's parts, that hold neither images nor text."""
+"""Columns, and part types of chat messages, that hold neither images nor text."""
 
 MAX_ANSWER_DEPTH = 4
-"""Lists inside lists of answers."""
+"""Maximum nesting of lists of answers."""
 
 MAX_LABEL = 80
-"""Characters of a kind or a column's name, which tables and messages show."""
+"""Maximum characters of a kind or a column's name, which tables and messages show."""
 
 MAX_NAMES = 20
-"""Columns that a message lists."""
+"""Maximum number of columns listed in a message."""
 
 MAX_QUESTION = 1 << 20
-"""Characters: more than any model's context holds, and tokenizing takes memory."""
+"""Maximum characters: more than any model's context holds, and tokenizing takes memory."""
 
 _MEDIA_MARK = re.compile(r"<(video|audio)>", re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\s*<image>\s*")
 
 
 def without_placeholders(question: str) -> str:
-    """Return a question without literal ``<image>`` marks: the prompt's template sets those."""
+    """Return a question without literal ``<image>`` marks, which the prompt's template adds."""
     return _PLACEHOLDER.sub(" ", question).strip()
 
 
@@ -55,12 +55,12 @@ def pair_from_row(row: Any, *, where: str, number: int, folder: Path | None) -> 
 
     Args:
         row: A mapping from column names (any case) to values.
-        where: The row in messages, ``pairs.jsonl:3``.
-        number: The row's number from 0, its id if the row names none.
-        folder: What relative image paths are relative to; None when there is no such folder.
+        where: The row's location in messages, ``pairs.jsonl:3``.
+        number: The row's number from 0, used as its id if it has none.
+        folder: Base of relative image paths; None if there is no such folder.
 
     Raises:
-        DataError: The row is no mapping, or has no image, no question, or one of a wrong type.
+        DataError: The row is not a mapping, or has no image, no question, or one of a wrong type.
     """
     if not isinstance(row, Mapping):
         raise DataError(
@@ -95,14 +95,14 @@ def _refuse_other_media(columns: dict[str, Any], where: str) -> None:
 
 def _other_media(kind: str, where: str) -> DataError:
     return DataError(
-        f"{where}: the question is about {'a video' if kind == 'video' else 'audio'} too, and only "
-        "images are measured.",
-        remedy="Take the pair out of the data, or name the video's frames as images.",
+        f"{where}: the question is also about {'a video' if kind == 'video' else 'audio'}, but "
+        "only images are supported.",
+        remedy="Remove the pair from the data, or give the video's frames as images.",
     )
 
 
 def _all_turns(columns: dict[str, Any], where: str) -> tuple[list[Any], bool]:
-    """(role, content) of a row's conversation, and whether it is two plain columns."""
+    """(role, content) of a row's conversation, and whether it came from plain columns."""
     if isinstance(columns.get("conversations"), list):
         return _turns(columns["conversations"], "from", "value", where), False
     if isinstance(columns.get("messages"), list):
@@ -116,7 +116,7 @@ def _all_turns(columns: dict[str, Any], where: str) -> tuple[list[Any], bool]:
 
 
 def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any, list[Any]]:
-    """Return (question, raw answer or None, images that the question's message holds itself)."""
+    """Return (question, raw answer or None, images inside the question's message)."""
     inline: list[Any] = []
     turns, is_flat = _all_turns(columns, where)
     question, answer = _first_exchange(turns)
@@ -132,8 +132,8 @@ def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any,
         raise _other_media(mark[1].lower(), where)
     if len(question) > MAX_QUESTION:
         raise DataError(
-            f"{where}: the question has {len(question):,} characters; at most {MAX_QUESTION:,} are "
-            "read."
+            f"{where}: the question has {len(question):,} characters, more than the limit of "
+            f"{MAX_QUESTION:,}."
         )
     text = without_placeholders(question)
     if not text:
@@ -159,7 +159,7 @@ def _turns(value: list[Any], role: str, content: str, where: str) -> list[tuple[
 
 
 def _first_exchange(turns: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Return the first user turn and the assistant turn right behind it, None where missing."""
+    """Return the first user turn and the assistant turn right after it, None where missing."""
     for index, (role, content) in enumerate(turns):
         if role in _USER_ROLES:
             following = turns[index + 1 :][:1]
@@ -214,27 +214,27 @@ def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:
     label = f"{where}: image {address}"
     if any(part.startswith(("http:", "https:", "data:")) for part in address.split("::")):
         raise DataError(
-            f"{where}: the image is an address ({describe(address)}), not a file.",
-            remedy="Download the images and name the files.",
+            f"{where}: the image is a URL ({describe(address)}), not a file.",
+            remedy="Download the images and give the paths of the files.",
         )
     if "://" in address:
         return ImageRef(address, label)
     try:
         path = Path(address).expanduser()
-    except RuntimeError:  # there is no such user: then it is a name that starts like that
+    except RuntimeError:  # ~name without such a user: a file name that starts with ~
         path = Path(address)
     if not path.is_absolute():
         if folder is None:
             raise DataError(
-                f"{where}: the image is a path ({address}) that leads nowhere from here.",
-                remedy="Use a dataset that holds its images, or a JSONL file next to them.",
+                f"{where}: the image is a relative path ({address}), but the data has no folder.",
+                remedy="Use a dataset that contains its images, or a JSONL file next to them.",
             )
         path = folder / path
     return ImageRef(path, label)
 
 
 def _answers(value: Any, where: str, depth: int = 0) -> Iterator[str]:
-    """Yield the answers of a text, a number, a list of them, or VQA's ``[{"answer": ...}]``."""
+    """Yield the answers in a text, a number, a list of them, or VQA's ``[{"answer": ...}]``."""
     if isinstance(value, Mapping) and "answer" in value:
         value = value["answer"]
     if value is None or value == "":
@@ -251,7 +251,7 @@ def _answers(value: Any, where: str, depth: int = 0) -> Iterator[str]:
 
 
 def _first(columns: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """Return the first of the named columns that holds something (not null, not empty)."""
+    """Return the first non-null, non-empty value of the named columns."""
     for name in names:
         value = columns.get(name)
         if value is not None and not (isinstance(value, str | list | tuple) and len(value) == 0):

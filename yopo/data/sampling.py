@@ -1,4 +1,4 @@
-"""Which rows of a source are used: drawn by a seed, kept in the source's order."""
+"""Samples the rows of a source by a seed, in the source's order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from yopo.support.errors import DataError
 
 
 def check_samples(samples: int | None) -> None:
-    """Refuse a sample of nothing.
+    """Refuse an empty sample.
 
     Raises:
         DataError: ``samples`` is zero or negative.
@@ -19,20 +19,20 @@ def check_samples(samples: int | None) -> None:
 
 
 def warn_all_used(where: str, samples: int, available: int) -> None:
-    """Say that a source holds fewer pairs than were asked for."""
-    warn(f"{where}: {samples} samples were asked for, there are {available}; using all.")
+    """Warn that a source holds fewer pairs than requested."""
+    warn(f"{where}: {samples} samples were requested, but there are {available}; using all.")
 
 
 def chosen(available: int, samples: int | None, seed: int, *, where: str) -> list[int]:
     """Draw rows without replacement, in ascending order.
 
-    The draw is nested: with the same seed, fewer samples are a part of more samples.
+    Draws are nested: with the same seed, a smaller sample is a subset of a larger one.
 
     Args:
         available: Number of rows.
-        samples: How many to draw; None means all. More than there are: all, with a warning.
-        seed: Another seed, other rows.
-        where: The source in the warning.
+        samples: Number to draw; None means all. More than available: all, with a warning.
+        seed: Determines the rows.
+        where: The source's name in the warning.
     """
     if samples is None:
         return list(range(available))

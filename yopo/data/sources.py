@@ -1,4 +1,4 @@
-"""Finds image-question pairs by what the user calls them: demo, file, directory or hub dataset."""
+"""Opens image-question pairs by name: demo, file, directory or hub dataset."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ _FORMS = (
 def open_pairs(
     data: Data | None, *, samples: int | None, seed: int, split: str | None = None
 ) -> Pairs:
-    """Open image-question pairs; what is wrong with the data shows now, if it can be seen cheaply.
+    """Open image-question pairs, with all checks that are cheap.
 
-    Of a JSON file every row is checked here, and that the images of the drawn pairs exist; of a
-    table or stream the first row, the others when they are read. Images are decoded when used.
+    For a JSON file every row is checked, and that the images of the sampled pairs exist; for a
+    table or stream only the first row, the others when they are read. Images are decoded when used.
 
     Args:
         data: ``None`` (demo pairs about scenes), ``demo:SET`` (one of ``yopo.demo.SETS``), a
             ``.jsonl``, ``.json`` or ``.parquet`` file, a directory, or a hub id
             ``org/name[:split]`` or ``org/name:config:split``. A directory may carry its split as
-            ``DIR:split``. Or rows in memory, a mapping each, or pairs that are open already.
-        samples: How many pairs to draw; None means all (256 of the demo pairs).
-        seed: Decides which are drawn.
-        split: Which split, where ``data`` does not name it.
+            ``DIR:split``. Or rows in memory (mappings), or pairs that are already open.
+        samples: Number of pairs to draw; None means all (256 of the demo pairs).
+        seed: Determines the drawn pairs.
+        split: The split, if ``data`` does not name it.
 
     Returns:
         Pairs that can be iterated several times with the same result.
 
     Raises:
-        DataError: No such source, or its first bad pair: nothing is skipped silently.
+        DataError: No such source, or a bad pair (the first one): nothing is skipped silently.
     """
     check_samples(samples)
     if isinstance(data, Pairs):
@@ -70,10 +70,10 @@ def open_pairs(
 
 
 def _open_rows(rows: Sequence[Mapping[str, Any]], samples: int | None, seed: int) -> Pairs:
-    """Rows in memory; relative paths of images are the working directory's."""
+    """Open rows in memory; image paths are relative to the working directory."""
     rows, folder = list(rows), Path.cwd()
     if not rows:
-        raise DataError("The rows in memory: there are none.")
+        raise DataError("There are no rows in memory.")
     pairs = [
         pair_from_row(row, where=f"row {number}", number=number, folder=folder)
         for number, row in enumerate(rows)
@@ -87,7 +87,7 @@ def _open_rows(rows: Sequence[Mapping[str, Any]], samples: int | None, seed: int
 
 
 def _path_and_split(data: str) -> tuple[Path, str | None]:
-    """Read ``DIR:split`` where the part before the colon is a directory."""
+    """Parse ``DIR:split`` if the part before the colon is a directory."""
     path = Path(data).expanduser()
     head, _, tail = data.rpartition(":")
     if not path.exists() and head and Path(head).expanduser().is_dir():
@@ -125,9 +125,9 @@ def _open_file(path: Path, samples: int | None, seed: int, split: str | None) ->
     if not path.exists():
         raise DataError(f"{path}: no such file.", remedy=_FORMS)
     if path.suffix.lower() not in _SUFFIXES:
-        raise DataError(f"{path}: not a kind of file that pairs are read from.", remedy=_FORMS)
+        raise DataError(f"{path}: pairs cannot be read from this kind of file.", remedy=_FORMS)
     if split is not None:
-        raise DataError(f"{path}: a single file has no splits, so none can be called '{split}'.")
+        raise DataError(f"{path}: a single file has no splits, so there is no '{split}'.")
     if path.suffix.lower() == ".parquet":
         from yopo.data.tables import open_parquet
 
@@ -136,7 +136,7 @@ def _open_file(path: Path, samples: int | None, seed: int, split: str | None) ->
 
 
 def _open_json(path: Path, samples: int | None, seed: int) -> Pairs:
-    """Check every row of a JSON or JSONL file, and look for the images of the chosen ones."""
+    """Check every row of a JSON or JSONL file, and that the images of the sampled ones exist."""
     rows = JsonRows(path)
     folder = path.parent.resolve()
     for number, (line, row) in enumerate(rows.scan()):

@@ -1,9 +1,9 @@
-"""Which pairs are fitted on and which judged on: never the same pairs, nor the same images.
+"""Splits pairs into those to fit on and those to judge on; no pair or image is in both.
 
-A plan that is judged on the pairs it was fitted on looks better than it is, the more so the fewer
-there are. So the pairs are divided before anything is measured. Pairs that share an image stay on
-one side: told apart by their questions alone they would give the answer away. Images are the same
-if their bytes are; a copy in another format or size is not recognised.
+A plan that is judged on the pairs it was fitted on looks better than it is, especially with few
+pairs. So the pairs are split before anything is measured. Pairs that share an image are kept on one
+side: they differ only in their questions and would leak the answer. Images are the same if their
+bytes are; a copy in another format or size is not recognized.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from yopo.data.pairs import ImageRef, Pair
 from yopo.support.console import warn
 
 FEW = 32
-"""Pairs below which a warning is given."""
+"""Fewer pairs than this give a warning."""
 
 MIN_SIDE = 8
-"""Pairs that fitting, comparing and a tolerance need each: what fewer say of plans is chance."""
+"""Minimum pairs each for fitting, comparison and a tolerance: fewer only measure noise."""
 
 Group = list[int]
-"""Numbers of pairs that have to stay together."""
+"""Numbers of pairs that must be kept together."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which pairs of a source serve which purpose, by their numbers in its order.
+    """The purpose of each pair of a source, by its number in the source's order.
 
     Attributes:
-        statistics: Scores and means are taken from these.
-        fit: Visual weights are fitted on these: some or all of ``statistics``.
-        comparison: Candidate plans are compared on these, and nothing else is done with them. Empty
-            if that is not wanted, or there are too few pairs.
-        holdout: A tolerance is met on these, and nothing else is done with them; as ``comparison``.
+        statistics: Pairs for scores and means.
+        fit: Pairs for fitting visual weights: some or all of ``statistics``.
+        comparison: Pairs only for comparing candidate plans. Empty if not requested, or if there
+            are too few pairs.
+        holdout: Pairs only for meeting a tolerance. Empty like ``comparison``.
         total: Pairs of the source.
-        images: Pairs that share an image count once here.
+        images: Number of groups of pairs that share an image.
     """
 
     statistics: frozenset[int]
@@ -50,7 +50,7 @@ class Split:
 
     @property
     def summary(self) -> dict[str, int]:
-        """What a plan says of it."""
+        """The counts that plans record."""
         sides = {"statistics": self.statistics, "fit": self.fit}
         sides |= {"comparison": self.comparison, "holdout": self.holdout}
         return {name: len(numbers) for name, numbers in sides.items()}
@@ -59,18 +59,18 @@ class Split:
 def split_pairs(
     pairs: Iterable[Pair], *, seed: int, fit: int, comparison: int = 0, holdout: int = 0
 ) -> Split:
-    """Divide pairs, at random but always alike for a seed.
+    """Split pairs at random, deterministically for a seed.
 
-    Comparison and holdout get a quarter of all each, but at least ``MIN_SIDE``, and never
-    more than is asked for. If that leaves less than ``MIN_SIDE`` to any purpose, nothing is held
+    Comparison and holdout get a quarter of all pairs each, but at least ``MIN_SIDE``, and never
+    more than requested. If that leaves any purpose with less than ``MIN_SIDE``, nothing is held
     out.
 
     Args:
         pairs: Read once; images are digested, not decoded.
-        seed: Another seed, another division.
-        fit: Pairs to fit weights on at most.
-        comparison: Pairs to judge on at most; 0: none are needed.
-        holdout: Pairs to meet a tolerance on at most; 0: none are needed.
+        seed: Determines the split.
+        fit: Maximum pairs to fit weights on.
+        comparison: Maximum pairs to compare plans on; 0 if none are needed.
+        holdout: Maximum pairs to meet a tolerance on; 0 if none are needed.
 
     Raises:
         DataError: A pair or its image cannot be read.
@@ -97,7 +97,7 @@ def split_pairs(
 
 
 def pick(pairs: Iterable[Pair], numbers: frozenset[int]) -> Iterator[Pair]:
-    """The pairs of these numbers, in the source's order; reads no further than the last."""
+    """The pairs with these numbers, in the source's order; stops reading after the last."""
     if not numbers:
         return
     last = max(numbers)
@@ -109,16 +109,16 @@ def pick(pairs: Iterable[Pair], numbers: frozenset[int]) -> Iterator[Pair]:
 
 
 def warn_if_few(split: Split) -> None:
-    """Say so where there are too few pairs, or images, for what they say to hold for others."""
+    """Warn if there are too few pairs, or images, to generalize from."""
     if split.images < FEW:
         warn(
-            f"Only {describe(split)} to calibrate on: what so few say need not hold for other "
-            f"images. Give at least {FEW}, better 256 (--data, --samples)."
+            f"Only {describe(split)} to calibrate on: the results may not generalize to other "
+            f"images. Give at least {FEW}, preferably 256 (--data, --samples)."
         )
 
 
 def describe(split: Split) -> str:
-    """How many pairs there are, and of how many images where those are fewer."""
+    """The number of pairs, and of images if there are fewer."""
     pairs = f"{split.total} pair{'s' * (split.total != 1)}"
     if split.images == split.total:
         return pairs
@@ -126,7 +126,7 @@ def describe(split: Split) -> str:
 
 
 def group_by_image(pairs: Iterable[Pair]) -> list[Group]:
-    """Group pairs that share an image, directly or through others; in order of their first."""
+    """Group pairs that share an image, directly or through others, in order of first pair."""
     parents: list[int] = []
     first_with: dict[str, int] = {}
     for number, pair in enumerate(pairs):
@@ -142,7 +142,7 @@ def group_by_image(pairs: Iterable[Pair]) -> list[Group]:
 
 
 def _root(parents: list[int], number: int) -> int:
-    """The first number of a group, by the chain of parents, which is shortened on the way."""
+    """The first number of a group: follows the chain of parents and shortens it."""
     while parents[number] != number:
         parents[number] = parents[parents[number]]
         number = parents[number]
@@ -150,10 +150,10 @@ def _root(parents: list[int], number: int) -> int:
 
 
 def _take(groups: Sequence[Group], wanted: int) -> tuple[Group, list[Group]]:
-    """Take whole groups, at most so many pairs of them; where none is as small, a part of one.
+    """Take whole groups of at most ``wanted`` pairs; if none is that small, part of one.
 
     Returns:
-        (numbers taken, groups left). Of a group that is taken in part the rest is left out.
+        (numbers taken, groups left). The rest of a partly taken group is dropped.
     """
     taken: Group = []
     left: list[Group] = []
@@ -170,7 +170,7 @@ def _take(groups: Sequence[Group], wanted: int) -> tuple[Group, list[Group]]:
 
 
 def image_digest(image: ImageRef) -> str:
-    """What tells an image from others: its bytes; of a remote one its address.
+    """The identity of an image: a digest of its bytes, or its address if it is remote.
 
     Raises:
         DataError: There is no such file.
@@ -183,7 +183,7 @@ def image_digest(image: ImageRef) -> str:
         try:
             with source.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:  # whoever decodes it says what is wrong
+        except OSError:  # decoding it reports the problem
             return str(source)
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()

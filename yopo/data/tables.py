@@ -1,6 +1,6 @@
-"""Pairs from what the ``datasets`` library reads: parquet, image folders, saved datasets, the hub.
+"""Pairs read by the ``datasets`` library: parquet, image folders, saved datasets, the hub.
 
-Images stay undecoded until a batch needs them, and rows keep their numbers for messages.
+Images are not decoded until a batch needs them, and rows keep their numbers for messages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SHUFFLE_BUFFER = 1000
-"""Rows of a stream that are held to draw a sample from: at most so many are downloaded first."""
+"""Maximum rows of a stream that are downloaded to draw a sample from."""
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -42,7 +42,7 @@ def open_directory(path: Path, *, samples: int | None, seed: int, split: str | N
     """Open a ``save_to_disk`` directory, an image folder with metadata, or one with parquet files.
 
     Raises:
-        DataError: It is none of these, cannot be read, or has several splits and none is named.
+        DataError: It is none of these, cannot be read, or has several splits and none was named.
     """
     import datasets
 
@@ -56,7 +56,7 @@ def open_directory(path: Path, *, samples: int | None, seed: int, split: str | N
         raise DataError(
             f"{path}: the directory holds no pairs.",
             remedy=f"Put parquet files or one of {', '.join(_METADATA)} into it, save a dataset "
-            "there with save_to_disk, or name a .jsonl file.",
+            "there with save_to_disk, or give a .jsonl file.",
         )
     found = _guarded(load, f"{path}: cannot be read as a dataset")
     name = path.resolve().name
@@ -64,30 +64,30 @@ def open_directory(path: Path, *, samples: int | None, seed: int, split: str | N
         split = _the_split(list(found), split, str(path))
         found, name = found[split], f"{name}:{split}" if len(found) > 1 else name
     elif split is not None:
-        raise DataError(f"{path}: has no splits, so none can be called '{split}'.")
+        raise DataError(f"{path}: has no splits, so there is no '{split}'.")
     return _from_table(found, name, str(path), path, samples, seed)
 
 
 def open_hub(
     repository: str, config: str | None, split: str | None, *, samples: int | None, seed: int
 ) -> Pairs:
-    """Open a hub dataset as a stream, pinned to the commit that its main branch is at now.
+    """Open a hub dataset as a stream, pinned to the current commit of its main branch.
 
-    A sample is drawn from a seeded shuffle buffer, so it stays near the start of big datasets.
+    A sample is drawn from a seeded shuffle buffer, so it is from the start of big datasets.
 
     Raises:
-        DataError: The hub is out of reach, or has no such dataset, configuration or split.
+        DataError: The hub is unreachable, or has no such dataset, configuration or split.
     """
     import datasets
 
     answer = probe(repository, kind="dataset")
     if answer.problem is not None:
         raise DataError(
-            f"{repository}: is nothing here, and cannot be opened on the hub: {answer.problem}.",
+            f"{repository}: not found locally, and cannot be opened on the hub: {answer.problem}.",
             remedy="Check the name and log in with 'hf auth login'."
             if answer.reachable
-            else "Give a local file or directory (save_to_disk makes one where there is a "
-            "network), or leave the data out to use the demo pairs.",
+            else "Give a local file or directory (save_to_disk makes one on a machine with a "
+            "network), or omit the data to use the demo pairs.",
         )
     load = partial(
         datasets.load_dataset, repository, config, revision=answer.commit, streaming=True
@@ -104,7 +104,7 @@ def open_hub(
 
 
 def _fetch(stream: IterableDataset, samples: int, seed: int, name: str) -> list[Pair]:
-    """Draw a sample from a stream and hold it (as compressed images): it is downloaded once."""
+    """Draw a sample from a stream and keep it in memory, images compressed: one download."""
     buffer = min(SHUFFLE_BUFFER, 8 * samples)
     drawn = stream.shuffle(seed=seed, buffer_size=buffer).take(samples)
     reading = _read(drawn, None, name, None)
@@ -121,25 +121,25 @@ def _from_table(
     numbers = chosen(len(table), samples, seed, where=where)
     stream = _undecoded(table.select(numbers).to_iterable_dataset())
     read = partial(_read, stream, numbers, where, folder.resolve())
-    next(read())  # no rows or wrong columns: an error now, not after the model is loaded
+    next(read())  # raise for missing rows or wrong columns now, not after loading the model
     return Pairs(name=name, total=len(numbers), digest=None, read=read)
 
 
 def _undecoded(stream: IterableDataset) -> IterableDataset:
-    """Let a stream yield images as ``{"bytes", "path"}``; other columns stay as they are.
+    """Make a stream yield images as ``{"bytes", "path"}``; other columns are unchanged.
 
-    ``decode(False)`` alone would leave columns of chat messages as JSON text as well.
+    ``decode(False)`` alone would also leave columns of chat messages as JSON text.
     """
     import datasets
 
-    if not stream.features:  # unknown until read: then nothing is decoded either
+    if not stream.features:  # unknown until read: nothing is decoded then
         return stream
     described = _images_as_bytes(stream.features.to_dict())
     return stream.decode(False).cast(datasets.Features.from_dict(described))
 
 
 def _images_as_bytes(node: Any) -> Any:
-    """Return a feature description in which every image is left undecoded."""
+    """Return a feature description in which no image is decoded."""
     if isinstance(node, list):
         return [_images_as_bytes(each) for each in node]
     if not isinstance(node, dict):
@@ -151,16 +151,14 @@ def _images_as_bytes(node: Any) -> Any:
 def _read(
     stream: IterableDataset, numbers: list[int] | None, where: str, folder: Path | None
 ) -> Iterator[Pair]:
-    """Read rows as pairs; ``numbers`` are the rows' own from 0, None counts them as they come."""
+    """Read rows as pairs; ``numbers`` are the rows' numbers from 0, None counts them."""
     rows = iter(stream)
     is_empty = True
     for number in count() if numbers is None else numbers:
         try:
             row = next(rows, None)
-        except Exception as error:  # a network, decompression or cast error of any library
-            raise DataError(
-                f"{where}: reading broke off at row {number}: {_brief(error)}."
-            ) from error
+        except Exception as error:  # network, decompression or cast errors of any library
+            raise DataError(f"{where}: reading failed at row {number}: {_brief(error)}.") from error
         if row is None:
             break
         pair = pair_from_row(row, where=f"{where} row {number}", number=number, folder=folder)
@@ -173,12 +171,12 @@ def _read(
 
 
 def _holds(path: Path, pattern: str, *, depth: int) -> bool:
-    """Whether a file is found so many folders deep (no walk over a million images)."""
+    """Whether a file is found up to ``depth`` levels deep (no walk over a million images)."""
     return any(any(path.glob("*/" * level + pattern)) for level in range(depth))
 
 
 def _the_split(splits: list[str], wanted: str | None, where: str) -> str:
-    """Return the wanted split, or the only one."""
+    """Return the requested split, or the only one."""
     if wanted is None and len(splits) == 1:
         return splits[0]
     if wanted is None:
@@ -192,17 +190,17 @@ def _the_split(splits: list[str], wanted: str | None, where: str) -> str:
 
 
 def _guarded(load: Callable[[], Any], problem: str) -> Any:
-    """Call into ``datasets`` without its noise; whatever it raises becomes one sentence."""
+    """Call into ``datasets`` without its output; any exception becomes one sentence."""
     try:
         with _silenced():
             return load()
-    except Exception as error:  # it raises many unrelated types, its dependencies still more
+    except Exception as error:  # it and its dependencies raise many unrelated types
         raise DataError(f"{problem}: {_brief(error)}.") from error
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Keep ``datasets`` from drawing bars and from logging the errors that it raises anyway."""
+    """Disable progress bars of ``datasets``, and its logging of errors that it raises anyway."""
     import datasets
 
     verbosity = datasets.utils.logging.get_verbosity()
@@ -218,7 +216,7 @@ def _silenced() -> Iterator[None]:
 
 
 def _brief(error: BaseException) -> str:
-    """Return the innermost cause's first line: the outer ones say "an error occurred"."""
+    """Return the first line of the innermost cause: outer ones say "an error occurred"."""
     while error.__cause__ is not None:
         error = error.__cause__
     if "corresponds to no data" in str(error):

@@ -1,4 +1,4 @@
-"""The embedded demo: two tiny trained models, and generated pictures with questions to ask them."""
+"""The embedded demo: two tiny trained models, and generated pictures with questions for them."""
 
 from pathlib import Path
 
@@ -16,16 +16,16 @@ SETS = (
     "glyphs-shifted",
 )
 """Sets of pairs: scenes of shapes, then grids of glyphs; no picture is in two splits of a task.
-``glyphs-shifted`` are grids unlike those of the other three, and of no split of theirs."""
+``glyphs-shifted`` are grids drawn differently from the other three sets, and disjoint from them."""
 
 _GLYPH_READERS = ("qwen2-vl-tiny",)
 
 
 def demo_data(model: str, split: str) -> str:
-    """Name the demo pairs to show a model, as ``demo:SET``: those of its own task, or scenes.
+    """Name the demo pairs for a model, as ``demo:SET``: those of its own task, or scenes.
 
     Args:
-        model: What plans call the model.
+        model: The model's name in plans.
         split: ``calibration``, ``heldout`` or ``train``.
     """
     return f"demo:glyphs-{split}" if model in _GLYPH_READERS else f"demo:{split}"

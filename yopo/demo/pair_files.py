@@ -22,8 +22,8 @@ def pairs_of(
 
     Args:
         name: one of `yopo.demo.SETS`.
-        count: how many pairs.
-        seed: another seed, other pairs.
+        count: number of pairs.
+        seed: determines the pairs.
         kinds: see `yopo.demo.task.Task.pairs`.
 
     Raises:
@@ -50,14 +50,14 @@ def write_pairs(
     Each line is {"image": path relative to the directory, "question", "answer", "kind", "id"}.
 
     Args:
-        directory: where to write; made where it is missing.
+        directory: where to write; created if it is missing.
         name: one of `yopo.demo.SETS`.
-        count: how many pairs.
-        seed: another seed, other pairs.
+        count: number of pairs.
+        seed: determines the pairs.
         kinds: see `yopo.demo.task.Task.pairs`.
 
     Returns:
-        The path of `pairs.jsonl`. It is written last, so where it exists all images do.
+        The path of `pairs.jsonl`. It is written last, so if it exists all images do.
     """
     directory = Path(directory)
     found = list(pairs_of(name, count, seed=seed, kinds=kinds))

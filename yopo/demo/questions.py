@@ -20,27 +20,27 @@ from yopo.demo.vocabulary import (
     place,
 )
 
-MIN_DESCRIBED = 4  # objects from which on a description has 32 tokens or more
+MIN_DESCRIBED = 4  # minimum objects for a description of 32 tokens or more
 
 
 class Placed(Protocol):
-    """What a question needs to know of an object."""
+    """An object as questions see it."""
 
     @property
     def color(self) -> str:
-        """Its color's name."""
+        """Name of its color."""
 
     @property
     def shape(self) -> str:
-        """Its shape's name."""
+        """Name of its shape."""
 
     @property
     def row(self) -> int:
-        """Of the grid."""
+        """Row in the grid."""
 
     @property
     def col(self) -> int:
-        """Of the grid."""
+        """Column in the grid."""
 
 
 Objects = Sequence[Placed]
@@ -82,9 +82,9 @@ def _count(objects: Objects) -> Candidates:
 
 
 def _existence(objects: Objects) -> Candidates:
-    """Ask for a color and a shape; for a "no", both are in the scene, only not in one object.
+    """Ask for a color and a shape; for a "no", both are in the scene, but not in one object.
 
-    Where every combination exists, a "no" has one of the two in the scene.
+    If every combination exists, a "no" has one of the two in the scene.
     """
     present = {(o.color, o.shape) for o in objects}
     colors = sorted({color for color, _ in present})
@@ -97,7 +97,7 @@ def _existence(objects: Objects) -> Candidates:
 
 
 def _relation(objects: Objects) -> Candidates:
-    """Compare rows or columns that differ; objects of one row are neither above nor below."""
+    """Compare rows or columns that differ; objects in one row are neither above nor below."""
     found = []
     for one, other in itertools.permutations(objects, 2):
         rightward, downward = other.col - one.col, other.row - one.row

@@ -21,11 +21,11 @@ from yopo.demo.vocabulary import COLORS, GRID, SHAPES
 IMAGE_SIZE = 64
 MIN_OBJECTS, MAX_OBJECTS = 2, 5
 
-_JITTER = 2  # pixels that a center may leave its cell's center by
+_JITTER = 2  # pixels that a center may be off its cell's center
 _RADII = (6, 7, 8)  # with the jitter, no object leaves its cell: objects never overlap
-# What a talk is made of: finding one object, then comparing two, is what a model learns last.
+# Kinds of a conversation's turns: a model learns finding, then comparing objects last.
 _TURN_KINDS = ("color", "shape", "count", "existence", *["position"] * 3, *["relation"] * 5)
-_SHADE = 14  # how far each RGB channel may stray from the named color
+_SHADE = 14  # how far each RGB channel may deviate from the named color
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Scene:
     background: int
 
     def digest(self) -> str:
-        """Return a stable hex digest of what stands where; the drawing does not enter."""
+        """Return a stable hex digest of the objects and their cells, not of the drawing."""
         return digest(";".join(f"{o.color} {o.shape} {o.row} {o.col}" for o in self.objects))
 
     def split(self) -> str:
@@ -76,8 +76,8 @@ class Scene:
 def random_scene(rng: random.Random) -> Scene:
     """Draw a scene from `rng`.
 
-    Each scene uses a random part of the colors and shapes: a full palette would leave few scenes
-    with three red objects, and counts would be guessable.
+    Each scene uses a random subset of the colors and shapes: with a full palette, few scenes would
+    have three red objects, and counts could be guessed.
     """
     colors = rng.sample(list(COLORS), rng.randint(1, len(COLORS)))
     shapes = rng.sample(SHAPES, rng.randint(1, len(SHAPES)))

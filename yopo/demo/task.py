@@ -1,4 +1,4 @@
-"""What every demo task has in common: pictures in disjoint splits, questions of several kinds.
+"""Common parts of the demo tasks: pictures in disjoint splits, questions of several kinds.
 
 Everything follows from the seed. Train, calibration and held-out pictures are disjoint by
 construction: a digest of what a picture shows (not of how it is drawn) decides its split, so a
@@ -20,7 +20,7 @@ Candidates = list[tuple[str, str]]
 
 
 class Picture(Protocol):
-    """What a task needs of its pictures."""
+    """A picture as tasks use it."""
 
     def split(self) -> str:
         """Return the split that the picture belongs to."""
@@ -45,7 +45,7 @@ class DemoPair:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and answer of a longer talk about the same picture."""
+    """One question and answer of a longer conversation about the same picture."""
 
     question: str
     answer: str
@@ -67,19 +67,20 @@ class Task(Generic[P]):
     """A kind of pictures and the questions about them.
 
     Attributes:
-        stream: Begins the names of all random streams; another name, other pictures.
-        pictures: What the pictures are called in the name of their stream.
+        stream: Prefix of the names of all random streams; it determines the pictures.
+        pictures: Name of the pictures in the name of their stream.
         draw: Draws a picture of any split.
         candidates: Lists all (question, answer) of one kind that a picture allows; may be empty.
         kinds: All kinds; ``long_kind`` is the last.
         answers: The answers that a kind can have, each equally likely in ``pairs``; kinds that are
             not named here have too many to balance.
-        turn_kinds: What a talk is made of: kinds, some several times.
-        num_turns: How many turns a talk has.
-        long_kind: The kind with long answers, which means something else (every token must be
-            right) and comes only where it is named.
-        long_turns: How many turns a long one counts as, so that talks are of about one length.
-        long_share: The share of the talks that end with a long one.
+        turn_kinds: Kinds of a conversation's turns, some several times.
+        num_turns: Number of turns of a conversation.
+        long_kind: The kind with long answers, which are harder (every token must be right) and
+            only used if named.
+        long_turns: Number of turns that a long one counts as, to keep conversations similar in
+            length.
+        long_share: The share of conversations that end with a long turn.
     """
 
     stream: str
@@ -113,15 +114,15 @@ class Task(Generic[P]):
     ) -> Iterator[DemoPair]:
         """Yield `count` question-answer pairs, one picture each, the kinds in turn.
 
-        The wanted answer is drawn first, uniformly, and pictures are drawn until one has a question
-        with that answer: guessing the commonest answer gains nothing. Pair `i` does not depend on
+        The answer is drawn first, uniformly, and then pictures until one has a question with that
+        answer, so that guessing the commonest answer gains nothing. Pair `i` does not depend on
         `count`.
 
         Args:
             split: "train", "calibration" or "heldout".
-            count: how many pairs.
-            seed: another seed, other pairs.
-            kinds: which kinds to cycle through. None means the short kinds.
+            count: number of pairs.
+            seed: determines the pairs.
+            kinds: kinds to cycle through. None means the short kinds.
 
         Raises:
             ValueError: for an unknown split or kind.
@@ -138,15 +139,15 @@ class Task(Generic[P]):
             yield DemoPair(picture.render(), question, answer, kind, name)
 
     def turns(self, split: str, *, seed: int = 0) -> Iterator[tuple[P, tuple[Turn, ...]]]:
-        """Yield pictures with several questions each, without end: what a model is trained on.
+        """Yield pictures with several questions each, without end: the training data.
 
-        A long answer stands last, where it gives no other answer away.
+        A long answer comes last, so that it gives no other answer away.
         """
         rng = random.Random(f"{self.stream} turns/{split}/{seed}")
         for picture in self.split_pictures(split, seed=seed):
             is_long = rng.random() < self.long_share
             long = self.candidates(picture, self.long_kind) if is_long else []
-            kinds = list(self.turn_kinds) * 2  # more than are asked: some find no new question
+            kinds = list(self.turn_kinds) * 2  # more than needed: some find no new question
             rng.shuffle(kinds)
             asked: dict[str, Turn] = {}
             for kind in kinds:

@@ -1,4 +1,4 @@
-"""The words that demo scenes are described with."""
+"""The words for describing demo scenes."""
 
 from __future__ import annotations
 

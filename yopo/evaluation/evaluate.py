@@ -1,7 +1,7 @@
-"""One evaluation of a plan: the dense and the pruned model on the same pairs, in one process.
+"""Evaluation of a plan: the dense and the pruned model on the same pairs, in one process.
 
-What a plan keeps is measured like what any other change of the model keeps: ``measure_kept`` takes
-the context manager that makes the change, ``pruned`` or a baseline.
+A plan is measured like any other change of the model: ``measure_kept`` takes the context manager
+that makes the change, ``pruned`` or a baseline.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a changed model keeps of the dense one; attributes as in :class:`Evaluation`."""
+    """How much of the dense model's quality is kept; attributes as in :class:`Evaluation`."""
 
     pairs: int
     accuracy: Accuracy | None
@@ -51,13 +51,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one plan keeps and what it saves.
+    """The quality that a plan keeps and the time that it saves.
 
     Attributes:
-        plan: What was evaluated.
+        plan: The evaluated plan.
         pairs: Number of pairs.
         accuracy: Counts over all pairs with answers; None if none has any.
-        by_kind: The same per kind of question, where the data names kinds.
+        by_kind: Counts per kind of question, where the data names kinds.
         same_answers: Pairs whose generated answers are identical.
         fidelity: Agreement and KL along the dense model's answers.
         prefill: Decoder prefill time; None if not timed.
@@ -72,7 +72,7 @@ class Evaluation:
     prefill: PrefillTime | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything a machine wants to know, as plain values."""
+        """All results as plain values, for JSON."""
         plan, shape = self.plan, self.plan.model.shape
         dense_flops = dense_prefill_flops(shape, plan.workload)
         return {
@@ -111,17 +111,17 @@ def evaluate(
     Args:
         model: The dense model in memory (a baked checkpoint's, for its baked plan).
         processor: Its processor.
-        plan: What to evaluate.
-        pairs: Held-out pairs, with answers where accuracy is wanted.
+        plan: The plan to evaluate.
+        pairs: Held-out pairs, with answers for accuracy.
         batch_size: Pairs per forward.
         max_new_tokens: Longest answer.
         timing_runs: Paired prefill runs; 0 skips timing.
         total: Number of pairs, for the progress bar.
-        records: The dense model's answers, if they are at hand from another plan.
+        records: The dense model's answers, if already recorded for another plan.
 
     Raises:
         DataError: No pairs.
-        ModelError: The plan is not this model's.
+        ModelError: The plan was made for another model.
     """
     if records is None:
         records = record_dense(
@@ -166,7 +166,7 @@ def measure_kept(
         records: The dense model's answers, from ``record_dense``.
         switch: Makes the context manager that changes the model (``pruned``, ``baseline``).
         max_new_tokens: Longest answer.
-        label: Of the progress bar.
+        label: Label of the progress bar.
     """
     tokenizer = processor.tokenizer
     seen: list[tuple[Pair, str, str]] = []

@@ -1,4 +1,4 @@
-"""How far a pruned model strays from the dense one, token by token, without any label.
+"""How far a pruned model diverges from the dense one, token by token, without labels.
 
 The dense model answers greedily; both models then predict that answer's tokens from the same
 prefix. KL is ``KL(dense || pruned)`` per answer token, agreement the share of tokens with the same
@@ -23,12 +23,12 @@ from yopo.support.errors import DataError, ModelError
 from yopo.support.finite import is_finite
 
 Generate = Callable[..., torch.Tensor]
-"""A model's own way from a prompt to token ids, prompt included: (batch, length) int64."""
+"""A model's ``generate``, from a prompt to token ids that include it: (batch, length) int64."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A batch with the dense model's own answers behind the prompts.
+    """A batch with the dense model's own answers after the prompts.
 
     Attributes:
         batch: Inputs and answer mask.
@@ -81,7 +81,7 @@ def generate_answers(
 
 @torch.no_grad()
 def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Log-probabilities with which a model predicts the answers' tokens.
+    """Log-probabilities that a model assigns to the vocabulary at the answers' tokens.
 
     Args:
         model: Dense, or inside a ``pruned`` or ``baseline`` block.
@@ -103,7 +103,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     if not is_finite(log_probs):
         raise ModelError(
             f"{batch.pairs[0].where}: the model's predictions for this batch are not finite.",
-            remedy="Its activations do not fit the dtype: try --dtype bfloat16 or float32.",
+            remedy="Its activations overflow the dtype: try --dtype bfloat16 or float32.",
         )
     return log_probs
 
@@ -118,7 +118,7 @@ def record_dense(
     label: str = "dense answers",
     total: int | None = None,
 ) -> list[Recorded]:
-    """Let the dense model answer, and keep its answers and predictions.
+    """Record the dense model's answers and predictions.
 
     Raises:
         DataError: No pairs.

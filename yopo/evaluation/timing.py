@@ -1,7 +1,7 @@
 """Prefill time, dense against pruned: paired runs in one process, medians, as a ratio.
 
-What is timed is the text decoder (the part that a plan changes), inside ordinary forwards of the
-whole model; vision encoder and language-model head are the same in both.
+Only the text decoder is timed (the part that a plan changes), inside ordinary forwards of the whole
+model; vision encoder and language-model head are the same in both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PrefillTime:
 
 
 def now(device: torch.device) -> float:
-    """Milliseconds, everything queued on the device done."""
+    """The time in milliseconds, once all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1e3 * time.perf_counter()
@@ -75,10 +75,10 @@ def time_prefill(
 
     Args:
         model: A dense model in memory.
-        batch: What to prefill.
+        batch: The batch to prefill.
         prune: Makes the context manager under which the model is pruned.
         runs: Counted pairs.
-        warmup: Uncounted pairs in front.
+        warmup: Uncounted pairs before those.
     """
 
     def prefill() -> float:

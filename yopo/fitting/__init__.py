@@ -1,1 +1,1 @@
-"""Least squares for what visual tokens compute: profiles, fitted weights, the layerwise walk."""
+"""Least-squares fits for visual tokens: profiles, fitted weights, the layerwise walk."""

@@ -1,4 +1,4 @@
-"""The model at hand, for what only it can tell: what things are worth, and fitted weights."""
+"""Everything in planning that needs the model itself: its profile, and fitted weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Fitter:
     """Profiles a dense model and fits plans to it.
 
     Args:
-        model: In memory.
+        model: A dense model in memory.
         encode: Encodes the calibration prompts; called once, when they are first needed.
     """
 
@@ -35,11 +35,11 @@ class Fitter:
 
     @cached_property
     def profile(self) -> Profile:
-        """Walks the dense model once.
+        """The dense model's profile, from one walk through its layers.
 
         Raises:
             DataError: No pair holds an image.
-            YopoError: Out of memory; names the lever to pull.
+            YopoError: Out of memory; says how to need less.
         """
         with self._in_memory():
             return profile(self._model, self._batches, shape_of(self._model.config))
@@ -57,6 +57,7 @@ class Fitter:
         except torch.OutOfMemoryError as error:
             pairs = sum(len(batch) for batch in self._batches)
             raise YopoError(
-                f"Out of memory: the states of {pairs} pairs are kept while weights are fitted.",
+                f"Out of memory: the states of {pairs} pairs are in memory while weights are "
+                "fitted.",
                 remedy="Use fewer --fit-pairs, --dtype bfloat16, or --compensation none.",
             ) from error

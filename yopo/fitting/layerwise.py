@@ -1,8 +1,8 @@
-"""Carry batches through a decoder layer by layer: the dense model beside the pruned one.
+"""Carry batches through a decoder layer by layer, in the dense and the pruned model.
 
-One layer is at work at a time, so that statistics of one layer are in memory at a time and a fit
-sees, as in SparseGPT and GPTQ, the inputs that the already pruned layers in front give it and the
-outputs that the dense model would have.
+Layers run one at a time, so only one layer's statistics are in memory and a fit sees, as in
+SparseGPT and GPTQ, the inputs from the already pruned layers before it and the outputs of the dense
+model.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class DenseBatch:
     Attributes:
         hidden: (batch, sequence, hidden) input of the next layer.
         layout: Where its visual tokens are.
-        arguments: What the stock model passes to each layer beside the hidden states.
+        arguments: Keyword arguments of each stock layer, without the hidden states.
         positions: Position ids of the forward, or None.
         mask: (batch, sequence) attention mask.
-        stack: DeepStack features, (visual tokens, hidden) each, added behind the first layers.
+        stack: DeepStack features, (visual tokens, hidden) each, added after the first layers.
     """
 
     hidden: torch.Tensor
@@ -54,25 +54,25 @@ class DenseBatch:
 
 
 def real_rows(layout: TokenLayout, states: torch.Tensor) -> torch.Tensor:
-    """(tokens, width) of (batch, visual, width) states, stream padding left out."""
+    """(tokens, width) of (batch, visual, width) states, without stream padding."""
     mask = layout.visual.mask
     return states.flatten(0, 1) if mask is None else states[mask]
 
 
 def own_matrix(part: VisualLayer, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias, or None, of a visual layer's projection that is cut from the model's own."""
+    """Weight and bias (or None) of a visual layer's projection that is sliced from the model's."""
     projection = getattr(part, name)
-    assert isinstance(projection, SlicedLinear), f"{name} is fitted already"
+    assert isinstance(projection, SlicedLinear), f"{name} is already fitted"
     return projection.matrix()
 
 
 @dataclass(frozen=True)
 class DenseStates:
-    """Dense visual states of one batch around one layer, (visual tokens, hidden) each."""
+    """Dense visual states of one batch before, within and after a layer, (tokens, hidden) each."""
 
     before: torch.Tensor
     middle: torch.Tensor
-    behind: torch.Tensor
+    after: torch.Tensor
 
 
 class DenseWalk:
@@ -83,7 +83,7 @@ class DenseWalk:
         batches: Encoded prompts; those without an image are left out.
 
     Attributes:
-        batches: How far each batch is.
+        batches: The state of each batch before the next layer.
 
     Raises:
         DataError: No batch holds an image.
@@ -131,12 +131,12 @@ def add_stack(hidden: torch.Tensor, batch: DenseBatch, number: int) -> torch.Ten
 
 
 class _Entered(Exception):
-    """Stops a forward where the decoder begins."""
+    """Stops a forward at the decoder's entry."""
 
 
 @torch.no_grad()
 def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
-    """Run a prompt up to the decoder and note what it is given."""
+    """Run a prompt and record the inputs of the decoder; None if it holds no image."""
     family, decoder = family_of(model.config), model.get_decoder()
     probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
     given: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
             raise _Entered
 
     def at_layer(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)  # the layer's own call must not lose anything
+        kwargs = dict(kwargs)  # the layer's own call must keep all of them
         hidden = args[0] if args else kwargs.pop("hidden_states")
         states.extend([] if states else [hidden])
         layers.append(kwargs)
@@ -178,7 +178,7 @@ def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
 
 @dataclass
 class PrunedBatch:
-    """One batch on its way through the pruned decoder: both streams and what they need."""
+    """One batch on its way through the pruned decoder: both streams, their positions and masks."""
 
     text: torch.Tensor
     visual: torch.Tensor
@@ -188,12 +188,12 @@ class PrunedBatch:
     dense: DenseBatch
 
     def run(self, walk: DenseWalk, number: int, part: VisualLayer) -> LayerRun:
-        """One layer on this batch, with a cache of its own that nobody else sees."""
+        """One layer on this batch, with a private cache."""
         cache = PrunedCacheLayer(part.split, TokenIndex(), is_first=False)
         return LayerRun(walk.decoder.layers[number], walk.names, self.masks, cache)
 
     def given(self, part: VisualLayer) -> VisualInput:
-        """The visual tokens, in front of a layer."""
+        """The visual tokens as input of a layer."""
         return VisualInput(self.visual, self.visual_rotary, part)
 
     def real(self, states: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,7 @@ class PrunedBatch:
 
 
 def pruned_batches(walk: DenseWalk, plan: PruningPlan) -> list[PrunedBatch]:
-    """Split every batch of a walk that has not begun into its two streams."""
+    """Split every batch of a walk that has not started into its two streams."""
     return [_split(walk, plan, batch) for batch in walk.batches]
 
 

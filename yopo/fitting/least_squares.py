@@ -1,9 +1,9 @@
 """Least squares on Gram matrices: ridge, reduced rank, and the best bottleneck of a projection.
 
 Everything is centred: a fit is ``y = W x + b`` with ``b`` chosen so that means agree, which makes
-mean compensation (FLAP) the special case of a ``W`` that is not refitted. Sums are kept in float32
-at least, solved in float64; damping is relative to the mean diagonal of the covariance, so that a
-dead or doubled direction never makes a solution blow up.
+mean compensation (FLAP) the special case of a ``W`` that is not refitted. Sums are kept in at least
+float32 and solved in float64; damping is relative to the mean diagonal of the covariance, so dead
+or duplicate directions cannot make a solution blow up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DAMPING = 1e-3
 """Ridge term over the mean diagonal of the covariance."""
 
 FLOOR = 1e-9
-"""Least ridge term over the mean square of the means: where inputs hardly vary, their covariance is
+"""Least ridge term over the mean square of the means: the covariance of inputs that hardly vary is
 rounding noise."""
 
 
@@ -49,12 +49,12 @@ class Gram:
         return torch.linalg.cholesky(self.damped)
 
     def first(self, count: int) -> Gram:
-        """Of the first inputs alone."""
+        """The moments of only the first inputs."""
         covariance = self.covariance[:count, :count]
         return Gram(covariance, self.cross[:count], self.input_mean[:count], self.target_mean)
 
     def without(self, first: int, weight: torch.Tensor) -> Gram:
-        """Of the first inputs, with ``weight`` times the other ones taken off the targets."""
+        """The moments of the first inputs; ``weight`` times the rest is subtracted from targets."""
         cross = self.cross[:first] - self.covariance[:first, first:] @ weight.T
         mean = self.target_mean - weight @ self.input_mean[first:]
         covariance = self.covariance[:first, :first]
@@ -64,12 +64,12 @@ class Gram:
 class Moments:
     """Running sums of inputs x and targets y over rows.
 
-    They are sums of differences from the first rows' mean: products are multiplied in float32, in
-    which large means would drown small variances.
+    The first rows' mean is subtracted first: products are computed in float32, in which large means
+    would swamp small variances.
 
     Args:
-        inputs, targets: Widths of x and y (0 targets: of x alone).
-        device: Where sums are kept.
+        inputs, targets: Widths of x and y (0 targets: only x).
+        device: Device of the sums.
     """
 
     def __init__(self, inputs: int, targets: int = 0, device: torch.device | str = "cpu"):
@@ -107,7 +107,7 @@ def ridge(gram: Gram, toward: torch.Tensor | None = None) -> tuple[torch.Tensor,
 
     Args:
         gram: Of x and y.
-        toward: (targets, inputs) weight to stay near where the data say nothing.
+        toward: (targets, inputs) weight to stay close to where the data are uninformative.
 
     Returns:
         (targets, inputs) weight and (targets,) bias with ``y = weight x + bias``.
@@ -136,21 +136,21 @@ def low_rank(
     """The best factors (rows, rank) and (rank, inputs) of a weight for inputs of covariance
     ``root root^T``."""
     seen = weight @ root
-    # Several times cheaper than a singular value decomposition, and only large values matter.
+    # Several times cheaper than an SVD, and only large singular values matter.
     _, vectors = torch.linalg.eigh(seen @ seen.T)
     out = vectors.flip(1)[:, :rank]
     return out, out.T @ weight
 
 
 def explained(gram: Gram) -> torch.Tensor:
-    """(targets,) float64: variance of y that each further rank of a fit explains."""
+    """(targets,) float64: variance of y explained by each additional rank of a fit."""
     full, _ = ridge(gram)
     seen = full @ gram.cross
     return torch.linalg.eigvalsh((seen + seen.T) / 2).flip(0).clamp(min=0)
 
 
 def explained_in_all(gram: Gram) -> float:
-    """Variance of y that a fit of full rank explains."""
+    """Variance of y explained by a full-rank fit."""
     full, _ = ridge(gram)
     return float((full * gram.cross.T).sum())
 
@@ -171,11 +171,11 @@ class Bottleneck:
 
 
 class Projections:
-    """Linear layers that read the same x, seen through x's covariance.
+    """Linear layers with the same input x, in the metric of x's covariance.
 
     Args:
-        gram: Of x.
-        weights: (rows, inputs) each; every one counts the same, whatever its scale.
+        gram: Moments of x.
+        weights: (rows, inputs) each; all count equally, whatever their scale.
     """
 
     def __init__(self, gram: Gram, weights: list[torch.Tensor]):
@@ -195,7 +195,7 @@ class Projections:
         return (1 - kept).clamp(min=0)
 
     def at_rank(self, rank: int, biases: list[torch.Tensor | None]) -> Bottleneck:
-        """The best form of a rank; ``biases`` are the projections' own, (rows,) or None each."""
+        """The best bottleneck of a rank; ``biases`` are the projections' own, (rows,) or None."""
         kept = self._vectors[:, :rank]
         reduce = torch.linalg.solve_triangular(self._root.T, kept, upper=True).T
         expand = [weight @ (self._root @ kept) for weight in self._weights]

@@ -1,9 +1,9 @@
-"""What each thing that visual tokens compute is worth, layer by layer, in one dense walk.
+"""The importance of what visual tokens compute in every layer, from one walk of the dense model.
 
-Scores that a single streaming pass cannot give, because they need the covariance of a layer's
-inputs: what attention adds that no linear map of a token's own state could, how narrow a
-bottleneck the projections bear, how much of a layer's update a linear map of some rank explains.
-One layer's moments are in memory at a time.
+These scores need the covariance of a layer's inputs, so a single streaming pass cannot compute
+them: what attention adds beyond a linear map of a token's own state, how narrow a bottleneck the
+projections tolerate, and how much of a layer's update a linear map of some rank explains.
+Only one layer's moments are in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Profile:
     L layers, H query heads, d hidden width.
 
     Attributes:
-        mixing: (L, H), what a head gathers from other tokens: the energy of its output behind the
+        mixing: (L, H), a head's contribution from other tokens: the energy of its output after the
             output projection that no affine map of the token's own normed state predicts.
         bottleneck_residual: (L, d + 1), share of the variance of queries, keys and values
             that a bottleneck of rank 0, 1, ..., d loses.
         map_residual: (L, d + 1), energy of a layer's update that an affine map of rank
-            0, 1, ..., d of the normed state leaves.
+            0, 1, ..., d of the normed state does not explain.
         nonlinear_residual: (L,), energy of the FFN's output that no affine map of its input
             predicts.
     """
@@ -65,7 +65,7 @@ def profile(model: PreTrainedModel, batches: Iterable[Batch], shape: ModelShape)
 
 
 def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[torch.Tensor, ...]:
-    """The four energies of one layer; takes the walk past it."""
+    """The four energies of one layer; advances the walk past it."""
     layer, names = walk.decoder.layers[number], walk.names
     device, width = next(layer.parameters()).device, shape.heads * shape.head_dim
     heads = Moments(shape.hidden, width, device)
@@ -86,11 +86,11 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
         mixed = batch.visual(mixed)
         heads.add(attention_norm(each.before), mixed)
         outputs.add(mixed)
-        update.add(ffn_norm(each.before), each.behind - each.before)
-        ffn.add(ffn_norm(each.middle), each.behind - each.middle)
+        update.add(ffn_norm(each.before), each.after - each.before)
+        ffn.add(ffn_norm(each.middle), each.after - each.middle)
         energy += float(each.before.float().square().sum(dtype=torch.float64))
-        change += float((each.behind - each.before).float().square().sum(dtype=torch.float64))
-        ffn_energy += float((each.behind - each.middle).float().square().sum(dtype=torch.float64))
+        change += float((each.after - each.before).float().square().sum(dtype=torch.float64))
+        ffn_energy += float((each.after - each.middle).float().square().sum(dtype=torch.float64))
         count += len(each.before)
     energy, change, ffn_energy = energy / count, change / count, ffn_energy / count
     stock = VisualLayer(layer, full_layer(shape), shape, names, Extras())  # its own projections
@@ -110,7 +110,7 @@ def _bottleneck_residual(inputs: Gram, stock: VisualLayer) -> torch.Tensor:
 
 
 def _mixing(inputs: Gram, outputs: Gram, stock: VisualLayer, shape: ModelShape) -> torch.Tensor:
-    """(heads,) energy behind the output projection that the token's own state does not predict."""
+    """(heads,) energy after the output projection that the token's own state does not predict."""
     weight, _ = ridge(inputs)
     rest = outputs.covariance - weight @ inputs.cross
     out = own_matrix(stock, "output")[0].to(rest).unflatten(1, (shape.heads, shape.head_dim))
@@ -124,6 +124,6 @@ def _mixing(inputs: Gram, outputs: Gram, stock: VisualLayer, shape: ModelShape) 
 
 
 def _tail(total: float, parts: torch.Tensor, width: int) -> torch.Tensor:
-    """(width + 1,) what is left of a total without 0, 1, ... of its largest parts."""
+    """(width + 1,) remainder of a total without its 0, 1, ... largest parts."""
     left = total - torch.cat([parts.new_zeros(1), parts.cumsum(0)])
     return left.clamp(min=0)[: width + 1]

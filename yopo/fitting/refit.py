@@ -1,19 +1,19 @@
 """Fit a plan's visual weights to the dense model, layer by layer.
 
-Text keeps the original weights, so what visual tokens compute can be fitted freely. Layer by layer,
-on the visual states that the pruned layers in front really give:
+Text keeps the original weights, so the weights of visual tokens can be fitted freely. Layer by
+layer, on the visual states that the preceding pruned layers actually produce:
 
 1. projections: queries, keys and values of the kept heads through one bottleneck, the best of its
    rank for these inputs (a singular value decomposition in the metric of their covariance);
-2. output projection over the attending heads, by least squares to what the dense layer's visual
-   states are behind attention: it makes up for pruned heads as far as the kept ones tell, and for
-   what the layers in front got wrong;
-3. down projection over the kept neurons and the linear map, likewise, to what the dense layer's
-   visual states are behind the FFN. Where no visual token attends the map stands for attention too.
+2. output projection over the attending heads, by least squares to the dense model's visual states
+   after attention: it compensates for pruned heads as far as the kept ones predict them, and for
+   errors of the preceding layers;
+3. down projection over the kept neurons and the linear map, by least squares to the dense model's
+   visual states after the FFN. Where no visual token attends the map replaces attention, too.
 
 Sources: FLAP (mean compensation as the special case without a refit), SlimGPT and FASP (least
 squares), Olica (a low-rank map of the residual), ReplaceMe (a linear map instead of blocks),
-SparseGPT (sequential inputs); formulas in their centred form, on visual tokens alone.
+SparseGPT (sequential inputs); formulas in their centred form, on visual tokens only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def refit(
     Args:
         model: The dense model, in memory.
         batches: Encoded prompts with images.
-        plan: The plan, with its neuron order; without one, neurons count as they stand.
+        plan: The plan, with its neuron order; without one, neurons are taken in their own order.
 
     Returns:
         Layer -> its weights (see ``refit_sizes``), in the model's dtype, on the CPU.
@@ -88,9 +88,9 @@ class LayerFit:
 
     Args:
         walk: The dense decoder.
-        layer: What the plan says of the layer.
+        layer: The layer's plan.
         shape: The decoder's dimensions.
-        number: Which layer.
+        number: The layer's index.
         extras: Its neuron order.
     """
 
@@ -99,14 +99,14 @@ class LayerFit:
     ):
         self.walk, self.layer, self.shape = walk, layer, shape
         self.number, self.extras = number, extras
-        self.wanted = refit_sizes(layer, shape)
+        self.sizes = refit_sizes(layer, shape)
         self.module = walk.decoder.layers[number]
         self.names: Backbone = walk.names
         self.weights: Weights = {}
 
     def run(self, batches: list[PrunedBatch], dense: list[DenseStates]) -> Weights:
-        """Fit, and take the batches through the fitted layer."""
-        if "reduce" in self.wanted:
+        """Fit, and advance the batches through the fitted layer."""
+        if "reduce" in self.sizes:
             self.weights |= self.projections(batches)
         part = self.part()
         runs = [batch.run(self.walk, self.number, part) for batch in batches]
@@ -114,12 +114,12 @@ class LayerFit:
         for batch, run in zip(batches, runs, strict=True):
             batch.text, gathered = run.attend(batch.text, batch.text_rotary, batch.given(part))
             mixed.append(gathered)
-        if "output" in self.wanted:
+        if "output" in self.sizes:
             self.weights |= self.output(batches, mixed, dense)
             part = self.part()
         for batch, run, gathered in zip(batches, runs, mixed, strict=True):
             batch.visual = run.add_attention(batch.visual, part, gathered)
-        if "ffn_bias" in self.wanted:
+        if "ffn_bias" in self.sizes:
             self.weights |= self.ffn(batches, dense, part)
             part = self.part()
         for batch, run in zip(batches, runs, strict=True):
@@ -132,12 +132,12 @@ class LayerFit:
         return self.weights
 
     def part(self) -> VisualLayer:
-        """The visual layer with what is fitted so far; the layer's own weights elsewhere."""
+        """The visual layer with the weights fitted so far; the layer's own weights elsewhere."""
         extras = replace(self.extras, refit=self.weights)
         return VisualLayer(self.module, self.layer, self.shape, self.names, extras)
 
     def projections(self, batches: list[PrunedBatch]) -> Weights:
-        """Queries, keys and values through the bottleneck."""
+        """Fit queries, keys and values through the bottleneck."""
         stock = VisualLayer(
             self.module,
             replace(self.layer, qkv_rank=None, key_bits=None, value_bits=None),
@@ -149,7 +149,7 @@ class LayerFit:
         moments = self._moments(0)
         for batch in batches:
             moments.add(batch.real(norm(batch.visual)))
-        names = [name for name in ("query", "key", "value") if name in self.wanted]
+        names = [name for name in ("query", "key", "value") if name in self.sizes]
         parts = [own_matrix(stock, name) for name in names]
         projections = Projections(moments.gram(), [weight for weight, _ in parts])
         rank = self.layer.qkv_rank
@@ -166,7 +166,7 @@ class LayerFit:
         mixed: list[torch.Tensor | None],
         dense: list[DenseStates],
     ) -> Weights:
-        """The output projection over the attending heads."""
+        """Fit the output projection over the attending heads."""
         own, _ = own_matrix(self.part(), "output")
         moments = Moments(own.shape[1], self.shape.hidden, own.device)
         for batch, gathered, states in zip(batches, mixed, dense, strict=True):
@@ -178,10 +178,10 @@ class LayerFit:
     def ffn(
         self, batches: list[PrunedBatch], dense: list[DenseStates], part: VisualLayer
     ) -> Weights:
-        """The down projection over the kept neurons, and the linear map.
+        """Fit the down projection over the kept neurons, and the linear map.
 
         With both, the map is the low-rank part of their joint fit, and the down projection is
-        fitted again to what the map leaves.
+        refitted to the map's residual.
         """
         neurons = self.layer.neurons
         moments = self._moments(self.shape.hidden, neurons)
@@ -191,7 +191,7 @@ class LayerFit:
             inputs = batch.real(normed)
             if neurons:
                 inputs = torch.cat([batch.real(part.activations(normed)), inputs], dim=1)
-            moments.add(inputs, states.behind - batch.real(batch.visual))
+            moments.add(inputs, states.after - batch.real(batch.visual))
         if not neurons:
             out, inner, bias = reduced_rank(moments.gram(), self.layer.map_rank)
             return {"map_out": out, "map_in": inner, "ffn_bias": bias}
@@ -207,9 +207,9 @@ def neurons_and_map(gram: Gram, own: torch.Tensor, rank: int) -> Weights:
     """Fit a down projection and a low-rank map of the FFN's input together.
 
     Args:
-        gram: Of (activations of the kept neurons, normed input) and the target.
-        own: (hidden, neurons) down projection to stay near.
-        rank: Of the map; 0: none.
+        gram: Moments of (activations of the kept neurons, normed input) and the target.
+        own: (hidden, neurons) down projection to stay close to.
+        rank: Rank of the map; 0: none.
     """
     neurons = own.shape[1]
     if not rank:

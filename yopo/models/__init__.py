@@ -1,1 +1,1 @@
-"""What a model *is*, as data: one file per family, one line in the registry."""
+"""Model families described as data: one file per family, one line in the registry."""

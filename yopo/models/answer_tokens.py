@@ -1,9 +1,9 @@
-"""Which tokens of a forward are answers, for methods that look at where a prompt ends.
+"""Marks the answer tokens of a forward, for methods that look at where a prompt ends.
 
 In decoding, a prompt is prefilled before its answer exists. When both are fed in one sequence
 (teacher forcing), a method that looks at the prompt's last token has to be told where that is; the
-dense model and a plan do not care. Who feeds the answers says so here, who needs it reads it here,
-and neither imports the other.
+dense model and a plan do not need it. The caller sets it here, the method reads it here, and
+neither imports the other.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _ANSWERS: ContextVar[torch.Tensor | None] = ContextVar("yopo_answer_tokens", def
 
 @contextmanager
 def teacher_forced(answers: torch.Tensor | None) -> Iterator[None]:
-    """Let answers follow the prompts of the forwards in this block.
+    """Announce the answer tokens of the forwards in this block.
 
     Args:
-        answers: (batch, sequence) bool, True on answer tokens, which end their rows; None: there
-            are none.
+        answers: (batch, sequence) bool, True on answer tokens, which end their rows; None means
+            there are none.
     """
     token = _ANSWERS.set(answers)
     try:
@@ -35,11 +35,11 @@ def teacher_forced(answers: torch.Tensor | None) -> Iterator[None]:
 
 
 def forced_ends(batch: int, length: int) -> torch.Tensor | None:
-    """Where the prompts of a forward end, as its caller says.
+    """Where the prompts of a forward end, as announced by ``teacher_forced``.
 
     Args:
         batch: Rows of the forward.
-        length: Its tokens per row.
+        length: Tokens per row.
 
     Returns:
         (batch,) int64, positions of the prompts' last tokens; None outside of ``teacher_forced``.
@@ -52,8 +52,8 @@ def forced_ends(batch: int, length: int) -> torch.Tensor | None:
         return None
     if tuple(answers.shape) != (batch, length):
         raise ModelError(
-            f"The answers that are teacher-forced have the shape {tuple(answers.shape)}, the "
-            f"forward has {(batch, length)}.",
+            f"The teacher-forced answers have shape {tuple(answers.shape)}, but the forward has "
+            f"{(batch, length)}.",
             remedy="Run one forward of exactly these rows inside teacher_forced.",
         )
     return length - 1 - answers.sum(dim=1)

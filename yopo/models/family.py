@@ -1,4 +1,4 @@
-"""The record that describes a family, and reading a decoder's shape off a configuration."""
+"""The record that describes a family, and a decoder's shape from its configuration."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Run = tuple[int, int]
-"""Consecutive visual tokens of one id in a prompt: (token id, how many)."""
+"""Consecutive visual tokens with one id in a prompt: (token id, count)."""
 
 ImageInfo = Mapping[str, "torch.Tensor"]
-"""What the processor says of a batch's images beside their pixels, by its names: ``image_sizes``,
-``image_grid_thw``, ... Empty where a model takes no such thing."""
+"""The processor's outputs about a batch's images other than their pixels, by its names:
+``image_sizes``, ``image_grid_thw``, ... Empty where a model takes none."""
 
 GridsOf = Callable[["PreTrainedConfig", Sequence[Sequence[Run]], ImageInfo], list[tuple[Grid, ...]]]
 """(configuration, visual runs per batch row, image info) -> the image grids of every batch row."""
 
 Noise = tuple[int, dict[str, "torch.Tensor"]]
-"""An image of noise: how many visual tokens it has, and what a processor would make of it."""
+"""An image of noise: its number of visual tokens, and the processor outputs for it."""
 
 NoiseOf = Callable[["PreTrainedConfig", Grid, "torch.Generator"], Noise]
-"""(configuration, grid, generator) -> noise, of that grid where images have sizes."""
+"""(configuration, grid, generator) -> noise, with that grid if images keep their sizes."""
 
 Rotate = Callable[
     ["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"],
     tuple["torch.Tensor", "torch.Tensor"],
 ]
-"""(queries, keys, cosines, sines) -> both rotated; (batch, heads, length, head_dim) the first two,
-(batch, length, head_dim) the others."""
+"""(queries, keys, cosines, sines) -> rotated queries and keys, (batch, heads, length, head_dim);
+cosines and sines are (batch, length, head_dim)."""
 
 DECODER_KEY = re.compile(
     r"^(?:model\.)?(?:(?:language_model|text_model)\.)?(?:model\.)?layers\.(\d+)\.(.+)$"
@@ -51,22 +51,22 @@ groups: layer index, name inside the layer. Vision towers never match."""
 class Backbone:
     """Names of the parts of a pre-norm decoder layer.
 
-    A projection named twice is a fused one that holds its parts one behind the other: query, key,
-    value; gate, up.
+    A projection named twice is a fused one that holds its parts in this order: query, key, value;
+    gate, up.
 
     Attributes:
-        model_types: ``model_type`` of the text configurations that are built like this.
+        model_types: ``model_type`` of the text configurations with this backbone.
         query, key, value, output: Attention projections under ``self_attn``.
         gate, up, down: FFN projections under ``mlp``.
-        attention_norm, ffn_norm: Norms in front of attention and FFN.
+        attention_norm, ffn_norm: Norms before attention and FFN.
         activation: The FFN's activation function under ``mlp``.
-        residual_dropouts: Dropouts behind attention and FFN; None: the backbone has none.
+        residual_dropouts: Dropouts after attention and FFN; None if the backbone has none.
         position_axes: Position numbers per token: 1, or 3 (time, height, width) under M-RoPE.
-        rotary: Where transformers has the function that rotates queries and keys.
-        head_norms: Norms of queries and keys per head under ``self_attn``, in front of the
-            rotation; None: the backbone has none.
-        deepstack: The decoder's argument that brings vision features to add behind its first
-            layers (DeepStack); None: it takes none.
+        rotary: Path in transformers of the function that rotates queries and keys.
+        head_norms: Norms of queries and keys per head under ``self_attn``, before the rotation;
+            None if the backbone has none.
+        deepstack: The decoder's argument with vision features to add after its first layers
+            (DeepStack); None if it takes none.
     """
 
     model_types: tuple[str, ...]
@@ -103,7 +103,7 @@ class Backbone:
         return rotate
 
     def added_features(self, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Vision features among a decoder's arguments, one per layer from the first on.
+        """Vision features among a decoder's arguments, one per layer, starting with the first.
 
         Returns:
             (visual tokens of all rows, hidden) each, to add to that layer's output.
@@ -117,7 +117,7 @@ def image_token(config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def square_noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
-    """Noise for towers that see every image (or tile) in one size."""
+    """Noise for towers with a fixed size for every image (or tile)."""
     import torch
 
     vision = config.vision_config
@@ -137,7 +137,7 @@ def never(config: PreTrainedConfig) -> bool:
 
 
 def no_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of processors that know by themselves what they need."""
+    """For processors that need no settings from the model."""
     return {}
 
 
@@ -146,19 +146,19 @@ class Family:
     """One multimodal model family.
 
     Attributes:
-        name: What plans call it.
+        name: Name in plans.
         model_type: ``model_type`` of the outer configuration.
         architecture: The transformers class of its checkpoints.
-        backbones: Text decoders that it may stand on.
-        aliases: Short names for hub ids; a value ``package:PATH`` lies inside this package.
+        backbones: Text decoders that it may use.
+        aliases: Short names for hub ids; a value ``package:PATH`` is inside this package.
         grids_of: Locates the images among a batch row's visual tokens.
-        token_ids: Ids of the placeholder tokens that images and, second, video frames replace.
+        token_ids: Ids of the placeholder tokens of images and, second, of video frames.
         noise: Makes an image of noise, to try a checkpoint without a processor.
-        originals: ``model_type`` of checkpoints that ``yopo convert`` makes ones of this family of.
+        originals: ``model_type`` of checkpoints that ``yopo convert`` converts to this family.
         check_vision: Raises a ``ModelError`` for a configuration whose visual tokens cannot be
             located.
-        ends_rows: Whether the rows of an image end with tokens of their own.
-        processor_settings: What the processor must know of the model, by its attributes' names.
+        ends_rows: Whether each row of an image ends with a separator token.
+        processor_settings: The model's values for the processor, by attribute name.
     """
 
     name: str
@@ -178,7 +178,7 @@ class Family:
         """The backbone of a model of this family.
 
         Raises:
-            ModelError: The text decoder's ``model_type`` is none that this family supports.
+            ModelError: This family does not support the text decoder's ``model_type``.
         """
         found = config.get_text_config().model_type
         for backbone in self.backbones:
@@ -191,7 +191,7 @@ class Family:
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """Read the text decoder's dimensions off an outer configuration."""
+    """Read the text decoder's dimensions from an outer configuration."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     return ModelShape(
@@ -210,7 +210,7 @@ def count_tokens(rows: Sequence[Sequence[Run]]) -> list[int]:
 
 
 def square_grids(counts: Sequence[int], tokens_per_image: int) -> list[tuple[Grid, ...]]:
-    """Grids of rows that hold whole square images of one size; errors as ``equal_grids``."""
+    """Grids of rows of whole square images of one size; raises like :func:`equal_grids`."""
     side = math.isqrt(tokens_per_image)
     return equal_grids(counts, Grid(side, side))
 
@@ -223,7 +223,7 @@ def equal_grids(counts: Sequence[int], *image: Grid) -> list[tuple[Grid, ...]]:
         image: Every image's grid, or grids.
 
     Raises:
-        ModelError: A count is no multiple of the image's tokens: the prompt was cut inside an
+        ModelError: A count is not a multiple of the image's tokens: the prompt was cut inside an
             image (chunked prefill), or the processor and the model disagree.
     """
     rows, tokens = [], sum(grid.tokens for grid in image)
@@ -231,9 +231,9 @@ def equal_grids(counts: Sequence[int], *image: Grid) -> list[tuple[Grid, ...]]:
         images, rest = divmod(count, tokens)
         if rest:
             raise ModelError(
-                f"{count} visual tokens are not a whole number of images of {tokens}.",
+                f"{count} visual tokens are not a whole number of images of {tokens} tokens.",
                 remedy="Prefill the prompt in one piece (no prefill_chunk_size), and check that "
-                "the processor's patch_size and vision_feature_select_strategy are the model's.",
+                "the processor's patch_size and vision_feature_select_strategy match the model's.",
             )
         rows.append(image * images)
     return rows
@@ -242,16 +242,16 @@ def equal_grids(counts: Sequence[int], *image: Grid) -> list[tuple[Grid, ...]]:
 def deal_images(
     rows: Sequence[Sequence[Run]], images: Sequence[tuple[Grid, ...]]
 ) -> list[tuple[Grid, ...]]:
-    """Hand a batch's images, in order, to the rows whose visual tokens they fill.
+    """Assign a batch's images, in order, to the rows whose visual tokens they fill.
 
-    Beam search repeats every row; its images are then named once and handed out again.
+    Beam search repeats every row but passes its images once; repeated rows then share them.
 
     Args:
         rows: Visual runs per batch row.
-        images: Grids of every image (several where an image has several), in prompt order.
+        images: Grids of every image (which may have several), in prompt order.
 
     Raises:
-        ModelError: The images' tokens are not the rows' tokens.
+        ModelError: The images' token counts do not match the rows'.
     """
     counts = count_tokens(rows)
     sizes = [sum(grid.tokens for grid in image) for image in images]
@@ -268,7 +268,7 @@ def deal_images(
             break
     if remaining or [sum(grid.tokens for grid in row) for row in dealt] != counts:
         raise ModelError(
-            f"The prompts' visual tokens ({counts} per row) are not those of the images "
+            f"The prompts' visual tokens ({counts} per row) do not match the images "
             f"({sizes} per image).",
             remedy="Prefill the prompt in one piece, with the processor that belongs to the model.",
         )

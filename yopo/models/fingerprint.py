@@ -1,14 +1,14 @@
-"""A digest that tells one checkpoint from another (a fine-tune, say) without reading all of it.
+"""A digest that tells checkpoints apart (such as fine-tunes) without reading all of them.
 
 Its first half covers the decoder: every layer tensor's name and shape and a few values from its
-ends, so that it can be taken in memory as well, in milliseconds on a 7B model. The second half,
-behind a dash, covers values spread over every tensor of the checkpoint's files, whatever the
-tensors are called there: another projector, other embeddings, a head of another fine-tune. Only
-files have it; plans of earlier versions have the first half alone, and are compared by it.
+ends, so that it can also be computed in memory, in milliseconds on a 7B model. The second half,
+after a dash, covers values spread over every tensor of the checkpoint's files, whatever their
+names: it notices another projector, other embeddings, or another fine-tune's head. Only files have
+it; plans of earlier versions have only the first half and are compared by it.
 
-Values are rounded to bfloat16 first: a model loaded in another dtype keeps its fingerprint. Where
-float16 does not (small values vanish in it, float32 is rounded twice), a model that remembers which
-file it came from is recognised by what that file's values become in float16.
+Values are rounded to bfloat16 first, so that a model loaded in another dtype keeps its fingerprint.
+Where float16 breaks that (small values vanish, float32 is rounded twice), a model that remembers
+its source file is recognized by that file's values in float16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from yopo.support.errors import ModelError
 
 SAMPLE = 16
-"""Values in a piece: the start of a tensor's first row, the end of its last, a piece spread out."""
+"""Values per piece (the start of a tensor's first row, the end of its last, or a spread piece)."""
 
 PIECES = 8
 """Pieces spread evenly over a tensor, for the second half."""
@@ -44,7 +44,7 @@ class Source:
     """The checkpoint that a decoder in memory was loaded from.
 
     Attributes:
-        samples: The decoder's, in the file's own precision.
+        samples: Samples of the decoder's tensors, in the file's own precision.
         spread: The second half of the files' fingerprint.
     """
 
@@ -53,12 +53,12 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The files', both halves."""
+        """The files' fingerprint, both halves."""
         return f"{digest(self.samples)}{_SEPARATOR}{self.spread}"
 
     @cached_property
     def loaded(self) -> frozenset[str]:
-        """First halves that the decoder has right after loading, one per precision."""
+        """First halves of the decoder right after loading, one per precision."""
         return frozenset(
             digest((name, shape, values.to(dtype)) for name, shape, values in self.samples)
             for dtype in LOADED
@@ -73,7 +73,7 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pieces(numel: int) -> list[tuple[int, int]]:
-    """(first value, number of values) of what the second half covers of a tensor."""
+    """(first value, number of values) of each piece of a tensor that the second half covers."""
     if numel <= PIECES * SAMPLE:
         return [(0, numel)]
     last = numel - SAMPLE
@@ -81,7 +81,7 @@ def pieces(numel: int) -> list[tuple[int, int]]:
 
 
 def digest(samples: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> str:
-    """First half, from (name inside the decoder, shape, ``sample`` of it) of every tensor.
+    """The first half, from (name inside the decoder, shape, ``sample``) of every tensor.
 
     The order does not matter; names look like ``layers.0.self_attn.q_proj.weight``.
     """
@@ -93,9 +93,9 @@ def digest(samples: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> str:
 
 
 def spread_digest(tensors: Iterable[tuple[tuple[int, ...], torch.Tensor]]) -> str:
-    """Second half, from (shape, values at ``pieces``) of every tensor of a checkpoint.
+    """The second half, from (shape, values at ``pieces``) of every tensor of a checkpoint.
 
-    Neither names nor order matter, nor a tied tensor that is stored twice: they are a layout's.
+    Names, order and tied tensors stored twice do not matter: they depend on the layout.
     """
     state = hashlib.sha256()
     distinct = {(str(tuple(shape)), _rounded(values)) for shape, values in tensors}
@@ -109,7 +109,7 @@ def _rounded(values: torch.Tensor) -> bytes:
 
 
 def is_same(first: str, second: str) -> bool:
-    """Whether two fingerprints are of one model, by what both of them cover."""
+    """Whether two fingerprints are of the same model, by the halves that both have."""
     return all(
         one == other
         for one, other in zip(first.split(_SEPARATOR), second.split(_SEPARATOR), strict=False)
@@ -117,12 +117,12 @@ def is_same(first: str, second: str) -> bool:
 
 
 def fingerprint_of_decoder(decoder: nn.Module) -> str:
-    """Fingerprint of a text decoder in memory: its first half, or all of the files' that it is of.
+    """Fingerprint of a text decoder in memory: the first half, or that of its unchanged files.
 
-    LoRA adapters that are not merged do not count: it is that of the weights below them.
+    Unmerged LoRA adapters do not count: the base weights are digested.
 
     Raises:
-        ModelError: A weight is packed by a quantizer, which changed its values.
+        ModelError: A weight is packed by a quantizer, so that its values changed.
     """
     samples: Samples = []
     for name, parameter in decoder.named_parameters():
@@ -131,7 +131,7 @@ def fingerprint_of_decoder(decoder: nn.Module) -> str:
         if not is_plain(parameter):
             raise ModelError(
                 f"The decoder's {name} is a {type(parameter).__name__}, which has no fingerprint.",
-                remedy="Quantize behind the pruning: yopo.load(..., quantization_config=...).",
+                remedy="Quantize after pruning: yopo.load(..., quantization_config=...).",
             )
         samples.append((name.replace(".base_layer.", "."), parameter.shape, sample(parameter)))
     found = digest(samples)
@@ -140,10 +140,10 @@ def fingerprint_of_decoder(decoder: nn.Module) -> str:
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    """Whether a weight is floating-point numbers in memory, not a quantizer's tensor subclass."""
+    """Whether a weight is a plain floating-point tensor, not a quantizer's subclass."""
     return type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()
 
 
 def remember_source(decoder: nn.Module, source: Source) -> None:
-    """Let a decoder know the files that it was loaded from, until its weights change."""
+    """Record the files that a decoder was loaded from; valid until its weights change."""
     setattr(decoder, _SOURCE, source)

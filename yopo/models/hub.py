@@ -1,7 +1,7 @@
-"""Asks the hub once whether something is there, before libraries that retry for minutes do.
+"""Checks once whether a hub repository exists, before libraries that retry for minutes.
 
-Without a network ``AutoProcessor.from_pretrained`` takes 139 s to say so and ``load_dataset`` 23 s
-(they ask for every file six times); one request answers in a fraction of a second.
+Without a network, ``AutoProcessor.from_pretrained`` takes 139 s to fail and ``load_dataset`` 23 s
+(they request every file six times); a single request answers in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TIMEOUT = 10.0
-"""Seconds until a hub that does not answer counts as out of reach."""
+"""Seconds until a hub that does not answer counts as unreachable."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the hub said.
+    """The hub's answer.
 
     Attributes:
         reachable: Whether the hub answered at all.
         commit: The commit that the revision names, or None.
-        problem: Why there is none, as the end of a sentence, or None.
+        problem: Why there is no commit, as the end of a sentence, or None.
     """
 
     reachable: bool
@@ -56,7 +56,7 @@ def probe(repository: str, *, kind: str, revision: str | None = None) -> Probe:
     except RevisionNotFoundError:
         return Probe(True, None, f"it has no revision '{revision}'")
     except HFValidationError:
-        return Probe(True, None, "that is no valid hub id")
+        return Probe(True, None, "that is not a valid hub id")
     except HfHubHTTPError as error:
         return Probe(False, None, f"the hub answered {error.response.status_code}")
     except Exception as error:  # connection errors differ between HTTP clients (httpx, httpx2)

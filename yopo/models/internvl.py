@@ -1,7 +1,7 @@
-"""InternVL (2.0 after ``yopo convert``, 2.5 and later as ``-hf``): tiles, each a square of its own.
+"""InternVL (2.0 after ``yopo convert``, 2.5 and later as ``-hf``): square tiles.
 
-The model is not told how an image was cut into tiles, so every tile counts as an image: visual
-tokens have no neighbors beyond its border.
+The model does not know how an image was cut into tiles, so every tile counts as an image: visual
+tokens have no neighbors outside their tile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PHI3 = Backbone(
 def grids_of(
     config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
 ) -> list[tuple[Grid, ...]]:
-    """One square grid per tile: the tower's patches, fewer by the pixel shuffle."""
+    """One square grid per tile: the tower's patches, reduced by the pixel shuffle."""
     vision = config.vision_config
     side = int(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
     return square_grids(count_tokens(rows), side * side)

@@ -1,7 +1,7 @@
-"""Where the visual tokens of a batch are, found once per forward from what the model is fed.
+"""Locates the visual tokens of a batch, once per forward, from the model's inputs.
 
-Nothing here is a constant: image tokens are located by their id in ``input_ids``, image grids come
-from the family's data, and every batch row may differ from the others.
+Nothing is assumed constant: image tokens are located by their id in ``input_ids``, image grids come
+from the family's data, and batch rows may differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stream:
     Attributes:
         index: (batch, length) int64, positions in the forward's sequence, ascending; rows with
             fewer tokens are padded with position 0.
-        mask: (batch, length) bool, False on padding; None if there is none.
+        mask: (batch, length) bool, False on padding; None without padding.
         shared: Whether all rows have the same positions.
     """
 
@@ -60,7 +60,7 @@ class Stream:
         return tensor.gather(1, self.index.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
 
     def marks(self, length: int) -> torch.Tensor:
-        """(batch, length) bool: which positions of the sequence are this stream's."""
+        """(batch, length) bool, True on the sequence positions of this stream."""
         table = self.index.new_zeros((*self.index.shape[:1], length, 1), dtype=torch.bool)
         self.scatter(table, torch.ones_like(self.index, dtype=torch.bool)[..., None])
         return table[..., 0]
@@ -84,7 +84,7 @@ class TokenLayout:
 
     Attributes:
         text: Every token that is not visual, attention-mask padding included.
-        visual: The visual tokens, images behind one another.
+        visual: The visual tokens, image after image.
         grids: The image grids of every batch row, in prompt order.
     """
 
@@ -98,7 +98,7 @@ class TokenLayout:
         return all(row == self.grids[0] for row in self.grids)
 
     def coordinates(self) -> torch.Tensor:
-        """(batch, visual length, 3) int64 of (image, row, column) per visual token; -1: padding."""
+        """(batch, visual length, 3) int64: (image, row, column) per visual token, -1 on padding."""
         table = torch.full((*self.visual.index.shape, 3), -1, dtype=torch.int64)
         for batch_row, grids in enumerate(self.grids):
             start = 0
@@ -139,13 +139,13 @@ def _stream(member: torch.Tensor) -> Stream:
 
 @dataclass
 class Call:
-    """One forward of the base model, as the probe saw it begin.
+    """One forward of the base model.
 
     Attributes:
         layout: Where its visual tokens are; None if it has none.
-        has_embeds: Whether the caller gave embeddings instead of token ids.
-        must_be_read: Whether somebody has to ask for the layout before the forward ends.
-        is_read: Whether somebody did.
+        has_embeds: Whether the caller passed embeddings instead of token ids.
+        must_be_read: Whether the layout has to be read before the forward ends.
+        is_read: Whether it was read.
     """
 
     layout: TokenLayout | None
@@ -155,22 +155,22 @@ class Call:
 
 
 class LayoutProbe:
-    """Finds the layout of every forward of a multimodal model, with hooks that it can remove.
+    """Finds the layout of every forward of a multimodal model, with removable hooks.
 
     A pre-hook on the base model (the module that merges image features into the embeddings) sees
     ``input_ids`` in prefill, decode and ``generate`` alike. ``generate`` encodes images before the
-    first forward and drops what the processor said of them, so the encoding methods are watched
-    as well. What is found belongs to the call: threads that share the model do not see one
-    another's.
+    first forward and drops the processor's information about them, so the encoding methods are
+    watched as well. A layout belongs to its call: threads that share the model do not see each
+    other's.
     """
 
     def __init__(
         self, base_model: nn.Module, grids_of: GridsOf, token_ids: Sequence[int] | None = None
     ):
         self.must_be_read = False
-        """Whether a forward with visual tokens fails if nobody asked for its layout by
-        :meth:`read`: then something kept the decoder from being reached."""
-        # Of transformers' own, whose ``base_model`` says no more than that it is a module.
+        """Whether a forward with visual tokens fails if its layout was not read with :meth:`read`:
+        then something kept the decoder from being reached."""
+        # transformers types ``base_model`` only as a module.
         self._config = cast("PreTrainedModel", base_model).config
         self._grids_of = grids_of
         self._token_ids = tuple(token_ids or (self._config.image_token_id,))
@@ -180,8 +180,8 @@ class LayoutProbe:
             base_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             base_model.register_forward_hook(self._leave, always_call=True),
         ]
-        # What was told of images while another probe watched is not this one's. A class, not an
-        # object: a copy of the model copies the probe, but not what its encoding methods hold.
+        # Tells this probe's image information from another's. A class, not an object: copying the
+        # model copies the probe, but not what its encoding methods hold.
         self._key = type("Key", (), {})
         for name in _ENCODERS:
             if hasattr(base_model, name):
@@ -192,13 +192,13 @@ class LayoutProbe:
     def layout(self) -> TokenLayout | None:
         """The layout of this thread's forward in progress.
 
-        None outside, and for prompts and decode steps without a visual token.
+        None outside of a forward, and for prompts and decode steps without visual tokens.
         """
         call = _CALLS.get(self)
         return None if call is None else call.layout
 
     def read(self) -> Call | None:
-        """This thread's forward in progress, noting that its layout will be heeded."""
+        """This thread's forward in progress; marks its layout as read."""
         call = _CALLS.get(self)
         if call is not None:
             call.is_read = True
@@ -224,7 +224,7 @@ class LayoutProbe:
         ]
         found = self._find(module, bound.get("input_ids"), embeds, tokens) if tokens else None
         if found is not None and bool((found >= 0).any()):
-            info = _known(module, self._key) | _told_with(bound) | _image_info(bound)
+            info = _known(module, self._key) | _carried(bound) | _image_info(bound)
             grids = self._grids_of(self._config, _runs(found), info)
             call.layout = build_layout(found >= 0, grids)
 
@@ -232,14 +232,14 @@ class LayoutProbe:
         call = _CALLS.get(self)
         _CALLS.set(self, None)
         if output is None or call is None or call.layout is None or call.is_read:
-            return  # no output: the forward failed for a reason of its own
-        # Both: a block may have been entered or left, by another thread, since the call began.
+            return  # no output: the forward failed for another reason
+        # Check both: another thread may have entered or left a block since the call began.
         if call.must_be_read and self.must_be_read:
             raise ModelError(
-                "The pruned decoder was not reached: something runs in its place, and what it "
-                "computed is the dense model's answer.",
-                remedy="Look for what replaces the decoder's forward (a compiled or wrapped one), "
-                "and prune before you compile or wrap.",
+                "The pruned decoder was not reached: something runs in its place and computed the "
+                "dense model's answer.",
+                remedy="Find what replaces the decoder's forward (a compiled or wrapped one), and "
+                "prune before you compile or wrap.",
             )
 
     def _find(
@@ -249,7 +249,7 @@ class LayoutProbe:
         embeds: torch.Tensor | None,
         placeholders: Sequence[int],
     ) -> torch.Tensor | None:
-        """(batch, sequence) int64: the placeholder id of visual tokens, -1 elsewhere."""
+        """(batch, sequence) int64: the placeholder id on visual tokens, -1 elsewhere."""
         tokens = input_ids if input_ids is not None else embeds
         if tokens is None:
             return None
@@ -267,22 +267,22 @@ class LayoutProbe:
 
 _ENCODERS = ("get_image_features", "get_video_features")
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-"""Modality -> the argument that brings it; families name their placeholders in this order."""
+"""Modality -> its argument of the forward; families name their placeholders in this order."""
 
 _CALLS: PerContext[LayoutProbe, Call] = PerContext("yopo_calls")
 
 _Info = dict[str, torch.Tensor]
 
 _IMAGE_INFO: PerContext[nn.Module, tuple[type, _Info]] = PerContext("yopo_image_info")
-"""What a base model's encoding methods were told of the images that they encoded last, and the
-key of the probe that watched them."""
+"""Information passed to a base model's encoding methods about the images encoded last, and the
+key of the probe that recorded it."""
 
 _NOTE = "_yopo_image_info"
-"""Where an encoding method's output carries the same. Copies of the output (for beams) lose it."""
+"""Attribute of an encoding method's output with the same. Copies of the output (beams) lose it."""
 
 
 def _image_info(arguments: dict[str, Any]) -> _Info:
-    """What arguments say of images beside their pixels."""
+    """The arguments about images other than their pixels."""
     about = ("image_", "video_")
     return {
         name: value
@@ -292,13 +292,13 @@ def _image_info(arguments: dict[str, Any]) -> _Info:
 
 
 def _known(module: nn.Module, key: type) -> _Info:
-    """What was told of the images that were encoded last, while this probe watched."""
+    """Information about the images encoded last, if this probe recorded it."""
     of, info = _IMAGE_INFO.get(module) or (None, {})
     return info if of is key else {}
 
 
-def _told_with(arguments: dict[str, Any]) -> _Info:
-    """What encoded images among a forward's arguments carry along."""
+def _carried(arguments: dict[str, Any]) -> _Info:
+    """Information carried by the encoded images among a forward's arguments."""
     info: _Info = {}
     for output in (arguments.get("mm_encoder_outputs") or {}).values():
         info |= getattr(output, _NOTE, {})
@@ -306,19 +306,19 @@ def _told_with(arguments: dict[str, Any]) -> _Info:
 
 
 def _watched(owner: type[nn.Module], name: str, key: type) -> Callable[..., Any]:
-    """The owner's encoding method, noting what it is told of the images."""
+    """The owner's encoding method, wrapped to record the information about its images."""
     original = getattr(owner, name)
     signature = inspect.signature(original)
 
     @wraps(original)
     def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        told = _image_info(signature.bind_partial(module, *args, **kwargs).arguments)
+        passed = _image_info(signature.bind_partial(module, *args, **kwargs).arguments)
         known = _known(module, key)
         encoded = original(module, *args, **kwargs)
-        # Behind the call: Qwen3-VL encodes videos as images, which must not count as such.
-        _IMAGE_INFO.set(module, (key, known | told))
+        # After the call: Qwen3-VL encodes videos as images, which must not count as such.
+        _IMAGE_INFO.set(module, (key, known | passed))
         if isinstance(encoded, ModelOutput):
-            setattr(encoded, _NOTE, told)
+            setattr(encoded, _NOTE, passed)
         return encoded
 
     return encode
@@ -335,8 +335,8 @@ def _runs(found: torch.Tensor) -> list[list[Run]]:
 def _brings(arguments: dict[str, Any], modality: str) -> bool:
     """Whether a forward gets pixels or encoded images (from ``generate``) of a modality.
 
-    Placeholders without an image are text, as they are to the stock model: prompt lookup proposes
-    them when it copies from the prompt, and a model may say one of its own accord.
+    Placeholders without an image are text, as in the stock model: prompt lookup proposes them when
+    it copies from the prompt, and a model may generate one itself.
     """
     encoded = arguments.get("mm_encoder_outputs") or {}
     return any(

@@ -1,6 +1,6 @@
 """LLaVA-1.5: a vision tower, an MLP projector, a Llama-like decoder; one grid per image.
 
-Under CLIP and SigLIP every image is a square of one size. Under Pixtral images keep their
+With CLIP and SigLIP every image is a square of one size. With Pixtral images keep their
 proportions, and every row of their tokens but the last ends with a break token, which is text.
 """
 
@@ -41,27 +41,27 @@ if TYPE_CHECKING:
 def grids_of(
     config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
 ) -> list[tuple[Grid, ...]]:
-    """A grid per image, and one of a single token for a class token in front of it."""
+    """One grid per image, preceded by a single-token grid if there is a class token."""
     check_tower(config)
     if not tower_of(config).keeps_sizes:
         return equal_grids(count_tokens(rows), *square_grids_of(config))
     if images.get("image_sizes") is None:
         raise ModelError(
-            "LLaVA with a Pixtral tower needs the sizes of its images (image_sizes) to know their "
-            "tokens.",
-            remedy="Pass on everything that the processor returns.",
+            "LLaVA with a Pixtral tower needs the sizes of its images (image_sizes) to locate "
+            "their tokens.",
+            remedy="Pass everything that the processor returns to the model.",
         )
     sizes = images["image_sizes"].tolist()
     return deal_images(rows, [(patch_grid(config, *size),) for size in sizes])
 
 
 def square_grids_of(config: PreTrainedConfig) -> tuple[Grid, ...]:
-    """The grids of one image where all have one size (two images may form one token run)."""
+    """The grids of one image if all have the same size (two images may form one token run)."""
     return (Grid(1, 1),) * class_tokens(config) + (square(config),)
 
 
 def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
-    """An image of noise: of this grid where images keep their sizes, else of the tower's."""
+    """An image of noise, with this grid if images keep their sizes, otherwise the tower's."""
     import torch
 
     if not tower_of(config).keeps_sizes:

@@ -1,8 +1,8 @@
 """LLaVA-NeXT (1.6): a CLIP tower over one scaled-down image and the tiles of the large one.
 
-An image is two grids behind one another. The base grid is the whole image in one tile. Behind it
-the tiles are laid out as one large picture, the padding is cut away, and every row ends with a
-newline token, which is a visual token like the others: rows x (columns + 1).
+An image is two consecutive grids. The base grid is the whole image in one tile. After it, the tiles
+are laid out as one large picture, the padding is cut away, and every row ends with a newline token,
+which is a visual token like the others: rows x (columns + 1).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 def grids_of(
     config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
 ) -> list[tuple[Grid, ...]]:
-    """Two grids per image, from the sizes that the processor found it to have."""
+    """Two grids per image, from the processor's image sizes."""
     if "image_sizes" not in images:
         raise ModelError(
-            "LLaVA-NeXT needs the sizes of its images (image_sizes) to know their tokens.",
-            remedy="Pass on everything that the processor returns.",
+            "LLaVA-NeXT needs the sizes of its images (image_sizes) to locate their tokens.",
+            remedy="Pass everything that the processor returns to the model.",
         )
     return deal_images(rows, [image_grids(config, size) for size in images["image_sizes"].tolist()])
 
@@ -35,7 +35,7 @@ def grids_of(
 def image_grids(config: PreTrainedConfig, size: list[int]) -> tuple[Grid, Grid]:
     """The base grid and the grid of the tiles of an image of (height, width) pixels.
 
-    Uses the functions of transformers by which the model itself packs its features.
+    Uses the transformers functions with which the model itself packs its features.
     """
     import torch
     from transformers.models.llava_next.modeling_llava_next import (
@@ -47,7 +47,7 @@ def image_grids(config: PreTrainedConfig, size: list[int]) -> tuple[Grid, Grid]:
     tile, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
     base = square(config)
     side = base.rows
-    if image_size_to_num_patches(size, pinpoints, tile) == 1:  # the base alone, and a newline
+    if image_size_to_num_patches(size, pinpoints, tile) == 1:  # only the base, and a newline
         return base, Grid(1, 1)
     tile_rows, tile_cols = get_anyres_image_grid_shape(size, pinpoints, tile)
     canvas = torch.empty(0, tile_rows * side, tile_cols * side)
@@ -59,22 +59,22 @@ def check_vision(config: PreTrainedConfig) -> None:
     """Refuse towers whose tokens cannot be laid out as tiles.
 
     Raises:
-        ModelError: The tower is not known, keeps the sizes of images, or a class token is kept.
+        ModelError: The tower is unknown, keeps the sizes of images, or a class token is kept.
     """
     check_tower(config)
     found = config.vision_config.model_type
     if tower_of(config).keeps_sizes:
-        raise ModelError(f"LLaVA-NeXT cuts images into tiles of one size, which {found} has not.")
+        raise ModelError(f"LLaVA-NeXT needs tiles of one size, but {found} keeps image sizes.")
     if class_tokens(config):
         raise ModelError(
-            f"LLaVA-NeXT lays the patches of its tiles out as one picture, but with "
-            f"vision_feature_select_strategy 'full' every tile of {found} has a class token more.",
-            remedy="Say 'default' in config.json if the model was trained so.",
+            f"LLaVA-NeXT lays out the patches of its tiles as one picture, but with "
+            f"vision_feature_select_strategy 'full' every tile of {found} also has a class token.",
+            remedy="Set it to 'default' in config.json if the model was trained that way.",
         )
 
 
 def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
-    """An image of noise of the first size that needs no padding."""
+    """An image of noise in the first size that needs no padding."""
     import torch
 
     tile, (height, width) = config.vision_config.image_size, config.image_grid_pinpoints[0]

@@ -1,7 +1,7 @@
-"""Processors without their video half, which needs torchvision; yopo shows models images alone.
+"""Processors without their video half, which needs torchvision; yopo only uses images.
 
-transformers refuses to build such a processor (Qwen2-VL, InternVL, ...) where torchvision is
-missing, although images are handled by Pillow.
+Without torchvision, transformers refuses to build such a processor (Qwen2-VL, InternVL, ...),
+although images are handled by Pillow.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ def load_without_videos(location: str, **options: Any) -> ProcessorMixin | None:
 
     Args:
         location: A local directory or a hub id, with the model's configuration.
-        **options: Of ``from_pretrained`` (``revision``, ``local_files_only``,
+        **options: Options of ``from_pretrained`` (``revision``, ``local_files_only``,
             ``trust_remote_code``).
 
     Returns:
-        The processor; None if there is no video half to leave out, or more is missing than that.
+        The processor; None if there is no video half to leave out, or if anything else is missing.
     """
     try:
         config = AutoConfig.from_pretrained(location, **options)
-        # The mapping's class is annotated for pairs of tokenizers; this one holds classes.
+        # The mapping is annotated for pairs of tokenizers, but this one holds classes.
         stock = cast("type[ProcessorMixin] | None", PROCESSOR_MAPPING.get(type(config), None))
         if stock is None or VIDEO not in stock.get_attributes():
             return None
-        # mypy compares the class's own __hash__, which takes an object, with Hashable's.
+        # mypy compares the class's own __hash__, which takes an object, to Hashable's.
         without = image_class(stock)  # type: ignore[arg-type]
         processor = without.from_pretrained(location, **options)
-        # Where the tokenizer's files are missing, transformers makes an empty one up.
+        # If the tokenizer's files are missing, transformers creates an empty one.
         known = getattr(processor, "image_token_id", None)
         return processor if known == config.image_token_id else None
-    except Exception as error:  # many kinds; the caller has the one that it tells the user
+    except Exception as error:  # many kinds; the caller reports the original one
         logger.debug("%s: no processor without videos either: %s", location, error)
         return None
 
@@ -50,8 +50,8 @@ def load_without_videos(location: str, **options: Any) -> ProcessorMixin | None:
 def image_class(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The subclass of a processor class that has no video processor.
 
-    It keeps the name, so that what it saves is the stock processor's. The stock ``__init__`` still
-    hands its third part, None, to transformers, which takes no more parts than are named here.
+    It keeps the name, so that it saves itself as the stock processor. The stock ``__init__`` still
+    passes its third part, None, to transformers, which takes only the parts named here.
     """
 
     def get_attributes(cls: type[ProcessorMixin]) -> list[str]:

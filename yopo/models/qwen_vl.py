@@ -1,7 +1,7 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images of any size, several of them, and videos.
 
-Their decoders place every token by three numbers (time, row, column: M-RoPE), Qwen3-VL's norms
-queries and keys per head and adds vision features behind its first layers (DeepStack).
+Their decoders use three position numbers per token (time, row, column: M-RoPE); Qwen3-VL's also
+norms queries and keys per head and adds vision features after its first layers (DeepStack).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
 def grids_of(
     config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
 ) -> list[tuple[Grid, ...]]:
-    """A grid per image and per video frame, of squares of merged patches.
+    """One grid per image and per video frame, in squares of merged patches.
 
-    Frames may form one run (Qwen2-VL) or a run each, with time stamps between (Qwen3-VL).
+    Frames may form one run (Qwen2-VL) or one run each, with timestamps in between (Qwen3-VL).
     """
     merge = config.vision_config.spatial_merge_size
     dealt: dict[int, list[tuple[Grid, ...]]] = {}
@@ -41,9 +41,9 @@ def grids_of(
             continue
         if images.get(name) is None:
             raise ModelError(
-                f"The prompt has visual tokens, but nothing says what their images' {name} is.",
-                remedy="Pass all that the processor makes, and encode images while the model is "
-                "pruned if you encode them yourself.",
+                f"The prompt has visual tokens, but the {name} of their images is missing.",
+                remedy="Pass everything that the processor returns; if you encode images yourself, "
+                "do it while the model is pruned.",
             )
         sizes = images[name].tolist()
         grids = [(Grid(high // merge, wide // merge),) * frames for frames, high, wide in sizes]
@@ -55,7 +55,7 @@ def grids_of(
 
 
 def _in_prompt_order(row: Sequence[Run], grids: Mapping[int, Iterator[Grid]]) -> Iterator[Grid]:
-    """Images and frames of one batch row, as they follow one another in its runs."""
+    """Images and frames of one batch row, in the order of its runs."""
     for token, length in row:
         while length > 0:
             grid = next(grids[token], None)
@@ -69,7 +69,7 @@ def _in_prompt_order(row: Sequence[Run], grids: Mapping[int, Iterator[Grid]]) ->
 
 
 def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
-    """An image of noise that makes this grid."""
+    """An image of noise with this grid."""
     import torch
 
     vision = config.vision_config

@@ -1,4 +1,4 @@
-"""Which families there are, and what a model's name means: alias, local directory or hub id."""
+"""The registered families, and resolving a model's name: alias, local directory or hub id."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ ALIASES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
+    """A model's name and location.
 
     Attributes:
-        name: How plans name it: the alias, the hub id, or the directory's own name.
+        name: Name in plans: the alias, the hub id, or the directory's own name.
         location: A local directory, or a hub id.
         revision: Hub revision, or None.
         is_local: Whether ``location`` is a directory on this machine.
@@ -51,7 +51,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def family_of_type(found: str) -> Family:
-    """The family of a ``model_type``; errors as for :func:`family_of`."""
+    """The family of a ``model_type``; raises like :func:`family_of`."""
     for family in FAMILIES:
         if family.model_type == found:
             return family
@@ -63,13 +63,13 @@ def refuse_original(model_type: str | None, name: str) -> None:
     """Refuse a checkpoint that has to be converted before transformers can load it.
 
     Raises:
-        ModelError: It is one, and ``yopo convert`` is what to do.
+        ModelError: It is one; the remedy names ``yopo convert``.
     """
     for family in FAMILIES:
         if model_type in family.originals:
             raise ModelError(
-                f"{name}: is an original {family.name} checkpoint ({model_type}), whose own code "
-                "does not run on this transformers version.",
+                f"{name}: is an original {family.name} checkpoint ({model_type}), whose code does "
+                "not run on this transformers version.",
                 remedy=f"Convert it first: yopo convert {name} DIRECTORY.",
             )
 
@@ -87,15 +87,15 @@ def family_named(name: str) -> Family:
 
 
 def resolve(name: str) -> ModelSource:
-    """Turn what a user calls a model into a place to load it from. Touches no network.
+    """Resolve a model's name to a place to load it from, without network access.
 
-    A checkpoint directory of that name comes first, as everywhere in transformers.
+    A checkpoint directory with that name takes precedence, as everywhere in transformers.
 
     Args:
         name: A directory, an alias, or a hub id ``org/name[@revision]``.
 
     Raises:
-        ModelError: Neither; suggests the closest alias.
+        ModelError: It is none of these; suggests the closest alias.
     """
     path = Path(name).expanduser()
     if name in ALIASES and not (path / "config.json").is_file():
@@ -118,7 +118,7 @@ def resolve(name: str) -> ModelSource:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is nothing here looks like ``org/name[@revision]``."""
+    """Whether a name that does not exist locally looks like ``org/name[@revision]``."""
     return name.partition("@")[0].count("/") == 1 and not _looks_local(name)
 
 

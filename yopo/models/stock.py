@@ -1,9 +1,9 @@
-"""What the modules of transformers' decoders hold, told to type checkers. Nothing runs here.
+"""Type declarations for the modules of transformers' decoders. Nothing runs here.
 
 torch types every attribute of a module as a tensor or a module, and ``get_decoder`` returns
-anything. These are the attributes that the supported backbones share; where their names differ
-(see ``family.Backbone``) they are looked up by name. None of the classes is ever instantiated, or
-exists outside of type checking: import them under ``TYPE_CHECKING``.
+``Any``. These are the attributes that the supported backbones share; where their names differ (see
+``family.Backbone``) they are looked up by name. The classes only exist for type checking: import
+them under ``TYPE_CHECKING``.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
         def __getitem__(self, idx: int | slice) -> Item | nn.ModuleList: ...
 
     class Projection(nn.Module):
-        """A linear layer, or PEFT's around one."""
+        """A linear layer, possibly wrapped by PEFT."""
 
         in_features: int
         out_features: int
         weight: torch.Tensor
 
     class StockAttention(nn.Module):
-        """``self_attn``; head norms are Qwen3's alone, the fused projection is Phi-3's."""
+        """``self_attn``; only Qwen3 has head norms, only Phi-3 the fused projection."""
 
         layer_idx: int
         head_dim: int
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         o_proj: nn.Module
 
     class StockFFN(nn.Module):
-        """``mlp``; the fused projection and its activation are Phi-3's."""
+        """``mlp``; only Phi-3 has the fused projection and its activation."""
 
         gate_proj: nn.Module
         up_proj: nn.Module

@@ -1,8 +1,8 @@
-"""Vision towers under LLaVA and LLaVA-NeXT: which tokens they give, and what processors must know.
+"""Vision towers of LLaVA and LLaVA-NeXT: the tokens they output, and settings for processors.
 
-A tower gives its patches row by row, some behind a class token; the model cuts the first token off
-(``vision_feature_select_strategy: default``) or not (``full``). The processor writes as many
-placeholders, by the same numbers, which it has from files of its own.
+A tower outputs its patches row by row, some after a class token; the model cuts off the first token
+(``vision_feature_select_strategy: default``) or keeps it (``full``). The processor writes as many
+placeholders, by the same settings, which it reads from its own files.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tower:
-    """What a vision tower makes of an image.
+    """The output of a vision tower for an image.
 
     Attributes:
-        class_tokens: Tokens in front of the patches.
-        keeps_sizes: Whether images keep their proportions, so that the grid is each image's own;
+        class_tokens: Tokens before the patches.
+        keeps_sizes: Whether images keep their proportions, so that grids differ per image;
             otherwise all are squares of one size.
     """
 
@@ -43,27 +43,27 @@ def tower_of(config: PreTrainedConfig) -> Tower:
     """The tower of a model's outer configuration.
 
     Raises:
-        ModelError: It is not known, so nothing says how its tokens lie in the image.
+        ModelError: It is unknown, and so is the layout of its tokens in the image.
     """
     found = config.vision_config.model_type
     if found not in TOWERS:
         raise ModelError(
-            f"{config.model_type} with the vision tower '{found}' is not supported: how its tokens "
-            f"lie in the image is not known (supported: {', '.join(TOWERS)})."
+            f"{config.model_type} with the vision tower '{found}' is not supported: the layout of "
+            f"its tokens in the image is unknown (supported: {', '.join(TOWERS)})."
         )
     return TOWERS[found]
 
 
 def ends_rows(config: PreTrainedConfig) -> bool:
-    """Whether the prompt tells where a row of an image ends, as it must where they have sizes."""
+    """Whether the prompt marks the end of an image's rows, as it must if images keep sizes."""
     return TOWERS.get(config.vision_config.model_type, Tower()).keeps_sizes
 
 
 def check_tower(config: PreTrainedConfig) -> None:
-    """Refuse a model whose visual tokens are no whole image.
+    """Refuse a model whose visual tokens are not a whole image.
 
     Raises:
-        ModelError: The tower is not known, or has no class token and loses its first patch.
+        ModelError: The tower is unknown, or has no class token and would lose its first patch.
     """
     tower = tower_of(config)
     if config.vision_feature_select_strategy == "default" and not tower.class_tokens:
@@ -71,12 +71,12 @@ def check_tower(config: PreTrainedConfig) -> None:
             f"The vision tower '{config.vision_config.model_type}' has no class token, but "
             "vision_feature_select_strategy is 'default', which cuts off the first token of every "
             "image: here that is a patch.",
-            remedy="If the model was trained with all patches, say 'full' in its config.json.",
+            remedy="If the model was trained with all patches, set it to 'full' in config.json.",
         )
 
 
 def class_tokens(config: PreTrainedConfig) -> int:
-    """Tokens that are kept in front of an image's patches."""
+    """Tokens that are kept before an image's patches."""
     is_cut = config.vision_feature_select_strategy == "default"
     return max(tower_of(config).class_tokens - is_cut, 0)
 
@@ -87,18 +87,18 @@ def patch_sides(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def patch_grid(config: PreTrainedConfig, height: int, width: int) -> Grid:
-    """The whole patches of an image of so many pixels."""
+    """The whole patches of an image of this size in pixels."""
     high, wide = patch_sides(config)
     return Grid(height // high, width // wide)
 
 
 def square(config: PreTrainedConfig) -> Grid:
-    """The patches of an image of the tower's own size."""
+    """The patches of an image of the tower's fixed size."""
     return patch_grid(config, *_both(config.vision_config.image_size))
 
 
 def processor_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a processor must know of the model to write as many placeholders as it has features."""
+    """The settings with which a processor writes as many placeholders as there are features."""
     return {
         "patch_size": patch_sides(config)[0],
         "vision_feature_select_strategy": config.vision_feature_select_strategy,

@@ -1,1 +1,1 @@
-"""What the commands do: one call each, and the session that they share."""
+"""The commands as functions, and the session that they share."""

@@ -1,4 +1,4 @@
-"""What the commands do, and ``import yopo`` offers: one function each, everything in one call."""
+"""The commands as functions, as in ``import yopo``: one call each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from yopo.support.errors import ModelError, PlanError
 Keep = Callable[[Statistics], None]
 
 DEFAULT_BUDGET = 0.25
-"""Share of the visual FLOPs that a plan gets if nothing else is asked for."""
+"""Default share of the visual FLOPs."""
 
 
 def calibrate(
@@ -46,7 +46,7 @@ def calibrate(
     fit_options: FitOptions | None = None,
     keep: Keep | None = None,
 ) -> Calibrated:
-    """Measure a model on image-question pairs once, and plan its pruning (``yopo calibrate``).
+    """Measure a model on image-question pairs once and plan its pruning (``yopo calibrate``).
 
     Example:
         >>> options = yopo.RunOptions(samples=32)
@@ -55,7 +55,7 @@ def calibrate(
         >>> calibrated.plan.budget.reached <= 0.25
         True
 
-        A model in memory, say a fine-tune, and rows of one's own:
+        With a model in memory, such as a fine-tune, and your own rows:
 
         >>> from transformers import AutoModelForImageTextToText, AutoProcessor
         >>> from yopo.demo import LLAVA_TINY
@@ -71,11 +71,11 @@ def calibrate(
 
     Args:
         model: Alias, directory, hub id, or a dense model in memory.
-        request: What is asked of the plan; a number is a visual budget.
-        processor: Of a model in memory.
-        options: Data and how to run it.
-        fit_options: On what plans are measured and fitted.
-        keep: Given the statistics as soon as they exist, before anything is planned or fitted.
+        request: The request for the plan; a number is a visual budget.
+        processor: Processor of a model in memory.
+        options: The data and how to run it.
+        fit_options: How plans are measured and fitted.
+        keep: Called with the statistics once they exist, before anything is planned or fitted.
 
     Raises:
         YopoError: Unknown model, unreadable data, a request that cannot be met, ...
@@ -124,7 +124,7 @@ def plan(
 ) -> Calibrated:
     """Make another plan from statistics, without the model (``yopo plan``).
 
-    Nothing can be measured or fitted without it: a budget means its template, or the default one.
+    Without it nothing can be measured or fitted: a budget gets the requested or default template.
 
     Example:
         >>> found = yopo.plan(calibrated.statistics, yopo.PaperRequest(preset="yopo-12"))
@@ -132,8 +132,8 @@ def plan(
         4
 
     Args:
-        statistics: What a calibration measured, or the file that it was saved to.
-        request: What is asked of the plan; a number is a visual budget.
+        statistics: A calibration's statistics, or the file that they were saved to.
+        request: The request for the plan; a number is a visual budget.
 
     Raises:
         YopoError: The file holds no statistics, or the request cannot be met.
@@ -172,15 +172,15 @@ def evaluate(
         (16, True)
 
     Args:
-        target: A plan, or its file, or ``-``; or what ``apply`` wrote (a directory or hub id).
-        model: The dense model, if it is elsewhere than the plan says, or in memory.
-        processor: Of a model in memory.
-        options: Data and how to run it.
+        target: A plan, its file, or ``-`` for stdin; or a baked checkpoint (directory or hub id).
+        model: The dense model, if it is in memory or not where the plan says.
+        processor: Processor of a model in memory.
+        options: The data and how to run it.
         timing_runs: Paired prefill runs; 0 skips timing.
         budget: Which of a checkpoint's plans (see ``yopo.load``); None: the first.
 
     Raises:
-        YopoError: Anything that the model, the plan or the data lack.
+        YopoError: The model, the plan or the data are unusable.
     """
     options = options or RunOptions()
     found = target if isinstance(target, PruningPlan) else read_target(target, budget)
@@ -206,19 +206,19 @@ def read_target(target: str | Path, budget: float | None = None) -> PruningPlan:
     """The plan of a baked checkpoint (directory or hub id), of a plan file, or of stdin for ``-``.
 
     Raises:
-        PlanError: A budget for what is no checkpoint.
+        PlanError: A budget is given for a target that is not a checkpoint.
     """
     if _is_checkpoint(target):
         return open_baked(target, budget).plan
     if budget is not None:
-        raise PlanError(f"{target}: is one plan; a budget chooses among a checkpoint's.")
+        raise PlanError(f"{target}: is one plan; a budget selects among a checkpoint's plans.")
     return read_plan(target)
 
 
 def source_of_target(
     target: PruningPlan | str | Path, plan: PruningPlan, model: str | Path | None
 ) -> ModelSource:
-    """Where the dense model of a target is: a checkpoint is its own, a plan names its model."""
+    """The dense model of a target: a checkpoint is its own, a plan names its model."""
     if not isinstance(target, PruningPlan) and _is_checkpoint(target):
         return resolve(str(target))
     return _source_of(plan, model)
@@ -233,12 +233,12 @@ def _is_checkpoint(target: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Applied:
-    """What ``apply`` did.
+    """The result of ``apply``.
 
     Attributes:
-        plan: The plan as it was given.
-        report: The bake's; ``report.output`` is the checkpoint.
-        verification: If it was asked for.
+        plan: The given plan.
+        report: The report of the bake; ``report.output`` is the checkpoint.
+        verification: The verification, if requested.
     """
 
     plan: PruningPlan
@@ -264,16 +264,16 @@ def apply(
         True
 
     Args:
-        plan: A plan, or its file, or ``-`` for stdin.
-        others: Plans of other budgets, for ``yopo.load(directory, budget=...)``.
-        output: The directory to make; None: ``NAME-yopo`` in the working directory.
-        model: The checkpoint, if it is elsewhere than the plan says.
+        plan: A plan, its file, or ``-`` for stdin.
+        others: Plans for other budgets, for ``yopo.load(directory, budget=...)``.
+        output: The directory to create; None: ``NAME-yopo`` in the working directory.
+        model: The checkpoint, if it is not where the plan says.
         force: Whether a checkpoint in ``output`` may be replaced.
         dry_run: Validate everything, write nothing.
         check: Whether to open the result and compare it with the original.
 
     Raises:
-        YopoError: Anything that the plan, the model or the output directory lack.
+        YopoError: The plan, the model or the output directory is unusable.
     """
     plan, *also = (
         each if isinstance(each, PruningPlan) else read_plan(each) for each in (plan, *others)
@@ -287,13 +287,13 @@ def apply(
 
 
 def _source_of(plan: PruningPlan, model: str | Path | None) -> ModelSource:
-    """Where a plan's model is: where the user says, else where its name leads."""
+    """The location of a plan's model: the user's, otherwise that of its name."""
     try:
         return resolve(str(model or plan.model.name))
     except ModelError as error:
         if model:
             raise
         raise ModelError(
-            f"The plan's model '{plan.model.name}' is not an alias, nor a directory here.",
-            remedy="Say where it is with --model.",
+            f"The plan's model '{plan.model.name}' is neither an alias nor a directory here.",
+            remedy="Give its location with --model.",
         ) from error

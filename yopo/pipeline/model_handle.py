@@ -1,4 +1,4 @@
-"""The model that a command works on: by its name, loaded when it is needed, or in memory."""
+"""The model that a command works on: given by name and loaded when needed, or in memory."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Model = str | Path | PreTrainedModel
 
 
 class ModelHandle:
-    """A dense model and its processor; what can be checked before weights are loaded, is.
+    """A dense model and its processor, checked as far as possible before weights are loaded.
 
     Args:
-        model: A name, a place to load from, or a model in memory.
-        processor: Of a model in memory; overrides the checkpoint's otherwise.
+        model: A name, a location to load from, or a model in memory.
+        processor: Required for a model in memory; otherwise overrides the checkpoint's.
         options: How to load it.
 
     Attributes:
-        name: What plans call the model: no machine path.
-        processor: For the model, its settings settled.
+        name: The model's name in plans; never a machine path.
+        processor: The model's processor, with its settings completed.
 
     Raises:
         YopoError: Unknown or unsuitable model; a model in memory without its processor.
@@ -56,7 +56,7 @@ class ModelHandle:
             return
         source = model if isinstance(model, ModelSource) else resolve(str(model))
         self._source, self.name = source, source.name
-        self._checkpoint = Checkpoint.open(fetch(source))  # before anything takes long
+        self._checkpoint = Checkpoint.open(fetch(source))  # before anything slow
         if processor is not None:
             self.processor = settled(processor, self._checkpoint.config, self.name)
         else:
@@ -74,11 +74,11 @@ class ModelHandle:
 
 
 def _name_of(model: PreTrainedModel) -> str:
-    """A name for a model in memory: the hub id that it was loaded from, a directory's own name."""
+    """A name for a model in memory: the hub id or directory name that it was loaded from."""
     name = model.config.name_or_path or model.name_or_path
     if not name:
         return type(model).__name__
     try:
         return resolve(name).name
-    except ModelError:  # moved since, or nothing that yopo could load
+    except ModelError:  # moved since, or not loadable by yopo
         return Path(name).name or type(model).__name__

@@ -1,4 +1,4 @@
-"""How the commands run models over pairs, and on what plans are measured and fitted."""
+"""How the commands run models over pairs, and how plans are measured and fitted."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class RunOptions:
     """How a model is run over pairs.
 
     Attributes:
-        data: Pairs: whatever ``--data`` takes (a file, a directory, ``org/name:split``,
-            ``demo:SET``), or rows in memory, ``{"image": ..., "question": ..., "answer": ...}``
-            each; None: the package's own, as ``yopo.demo`` has them for the model: its calibration
-            set to calibrate, its held-out set to evaluate.
+        data: Pairs: anything that ``--data`` accepts (a file, a directory, ``org/name:split``,
+            ``demo:SET``), or rows in memory, each ``{"image": ..., "question": ...,
+            "answer": ...}``; None: the demo pairs for the model (see ``yopo.demo``): its
+            calibration set to calibrate, its held-out set to evaluate.
         samples: How many; None: all.
-        seed: Decides which pairs are drawn.
+        seed: Seed for sampling pairs.
         batch_size: Pairs per forward.
-        device: Where a model that is loaded runs (``cpu``, ``cuda``, ``cuda:1``, ``mps``); one in
-            memory stays where it is.
-        dtype: Of a model that is loaded: ``auto`` (the checkpoint's), ``float32``, ``bfloat16``,
-            ``float16``; one in memory stays as it is.
+        device: Device of a model that is loaded (``cpu``, ``cuda``, ``cuda:1``, ``mps``); a model
+            in memory is not moved.
+        dtype: Dtype of a model that is loaded: ``auto`` (the checkpoint's), ``float32``,
+            ``bfloat16``, ``float16``; a model in memory is not converted.
         max_new_tokens: Longest answer generated.
-        trust_remote_code: Whether a processor or tokenizer that is the model's own code may run.
+        trust_remote_code: Whether the model's own processor or tokenizer code may run.
     """
 
     data: Data | None = None
@@ -39,13 +39,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """On what plans are measured and fitted.
+    """How plans are measured and fitted.
 
     Attributes:
         queries: Which queries head activity sums over: ``text``, ``all`` or ``last``.
-        measure_pairs: Calibration pairs that are held out to compare candidate plans on, at most;
+        measure_pairs: At most this many calibration pairs are held out to compare candidate plans;
             never more than a quarter (see ``split_pairs``).
-        fit_pairs: Of the others, those on which visual weights are fitted, at most.
+        fit_pairs: Visual weights are fitted on at most this many of the others.
     """
 
     queries: str = "text"

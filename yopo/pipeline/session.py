@@ -1,7 +1,7 @@
-"""One calibration pass, then as many plans as are wanted: at a budget, at several, in a tolerance.
+"""One calibration pass, then any number of plans: for one budget, several, or a tolerance.
 
-A session keeps the model, the statistics and the dense model's answers, so that every further plan
-costs only what has to be fitted and measured for it.
+A session keeps the model, the statistics and the dense model's answers, so that each further plan
+only costs its own fit and measurement.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from yopo.fitting.fitter import Fitter
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.allocate import FACTOR, Weighting
-from yopo.planning.planner import Candidate, make_plan
+from yopo.planning.candidate import Candidate
+from yopo.planning.planner import make_plan
 from yopo.planning.request import (
     BudgetRequest,
     LatencyRequest,
@@ -40,18 +41,18 @@ from yopo.support.errors import DataError, PlanError
 from yopo.support.version import __version__
 
 SMALLEST = 0.01
-"""Visual budget below which a tolerance is not tried."""
+"""Smallest visual budget tried for a tolerance."""
 
 PRECISION = 1.15
-"""Ratio of two budgets between which a tolerance looks no closer."""
+"""Ratio of two budgets at which the bisection for a tolerance stops."""
 
 MAX_HOLDOUT = 256
-"""Holdout pairs for a tolerance at most."""
+"""Most holdout pairs for a tolerance."""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a calibration makes: the plan, the statistics and the candidates."""
+    """The result of a calibration: the plan, the statistics and the candidates."""
 
     plan: PruningPlan
     statistics: Statistics
@@ -63,15 +64,15 @@ class CalibrationSession:
 
     Args:
         model: Alias, directory, hub id, or a dense model in memory.
-        processor: Of a model in memory.
-        options: Data and how to run it.
-        fit_options: On what plans are measured and fitted.
-        needs_holdout: Whether a quarter of the pairs is kept out of everything but ``agreement``.
-        compares: Whether pairs are held out to compare plans on. Without it ``make`` knows no
-            budget, and all pairs are measured.
+        processor: Processor of a model in memory.
+        options: The data and how to run it.
+        fit_options: How plans are measured and fitted.
+        needs_holdout: Whether a quarter of the pairs is held out for ``agreement`` only.
+        compares: Whether pairs are held out to compare plans. Without them ``make`` does not take
+            a budget, and all pairs are measured.
 
     Attributes:
-        split: Which pairs serve which purpose.
+        split: The purpose of each pair.
 
     Raises:
         YopoError: Unknown model, unreadable data, ...
@@ -120,12 +121,12 @@ class CalibrationSession:
     def make(self, request: PlanRequest) -> Calibrated:
         """Make the plan that a request describes.
 
-        With too few pairs to hold any out nothing is fitted: the plan for a budget then has the
+        With too few pairs to hold any out, nothing is fitted: the plan for a budget then has the
         default template and the original weights, unmeasured.
 
         Raises:
             PlanError: The request cannot be met.
-            DataError: It cannot be met with this few pairs.
+            DataError: There are too few pairs for the request.
         """
         if isinstance(request, ToleranceRequest):
             return self._within(request)
@@ -134,7 +135,7 @@ class CalibrationSession:
     def _make(
         self, request: BudgetRequest | PaperRequest, tried: Sequence[Weighting] = ()
     ) -> Calibrated:
-        """The same; ``tried``: measure allocations by these weightings alone."""
+        """Make a plan; with ``tried``, only allocations with these weightings are measured."""
         request = self._with_few_pairs(request)
         is_measured = isinstance(request, BudgetRequest) and self.split.comparison
         judge = self.kl if is_measured else None
@@ -145,10 +146,10 @@ class CalibrationSession:
     def _with_few_pairs(
         self, request: BudgetRequest | PaperRequest
     ) -> BudgetRequest | PaperRequest:
-        """The request as the number of pairs allows it.
+        """The request, reduced to what the number of pairs allows.
 
         Raises:
-            DataError: A fit or a search is asked for, and there are too few pairs.
+            DataError: A fit or a search is requested, and there are too few pairs.
         """
         split, has_budget = self.split, isinstance(request, BudgetRequest)
         if split.comparison if has_budget else len(split.fit) >= MIN_SIDE:
@@ -168,14 +169,14 @@ class CalibrationSession:
     def _in_flops(
         self, request: BudgetRequest | PaperRequest | LatencyRequest
     ) -> BudgetRequest | PaperRequest:
-        """The request with a budget in milliseconds, if that is what it asks for, in FLOPs."""
+        """The request with a budget in milliseconds converted to one in FLOPs."""
         if not isinstance(request, LatencyRequest):
             return request
         model, workload = self.statistics.model, self.statistics.workload
         costs = read_costs(request.costs, model.shape)
         budget = costs.budget(request.milliseconds, model.shape, workload)
-        asked = f"{request.milliseconds:g} ms"
-        note(f"{asked} are a visual budget of {budget:.1%} by {request.costs}.")
+        time = f"{request.milliseconds:g} ms"
+        note(f"{time} correspond to a visual budget of {budget:.1%} according to {request.costs}.")
         return request.at(budget)
 
     def kl(self, plan: PruningPlan) -> float:
@@ -192,7 +193,7 @@ class CalibrationSession:
         Raises:
             PlanError: The request cannot be met.
         """
-        asked, low, high = request.tolerance, SMALLEST, 1.0
+        tolerance, low, high = request.tolerance, SMALLEST, 1.0
         best, agreement = self._unpruned(), 1.0
         tried: tuple[Weighting, ...] = ()
         while high / low > PRECISION:
@@ -200,7 +201,7 @@ class CalibrationSession:
             found = self._at(request.at(budget), tried)
             share = 0.0 if found is None else self.agreement(found.plan)
             note(f"budget {budget:.1%}: agreement {share:.2%} on the holdout")
-            if found is None or share < 1 - asked:
+            if found is None or share < 1 - tolerance:
                 low = budget
             else:
                 best, high, agreement = found, budget, share
@@ -209,13 +210,13 @@ class CalibrationSession:
         if request.kv_budget is not None and best.plan.budget.reached >= 1.0:
             raise PlanError(
                 f"No plan within a KV budget of {request.kv_budget} agrees with the dense model "
-                f"within {asked:.1%}.",
-                remedy="Allow more of either.",
+                f"within {tolerance:.1%}.",
+                remedy="Use a larger KV budget or tolerance.",
             )
         pairs = sum(len(record.answers) for record in self._holdout)
-        about = {"asked": asked, "agreement": round(agreement, 6), "pairs": pairs}
+        about = {"asked": tolerance, "agreement": round(agreement, 6), "pairs": pairs}
         plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": about})
-        _tell(plan, asked, agreement, pairs)
+        _note_result(plan, tolerance, agreement, pairs)
         return replace(best, plan=plan)
 
     def _at(self, request: BudgetRequest, tried: Sequence[Weighting]) -> Calibrated | None:
@@ -261,11 +262,11 @@ class CalibrationSession:
 
 
 def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
-    """The pairs that are asked for, or the package's own for a model.
+    """The requested pairs, or the package's demo pairs for a model.
 
     Args:
-        options: Say what is asked for.
-        model_name: What plans call the model.
+        options: Options with the requested data.
+        model_name: The model's name in plans.
         split: ``calibration`` or ``heldout``.
     """
     data = options.data
@@ -273,7 +274,7 @@ def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
         data = demo_data(model_name, split)
         if split == "calibration":
             note(
-                f"Using the demo pairs that come with yopo ({data}): "
+                f"Using the demo pairs included with yopo ({data}): "
                 "your own pairs (--data) give a better plan."
             )
     return open_pairs(data, samples=options.samples, seed=options.seed)
@@ -294,11 +295,11 @@ def _too_few(split: Split, what: str, least: int) -> DataError:
     )
 
 
-def _tell(plan: PruningPlan, asked: float, agreement: float, pairs: int) -> None:
+def _note_result(plan: PruningPlan, tolerance: float, agreement: float, pairs: int) -> None:
     if plan.budget.reached >= 1.0:
-        note(f"No budget keeps the agreement within {asked:.1%}: nothing is pruned.")
+        note(f"No budget is within a tolerance of {tolerance:.1%}: nothing is pruned.")
         return
     note(
-        f"The smallest budget within a tolerance of {asked:.1%} is {plan.budget.reached:.1%}: "
+        f"The smallest budget within a tolerance of {tolerance:.1%} is {plan.budget.reached:.1%}: "
         f"agreement {agreement:.2%} on {pairs} holdout pairs."
     )

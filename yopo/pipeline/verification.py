@@ -1,8 +1,8 @@
 """``yopo apply --verify``: does a baked checkpoint compute what it should, on one small prompt?
 
-Two properties of the design: in stock transformers the baked model is the original, and in yopo it
-is the original pruned in memory. The prompt is random pixels and tokens, made from the
-configuration alone, so nothing but the two checkpoints is needed. One model is in memory at a time.
+Two properties of the design are checked: in stock transformers the baked model equals the original,
+and in yopo it equals the original pruned in memory. The prompt is random pixels and tokens, made
+from the configuration, so only the two checkpoints are needed. One model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from yopo.serving.loading import load, load_dense
 from yopo.support.errors import CheckpointError
 
 _TEXT = 12
-"""Random text tokens in front of the image, and as many behind it."""
+"""Random text tokens before the image, and the same number after it."""
 
 _SLACK = 4
-"""How many units in the last place a reordered sum may be off when it is stored."""
+"""Error allowed for a stored reordered sum, in units in the last place."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two ways of computing the same logits are apart.
+    """The difference between two computations of the same logits.
 
     Attributes:
         largest: Largest absolute difference of two logits.
@@ -44,13 +44,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The result of a verification.
 
     Attributes:
         dense: The baked checkpoint in stock transformers against the original.
         pruned: The baked checkpoint in yopo against the original, pruned in memory.
         tolerance: Largest relative difference that rounding explains.
-        dtype: The checkpoint's, in which everything was computed.
+        dtype: The checkpoint's dtype, in which everything was computed.
     """
 
     dense: Difference
@@ -68,7 +68,7 @@ def verify(baked: str | Path, original: str | Path, plan: PruningPlan) -> Verifi
         plan: The plan that was baked.
 
     Raises:
-        CheckpointError: A weight is missing, or a difference is more than rounding.
+        CheckpointError: A weight is missing, or a difference is larger than rounding.
     """
     model = load_dense(resolve(str(original)))
     inputs = random_prompt(model, plan)
@@ -85,11 +85,11 @@ def verify(baked: str | Path, original: str | Path, plan: PruningPlan) -> Verifi
     tolerance = rounding(dtype, plan.model.shape)
     result = Verification(dense, found, tolerance, str(dtype).removeprefix("torch."))
     for each, what in ((dense, "the original model"), (found, "the plan in memory")):
-        if not each.relative <= tolerance:  # NaN is no agreement either
+        if not each.relative <= tolerance:  # NaN fails, too
             raise CheckpointError(
                 f"{baked}: does not compute what {what} does: logits differ by "
-                f"{each.relative:.1e} (up to {each.largest:.1e}), rounding explains "
-                f"{tolerance:.1e}.",
+                f"{each.relative:.1e} (up to {each.largest:.1e}), expected at most "
+                f"{tolerance:.1e} from rounding.",
                 remedy="Do not use this checkpoint; please report this as a bug of yopo.",
             )
     return result
@@ -102,7 +102,7 @@ def _store_whole(model: PreTrainedModel) -> None:
 
 
 def rounding(dtype: torch.dtype, shape: ModelShape) -> float:
-    """Largest relative difference of logits that reordering sums explains.
+    """Largest relative difference of logits that can be explained by reordered sums.
 
     Every layer stores two reordered sums in ``dtype``, of up to ``ffn`` terms accumulated in
     float32 (or in ``dtype``, if that is finer); their errors add up like noise.
@@ -113,7 +113,7 @@ def rounding(dtype: torch.dtype, shape: ModelShape) -> float:
 
 
 def random_prompt(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Any]:
-    """One image of noise between random text tokens, from the configuration alone."""
+    """One noise image between random text tokens, made from the configuration."""
     config, family = model.config, family_of(model.config)
     generator = torch.Generator().manual_seed(0)
     vocabulary = config.get_text_config().vocab_size
@@ -141,6 +141,6 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> Difference:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
-    """Logits of the text tokens, (text tokens, vocabulary) float64: all that plans promise."""
+    """(text tokens, vocabulary) float64 logits of text tokens, the only ones a plan preserves."""
     logits = model(**inputs, use_cache=False).logits[0].double()
     return logits[inputs["input_ids"][0] != model.config.image_token_id]

@@ -1,17 +1,17 @@
 """Spend a visual budget where it prevents most damage: heads, bottlenecks, maps and neurons.
 
-Damage is estimated in one currency, the share of the text's residual stream that changes:
+Damage is estimated in a single unit, the share of the text's residual stream that changes:
 
-* a layer's head that may not read costs its head effect e (capped: ``e / (1 + e)``);
+* a head that may not read costs its head effect e (capped: ``e / (1 + e)``);
 * a bottleneck loses its share of what is read through it;
-* an error of the visual stream - attention that does not happen, an update that no map stands for -
-  costs its relative energy times what later layers read, times a visual weight.
+* an error of the visual stream - skipped attention, an update that no map replaces - costs its
+  relative energy times what later layers read, times a visual weight.
 
-The estimate is additive over layers, so for a price per FLOP every layer has its best choice, found
-by going through all of them; bisecting the price meets the budget. Where KV bytes are limited too,
-they have a price of their own, bisected around it. What the estimate cannot know is
-the visual weight: how much an error of visual states matters beside an error of reading. So the
-planner tries a few and measures.
+The estimate is additive over layers, so for a given price per FLOP every layer has a best choice,
+found by enumeration; bisecting the price meets the budget. If KV bytes are limited too, they have
+a separate price, bisected in an outer loop. The estimate cannot determine the visual weight, that
+is how much an error in visual states matters relative to an error in reading. So the planner tries
+a few and measures.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from yopo.plans.schema import LayerPlan, full_layer
 from yopo.strategies.neighbors import PAPER_RADIUS
 
 RANKS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
-"""Bottlenecks tried, as shares of the hidden width; beside none."""
+"""Bottlenecks tried in addition to none, as shares of the hidden width."""
 
 MAPS = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Ranks of the linear map tried, likewise."""
+"""Ranks of the linear map tried, as shares of the hidden width."""
 
 WIDTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """Shares of the FFN tried."""
@@ -51,18 +51,18 @@ MOST = 1e12
 """Highest price tried."""
 
 FACTOR = 3.0
-"""By which a move changes a weight."""
+"""Factor by which a move changes a weight."""
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """What the estimate cannot know: how much each kind of damage counts.
+    """Parameters that the estimate cannot determine: how much each kind of damage counts.
 
     Attributes:
         visual_weight: Damage of an error in visual states over damage of one in reading.
         radius: Neighborhood in which visual tokens attend.
-        reading: (layers,) factors on what reading is worth in a layer.
-        visual: (layers,) factors on what visual states are worth behind a layer.
+        reading: (layers,) factors on the value of reading in a layer.
+        visual: (layers,) factors on the value of visual states after a layer.
     """
 
     visual_weight: float
@@ -72,7 +72,7 @@ class Weighting:
 
     @classmethod
     def even(cls, visual_weight: float, radius: int | None, layers: int) -> Weighting:
-        """Every layer alike."""
+        """The weighting with equal factors for all layers."""
         return cls(visual_weight, radius, (1.0,) * layers, (1.0,) * layers)
 
     def __str__(self) -> str:
@@ -106,11 +106,11 @@ def _one_layer_changed(
 
 @dataclass(frozen=True)
 class Levers:
-    """What an allocation may use; all of it unless an ablation asks what one thing brings.
+    """The levers that an allocation may use; an ablation restricts them.
 
     Attributes:
-        ranks: Bottlenecks tried beside none, as shares of the hidden width.
-        maps: Ranks of the linear map tried, likewise.
+        ranks: Bottlenecks tried in addition to none, as shares of the hidden width.
+        maps: Ranks of the linear map tried, as shares of the hidden width.
         widths: Shares of the FFN tried.
         attend: Whether visual tokens may attend.
     """
@@ -123,12 +123,12 @@ class Levers:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer could do, and what it would cost and spoil.
+    """A candidate for a layer, with its cost and damage.
 
     Attributes:
-        layer: What it does.
-        flops: Of visual tokens.
-        damage: Estimated.
+        layer: The layer's plan.
+        flops: FLOPs of visual tokens.
+        damage: Estimated damage.
         kv: Share of the dense model's visual KV bytes.
     """
 
@@ -142,10 +142,10 @@ class Allocator:
     """Allocates a budget for one model.
 
     Args:
-        builder: Knows the model, the scores and the budget.
-        profile: Energies of what could be left out.
-        weighting: How they count beside one another.
-        levers: What may be used.
+        builder: Provides the model, the scores and the budget.
+        profile: Energies of what could be skipped.
+        weighting: Relative weights of the kinds of damage.
+        levers: The levers that may be used; None: all.
     """
 
     def __init__(
@@ -160,18 +160,18 @@ class Allocator:
         self.shape, self.workload = builder.shape, builder.workload
         effect = builder.statistics.head_effect
         reading = effect / (1 + effect)
-        behind = reading.sum(dim=1).flip(0).cumsum(0).flip(0)
-        # What later layers read is what an error of the visual stream can spoil.
-        later = torch.cat([behind[1:], behind.new_zeros(1)])
+        from_here = reading.sum(dim=1).flip(0).cumsum(0).flip(0)
+        # An error of the visual stream can only damage what later layers read.
+        later = torch.cat([from_here[1:], from_here.new_zeros(1)])
         self.later = (
             weighting.visual_weight * later * torch.tensor(weighting.visual, dtype=later.dtype)
         )
         self.reading = reading * torch.tensor(weighting.reading, dtype=later.dtype)[:, None]
 
     def allocate(self) -> Layers | None:
-        """Layers within the budgets; None if nothing that reads fits."""
+        """Layers within the budgets; None if no layer that reads fits."""
         least = (LayerPlan((0,), attend_heads=(), radius=None, neurons=0),)
-        if not self.builder.keeps_kv(least):  # not one KV head; no price would tell sooner
+        if not self.builder.keeps_kv(least):  # not even one KV head fits: no need to try prices
             return None
         best = self._at_kv_price(0.0)
         if best is not None and not self.builder.keeps_kv(best):
@@ -179,7 +179,7 @@ class Allocator:
         return best if best and any(layer.read_heads for layer in best) else None
 
     def _within_kv(self) -> Layers | None:
-        """The least price of KV bytes at which they keep to their budget."""
+        """Layers at the lowest price of KV bytes that meets the budget of KV bytes."""
 
         def at(price: float) -> Layers | None:
             layers = self._at_kv_price(price)
@@ -192,7 +192,7 @@ class Allocator:
         return None if best is None else _cheapest(at, low, high, best, KV_STEPS)
 
     def _at_kv_price(self, kv_price: float) -> Layers | None:
-        """The least price of FLOPs at which they keep to their budget."""
+        """Layers at the lowest price of FLOPs that meets the budget of FLOPs."""
         low, high = 0.0, 1.0
         best = self._layers(high, kv_price)
         while best is None:
@@ -204,7 +204,7 @@ class Allocator:
 
     def _layers(self, price: float, kv_price: float) -> Layers | None:
         """Every layer's best choice at prices (per dense visual FLOPs, and per dense visual KV
-        bytes); None if over the budget of FLOPs."""
+        bytes); None if they exceed the budget of FLOPs."""
         layers = trim(
             tuple(self._best(number, price, kv_price) for number in range(self.shape.layers))
         )
@@ -227,8 +227,8 @@ class Allocator:
         return visual_flops_of_layer(layer, self.shape, self.workload)
 
     def _attention_choices(self, number: int, price: float, kv_price: float) -> Iterator[Choice]:
-        """For every bottleneck the heads that are worth their price through it."""
-        reading, mixing = self._worths[number]
+        """For every bottleneck, the heads whose gain through it exceeds their price."""
+        reading, mixing = self._gains[number]
         missed = sum(reading) + sum(mixing)
         kv_share = 1 / (self.shape.layers * self.shape.kv_heads)
         yield Choice(EMPTY, 0, missed)
@@ -264,13 +264,13 @@ class Allocator:
         return LayerPlan(heads, attend, self.radius if attend else None, 0, rank)
 
     @cached_property
-    def _worths(self) -> list[tuple[list[float], list[float]]]:
-        """What reading and attending in each head are worth, layer by layer."""
+    def _gains(self) -> list[tuple[list[float], list[float]]]:
+        """Gains of reading and of attending in each head, layer by layer."""
         mixing = self.later[:, None] * self.profile.mixing
         return list(zip(self.reading.tolist(), mixing.tolist(), strict=True))
 
     def _head_flops(self, rank: int | None) -> tuple[int, int, int]:
-        """FLOPs of reading at all, of one more KV head that is read, one more head that attends."""
+        """FLOPs of reading at all, per additional KV head read, per additional attending head."""
         cached = self._head_flops_of.get(rank)
         if cached is None:
             group = self.shape.group
@@ -295,7 +295,7 @@ class Allocator:
 
     @cached_property
     def _ffn_choices(self) -> list[list[Choice]]:
-        """Neurons and maps of every layer, with what they cost and leave undone."""
+        """Neurons and maps of every layer, with their cost and the damage that remains."""
         shape = self.shape
         maps = sorted({round(share * shape.hidden) for share in self.levers.maps})
         widths = sorted({round(share * shape.ffn) for share in self.levers.widths})
@@ -312,9 +312,9 @@ class Allocator:
             for width in widths:
                 share = float(shares[number, width])
                 for rank in maps if width < shape.ffn else (0,):
-                    # Neurons bear the update in their share, maps what is straight of the rest.
-                    straight = max(float(by_rank[rank]) - nonlinear, 0.0)
-                    left = (1 - share) * (nonlinear + straight)
+                    # Neurons provide their share of the update, maps the linear part of the rest.
+                    unmapped = max(float(by_rank[rank]) - nonlinear, 0.0)
+                    left = (1 - share) * (nonlinear + unmapped)
                     layer = replace(EMPTY, neurons=width, map_rank=rank)
                     found.append(Choice(layer, self._flops(layer), weight * left))
             choices.append(found)
@@ -324,7 +324,7 @@ class Allocator:
 def _cheapest(
     at: Callable[[float], Layers | None], low: float, high: float, best: Layers, steps: int
 ) -> Layers:
-    """Bisect the least price at which something fits: nothing at ``low``, ``best`` at ``high``."""
+    """Bisect the lowest price at which a choice fits: none at ``low``, ``best`` at ``high``."""
     for _ in range(steps):
         price = (low + high) / 2
         found = at(price)

@@ -28,10 +28,10 @@ def paper_layers(
         rho: (samples, layers, heads) activity.
         visual_layers: First layers that see visual tokens.
         head_ratio: Share of their heads to keep, chosen over all of them, most active first.
-        neuron_ratio: Share of their neurons to keep, the same in each.
+        neuron_ratio: Share of their neurons to keep, the same in every layer.
         radius: Neighborhood of visual queries.
         alpha: Select heads by the authors' vote instead of by ratio.
-        groups: Query heads that are kept or dropped together (a KV head's, or 1).
+        groups: Number of query heads kept or dropped together (a KV head's, or 1).
 
     Returns:
         One entry per layer.

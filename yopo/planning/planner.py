@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from operator import methodcaller
 
@@ -17,6 +17,7 @@ from yopo.planning.allocate import (
     Weighting,
     weighting_moves,
 )
+from yopo.planning.candidate import Candidate, kl_of
 from yopo.planning.kv_storage import Build, KVBudget, Storage
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
@@ -30,32 +31,10 @@ from yopo.support.errors import PlanError, suggest
 from yopo.support.version import __version__
 
 DEFAULT_TEMPLATE = "reader-heads"
-"""What a budget means when nothing can be measured (no model at hand)."""
+"""The template for a budget when nothing can be measured (without the model)."""
 
 Measure = Callable[[PruningPlan], float]
-"""Logit KL of a plan to the dense model on pairs that nothing was fitted on."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan at the budget and how far it strays from the dense model.
-
-    Attributes:
-        template: Name in ``TEMPLATES``, or how the budget was allocated.
-        compensation: ``none``, ``mean`` or ``refit``.
-        plan: The plan.
-        kl: Logit KL to the dense model, per answer token; None if not measured.
-        weighting: What the allocation was made by, if it was one.
-        storage: How visual keys and values are stored; None: in the finest way that needs no head
-            dropped.
-    """
-
-    template: str
-    compensation: str
-    plan: PruningPlan
-    kl: float | None
-    weighting: Weighting | None = None
-    storage: Storage | None = None
+"""Logit KL of a plan to the dense model, on pairs that were not used for fitting."""
 
 
 def make_plan(
@@ -68,15 +47,15 @@ def make_plan(
     """Make the plan that a request describes.
 
     Args:
-        statistics: What calibration measured.
-        request: What is asked for.
-        measure: Measures a candidate; None without a model: then a budget means the template
+        statistics: The calibration's measurements.
+        request: The request.
+        measure: Measures a candidate; None without a model: a budget then gets the template
             ``request.template`` or ``DEFAULT_TEMPLATE``, unmeasured.
-        fitter: Fits visual weights of their own; None: plans go without.
-        tried: Measure allocations by these weightings, and no other candidate.
+        fitter: Fits visual weights; None: plans have none.
+        tried: Measure only allocations with these weightings, and no other candidates.
 
     Returns:
-        (plan, the candidates that were considered, best first).
+        (plan, the considered candidates, best first).
 
     Raises:
         PlanError: No template fits the budget, or the request does not fit the model.
@@ -103,7 +82,7 @@ def _paper_layers(statistics: Statistics, request: PaperRequest) -> Layers:
 
 
 class Assembler:
-    """Makes plans of layers that somebody chose; arguments as for :func:`make_plan`."""
+    """Makes plans from given layers; arguments as for :func:`make_plan`."""
 
     def __init__(
         self,
@@ -115,13 +94,13 @@ class Assembler:
         self.tensors = statistics.plan_tensors()
         if request.compensation == "refit" and fitter is None:
             raise PlanError(
-                "Visual weights are fitted on the model, and there is none here.",
+                "Visual weights are fitted on the model, which is not available here.",
                 remedy="Use `yopo calibrate --compensation refit`.",
             )
 
     def assemble(self, layers: Layers, compensation: str) -> PruningPlan:
-        """A plan of some layers, fitted if its compensation is ``refit``."""
-        asked = self.request.budget if isinstance(self.request, BudgetRequest) else None
+        """A plan with the given layers, fitted if its compensation is ``refit``."""
+        requested = self.request.budget if isinstance(self.request, BudgetRequest) else None
         tensors = self.tensors
         if any(layer.key_bits is not None for layer in layers):
             tensors = replace(tensors, key_scale=self.statistics.key_scale)
@@ -129,25 +108,29 @@ class Assembler:
             model=self.statistics.model,
             workload=self.statistics.workload,
             layers=layers,
-            budget=Budget(asked, 0.0),
+            budget=Budget(requested, 0.0),
             compensation=compensation,
             bidirectional=self.request.bidirectional,
             tensors=tensors,
             measured=self.statistics.measured,
-            provenance={"yopo": __version__, **self.statistics.provenance, **self.request.asked()},
+            provenance={
+                "yopo": __version__,
+                **self.statistics.provenance,
+                **self.request.provenance(),
+            },
         )
-        plan = replace(plan, budget=Budget(asked, visual_budget(plan)))
+        plan = replace(plan, budget=Budget(requested, visual_budget(plan)))
         if compensation != "refit":
             return plan
-        assert self.fitter is not None, "without a fitter nothing is assembled as refit"
+        assert self.fitter is not None, "refit without a fitter was refused"
         return self.fitter.fit(plan)
 
 
 class Planner(Assembler):
-    """Makes the plan of a budget; arguments as for :func:`make_plan`.
+    """Makes the plan for a budget; arguments as for :func:`make_plan`.
 
     Attributes:
-        levers: What allocations may use.
+        levers: The levers that allocations may use.
     """
 
     request: BudgetRequest
@@ -164,17 +147,17 @@ class Planner(Assembler):
         self.measure, self.tried, self.levers = measure, tuple(tried), Levers()
         if request.search and measure is None:
             raise PlanError(
-                "A search measures plans on the model, and there is none here.",
+                "A search measures plans on the model, which is not available here.",
                 remedy="Use `yopo calibrate --search`.",
             )
 
     def make(self) -> tuple[PruningPlan, list[Candidate]]:
-        """Plan and candidates."""
+        """The plan and the candidates."""
         found = list(track(self.candidates(), label="plans", total=None, unit="plans"))
         if not found:
             raise self._unaffordable()
         if self.measure is not None:
-            found.sort(key=_kl_of)
+            found.sort(key=kl_of)
             if self.request.search:
                 found.insert(0, self.improved(found, self.request.search))
         best = found[0]
@@ -191,13 +174,13 @@ class Planner(Assembler):
         return replace(best.plan, provenance=provenance), found
 
     def candidates(self) -> Iterator[Candidate]:
-        """Every template with every kind of compensation, and allocations, each measured."""
-        asked = self.request.compensation
-        kinds = (asked,) if asked else ("mean", "none")
-        kinds = kinds if self.measure or asked else ("mean",)
-        allocates = asked in (None, "refit") and not self.request.template
+        """Measured candidates: every template with every compensation, and allocations."""
+        requested = self.request.compensation
+        kinds = (requested,) if requested else ("mean", "none")
+        kinds = kinds if self.measure or requested else ("mean",)
+        allocates = requested in (None, "refit") and not self.request.template
         found = []
-        if not self.tried and (asked != "refit" or self.request.template):
+        if not self.tried and (requested != "refit" or self.request.template):
             for template, layers in self._templates():
                 for kind in kinds:
                     found.append(self.candidate(template, layers, kind))
@@ -207,11 +190,11 @@ class Planner(Assembler):
                 found.append(each)
                 yield each
         if found and self.measure is not None:
-            yield from self._otherwise_stored(min(found, key=_kl_of))
+            yield from self._otherwise_stored(min(found, key=kl_of))
 
     def _otherwise_stored(self, best: Candidate) -> Iterator[Candidate]:
         """The best candidate, its visual keys and values stored in other ways."""
-        build, least = self._build_of(best), _kl_of(best)
+        build, least = self._build_of(best), kl_of(best)
         for storage in self._kv.others(build):
             layers = self._kv.store(build, storage)
             if layers is None or layers == best.plan.layers:
@@ -219,9 +202,9 @@ class Planner(Assembler):
             name = f"{best.template}, {storage}"
             made = self.candidate(name, layers, best.compensation, best.weighting)
             yield replace(made, storage=storage)
-            if storage.finer is None and _kl_of(made) >= least:
+            if storage.finer is None and kl_of(made) >= least:
                 return
-            least = min(least, _kl_of(made))
+            least = min(least, kl_of(made))
 
     def _build_of(self, candidate: Candidate) -> Build:
         if candidate.weighting is not None:
@@ -231,7 +214,7 @@ class Planner(Assembler):
     def candidate(
         self, template: str, layers: Layers, kind: str, weighting: Weighting | None = None
     ) -> Candidate:
-        """Assemble and measure."""
+        """Assemble a candidate and measure it."""
         plan = self.assemble(layers, kind)
         kl = None if self.measure is None else self.measure(plan)
         return Candidate(template, kind, plan, kl, weighting)
@@ -249,7 +232,7 @@ class Planner(Assembler):
             yield from self._new_allocation(weighting, found)
         if not found or self.tried:
             return
-        best = min(found, key=lambda weighting: _kl_of(found[weighting]))
+        best = min(found, key=lambda weighting: kl_of(found[weighting]))
         for factor in (FACTOR, 1 / FACTOR):
             yield from self._new_allocation(
                 replace(best, visual_weight=best.visual_weight * factor), found
@@ -272,10 +255,10 @@ class Planner(Assembler):
         return Allocator(builder, self.fitter.profile, weighting, self.levers).allocate()
 
     def improved(self, found: list[Candidate], max_runs: int) -> Candidate:
-        """Improve the first of the measured candidates; itself if nothing is better."""
+        """Improve the first of the measured candidates; returned as it is if nothing is better."""
         start = found[0]
-        first, first_kl = (start.plan.layers, start.compensation), _kl_of(start)
-        known = {(each.plan.layers, each.compensation): _kl_of(each) for each in found}
+        first, first_kl = (start.plan.layers, start.compensation), kl_of(start)
+        known = {(each.plan.layers, each.compensation): kl_of(each) for each in found}
         if start.weighting is not None:
             resolve_weighting = partial(self._resolve, storage=start.storage)
             weightings = Search(weighting_moves, resolve_weighting, self._kl, max_runs, known)
@@ -347,11 +330,5 @@ class Planner(Assembler):
         return PlanError(
             f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: one layer that "
             f"reads the image {costs}.",
-            remedy="Ask for a larger budget.",
+            remedy="Use a larger budget.",
         )
-
-
-def _kl_of(candidate: Candidate) -> float:
-    """By which candidates are ordered: all of them are measured, or none."""
-    assert candidate.kl is not None, "candidates are ordered where there is a measure"
-    return candidate.kl

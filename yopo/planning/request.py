@@ -1,7 +1,7 @@
-"""What may be asked of a plan: a visual budget, the paper's shape, a tolerance, or a time.
+"""Requests for a plan: a visual budget, the paper's shape, a tolerance, or a time.
 
-Each is a type of its own, so that what excludes one another cannot be said at once; each checks its
-values when it is made.
+Each has its own type, so that conflicting options cannot be combined; each validates its values on
+construction.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ PRESETS: dict[str, dict[str, float]] = {
     "yopo-25": {"head_ratio": 0.5, "neuron_ratio": 0.5},
     "yopo-12": {"head_ratio": 0.25, "neuron_ratio": 0.25},
 }
-"""The paper's two shapes: half the layers, a half (a quarter) of the heads and neurons."""
+"""The paper's two shapes: half the layers, half (a quarter) of the heads and neurons."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every request may say beside what it asks for.
+    """Options common to all requests.
 
     Attributes:
-        compensation: ``none``, ``mean`` or ``refit``; None: what the request usually means.
-        bidirectional: Whether visual tokens attend later neighbors too (fine-tuned models).
-        kv_groups: Whether the query heads of one KV head are kept or dropped together: then every
-            dropped head shrinks the KV cache. Single query heads are a finer choice.
+        compensation: ``none``, ``mean`` or ``refit``; None: the request's default.
+        bidirectional: Whether visual tokens also attend to later neighbors (fine-tuned models).
+        kv_groups: Whether the query heads of one KV head are kept or dropped together, so that
+            every dropped head shrinks the KV cache. Single query heads are a finer choice.
     """
 
     compensation: str | None = None
@@ -42,11 +42,11 @@ class Options:
             raise PlanError(f"compensation must be one of {known}; found '{self.compensation}'.")
 
     def group(self, shape: ModelShape) -> int:
-        """Query heads of a model that are kept or dropped together."""
+        """Number of query heads of a model that are kept or dropped together."""
         return shape.group if self.kv_groups else 1
 
-    def asked(self) -> dict[str, object]:
-        """What a plan's provenance says of the request, defaults left out."""
+    def provenance(self) -> dict[str, object]:
+        """Entries of a plan's provenance for the request, without defaults."""
         return {"kv_groups": True} if self.kv_groups else {}
 
 
@@ -55,10 +55,10 @@ class _Budgeted(Options):
     """Options of a request that ends in a visual budget.
 
     Attributes:
-        kv_budget: Share of the dense model's visual KV bytes that is allowed, in (0, 1]; None: all.
+        kv_budget: Allowed share of the dense model's visual KV bytes, in (0, 1]; None: all.
         template: Name of the plan template to scale to the budget; None: the best is measured.
-        search: Measure at most this many more plans to improve the best one layer by layer; None:
-            do not.
+        search: Measure at most this many additional plans to improve the best one layer by layer;
+            None: do not search.
     """
 
     kv_budget: float | None = None
@@ -69,13 +69,13 @@ class _Budgeted(Options):
         super().__post_init__()
         _check_share("kv_budget", self.kv_budget)
 
-    def asked(self) -> dict[str, object]:
-        """The KV budget as well."""
+    def provenance(self) -> dict[str, object]:
+        """Entries of the common options and the KV budget."""
         kv = {} if self.kv_budget is None else {"kv_budget": self.kv_budget}
-        return kv | super().asked()
+        return kv | super().provenance()
 
     def at(self, budget: float) -> BudgetRequest:
-        """The same at a visual budget."""
+        """The request with a visual budget and the same options."""
         names = [each.name for each in fields(_Budgeted)]
         return BudgetRequest(budget, **{name: getattr(self, name) for name in names})
 
@@ -100,11 +100,11 @@ class BudgetRequest(_Budgeted):
 
 @dataclass(frozen=True)
 class LatencyRequest(_Budgeted):
-    """The best plan within a prefill time of the calibration's usual prompt.
+    """The best plan within a prefill time, for the calibration's typical prompt.
 
     Attributes:
         milliseconds: The time.
-        costs: What ``yopo bench --json`` printed on this machine.
+        costs: File with the output of ``yopo bench --json`` on this machine.
 
     Raises:
         PlanError: A value is out of range.
@@ -124,7 +124,7 @@ class ToleranceRequest(Options):
     """The plan of the smallest budget that agrees with the dense model within a tolerance.
 
     Attributes:
-        tolerance: Share of answer tokens that may be predicted otherwise, on pairs held out.
+        tolerance: Share of answer tokens that may be predicted differently, on held-out pairs.
         kv_budget: As for a budget.
 
     Raises:
@@ -143,7 +143,7 @@ class ToleranceRequest(Options):
             raise PlanError("A tolerance is met with fitted weights: compensation must be refit.")
 
     def at(self, budget: float) -> BudgetRequest:
-        """The request that tries one budget."""
+        """The request to try one budget."""
         return BudgetRequest(
             budget,
             kv_budget=self.kv_budget,
@@ -158,7 +158,7 @@ class PaperRequest(Options):
     """The paper's shape: a cut, a share of the heads and neurons, a neighborhood.
 
     Attributes:
-        preset: Name in ``PRESETS``; explicit knobs override its values.
+        preset: Name in ``PRESETS``; explicit values override it.
         head_ratio: Share of the query heads of visual layers that are kept.
         neuron_ratio: Share of the FFN neurons of visual layers that are kept.
         visual_layers: Number of first layers that see visual tokens; None: half of them under a
@@ -167,7 +167,7 @@ class PaperRequest(Options):
         alpha: Select heads by the authors' vote at this activity, not by ratio.
 
     Raises:
-        PlanError: A value is out of range, or two exclude one another.
+        PlanError: A value is out of range, or two are mutually exclusive.
     """
 
     preset: str | None = None
@@ -194,11 +194,11 @@ class PaperRequest(Options):
         if self.alpha is not None and self.head_ratio is not None:
             raise PlanError("head_ratio and alpha exclude one another: both select heads.")
 
-    def asked(self) -> dict[str, object]:
-        """The preset and the knobs as well."""
+    def provenance(self) -> dict[str, object]:
+        """Entries of the common options, the preset and the explicit values."""
         values = {name: getattr(self, name) for name in KNOBS}
         return {name: value for name, value in values.items() if value is not None} | (
-            super().asked()
+            super().provenance()
         )
 
     def ratio(self, name: str) -> float:
@@ -209,10 +209,10 @@ class PaperRequest(Options):
         return PRESETS[self.preset][name] if self.preset else 1.0
 
     def num_visual_layers(self, shape: ModelShape) -> int:
-        """Visual layers asked for, at most all.
+        """The requested number of visual layers.
 
         Raises:
-            PlanError: More than the model has.
+            PlanError: It is more than the model has.
         """
         if self.visual_layers is None:
             return shape.layers // 2 if self.preset else shape.layers
@@ -224,7 +224,7 @@ class PaperRequest(Options):
 
     @property
     def radius_or_default(self) -> int | None:
-        """The radius asked for; the paper's under a preset; else no limit."""
+        """The requested radius; otherwise the paper's under a preset; otherwise no limit."""
         if self.radius is not None:
             return self.radius
         return PAPER_RADIUS if self.preset else None
@@ -234,7 +234,7 @@ KNOBS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alp
 """Attributes of a :class:`PaperRequest` that describe the shape."""
 
 PlanRequest = BudgetRequest | PaperRequest | ToleranceRequest | LatencyRequest
-"""Whatever a plan can be made from."""
+"""Any request."""
 
 
 def _check_share(name: str, value: float | None) -> None:
@@ -243,15 +243,15 @@ def _check_share(name: str, value: float | None) -> None:
 
 
 def plan_request(**options: Any) -> PlanRequest:
-    """The request that options describe, as the command line and configuration files have them.
+    """Build the request from loose options, as in command lines and configuration files.
 
     Args:
-        **options: Fields of one of the requests, None where nothing is said. They say which request
-            it is: ``tolerance``, ``milliseconds`` with ``costs``, or ``budget``; without any of
-            these it is the paper's shape, which keeps everything where nothing is said.
+        **options: Fields of one of the requests, None where unset. They determine its type:
+            ``tolerance``, ``milliseconds`` with ``costs``, or ``budget``; without any of these it
+            is the paper's shape, where unset fields keep everything.
 
     Raises:
-        PlanError: Options exclude one another, or a value is out of range.
+        PlanError: Options are mutually exclusive, or a value is out of range.
     """
     given = {name: value for name, value in options.items() if value is not None}
     kind = next((kind for key, kind in _KINDS.items() if key in given), PaperRequest)
@@ -269,22 +269,22 @@ _KINDS: dict[str, type[PlanRequest]] = {
     "milliseconds": LatencyRequest,
     "budget": BudgetRequest,
 }
-"""The requests by what they ask for; other options describe the paper's shape."""
+"""Option that determines the request -> its type; without one it is the paper's shape."""
 
 
 def _excluded(name: str, kind: type[PlanRequest], given: Mapping[str, Any]) -> PlanError:
-    """Why an option is none of a request's."""
-    asked = next((key for key, each in _KINDS.items() if each is kind), None)
-    if asked is not None:
+    """The error for an option that a kind of request does not take."""
+    target = next((key for key, each in _KINDS.items() if each is kind), None)
+    if target is not None:
         return PlanError(
-            f"{asked} and {name} exclude one another.",
-            remedy="A tolerance finds the budget, and allocates it."
+            f"{target} and {name} exclude one another.",
+            remedy="A tolerance already finds the budget and how to spend it."
             if kind is ToleranceRequest
-            else "Ask for a budget and let it be solved, or give the shape yourself.",
+            else "Either give a budget and let it be solved, or give the shape yourself.",
         )
     if name == "kv_budget":
         return PlanError(
-            "kv_budget goes with a budget, and there is none.",
-            remedy="A shape of your own decides what is cached: give --budget instead.",
+            "kv_budget needs a budget, and none is given.",
+            remedy="An explicit shape determines what is cached: give --budget instead.",
         )
-    return PlanError(f"{name} needs a budget to keep to.")
+    return PlanError(f"{name} needs a budget, and none is given.")

@@ -1,10 +1,10 @@
-"""Better than a fixed shape: move work between layers as long as the measured KL falls.
+"""Local search beyond fixed shapes: move work between layers as long as the measured KL falls.
 
-What visual tokens compute (attention, FFN) is chosen layer by layer; what is left of the budget
-buys heads that read, those first that do most with the image. So every state is a plan at the
-budget, and a move - a layer starts or stops attending, widens or narrows its FFN - trades reading
-heads against work. A sweep measures every move alone, then stacks the good ones, best first, each
-kept only if the measured KL falls again (moves are not additive). Sweeps repeat until none helps.
+The work of visual tokens (attention, FFN) is chosen layer by layer; the rest of the budget buys
+reading heads, those with the largest effect first. So every state is a plan at the budget, and a
+move - a layer starts or stops attending, widens or narrows its FFN - trades reading heads for work.
+A sweep measures every move separately, then combines the good ones, best first, each kept only if
+the measured KL falls again (moves are not additive). Sweeps repeat until none helps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDTHS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """Shares of the FFN between which a move steps."""
 
 MARGIN = 0.005
-"""A move must lower the KL by this share: less is noise of the pairs that it is measured on."""
+"""A move must lower the KL by this share; anything less is measurement noise."""
 
 Resolved = tuple[Layers, str]
 """Layers and compensation."""
@@ -37,7 +37,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Work:
-    """What visual tokens compute in one layer, and whether its text may read them at all."""
+    """The work of visual tokens in one layer, and whether its text may read them."""
 
     reads: bool
     attend: bool
@@ -47,13 +47,13 @@ class Work:
 
 @dataclass(frozen=True)
 class State:
-    """A plan up to its reading heads, which the budget decides."""
+    """A plan without its reading heads, which the budget determines."""
 
     work: tuple[Work, ...]
     compensation: str
 
     def change(self, layer: int, work: Work) -> State:
-        """The state with other work in one layer."""
+        """The state with one layer's work replaced."""
         return replace(self, work=(*self.work[:layer], work, *self.work[layer + 1 :]))
 
 
@@ -67,13 +67,13 @@ def state_of(layers: Layers, compensation: str) -> State:
 
 
 def resolve(state: State, builder: TemplateBuilder) -> Resolved | None:
-    """Buy reading heads with what the work leaves of the budget, then neurons with the rest.
+    """Spend the budget that the work leaves on reading heads, then on neurons.
 
     Heads under one KV head share its visual keys, so whole groups are bought.
 
     Returns:
-        The layers and the state's compensation; None if the work alone exceeds the budget, or
-        nothing could be read.
+        The layers and the state's compensation; None if the work alone exceeds the budget or no
+        head could read.
     """
     shape, effect = builder.shape, builder.statistics.head_effect.clone()
     groups = max(shape.group, builder.groups)
@@ -105,7 +105,7 @@ def moves(state: State, builder: TemplateBuilder) -> Iterator[tuple[str, State]]
     for layer, work in enumerate(state.work):
         verb = "is not read" if work.reads else "is read"
         yield f"layer {layer} {verb}", state.change(layer, replace(work, reads=not work.reads))
-    for layer, work in enumerate(state.work[:-1]):  # nobody reads what the last layer makes
+    for layer, work in enumerate(state.work[:-1]):  # no layer reads the last one's output
         if not work.attend:
             attending = replace(work, attend=True, radius=PAPER_RADIUS)
             yield f"layer {layer} attends", state.change(layer, attending)
@@ -132,9 +132,9 @@ class Search(Generic[S]):
     Args:
         moves: Every single step away from a state, as (what changes, new state).
         resolve: The layers and compensation of a state; None if it does not fit the budget.
-        measure: Measures them; called at most ``max_runs`` times, never twice for the same.
-        max_runs: Measured plans at most.
-        known: What was measured before.
+        measure: Measures the KL; called at most ``max_runs`` times, never twice for the same plan.
+        max_runs: Maximum number of measured plans.
+        known: Earlier measurements.
 
     Attributes:
         runs: Plans measured so far.
@@ -158,7 +158,7 @@ class Search(Generic[S]):
         Args:
             state: Where to start.
             found: The best layers and compensation so far: the state's own, or near them.
-            kl: Measured of ``found``.
+            kl: KL measured for ``found``.
 
         Returns:
             ((layers, compensation), kl) of the best plan: the given one if nothing is better.

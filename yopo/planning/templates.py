@@ -1,22 +1,22 @@
-"""Candidate plan shapes, each scaled to a budget by the scores.
+"""Candidate plan templates, each scaled to a budget by the scores.
 
-No shape serves every model: what the *text* may read and what the *visual stream* computes have
-very different prices, and only measuring tells which a model can spare. So these few differ in
-kind, and the planner measures them:
+No template suits every model: what the *text* may read and what the *visual stream* computes have
+very different costs, and only measuring shows which of them a model can do without. So the planner
+measures these few, which differ in kind:
 
 * ``paper``: a cut, the most active heads read and attend, a share of the neurons.
 * ``reader``: visual tokens are frozen; the layers whose text looks at the image most may read it.
-* ``reader-heads``: frozen; all layers may read, with the heads that do most with the image.
+* ``reader-heads``: frozen; all layers may read, with the heads that have the largest effect.
 * ``reader-prefix``: frozen; the first layers may read, then visual tokens are gone.
-* ``attend``: as ``reader``, and the first layers' visual tokens attend to their neighbors.
-* ``frozen-late``: the first layers are whole, in the others visual tokens are frozen (ShortV).
+* ``attend``: as ``reader``, and in the first layers visual tokens attend to their neighbors.
+* ``frozen-late``: the first layers are complete, in the others visual tokens are frozen (ShortV).
 * ``frozen-early``: visual tokens are frozen until the last layers that are read.
-* ``withdraw``: the first layers are whole, then visual tokens are gone (VTW).
+* ``withdraw``: the first layers are complete, then visual tokens are gone (VTW).
 * ``light``: three quarters of the layers read and attend nearby, with few neurons.
 * ``thin``: every layer reads and attends nearby, with few neurons.
 
-What is left of the budget goes to FFN neurons by importance. The last reading layer never computes
-queries or an FFN for visual tokens: nobody would read the result.
+The rest of the budget goes to FFN neurons by importance. The last reading layer never computes
+queries or an FFN for visual tokens, as no layer would read the result.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Layers = tuple[LayerPlan, ...]
 Build = Callable[[float], Layers]
 
 STEPS = 4096
-"""Resolution at which a shape is scaled to the budget."""
+"""Resolution at which a template is scaled to the budget."""
 
 
 class TemplateBuilder:
-    """Builds candidate shapes for one model at one visual budget.
+    """Builds candidate layers for one model at one visual budget.
 
     Args:
-        statistics: What calibration measured.
+        statistics: The calibration's measurements.
         budget: Visual FLOPs over dense visual FLOPs, in (0, 1].
-        groups: Query heads that are kept or dropped together (a KV head's, or 1).
-        kv_budget: Visual KV bytes over the dense model's that are allowed, in (0, 1].
+        groups: Number of query heads kept or dropped together (a KV head's, or 1).
+        kv_budget: Allowed visual KV bytes over the dense model's, in (0, 1].
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class TemplateBuilder:
         return sum(each) / dense_visual_kv_bytes(self.shape, self.workload)
 
     def fits(self, layers: Layers) -> bool:
-        """Whether layers keep to both budgets."""
+        """Whether layers are within both budgets."""
         return self.cost(layers) <= self.budget and self.keeps_kv(layers)
 
     def keeps_kv(self, layers: Layers) -> bool:
-        """Whether layers keep to the budget of KV bytes."""
+        """Whether layers are within the budget of KV bytes."""
         return self.kv_share(layers) <= self.kv_budget + 1e-9
 
     def candidates(self) -> Iterator[tuple[str, Layers]]:
-        """Yield (name, layers) of every shape that fits, fullest first scaling, without doubles."""
+        """Yield (name, layers) of every template that fits, without duplicates."""
         seen: set[Layers] = set()
         for name in TEMPLATES:
             layers = self.candidate(name)
@@ -109,11 +109,11 @@ class TemplateBuilder:
         return layers if any(layer.read_heads for layer in layers) else None
 
     def build(self, name: str) -> Layers | None:
-        """One shape by name; None if even its smallest form exceeds the budget."""
+        """The layers of a template; None if even its smallest form exceeds the budget."""
         return TEMPLATES[name](self)
 
     def scale(self, build: Build) -> Layers | None:
-        """The largest form of a shape within the budgets; None if its smallest exceeds one.
+        """The largest form of a template within the budgets; None if its smallest exceeds one.
 
         Args:
             build: Scale in [0, 1] -> layers, of non-decreasing cost and KV bytes.
@@ -130,7 +130,7 @@ class TemplateBuilder:
         return trim(build(low / STEPS))
 
     def fill(self, layers: Layers | None) -> Layers | None:
-        """Spend what is left on FFN neurons, by importance, in layers before the last reader."""
+        """Spend the rest on FFN neurons, by importance, in layers before the last reader."""
         if layers is None:
             return None
         open_layers = list(range(_last_reader(layers)))
@@ -148,7 +148,7 @@ class TemplateBuilder:
         return self.scale(build)
 
     def paper(self) -> Layers | None:
-        """Half of the layers, or as many as the budget takes if they do everything nearby."""
+        """Half of the layers, or as many as the budget needs if they do everything nearby."""
         total = self.shape.layers
         whole = replace(full_layer(self.shape), radius=PAPER_RADIUS)
         needed = math.ceil(self.budget / self.cost((whole,)) - 1e-9)
@@ -166,7 +166,7 @@ class TemplateBuilder:
         )
 
     def reader(self) -> Layers | None:
-        """Frozen visual tokens; the most reading layers keep all heads."""
+        """Frozen visual tokens; the layers that read most keep all heads."""
         count = self._affordable_readers()
         return self._read_in(select_readers(self.statistics.cross_modal, count))
 
@@ -175,7 +175,7 @@ class TemplateBuilder:
         return self._read_in(list(range(self._affordable_readers())))
 
     def reader_heads(self) -> Layers | None:
-        """Frozen visual tokens; the heads of all layers that do most with what they read."""
+        """Frozen visual tokens; all layers keep the heads with the largest effect."""
         scores = self.statistics.head_effect
         total = scores.numel()
 
@@ -191,17 +191,17 @@ class TemplateBuilder:
         return self._working(attending, lambda count: (self.reader_layer,) * count)
 
     def frozen_late(self) -> Layers | None:
-        """The first layers whole, all others read."""
+        """The first layers complete, all others read."""
         whole = full_layer(self.shape)
         return self._working(whole, lambda count: (self.reader_layer,) * count)
 
     def frozen_early(self) -> Layers | None:
-        """The last layers whole, all others read."""
+        """The last layers complete, all others read."""
         whole = full_layer(self.shape)
         return self._working(whole, lambda count: (self.reader_layer,) * count, at_end=True)
 
     def withdraw(self) -> Layers | None:
-        """The first layers whole, one more reads what they made, then nothing."""
+        """The first layers complete, one more reads their output, then nothing."""
         whole = full_layer(self.shape)
         return self._working(whole, lambda count: ((self.reader_layer,) + (EMPTY,) * count)[:count])
 
@@ -225,7 +225,7 @@ class TemplateBuilder:
     def _working(
         self, work: LayerPlan, rest: Callable[[int], Layers], *, at_end: bool = False
     ) -> Layers | None:
-        """As many working layers as fit, the one at their border with a part of its neurons."""
+        """As many working layers as fit, the last to fit with only part of its neurons."""
         total = self.shape.layers
 
         def build(scale: float) -> Layers:
@@ -258,7 +258,7 @@ TEMPLATES: dict[str, Callable[[TemplateBuilder], Layers | None]] = {
 
 
 def trim(layers: Layers) -> Layers:
-    """Drop what nobody would read: visual queries, FFNs and maps from the last reading layer on."""
+    """Drop what is never read: visual queries, FFNs and maps from the last reading layer on."""
     last = _last_reader(layers)
     return tuple(
         layer
@@ -273,7 +273,7 @@ def _last_reader(layers: Layers) -> int:
 
 
 def random_rho(statistics: Statistics, seed: int) -> Statistics:
-    """The same statistics with random head and neuron scores: the baseline of every selection."""
+    """The statistics with random head and neuron scores: the baseline of every selection."""
     generator = torch.Generator().manual_seed(seed)
     rho = torch.rand(statistics.rho.shape[1:], generator=generator)
     importance = torch.rand(statistics.neuron_square.shape, generator=generator).double()

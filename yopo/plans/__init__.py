@@ -1,1 +1,1 @@
-"""The pruning plan: its schema, its files, its tensors, and what it costs in closed form."""
+"""The pruning plan: schema, files, tensors, and closed-form costs."""

@@ -1,4 +1,4 @@
-"""Whether a plan holds all tensors that it needs; asked where it is run, written or baked."""
+"""Checks a plan's tensors before it is run, written or baked."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from yopo.support.finite import is_finite
 
 
 def check_tensors(plan: PruningPlan, where: str = "The plan") -> None:
-    """Check that a plan holds all tensors that it needs, of its model's shape.
+    """Check that a plan holds all tensors that it needs, with its model's shape.
 
     Args:
         plan: The plan.
-        where: What messages call it: its file's path, or something for one in memory.
+        where: Name in messages: the file's path, or a phrase for a plan in memory.
 
     Raises:
-        PlanError: One is missing, misshapen or not finite, or an order is no permutation.
+        PlanError: One is missing, misshapen or not finite, or an order is not a permutation.
     """
     shape, tensors = plan.model.shape, plan.tensors
     expected = {
@@ -65,7 +65,7 @@ def _check_key_scale(plan: PruningPlan, where: str) -> None:
 
 
 def _floats(tensors: PlanTensors) -> Iterator[tuple[str, torch.Tensor]]:
-    """(what messages call it, tensor) of all that is not an order."""
+    """(name in messages, tensor) of all tensors other than the order."""
     for name in ("neuron_mean", "head_mean", "key_scale"):
         tensor = getattr(tensors, name)
         if tensor is not None:

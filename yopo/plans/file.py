@@ -1,7 +1,7 @@
-"""plan.yaml: how a plan is written and read. Versioned, diffable, editable by hand.
+"""Writing and reading plan.yaml: versioned, diffable, editable by hand.
 
-Byte-identical for identical plans: no timestamps, no machine paths, fixed key order and rounding.
-Long orders live in a safetensors file beside it, named with its sha256.
+Identical plans give identical bytes: no timestamps, no machine paths, fixed key order and rounding.
+Tensors are kept in a safetensors file next to it, named with its sha256.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BUDGET_DIGITS = 6
 
 @dataclass(frozen=True)
 class TensorsFile:
-    """The side file with a plan's tensors: its name beside the plan, and its sha256."""
+    """The side file with a plan's tensors: its name, in the plan's folder, and its sha256."""
 
     file: str
     sha256: str
@@ -59,7 +59,7 @@ _KEYS = (
 
 
 def to_yaml(plan: PruningPlan, tensors: TensorsFile | None = None) -> str:
-    """Serialise a plan, its tensors by their file; the same plan gives the same bytes."""
+    """Serialize a plan, with a reference to its tensors' file; same plan, same bytes."""
     budget = {"asked": plan.budget.asked, "reached": round(plan.budget.reached, BUDGET_DIGITS)}
     data: dict[str, Any] = {
         "yopo_plan": FORMAT_VERSION,
@@ -94,7 +94,7 @@ def read_document(source: str | Path) -> tuple[PruningPlan, TensorsFile | None]:
     """Read and validate a plan from a file, or from stdin for ``-``, without its tensors.
 
     Returns:
-        The plan, and the file that it names for its tensors.
+        The plan, and the tensors file that it names.
 
     Raises:
         PlanError: Unreadable, not YAML, unknown key, wrong type or value; names line and key.
@@ -103,7 +103,7 @@ def read_document(source: str | Path) -> tuple[PruningPlan, TensorsFile | None]:
 
 
 def parse_plan(name: str, text: str) -> tuple[PruningPlan, TensorsFile | None]:
-    """Parse a plan's text, as for :func:`read_document`; messages call it ``name``."""
+    """Parse a plan's text like :func:`read_document`; ``name`` is its name in messages."""
     document = Document(name, text)
     data = document.data
     if "yopo_plan" not in data:
@@ -138,23 +138,23 @@ def parse_plan(name: str, text: str) -> tuple[PruningPlan, TensorsFile | None]:
     tensors = _read_tensors(document)
     if plan.needs_order and tensors is None and not plan.baked:
         raise document.error(
-            ("tensors",), "must name the file with the neuron orders, since neurons are pruned"
+            ("tensors",), "must name the file with the neuron orders, because neurons are pruned"
         )
     return _with_true_budget(plan, data.get("budget") or {}, name), tensors
 
 
 def _with_true_budget(plan: PruningPlan, said: dict[str, Any], name: str) -> PruningPlan:
-    """The plan with the visual budget that its layers come to, whatever the file says.
+    """The plan with the visual budget computed from its layers, whatever the file says.
 
-    Layers are edited by hand, and their budget is easily forgotten; commands choose by it.
+    After editing layers by hand, the budget is easily forgotten, but commands select plans by it.
     """
     true = visual_budget(plan)
     if abs(true - plan.budget.reached) <= 10**-BUDGET_DIGITS:
         return plan
     if "reached" in said:
         console.note(
-            f"{name}: says that it reaches a visual budget of {plan.budget.reached:.4g}, its "
-            f"layers come to {true:.4g}; that is what counts."
+            f"{name}: states a visual budget of {plan.budget.reached:.4g}, but its layers come to "
+            f"{true:.4g}; using the latter."
         )
     return replace(plan, budget=replace(plan.budget, reached=round(true, BUDGET_DIGITS)))
 
@@ -176,7 +176,7 @@ def _read_model(document: Document) -> ModelIdentity:
     document.check_keys(shape_path, shape, _SHAPE_KEYS)
     sizes = {key: document.required(shape_path, shape, key, int) for key in _SHAPE_KEYS}
     problem = shape_problem(ModelShape(**sizes))
-    if problem is not None:  # now: "heads: all" makes as many as it says
+    if problem is not None:  # check now: "heads: all" allocates as many heads as it says
         raise document.error(*problem)
     return ModelIdentity(shape=ModelShape(**sizes), **texts)
 
@@ -209,7 +209,7 @@ def _read_tensors(document: Document) -> TensorsFile | None:
     file, sha256 = (document.required(path, data, key, str) for key in ("file", "sha256"))
     if not _is_file_name(file):
         raise document.error(
-            (*path, "file"), f"must be the name of a file beside the plan, found {describe(file)}"
+            (*path, "file"), f"must be a file name in the plan's folder, found {describe(file)}"
         )
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         raise document.error((*path, "sha256"), f"must be 64 hex digits, found {describe(sha256)}")

@@ -7,8 +7,8 @@ Two conventions, never mixed:
   ``n (8 d^2 + 6 d m) + 4 n^2 d`` for multi-head attention; smaller K/V projections with GQA.
   LLaVA-1.5-7B: 7.63 T, 13B: 14.89 T. A plan's *visual budget* is its visual FLOPs over these.
 * *prefill FLOPs* - the matrix products that the runtime's decoder executes for a whole prompt,
-  text included: what latency can follow and what ``torch``'s FlopCounterMode counts. The language
-  model head and the vision encoder are the same in both models and left out.
+  text included: what latency can track and what ``torch``'s FlopCounterMode counts. The language
+  model head and the vision encoder are the same in both models and not counted.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, Workload, full
 
 @dataclass(frozen=True)
 class HeadCounts:
-    """How many query heads each attention call of a layer multiplies.
+    """Number of query heads that each attention call of a layer multiplies.
 
-    A KV head's kept query heads are padded to the largest such number of the layer, so that calls
-    stay rectangular; multi-head attention and whole KV groups need no padding.
+    A KV head's kept query heads are padded to the largest such count in the layer, so that calls
+    are rectangular; multi-head attention and whole KV groups need no padding.
 
     Attributes:
         reading: Query heads, padding included, that attend text and visual keys.
-        text_only: Query heads, padding included, that attend text keys alone.
+        text_only: Query heads, padding included, that attend only text keys.
         attending: Query heads, padding included, in which visual tokens attend.
     """
 

@@ -1,7 +1,7 @@
-"""The grid that the visual tokens of an image form, and which of its rows meet in attention.
+"""The grid of an image's visual tokens, and the blocks of rows that attend to one another.
 
-No torch here: the runtime cuts its work into these blocks and ``flops.py`` counts the same blocks,
-so that what is predicted is what is executed.
+No torch here: the runtime splits its work into these blocks and ``flops.py`` counts the same ones,
+so that the predicted work is the executed work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ROWS_PER_BLOCK = 3
 call per 3 rows took 36 ms, per row 42 ms, per 8 rows 41 ms, a dense mask 77 ms (one thread)."""
 
 TOKENS_PER_BLOCK = 64
-"""At least so many queries per call: on small grids the calls, not the products, cost the time."""
+"""Minimum queries per call: on small grids the calls, not the products, take the time."""
 
 
 TOKENS_PER_SHARED_BLOCK = 128
@@ -38,7 +38,7 @@ class Grid:
 class Block:
     """Visual queries ``[start, stop)`` against visual keys ``[key_start, key_stop)``.
 
-    Positions count along the visual stream (all images of a sample behind one another).
+    Positions are along the visual stream (all images of a sample, concatenated).
     """
 
     image: int
@@ -60,7 +60,7 @@ def row_blocks(grids: Sequence[Grid], radius: int | None, bidirectional: bool) -
         grids: The sample's images in prompt order.
         radius: Chebyshev radius of the neighborhood; None means every earlier visual token,
             those of earlier images included.
-        bidirectional: Whether neighbors behind the query, in the same image, count as well.
+        bidirectional: Whether later neighbors in the same image count as well.
 
     Yields:
         Blocks that cover every query once, each with all keys that its queries may attend
@@ -87,7 +87,7 @@ def shared_blocks(
 ) -> Iterator[Block]:
     """Cut the visual self-attention of a batch whose samples hold different grids.
 
-    Blocks lie across image rows then; each spans the keys that any sample's queries need.
+    Blocks then cut across image rows; each spans the keys that any sample's queries need.
 
     Args:
         rows: The images of every sample.
@@ -110,8 +110,8 @@ def shared_blocks(
 def window_pairs(grids: Sequence[Grid], radius: int | None) -> int:
     """Visual query-key pairs in the paper's convention, which does not discount causality.
 
-    A neighborhood counts in whole rows (``2 r + 1`` of them, fewer at the border), because whole
-    rows are what a kernel multiplies: 24 x 24 tokens at radius 2 are 65 664 pairs of 331 776.
+    A neighborhood counts as whole rows (``2 r + 1`` of them, fewer at the border), because kernels
+    multiply whole rows: 24 x 24 tokens at radius 2 are 65 664 pairs of 331 776.
     """
     if radius is None:
         return sum(grid.tokens for grid in grids) ** 2

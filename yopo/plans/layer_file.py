@@ -1,4 +1,4 @@
-"""The layers of plan.yaml: how they are written, and read under present and former keys."""
+"""Writing and reading the layers of plan.yaml, under current and former keys."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _FORMER_KEYS = {
     "rank": "qkv_rank",
     "linear": "map_rank",
 }
-"""Keys of layers in plans of yopo before 0.2, and what they are now."""
+"""Layer keys in plans written before yopo 0.2 -> current keys."""
 
 
 def layer_to_dict(layer: LayerPlan, shape: ModelShape) -> dict[str, Any]:
-    """A layer as it is written: heads by name where they are all or none, levers where used."""
+    """A layer as plain values: ``all`` or ``none`` for heads where possible, levers if used."""
     heads: Any = list(layer.read_heads)
     if not heads:
         heads = "none"
@@ -39,7 +39,7 @@ def layer_to_dict(layer: LayerPlan, shape: ModelShape) -> dict[str, Any]:
 
 
 def read_layers(document: Document, shape: ModelShape) -> tuple[LayerPlan, ...]:
-    """The layers of a plan's document, for a model of a shape that was checked."""
+    """The layers of a plan's document; ``shape`` must have been checked."""
     entries = document.typed(("layers",), document.data["layers"], list)
     return tuple(_read_layer(document, index, shape) for index in range(len(entries)))
 
@@ -50,7 +50,9 @@ def _read_layer(document: Document, index: int, shape: ModelShape) -> LayerPlan:
     data = document.check_keys(path, document.data["layers"][index], known)
     for former, key in _FORMER_KEYS.items():
         if former in data and key in data:
-            raise document.error((*path, former), f"is the former name of {key}, given as well")
+            raise document.error(
+                (*path, former), f"is the former name of {key}, which is also given"
+            )
     spelled = {_FORMER_KEYS.get(key, key): key for key in data}
 
     def read(name: str, kind: type | tuple[type, ...], *default: Any) -> Any:
@@ -80,7 +82,7 @@ def _read_layer(document: Document, index: int, shape: ModelShape) -> LayerPlan:
 
 
 def as_spelled(document: Document, path: tuple[Key, ...]) -> tuple[Key, ...]:
-    """The path to a layer's key as the document has it, which may be by its former name."""
+    """The path to a layer's key as the document spells it, possibly by its former name."""
     if path[:1] != ("layers",) or len(path) < 3:
         return path
     data = document.data["layers"][path[1]]

@@ -1,4 +1,4 @@
-"""What visual tokens still do in one layer, in a decoder of some shape. Frozen, no torch."""
+"""One layer's plan and the decoder shape that it is for. Frozen, no torch."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ class ModelShape:
 
 
 def _lever(default: Any, *, column: str, title: str, topic: str = "weights") -> Any:
-    """A field of a layer plan that only some plans have: see :class:`Lever`."""
+    """A field of a layer plan that only some plans use: see :class:`Lever`."""
     about = {"default": default, "column": column, "title": title, "topic": topic}
     return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What visual tokens still do in one layer.
+    """The visual computation that remains in one layer.
 
     Attributes:
         read_heads: Sorted query heads that may read visual keys. Empty: no visual K/V exists here.
-        attend_heads: Those of them in which visual tokens run attention as queries, sorted.
+        attend_heads: The subset of them in which visual tokens run attention as queries, sorted.
         radius: Chebyshev radius of a visual query's neighborhood; None means no limit.
         neurons: FFN neurons that visual tokens use; 0 skips the FFN.
         qkv_rank: Width of the bottleneck through which visual queries, keys and values are
-            computed; None: by the original projections.
-        map_rank: Rank of the fitted linear map of the normed FFN input that stands for what visual
-            tokens no longer compute here; 0: none.
-        key_bits: Bits of a number of the visual keys in the cache: 8, 4 or 2; None: the model's
-            own numbers.
-        value_bits: Likewise of the visual values.
+            computed; None means the original projections.
+        map_rank: Rank of the fitted linear map of the normed FFN input that replaces what visual
+            tokens no longer compute here; 0 means none.
+        key_bits: Bits per number of the visual keys in the cache: 8, 4 or 2; None means the
+            model's dtype.
+        value_bits: The same for the visual values.
     """
 
     read_heads: tuple[int, ...]
@@ -72,7 +72,7 @@ class LayerPlan:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the layer needs weights of its own for visual tokens."""
+        """Whether the layer needs separate weights for visual tokens."""
         return self.qkv_rank is not None or self.map_rank > 0
 
     @property
@@ -93,11 +93,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Lever:
-    """A field of :class:`LayerPlan` with a default; files and tables have it where a plan uses it.
+    """A field of :class:`LayerPlan` with a default; files and tables show it only if it is used.
 
     Attributes:
-        name: Of the field, and its key in files.
-        default: What it is in a layer that does not use it.
+        name: Name of the field, and its key in files.
+        default: Its value in a layer that does not use it.
         column: Heading in the table of ``yopo inspect``.
         title: Heading in model cards.
         topic: What it is about; levers of one topic are written together.
@@ -120,11 +120,15 @@ def full_layer(shape: ModelShape) -> LayerPlan:
 
 
 def layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
-    """What is wrong with a layer: (key, the problem as the rest of a sentence), or None."""
+    """The first problem of a layer: (key, the problem as the rest of a sentence), or None."""
     return _heads_problem(layer, shape) or _sizes_problem(layer, shape) or _storage_problem(layer)
 
 
 def _heads_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
+    for name in ("read_heads", "attend_heads"):
+        found = getattr(layer, name)
+        if not isinstance(found, tuple | list):  # files also allow true, false, all and none
+            return name, f"must be a tuple of heads, empty for none, found {found!r}"
     outside = [head for head in layer.read_heads if not 0 <= head < shape.heads]
     if outside:
         return "read_heads", f"names head {outside[0]}, but the heads are 0 to {shape.heads - 1}"
@@ -147,11 +151,11 @@ def _sizes_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | Non
     if layer.qkv_rank is not None and not (
         layer.read_heads and 1 <= layer.qkv_rank <= shape.hidden
     ):
-        return "qkv_rank", f"must lie between 1 and {shape.hidden}, in a layer that is read"
+        return "qkv_rank", f"must lie between 1 and {shape.hidden}, in a layer with read_heads"
     if not 0 <= layer.map_rank <= shape.hidden:
         return "map_rank", f"must lie between 0 and {shape.hidden}, found {layer.map_rank}"
     if layer.map_rank and layer.neurons == shape.ffn:
-        return "map_rank", "must be 0 where all neurons are kept"
+        return "map_rank", "must be 0 when all neurons are kept"
     return None
 
 

@@ -6,9 +6,9 @@ how many FFN neurons they use (``neurons``, a prefix of the layer's importance o
 method (arXiv 2410.06169) is the case where the same heads read and attend and layers after a cut
 are empty; visual token withdrawal, frozen visual tokens and vision-only cross-attention are others.
 
-Text keeps the original weights, so visual tokens may have small ones of their own, fitted on the
-calibration pairs: projections through a bottleneck (``qkv_rank``), and a linear map of low rank in
-place of what the layer no longer computes for them (``map_rank``).
+Text keeps the original weights, so visual tokens may get separate small ones, fitted on the
+calibration pairs: projections through a bottleneck (``qkv_rank``), and a low-rank linear map that
+replaces what the layer no longer computes for them (``map_rank``).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LARGEST_SHAPE = {
     "head_dim": 1 << 13,
     "ffn": 1 << 20,
 }
-"""Several times the largest published decoders: beyond, a plan is damaged or means harm."""
+"""Several times the largest published decoders; anything larger is damaged or malicious."""
 
 MAX_IMAGES, MAX_VISUAL, MAX_TEXT = 1 << 10, 1 << 17, 1 << 24
-"""Images, visual tokens and text tokens of a workload."""
+"""Maximum images, visual tokens and text tokens of a workload."""
 
 
 class InvalidPlan(PlanError):
-    """A plan whose parts do not fit together; ``path`` leads to the offending key."""
+    """A plan whose parts are inconsistent; ``path`` leads to the offending key."""
 
     def __init__(self, path: tuple[str | int, ...], problem: str):
         self.path, self.problem = path, problem
@@ -49,7 +49,7 @@ class InvalidPlan(PlanError):
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a plan was made for.
+    """The model that a plan was made for.
 
     Attributes:
         name: Alias, hub id or directory name as the user gave it; never a machine path.
@@ -71,7 +71,7 @@ class Workload:
     Attributes:
         grids: The images of one prompt.
         text: Text tokens of one prompt.
-        text_before: Those of them in front of the first image (visual queries attend to them).
+        text_before: Those before the first image (visual queries attend to them).
     """
 
     grids: tuple[Grid, ...]
@@ -86,7 +86,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Budget:
-    """Visual FLOPs over dense visual FLOPs: asked for (None: a shape was) and reached."""
+    """Visual FLOPs over dense visual FLOPs: requested (None without a budget) and reached."""
 
     asked: float | None
     reached: float
@@ -94,13 +94,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Measured:
-    """What calibration saw, per layer, for people and pictures; the runtime never reads it.
+    """Per-layer calibration results for reports; the runtime never reads them.
 
     Attributes:
         rho: Mean head activity, (layers, heads).
-        cross_modal: Mean visual mass of the text queries behind the image, (layers,).
+        cross_modal: Mean visual mass of the text queries after the image, (layers,).
         concentration: Share of the FFN neurons that carry 90 % of the importance, (layers,).
-        locality: Radius within which 90 % of the visual-to-visual attention mass lies, (layers,).
+        locality: Radius that holds 90 % of the visual-to-visual attention mass, (layers,).
     """
 
     rho: tuple[tuple[float, ...], ...]
@@ -111,7 +111,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """A whole pruning plan. Construction validates; a valid plan is never mutated.
+    """A complete pruning plan. Construction validates it; a valid plan is never mutated.
 
     Example:
         >>> from dataclasses import replace
@@ -125,16 +125,16 @@ class PruningPlan:
         model: The model that it was made for.
         workload: The prompt that its FLOPs and bytes are quoted for.
         layers: One entry per decoder layer.
-        budget: Visual FLOPs asked for and reached.
+        budget: Visual FLOPs requested and reached.
         compensation: ``mean`` adds to visual tokens, as a bias, what their pruned neurons and
-            heads contributed on average; ``refit`` gives them output and down projections of
-            their own, fitted to the dense model; ``none`` does neither.
-        bidirectional: Whether visual tokens attend neighbors behind them too, as in the paper's
-            fine-tuned checkpoints; training-free plans stay causal.
-        baked: Whether the checkpoint's heads and neurons already stand in order of importance.
-        tensors: Neuron orders, means and fitted weights. Not checked here: a plan that is being
-            made, or whose file is looked at without them, holds none.
-        measured: What calibration saw.
+            heads contributed on average; ``refit`` gives them separate output and down
+            projections, fitted to the dense model; ``none`` does neither.
+        bidirectional: Whether visual tokens also attend later neighbors, as in the paper's
+            fine-tuned checkpoints; training-free plans are causal.
+        baked: Whether the checkpoint's heads and neurons are already in order of importance.
+        tensors: Neuron orders, means and fitted weights. Not checked here: a plan under
+            construction, or read from its file without them, has none.
+        measured: Per-layer calibration results.
         provenance: Where the plan comes from: pairs, samples, seed, version, candidates.
 
     Raises:
@@ -165,7 +165,7 @@ class PruningPlan:
 
     @property
     def needs_order(self) -> bool:
-        """Whether some layer keeps a part of its neurons, so that their order matters."""
+        """Whether any layer keeps only some of its neurons, so that their order matters."""
         return any(0 < layer.neurons < self.model.shape.ffn for layer in self.layers)
 
     @property
@@ -175,7 +175,7 @@ class PruningPlan:
 
     @property
     def needed_tensors(self) -> PlanTensors:
-        """Those of its tensors that the plan uses."""
+        """The tensors that the plan uses."""
         tensors, has_means = self.tensors, self.compensation == "mean"
         return PlanTensors(
             neuron_order=tensors.neuron_order if self.needs_order else None,
@@ -186,16 +186,16 @@ class PruningPlan:
         )
 
     def without_tensors(self) -> PruningPlan:
-        """The same plan, its numbers alone."""
+        """The same plan with no tensors."""
         return replace(self, tensors=PlanTensors())
 
     def with_layers(self, layers: Sequence[LayerPlan]) -> PruningPlan:
-        """The same plan with other layers; the budget is the caller's to restate."""
+        """The same plan with other layers; the caller must update the budget."""
         return replace(self, layers=tuple(layers))
 
 
 def used_levers(plan: PruningPlan) -> list[Lever]:
-    """The levers that some layer of a plan uses."""
+    """The levers that any layer of a plan uses."""
     return [
         each
         for each in LEVERS
@@ -207,17 +207,17 @@ def full_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
     """The plan that prunes nothing: the dense model.
 
     Raises:
-        InvalidPlan: The model has impossible dimensions, or the workload sizes.
+        InvalidPlan: The model or the workload has impossible sizes.
     """
     problem = shape_problem(model.shape)
-    if problem is not None:  # now: the layers are as large as the shape says
+    if problem is not None:  # check now: the layers are as large as the shape says
         raise InvalidPlan(*problem)
     layers = (full_layer(model.shape),) * model.shape.layers
     return PruningPlan(model, workload, layers, Budget(None, 1.0))
 
 
 def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None:
-    """The first thing that is wrong with a plan.
+    """The first problem of a plan.
 
     Returns:
         (path of keys from the document's root, the problem as the rest of a sentence), or None.
@@ -244,9 +244,9 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
 
 
 def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
-    """What is wrong with a decoder's dimensions, as for :func:`first_problem`.
+    """The first problem of a decoder's dimensions, as for :func:`first_problem`.
 
-    To be asked before anything of their size is made: they may come from a file.
+    Call it before allocating anything of their size: they may come from a file.
     """
     path = ("model", "shape")
     sizes = vars(shape)
@@ -261,7 +261,7 @@ def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
 
 
 def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
-    """What is wrong with a workload, as for :func:`first_problem`."""
+    """The first problem of a workload, as for :func:`first_problem`."""
     grids = ("workload", "grids")
     if not workload.grids or any(min(each.rows, each.cols) < 1 for each in workload.grids):
         return grids, "must hold at least one image of at least one token"

@@ -1,6 +1,6 @@
-"""Plans on disk and in pipelines: ``plan.yaml``, and its tensors in a safetensors file beside it.
+"""Plans on disk and in pipelines: ``plan.yaml`` and, next to it, a safetensors file of tensors.
 
-The YAML names the side file with its sha256. A plan that goes to stdout leaves its tensors in a
+The YAML names the side file with its sha256. The tensors of a plan on stdout are kept in a
 content-addressed cache, so that a pipeline can still apply it.
 """
 
@@ -41,7 +41,7 @@ _DTYPES = {
 
 
 def to_bytes(tensors: PlanTensors) -> bytes:
-    """Serialise as safetensors; the same tensors give the same bytes."""
+    """Serialize as safetensors; the same tensors give the same bytes."""
     stored = {
         name: tensor.detach().to("cpu", _DTYPES.get(name, tensor.dtype)).contiguous()
         for name, tensor in tensors.named()
@@ -53,11 +53,11 @@ def from_bytes(data: bytes) -> PlanTensors:
     """Inverse of :func:`to_bytes`.
 
     Raises:
-        SafetensorError: Not safetensors, or tensors of a kind that torch or a plan lacks.
+        SafetensorError: Not safetensors, or a dtype that torch or a plan does not support.
     """
     try:
         stored = load(data)
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:  # a dtype torch lacks, say
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:  # such as an unknown dtype
         raise SafetensorError(f"{type(error).__name__}: {error}") from error
     for name, tensor in stored.items():
         if tensor.is_complex() or tensor.is_floating_point() == (name == "neuron_order"):
@@ -80,17 +80,17 @@ def from_bytes(data: bytes) -> PlanTensors:
 
 
 def cache_directory() -> Path:
-    """Where tensors of plans on stdout are kept: ``$YOPO_CACHE`` or ``~/.cache/yopo``."""
+    """Directory for the tensors of plans on stdout: ``$YOPO_CACHE`` or ``~/.cache/yopo``."""
     return Path(os.environ.get("YOPO_CACHE") or Path.home() / ".cache" / "yopo")
 
 
 def plan_files(plan: PruningPlan, name: str, tensors_name: str) -> Mapping[str, bytes]:
-    """A plan as the contents of files, by name: its tensors', if it holds any, and its own last.
+    """A plan as file contents by name: its tensors, if it has any, and last the YAML.
 
     Args:
         plan: The plan.
-        name: Of the YAML file.
-        tensors_name: Of the file with its tensors; ``{sha256}`` in it stands for its digest.
+        name: Name of the YAML file.
+        tensors_name: Name of the tensors file; ``{sha256}`` is replaced by its digest.
     """
     files, named = {}, None
     if plan.tensors.num_bytes:
@@ -104,9 +104,9 @@ def plan_files(plan: PruningPlan, name: str, tensors_name: str) -> Mapping[str, 
 def write_plan(plan: PruningPlan, target: str | Path, *, force: bool = False) -> None:
     """Write ``plan.yaml`` and its side file, or the plan to stdout for ``-``.
 
-    The side file has its hash in its name, ``plan.1a2b3c4d.safetensors``, so that it never takes
-    the place of the one that an older plan names: a plan and its tensors are a pair at every
-    moment. The replaced plan's own tensors go last.
+    The side file has its hash in its name, ``plan.1a2b3c4d.safetensors``, so that it never replaces
+    the one that an older plan names: a plan and its tensors always match. The replaced plan's own
+    tensors are removed last.
 
     Example:
         >>> yopo.write_plan(found.plan, "other.yaml")
@@ -117,7 +117,7 @@ def write_plan(plan: PruningPlan, target: str | Path, *, force: bool = False) ->
         force: Whether an existing plan may be replaced.
 
     Raises:
-        OutputError: A file exists (without ``force``), is no plan, or cannot be written.
+        OutputError: A file exists (without ``force``), is not a plan, or cannot be written.
         PlanError: The plan lacks tensors that it needs.
     """
     check_tensors(plan)
@@ -146,13 +146,13 @@ def write_plan(plan: PruningPlan, target: str | Path, *, force: bool = False) ->
 def _former_side_file(path: Path) -> Path | None:
     try:
         named = read_document(path)[1] if path.exists() else None
-    except PlanError:  # edited, and wrong now: what it named stays
+    except PlanError:  # edited and now invalid: keep the file that it named
         return None
     return None if named is None else own_side_file(path, named)
 
 
 def read_plan(source: str | Path) -> PruningPlan:
-    """Read a plan from a file, or from stdin for ``-``, and its tensors from beside it.
+    """Read a plan from a file, or from stdin for ``-``, together with its tensors.
 
     Example:
         >>> plan = yopo.read_plan("plan.yaml")
@@ -172,7 +172,7 @@ def read_plan(source: str | Path) -> PruningPlan:
     if path is None or not path.exists():
         raise PlanError(
             f"{candidates[0]}: the plan's tensors are missing.",
-            remedy="Keep the .safetensors file beside the plan, or calibrate again.",
+            remedy="Keep the .safetensors file next to the plan, or calibrate again.",
         )
     plan = replace(plan, tensors=_read_tensors(path, named, plan))
     check_tensors(plan, str(path))
@@ -181,13 +181,13 @@ def read_plan(source: str | Path) -> PruningPlan:
 
 def _read_tensors(path: Path, named: TensorsFile, plan: PruningPlan) -> PlanTensors:
     _check_inside(path)
-    data = read_bytes(path, limit=_most_bytes(plan), error=PlanError)
+    data = read_bytes(path, limit=_max_bytes(plan), error=PlanError)
     found = hashlib.sha256(data).hexdigest()
     if found != named.sha256:
         raise PlanError(
             f"{path}: is not the file that the plan names (sha256 {found[:12]}..., "
             f"expected {named.sha256[:12]}...).",
-            remedy="The plan and its tensors come from different runs; calibrate again.",
+            remedy="The plan and its tensors are from different runs; calibrate again.",
         )
     try:
         return from_bytes(data)
@@ -196,19 +196,19 @@ def _read_tensors(path: Path, named: TensorsFile, plan: PruningPlan) -> PlanTens
 
 
 def _check_inside(path: Path) -> None:
-    """Refuse a link that leads out of its folder, other than into the hub's cache of blobs."""
+    """Refuse a link that leads out of its folder, except into the hub cache's blobs."""
     folder, real = path.parent.resolve(), path.resolve()
     blobs = [each.parent / "blobs" for each in folder.parents if each.name == "snapshots"]
     blobs += [folder.parent / "blobs"] if folder.name == "snapshots" else []
     if real.parent not in (folder, *blobs):
         raise PlanError(
             f"{path}: is a link that leads out of its folder.",
-            remedy="Put the file itself beside the plan.",
+            remedy="Put the file itself next to the plan.",
         )
 
 
-def _most_bytes(plan: PruningPlan) -> int:
-    """What a side file of this plan may hold at most: 8 bytes a value, and some for its header."""
+def _max_bytes(plan: PruningPlan) -> int:
+    """Maximum size of this plan's side file: 8 bytes per value, plus some for its header."""
     shape = plan.model.shape
     values = shape.layers * (2 * shape.ffn + 2 * shape.heads * shape.head_dim)
     for layer in plan.layers:

@@ -1,6 +1,6 @@
-"""The tensors of a plan: neuron orders, and what compensation adds or fits. No torch is imported.
+"""The tensors of a plan: neuron orders, means and fitted weights. No torch is imported.
 
-What they are stored in, and where, is :mod:`yopo.plans.storage`'s affair alone.
+Only :mod:`yopo.plans.storage` knows how and where they are stored.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Refit = Mapping[str, "torch.Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class PlanTensors:
-    """What a plan needs beside its numbers.
+    """The tensors that a plan needs in addition to its numbers.
 
     Attributes:
         neuron_order: (layers, ffn) int64, each layer's neurons from most to least important;
-            None if the checkpoint's neurons already stand in that order (baked).
+            None if the checkpoint's neurons are already in that order (baked).
         neuron_mean: (layers, ffn) float32, mean FFN activation over visual tokens in the
             checkpoint's own neuron order; None without ``mean`` compensation.
         head_mean: (layers, heads, head_dim) float32, mean attention output of every query head
             over visual tokens; None without ``mean`` compensation.
         key_scale: (layers, kv_heads, head_dim) float32, by which visual keys are divided before
-            they are quantised, in the checkpoint's own order of KV heads; None where no layer's
-            keys are.
-        refit: Layer -> its fitted weights; layers without any are left out, and all of them
-            without ``refit`` compensation.
+            they are quantised, in the checkpoint's own order of KV heads; None if no layer's keys
+            are.
+        refit: Layer -> its fitted weights; layers without any are absent, and it is empty without
+            ``refit`` compensation.
     """
 
     neuron_order: torch.Tensor | None = None
@@ -42,7 +42,7 @@ class PlanTensors:
     refit: Mapping[int, Refit] = field(default_factory=dict)
     key_scale: torch.Tensor | None = None
 
-    def __eq__(self, other: object) -> bool:  # and so without a hash: tensors can be changed
+    def __eq__(self, other: object) -> bool:  # and thus no hash: tensors are mutable
         if not isinstance(other, PlanTensors):
             return NotImplemented
         own, others = dict(self.named()), dict(other.named())
@@ -51,7 +51,7 @@ class PlanTensors:
         )
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor there is, by name: ``neuron_order``, ``refit.3.down``, ..."""
+        """All tensors with their names: ``neuron_order``, ``refit.3.down``, ..."""
         for each in fields(self):
             tensor = getattr(self, each.name)
             if each.name != "refit" and tensor is not None:
@@ -66,7 +66,7 @@ class PlanTensors:
         return sum(tensor.nbytes for _, tensor in self.named())
 
     def of_layers(self, indices: Sequence[int]) -> PlanTensors:
-        """The tensors of some layers, numbered anew."""
+        """The tensors of some layers, renumbered."""
         rows = list(indices)
         names = ("neuron_order", "neuron_mean", "head_mean", "key_scale")
         parts = {name: getattr(self, name) for name in names}
@@ -81,9 +81,9 @@ def refit_sizes(layer: LayerPlan, shape: ModelShape) -> dict[str, tuple[int, ...
     ``reduce`` (rank, hidden) takes normed visual states into the bottleneck; ``query``, ``key``
     and ``value`` (rows, rank) with their biases lead out of it, for the attending heads and for
     the kept KV heads, ascending. ``output`` (hidden, columns) replaces the output projection
-    where a part of the heads attends, ``down`` (hidden, neurons) the down projection where a part
-    of the neurons is used, in order of importance. ``map_out @ map_in`` is the linear map;
-    ``ffn_bias`` goes with ``down`` or the map.
+    where only some heads attend, ``down`` (hidden, neurons) the down projection where only some
+    neurons are used, in order of importance. ``map_out @ map_in`` is the linear map; ``ffn_bias``
+    belongs to ``down`` or the map.
     """
     hidden = shape.hidden
     sizes: dict[str, tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""A benchmark as tables: times with quartiles, and the bound that FLOPs and bytes allow."""
+"""A benchmark as tables: times with quartiles, and the bounds given by FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from yopo.plans.flops import visual_budget
 from yopo.report import units
 from yopo.report.plan_tables import plain_table, template_of
 
-if TYPE_CHECKING:  # the measuring needs torch, its table does not
+if TYPE_CHECKING:  # measuring needs torch, the tables do not
     from yopo.bench.result import Benchmark, Compared, Spread
 
 DENSE, PRUNED = "dense", "pruned"
 
 
 def bench_report(found: Benchmark) -> RenderableType:
-    """Dense against pruned: what was measured, beside what the plan predicts."""
+    """Dense against pruned: measurements next to the plan's predictions."""
     table = plain_table()
     table.add_column("")
     for name in ("dense", "pruned", "pruned / dense"):
@@ -65,7 +65,7 @@ def _share(value: float | None) -> str:
 
 
 def _shipped(found: Benchmark) -> Iterator[tuple[RenderableType, ...]]:
-    """Rows of stock transformers, where it runs on other kernels."""
+    """Rows for stock transformers, if it uses other kernels."""
     if found.shipped is None:
         return
     yield from _times("as shipped: prefill", found.shipped.prefill)
@@ -75,7 +75,7 @@ def _shipped(found: Benchmark) -> Iterator[tuple[RenderableType, ...]]:
 
 
 def prefill_table(found: Benchmark) -> Table:
-    """A row per contender: what its prefill takes, and what its FLOPs would allow."""
+    """One row per contender: its prefill time, and what its FLOPs would allow."""
     table = _table("prefill", "visual FLOPs", "FLOPs", "time", "/ dense", "/ FLOPs", "bound")
     for name, measured in found.measured.items():
         times, digits = measured.prefill, _digits(measured.prefill.pruned)
@@ -98,7 +98,7 @@ def prefill_table(found: Benchmark) -> Table:
 
 
 def memory_table(found: Benchmark) -> Table:
-    """A row per contender: a decode step and its bound, peak memory, cache."""
+    """One row per contender: a decode step and its bound, peak memory, cache."""
     table = _table("decode, memory", "per token", "/ dense", "bound", "peak", "visual KV")
     for name, measured in found.measured.items():
         decode, peak = measured.decode, measured.peak_memory
@@ -114,7 +114,7 @@ def memory_table(found: Benchmark) -> Table:
 
 
 def context_table(found: Benchmark) -> Table:
-    """A row per context: decode steps over the dense one's, and below what bytes allow."""
+    """One row per context: decode steps over the dense one's; below, what bytes allow."""
     names = [name for name in found.contexts[0].decode if name != DENSE]
     table = _table("decode / dense", "dense", *(_label(found, name) for name in names))
     for at in found.contexts:
@@ -162,40 +162,38 @@ def _notes(found: Benchmark) -> list[str]:
         if len(layers.used) < layers.total:
             numbers = ", ".join(str(index) for index in layers.used)
             some = (
-                f" on {len(layers.used)} of {layers.total} layers ({numbers}: each kind in its "
-                f"share; all of them: {units.share(layers.plan_flops_ratio)} of the FLOPs)"
+                f" on {len(layers.used)} of {layers.total} layers ({numbers}: each kind in "
+                f"proportion; all layers: {units.share(layers.plan_flops_ratio)} of the FLOPs)"
             )
         lines.append(f"weights: random{some}")
     if found.stand_in:
-        lines.append("model: a Llama decoder of the plan's shape stands in for its family")
+        lines.append("model: a Llama decoder of the plan's shape replaces its family's")
     lines.append(
-        f"time: median of {runs} pair{'s' * (runs > 1)}, order alternating; "
-        "images encoded before, no LM head"
+        f"time: median of {runs} pair{'s' * (runs > 1)}, in alternating order; "
+        "without image encoding and LM head"
     )
-    lines.append("time / FLOPs: 1.00x if all the saved work is saved time; on the same kernels")
+    lines.append("time / FLOPs: 1.00x if all saved work is saved time; on the same kernels")
     if found.shipped is not None:
-        lines.append(
-            "as shipped: dense is stock transformers, whose products take a slower kernel;"
-        )
-        lines.append("  below FLOPs there is the other kernel's share, not the plan's")
+        lines.append("as shipped: dense is stock transformers, whose products use a slower kernel;")
+        lines.append("  any ratio below the FLOPs comes from the kernel, not from the plan")
     lines.append(
-        f"bound reached: in prefill FLOPs at the {found.rates.flops / 1e6:.3g} GFLOP/s of a plain "
+        f"bound reached: in prefill, FLOPs at the {found.rates.flops / 1e6:.3g} GFLOP/s of a plain "
         "product"
     )
     lines.append(
-        "  as long, in decode the bytes of a step (weights and KV cache) at the "
+        "  of that length; in decode, a step's bytes (weights, KV cache) at the "
         f"{found.rates.bytes / 1e6:.3g} GB/s"
     )
-    lines.append("  at which weights are read; of visual KV the planned bytes over those found")
+    lines.append("  of reading weights; for visual KV, the planned over the measured bytes")
     lines += [
-        f"measurement is off: {what} reaches {units.share(share)} of what is possible; close other "
-        "programs and repeat"
+        f"measurement is unreliable: {what} reaches {units.share(share)} of the possible rate; "
+        "close other programs and repeat"
         for what, share in found.off.items()
     ]
     if found.memory_by is None:
         lines.append(f"peak memory: not measured on {found.device}")
     else:
-        lines.append(f"peak memory: of prefill, above the weights; {found.memory_by}")
+        lines.append(f"peak memory: during prefill, without the weights; {found.memory_by}")
     if found.visual_kv[1] != found.planned_kv:
         lines.append(f"visual KV: the plan predicts {units.num_bytes(found.planned_kv)}")
     return lines + _baseline_notes(found)
@@ -217,7 +215,7 @@ def _baseline_notes(found: Benchmark) -> list[str]:
 
 
 def _times(label: str, times: Compared) -> tuple[tuple[RenderableType, ...], ...]:
-    """Medians, and below them the quartiles."""
+    """A row of medians and a row of quartiles."""
     columns = (times.dense, times.pruned)
     low, high = (f"{100 * each:.1f}" for each in (times.ratio.low, times.ratio.high))
     quartiles = (*(_quartiles(each) for each in columns), f"{low}-{high} %")

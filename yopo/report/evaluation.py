@@ -1,4 +1,4 @@
-"""Dense against pruned as one table."""
+"""The comparison of dense and pruned as one table."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from yopo.plans.flops import visual_budget
 from yopo.report import units
 from yopo.report.plan_tables import plain_table, savings
 
-if TYPE_CHECKING:  # the evaluation itself needs torch, its table does not
+if TYPE_CHECKING:  # the evaluation needs torch, its table does not
     from yopo.evaluation.evaluate import Accuracy, Evaluation
 
 
 def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
-    """What a plan keeps (accuracy, agreement) and what it saves (FLOPs, time, cache).
+    """Accuracy and agreement that a plan keeps, and FLOPs, time and cache that it saves.
 
     Args:
         evaluation: From ``evaluate``.
-        data: What the pairs are called.
+        data: Name of the pairs.
     """
     plan, fidelity = evaluation.plan, evaluation.fidelity
     title = (

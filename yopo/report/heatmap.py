@@ -1,7 +1,7 @@
 """Head activity rho as a map of layers by heads, one character per head, kept heads marked.
 
-Kept heads are blocks, dropped heads are points; both grow with rho in four steps. So the map reads
-without color, in a pipe, and color only adds to it.
+Kept heads are blocks, dropped heads are points; both grow with rho in four steps, so that the map
+is readable without color, as in a pipe.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plan as one JSON document for machines: everything that the tables show, unrounded."""
+"""A plan as one JSON document: everything that the tables show, unrounded."""
 
 from __future__ import annotations
 

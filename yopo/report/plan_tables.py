@@ -1,4 +1,4 @@
-"""A plan as tables: what model it is for, what it saves, and what each layer still does."""
+"""A plan as tables: its model, its savings, and what each layer still does."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from yopo.plans.schema import LEVERS, LayerPlan, PruningPlan, full_layer, used_l
 from yopo.report import units
 
 _BAR = 8
-"""Characters of a bar that stands for a whole layer."""
+"""Characters of a bar for a whole layer."""
 
 _WIDE = 70
-"""From this console width on the layer table has bars; every fitted column asks for more."""
+"""Minimum console width for bars in the layer table; every lever's column needs more."""
 
 _LEVER_WIDTH = 6
-"""Characters that a lever's column takes."""
+"""Characters of a lever's column."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def header(plan: PruningPlan) -> RenderableType:
-    """Which model, prompt, budget and kind of plan: one line each."""
+    """Model, decoder, prompt, budget and kind of plan, one line each."""
     model, shape = plan.model, plan.model.shape
     kv_heads = "" if shape.kv_heads == shape.heads else f" on {shape.kv_heads} KV heads"
     grids = ", ".join(f"{grid.rows} x {grid.cols}" for grid in plan.workload.grids)
-    asked = "" if plan.budget.asked is None else f" ({units.share(plan.budget.asked)} asked)"
+    asked = "" if plan.budget.asked is None else f" ({units.share(plan.budget.asked)} requested)"
     named = template_of(plan.provenance) or plan.provenance.get("preset")
     kind = [f"shape {named}"] if named else []
     kind.append(f"compensation {plan.compensation}")
@@ -72,7 +72,7 @@ def savings_table(plan: PruningPlan) -> Table:
 
 
 def savings(plan: PruningPlan) -> tuple[tuple[str, int, int, Callable[[float], str]], ...]:
-    """(label, dense, pruned, how to write it) of everything that a plan saves."""
+    """(label, dense, pruned, format) of everything that a plan saves."""
     shape, workload = plan.model.shape, plan.workload
     return (
         ("visual FLOPs", dense_visual_flops(shape, workload), visual_flops(plan), units.flops),
@@ -92,7 +92,7 @@ def savings(plan: PruningPlan) -> tuple[tuple[str, int, int, Callable[[float], s
 
 
 class LayerTable:
-    """One row per run of equal layers; a narrow console goes without the bars."""
+    """One row per run of equal layers; without bars on a narrow console."""
 
     def __init__(self, plan: PruningPlan):
         self.plan = plan
@@ -134,7 +134,7 @@ class LayerTable:
 
 
 def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
-    """(first, last, layer plan) of every run of layers whose rows would read the same."""
+    """(first, last, layer plan) of every run of layers with identical rows."""
 
     def look(entry: tuple[int, LayerPlan]) -> tuple[object, ...]:
         layer = entry[1]
@@ -149,11 +149,11 @@ def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
 def candidate_table(
     candidates: Sequence[Mapping[str, Any]], pairs: int | None = None
 ) -> RenderableType:
-    """The plans that were compared, best first, the chosen one marked.
+    """The compared plans, best first, with the chosen one marked.
 
     Args:
-        candidates: What a plan's provenance says: template, compensation, budget, kl.
-        pairs: On how many pairs the KL was measured that nothing was fitted on, if known.
+        candidates: From a plan's provenance: template, compensation, budget, kl.
+        pairs: Number of held-out pairs that the KL was measured on, if known.
     """
     table = plain_table()
     table.add_column("")
@@ -170,17 +170,17 @@ def candidate_table(
 
 
 def template_of(document: Mapping[str, object]) -> object:
-    """The template that a plan's provenance, or one of its candidates, names; by either key."""
+    """The template named by a plan's provenance or one of its candidates, under either key."""
     return document.get("template") or document.get("shape")
 
 
 def plain_table() -> Table:
-    """A table without frame, for any width and any terminal."""
+    """A table without a frame, for any width and any terminal."""
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
 
 
 def bar(ratio: float, width: int) -> str:
-    """A bar of a given width, filled to ``ratio`` in eighths; anything above 0 shows."""
+    """A bar of a given width, filled to ``ratio`` in eighths; anything above 0 is visible."""
     eighths = round(min(ratio, 1.0) * width * 8)
     eighths = max(eighths, 1) if ratio > 0 else 0
     full, rest = divmod(eighths, 8)

@@ -1,4 +1,4 @@
-"""How layers differ, as small bars over depth: cross-modal attention, FFN neurons, locality."""
+"""Profile over depth as small bars: cross-modal attention, FFN neurons, locality."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RANGE = 14
 
 
 class Profile:
-    """A rich renderable of what calibration measured per layer; adapts to the width."""
+    """A rich renderable of the per-layer measurements; adapts to the width."""
 
     def __init__(self, plan: PruningPlan):
         assert plan.measured is not None
@@ -54,7 +54,7 @@ def sparkline(values: Sequence[float], top: float) -> str:
 
 
 def pooled(values: Sequence[float], size: int) -> list[float]:
-    """Means of ``size`` neighbors each (of what is left at the end)."""
+    """Means of ``size`` neighbors each (fewer at the end)."""
     groups = (values[start : start + size] for start in range(0, len(values), size))
     return [sum(group) / len(group) for group in groups]
 

@@ -1,4 +1,4 @@
-"""The whole picture of a plan, as ``yopo inspect`` prints it."""
+"""The full report on a plan, as printed by ``yopo inspect``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from yopo.report.profile import Profile
 
 
 def plan_report(plan: PruningPlan) -> RenderableType:
-    """Header, savings, layers, and what calibration measured if the plan carries it."""
+    """Header, savings, layers, and the calibration's measurements if the plan has them."""
     parts: list[RenderableType] = [header(plan), "", savings_table(plan), "", LayerTable(plan), ""]
     if plan.measured is None:
-        parts.append(Text("The plan carries no measurements (no head map, no profile).", "dim"))
+        parts.append(Text("The plan has no measurements (no head map, no profile).", "dim"))
     else:
         parts += [Heatmap(plan), "", Profile(plan)]
     return Group(*parts)

@@ -1,1 +1,1 @@
-"""How the work is really skipped: the pruned decoder, its cache, and the masked specification."""
+"""Where work is actually skipped: the pruned decoder, its cache, and the masked specification."""

@@ -1,9 +1,9 @@
-"""Linear layers with LoRA adapters (PEFT) around them, for those who use a part of such a layer.
+"""Linear layers wrapped in LoRA adapters (PEFT), for callers that use only part of such a layer.
 
-A part of a weight is multiplied functionally, past the adapter's own ``forward``: what the adapter
-adds has to be cut like the weight. That is known for plain LoRA, whose delta is a product of two
-small matrices. Everything else that may stand in a projection's place is refused: whole layers can
-be called whatever they are, parts of them cannot.
+A slice of a weight is multiplied functionally, bypassing the adapter's own ``forward``, so the
+adapter's contribution must be sliced like the weight. This is implemented for plain LoRA, whose
+delta is a product of two small matrices. Any other module in place of a projection is refused: a
+whole layer can be called whatever its type, a part of it cannot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     class _Lora(nn.Module):
-        """What PEFT's layer holds; adapters by their names."""
+        """The attributes of PEFT's layer that are used here; adapters are keyed by name."""
 
         base_layer: nn.Module
         disable_adapters: bool
@@ -47,7 +47,7 @@ class Adapter:
 
     Attributes:
         enter: (rank, inputs) weight, no bias.
-        leave: (outputs, rank) weight, perhaps a bias.
+        leave: (outputs, rank) weight, possibly a bias.
         drop: Dropout of the inputs.
         scaling: Factor on the output.
     """
@@ -59,14 +59,14 @@ class Adapter:
 
 
 def parts_of(module: nn.Module | None, where: str) -> tuple[nn.Linear, list[Adapter]]:
-    """Take a projection apart: the linear layer that it is, and what is added to it right now.
+    """Split a projection into its linear layer and the adapters that are currently active.
 
-    Merged and disabled adapters add nothing; a merged one that was disabled is unmerged, as its
-    own forward does.
+    Merged and disabled adapters add nothing; a merged adapter that was disabled is unmerged, as in
+    its own forward.
 
     Args:
-        module: What stands in the projection's place; None if nothing does.
-        where: What messages call it (``layer 3's q_proj``).
+        module: The module found as the projection, or None.
+        where: Its name in error messages (``layer 3's q_proj``).
 
     Raises:
         ModelError: Neither a plain floating-point linear layer nor one with plain LoRA.
@@ -77,9 +77,9 @@ def parts_of(module: nn.Module | None, where: str) -> tuple[nn.Linear, list[Adap
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, partial) and "adapter_names" in hook.keywords:
             raise ModelError(
-                f"{where} is asked for another adapter in every row (adapter_names), which visual "
-                "tokens of a pruned model cannot follow.",
-                remedy="Run the rows of each adapter by themselves, after set_adapter.",
+                f"{where} was given a different adapter for each row (adapter_names), which a "
+                "pruned model does not support for visual tokens.",
+                remedy="Run the rows of each adapter separately, after set_adapter.",
             )
     if module.disable_adapters and module.merged:
         module.unmerge()
@@ -119,7 +119,7 @@ def _plain(module: nn.Module | None, where: str) -> nn.Linear:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT layers stand in a model, whatever their kind."""
+    """Whether a model contains PEFT layers of any kind."""
     return any(hasattr(module, "base_layer") for module in model.modules())
 
 

@@ -24,14 +24,14 @@ def text_attention(
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attention of text queries: kept heads read visual and text keys, all others text alone.
+    """Attention of text queries: kept heads read visual and text keys, all others only text.
 
     Args:
         queries: (batch, heads, text, head_dim), RoPE applied.
         cache: The layer's keys and values, this forward's included.
         masks: Masks of this forward.
         scale: Factor on the logits.
-        dropout: Probability with which an attention weight is left out.
+        dropout: Dropout probability of attention weights.
 
     Returns:
         (batch, heads, text, head_dim).
@@ -97,7 +97,7 @@ def visual_attention(
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attention of visual queries over their neighbors and the text in front of them.
+    """Attention of visual queries over their neighbors and the text before them.
 
     Args:
         queries: (batch, attending heads, visual, head_dim), RoPE applied, in ``split.attending``
@@ -106,7 +106,7 @@ def visual_attention(
         masks: Blocks and masks of this forward.
         radius: The neighborhood's Chebyshev radius, or None.
         scale: Factor on the logits.
-        dropout: Probability with which an attention weight is left out.
+        dropout: Dropout probability of attention weights.
 
     Returns:
         (batch, visual, attending heads * head_dim).
@@ -138,7 +138,7 @@ def visual_attention(
 
 
 def _pick(buffer: torch.Tensor, start: int, stop: int, visual: int, num_text: int) -> torch.Tensor:
-    """Visual entries ``[start, stop)`` and the first text ones; a view where they touch."""
+    """Visual entries ``[start, stop)`` and the first text ones; a view where they are adjacent."""
     if num_text == 0 or stop == visual:
         return buffer[:, :, start : stop + num_text]
     parts = (buffer[:, :, start:stop], buffer[:, :, visual : visual + num_text])
@@ -161,7 +161,7 @@ def _attend(
         return scaled_dot_product_attention(
             queries, keys, values, mask, dropout, causal, scale=scale, enable_gqa=width > 1
         )
-    # One query per head: a group's heads become rows of one call, so that no key is repeated.
+    # One query per head: a group's heads become rows of one call, so no key is repeated.
     batch, _, _, head_dim = queries.shape
     rows = queries.reshape(batch, keys.shape[1], width, head_dim)
     out = scaled_dot_product_attention(rows, keys, values, mask, dropout, scale=scale)

@@ -1,9 +1,9 @@
-"""Which token may attend which, in one forward: positions, masks and blocks for all layers.
+"""Which tokens may attend to which in one forward: positions, masks and blocks for all layers.
 
-The semantics are those of yopo/README.md: a query q may attend key k if and only if k is not later
-than q, and k is text; or q is text, in the heads that read; or both are visual and k is a neighbor
-of q, in the heads that attend. Heads are the attention calls' business, the rest is decided here,
-once per forward, and shared by all layers.
+The semantics are those of yopo/README.md: query q may attend to key k if and only if k is not later
+than q, and either k is text; or q is text, in the heads that read; or both are visual and k is a
+neighbor of q, in the heads that attend. Heads are left to the attention calls; the rest is computed
+here once per forward and shared by all layers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from yopo.support.errors import ModelError
 
 @dataclass(frozen=True)
 class VisualBlock:
-    """A block of visual queries and what they attend.
+    """A block of visual queries and the keys they attend to.
 
     Attributes:
         start, stop: Queries along this forward's visual stream.
         key_start, key_stop: Visual keys along the cached visual stream; or, ``in_sequence``, keys
             of both kinds in the order of the prompt.
-        num_text: The first so many text keys take part as well.
+        num_text: How many of the first text keys are attended to as well.
         mask: (1 or batch, 1, queries, visual keys + text keys) bool; None: everything allowed.
     """
 
@@ -48,10 +48,10 @@ class AttentionMasks:
         batch, length: Size of this forward's batch and sequence.
         attention_mask: (batch, cached + length) with 0 on padding, or None.
         index: The cache's token index; extended by this forward's tokens here.
-        bidirectional: Whether visual tokens attend neighbors behind them.
-        device: Where masks are needed.
+        bidirectional: Whether visual tokens also attend to neighbors after them.
+        device: Device of the masks.
         segments: (batch, length) int64, the sample that each token of a packed row belongs to:
-            tokens attend their own sample alone. None: every row is one sample.
+            tokens attend only to their own sample. None: every row is one sample.
 
     Raises:
         ModelError: A 4-D attention mask, or one of another length.
@@ -161,7 +161,7 @@ class AttentionMasks:
     def _reads(
         self, keys: torch.Tensor, real: torch.Tensor | None, own: int | None
     ) -> torch.Tensor | None:
-        """Text queries over ``keys``; ``own``: where the queries' own keys start (text only)."""
+        """Mask of text queries over ``keys``; ``own`` is where their own keys start (text only)."""
         if self.text.length == 1 and self.visual is None:  # a decode step: every key is earlier
             return None if real is None else real[:, None, None, :]
         queries = self._absolute(self.text)
@@ -170,17 +170,14 @@ class AttentionMasks:
         allowed = (keys[:, None, :] <= queries[:, :, None]) & self._together(queries, keys)
         if real is not None:
             allowed = allowed & real[:, None, :]
-        if own is not None:  # padding attends itself, so that it stays finite
+        if own is not None:  # padding attends to itself to stay finite
             diagonal = torch.arange(self.text.length, device=keys.device)
             allowed[:, diagonal, own + diagonal] = True
         return allowed[:, None]
 
     @cached_property
     def _seen(self) -> tuple[TokenLayout, torch.Tensor]:
-        """The layout, and the positions of all visual keys: there if this forward has visual ones.
-
-        What follows is asked for by visual queries alone.
-        """
+        """The layout and the positions of all visual keys, for a forward with visual queries."""
         if self.layout is None or self._visual_keys is None:
             raise ValueError("this forward has no visual tokens")
         return self.layout, self._visual_keys
@@ -198,9 +195,9 @@ class AttentionMasks:
 
     @cached_property
     def sequence(self) -> torch.Tensor:
-        """Where cached keys, visual ones first, stand in the prompt up to its last visual token.
+        """(keys,) int64: prompt order of the cached keys, up to the last visual token.
 
-        (keys,) int64. In this order what a causal block attends is a prefix, which no block copies.
+        Visual keys are cached first. In prompt order a causal block's keys are a prefix: no copy.
         """
         layout, _ = self._seen
         visual, text = layout.visual.index[0], layout.text.index[0]
@@ -224,7 +221,7 @@ class AttentionMasks:
         return self._seen[0].coordinates()
 
     def _together(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | bool:
-        """(rows, queries, keys) bool: whether both are of one sample, from their positions."""
+        """(rows, queries, keys) bool: whether both positions belong to the same sample."""
         if self._segments is None:
             return True
         of_queries, of_keys = (
@@ -302,8 +299,8 @@ def _check_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Ten
     if found != "2-D":
         raise ModelError(
             f"A pruned model takes a 2-D attention mask, found {found}.",
-            remedy="Give the mask of padding that the processor makes; packed rows need none, but "
-            "positions that restart.",
+            remedy="Pass the padding mask that the processor returns. Packed rows need no mask, "
+            "only positions that restart.",
         )
     size = tuple(mask.shape)
     if size != (batch, length):

@@ -23,7 +23,7 @@ Cells = tuple[slice, slice, slice]
 class GrowingBuffer:
     """A (batch, heads, length, head_dim) tensor that grows along ``length`` without copying.
 
-    The first append takes the tensor as it is; later ones write into spare room.
+    The first append adopts the tensor itself; later ones write into spare capacity.
     """
 
     def __init__(self, first: torch.Tensor):
@@ -48,7 +48,7 @@ class GrowingBuffer:
         self._length = end
 
     def open(self, position: int, count: int) -> torch.Tensor:
-        """Make room for ``count`` entries before ``position``, to be written; copies once."""
+        """Insert ``count`` uninitialized entries before ``position`` and return them; one copy."""
         batch, heads, _, head_dim = self._data.shape
         grown = self._data.new_empty(batch, heads, self._length + count, head_dim)
         grown[:, :, :position] = self.view[:, :, :position]
@@ -57,7 +57,7 @@ class GrowingBuffer:
         return grown.narrow(2, position, count)
 
     def replace(self, data: torch.Tensor) -> None:
-        """Hold other data."""
+        """Replace the contents."""
         self._data, self._length = data, data.shape[2]
 
     def shorten(self, count: int) -> None:

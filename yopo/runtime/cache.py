@@ -1,8 +1,8 @@
-"""The KV cache of a pruned model: visual keys and values for kept KV heads alone.
+"""The KV cache of a pruned model: visual keys and values only for kept KV heads.
 
-RoPE is applied before caching, so key order is free: a kept KV head holds its visual keys first
-and its text keys behind them (:mod:`yopo.runtime.buffers`), the other KV heads hold text alone.
-Every layer reports the *logical* length - all tokens seen, visual ones included - because
+RoPE is applied before caching, so key order is free: a kept KV head holds its visual keys and then
+its text keys (:mod:`yopo.runtime.buffers`); the other KV heads hold only text. Every layer reports
+the *logical* length - all tokens seen, visual ones included - because
 ``generate``, chat continuation and position ids are computed from it.
 """
 
@@ -31,8 +31,8 @@ class TokenIndex:
     Attributes:
         length: Logical length: tokens seen, padding and visual ones included.
         text: (batch, text tokens) int64, logical positions; -1 on stream padding.
-        visual: (batch, visual tokens) int64, likewise.
-        is_padded: Whether a -1 occurs.
+        visual: (batch, visual tokens) int64, logical positions; -1 on stream padding.
+        is_padded: Whether any position is -1.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class TokenIndex:
         """Add a forward's ``num_tokens`` tokens: (batch, new) logical positions of both streams.
 
         Returns:
-            ``text`` as it is now.
+            The updated ``text``.
         """
         text = text if self.text is None else torch.cat([self.text, text], dim=1)
         self.text = text
@@ -106,7 +106,7 @@ class PrunedCacheLayer(CacheLayerMixin):
         self._other: KeysAndValues | None = None
 
     def empty(self) -> PrunedCacheLayer:
-        """A layer of the same kind that holds nothing; tokens are counted in the same index."""
+        """An empty layer of the same kind, on the same token index."""
         return PrunedCacheLayer(self.split, self.index, is_first=self._is_first)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -120,12 +120,12 @@ class PrunedCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def make_room(self, count: int) -> tuple[Room, Room]:
-        """Make room for a forward's visual tokens, behind those of earlier ones.
+        """Make room for a forward's visual tokens after those of earlier forwards.
 
         Call it after ``append``, on a layer that keeps KV heads.
 
         Returns:
-            Keys and values, (batch, kept, count, head_dim) each, for the caller to write.
+            Keys and values, (batch, kept, count, head_dim) each, for the caller to fill.
         """
         keys, values = _filled(self._kept)
         self.num_visual += count
@@ -178,7 +178,7 @@ class PrunedCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> NoReturn:
-        """Refuse stock attention: it would need the visual keys that are not here."""
+        """Refuse stock attention, which would need the visual keys that are missing here."""
         raise ModelError(
             "This cache was filled by a pruned model and cannot serve the dense one.",
             remedy="Start a new conversation (a new cache) for the dense model.",
@@ -202,7 +202,7 @@ class PrunedCacheLayer(CacheLayerMixin):
         """Forget the last ``-tokens_to_remove`` tokens (text only).
 
         Raises:
-            ModelError: A positive number, which once meant the length to keep, or an image's token.
+            ModelError: A positive number (formerly the length to keep), or tokens of an image.
         """
         if tokens_to_remove > 0:
             raise ModelError(
@@ -244,7 +244,7 @@ def _extended(
     heads: Index,
     packings: tuple[Packing | None, Packing | None] = (None, None),
 ) -> KeysAndValues:
-    """Add some heads' keys and values at the end of their entries, if there are any yet."""
+    """Append some heads' keys and values to their entries, created if there are none yet."""
     added = [take(each, heads) for each in (keys, values)]
     if held is None:
         key, value = (
@@ -272,9 +272,10 @@ def new_layers(splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
 
 
 def adopt(cache: Cache, splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
-    """Make a cache object that transformers handed over hold pruned layers.
+    """Put pruned layers into a cache object passed in by transformers.
 
-    The object stays (generate and prompt lookup keep references to it), its empty layers go.
+    The object is kept (generate and prompt lookup hold references to it); its empty layers are
+    replaced.
 
     Raises:
         ModelError: The cache is static, quantised or offloaded, or was filled by another model.
@@ -285,7 +286,7 @@ def adopt(cache: Cache, splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
         if any(one.split.differs(other) for one, other in zip(own, splits, strict=True)):
             raise ModelError("This cache was filled under another plan; start a new one.")
         return own
-    usable = (DynamicLayer, DynamicSlidingWindowLayer)  # the latter: inside its window alone
+    usable = (DynamicLayer, DynamicSlidingWindowLayer)  # the latter: only inside its window
     if getattr(cache, "offloading", False) or any(type(each) not in usable for each in layers):
         kind = type(layers[0]).__name__ if layers else type(cache).__name__
         raise ModelError(

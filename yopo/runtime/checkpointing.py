@@ -1,8 +1,8 @@
-"""Gradient checkpointing: a layer's activations are computed again instead of kept.
+"""Gradient checkpointing: a layer's activations are recomputed instead of kept.
 
-transformers switches it on layer by layer and lets a layer's ``forward`` do the work. The pruned
-decoder calls a layer's parts instead, so it wraps its own step of a layer in the function that
-transformers put there.
+transformers enables it per layer and implements it in the layer's ``forward``. The pruned decoder
+calls a layer's modules instead, so it wraps its own layer step in the function that transformers
+set on the layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from yopo.support.errors import ModelError
 
 
 def is_checkpointed(layer: nn.Module) -> bool:
-    """Whether a decoder layer's activations are not to be kept."""
+    """Whether gradient checkpointing is on for a decoder layer."""
     return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
 
 
@@ -26,10 +26,10 @@ def checkpointed(
     rotary: Rotary,
     visual: VisualInput | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a layer now and again in the backward pass, each time with a cache layer of its own.
+    """Run a layer now and again in the backward pass, each time with a fresh cache layer.
 
     Args:
-        run: The layer's run, whose other arguments and result follow.
+        run: The layer's run; the other arguments and the result are those of calling it.
     """
 
     def again(
@@ -38,7 +38,7 @@ def checkpointed(
         if visual is None or states is None:
             return run.afresh()(text, rotary, None)
         if not torch.is_grad_enabled():
-            states = states.clone()  # steps without gradients work in place; this is kept
+            states = states.clone()  # steps without gradients work in place; this input is kept
         return run.afresh()(text, rotary, visual._replace(states=states))
 
     states = None if visual is None else visual.states
@@ -46,7 +46,7 @@ def checkpointed(
 
 
 def refuse_filled(cache: Cache | None) -> None:
-    """Raise ModelError for a cache that holds something: layers that run twice cannot use it."""
+    """Raise ModelError for a non-empty cache, which layers that run twice cannot use."""
     if cache is not None and cache.get_seq_length() > 0:
         raise ModelError(
             "Gradient checkpointing runs layers twice, which a filled KV cache does not allow.",

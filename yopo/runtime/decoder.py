@@ -1,8 +1,8 @@
-"""The pruned decoder: a text stream at full width beside a visual stream that does less.
+"""The pruned decoder: a text stream at full width and a visual stream that does less.
 
 The sequence is split once and joined once; no layer gathers or scatters. Text runs through the
-ordinary modules. Visual tokens run through the parts that the plan leaves them, and are gone once
-no later layer does anything with them.
+ordinary modules. Visual tokens run through the parts that the plan keeps, and are dropped once no
+later layer uses them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from yopo.models.family import Backbone
 from yopo.models.layout import LayoutProbe, Stream, TokenLayout
 from yopo.plans.schema import PruningPlan
-from yopo.runtime import row_blocks as rows
+from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
     _Stock = StockDecoder
 else:
-    _Stock = object  # mixed into a decoder's class, which brings the rest
+    _Stock = object  # mixed into a decoder's class, which provides the rest
 
 
 class PrunedState(nn.Module):
-    """What a pruned decoder carries: the plan, the visual parts of its layers, the probes.
+    """State of a pruned decoder: the plan, the visual parts of its layers, the probes.
 
-    A module, so that its buffers follow ``model.to``; nothing in it enters a state dict. Nothing
-    in it belongs to one forward either: threads share it.
+    A module, so that its buffers follow ``model.to``; its buffers are not in the state dict. It
+    holds no state of a single forward, because threads share it.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class PrunedDecoder(_Stock):
             before the last layer, and the cache.
 
         Raises:
-            ModelError: Hidden states or attentions of all layers are asked for, which do not
-                exist for visual tokens; or the cache or attention mask is of an unusable kind;
-                or the tokens outgrow a sliding window.
+            ModelError: Hidden states or attentions of all layers were requested, which do not
+                exist for visual tokens; or the cache or attention mask is of an unsupported kind;
+                or the tokens exceed a sliding window.
         """
         state = self._modules.get("yopo")
         if not isinstance(state, PrunedState):
@@ -166,7 +166,7 @@ class PrunedDecoder(_Stock):
 def _cache(
     layers: Iterable[nn.Module], given: DynamicCache | None, *, use_cache: bool | None
 ) -> DynamicCache | None:
-    """The cache of this forward: the caller's or a new one; none where layers run twice."""
+    """The cache of this forward: the caller's or a new one; None if layers run twice."""
     if any(is_checkpointed(layer) for layer in layers):
         refuse_filled(given)
         return None
@@ -176,7 +176,7 @@ def _cache(
 def _layout(
     decoder: StockDecoder, state: PrunedState, inputs_embeds: torch.Tensor | None
 ) -> TokenLayout | None:
-    """The layout of this forward; embeddings of the caller's own may hide visual tokens from it."""
+    """The layout of this forward, which may miss visual tokens in a caller's embeddings."""
     call = state.probe.read()
     layout = None if call is None else call.layout
     if inputs_embeds is not None and (call is None or call.has_embeds):
@@ -185,11 +185,11 @@ def _layout(
 
 
 def rotary_positions(position_ids: torch.Tensor, axes: int) -> torch.Tensor:
-    """Positions as the rotary embedding wants them.
+    """Convert position ids to the shape that the rotary embedding expects.
 
     Args:
-        position_ids: (1 or batch, sequence), or (3, batch, sequence), or with a row of text
-            positions in front (4, batch, sequence), which only packed masks would need.
+        position_ids: (1 or batch, sequence), or (3, batch, sequence), or (4, batch, sequence) with
+            a leading row of text positions, which only packed masks need.
         axes: Position numbers per token.
 
     Returns:
@@ -213,12 +213,12 @@ def run_layers(
 
     Args:
         decoder: The stock decoder's modules.
-        state: What the plan makes of them.
+        state: The plan and the visual parts of the layers.
         embeds: (batch, sequence, hidden), image features merged in.
         rotary: Cosines and sines, (1 or batch, sequence, head_dim).
         masks: Positions and masks of this forward.
-        cache: One layer each; filled on the way.
-        stack: (visual tokens of all rows, hidden) each, added behind the first layers (DeepStack).
+        cache: One cache layer per decoder layer; filled here.
+        stack: (visual tokens of all rows, hidden) each, added after the first layers (DeepStack).
 
     Returns:
         (batch, sequence, hidden) after the final norm.
@@ -250,13 +250,13 @@ def run_layers(
     hidden = torch.zeros_like(embeds)
     masks.text.scatter(hidden, text)
     if visual is not None:
-        stream.scatter(hidden, rows.replace(visual, decoder.norm))
+        stream.scatter(hidden, row_blocks.replace(visual, decoder.norm))
         return hidden
     state.labels.warn_of_dropped(stream.index, stream.mask)
     if bool((stream.index == embeds.shape[1] - 1).any()):
         warnings.warn(
-            "A prompt ends in an image whose visual tokens the plan drops: its next-token logits "
-            "mean nothing. Put text behind the image.",
+            "A prompt ends in an image whose visual tokens the plan drops, so its next-token "
+            "logits are meaningless. Put text after the image.",
             stacklevel=2,
         )
     return hidden
@@ -272,22 +272,22 @@ def _gathered(stream: Stream, rotary: Rotary, batch: int) -> Rotary:
 
 
 def refuse_captures(config: object, kwargs: dict[str, object], who: str) -> None:
-    """Raise ModelError if all layers' hidden states or attentions are asked of ``who``."""
+    """Raise ModelError if all layers' hidden states or attentions are requested from ``who``."""
     for what in ("hidden_states", "attentions"):
         flag = f"output_{what}"
         if kwargs.get(flag) or getattr(config, flag, False):
             raise ModelError(
                 f"{who} has no {what} of all tokens in all layers.",
-                remedy=f"Drop {flag}, or ask the dense model.",
+                remedy=f"Drop {flag}, or use the dense model.",
             )
 
 
 def refuse_window(config: object, length: int, who: str) -> None:
-    """Raise ModelError if so many tokens outgrow a sliding window, which ``who`` does not have."""
+    """Raise ModelError if ``length`` exceeds a sliding window, which ``who`` does not support."""
     window = getattr(config, "sliding_window", None)
     if window is not None and length > window:
         raise ModelError(
-            f"{length} tokens outgrow the model's sliding attention window of {window}, which "
-            f"{who} does not have.",
-            remedy="Shorten the prompt or the answer, or ask the dense model.",
+            f"{length} tokens exceed the model's sliding attention window of {window}, which "
+            f"{who} does not support.",
+            remedy="Shorten the prompt or the answer, or use the dense model.",
         )

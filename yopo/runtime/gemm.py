@@ -1,8 +1,8 @@
 """Matrix products by the kernel that is fast at the row counts that pruning leaves.
 
-Text runs in products of few rows, its own. MKL's float32 product, which torch's ``linear`` takes,
-packs the weight anew in every call, and few rows do not pay for that; oneDNN's multiplies a plain
-weight as it lies. MKL / oneDNN in GFLOP/s on one thread of an AMD EPYC with AVX-512, medians of
+Text runs in separate products of few rows. MKL's float32 product, which torch's ``linear`` uses,
+repacks the weight in every call, which does not pay off for few rows; oneDNN's multiplies a plain
+weight in place. MKL / oneDNN in GFLOP/s on one thread of an AMD EPYC with AVX-512, medians of
 alternating runs:
 
 | weight | 1 row | 4 | 16 | 64 | 128 | 256 | 640 | 2880 |
@@ -13,15 +13,15 @@ alternating runs:
 | 896x896 | 25 / 24 | 40 / 41 | 74 / 79 | 94 / 103 | 99 / 107 | 102 / 110 | 104 / 110 | 101 / 110 |
 | 128x128 | 6 / 2 | 18 / 7 | 46 / 22 | 75 / 54 | 87 / 71 | 93 / 87 | 97 / 100 | 99 / 107 |
 
-So one row (a decode step) and small weights stay with MKL. A weight that is no consecutive block
-(the kept columns of a down projection) must not reach oneDNN as it lies: it falls back to a loop, a
-thousand times slower. Where there are rows enough to pay for it, its outputs are copied together a
-few at a time, into memory that stays in the cache: 94 to 98 GFLOP/s at 576 rows where MKL has 86,
-even at 64 rows, where it stays with MKL.
+So one row (a decode step) and small weights stay with MKL. A non-contiguous weight (the kept
+columns of a down projection) must not reach oneDNN directly: it falls back to a loop, a thousand
+times slower. Given enough rows to pay for it, its rows are copied a few at a time into a buffer
+that fits the CPU cache: 94 to 98 GFLOP/s at 576 rows against MKL's 86, and no gain at 64 rows,
+where it stays with MKL.
 
-The dense model is left on MKL, as transformers has it. So a pruned prefill gains by its kernel as
-well as by its plan, and `yopo bench` tells the two apart: :func:`same_gemm` puts a dense model
-on this kernel, too.
+The dense model is left on MKL, as transformers has it. So a pruned prefill gains from its kernel as
+well as from its plan, and `yopo bench` separates the two: :func:`same_gemm` runs a dense model on
+this kernel, too.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ if TYPE_CHECKING:
     from yopo.models.stock import StockDecoder
 
 MIN_ROWS = 2
-"""Rows of an input from which on the other kernel is taken."""
+"""Fewest input rows for oneDNN."""
 
 MIN_WEIGHT = 1 << 20
-"""Entries of a weight from which on it is taken."""
+"""Fewest entries of a weight for oneDNN."""
 
 MIN_ROWS_TO_COPY = 256
-"""Rows from which on a weight of separate rows is copied together for it."""
+"""Fewest input rows for which a non-contiguous weight is copied for oneDNN."""
 
 COPY_BYTES = 8 << 20
-"""Of such a weight that are copied at a time."""
+"""Bytes of such a weight copied at a time."""
 
 
 def fast_gemm(layers: nn.ModuleList, hidden: torch.Tensor) -> AbstractContextManager[object]:
     """A context in which float32 ``linear`` of more than one row runs on the faster kernel.
 
-    It changes rounding alone. Nothing happens, at no cost, in decode steps of one prompt, on models
+    It only changes rounding. It does nothing, at no cost, in decode steps of one prompt, on models
     too small to gain, where gradients are needed, off the CPU, in other dtypes, under autocast and
-    ``torch.compile``, while a dispatch mode (a FLOP counter, say) looks on, and where torch has no
-    such kernel.
+    ``torch.compile``, while a dispatch mode (such as a FLOP counter) is active, and where torch
+    lacks the kernel.
 
     Args:
         layers: The decoder layers that will run.
@@ -74,9 +74,9 @@ def fast_gemm(layers: nn.ModuleList, hidden: torch.Tensor) -> AbstractContextMan
 
 @contextmanager
 def same_gemm(decoder: nn.Module) -> Iterator[None]:
-    """Run a dense decoder's forwards inside the block on the kernel that a pruned one would take.
+    """Run a dense decoder's forwards inside the block on the kernel that a pruned one would use.
 
-    What is then left between the two is what pruning itself saves. See :func:`fast_gemm`.
+    The remaining difference between the two is what pruning itself saves. See :func:`fast_gemm`.
     """
     stack = ExitStack()
 
@@ -116,7 +116,7 @@ def _kernel() -> Callable[..., torch.Tensor] | None:
 
 
 class _PlainWeights(TorchFunctionMode):
-    """Sends the ``linear`` calls that gain to another kernel; everything else passes."""
+    """Sends the ``linear`` calls that gain to another kernel; all else passes through."""
 
     def __init__(self, kernel: Callable[..., torch.Tensor]):
         super().__init__()

@@ -1,10 +1,10 @@
-"""Which query heads meet which keys: the rectangles that a layer's attention calls multiply.
+"""The grouping of query heads by the keys they read, for a layer's attention calls.
 
 A KV head is *kept* if one of its query heads may read visual keys; only kept KV heads hold visual
 keys and values. Query heads then fall into three groups: reading ones (text and visual keys),
-dropped ones of a kept KV head, and those of the other KV heads (both text keys alone). Attention
-calls want equally many query heads per KV head, so groups are padded to the largest number by
-repeating a head; whole KV groups and multi-head attention need no padding.
+dropped ones of a kept KV head, and those of the other KV heads (both read only text keys).
+Attention calls need the same number of query heads per KV head, so each group is padded to a
+rectangle by repeating a head; whole KV groups and multi-head attention need no padding.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class HeadSplit:
         kept_kv: KV heads with visual keys, as positions among all KV heads.
         other_kv: The other KV heads.
         kept: The kept query heads, KV head by KV head.
-        reading: Query heads of the reading rectangle, padding included.
-        dropped: Query heads of the rectangle of kept KV heads' dropped query heads.
+        reading: Query heads that read, padded to a rectangle.
+        dropped: Dropped query heads of kept KV heads, padded to a rectangle.
         other: Query heads of the other KV heads.
         restore: Position of every query head in the concatenated outputs of ``reading``,
-            ``dropped`` and ``other``; None if that order is the heads' own.
+            ``dropped`` and ``other``; None if they are already in order.
         attending: Query heads in which visual tokens attend, KV head by KV head: the rows of the
             visual q projection.
         attending_kv: Their KV heads, as positions in ``kept_kv``; None if all.
-        rectangle: Position in ``attending`` of every entry of their rectangle; None if the same.
-        places: Position in that rectangle of every entry of ``attending``; None if the same.
+        rectangle: Position in ``attending`` of every entry of its padded rectangle; None if equal.
+        places: Position in that rectangle of every entry of ``attending``; None if equal.
         num_kept_kv: Number of kept KV heads.
         attending_width: Query heads per KV head in the attending rectangle (0: none attends).
         reading_width: Query heads per KV head in ``reading`` (0: none reads).
@@ -80,7 +80,7 @@ class HeadSplit:
     packings: tuple[Packing | None, Packing | None] = (None, None)
 
     def to(self, device: torch.device) -> HeadSplit:
-        """The same split with its positions on a device, so that no call has to move them."""
+        """This split with its positions on a device, so that no call has to move them."""
         keys, values = self.packings
         return replace(
             self,
@@ -116,7 +116,7 @@ def _moved_packing(packing: Packing | None, device: torch.device) -> Packing | N
 def split_heads(
     layer: LayerPlan, shape: ModelShape, key_scale: torch.Tensor | None = None
 ) -> HeadSplit:
-    """Group the query heads of a layer; pure bookkeeping.
+    """Group the query heads of a layer.
 
     Args:
         layer: The layer's plan.
@@ -135,8 +135,7 @@ def split_heads(
     other = [head for kv in other_kv for head in groups[kv]]
     kept = [head for group in reading_groups for head in group]
     order = reading + dropped + other
-    # Padding repeats heads that may also be computed properly elsewhere: look each head up in the
-    # call that owns it.
+    # Padding repeats heads that may belong to another call: look each head up in its own.
     places: dict[int, int] = {}
     for offset, owned, rectangle in (
         (0, set(kept), reading),

@@ -1,4 +1,4 @@
-"""What callers hand to a decoder beside a prompt: packed rows, and embeddings of their own."""
+"""Special inputs of a decoder: packed rows, and embeddings supplied by the caller."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _PAGED = ("block_table", "read_index", "write_index")
 """Arguments of transformers' continuous batching."""
 
 _PACKED = ("cu_seq_lens_q", "cu_seqlens", "cu_seqlens_q")
-"""Names that padding-free collators have for where the samples of a packed row begin."""
+"""Names under which padding-free collators pass the sample boundaries of a packed row."""
 
 _HASHED = 64
-"""Components of an embedding that tell it from all others."""
+"""Components of an embedding that identify it."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number -> integers of as many."""
+"""Item size in bytes -> integer dtype of that size."""
 
 
 def no_paged_attention() -> ModelError:
-    """The refusal of continuous batching, where it begins and where it would run."""
+    """The error for continuous batching, raised where it starts and where it would run."""
     return ModelError(
         "A pruned model has no paged attention, which continuous batching (generate_batch) needs.",
-        remedy="Use generate, with padded batches, or ask the dense model.",
+        remedy="Use generate with padded batches, or use the dense model.",
     )
 
 
@@ -42,25 +42,25 @@ def packed_segments(
     *,
     cached: int | None,
 ) -> torch.Tensor | None:
-    """The sample of every token, where rows hold several samples behind one another.
+    """The sample that every token belongs to, where rows are packed with several samples.
 
-    As in the stock model, positions that restart say so where there is neither a mask nor a cache.
-    A padding-free collator's ``cu_seq_lens_q`` says so as well.
+    As in the stock model, samples begin where positions restart if there is neither a mask nor a
+    cache, or where a padding-free collator's ``cu_seq_lens_q`` puts them.
 
     Args:
         position_ids: (1 or batch, sequence); or (4, batch, sequence), text positions first; or
-            (3, batch, sequence), which say nothing of samples; or None.
+            (3, batch, sequence), which carry no sample boundaries; or None.
         attention_mask: The caller's, or None.
         shape: (batch, sequence).
-        kwargs: What else the decoder was given.
-        cached: How many tokens are cached; None if keys and values are not kept.
+        kwargs: The decoder's other keyword arguments.
+        cached: Number of cached tokens; None if keys and values are not kept.
 
     Returns:
         (batch, sequence) int64, or None if every row is one sample.
 
     Raises:
-        ModelError: Paged attention is asked for, or samples begin where no token is, or behind
-            cached ones.
+        ModelError: Paged attention was requested, sample lengths do not match the row, or packed
+            samples follow cached tokens.
     """
     if any(kwargs.get(name) is not None for name in _PAGED):
         raise no_paged_attention()
@@ -86,7 +86,7 @@ def _between(starts: object, shape: tuple[int, int]) -> torch.Tensor | None:
     batch, length = shape
     if not isinstance(starts, torch.Tensor) or batch != 1 or int(starts[-1]) != length:
         raise ModelError(
-            f"Cumulative sequence lengths do not end at the {length} tokens of one row.",
+            f"Expected cumulative sequence lengths of one row that end at its {length} tokens.",
             remedy="Pack all samples of a batch into one row, as DataCollatorWithFlattening does.",
         )
     if len(starts) <= 2:
@@ -96,18 +96,18 @@ def _between(starts: object, shape: tuple[int, int]) -> torch.Tensor | None:
 
 
 def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout | None) -> None:
-    """Warn if embeddings that a caller gave hold something that is no token.
+    """Warn if embeddings passed by a caller are not all embeddings of tokens.
 
-    Image features merged in beforehand look like any embedding: nothing says where an image begins
-    or what its grid is, and all of it is computed in full.
+    Image features merged in beforehand look like any embedding: where an image begins and what its
+    grid is are unknown, so all of it is computed in full.
 
     Args:
         embeds: (batch, sequence, hidden).
         table: The embedding module.
-        layout: Visual tokens that are known, or None.
+        layout: Known visual tokens, or None.
     """
     if embeds.shape[1] == 1 or type(table) is not nn.Embedding:
-        return  # a single step; or embeddings that are more than rows of a table
+        return  # a decode step, or embeddings that are not plain table rows
     weight = weight_of(table)
     if type(weight.data) is not torch.Tensor or weight.dtype.itemsize not in _INTEGERS:
         return
@@ -117,16 +117,16 @@ def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout
     unknown = int((~known).sum())
     if unknown:
         warnings.warn(
-            f"inputs_embeds hold {unknown} embeddings of no token. If they are image features, "
-            "nothing is pruned for them: the plan needs to know where images are. Give input_ids "
-            "with pixel_values, or with mm_encoder_outputs={'image': "
+            f"inputs_embeds contain {unknown} embeddings that match no token. If they are image "
+            "features, they are not pruned: the plan needs to know where images are. Pass "
+            "input_ids with pixel_values, or with mm_encoder_outputs={'image': "
             "model.get_image_features(...)} if images are encoded already.",
             stacklevel=2,
         )
 
 
 def _hashes(rows: torch.Tensor) -> torch.Tensor:
-    """A number per row of (..., width) floating-point rows, the same for the same bits."""
+    """One hash per row of (..., width) floating-point rows; equal bits give equal hashes."""
     rows = rows[..., :_HASHED].contiguous()
     bits = rows.view(_INTEGERS[rows.element_size()]).to(torch.int64)
     generator = torch.Generator().manual_seed(0)

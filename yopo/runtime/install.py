@@ -1,4 +1,4 @@
-"""Put a plan to work on a model in memory, for the length of a ``with`` block or for good."""
+"""Apply a plan to a model in memory, for the length of a ``with`` block or for good."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def pruned(
     check: bool = True,
     trainable: bool = False,
 ) -> Iterator[PreTrainedModel]:
-    """Run a model under a plan inside a ``with`` block; the model is restored bit for bit behind.
+    """Run a model under a plan inside a ``with`` block, then restore it bit for bit.
 
-    The plan is the model's, not a thread's: all threads that use the model are under it, so that a
-    streamer's thread is. A forward under way when another thread enters or leaves the block ends
-    as it began, or is dense throughout. A ``generate`` under way is refused at its next step: its
-    cache is of the other model.
+    The plan applies to the model, not to a thread: all threads that use the model run under it,
+    including a streamer's. A forward in progress when another thread enters or leaves the block
+    finishes as it began, or is dense throughout. A ``generate`` in progress fails at its next step:
+    its cache belongs to the other model.
 
     Example:
         >>> dense = AutoModelForImageTextToText.from_pretrained(LLAVA_TINY)
@@ -59,14 +59,14 @@ def pruned(
             around it.
         plan: A plan, or the path of its YAML file.
         grids_of: Locates images among visual tokens instead of the family's rule (custom towers).
-        check: Whether the model's fingerprint must be the plan's.
+        check: Whether the model's fingerprint must match the plan's.
         trainable: Whether fitted weights are parameters (see :func:`fitted_parameters`).
 
     Yields:
         The same model object.
 
     Raises:
-        ModelError: The model is unsupported, not the plan's, or already pruned.
+        ModelError: The model is unsupported, not the plan's model, or already pruned.
         PlanError: The plan cannot be read.
     """
     if not isinstance(plan, PruningPlan):
@@ -90,21 +90,21 @@ def install(
     """Prune a model in memory until :func:`uninstall`; arguments and errors as for ``pruned``.
 
     Args:
-        writer: Completes what ``save_pretrained`` wrote by what makes it pruned; None: the plan is
-            no part of the model, which is saved dense.
+        writer: Adds the pruned parts to what ``save_pretrained`` wrote; None: the plan is not part
+            of the model, which is saved dense.
     """
     model = unwrapped(model)
     decoder = model.get_decoder()
     if hasattr(decoder, "yopo"):
-        raise ModelError("The model is pruned already.", remedy="Leave the first block before.")
+        raise ModelError("The model is already pruned.", remedy="Leave the first block before.")
     family, names = check_model(model, plan, check=check)
     check_tensors(plan)
     layers = visual_layers(decoder, plan, names, trainable=trainable)
     tokens = family.token_ids(model.config)
-    # Other threads may be using the model: first what the pruned forward needs, then the forward.
+    # Other threads may be using the model: set up what the pruned forward needs, then swap it in.
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
-    # Orders and fitted weights are in the layers now: not twice in memory.
-    decoder.yopo = PrunedState(_with_means_alone(plan), layers, names, probe, LabelProbe(model))
+    # Orders and fitted weights are in the layers now; do not keep them in memory twice.
+    decoder.yopo = PrunedState(_with_only_means(plan), layers, names, probe, LabelProbe(model))
     try:
         # mypy compares the class's own __hash__, which takes an object, with Hashable's.
         swap_class(decoder, pruned_class(type(decoder)))  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def install(
     probe.must_be_read = True
 
 
-def _with_means_alone(plan: PruningPlan) -> PruningPlan:
+def _with_only_means(plan: PruningPlan) -> PruningPlan:
     kept = plan.tensors
     scale = kept.key_scale if plan.needs_key_scale else None
     means = PlanTensors(neuron_mean=kept.neuron_mean, head_mean=kept.head_mean, key_scale=scale)
@@ -142,7 +142,7 @@ def _remove_probes(decoder: PrunedDecoder) -> None:
 
 
 _CONTINUOUS_BATCHING = "init_continuous_batching"
-"""The method by which transformers' ``generate_batch`` and ``serve`` begin."""
+"""The method that transformers' ``generate_batch`` and ``serve`` start with."""
 
 
 def _refuse_continuous_batching(model: PreTrainedModel, *args: object, **kwargs: object) -> None:
@@ -151,7 +151,7 @@ def _refuse_continuous_batching(model: PreTrainedModel, *args: object, **kwargs:
 
 @cache
 def pruned_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """The pruned subclass of a decoder class; it keeps the name that transformers looks at."""
+    """The pruned subclass of a decoder class, under the same name, which transformers checks."""
     members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (PrunedDecoder, stock), members)
 
@@ -159,11 +159,11 @@ def pruned_class(stock: type[nn.Module]) -> type[nn.Module]:
 def fitted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The fitted weights of a pruned model as parameters, by name.
 
-    An optimizer finds them among ``model.parameters()``. PEFT freezes whatever is not its own:
-    call ``requires_grad_()`` on these to train them beside an adapter.
+    An optimizer finds them among ``model.parameters()``. PEFT freezes all parameters but its own:
+    call ``requires_grad_()`` on these to train them along with an adapter.
 
     Args:
-        model: Loaded or pruned with ``trainable=True``, perhaps inside a PEFT model.
+        model: Loaded or pruned with ``trainable=True``, possibly inside a PEFT model.
 
     Raises:
         ModelError: It has no such parameters.
@@ -172,7 +172,7 @@ def fitted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {} if state is None else dict(state.named_parameters())
     if not found:
         raise ModelError(
-            "The model has no fitted weights that are parameters.",
+            "The model has no trainable fitted weights.",
             remedy="Load a plan with fitted weights: yopo.load(..., trainable=True).",
         )
     return found
@@ -181,13 +181,14 @@ def fitted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def check_model(
     model: PreTrainedModel, plan: PruningPlan, *, check: bool
 ) -> tuple[Family, Backbone]:
-    """Check that a model is the plan's.
+    """Check that a model is the one the plan was made for.
 
     Returns:
         Its family and the names of its decoder's modules.
 
     Raises:
-        ModelError: Another family, shape or fingerprint, or no plain weights in memory.
+        ModelError: The family, shape or fingerprint differs, or weights are not plain or not in
+            memory.
     """
     family = family_of(model.config)
     shape = shape_of(model.config)
@@ -206,7 +207,7 @@ def check_model(
 def _check_fingerprint(decoder: nn.Module, plan: PruningPlan) -> None:
     if any(weight.is_meta for weight in decoder.parameters()):
         raise ModelError(
-            "A part of the decoder is offloaded by accelerate: its fingerprint cannot be taken.",
+            "Part of the decoder is offloaded by accelerate: its fingerprint cannot be computed.",
             remedy="Load with a device_map that keeps the decoder on real devices.",
         )
     found = fingerprint_of_decoder(decoder)

@@ -1,4 +1,4 @@
-"""Asking a model in memory whether it is pruned, and by which plan."""
+"""Find out whether a model in memory is pruned, and by which plan."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from yopo.runtime.decoder import PrunedState
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
-    """The plan that a model runs under, ``plan_of(model).budget.reached`` its visual budget.
+    """The plan that a model runs under; ``plan_of(model).budget.reached`` is its visual budget.
 
     Args:
-        model: A transformers model, or anything around one: PEFT's, ``torch.compile``'s, a module
-            of yours.
+        model: A transformers model, or any wrapper around one: PEFT's, ``torch.compile``'s, your
+            own module.
 
     Returns:
         The plan, without the neuron order and the fitted weights, which the model's layers hold;

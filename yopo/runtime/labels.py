@@ -1,4 +1,4 @@
-"""Notices labels that a plan leaves without a prediction: those right behind dropped tokens."""
+"""Detects labels that a plan leaves without a prediction: those right after dropped tokens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from yopo.support.context import PerContext
 
 IGNORED = -100
-"""The label that takes no part in a loss."""
+"""The label that a loss ignores."""
 
 
 class LabelProbe:
-    """Knows which tokens a forward's loss asks a prediction of, with hooks that it can remove.
+    """Records the targets of a forward's loss, by hooks that it can remove.
 
     Args:
         model: The outermost model, the one that takes ``labels``.
@@ -45,7 +45,7 @@ class LabelProbe:
         _TARGETS.set(self, None)
 
     def warn_of_dropped(self, dropped: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Warn if labels are to be predicted from hidden states that do not exist.
+        """Warn if labels would be predicted from hidden states that do not exist.
 
         Args:
             dropped: (batch, dropped) int64, positions of tokens without a hidden state.
@@ -54,14 +54,14 @@ class LabelProbe:
         targets = _TARGETS.get(self)
         if targets is None:
             return
-        asked = targets.gather(1, dropped.to(targets.device)) != IGNORED
+        is_target = targets.gather(1, dropped.to(targets.device)) != IGNORED
         if mask is not None:
-            asked = asked & mask.to(asked.device)
-        if bool(asked.any()):
+            is_target = is_target & mask.to(is_target.device)
+        if bool(is_target.any()):
             warnings.warn(
-                "Some labels stand on visual tokens or right behind an image, to be predicted from "
-                "visual tokens that the plan drops before the last layer: their part of the loss "
-                f"is a constant. Set these labels to {IGNORED}.",
+                "Some labels are on visual tokens or right after an image, so they are predicted "
+                "from visual tokens that the plan drops before the last layer: their part of the "
+                f"loss is a constant. Set these labels to {IGNORED}.",
                 stacklevel=2,
             )
 

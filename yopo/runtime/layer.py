@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from yopo.models.family import Backbone
-from yopo.runtime import row_blocks as rows
+from yopo.runtime import row_blocks
 from yopo.runtime.attention import text_attention, visual_attention
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.buffers import Room
@@ -23,12 +23,12 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class VisualInput(NamedTuple):
-    """What visual tokens bring to a layer.
+    """A layer's visual input.
 
     Attributes:
         states: (batch, visual, hidden).
         rotary: Their cosines and sines.
-        part: What they compute in this layer.
+        part: The modules that they run through in this layer.
     """
 
     states: torch.Tensor
@@ -59,15 +59,15 @@ class LayerRun:
         self._rotate = names.rotate
 
     def afresh(self) -> LayerRun:
-        """The same run with an empty cache layer."""
+        """This run with an empty cache layer."""
         return LayerRun(self.layer, self.names, self.masks, self.cache.empty())
 
     def __call__(
         self, text: torch.Tensor, rotary: Rotary, visual: VisualInput | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run both streams, (batch, text, hidden) and visual tokens, None if gone or absent.
+        """Run both streams: (batch, text, hidden) and visual tokens, None if there are none.
 
-        Visual states are changed in place where no gradient is recorded, here and in the steps.
+        Here and in the steps below, visual states change in place where no gradient is recorded.
         """
         text, mixed = self.attend(text, rotary, visual)
         if visual is None:
@@ -78,11 +78,11 @@ class LayerRun:
     def attend(
         self, text: torch.Tensor, rotary: Rotary, visual: VisualInput | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run attention, fill the cache.
+        """Run attention and fill the cache.
 
         Returns:
-            Text states behind attention, and what visual tokens gathered: (batch, visual,
-            attending heads * head_dim), None where they do not attend.
+            Text states after attention, and the attention output of visual tokens, (batch, visual,
+            attending heads * head_dim), before projection; None where they do not attend.
         """
         norm = getattr(self.layer, self.names.attention_norm)
         queries, keys, values = self._project_text(norm(text), rotary)
@@ -104,27 +104,29 @@ class LayerRun:
     def add_attention(
         self, visual: torch.Tensor, part: VisualLayer, mixed: torch.Tensor | None
     ) -> torch.Tensor:
-        """Visual states behind attention, from what ``attend`` gathered."""
+        """Visual states after attention, given the visual output of ``attend``."""
         drop, bias = self._dropped(0), part.attention_bias()
         if mixed is not None:
-            return rows.add(visual, lambda _, place: drop(part.output(mixed[place], bias)))
-        return visual if bias is None else rows.add(visual, lambda *_: drop(bias))
+            return row_blocks.add(visual, lambda _, place: drop(part.output(mixed[place], bias)))
+        return visual if bias is None else row_blocks.add(visual, lambda *_: drop(bias))
 
     def feed_text(self, text: torch.Tensor) -> torch.Tensor:
-        """Text states behind the FFN."""
+        """Text states after the FFN."""
         norm = getattr(self.layer, self.names.ffn_norm)
         return text + self._dropped(1)(self.layer.mlp(norm(text)))
 
     def feed_visual(self, visual: torch.Tensor, part: VisualLayer) -> torch.Tensor:
-        """Visual states behind the FFN."""
+        """Visual states after the FFN."""
         norm = getattr(self.layer, self.names.ffn_norm)
         drop, bias = self._dropped(1), part.ffn_bias()
         if part.plan.has_ffn:
-            return rows.add(visual, lambda block, _: drop(part.ffn(rows.mapped(block, norm), bias)))
-        return visual if bias is None else rows.add(visual, lambda *_: drop(bias))
+            return row_blocks.add(
+                visual, lambda block, _: drop(part.ffn(row_blocks.mapped(block, norm), bias))
+            )
+        return visual if bias is None else row_blocks.add(visual, lambda *_: drop(bias))
 
     def _dropped(self, number: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The dropout behind attention (0) or FFN (1), where the backbone has one (Phi-3)."""
+        """The dropout after attention (0) or FFN (1), where the backbone has one (Phi-3)."""
         dropouts = self.names.residual_dropouts
         return getattr(self.layer, dropouts[number]) if dropouts else _as_it_is
 
@@ -148,7 +150,7 @@ class LayerRun:
     def _place(
         self, queries: torch.Tensor, keys: torch.Tensor, rotary: Rotary
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Norms per head, where the backbone has them (Qwen3), and positions."""
+        """Apply per-head norms, where the backbone has them (Qwen3), and rotary positions."""
         if self.names.head_norms is not None:
             of_queries, of_keys = (getattr(self.attention, name) for name in self.names.head_norms)
             queries, keys = of_queries(queries), of_keys(keys)
@@ -169,8 +171,8 @@ class LayerRun:
         if part.plan.attend_heads:
             size = (batch, len(part.plan.attend_heads), length, head_dim)
             all_queries = states.new_empty(size)
-        for place in rows.blocks(states):
-            inputs = part.reduced(rows.mapped(states[place], norm))
+        for place in row_blocks.blocks(states):
+            inputs = part.reduced(row_blocks.mapped(states[place], norm))
             cells = (place[0], slice(None), place[1])
             all_values[cells] = _split_heads(part.value(inputs), head_dim)
             keys = (_split_heads(part.key(inputs), head_dim), all_keys[cells])
@@ -186,21 +188,21 @@ class LayerRun:
         keys: tuple[torch.Tensor, Room],
         rotary: Rotary,
     ) -> None:
-        """Place projected queries and keys, piece by piece.
+        """Apply norms and rotary positions to projected queries and keys, piece by piece.
 
         Args:
-            queries: What was projected and where it goes, (batch, heads, length, head_dim) each;
-                None where visual tokens do not attend.
-            keys: Likewise.
+            queries: Source and destination, (batch, heads, length, head_dim) each; None where
+                visual tokens do not attend.
+            keys: Source and destination, of the same form.
             rotary: Cosines and sines, (batch, length, head_dim) each.
         """
         wide = keys[0].transpose(1, 2).flatten(2)
-        for rows_, span in rows.blocks(wide, rows.PIECE_BYTES):
-            cells = (rows_, slice(None), span)
+        for rows, span in row_blocks.blocks(wide, row_blocks.PIECE_BYTES):
+            cells = (rows, slice(None), span)
             some = keys[0][cells]
-            # The rotary embedding wants some queries.
+            # The rotary embedding needs queries, even unused ones.
             own = some[:, :1] if queries is None else queries[0][cells]
-            here = (rotary[0][rows_, span], rotary[1][rows_, span])
+            here = (rotary[0][rows, span], rotary[1][rows, span])
             own, some = self._place(own, some, here)
             keys[1][cells] = some
             if queries is not None:

@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere between the calls of the module that owns them."""
+"""Weights that accelerate keeps elsewhere between calls of the module that owns them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from yopo.support.errors import ModelError
 def weight_of(module: nn.Module) -> torch.Tensor:
     """A module's weight, fetched from where accelerate's ``cpu_`` or ``disk_offload`` put it.
 
-    Calling the module would fetch it, too. Whoever uses a part of a weight cannot call the module.
+    Calling the module would fetch it, too, but code that uses a part of a weight cannot call it.
 
     Raises:
-        ModelError: It is on no device, and nothing says where it is; or there is none.
+        ModelError: It is on the meta device without an offload hook, or there is none.
     """
     found = _parameter(module, "weight")
     if found is None:
@@ -23,7 +23,7 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
-    """A module's bias, likewise; None if it has none."""
+    """A module's bias, fetched in the same way; None if it has none."""
     return _parameter(module, "bias")
 
 
@@ -37,6 +37,6 @@ def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
         if stored is not None:
             return stored[name].to(each.execution_device)
     raise ModelError(
-        f"The {name} of a {type(module).__name__} is on no device (meta), expected in memory.",
+        f"The {name} of a {type(module).__name__} is on the meta device, expected in memory.",
         remedy="Load with a device_map that keeps the decoder on real devices.",
     )

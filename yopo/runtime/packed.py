@@ -1,7 +1,7 @@
-"""Parts of weights that a quantizer packed (torchao's tensor subclasses), for visual tokens.
+"""Parts of quantized weights (torchao's packed tensor subclasses), for visual tokens.
 
-A linear layer of such a weight works as it is; a part of it has to be cut. Where the packing allows
-it the part stays packed, else its values are unpacked once: memory for speed, never other numbers.
+A linear layer with such a weight works as it is, but a part of it has to be sliced. The part stays
+packed where the packing can be sliced; otherwise it is unpacked once: more memory, same numbers.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import torch
 from yopo.models.fingerprint import is_plain
 
 _REFUSALS = (NotImplementedError, RuntimeError, AssertionError, ValueError, IndexError, TypeError)
-"""What torchao's subclasses raise for an operation that they do not have."""
+"""Raised by torchao's subclasses for operations that they do not support."""
 
 
 def unpacked(weight: torch.Tensor) -> torch.Tensor:
-    """The values of a weight, detached: itself, or what its packing stands for."""
+    """The values of a weight, detached and dequantized if it is packed."""
     weight = weight.detach()
     return weight if is_plain(weight) else weight.dequantize()
 
 
 class PackedPart:
-    """Rows or columns of a packed weight, cut once for as long as it is the same weight.
+    """Rows or columns of a packed weight, cut once and reused until the weight is replaced.
 
     Args:
         keep: The kept rows or columns, in their order of use.

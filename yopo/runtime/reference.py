@@ -1,4 +1,4 @@
-"""The specification: what a plan means, computed in full and masked. Slow, short, readable.
+"""The specification of a plan: everything is computed in full and masked. Slow, short, readable.
 
 The fast runtime is tested against this. It has no cache (``generate(use_cache=False)`` feeds the
 whole sequence at every step), no streams, no blocks and no slices, and shares none of their code.
@@ -52,7 +52,7 @@ def reference(
         embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(embeds.shape[1]).expand(embeds.shape[0], -1)
-        if position_ids.dim() == 3:  # M-RoPE, perhaps with a row of text positions in front
+        if position_ids.dim() == 3:  # M-RoPE, possibly with a leading row of text positions
             position_ids = position_ids[-names.position_axes :]
         elif names.position_axes > 1:
             position_ids = position_ids.expand(names.position_axes, -1, -1)
@@ -204,7 +204,7 @@ class LayerSpec:
     def through_bottleneck(
         self, name: str, heads: Sequence[int], stock: torch.Tensor, normed: torch.Tensor
     ) -> torch.Tensor:
-        """(batch, sequence, heads, head_dim): visual tokens by fitted weights, text as it was."""
+        """(batch, sequence, heads, head_dim): visual tokens by fitted weights, text unchanged."""
         if not heads:
             return stock
         small = normed @ self.refit["reduce"].to(normed).T

@@ -1,10 +1,10 @@
-"""Work that is done token by token, a block of rows at a time, sums in place.
+"""Token-wise operations, done a block of rows at a time, with sums in place.
 
-Visual tokens are many and do little. Over thousands of them every full-width temporary is fresh
-memory, and the page faults of fresh memory cost a CPU more than a norm or a residual sum computes.
-The temporaries of a block are small enough to be used again by the next one. Products want more
-rows than norms and rotations do: those go through a block in pieces that stay in the cache of a
-core. Devices whose allocators keep memory take all rows at once: there, more calls would cost more.
+Visual tokens are many and do little. For thousands of them every full-width temporary is freshly
+allocated, and its page faults cost a CPU more than computing a norm or a residual sum. The
+temporaries of a block are small enough to be reused by the next one. Norms and rotations need fewer
+rows than products do: they go through a block in pieces that fit a core's cache. Devices whose
+allocators keep memory process all rows at once, as more calls would cost more there.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 BLOCK_BYTES = 16 << 20
-"""Of full-width rows per block, at most: 1024 tokens of 4096 float32 numbers."""
+"""Most bytes of full-width rows per block: 1024 tokens of 4096 float32 numbers."""
 
 PIECE_BYTES = 1 << 20
-"""Of full-width rows per piece of a block: 64 such tokens."""
+"""Most bytes per piece of a block: 64 such tokens."""
 
 Place = tuple[slice, slice]
 """A block of a (batch, length, width) tensor: batch rows, and positions in them."""
@@ -26,13 +26,13 @@ Place = tuple[slice, slice]
 def blocks(states: torch.Tensor, most: int | None = None) -> Iterator[Place]:
     """Cut (batch, length, width) states into blocks that are contiguous if the states are.
 
-    A block is a part of one batch row, or as many whole batch rows as fit; the parts of a row are
-    equally long, give or take a token, as products of few rows are slow. One block holds everything
-    off the CPU, and where gradients are recorded.
+    A block is a part of one batch row, or as many whole batch rows as fit; the parts of a row have
+    equal lengths, give or take a token, as products of few rows are slow. Off the CPU, and where
+    gradients are recorded, everything is one block.
 
     Args:
-        states: What is to be cut.
-        most: Bytes of a block; None: ``BLOCK_BYTES``.
+        states: The tensor to cut.
+        most: Most bytes of a block; None: ``BLOCK_BYTES``.
     """
     batch, length, width = states.shape
     size = max(1, (BLOCK_BYTES if most is None else most) // (width * states.element_size()))
@@ -53,8 +53,8 @@ def add(
     """``states + change(states)``, block by block; in place where no gradient is recorded.
 
     Args:
-        states: (batch, length, width); nobody else may need them afterwards.
-        change: Takes a block and its place, returns what to add to it.
+        states: (batch, length, width); overwritten, so not to be used afterwards.
+        change: Maps a block and its place to what is added to it.
     """
     if torch.is_grad_enabled():
         return states + change(states, (slice(None), slice(None)))
@@ -65,7 +65,7 @@ def add(
 
 
 def replace(states: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``function(states)`` of the same shape, likewise."""
+    """``function(states)`` of the same shape, piece by piece; in place as in :func:`add`."""
     if torch.is_grad_enabled():
         return function(states)
     for place in blocks(states, PIECE_BYTES):
@@ -74,7 +74,7 @@ def replace(states: torch.Tensor, function: Callable[[torch.Tensor], torch.Tenso
 
 
 def mapped(states: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``function(states)`` of the same shape, computed piece by piece; ``states`` stay."""
+    """``function(states)`` of the same shape, piece by piece; ``states`` are left unchanged."""
     pieces = list(blocks(states, PIECE_BYTES))
     if len(pieces) == 1:
         return function(states)

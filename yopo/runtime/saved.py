@@ -1,14 +1,14 @@
-"""What ``save_pretrained`` makes of a pruned model: a whole directory, or one that claims nothing.
+"""``save_pretrained`` of a pruned model: a complete pruned checkpoint, or a plain dense one.
 
 transformers would write the weights and a config.json that still says ``yopo``, without the plan,
 its tensors and the loader's code. So the outer class is swapped for one that saves the dense model
-without that claim and then lets a writer, which knows checkpoints, complete the directory. Uploads
-and Trainer checkpoints go the same way.
+without that claim and then has a writer, which knows the checkpoint format, complete the directory.
+Uploads and Trainer checkpoints work the same way.
 
-Recovery training: what a small budget loses comes back when the pruned model is trained for a
-while. Visual tokens see every change of the text's weights at once, LoRA included; weights that
-were fitted for them alone train beside it as parameters. What is saved is a pruned checkpoint
-again, whose plan holds for the trained weights:
+Recovery training: the accuracy lost at a small budget is recovered by training the pruned model for
+a while. Visual tokens see every change of the text's weights at once, LoRA included; the weights
+fitted only for them are trained as parameters of their own. The result is saved as a pruned
+checkpoint again, whose plan is valid for the trained weights:
 
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -20,7 +20,7 @@ again, whose plan holds for the trained weights:
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules=projections)
     adapted = get_peft_model(model, adapter)
     for parameter in yopo.fitted_parameters(model).values():
-        parameter.requires_grad_()  # PEFT freezes all that is not its own
+        parameter.requires_grad_()  # PEFT freezes all parameters but its own
     options = {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "save_strategy": "no"}
     arguments = TrainingArguments("runs", max_steps=20, gradient_checkpointing=True, **options)
     trainer = Trainer(adapted, arguments, train_dataset=rows, data_collator=collate)
@@ -28,9 +28,9 @@ again, whose plan holds for the trained weights:
     adapted.merge_and_unload().save_pretrained("llava-tiny-recovered")
     recovered = yopo.load("llava-tiny-recovered")
 
-A checkpoint that PEFT saves on the way holds the adapter alone: no fitted weights, though they are
-trained. Without PEFT, ``Trainer`` checkpoints are whole; to go on from one, load the model from it
-by ``yopo.load(CHECKPOINT, trainable=True)`` and pass it as ``resume_from_checkpoint`` too.
+An intermediate PEFT checkpoint holds only the adapter, not the fitted weights, although they are
+trained. Without PEFT, ``Trainer`` checkpoints are complete; to resume from one, load the model with
+``yopo.load(CHECKPOINT, trainable=True)`` and pass it as ``resume_from_checkpoint`` too.
 """
 
 from __future__ import annotations
@@ -55,34 +55,34 @@ from yopo.support.errors import ModelError
 if TYPE_CHECKING:
     _Stock = PreTrainedModel
 else:
-    _Stock = object  # mixed into a model's class, which brings the rest
+    _Stock = object  # mixed into a model's class, which provides the rest
 
 CLAIMS = ("yopo", "auto_map")
-"""Entries of config.json that say that a directory is a pruned checkpoint."""
+"""Entries of config.json that mark a directory as a pruned checkpoint."""
 
 
 class Writer(Protocol):
-    """Completes a directory that holds a dense model."""
+    """Turns a directory with a dense model into a pruned checkpoint."""
 
     def __call__(self, folder: Path, plan: PruningPlan, *, trained: bool) -> None:
-        """Write what makes it pruned.
+        """Write the missing files.
 
         Args:
-            folder: Weights and config.json, just written.
-            plan: The plan that the model ran under, its fitted weights as they are now.
+            folder: Holds the weights and config.json just written.
+            plan: The plan that the model ran under, with its current fitted weights.
             trained: Whether the fitted weights may differ from those that were loaded.
         """
 
 
 @dataclass(frozen=True)
 class Saving:
-    """What saving a pruned model needs: who completes the directory, if anybody does."""
+    """How a pruned model is saved: by a writer, or dense if there is none."""
 
     writer: Writer | None
 
 
 class SavesWhole(_Stock):
-    """Saving of a pruned model; mixed into the outer class, whose ``yopo_saving`` it reads."""
+    """Saves a pruned model; mixed into the outer class, whose ``yopo_saving`` it reads."""
 
     yopo_saving: Saving
 
@@ -94,26 +94,27 @@ class SavesWhole(_Stock):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As in transformers; the directory is loaded by ``yopo.load`` and stays a dense one.
+        """As in transformers; the directory loads by ``yopo.load``, and as a dense model.
 
         Raises:
             ModelError: Adapters are not merged, or trained weights would be lost.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):  # writes adapters alone
+        if getattr(self, "_hf_peft_config_loaded", False):  # writes only adapters
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
             return
         if has_adapters(self.get_decoder()):
             raise ModelError(
-                "The model holds adapters that are not merged: it would be saved under names that "
-                "no loader knows.",
-                remedy="Save model.merge_and_unload(), or the adapters alone by PEFT's own class.",
+                "The model has unmerged adapters: its weights would be saved under names that no "
+                "loader knows.",
+                remedy="Save model.merge_and_unload(), or only the adapters with PEFT's own class.",
             )
         state = self.get_decoder().yopo
         if self.yopo_saving.writer is None and any(True for _ in state.parameters()):
             raise ModelError(
-                "The plan is not a part of the checkpoint: its fitted weights, which may have been "
+                "The plan is not part of the checkpoint: its fitted weights, which may have been "
                 "trained, cannot be saved with the model.",
-                remedy="Bake it with `yopo apply`, train yopo.load(DIRECTORY, trainable=True).",
+                remedy="Bake it with `yopo apply`, then train "
+                "yopo.load(DIRECTORY, trainable=True).",
             )
         everything = self.state_dict() if state_dict is None else state_dict
         own = _prefix(self, state)
@@ -127,22 +128,22 @@ class SavesWhole(_Stock):
     def _upload_modified_files(
         self, working_dir: str | os.PathLike[Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Called by transformers behind ``push_to_hub``, with a model card of its own in place."""
+        """Called by transformers in ``push_to_hub``, after it wrote its own model card."""
         self._complete(Path(working_dir), {})
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _complete(self, folder: Path, gathered: Mapping[str, torch.Tensor]) -> None:
-        """Let the writer do its work.
+        """Let the writer complete a directory.
 
         Args:
             folder: Holds the dense model.
-            gathered: Fitted weights by their names in the state dict, from whoever gathered them
-                over processes; others are taken from the model.
+            gathered: Fitted weights by their names in the state dict, if they were gathered across
+                processes; others are taken from the model.
         """
         if self.yopo_saving.writer is None:
             console.warn(
-                f"{folder}: holds the dense model; a plan in memory is no part of it. "
-                "`yopo apply` bakes one into a checkpoint."
+                f"{folder}: saved the dense model without the plan, which is only in memory. "
+                "Bake a plan into a checkpoint with `yopo apply`."
             )
             return
         state = self.get_decoder().yopo
@@ -176,19 +177,19 @@ def restore_saving(model: PreTrainedModel) -> None:
 
 @cache
 def saving_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The subclass of a model's class that saves it whole; it keeps the name."""
+    """The subclass of a model's class that saves it whole, under the same name."""
     members = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (SavesWhole, stock), members)
 
 
 def _prefix(model: nn.Module, state: nn.Module) -> str:
-    """What the names of a pruned decoder's own parameters begin with."""
+    """The name prefix of a pruned decoder's own parameters."""
     return next(name for name, module in model.named_modules() if module is state) + "."
 
 
 @contextmanager
 def _without_claims(config: PreTrainedConfig) -> Iterator[None]:
-    """Take the claims out of a configuration for a while."""
+    """Remove the claims from a configuration inside a ``with`` block."""
     claims = {name: vars(config).pop(name) for name in CLAIMS if name in vars(config)}
     try:
         yield

@@ -1,9 +1,9 @@
-"""Linear layers of visual tokens: parts of the text's own, or fitted ones.
+"""Linear layers of visual tokens: slices of the text's own layers, or fitted ones.
 
-A part never holds values of its own. Consecutive rows or columns are a view; others are gathered
-from the live weight in every call (into one buffer that is used again, or, where gradients are
-recorded, as a differentiable copy). So whatever happens to the text's weight - an optimizer step,
-an adapter, a merge, another dtype - happens to visual tokens as well.
+A slice never stores values. Consecutive rows or columns are a view; others are gathered from the
+live weight in every call (into one buffer that is reused, or, where gradients are recorded, as a
+differentiable copy). So whatever happens to the text's weight - an optimizer step, an adapter, a
+merge, another dtype - applies to visual tokens as well.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class SlicedLinear(nn.Module):
     """A linear layer restricted to some outputs (rows) or some inputs (columns) of another.
 
     Args:
-        holder: The module that the full layer is looked up in, in every call: adapters take the
-            places of layers. Not registered here, so state dicts stay as they are.
+        holder: The module that the full layer is looked up in, in every call, as adapters replace
+            layers. Not registered as a submodule, so state dicts do not change.
         name: The full layer's name in ``holder``.
         keep: The kept rows or columns, in their order of use.
         columns: Whether ``keep`` selects inputs rather than outputs.
-        block: Length of the runs of consecutive positions that ``keep`` is made of: whole runs
+        block: Length of the runs of consecutive positions that ``keep`` consists of: whole runs
             are gathered faster than single columns.
     """
 
@@ -68,7 +68,7 @@ class SlicedLinear(nn.Module):
 
     @property
     def source(self) -> Projection:
-        """The full layer, or the adapter that stands in its place."""
+        """The full layer, or the adapter that wraps it."""
         return getattr(self._holder[0], self._name)
 
     def forward(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,8 +76,8 @@ class SlicedLinear(nn.Module):
 
         Args:
             inputs: Of the kept columns, or of the full layer.
-            bias: (outputs,) to be added instead of the layer's own, adapters' included; for parts
-                by columns.
+            bias: (outputs,), replaces the layer's own and the adapters'; only for slices by
+                columns.
         """
         if self._is_all and bias is None:
             return self.source(inputs)
@@ -118,7 +118,7 @@ class SlicedLinear(nn.Module):
         size[dim] = len(places)
         found = self._gathered
         if found is None or list(found.shape) != size or not _is_like(found, tensor):
-            with torch.inference_mode(False):  # else it could not be written outside of that mode
+            with torch.inference_mode(False):  # else it could not be written outside inference mode
                 found = self._gathered = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
         return torch.index_select(tensor, dim, places, out=found)
 
@@ -143,14 +143,14 @@ def _is_like(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class FittedLinear(nn.Module):
-    """A fitted linear layer, in the precision and on the device of the layer that it stands for.
+    """A fitted linear layer, with the dtype and device of the layer that it replaces.
 
     Args:
         weight: (outputs, inputs).
         bias: (outputs,), or None.
         like: A weight of that layer.
-        trainable: Whether weight and bias are parameters rather than buffers outside of the state
-            dict.
+        trainable: Whether weight and bias are parameters rather than buffers that are not in the
+            state dict.
     """
 
     weight: torch.Tensor
@@ -167,14 +167,14 @@ class FittedLinear(nn.Module):
         super().__init__()
         for name, value in (("weight", weight), ("bias", bias)):
             value = None if value is None else value.detach().to(like)
-            if trainable:  # of its own: the optimizer changes it in place
+            if trainable:  # a copy, because the optimizer changes it in place
                 value = None if value is None else nn.Parameter(value.clone())
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value, persistent=False)
 
     def forward(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply to (..., inputs) and return (..., outputs); there is no other bias to take."""
+        """Apply to (..., inputs) and return (..., outputs); ``bias`` is ignored."""
         return linear(inputs, self.weight, self.bias)
 
     def matrix(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -185,16 +185,16 @@ class FittedLinear(nn.Module):
 def warn_without_fitted(
     module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    """Say so if weights are loaded that leave a model's trainable fitted weights as they were.
+    """Warn if a state dict is loaded that lacks a model's trainable fitted weights.
 
     Args:
         module: Holds the fitted weights.
-        state_dict: What is loaded.
-        prefix: What the names of ``module``'s parameters begin with in there.
+        state_dict: The weights being loaded.
+        prefix: Name prefix of ``module``'s parameters in it.
     """
     names = [f"{prefix}{name}" for name, _ in module.named_parameters()]
     if names and not any(name in state_dict for name in names):
         console.warn(
-            "Weights are loaded without the fitted weights for visual tokens, which stay as they "
-            "are. yopo.load(DIRECTORY, trainable=True) reads both."
+            "The loaded weights do not include the fitted weights for visual tokens, which are "
+            "left unchanged. Load both with yopo.load(DIRECTORY, trainable=True)."
         )

@@ -1,7 +1,7 @@
-"""Change the class of a module in place, where its forward is then really reached.
+"""Change the class of a module in place, if the new forward will actually be called.
 
-A forward that somebody set on the object itself shadows its class's: accelerate does so to run its
-hooks around the forward that it found. There the new forward goes inside the hooks.
+A forward set on the object itself shadows that of its class: accelerate does this to run its hooks
+around the original forward. In that case the new forward is put inside the hooks.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import nn
 from yopo.support.errors import ModelError
 
 _SLOTS = ("forward", "_old_forward")
-"""Where an object may hold a forward of its own; accelerate keeps in the second what its first
-calls."""
+"""Attributes in which an object may hold a forward; accelerate stores the original in the second.
+"""
 
 
 def swap_class(module: nn.Module, other: type[nn.Module]) -> None:
-    """Make ``module`` an instance of ``other``, hooks of accelerate staying around its forward.
+    """Make ``module`` an instance of ``other``, keeping accelerate's hooks around its forward.
 
-    Swapping back leaves the object as it was; hooks that came or went meanwhile are kept.
+    Swapping back restores the object, except for hooks added or removed in between.
 
     Raises:
-        ModelError: Something else stands in the forward's place (a compiled or wrapped one), which
-            would never reach the new one.
+        ModelError: The forward was replaced by something else (a compiled or wrapped one), which
+            would never call the new one.
     """
     stock = type(module)
     bound = [name for name in _SLOTS if _is_bound(vars(module).get(name), module, stock)]
@@ -35,7 +35,7 @@ def swap_class(module: nn.Module, other: type[nn.Module]) -> None:
         if found is not None and name not in bound and not _calls_old_forward(found):
             raise ModelError(
                 f"The forward of the {stock.__name__} was replaced on the object (by a "
-                f"{type(found).__name__}), which would never reach the pruned one.",
+                f"{type(found).__name__}), which would never call the pruned one.",
                 remedy="Prune first, then compile or wrap.",
             )
     module.__class__ = other
@@ -44,7 +44,7 @@ def swap_class(module: nn.Module, other: type[nn.Module]) -> None:
 
 
 def restore_class(module: nn.Module, stock: type[nn.Module]) -> None:
-    """Undo :func:`swap_class`. Wrappers that came meanwhile stay as they are."""
+    """Undo :func:`swap_class`. Wrappers added in between are kept."""
     swapped = type(module)
     bound = [name for name in _SLOTS if _is_bound(vars(module).get(name), module, swapped)]
     module.__class__ = stock
@@ -61,5 +61,5 @@ def _is_bound(found: Any, module: nn.Module, owner: type[nn.Module]) -> bool:
 
 
 def _calls_old_forward(found: Any) -> bool:
-    """Whether a forward is the one by which accelerate runs its hooks around the old one."""
+    """Whether a forward is accelerate's, which runs its hooks around the original one."""
     return isinstance(found, partial) and found.func.__module__ == "accelerate.hooks"

@@ -1,9 +1,9 @@
-"""What visual tokens compute in a layer: parts of its weights, or small weights of their own.
+"""The weights of visual tokens in a layer: slices of its own weights, or small fitted ones.
 
-In a baked checkpoint heads and neurons stand in order of importance, so every part is a prefix and
+In a baked checkpoint heads and neurons are in order of importance, so every slice is a prefix and
 is used as a view of the original weight. Other selections (an unbaked model in memory, ragged
-groups under GQA) are gathered when they are used. Either way visual tokens see the weights as they
-are now, trained or adapted. Fitted weights belong to visual tokens alone; text never meets them.
+groups under GQA) are gathered when they are used. Either way visual tokens see the current weights,
+trained or adapted. Fitted weights are used only by visual tokens, never by text.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ if TYPE_CHECKING:
 
 
 class VisualLayer(nn.Module):
-    """What visual tokens compute in one decoder layer.
+    """The computation of visual tokens in one decoder layer.
 
     Attributes:
         plan: The layer's plan.
         split: Its head groups.
-        reduce: Into the bottleneck of queries, keys and values; None without one.
+        reduce: Projection into the bottleneck of queries, keys and values; None without one.
         head_mean: (heads * head_dim,) mean attention output of the heads in which visual tokens do
-            not attend, 0 in the others; None if nothing takes their place.
-        neuron_mean: (ffn,) mean activation of the neurons that they do not use, likewise.
+            not attend, 0 in the others; None without ``mean`` compensation.
+        neuron_mean: (ffn,) mean activation of the neurons that they do not use, 0 in the others;
+            None without ``mean`` compensation.
     """
 
     reduce: FittedLinear | None
@@ -123,7 +124,7 @@ class VisualLayer(nn.Module):
             self.map_out = extras.fitted("map_out", None if count else "ffn_bias", like)
 
     def fitted_weights(self) -> dict[str, torch.Tensor]:
-        """The fitted weights as they are now, by the names of ``plans.tensors.refit_sizes``."""
+        """The current fitted weights, by the names of ``plans.tensors.refit_sizes``."""
         found = {}
         for name, module in self.named_children():
             if isinstance(module, FittedLinear):
@@ -134,15 +135,15 @@ class VisualLayer(nn.Module):
         return found
 
     def attention_bias(self) -> torch.Tensor | None:
-        """(hidden,): what comes from heads in which visual tokens do not attend; None: nothing."""
+        """(hidden,) mean contribution of heads in which visual tokens do not attend, or None."""
         return self._through("output", self.head_mean)
 
     def ffn_bias(self) -> torch.Tensor | None:
-        """(hidden,): what comes from neurons that visual tokens do not use; None: nothing."""
+        """(hidden,) mean contribution of neurons that visual tokens do not use, or None."""
         return self._through("down", self.neuron_mean)
 
     def _through(self, name: str, mean: torch.Tensor | None) -> torch.Tensor | None:
-        """Project a mean by the weight as it is now: one row per layer, which ``flops`` omits."""
+        """Project a mean by the current weight: one row per layer, which ``flops`` omits."""
         if mean is None:
             return None
         source = getattr(*self._source(name))
@@ -154,7 +155,7 @@ class VisualLayer(nn.Module):
         return output if own is None else output + own
 
     def reduced(self, normed: torch.Tensor) -> torch.Tensor:
-        """What queries, keys and values are computed from: normed states, or their bottleneck."""
+        """The input of queries, keys and values: normed states, or their bottleneck."""
         return normed if self.reduce is None else self.reduce(normed)
 
     def activations(self, normed: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,7 @@ class VisualLayer(nn.Module):
         return activation(self.gate(normed)) * self.up(normed)
 
     def ffn(self, normed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What takes the FFN's place, of (batch, visual, hidden) normed states and ``ffn_bias``."""
+        """The visual tokens' FFN of (batch, visual, hidden) normed states, with ``ffn_bias``."""
         if not self.plan.neurons:
             return self.map_out(self.map_in(normed))
         output = self.down(self.activations(normed), bias)
@@ -172,13 +173,13 @@ class VisualLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Extras:
-    """What one layer's visual part needs beside the plan (see ``PlanTensors``).
+    """Tensors that one layer's visual part needs in addition to the plan (see ``PlanTensors``).
 
     Attributes:
-        order: (ffn,) neurons from most to least important; None: as they stand.
+        order: (ffn,) neurons from most to least important; None: the weight's own order.
         neuron_mean: (ffn,), or None without ``mean`` compensation.
-        head_mean: (heads, head_dim), likewise.
-        refit: Fitted weights; those that are absent are taken from the layer's own.
+        head_mean: (heads, head_dim), or None without ``mean`` compensation.
+        refit: Fitted weights; for absent ones the layer's own are used.
         trainable: Whether fitted weights are parameters.
         key_scale: (kv_heads, head_dim), needed where keys are quantised.
     """
@@ -191,13 +192,13 @@ class Extras:
     key_scale: torch.Tensor | None = None
 
     def fitted(self, weight: str, bias: str | None, like: torch.Tensor) -> FittedLinear:
-        """A fitted linear layer, of the named weights."""
+        """A fitted linear layer with the named weights."""
         own = None if bias is None else self.refit[bias]
         return FittedLinear(self.refit[weight], own, like, trainable=self.trainable)
 
     @classmethod
     def of(cls, plan: PruningPlan, index: int, *, trainable: bool = False) -> Extras:
-        """Pick one layer's."""
+        """The tensors of one layer of a plan."""
         tensors, compensation = plan.tensors, plan.compensation
         order = _row(tensors.neuron_order, index)
         scale = _row(tensors.key_scale, index)
@@ -219,7 +220,7 @@ def visual_layers(
     *,
     trainable: bool = False,
 ) -> ModuleListOf[VisualLayer]:
-    """Build the visual part of every layer up to the plan's visual depth, as ``check_plain``ed."""
+    """Build the visual part of every layer up to the plan's visual depth (see ``check_plain``)."""
     shape = plan.model.shape
     layers = nn.ModuleList(
         VisualLayer(
@@ -240,15 +241,14 @@ def check_plain(decoder: StockDecoder, depth: int, names: Backbone) -> None:
     Raises:
         ModelError: A projection is neither a plain floating-point linear layer in memory nor one
             with plain LoRA (but quantised, otherwise adapted or offloaded): slicing its weight
-            would compute garbage. Or the decoder lies on several devices: both streams would have
-            to follow it.
+            would compute garbage. Or the decoder is spread over several devices.
     """
     for index in range(depth):
         _check_layer(decoder.layers[index], index, names)
     devices = sorted({str(weight.device) for weight in decoder.parameters()})
     if len(devices) > 1 and "meta" not in devices:
         raise ModelError(
-            f"The decoder lies on several devices ({', '.join(devices)}), expected one.",
+            f"The decoder is on several devices ({', '.join(devices)}), expected one.",
             remedy="Load with a device_map that keeps the decoder on one device.",
         )
 
@@ -270,7 +270,7 @@ def _row(rows: torch.Tensor | None, index: int) -> torch.Tensor | None:
 
 
 def _fused_offsets(names: Backbone, shape: ModelShape) -> tuple[int, int, int]:
-    """Rows in front of key, value and up in their projections: 0 unless those are fused."""
+    """First rows of key, value and up in their projections: 0 unless those are fused."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = (query, query + key) if names.has_fused_attention else (0, 0)
     return *attention, shape.ffn if names.has_fused_ffn else 0

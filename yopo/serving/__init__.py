@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from yopo.serving.loading import PrunedModel as PrunedModel
 
 _REMOTE_CODE = ("PrunedForConditionalGeneration", "PrunedModel")
-"""What the loader code of baked checkpoints imports from here."""
+"""Names that the loader code of baked checkpoints imports from here."""
 
 
 def __getattr__(name: str) -> object:

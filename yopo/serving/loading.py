@@ -27,17 +27,17 @@ from yopo.support.errors import CheckpointError, ModelError
 from yopo.support.finite import check_weights
 
 _PLACE = ("revision", "subfolder", *HUB_OPTIONS)
-"""Arguments that say where a checkpoint is found, and not how it is loaded."""
+"""Arguments that locate a checkpoint, as opposed to how it is loaded."""
 
 
 @dataclass(frozen=True, eq=False)
 class Baked:
-    """A baked checkpoint, checked: nothing but its weights is left to read.
+    """A checked baked checkpoint, whose weights remain to be loaded.
 
     Attributes:
-        checkpoint: Its directory, in the hub's cache if that is where it is from.
-        source: What its files are known by.
-        plan: The plan to load it at.
+        checkpoint: Its directory, in the hub's cache if it is from the hub.
+        source: Name of its source in messages.
+        plan: The plan to load it with.
     """
 
     checkpoint: Checkpoint
@@ -57,8 +57,8 @@ def load(
 
     Args:
         path: A directory that ``yopo apply`` wrote, or the hub id of one (``org/name[@revision]``).
-        budget: Of the plans that were baked together, take the one with the largest visual budget
-            that is not above this one; None: the first.
+        budget: Selects, among several baked plans, the one with the largest visual budget that is
+            not above this one; None: the first.
         trainable: Whether the plan's fitted weights are parameters, for recovery training; see
             ``yopo.runtime.saved``.
         **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``,
@@ -70,7 +70,7 @@ def load(
 
     Raises:
         CheckpointError: Not a baked checkpoint, a tensor is missing, or no plan within the budget.
-        ModelError: The weights are not the ones that the plan was baked into.
+        ModelError: The weights are not those that the plan was baked into.
     """
     baked = open_baked(path, budget, **_take(kwargs, _PLACE))
     stock = _stock_class(baked.checkpoint.config)
@@ -81,13 +81,13 @@ def load(
 
 def _install(model: PreTrainedModel, baked: Baked, *, trainable: bool) -> None:
     writer = Completion(baked.checkpoint.path)
-    # Unchecked: the files were, which unlike weights in memory have one precision.
+    # Not checked again: the files were, whose precision, unlike that in memory, is fixed.
     install(model, baked.plan, check=False, trainable=trainable, writer=writer)
     remember_source(model.get_decoder(), baked.source)
 
 
 def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> Baked:
-    """Find a baked checkpoint, here or in the hub, and check it against its plan.
+    """Find a baked checkpoint, locally or on the hub, and check it against its plan.
 
     Args:
         path: As for :func:`load`.
@@ -95,8 +95,8 @@ def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> B
         **place: ``revision``, ``subfolder`` and ``HUB_OPTIONS``.
 
     Raises:
-        CheckpointError: It holds no plan (said before weights are downloaded), or is incomplete.
-        ModelError: It is out of reach, or its weights are not the ones that it was baked with.
+        CheckpointError: It holds no plan (raised before weights are downloaded), or is incomplete.
+        ModelError: It cannot be reached, or its weights are not those that it was baked with.
     """
     source = resolve(str(path))
     revision, subfolder = place.pop("revision", None), place.pop("subfolder", None) or ""
@@ -109,8 +109,8 @@ def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> B
     files = read_source(checkpoint)
     if not is_same(files.fingerprint, plan.model.fingerprint):
         raise ModelError(
-            f"{path}: its weights are not those that its plan was baked into: their fingerprint is "
-            f"{files.fingerprint}, the plan's is {plan.model.fingerprint}.",
+            f"{path}: its weights are not those that its plan was baked into: found fingerprint "
+            f"{files.fingerprint}, expected {plan.model.fingerprint}.",
             remedy="Restore the weights, or calibrate and apply again.",
         )
     return Baked(checkpoint, files, plan)
@@ -131,7 +131,7 @@ def _refuse_unbaked(folder: Path, name: str) -> None:
     if not (folder / PLAN_FILE).is_file():
         raise CheckpointError(
             f"{name}: is not a pruned checkpoint (no {PLAN_FILE}).",
-            remedy="Make one with `yopo apply plan.yaml`.",
+            remedy="Create one with `yopo apply plan.yaml`.",
         )
 
 
@@ -143,7 +143,7 @@ def _largest_within(budget: float, folder: Path) -> Path:
         known = ", ".join(f"{reached:.3g}" for reached in budgets.values())
         raise CheckpointError(
             f"{folder}: has no plan within a visual budget of {budget}; it has {known}.",
-            remedy="Ask for one of these, or bake another plan with the others.",
+            remedy="Pass one of these, or bake another plan with the others.",
         )
     return max(within, key=lambda file: budgets[file])
 
@@ -153,19 +153,18 @@ def load_dense(
 ) -> PreTrainedModel:
     """Load a model with the stock transformers class, in eval mode.
 
-    No code that a checkpoint brings along is run: every supported family is a class of
-    transformers.
+    Code in the checkpoint is never run: every supported family is a class of transformers.
 
     Args:
         source: From ``models.registry.resolve``.
-        checkpoint: Its directory, if it was fetched and opened already.
+        checkpoint: Its directory, if already fetched and opened.
         **kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to the checkpoint's.
 
     Raises:
-        ModelError: The model cannot be reached, is of no supported family, or is no model; or a
-            weight is not finite.
+        ModelError: The model cannot be reached, is not of a supported family, or is not a model; or
+            a weight is not finite.
         CheckpointError: The checkpoint is quantized, damaged or unsuitable, or a weight is missing
-            from it (transformers would make one up). Said before weights are loaded.
+            from it (transformers would initialize it at random). Raised before loading weights.
     """
     checkpoint = checkpoint or Checkpoint.open(fetch(source))
     stock = _stock_class(checkpoint.config)
@@ -181,12 +180,12 @@ def _stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _from_folder(
     stock: type[PreTrainedModel], checkpoint: Checkpoint, name: str, *args: Any, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A stock model of a checkpoint's directory, all weights from there, and its loading report."""
+    """A stock model with all weights from a checkpoint's directory, and its loading report."""
     _take(kwargs, ("trust_remote_code", "code_revision", "output_loading_info"))
     kwargs = {"dtype": "auto", "config": copy.deepcopy(checkpoint.config), **kwargs}
     try:
         loaded = stock.from_pretrained(checkpoint.path, *args, output_loading_info=True, **kwargs)
-        # Annotated as the model alone, which it is without the report.
+        # Annotated as only the model, which it is without the report.
         model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
@@ -195,7 +194,7 @@ def _from_folder(
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{name}: {len(missing)} weights are missing, {missing[0]} among them.",
+            f"{name}: {len(missing)} weights are missing, including {missing[0]}.",
             remedy="The checkpoint is incomplete or of another architecture.",
         )
     check_weights(model, name)
@@ -204,15 +203,15 @@ def _from_folder(
 
 
 def _take(kwargs: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Take arguments of these names out of others."""
+    """Remove and return the arguments with these names."""
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
 class PrunedForConditionalGeneration:
-    """What a baked checkpoint's remote code resolves to under ``trust_remote_code=True``.
+    """The class that a baked checkpoint's code resolves to under ``trust_remote_code=True``.
 
-    transformers skips the renaming of checkpoint keys for custom classes, which would leave
-    weights random; so the stock class loads them, and the plan is installed behind.
+    transformers does not rename checkpoint keys for custom classes, which would leave weights
+    random; so the stock class loads them, and the plan is installed afterwards.
     """
 
     _auto_class = None
@@ -221,12 +220,12 @@ class PrunedForConditionalGeneration:
     def from_pretrained(
         cls, path: str | Path, *args: Any, **kwargs: Any
     ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
-        """Load the stock model of the checkpoint, install its plan.
+        """Load the stock model of the checkpoint and install its plan.
 
-        ``budget`` and ``trainable`` as for ``load``.
+        ``budget`` and ``trainable`` are as for ``load``.
 
         Returns:
-            The model; and the loading report, if ``output_loading_info`` asks for it.
+            The model, and the loading report with ``output_loading_info``.
         """
         wants_report = kwargs.get("output_loading_info", False)
         trainable = kwargs.pop("trainable", False)
@@ -242,23 +241,24 @@ class PrunedForConditionalGeneration:
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-        """Asked for by ``from_config``, which has no weights that a plan could be of.
+        """Called by ``from_config``, which has no weights that a plan could apply to.
 
         Raises:
             ModelError: Always.
         """
         raise ModelError(
-            "A pruned model cannot be made from its configuration alone: the plan is of weights.",
+            "A pruned model cannot be created from its configuration alone: its plan needs the "
+            "weights.",
             remedy="Use from_pretrained, or from_config with trust_remote_code=False.",
         )
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Asked for by transformers; nothing is saved from this class."""
+        """Required by transformers; nothing is saved from this class."""
 
 
 class PrunedModel(PrunedForConditionalGeneration):
-    """The same for ``AutoModel``: without language modelling head."""
+    """The class for ``AutoModel``: without a language modelling head."""
 
     @classmethod
     def _stock(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -267,7 +267,7 @@ class PrunedModel(PrunedForConditionalGeneration):
 
 
 def torch_dtype(name: str) -> torch.dtype | str:
-    """A dtype by name; ``auto`` stays.
+    """A dtype by name; ``auto`` is returned as it is.
 
     Raises:
         ModelError: No such floating-point dtype.
@@ -284,7 +284,7 @@ def torch_device(name: str) -> str:
     """A device by name; ``auto`` is the first CUDA device, or the CPU where there is none.
 
     Raises:
-        ModelError: No such device, or not on this machine.
+        ModelError: There is no such device, or not on this machine.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,1 +1,1 @@
-"""What may be pruned: one file per strategy, ``score`` then ``select``, pure tensor math."""
+"""Pruning strategies: one file each, ``score`` then ``select``, pure tensor math."""

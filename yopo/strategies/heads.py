@@ -18,7 +18,7 @@ def score(rho: torch.Tensor) -> torch.Tensor:
         rho: (samples, layers, heads).
 
     Returns:
-        (layers, heads); higher reads the image more.
+        (layers, heads); higher means that the head reads the image more.
     """
     return rho.mean(dim=0)
 
@@ -31,15 +31,15 @@ def select_vote(
     whole_layers: int = WHOLE_LAYERS,
     groups: int = 1,
 ) -> torch.Tensor:
-    """The authors' rule: a head stays if it is active in more than a share of the samples.
+    """The authors' rule: keep a head if it is active in more than a share of the samples.
 
     Args:
         rho: (samples, layers, heads).
         alpha: Activity above which a head counts as active in a sample.
         share: Share of samples that must agree.
-        whole_layers: So many first layers keep every head.
-        groups: Query heads per KV head that live or die together (1: single query heads); one
-            active head keeps its group.
+        whole_layers: Number of first layers that keep every head.
+        groups: Query heads per KV head that are kept or dropped together (1: single query heads);
+            one active head keeps its group.
 
     Returns:
         (layers, heads) bool.
@@ -58,7 +58,7 @@ def select_top(
         scores: (layers, heads).
         count: Heads to keep in total.
         whole_layers: First layers that keep every head, as long as they take at most half.
-        groups: Query heads per KV head that live or die together (1: single query heads).
+        groups: Query heads per KV head that are kept or dropped together (1: single query heads).
 
     Returns:
         (layers, heads) bool; ties go to earlier layers and lower heads.

@@ -1,4 +1,4 @@
-"""Visual layer drop: in which layers the text reads the image at all."""
+"""Visual layer drop: the layers in which text reads the image at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def select_readers(cross_modal: torch.Tensor, count: int) -> list[int]:
 
     Args:
         cross_modal: (layers,) mean visual mass.
-        count: How many.
+        count: Number of layers.
 
     Returns:
         Their indices, ascending.

@@ -1,4 +1,4 @@
-"""Neighbor-aware attention: how far a visual token must see."""
+"""Neighbor-aware attention: how far a visual token needs to see."""
 
 from __future__ import annotations
 

@@ -8,14 +8,14 @@ import torch
 def rank(importance: torch.Tensor, layers: list[int]) -> torch.Tensor:
     """Order the neurons of some layers, the most important ones first.
 
-    Across layers the shares of a layer's own importance compete, since layers differ in scale.
+    Across layers, shares of a layer's total importance compete, since layers differ in scale.
 
     Args:
         importance: (layers, neurons), non-negative.
-        layers: Layers that may have any; none gives an empty order.
+        layers: Layers that may have neurons; an empty list gives an empty order.
 
     Returns:
-        (ranked neurons,) int64, the layer that each neuron belongs to.
+        (ranked neurons,) int64, each neuron's layer.
     """
     share = importance[layers].double()
     share = share / share.sum(dim=1, keepdim=True).clamp(min=1e-30)
@@ -34,6 +34,6 @@ def select_widths(ranked: torch.Tensor, count: int, num_layers: int) -> list[int
         num_layers: Layers of the model.
 
     Returns:
-        Kept neurons of every layer (0 where it may have none), ``count`` or all in total.
+        Number of kept neurons per layer (0 where it may have none), ``count`` or all in total.
     """
     return torch.bincount(ranked[:count], minlength=num_layers).tolist()

@@ -1,1 +1,1 @@
-"""What every room stands on: errors, console, files, strict YAML. No torch."""
+"""Shared foundations: errors, console, files, strict YAML. No torch."""

@@ -1,7 +1,7 @@
-"""Everything a command says that is not its result: notes, warnings and progress, on stderr.
+"""Everything a command prints besides its result: notes, warnings and progress, on stderr.
 
-stdout belongs to results, so that ``yopo calibrate -o - | yopo inspect -`` works. rich is imported
-on first use only: ``yopo --help`` must not pay for it.
+stdout is for results, so that ``yopo calibrate -o - | yopo inspect -`` works. rich is only imported
+on first use, so that ``yopo --help`` does not pay for it.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ def _stderr() -> Console:
 
 
 def note(*lines: str) -> None:
-    """Say something on stderr unless quiet; a line break inside a line is shown, not obeyed."""
+    """Print lines on stderr unless quiet; line breaks inside a line are escaped."""
     if not _quiet:
         print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """Say one warning on stderr, also when quiet."""
+    """Print a warning on stderr, even when quiet."""
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a rich renderable (a table of candidates, say) on stderr unless quiet."""
+    """Print a rich renderable (such as a table of candidates) on stderr unless quiet."""
     if not _quiet:
         _stderr().print(renderable)
 
 
 def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) -> Iterator[Item]:
-    """Yield ``items`` behind a progress bar with rate and ETA on stderr, if that is a terminal.
+    """Yield ``items`` with a progress bar (rate, ETA) on stderr if that is a terminal.
 
-    There is one bar at a time: what is tracked inside of something tracked shows none.
+    Only one bar is shown at a time: nested calls show none.
 
     Args:
-        items: What to iterate over; an item may be a sized batch (its ``len`` advances the bar).
+        items: Iterated over; an item may be a sized batch (its ``len`` advances the bar).
         label: What is being done.
         total: Number of units expected, or None when unknown.
-        unit: What is counted, in the plural (``pairs``).
+        unit: The unit that is counted, in the plural (``pairs``).
 
     Yields:
         The items, unchanged and in order.
     """
     global _bar_is_up
-    if _quiet or _bar_is_up or not sys.stderr.isatty():  # a log file wants no bars
+    if _quiet or _bar_is_up or not sys.stderr.isatty():  # no bars in log files
         yield from items
         return
     from rich.progress import (

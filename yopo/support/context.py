@@ -13,8 +13,8 @@ Value = TypeVar("Value")
 class PerContext(Generic[Owner, Value]):
     """A value per owner that other threads and asynchronous tasks do not see.
 
-    Modules are shared by all threads that run a model, so nothing that belongs to one call may
-    stand on them.
+    Modules are shared by all threads that run a model, so state that belongs to one call must not
+    be stored on them.
     """
 
     def __init__(self, name: str):
@@ -28,8 +28,8 @@ class PerContext(Generic[Owner, Value]):
         return None if values is None else values.get(owner)
 
     def set(self, owner: Owner, value: Value | None) -> None:
-        """Set it; None forgets it."""
-        # A context that was copied from this one holds the same dictionary: never change it.
+        """Set the owner's value in this context; None removes it."""
+        # A context copied from this one shares the dictionary: never change it in place.
         values = WeakKeyDictionary(self._values.get() or {})
         values.pop(owner, None)
         if value is not None:

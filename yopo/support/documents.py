@@ -1,7 +1,8 @@
 """Strict YAML documents: unknown keys, wrong types and duplicates are errors that name the line.
 
-Plans and configurations are edited by hand, so a typo must be a sentence, not a silent default.
-They also come from others, so what a few bytes could blow up (aliases, numbers, depth) is bounded.
+Plans and configurations are edited by hand, so a typo must be an error, not a silent default.
+They also come from untrusted sources, so anything that a few bytes could blow up (aliases, numbers,
+depth) is bounded.
 """
 
 from __future__ import annotations
@@ -23,31 +24,31 @@ from yopo.support.reading import read_bytes
 Key = str | int
 
 MAX_DEPTH = 100
-"""Collections inside one another: libyaml's loader would overflow the stack on very many."""
+"""Maximum nesting of collections: libyaml's loader overflows the stack on very deep ones."""
 
 MAX_BYTES = 8 << 20
-"""Of a document; a plan of 128 layers of 128 heads takes a tenth of a megabyte."""
+"""Maximum document size; a plan of 128 layers of 128 heads takes a tenth of a megabyte."""
 
 MAX_NODES = 250_000
-"""Keys, values and collections of a document, those that aliases repeat counted every time."""
+"""Maximum number of keys, values and collections; aliases count every time they are used."""
 
 MAX_DIGITS = 100
-"""Characters of a number: the time to convert digits grows with the square of their count."""
+"""Maximum length of a number: conversion time is quadratic in the number of digits."""
 
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
-"""What a terminal may take as a command, in a name say; line breaks and tabs are text."""
+"""Characters that a terminal may take as commands; line breaks and tabs are allowed."""
 
 _DATE, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "int", "float"))
 
 
 if TYPE_CHECKING:
     _SafeLoader = yaml.SafeLoader
-else:  # libyaml's is many times faster, where it was built
+else:  # libyaml's loader is many times faster, where it is available
     _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_SafeLoader):
-    """The safe loader, but 2026-01-01 is text and not a date, and numbers are short and finite."""
+    """The safe loader, except that dates are text, and numbers must be short and finite."""
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """Construct an int or a float."""
@@ -60,7 +61,7 @@ class _Loader(_SafeLoader):
             if not math.isfinite(number):
                 raise ValueError("a number that is not finite")
             return number
-        except (ValueError, ArithmeticError) as error:  # 0b, say, which YAML's pattern lets through
+        except (ValueError, ArithmeticError) as error:  # such as 0b, which matches YAML's pattern
             raise ConstructorError(None, None, str(error), node.start_mark) from error
 
 
@@ -73,7 +74,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper, but what occurs twice is written twice: no anchors, no aliases."""
+    """The safe dumper without anchors and aliases: repeated values are written out."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -83,7 +84,7 @@ class Document:
     """A parsed YAML mapping that remembers the line of every key.
 
     Attributes:
-        name: What messages call it: the path, or ``<stdin>``.
+        name: Name in messages: the path, or ``<stdin>``.
         data: The content as plain Python values.
     """
 
@@ -137,7 +138,7 @@ class Document:
 
         Args:
             path: Keys and indices from the root.
-            problem: What is wrong, continuing the sentence after the key.
+            problem: What is wrong, as the rest of a sentence that starts with the key.
             remedy: What to do about it.
         """
         keys = tuple(path)
@@ -151,7 +152,7 @@ class Document:
         return PlanError(f"{where}: {label or 'document'} {problem}.", remedy=remedy)
 
     def check_keys(self, path: tuple[Key, ...], value: Any, known: Iterable[str]) -> dict[str, Any]:
-        """Return ``value`` if it is a mapping without unknown keys, raise otherwise."""
+        """Return ``value`` if it is a mapping without unknown keys; raise otherwise."""
         if not isinstance(value, dict):
             raise self.error(path, f"must be a mapping, found {describe(value)}")
         for key in value:
@@ -168,24 +169,24 @@ class Document:
         key: str,
         kind: type | tuple[type, ...],
     ) -> Any:
-        """The value of a key of the mapping ``data`` at ``path``, of ``kind``, or raise."""
+        """Return ``data[key]``, checked to be of ``kind``; ``data`` is the mapping at ``path``."""
         if key not in data:
             raise self.error(path, f"lacks the key '{key}'")
         return self.typed((*path, key), data[key], kind)
 
     def typed(self, path: tuple[Key, ...], value: Any, kind: type | tuple[type, ...]) -> Any:
-        """Return ``value`` if it is of ``kind`` (bool is no int, an int is a float), or raise."""
+        """Return ``value`` if it is of ``kind`` (a bool is not an int, an int is a float)."""
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
             return value
-        wanted = " or ".join(_NAMES.get(each, each.__name__) for each in kinds)
-        raise self.error(path, f"must be {wanted}, found {describe(value)}")
+        expected = " or ".join(_NAMES.get(each, each.__name__) for each in kinds)
+        raise self.error(path, f"must be {expected}, found {describe(value)}")
 
 
 def _check_events(name: str, text: str) -> None:
-    """Look through a document before anything is built of it."""
+    """Scan a document's events before anything is built from them."""
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
         if number > 2 * MAX_NODES:  # a collection has two
@@ -193,7 +194,7 @@ def _check_events(name: str, text: str) -> None:
         tag = getattr(event, "tag", None)
         if tag is not None:
             line = 1 if event.start_mark is None else event.start_mark.line + 1
-            raise PlanError(f"{name}:{line}: not valid YAML here: no tags ({tag}).")
+            raise PlanError(f"{name}:{line}: not valid YAML here: tags are not allowed ({tag}).")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
@@ -204,7 +205,7 @@ def _check_events(name: str, text: str) -> None:
 
 def _too_many(name: str) -> PlanError:
     return PlanError(
-        f"{name}: holds more than {MAX_NODES:,} values (what aliases repeat counts every time)."
+        f"{name}: holds more than {MAX_NODES:,} values (aliases count every time they are used)."
     )
 
 
@@ -220,7 +221,7 @@ _NAMES = {
 
 
 def describe(value: Any) -> str:
-    """How a message shows a wrong value: short, as YAML would write it."""
+    """A wrong value as messages show it: short, as YAML would write it."""
     text = "null" if value is None else _SHORT.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -228,7 +229,7 @@ def describe(value: Any) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
-"""``repr`` of as much as a message shows, whatever the value's size or depth."""
+"""``repr`` with bounded output, whatever the value's size or depth."""
 
 
 def read_text(source: str | Path) -> tuple[str, str]:
@@ -238,7 +239,7 @@ def read_text(source: str | Path) -> tuple[str, str]:
         (name for messages, content).
 
     Raises:
-        PlanError: The file is missing, no regular file, too long, unreadable or not UTF-8.
+        PlanError: The file is missing, not a regular file, too long, unreadable or not UTF-8.
     """
     if str(source) == "-":
         try:
@@ -246,7 +247,7 @@ def read_text(source: str | Path) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise PlanError("<stdin>: is not UTF-8 text.") from error
         if len(text) > MAX_BYTES:
-            raise PlanError(f"<stdin>: has more than the {MAX_BYTES:,} characters that are read.")
+            raise PlanError(f"<stdin>: is longer than the limit of {MAX_BYTES:,} characters.")
         return "<stdin>", text
     path = Path(source)
     try:

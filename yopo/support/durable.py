@@ -1,4 +1,4 @@
-"""System calls that a result's last step is made of: sync to the disk, exchange, undisturbed."""
+"""System calls for putting a result in place: sync to disk, atomic exchange, deferred signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a program to end, and leaves it the time to clean up."""
+"""Signals that ask a program to end but leave it time to clean up."""
 
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # fcntl.h
@@ -21,7 +21,7 @@ _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
+    """Wait until a file's bytes are on disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -30,9 +30,9 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until a directory's entries are on the disk: what was made, renamed or removed in it.
+    """Wait until a directory's entries (created, renamed or removed) are on disk.
 
-    Network file systems that cannot do that for directories write them through; they are let be.
+    Network file systems that cannot sync directories write them through, so they are skipped.
     """
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -53,10 +53,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step, so that neither is missing at any moment.
+    """Swap two paths atomically, so that neither is ever missing.
 
     Returns:
-        Whether it was done; False where the kernel or the file system cannot do it.
+        True on success; False where the kernel or the file system does not support it.
 
     Raises:
         OSError: It failed for another reason.
@@ -75,10 +75,10 @@ def exchange(one: Path, other: Path) -> bool:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C, SIGTERM and SIGHUP during a short block; they arrive behind it.
+    """Hold back Ctrl-C, SIGTERM and SIGHUP during a short block; they arrive after it.
 
-    Handlers are exchanged, because blocking a signal in one thread only sends it to another.
-    Outside of the main thread, which alone runs handlers, there is nothing to hold back.
+    Handlers are replaced, because blocking a signal in one thread only sends it to another.
+    Only the main thread runs handlers, so in other threads there is nothing to hold back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -88,7 +88,7 @@ def uninterrupted() -> Iterator[None]:
     try:
         for number in SIGNALS:
             handler = signal.getsignal(number)
-            if callable(handler) or handler == signal.SIG_DFL:  # not if ignored, by nohup say
+            if callable(handler) or handler == signal.SIG_DFL:  # not if ignored (nohup)
                 former[number] = handler
                 signal.signal(number, lambda number, frame: arrived.append(number))
         yield

@@ -1,7 +1,7 @@
-"""What goes wrong in a user's hands: one sentence and one remedy, never a traceback.
+"""User-facing errors: one sentence and one remedy, never a traceback.
 
 Library code raises these for bad input; the command line prints them on stderr and exits with
-``exit_code``. Programming errors stay ordinary Python exceptions.
+``exit_code``. Programming errors are ordinary Python exceptions.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterable
 
 MAX_SENTENCE = 1000
-"""Characters of a message; what quotes an endless name is cut in the middle."""
+"""Maximum characters of a message; longer ones (with an endless name) are cut in the middle."""
 
 _COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal obeys instead of showing it: control characters, marks of text direction."""
+"""Characters that a terminal obeys instead of showing: control characters, direction marks."""
 
 
 class YopoError(Exception):
-    """A user-facing failure: what, where, expected, found - and what to do about it.
+    """A user-facing failure: what, where, expected, found, and what to do about it.
 
     Args:
         message: One sentence that names the file, key or model concerned.
@@ -37,11 +37,11 @@ class YopoError(Exception):
 
 
 class PlanError(YopoError):
-    """A plan or configuration file that does not say something valid."""
+    """An invalid plan or configuration file."""
 
 
 class ModelError(YopoError):
-    """A model that is unknown, unreachable, unsupported, or not the plan's."""
+    """A model that is unknown, unreachable, unsupported, or not the one a plan was made for."""
 
 
 class DataError(YopoError):
@@ -53,13 +53,13 @@ class CheckpointError(YopoError):
 
 
 class OutputError(YopoError):
-    """A result that cannot be written where it was asked for."""
+    """A result that cannot be written to the requested place."""
 
 
 def printable(text: str) -> str:
-    """Text that is safe to print: control characters (a terminal's commands) shown as escapes.
+    """Make text safe to print: control characters are shown as escapes.
 
-    Names in files that others wrote may hold any of them; a line break could forge a message.
+    Names in untrusted files may hold any of them; a line break could forge a message.
     """
     if len(text) > MAX_SENTENCE:
         half = MAX_SENTENCE // 2

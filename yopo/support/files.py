@@ -1,7 +1,7 @@
-"""Single output files: checked before the work, written aside, synced and renamed.
+"""Single output files: checked before the work, written to a scratch file, synced and renamed.
 
-What is replaced with ``--force`` is what yopo wrote before and nothing else: a plan takes the place
-of a plan, statistics that of statistics. Model weights, or any input, are none of these.
+``--force`` only replaces files that yopo wrote itself, each with its own kind: a plan with a plan,
+statistics with statistics. Model weights or other inputs are never overwritten.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yopo.support.errors import OutputError
-from yopo.support.scratch import Scratch, tell_leftovers
+from yopo.support.scratch import Scratch, report_leftovers
 
 _HEAD = 64 * 1024
-"""Bytes of a file that tell its kind."""
+"""Number of leading bytes that identify a file's kind."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Kind:
     """A kind of file that yopo writes.
 
     Attributes:
-        name: What messages call it.
+        name: Name in messages.
         pattern: Found in its first bytes.
     """
 
@@ -32,7 +32,7 @@ class Kind:
     pattern: re.Pattern[bytes]
 
     def is_kind_of(self, path: Path) -> bool:
-        """Whether a file is of this kind, or empty: there is nothing to lose in it."""
+        """Whether a file is of this kind, or empty (nothing to lose)."""
         with path.open("rb") as file:
             head = file.read(_HEAD)
         return not head or self.pattern.search(head) is not None
@@ -47,11 +47,11 @@ PAGE = Kind("a page that yopo wrote", re.compile(re.escape(PAGE_MARK.encode())))
 def check_writable(path: Path, kind: Kind, *, force: bool) -> None:
     """Refuse a file that must not be overwritten, or whose folder cannot be written to.
 
-    A link is not written through: it may lead to anything, a hub cache's blobs for instance.
+    Links are not followed: they may lead anywhere, such as to a hub cache's blobs.
 
     Args:
         path: The file to write.
-        kind: What it will be.
+        kind: Its kind.
         force: Whether a file of the same kind may be replaced.
 
     Raises:
@@ -67,7 +67,7 @@ def check_writable(path: Path, kind: Kind, *, force: bool) -> None:
         raise OutputError(f"{path}: its folder does not exist.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: its folder is not writable.")
-    tell_leftovers(path.absolute())
+    report_leftovers(path.absolute())
 
 
 def _check_is_file(path: Path) -> None:
@@ -87,7 +87,7 @@ def _check_is_file(path: Path) -> None:
     if not stat.S_ISREG(mode):
         raise OutputError(
             f"{path}: is a device, a pipe or a socket, expected a file name.",
-            remedy="Name a file; - stands for stdout where a plan is written.",
+            remedy="Name a file; a plan can be written to stdout with -.",
         )
 
 
@@ -104,13 +104,13 @@ def _check_kind(path: Path, kind: Kind) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all; its folder is made if it is missing.
+    """Write a file atomically; its folder is created if it is missing.
 
-    When this returns, the file survives a power cut. It has the rights that the user's umask gives,
-    or those of the file that it replaces.
+    When this returns, the file survives a power cut. Its permissions follow the user's umask, or
+    are those of the file that it replaces.
 
     Raises:
-        OutputError: It cannot be written (disk full, say); nothing is left behind.
+        OutputError: It cannot be written (such as a full disk); nothing is left behind.
     """
     target = path.absolute()
     try:

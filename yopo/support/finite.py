@@ -1,4 +1,4 @@
-"""Whether numbers are numbers: one NaN in a weight reaches every logit, and no format minds."""
+"""Finiteness checks: one NaN in a weight reaches every logit, and no file format rejects it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from yopo.support.errors import ModelError
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value of a tensor is NaN or infinite.
 
-    One pass without a copy: as fast as memory is read (5 to 10 GB/s and thread), an order of
-    magnitude faster than ``torch.isfinite``.
+    A single pass without a copy at memory speed (5 to 10 GB/s per thread), an order of magnitude
+    faster than ``torch.isfinite``.
     """
     if not tensor.numel() or not tensor.is_floating_point():
         return True
@@ -23,7 +23,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def first_layer_not_finite(tensors: Iterable[torch.Tensor]) -> int | None:
-    """The first layer in which any of some tensors, (layers, ...), is not finite; None: none is."""
+    """The first layer in which any (layers, ...) tensor is not finite, or None."""
     found = [
         next(index for index, layer in enumerate(tensor) if not is_finite(layer))
         for tensor in tensors
@@ -33,7 +33,7 @@ def first_layer_not_finite(tensors: Iterable[torch.Tensor]) -> int | None:
 
 
 def check_weights(model: nn.Module, where: str) -> None:
-    """Refuse a model with a weight that is not finite. Quantised and offloaded ones pass unseen.
+    """Refuse a model with a weight that is not finite; quantized and offloaded ones are skipped.
 
     Raises:
         ModelError: Names the first such weight.

@@ -1,7 +1,7 @@
-"""Input files, opened so that nothing hangs and nothing grows: regular files of a bounded size.
+"""Opening input files safely: only regular files of a bounded size.
 
-A path may come from a file that somebody else wrote. A FIFO would wait for ever, a device never
-end, and files under /proc claim to be regular and empty: those are taken at their word.
+A path may come from an untrusted file. A FIFO would block forever, a device would never end, and
+files under /proc claim to be regular and empty: they are read as empty.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _KINDS = {
 
 
 def open_regular(path: str | Path, *, error: type[YopoError]) -> tuple[BinaryIO, int]:
-    """Open a regular file for reading, without ever waiting for it.
+    """Open a regular file for reading, without ever blocking.
 
     Args:
         path: The file; a symlink is followed.
-        error: What is raised.
+        error: The exception class to raise.
 
     Returns:
-        (the file, to be closed by the caller, its size in bytes).
+        (the file, which the caller closes; its size in bytes).
 
     Raises:
-        YopoError: Of kind ``error``: there is no such file, it is none, or cannot be opened.
+        YopoError: Of class ``error``: the file is missing, not regular, or cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -47,10 +47,10 @@ def open_regular(path: str | Path, *, error: type[YopoError]) -> tuple[BinaryIO,
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise error(f"{path}: is a directory, expected a file.")
-    kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+    kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
     raise error(
         f"{path}: is {kind}, expected a regular file.",
-        remedy="Save it as a file first; commands that read from stdin call it -.",
+        remedy="Save it as a file first; commands that read from stdin take -.",
     )
 
 
@@ -59,16 +59,16 @@ def read_bytes(path: str | Path, *, limit: int, error: type[YopoError]) -> bytes
 
     Args:
         path: The file.
-        limit: Bytes above which it is refused unread.
-        error: What is raised.
+        limit: Maximum size in bytes; larger files are refused unread.
+        error: The exception class to raise.
 
     Raises:
-        YopoError: Of kind ``error``: as for :func:`open_regular`, or the file is too long.
+        YopoError: Of class ``error``: as for :func:`open_regular`, or the file is too long.
     """
     file, size = open_regular(path, error=error)
     with file:
         if size > limit:
-            raise error(f"{path}: has {size:,} bytes, more than the {limit:,} that are read.")
+            raise error(f"{path}: has {size:,} bytes, more than the limit of {limit:,}.")
         try:
             return file.read(size)
         except OSError as problem:

@@ -1,8 +1,8 @@
-"""Where a result lies while it is unfinished: a marked and locked directory beside its target.
+"""Scratch directories: an unfinished result is kept in a locked directory next to its target.
 
-``.NAME.yopo-xxxxxxxx`` holds ``new``, which becomes the target, for moments ``old``, which was it,
-and ``lock``, which the process that writes holds locked. A kernel that ends a process, however it
-ends, gives its locks back: what can be locked was left behind, and whoever finds it may say so.
+``.NAME.yopo-xxxxxxxx`` holds ``new``, which becomes the target, briefly ``old``, the former target,
+and ``lock``, which the writing process keeps locked. The kernel releases the locks of a process
+however it ends, so a scratch directory that can be locked is a leftover.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Scratch:
-    """Context manager: a directory beside a target, in which it is prepared; gone at the end.
+    """Context manager: a directory next to a target in which it is prepared; removed at the end.
 
     Args:
-        target: The file or directory to make; its parent must exist.
+        target: The file or directory to create; its parent must exist.
     """
 
     def __init__(self, target: Path):
@@ -39,12 +39,12 @@ class Scratch:
 
     @property
     def new(self) -> Path:
-        """What becomes the target; the caller makes it, as a file or as a directory."""
+        """Path of the future target; the caller creates it, as a file or as a directory."""
         return self._held / _NEW
 
     @property
     def _held(self) -> Path:
-        """The scratch directory, which there is inside the block alone."""
+        """The scratch directory; it only exists inside the block."""
         assert self._folder is not None, "a Scratch is used inside its with block"
         return self._folder
 
@@ -63,24 +63,24 @@ class Scratch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with uninterrupted():  # a second Ctrl-C, too, waits until everything is gone
+        with uninterrupted():  # a second Ctrl-C also waits until everything is removed
             self._remove()
 
     def place_file(self) -> None:
-        """Let ``new``, a file, become the target, and what was there vanish."""
+        """Replace the target with ``new``, a file."""
         sync_file(self.new)
         with uninterrupted():
             os.replace(self.new, self.target)
             sync_directory(self.target.parent)
 
     def place_directory(self, *, check: Callable[[], bool]) -> None:
-        """Let ``new``, a directory, become the target; what was there goes with this object.
+        """Replace the target with ``new``, a directory; the old one is removed with the scratch.
 
-        All of it is on the disk before it has the target's name, and has the name before what
-        had it is removed.
+        Everything is on disk before it gets the target's name, and it has the name before the old
+        directory is removed.
 
         Args:
-            check: Asked behind the last wait: raises if the target may not be replaced; returns
+            check: Called after the last wait: raises if the target may not be replaced; returns
                 whether there is anything to replace.
         """
         sync_tree(self.new)
@@ -93,7 +93,7 @@ class Scratch:
             sync_directory(self.target.parent)
 
     def _swap(self) -> None:
-        """As ``exchange``, but with a moment without a target: ``remove_leftover`` undoes it."""
+        """Like ``exchange``, but the target is briefly missing; ``remove_leftover`` restores it."""
         old = self._held / _OLD
         os.rename(self.target, old)
         try:
@@ -111,7 +111,7 @@ class Scratch:
                 self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
                 if _try_lock(self._lock) and _is_at(self._lock, folder / _LOCK):
                     return
-            except FileNotFoundError:  # somebody took it for a leftover before it was locked
+            except FileNotFoundError:  # removed as a leftover by another process before the lock
                 pass
             self._remove()
 
@@ -124,11 +124,11 @@ class Scratch:
 
 
 def find_leftovers(folder: Path, name: str | None = None) -> list[Path]:
-    """Scratch directories that runs which are no more left in a folder.
+    """Scratch directories that killed runs left in a folder.
 
     Args:
         folder: Where to look.
-        name: A target's name, to find that target's alone.
+        name: A target's name, to find only its leftovers.
     """
     found = []
     with os.scandir(folder) as entries:
@@ -142,10 +142,10 @@ def find_leftovers(folder: Path, name: str | None = None) -> list[Path]:
     return found
 
 
-def tell_leftovers(target: Path) -> None:
-    """Name what killed runs left of a target, and how to be rid of it."""
+def report_leftovers(target: Path) -> None:
+    """Note the scratch directories that killed runs left of a target, and how to remove them."""
     for path in find_leftovers(target.parent, target.name):
-        kept = "; it holds the former result" if _holds_the_only_copy(path) else ""
+        kept = "; it holds the previous result" if _holds_the_only_copy(path) else ""
         console.note(
             f"{path}: left by a run that was killed{kept}.",
             f"  `yopo apply --clean {target.parent}` tidies up.",
@@ -153,17 +153,17 @@ def tell_leftovers(target: Path) -> None:
 
 
 def remove_leftover(path: Path) -> Path | None:
-    """Remove what ``find_leftovers`` found, unless a process has it after all.
+    """Remove a directory from ``find_leftovers``, unless a process holds it after all.
 
     Returns:
-        The target, if the leftover held its only copy, which is now back in its place.
+        The target, if the leftover held its only copy and it was restored.
 
     Raises:
         OSError: Something in it cannot be removed.
     """
     lock = _take_over(path)
     if lock is None:
-        raise BlockingIOError(errno.EBUSY, "A process is writing in it", str(path))
+        raise BlockingIOError(errno.EBUSY, "A process is writing to it", str(path))
     try:
         restored = _target_of(path) if _holds_the_only_copy(path) else None
         if not _remove(path):
@@ -175,30 +175,30 @@ def remove_leftover(path: Path) -> Path | None:
 
 def _target_of(path: Path) -> Path:
     match = _NAME.fullmatch(path.name)
-    assert match is not None, f"{path} is no scratch directory"
+    assert match is not None, f"{path} is not a scratch directory"
     return path.with_name(match["target"])
 
 
 def _holds_the_only_copy(path: Path) -> bool:
-    """Whether its process was killed between the two renames of a file system without exchange."""
+    """Whether its process was killed between the two renames of ``_swap``."""
     return (path / _OLD).exists() and not os.path.lexists(_target_of(path))
 
 
 def _is_ours(entry: os.DirEntry[str]) -> bool:
-    """Whether a directory is one of this user's, and holds nothing that ``Scratch`` never makes."""
+    """Whether a directory is this user's and holds nothing but what ``Scratch`` creates."""
     if not entry.is_dir(follow_symlinks=False):
         return False
     try:
         owner = entry.stat(follow_symlinks=False).st_uid
         names = set(os.listdir(entry.path))
-    except OSError:  # not readable, or gone meanwhile
+    except OSError:  # not readable, or removed in the meantime
         return False
-    # The lock is made first and removed last.
+    # The lock is created first and removed last.
     return owner == os.geteuid() and (not names or {_LOCK} <= names <= {_LOCK, _NEW, _OLD})
 
 
 def _take_over(path: Path) -> int | None:
-    """Lock a scratch directory; None if its process lives, or if that cannot be known."""
+    """Lock a scratch directory; None if its process is alive or if that is unknown."""
     flags = os.O_RDWR | os.O_NOFOLLOW
     try:
         if not os.listdir(path):  # killed before it had a lock
@@ -218,19 +218,19 @@ def _try_lock(lock: int) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in _NO_LOCKS  # then it is never taken for a leftover either
+        return error.errno in _NO_LOCKS  # then it is never mistaken for a leftover either
     return True
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether an open file is still what a path leads to."""
+    """Whether a path still leads to an open file."""
     return os.path.samestat(os.fstat(file), os.stat(path))
 
 
 def _remove(folder: Path) -> bool:
-    """Remove a scratch directory, its lock last; whether nothing of it is left.
+    """Remove a scratch directory, its lock last; return whether it is completely gone.
 
-    What was the target goes back first, if there is no target.
+    If the target is missing, the old one is restored first.
     """
     if _holds_the_only_copy(folder):
         _quietly(lambda: os.rename(folder / _OLD, _target_of(folder)))
@@ -253,5 +253,5 @@ def _remove(folder: Path) -> bool:
 def _quietly(step: Callable[[], None]) -> None:
     try:
         step()
-    except OSError:  # who asks looks at what is left
+    except OSError:  # the caller checks what is left
         pass

@@ -1,4 +1,4 @@
-"""Our own pixel font: 24 glyphs of 5 x 7 pixels, many of them alike but for one or two pixels."""
+"""Our own pixel font: 24 glyphs of 5 x 7 pixels, many differing in only one or two pixels."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Generated grids of glyphs: what is drawn where, in which color, and how it is drawn.
+"""Generated grids of glyphs: glyphs, colors, and how they are drawn.
 
 A grid is 6 x 6 cells of 16 pixels, each empty or with one glyph; a visual token sees 12 x 12
-pixels, so most glyphs lie across several tokens and are told apart by a few pixels. The paper gets
-redder from row to row and bluer from column to column: Qwen2-VL's tower knows where patches are
-relative to one another only, and could not tell the rows of a uniform page apart.
+pixels, so most glyphs span several tokens and are told apart by a few pixels. The paper gets redder
+from row to row and bluer from column to column: Qwen2-VL's tower only knows relative positions of
+patches, and could not tell the rows of a uniform page apart.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ IMAGE_SIZE = GRID * CELL_SIZE
 _SCALE = 2  # a pixel of the font is 2 x 2 pixels of the image
 _MARGINS = (CELL_SIZE - _SCALE * GLYPH_ROWS, CELL_SIZE - _SCALE * GLYPH_COLS)  # rows, columns
 _SLOPE = 0.8  # how fast the paper gets redder and bluer, in levels of 255 per pixel
-_SHADE = 14  # how far each RGB channel may stray from the named color
+_SHADE = 14  # how far each RGB channel may deviate from the named color
 _BLANKS = (0.0, 0.1, 0.3, 0.5)
-# What a talk is made of: counting is what a model learns last.
+# Kinds of a conversation's turns: a model learns counting last.
 _TURN_KINDS = ("glyph", "color", "row", "column", "colors", *["existence"] * 2, *["count"] * 4)
 
 
@@ -39,8 +39,8 @@ class Look:
         offsets: Per cell, in reading order: (row, col) pixels from the cell's corner to the glyph.
         inks: Per cell: RGB.
         green: The paper's green level.
-        noise: How far each level may stray from what it should be, drawn anew per pixel.
-        noise_seed: What the noise is drawn from.
+        noise: How far each level may deviate, drawn per pixel.
+        noise_seed: Seed of the noise.
     """
 
     offsets: tuple[tuple[int, int], ...]
@@ -58,7 +58,7 @@ class GlyphGrid:
     look: Look
 
     def digest(self) -> str:
-        """Return a stable hex digest of what stands where; the look does not enter."""
+        """Return a stable hex digest of the cells, not of their look."""
         return digest(";".join(f"{c.color} {c.glyph}" if c else "-" for c in self.cells))
 
     def split(self) -> str:
@@ -78,8 +78,8 @@ class GlyphGrid:
             ink = BITMAPS[cell.glyph].repeat(_SCALE, 0).repeat(_SCALE, 1)
             image[row : row + len(ink), col : col + len(ink[0])][ink] = self.look.inks[index]
         if self.look.noise:
-            stray = np.random.default_rng(self.look.noise_seed).random(image.shape)
-            image += (2 * stray - 1) * self.look.noise
+            noise = np.random.default_rng(self.look.noise_seed).random(image.shape)
+            image += (2 * noise - 1) * self.look.noise
         return image.round().clip(0, 255).astype(np.uint8)
 
     def render(self) -> Image.Image:
@@ -90,12 +90,12 @@ class GlyphGrid:
 def random_grid(rng: random.Random, *, blanks: Sequence[float] = _BLANKS) -> GlyphGrid:
     """Draw a grid from `rng`.
 
-    Each grid uses a random part of the font and of the colors: some are all of one color, some of
-    three glyphs only.
+    Each grid uses a random subset of the glyphs and colors: some have a single color, some only
+    three glyphs.
 
     Args:
-        rng: where everything is drawn from.
-        blanks: shares of empty cells, one of which the grid gets (each cell by itself).
+        rng: source of all randomness.
+        blanks: probabilities of an empty cell; one is drawn for the grid.
     """
     glyphs = rng.sample(GLYPHS, rng.randint(3, len(GLYPHS)))
     colors = rng.sample(list(COLORS), rng.randint(1, len(COLORS)))
@@ -114,7 +114,7 @@ def random_grid(rng: random.Random, *, blanks: Sequence[float] = _BLANKS) -> Gly
 
 
 def shifted_grid(rng: random.Random) -> GlyphGrid:
-    """Draw a grid as no model was trained on: mostly empty, in dim ink, on noisy paper."""
+    """Draw a grid unlike all training grids: mostly empty, in dim ink, on noisy paper."""
     grid = random_grid(rng, blanks=(0.7, 0.85))
     inks = tuple((int(0.8 * r), int(0.8 * g), int(0.8 * b)) for r, g, b in grid.look.inks)
     look = replace(grid.look, inks=inks, noise=12, noise_seed=rng.getrandbits(32))
@@ -122,11 +122,11 @@ def shifted_grid(rng: random.Random) -> GlyphGrid:
 
 
 def _ink(cell: Cell | None, rng: random.Random) -> tuple[int, int, int]:
-    """Draw a shade of the cell's color; an empty cell takes its share of `rng` too."""
+    """Draw a shade of the cell's color; an empty cell also advances `rng`."""
     shade = [rng.randint(-_SHADE, _SHADE) for _ in range(3)]
     named = COLORS[cell.color] if cell else (0, 0, 0)
     red, green, blue = (
-        min(255, max(0, level + stray)) for level, stray in zip(named, shade, strict=True)
+        min(255, max(0, level + offset)) for level, offset in zip(named, shade, strict=True)
     )
     return red, green, blue
 

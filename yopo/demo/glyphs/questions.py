@@ -124,7 +124,7 @@ _ASKERS: dict[str, Callable[[Cells], Candidates]] = {
 }
 KINDS = tuple(_ASKERS)
 
-# The answers a kind can have, each equally likely in pairs; what is read has too many.
+# The answers a kind can have, each equally likely in pairs; reading has too many to list.
 ANSWERS: dict[str, tuple[str, ...]] = {
     "glyph": GLYPHS,
     "color": tuple(COLORS),
