@@ -39,6 +39,7 @@ def make(
         text_norm_sum=draw(layers) + 1,
         cross_modal_sum=draw(layers),
         locality_sum=draw(layers, MAX_DISTANCE + 2),
+        key_square_sum=torch.zeros(layers, shape.kv_heads, shape.head_dim, dtype=torch.float64),
         down_norm=draw(layers, shape.ffn),
         visual_tokens=64 * samples,
         text_queries=10 * samples + seed,

@@ -27,6 +27,7 @@ from yopo.models.family import GridsOf, shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
+from yopo.plans.kv_storage import LEVELS
 from yopo.plans.schema import (
     Budget,
     LayerPlan,
@@ -189,6 +190,24 @@ def random_plan(identity: ModelIdentity, rng: random.Random, **fixed: Any) -> Pr
     }
     plan = PruningPlan(identity, **(drawn | fixed))
     return replace(plan, budget=Budget(plan.budget.asked, round(visual_budget(plan), 6)))
+
+
+def in_few_bits(plan: PruningPlan, seed: int) -> PruningPlan:
+    """The same plan, visual keys and values stored in few bits in most layers that are read."""
+    rng, shape = random.Random(seed), plan.model.shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def stored(layer: LayerPlan) -> LayerPlan:
+        if not layer.read_heads:
+            return layer
+        return replace(
+            layer, key_bits=rng.choice([8, 4, 4, 2, None]), value_bits=rng.choice(LEVELS)
+        )
+
+    size = shape.layers, shape.kv_heads, shape.head_dim
+    scale = 0.5 + torch.rand(size, generator=generator)
+    layers = tuple(stored(layer) for layer in plan.layers)
+    return replace(plan, layers=layers, tensors=replace(plan.tensors, key_scale=scale))
 
 
 def random_tensors(plan: PruningPlan, seed: int) -> PlanTensors:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import statistics_maker
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 
-from yopo.calibration.statistics import MAX_DISTANCE, load_statistics
+from yopo.calibration.statistics import LEAST_SCALE, MAX_DISTANCE, load_statistics
 from yopo.plans.extent import Extent
 from yopo.plans.grid import Grid
 from yopo.support.errors import DataError
@@ -119,3 +121,28 @@ def test_the_extent_is_kept_and_merged(statistics, tmp_path: Path) -> None:
     path.write_bytes(replace(one, extent=Extent(Grid(4, 4), Grid(0, 8), 1)).to_bytes())
     with pytest.raises(DataError, match="calibrated must hold positive sizes"):
         load_statistics(path)
+
+
+def test_key_scale_is_each_channels_share_of_its_head(statistics) -> None:
+    assert statistics.key_scale is None
+    squares = torch.rand_like(statistics.key_square_sum)
+    squares[0, 0], squares[1, 0, 0] = 0.0, 0.0
+    scale = replace(statistics, key_square_sum=squares).key_scale
+    expected = (squares / squares.mean(dim=2, keepdim=True)).sqrt()
+    assert torch.equal(scale[0, 0], torch.ones_like(scale[0, 0]))
+    assert scale[1, 0, 0] == torch.tensor(LEAST_SCALE)
+    assert torch.allclose(scale[2:], expected[2:].float())
+    again = replace(statistics, key_square_sum=3 * squares).key_scale
+    assert torch.allclose(again, scale)
+
+
+def test_older_files_lack_keys_and_are_read(statistics, tmp_path: Path) -> None:
+    tensors = load(statistics.to_bytes())
+    del tensors["key_square_sum"]
+    path = tmp_path / "old.safetensors"
+    (tmp_path / "new.safetensors").write_bytes(statistics.to_bytes())
+    with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
+        path.write_bytes(save(tensors, metadata=file.metadata()))
+    found = load_statistics(path)
+    assert found.key_scale is None and torch.equal(found.rho, statistics.rho)
+    assert found.merge(statistics).key_scale is None

@@ -38,12 +38,12 @@ def watch(specimen: Specimen, inputs: dict[str, Any]) -> Observer:
 
 
 @torch.no_grad()
-def eager(specimen: Specimen, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def eager(specimen: Specimen, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """(layers, batch, heads, queries, keys) attention and (layers, batch, tokens, ffn), float64.
 
     It builds its own matrices, because stock eager attention gives NaN for padding in float64.
     """
-    oracle, taken, activations = specimen.oracle, [], []
+    oracle, taken, activations, read = specimen.oracle, [], [], []
 
     def attend(module, query, key, value, attention_mask, scaling, **_):
         group = query.shape[1] // key.shape[1]
@@ -52,6 +52,7 @@ def eager(specimen: Specimen, inputs: dict[str, Any]) -> tuple[torch.Tensor, tor
         allowed = allowed if attention_mask is None else attention_mask
         weights = scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1).nan_to_num(0.0)
         taken.append(weights)
+        read.append(key)
         return (weights @ value.repeat_interleave(group, dim=1)).transpose(1, 2), None
 
     AttentionInterface.register("yopo_brute", attend)
@@ -73,7 +74,7 @@ def eager(specimen: Specimen, inputs: dict[str, Any]) -> tuple[torch.Tensor, tor
             handle.remove()
     where = inputs["attention_mask"].bool()
     assert torch.allclose(found[where], tiny.logits(oracle, inputs)[where], atol=1e-9)
-    return torch.stack(taken), torch.stack(activations)
+    return torch.stack(taken), torch.stack(activations), torch.stack(read)
 
 
 def cells(specimen: Specimen, row: Row) -> list[tuple[int, int, int]]:
@@ -88,9 +89,9 @@ def cells(specimen: Specimen, row: Row) -> list[tuple[int, int, int]]:
 def brute_force(specimen: Specimen, rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
     """Compute (rho, cross-modal sum, locality sum, squared activations) by definition."""
     inputs = specimen.inputs(rows)
-    weights, activations = eager(specimen, inputs)
+    weights, activations, keys = eager(specimen, inputs)
     is_text, real = specimen.text_positions(inputs), inputs["attention_mask"].bool()
-    rho, cross, squares = [], 0, 0
+    rho, cross, squares, key_squares = [], 0, 0, 0
     locality = torch.zeros(weights.shape[0], MAX_DISTANCE + 2, dtype=torch.float64)
     for number, row in enumerate(rows):
         visual = real[number] & ~is_text[number]
@@ -101,13 +102,14 @@ def brute_force(specimen: Specimen, rows: Sequence[Row]) -> tuple[torch.Tensor, 
         rho.append(seen.sum(-1) / asked[..., ~visual].sum((-1, -2)))
         cross = cross + seen.mean(1).sum(-1)
         squares = squares + activations[:, number, visual].square().sum(1)
+        key_squares = key_squares + keys[:, number][:, :, visual].square().sum(2)
         where = cells(specimen, row)
         for query, (image, *cell) in zip(places, where, strict=True):
             for key, (other, *place) in zip(places, where, strict=True):
                 distance = max(abs(cell[0] - place[0]), abs(cell[1] - place[1]))
                 column = min(distance, MAX_DISTANCE) if image == other else MAX_DISTANCE + 1
                 locality[:, column] += weights[:, number, :, query, key].mean(1)
-    return torch.stack(rho), cross, locality, squares
+    return torch.stack(rho), cross, locality, squares, key_squares
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -115,12 +117,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_calibration_matches_brute_force(specimen: Specimen) -> None:
-    rho, cross, locality, squares = brute_force(specimen, ROWS)
+    rho, cross, locality, squares, key_squares = brute_force(specimen, ROWS)
     found = watch(specimen, specimen.inputs(ROWS))
     assert (found.rho[0].double() / rho - 1).abs().max() < 5e-5  # float32 against float64
     assert relative(found.sums["cross_modal_sum"], cross) < 1e-5
     assert relative(found.sums["locality_sum"], locality) < 1e-5
     assert relative(found.sums["neuron_square"], squares) < 1e-5
+    assert relative(found.sums["key_square_sum"], key_squares) < 1e-5
     assert list(found.grids) == [specimen.workload(row).grids for row in ROWS]
 
 

@@ -51,6 +51,35 @@ def test_the_whole_plan_is_the_stock_model(specimen: Specimen) -> None:
 # 2. Any plan: the fast runtime is the reference.
 
 
+def drawn(specimen: Specimen, seed: int, stored: str, **fixed: Any) -> PruningPlan:
+    """A random plan, visual keys and values stored whole or in few bits."""
+    plan = specimen.plan(seed, **fixed)
+    return tiny.in_few_bits(plan, seed) if stored == FEW_BITS else plan
+
+
+FEW_BITS = "in few bits"
+storages = pytest.mark.parametrize("stored", ["whole", FEW_BITS])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prefill_in_few_bits_is_the_reference(specimen: Specimen, seed: int) -> None:
+    """In float64: where a number lies between two levels, rounding decides on a whole step."""
+    for name, inputs in prompts_of(specimen).items():
+        plan = drawn(specimen, seed, FEW_BITS)
+        where = specimen.text_positions(inputs)
+        with reference(specimen.oracle, plan):
+            expected = tiny.logits(specimen.oracle, inputs)[where]
+        with pruned(specimen.oracle, plan):
+            found = tiny.logits(specimen.oracle, inputs)[where]
+            recorded = specimen.oracle(**tiny.as_dtype(inputs, torch.float64)).logits[where]
+        scale = expected.abs().max()
+        assert (found - expected).abs().max() < 1e-9 * scale, name
+        assert (recorded.detach() - expected).abs().max() < 1e-9 * scale, name
+        with pruned(specimen.oracle, specimen.plan(seed)):
+            whole = tiny.logits(specimen.oracle, inputs)[where]
+        assert torch.allclose(whole, found, rtol=1e-6) == (name == "text"), name
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_prefill_is_the_reference(specimen: Specimen, seed: int) -> None:
     for name, inputs in prompts_of(specimen).items():
@@ -78,10 +107,11 @@ def specified(
         return specimen.generate(specimen.oracle, inputs, use_cache=False, **options)
 
 
+@storages
 @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
-def test_generate_matches_the_reference(specimen: Specimen, beams: int) -> None:
+def test_generate_matches_the_reference(specimen: Specimen, beams: int, stored: str) -> None:
     for seed, (name, inputs) in enumerate(prompts_of(specimen).items()):
-        plan = specimen.plan(seed)
+        plan = drawn(specimen, seed, stored)
         expected = specified(specimen, plan, inputs, num_beams=beams)
         with pruned(specimen.oracle, plan):
             found = specimen.generate(specimen.oracle, inputs, num_beams=beams)
@@ -90,10 +120,11 @@ def test_generate_matches_the_reference(specimen: Specimen, beams: int) -> None:
 
 @pytest.mark.parametrize("first", [[1, 5, 6, "A", 7, 8], [1, 5, 6]], ids=["image", "text"])
 @pytest.mark.parametrize("seed", SEEDS)
+@storages
 def test_a_second_turn_with_a_new_image_continues_the_cache(
-    specimen: Specimen, first: list[int | str], seed: int
+    specimen: Specimen, first: list[int | str], seed: int, stored: str
 ) -> None:
-    plan, cache, oracle = specimen.plan(seed), DynamicCache(), specimen.oracle
+    plan, cache, oracle = drawn(specimen, seed, stored), DynamicCache(), specimen.oracle
     second = [11, "B", 12, 13]
     with pruned(oracle, plan):
         said = specimen.generate(oracle, specimen.inputs([first]), past_key_values=cache)
@@ -157,6 +188,29 @@ def test_a_baked_and_loaded_model_equals_one_pruned_in_memory(baked: tuple, how:
     assert torch.equal(specimen.generate(model, inputs), said)
 
 
+def test_baked_in_few_bits_is_pruned_in_memory(specimen: Specimen, tmp_path: Path) -> None:
+    fixed = {"workload": specimen.workload(LARGE), "compensation": "refit", "baked": False}
+    plan = drawn(specimen, 7, FEW_BITS, **fixed)
+    specimen.model.save_pretrained(tmp_path / "source")
+    bake(plan, tmp_path / "source", tmp_path / "out")
+    baked = yopo.read_plan(tmp_path / "out" / "yopo_plan.yaml")
+    dense = tiny.exact(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"))
+    inputs = specimen.inputs(PROMPTS["padded, different images"])
+    where = specimen.text_positions(inputs)
+    with pruned(specimen.oracle, plan):
+        expected = tiny.logits(specimen.oracle, inputs)[where]
+    with pruned(dense, baked, check=False):
+        found = tiny.logits(dense, inputs)[where]
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
+    loaded = yopo.load(tmp_path / "out")
+    with torch.no_grad():
+        cache = loaded(**specimen.inputs([LARGE]), use_cache=True).past_key_values
+    held = sum(layer.visual_bytes() for layer in cache.layers)
+    assert held == visual_kv_bytes(plan, itemsize=4)
+    assert visual_kv_bytes(plan) < visual_kv_bytes(specimen.plan(7, **fixed))
+    verify(tmp_path / "out", tmp_path / "source", plan)
+
+
 def test_verify_compares_both_checkpoints(baked: tuple) -> None:
     """This is what ``yopo apply --verify`` does, with the family's own inputs of noise."""
     path, plan, specimen = baked
@@ -186,10 +240,11 @@ def test_flops_of_the_dense_model_are_the_predicted_ones(specimen: Specimen) -> 
     assert executed(specimen, specimen.inputs([LARGE])) == pytest.approx(predicted, rel=0.01)
 
 
+@storages
 @pytest.mark.parametrize("seed", SEEDS)
-def test_flops_and_bytes_are_the_predicted_ones(specimen: Specimen, seed: int) -> None:
+def test_flops_and_bytes_are_the_predicted_ones(specimen: Specimen, seed: int, stored: str) -> None:
     inputs = specimen.inputs([LARGE])
-    plan = specimen.plan(seed, workload=specimen.workload(LARGE))
+    plan = drawn(specimen, seed, stored, workload=specimen.workload(LARGE))
     with pruned(specimen.model, plan):
         assert executed(specimen, inputs) == pytest.approx(prefill_flops(plan), rel=0.01)
         with torch.no_grad():

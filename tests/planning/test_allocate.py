@@ -16,7 +16,7 @@ from yopo.calibration.statistics import Statistics
 from yopo.fitting.profile import Profile
 from yopo.planning import planner
 from yopo.planning.allocate import Allocator
-from yopo.planning.allocations import Candidate
+from yopo.planning.candidate import Candidate
 from yopo.planning.planner import make_plan
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.templates import Layers, TemplateBuilder, trim

@@ -9,6 +9,7 @@ from tiny import PICTURE, Subject
 from transformers import DynamicCache
 
 from yopo.plans.flops import dense_visual_kv_bytes, visual_kv_bytes
+from yopo.plans.schema import PruningPlan
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.install import pruned
 from yopo.support.errors import ModelError
@@ -23,13 +24,24 @@ def filled(subject: Subject, inputs: dict[str, torch.Tensor]) -> DynamicCache:
     return subject.model(**tiny.as_dtype(inputs, subject.model.dtype)).past_key_values
 
 
+storages = pytest.mark.parametrize("stored", ["whole", "in few bits"])
+
+
+def drawn(subject: Subject, seed: int, stored: str) -> PruningPlan:
+    plan = subject.random_plan(seed)
+    return plan if stored == "whole" else tiny.in_few_bits(plan, seed)
+
+
 def visual_bytes(cache: DynamicCache) -> int:
     return sum(layer.visual_bytes() for layer in cache.layers)
 
 
+@storages
 @pytest.mark.parametrize("seed", range(5))
-def test_cached_visual_bytes_are_the_predicted_ones(subject: Subject, seed: int) -> None:
-    plan = subject.random_plan(seed)
+def test_cached_visual_bytes_are_the_predicted_ones(
+    subject: Subject, seed: int, stored: str
+) -> None:
+    plan = drawn(subject, seed, stored)
     predicted = visual_kv_bytes(plan, itemsize=4)
     with torch.no_grad(), pruned(subject.model, plan):
         assert visual_bytes(filled(subject, TWO_ROWS)) == 2 * predicted
@@ -55,10 +67,11 @@ def test_the_stock_cache_has_the_predicted_dense_bytes(subject: Subject) -> None
         assert visual_bytes(filled(subject, ONE)) == predicted
 
 
+@storages
 @pytest.mark.parametrize("seed", range(3))
-def test_a_dropped_layer_holds_only_text(subject: Subject, seed: int) -> None:
+def test_a_dropped_layer_holds_only_text(subject: Subject, seed: int, stored: str) -> None:
     """This is not only reported: the actual buffers are no longer than their tokens."""
-    plan = subject.random_plan(seed)
+    plan = drawn(subject, seed, stored)
     with pruned(subject.model, plan):
         cache = filled(subject, ONE)
     text = ONE["input_ids"].shape[1] - len(PICTURE)
@@ -82,9 +95,10 @@ def test_generate_reports_the_logical_length(mha: Subject) -> None:
     assert cache.get_seq_length() == said.shape[1] - 1  # the last token was never fed back
 
 
+@storages
 @torch.no_grad()
-def test_cropping_removes_text(subject: Subject) -> None:
-    plan = subject.random_plan(2)
+def test_cropping_removes_text(subject: Subject, stored: str) -> None:
+    plan = drawn(subject, 2, stored)
     with pruned(subject.model, plan):
         cache = filled(subject, ONE)
         expected = subject.model(**NEXT, past_key_values=cache).logits
@@ -107,9 +121,10 @@ def test_cropping_into_an_image_is_refused(subject: Subject) -> None:
             cache.crop(-ONE["input_ids"].shape[1])
 
 
+@storages
 @torch.no_grad()
-def test_cache_rows_can_be_selected_repeated_and_reset(subject: Subject) -> None:
-    plan = subject.random_plan(2)
+def test_cache_rows_can_be_selected_repeated_and_reset(subject: Subject, stored: str) -> None:
+    plan = drawn(subject, 2, stored)
     step = {"input_ids": torch.tensor([[9], [11]])}
     mask = torch.cat([TWO_ROWS["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
     with pruned(subject.model, plan):
@@ -152,6 +167,36 @@ def test_another_plan_does_not_continue_a_pruned_cache(mha: Subject) -> None:
         cache = filled(mha, ONE)
     with pruned(mha.model, tiny.whole(mha)), pytest.raises(ModelError, match="another plan"):
         mha.model(**NEXT, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_another_storage_does_not_continue_a_pruned_cache(mha: Subject) -> None:
+    plan = mha.random_plan(2)
+    with pruned(mha.model, plan):
+        cache = filled(mha, ONE)
+    stored = tiny.in_few_bits(plan, 2)
+    with pruned(mha.model, stored), pytest.raises(ModelError, match="another plan"):
+        mha.model(**NEXT, past_key_values=cache)
+
+
+def test_gradients_reach_what_is_stored_in_few_bits(subject: Subject) -> None:
+    """As if nothing were rounded; and a cache that was filled so goes on without gradients."""
+    plan = drawn(subject, 2, "in few bits")
+    with pruned(subject.oracle, plan):
+        inputs = tiny.as_dtype(ONE, torch.float64)
+        recorded = subject.oracle(**inputs)
+        grads = torch.autograd.grad(
+            recorded.logits.square().sum(),
+            [each.self_attn.k_proj.weight for each in subject.oracle.get_decoder().layers],
+        )
+        assert all(each.isfinite().all() and each.any() for each in grads)
+        with torch.no_grad():
+            packed = subject.oracle(**inputs)
+            expected, found = (
+                subject.oracle(**NEXT, past_key_values=each.past_key_values).logits
+                for each in (packed, recorded)
+            )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

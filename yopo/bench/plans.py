@@ -137,6 +137,7 @@ def made_up_statistics(model: ModelIdentity, workload: Workload, *, seed: int) -
         text_norm_sum=torch.ones(layers, dtype=torch.float64),
         cross_modal_sum=draw(layers),
         locality_sum=draw(layers, MAX_DISTANCE + 2),
+        key_square_sum=torch.ones(layers, shape.kv_heads, shape.head_dim, dtype=torch.float64),
         down_norm=torch.ones(layers, shape.ffn, dtype=torch.float64),
         visual_tokens=1,
         text_queries=1,

@@ -143,7 +143,11 @@ def fitted(plan: PruningPlan) -> PruningPlan:
     """A plan for the random model: of its family, with missing fitted weights made up."""
     plan = replace(plan, model=replace(plan.model, family=FAMILY, fingerprint=MADE_UP))
     if plan.compensation == "refit" and not plan.tensors.refit:
-        plan = replace(plan, tensors=made_up_refit(plan))
+        plan = replace(plan, tensors=replace(made_up_refit(plan), key_scale=plan.tensors.key_scale))
+    if plan.needs_key_scale and plan.tensors.key_scale is None:
+        shape = plan.model.shape
+        ones = torch.ones(shape.layers, shape.kv_heads, shape.head_dim)
+        plan = replace(plan, tensors=replace(plan.tensors, key_scale=ones))
     return plan
 
 

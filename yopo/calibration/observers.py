@@ -122,6 +122,9 @@ class Observer:
                 masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             locality += view.by_distance(chunk, weights.mean(dim=1))
         self._rho_of_batch.append((masses[..., 0] / masses[..., 1]).cpu())
+        for row, positions in enumerate(view.visual_positions):
+            some = keys[row].index_select(1, positions).float()
+            self.sums["key_square_sum"][layer] += some.square().sum(dim=1).double().cpu()
         self.sums["cross_modal_sum"][layer] += cross_modal.double().cpu()
         self.sums["locality_sum"][layer] += locality.double().cpu()
 

@@ -48,6 +48,9 @@ FORMAT = "yopo-statistics-2"
 MAX_COUNT = 1 << 53
 """Maximum tokens or queries in a sum: all integers up to here are exact as floats."""
 
+LEAST_SCALE = 1e-3
+"""Of a key's channel, over its head's: a silent channel must not set the step of its group."""
+
 MAX_DISTANCE = 64
 """Largest Chebyshev distance that is distinguished (farther ones count as 64)."""
 
@@ -83,6 +86,8 @@ class Statistics:
             heads.
         locality_sum: (L, MAX_DISTANCE + 2) float64, visual-to-visual attention mass per Chebyshev
             distance, averaged over heads; the last column is for other images.
+        key_square_sum: (L, KV heads, D) float64, sum over visual tokens of the squared keys, RoPE
+            applied; zero in older files, which lack it.
         down_norm: (L, m) float64, squared column norms of the FFN's down projection.
         visual_tokens: Visual tokens counted in the neuron and head sums.
         text_queries: Queries counted in ``cross_modal_sum``.
@@ -100,6 +105,7 @@ class Statistics:
     text_norm_sum: torch.Tensor = field(metadata=_sum())
     cross_modal_sum: torch.Tensor = field(metadata=_sum())
     locality_sum: torch.Tensor = field(metadata=_sum(MAX_DISTANCE + 2))
+    key_square_sum: torch.Tensor = field(metadata=_sum("kv_heads", "head_dim"))
     down_norm: torch.Tensor
     visual_tokens: int
     text_queries: int
@@ -138,6 +144,16 @@ class Statistics:
         """(L, MAX_DISTANCE + 2) float64: cumulative share of the mass within each distance."""
         total = self.locality_sum.sum(dim=1, keepdim=True).clamp(min=1e-30)
         return (self.locality_sum / total).cumsum(dim=1)
+
+    @property
+    def key_scale(self) -> torch.Tensor | None:
+        """(L, KV heads, D) float32 root mean squares of visual keys' channels, in every head over
+        that of all its channels; at least ``LEAST_SCALE``. None if keys were not measured."""
+        if not bool(self.key_square_sum.any()):
+            return None
+        mean = self.key_square_sum.mean(dim=2, keepdim=True)
+        relative = torch.where(mean > 0, self.key_square_sum / mean.clamp(min=1e-300), 1.0)
+        return relative.sqrt().clamp(min=LEAST_SCALE).float()
 
     def _tokens(self) -> int:
         if not self.visual_tokens:
@@ -275,7 +291,7 @@ def load_statistics(path: str | Path) -> Statistics:
         )
     try:
         found = _from_document(about, tensors)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     problem = _first_problem(found)
     if problem is not None:
@@ -295,6 +311,10 @@ def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> S
     if extent is not None:
         smallest, largest = (Grid(**extent.pop(name)) for name in ("smallest", "largest"))
         about["extent"] = Extent(smallest, largest, **extent)
+    if "key_square_sum" not in tensors:  # what older files lack
+        size = sum_sizes(shape)["key_square_sum"]
+        nothing = torch.zeros((), dtype=torch.float64).expand(size)  # its size is yet unchecked
+        tensors = {**tensors, "key_square_sum": nothing}
     known: dict[str, Any] = {**tensors, **about}  # unknown or missing names raise a TypeError
     return Statistics(
         model=ModelIdentity(shape=shape, **identity),

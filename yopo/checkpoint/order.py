@@ -136,7 +136,12 @@ def _baked_tensors(plan: PruningPlan, orders: Sequence[BakedLayer]) -> PlanTenso
         head_mean = torch.stack(
             [mean[list(order.head_order)] for mean, order in zip(head_mean, orders, strict=True)]
         )
-    return PlanTensors(neuron_mean=neuron_mean, head_mean=head_mean, refit=refit)
+    key_scale = tensors.key_scale
+    if key_scale is not None:
+        key_scale = torch.stack(
+            [scale[list(order.kv_order)] for scale, order in zip(key_scale, orders, strict=True)]
+        )
+    return PlanTensors(None, neuron_mean, head_mean, refit, key_scale)
 
 
 def _baked_refit(

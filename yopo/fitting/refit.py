@@ -79,17 +79,25 @@ def refit(
     for number in range(depth):
         dense = walk.step(number)
         branches = [part for each in branches for part in each.parted(plans, number)]
-        extras = Extras(None if order is None else order[number])
         kind = next(walk.decoder.layers[number].parameters()).dtype
         for branch in branches:
-            layer = plans[branch.members[0]].layers[number]
-            weights = LayerFit(walk, layer, first.model.shape, number, extras).run(
-                branch.states, dense
+            plan = plans[branch.members[0]]
+            fit = LayerFit(
+                walk, plan.layers[number], plan.model.shape, number, _extras(plan, number)
             )
+            weights = fit.run(branch.states, dense)
             weights = {name: each.to("cpu", kind) for name, each in weights.items()}
             for member in branch.members if weights else ():
                 fitted[member][number] = weights
     return fitted
+
+
+def _extras(plan: PruningPlan, number: int) -> Extras:
+    order, scale = plan.tensors.neuron_order, plan.tensors.key_scale
+    return Extras(
+        None if order is None else order[number],
+        key_scale=None if scale is None else scale[number],
+    )
 
 
 @dataclass
@@ -121,7 +129,7 @@ class LayerFit:
         layer: The layer's plan.
         shape: The decoder's dimensions.
         number: The layer's index.
-        extras: Its neuron order.
+        extras: Its neuron order and key scale.
     """
 
     def __init__(
@@ -163,13 +171,17 @@ class LayerFit:
 
     def part(self) -> VisualLayer:
         """The visual layer with the weights fitted so far; the layer's own weights elsewhere."""
-        extras = Extras(self.extras.order, refit=self.weights)
+        extras = replace(self.extras, refit=self.weights)
         return VisualLayer(self.module, self.layer, self.shape, self.names, extras)
 
     def projections(self, batches: list[PrunedBatch]) -> Weights:
         """Fit queries, keys and values through the bottleneck."""
         stock = VisualLayer(
-            self.module, replace(self.layer, qkv_rank=None), self.shape, self.names, Extras()
+            self.module,
+            replace(self.layer, qkv_rank=None, key_bits=None, value_bits=None),
+            self.shape,
+            self.names,
+            Extras(),
         )
         norm = getattr(self.module, self.names.attention_norm)
         moments = self._moments(0)

@@ -41,7 +41,7 @@ from yopo.pipeline.tolerance import (
     provenance_of,
     warn_if_unsupported,
 )
-from yopo.planning.allocations import Candidate
+from yopo.planning.candidate import Candidate
 from yopo.planning.planner import make_plan
 from yopo.planning.request import (
     BudgetRequest,

@@ -7,9 +7,10 @@ at a time: a generation shares one dense walk, and the estimate leaves many laye
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
+from yopo.planning.candidate import Candidate, kl_of
 from yopo.planning.templates import Layers
 from yopo.planning.weightings import Weighting, even_weightings, near
 from yopo.plans.schema import PruningPlan
@@ -26,31 +27,6 @@ DRAWS = 8
 
 Measure = Callable[[PruningPlan], float]
 """Logit KL of a plan to the dense model, on pairs that were not used for fitting."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan at the budget and its divergence from the dense model.
-
-    Attributes:
-        template: Name in ``TEMPLATES``, or how the budget was allocated.
-        compensation: ``none``, ``mean`` or ``refit``.
-        plan: The plan. Of all allocations only the best has its fitted weights in memory.
-        kl: Logit KL to the dense model, per answer token; None if not measured.
-        weighting: The weighting of the allocation, if it is one.
-    """
-
-    template: str
-    compensation: str
-    plan: PruningPlan
-    kl: float | None
-    weighting: Weighting | None = None
-
-
-def kl_of(candidate: Candidate) -> float:
-    """The KL of a candidate that was measured."""
-    assert candidate.kl is not None, "only measured candidates are compared"
-    return candidate.kl
 
 
 class Allocations:
@@ -137,13 +113,14 @@ class Allocations:
     def _add(self, candidate: Candidate) -> None:
         """Add a candidate; only the better of it and the best keeps its fitted weights."""
         if self.found and kl_of(candidate) >= kl_of(self.best):
-            candidate = _without_weights(candidate)
+            candidate = without_weights(candidate)
         elif self.found:
             index = self.found.index(self.best)
-            self.found[index] = _without_weights(self.found[index])
+            self.found[index] = without_weights(self.found[index])
         self.found.append(candidate)
 
 
-def _without_weights(candidate: Candidate) -> Candidate:
+def without_weights(candidate: Candidate) -> Candidate:
+    """The same without its fitted weights, to save memory."""
     plan = candidate.plan
     return replace(candidate, plan=replace(plan, tensors=replace(plan.tensors, refit={})))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from operator import methodcaller
 
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.fitter import Fitter
 from yopo.planning.allocate import Allocator, Levers
-from yopo.planning.allocations import Allocations, Candidate, Measure, kl_of
+from yopo.planning.allocations import Allocations, Measure, without_weights
+from yopo.planning.candidate import Candidate, kl_of
+from yopo.planning.kv_storage import Build, KVBudget, Storage
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
-from yopo.planning.search import Search, State, moves, resolve, state_of
+from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
 from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_budget
@@ -97,6 +100,9 @@ class Assembler:
 
     def _unfitted(self, layers: Layers, compensation: str) -> PruningPlan:
         requested = self.request.budget if isinstance(self.request, BudgetRequest) else None
+        tensors = self.tensors
+        if any(layer.key_bits is not None for layer in layers):
+            tensors = replace(tensors, key_scale=self.statistics.key_scale)
         plan = PruningPlan(
             model=self.statistics.model,
             workload=self.statistics.workload,
@@ -104,7 +110,7 @@ class Assembler:
             budget=Budget(requested, 0.0),
             compensation=compensation,
             bidirectional=self.request.bidirectional,
-            tensors=self.tensors,
+            tensors=tensors,
             measured=self.statistics.measured,
             extent=self.statistics.extent,
             provenance={
@@ -148,6 +154,7 @@ class Planner(Assembler):
         if not found:
             raise self._unaffordable()
         if self.measure is not None:
+            found += self._otherwise_stored(min(found, key=kl_of))
             found.sort(key=kl_of)
             if self.request.search:
                 found.insert(0, self.improved(found, self.request.search))
@@ -190,29 +197,62 @@ class Planner(Assembler):
 
     @cached_property
     def allocations(self) -> Allocations:
-        """The allocations of this budget."""
+        """The allocations of this budget, each in the finest storage that drops no head."""
+        return self._stored_in(None)
+
+    def _stored_in(self, storage: Storage | None) -> Allocations:
         assert self.measure is not None, "allocations are measured"
 
         def fit(many: Sequence[Layers]) -> list[PruningPlan]:
             return self._fitted([self._unfitted(layers, "refit") for layers in many])
 
-        return Allocations(self._allocate, fit, self.measure)
+        return Allocations(partial(self._allocate, storage=storage), fit, self.measure)
 
-    def _allocate(self, weighting: Weighting) -> Layers | None:
+    def _allocate(self, weighting: Weighting, storage: Storage | None = None) -> Layers | None:
+        return self._kv.store(partial(self._allocate_within, weighting), storage)
+
+    def _allocate_within(self, weighting: Weighting, builder: TemplateBuilder) -> Layers | None:
         assert self.fitter is not None, "allocations are made from a fitter's profile"
-        return Allocator(self._builder(), self.fitter.profile, weighting, self.levers).allocate()
+        return Allocator(builder, self.fitter.profile, weighting, self.levers).allocate()
+
+    def _otherwise_stored(self, best: Candidate) -> list[Candidate]:
+        """The best candidate, its visual keys and values stored in other ways."""
+        found: list[Candidate] = []
+        build, least = self._build_of(best), kl_of(best)
+        for storage in self._kv.others(build):
+            layers = self._kv.store(build, storage)
+            if layers is None or layers == best.plan.layers:
+                continue
+            plan = self.assemble(layers, best.compensation)
+            assert self.measure is not None, "storages are compared by measuring"
+            kl, name = self.measure(plan), f"{best.template}, {storage}"
+            made = Candidate(name, best.compensation, plan, kl, best.weighting, storage)
+            found.append(made if kl < least else without_weights(made))
+            if storage.finer is None and kl >= least:
+                break
+            least = min(least, kl)
+        return found
+
+    def _build_of(self, candidate: Candidate) -> Build:
+        if candidate.weighting is not None:
+            return partial(self._allocate_within, candidate.weighting)
+        return methodcaller("candidate", candidate.template)
 
     def improved(self, found: list[Candidate], max_runs: int) -> Candidate:
         """Improve the first of the measured candidates; returned as it is if nothing is better."""
         start = found[0]
         if start.weighting is not None:
-            best = self.allocations.vary(max_runs)
+            allocations = self.allocations
+            if start.storage is not None:
+                allocations = self._stored_in(start.storage)
+                allocations.found.append(start)
+            best = allocations.vary(max_runs)
             return start if best is start else replace(best, template=f"search, {best.template}")
         first, first_kl = (start.plan.layers, start.compensation), kl_of(start)
         builder = self._builder()
         states = Search[State](
             lambda state: moves(state, builder),
-            lambda state: resolve(state, builder),
+            lambda state: self._resolve(state, start.storage),
             self._kl,
             max_runs,
             {(each.plan.layers, each.compensation): kl_of(each) for each in found},
@@ -222,6 +262,14 @@ class Planner(Assembler):
             return start
         plan = self.assemble(layers, kind)
         return Candidate(f"search from {start.template}", kind, plan, kl)
+
+    def _resolve(self, state: State, storage: Storage | None) -> Resolved | None:
+        def build(builder: TemplateBuilder) -> Layers | None:
+            found = resolve(state, builder)
+            return None if found is None else found[0]
+
+        layers = self._kv.store(build, storage)
+        return None if layers is None else (layers, state.compensation)
 
     def _kl(self, layers: Layers, kind: str) -> float:
         assert self.measure is not None, "a search is refused without a measure"
@@ -234,19 +282,21 @@ class Planner(Assembler):
             self.statistics, self.request.budget, groups=groups, kv_budget=kv_budget
         )
 
-    def _built(self) -> list[tuple[str, Layers]]:
-        builder = self._builder()
+    @cached_property
+    def _kv(self) -> KVBudget:
+        return KVBudget.of(self._builder(), is_limited=self.request.kv_budget is not None)
+
+    def _built(self) -> Iterator[tuple[str, Layers]]:
+        """Templates that fit, stored within the budget of KV bytes, without duplicates."""
         name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
-        if name is None:
-            found = list(builder.candidates())
-        elif name not in TEMPLATES:
+        if name is not None and name not in TEMPLATES:
             raise PlanError(f"Unknown template '{name}'.", remedy=suggest(name, TEMPLATES))
-        else:
-            layers = builder.build(name)
-            found = []
-            if layers is not None and any(layer.read_heads for layer in layers):
-                found.append((name, layers))
-        return found
+        seen: set[Layers] = set()
+        for each in TEMPLATES if name is None else (name,):
+            layers = self._kv.store(methodcaller("candidate", each))
+            if layers is not None and layers not in seen:
+                seen.add(layers)
+                yield each, layers
 
     def _unaffordable(self) -> PlanError:
         builder = self._builder()
@@ -256,7 +306,8 @@ class Planner(Assembler):
         cached = ""
         if self.request.kv_budget is not None:
             cached = f" and a KV budget of {self.request.kv_budget}"
-            costs += f" and caches {builder.kv_share((builder.reader_layer,)):.4f}"
+            coarsest = self._kv.storages[-1].share(builder.shape)
+            costs += f" and caches {coarsest * builder.kv_share((builder.reader_layer,)):.4f}"
         return PlanError(
             f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: one layer that "
             f"reads the image {costs}.",

@@ -29,7 +29,12 @@ import torch
 
 from yopo.calibration.statistics import Statistics
 from yopo.planning.paper import EMPTY, kept_heads, paper_layers
-from yopo.plans.flops import dense_visual_flops, visual_flops_of_layer
+from yopo.plans.flops import (
+    dense_visual_flops,
+    dense_visual_kv_bytes,
+    visual_flops_of_layer,
+    visual_kv_bytes_of_layer,
+)
 from yopo.plans.schema import LayerPlan, full_layer
 from yopo.strategies import heads as head_strategy
 from yopo.strategies.layers import select_readers
@@ -63,15 +68,21 @@ class TemplateBuilder:
         self._all_heads = tuple(range(self.shape.heads))
         self.reader_layer = LayerPlan(self._all_heads, attend_heads=(), radius=None, neurons=0)
 
+    def with_kv_budget(self, kv_budget: float) -> TemplateBuilder:
+        """The same with another budget of KV bytes."""
+        return TemplateBuilder(
+            self.statistics, self.budget, groups=self.groups, kv_budget=kv_budget
+        )
+
     def cost(self, layers: Layers) -> float:
         """Visual budget of some layers."""
         each = (visual_flops_of_layer(layer, self.shape, self.workload) for layer in layers)
         return sum(each) / self._dense
 
     def kv_share(self, layers: Layers) -> float:
-        """Visual KV bytes of some layers over the dense model's."""
-        kept = sum(len(layer.kept_kv(self.shape)) for layer in layers)
-        return kept / (self.shape.layers * self.shape.kv_heads)
+        """Visual KV bytes of some layers over the dense model's, 16-bit numbers where whole."""
+        each = (visual_kv_bytes_of_layer(layer, self.shape, self.workload) for layer in layers)
+        return sum(each) / dense_visual_kv_bytes(self.shape, self.workload)
 
     def fits(self, layers: Layers) -> bool:
         """Whether layers are within both budgets."""
@@ -84,13 +95,18 @@ class TemplateBuilder:
     def candidates(self) -> Iterator[tuple[str, Layers]]:
         """Yield (name, layers) of every template that fits, without duplicates."""
         seen: set[Layers] = set()
-        for name, build in TEMPLATES.items():
-            layers = build(self)
-            if layers is None or not self.fits(layers) or layers in seen:
-                continue
-            if any(layer.read_heads for layer in layers):
+        for name in TEMPLATES:
+            layers = self.candidate(name)
+            if layers is not None and layers not in seen:
                 seen.add(layers)
                 yield name, layers
+
+    def candidate(self, name: str) -> Layers | None:
+        """One shape by name; None if it does not fit, or nothing in it is read."""
+        layers = self.build(name)
+        if layers is None or not self.fits(layers):
+            return None
+        return layers if any(layer.read_heads for layer in layers) else None
 
     def build(self, name: str) -> Layers | None:
         """The layers of a template; None if even its smallest form exceeds the budget."""

@@ -27,6 +27,7 @@ def check_tensors(plan: PruningPlan, where: str = "The plan") -> None:
         "neuron_order": (shape.layers, shape.ffn),
         "neuron_mean": (shape.layers, shape.ffn),
         "head_mean": (shape.layers, shape.heads, shape.head_dim),
+        "key_scale": (shape.layers, shape.kv_heads, shape.head_dim),
     }
     for name, size in expected.items():
         tensor = getattr(tensors, name)
@@ -41,6 +42,8 @@ def check_tensors(plan: PruningPlan, where: str = "The plan") -> None:
         raise PlanError(f"{where}: neuron_order is not a permutation of the neurons.")
     if plan.compensation == "mean" and (tensors.neuron_mean is None or tensors.head_mean is None):
         raise PlanError(f"{where}: lacks the means that 'compensation: mean' needs.")
+    if plan.needs_key_scale:
+        _check_key_scale(plan, where)
     if plan.compensation == "refit":
         _check_refit(plan, where)
     for name, tensor in _floats(tensors):
@@ -50,9 +53,21 @@ def check_tensors(plan: PruningPlan, where: str = "The plan") -> None:
             )
 
 
+def _check_key_scale(plan: PruningPlan, where: str) -> None:
+    scale = plan.tensors.key_scale
+    if scale is None:
+        raise PlanError(
+            f"{where}: lacks key_scale, by which quantised keys are divided.",
+            remedy="It is measured in calibration: calibrate again with --kv-budget.",
+        )
+    if not bool((scale > 0).all()):  # a NaN is not, either
+        raise PlanError(f"{where}: key_scale must be positive.", remedy="Calibrate again.")
+
+
 def _floats(tensors: PlanTensors) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in messages, tensor) of all tensors other than the order."""
-    for name, tensor in (("neuron_mean", tensors.neuron_mean), ("head_mean", tensors.head_mean)):
+    for name in ("neuron_mean", "head_mean", "key_scale"):
+        tensor = getattr(tensors, name)
         if tensor is not None:
             yield name, tensor
     for layer, weights in tensors.refit.items():

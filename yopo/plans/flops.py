@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from yopo.plans.grid import row_blocks, window_pairs
+from yopo.plans.kv_storage import bytes_of_head
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, Workload, full_layer
 
 
@@ -132,10 +133,24 @@ def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
 
 
 def visual_kv_bytes(plan: PruningPlan, itemsize: int = 2) -> int:
-    """Bytes of visual keys and values in the cache for one prompt (16-bit by default)."""
-    shape = plan.model.shape
-    kept = sum(len(layer.kept_kv(shape)) for layer in plan.layers)
-    return 2 * kept * shape.head_dim * plan.workload.visual * itemsize
+    """Bytes of visual keys and values in the cache for one prompt, scales included.
+
+    Args:
+        plan: The plan.
+        itemsize: Bytes of a number that is not quantised (16 bits unless told).
+    """
+    shape, workload = plan.model.shape, plan.workload
+    return sum(visual_kv_bytes_of_layer(each, shape, workload, itemsize) for each in plan.layers)
+
+
+def visual_kv_bytes_of_layer(
+    layer: LayerPlan, shape: ModelShape, workload: Workload, itemsize: int = 2
+) -> int:
+    """Bytes of one layer's visual keys and values; arguments as for :func:`visual_kv_bytes`."""
+    head = sum(
+        bytes_of_head(shape.head_dim, bits, itemsize) for bits in (layer.key_bits, layer.value_bits)
+    )
+    return len(layer.kept_kv(shape)) * head * workload.visual
 
 
 def dense_visual_kv_bytes(shape: ModelShape, workload: Workload, itemsize: int = 2) -> int:

@@ -34,9 +34,8 @@ def layer_to_dict(layer: LayerPlan, shape: ModelShape) -> dict[str, Any]:
         "radius": layer.radius,
         "neurons": layer.neurons,
     }
-    levers = {each.name: getattr(layer, each.name) for each in LEVERS}
-    is_used = any(levers[each.name] != each.default for each in LEVERS)
-    return data | levers if is_used else data
+    used = {each.topic for each in LEVERS if getattr(layer, each.name) != each.default}
+    return data | {each.name: getattr(layer, each.name) for each in LEVERS if each.topic in used}
 
 
 def read_layers(document: Document, shape: ModelShape) -> tuple[LayerPlan, ...]:

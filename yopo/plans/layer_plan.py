@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from yopo.plans.kv_storage import LEVELS
+
 MAX_RADIUS = 1 << 20
 
 
@@ -25,9 +27,9 @@ class ModelShape:
         return self.heads // self.kv_heads
 
 
-def _lever(default: Any, *, column: str, title: str) -> Any:
+def _lever(default: Any, *, column: str, title: str, topic: str = "weights") -> Any:
     """A field of a layer plan that only some plans use: see :class:`Lever`."""
-    about = {"default": default, "column": column, "title": title}
+    about = {"default": default, "column": column, "title": title, "topic": topic}
     return field(default=default, metadata=about)
 
 
@@ -44,6 +46,9 @@ class LayerPlan:
             computed; None means the original projections.
         map_rank: Rank of the fitted linear map of the normed FFN input that replaces what visual
             tokens no longer compute here; 0 means none.
+        key_bits: Bits per number of the visual keys in the cache: 8, 4 or 2; None means the
+            model's dtype.
+        value_bits: The same for the visual values.
     """
 
     read_heads: tuple[int, ...]
@@ -52,6 +57,8 @@ class LayerPlan:
     neurons: int
     qkv_rank: int | None = _lever(None, column="rank", title="bottleneck of queries, keys, values")
     map_rank: int = _lever(0, column="map", title="rank of the linear map")
+    key_bits: int | None = _lever(None, column="K bits", title="bits of keys", topic="storage")
+    value_bits: int | None = _lever(None, column="V bits", title="bits of values", topic="storage")
 
     @property
     def is_empty(self) -> bool:
@@ -68,11 +75,16 @@ class LayerPlan:
         """Whether the layer needs separate weights for visual tokens."""
         return self.qkv_rank is not None or self.map_rank > 0
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether visual keys or values are stored in few bits."""
+        return self.key_bits is not None or self.value_bits is not None
+
     def is_full(self, shape: ModelShape) -> bool:
         """Whether visual tokens do everything that they do in the dense model."""
         everything = len(self.read_heads) == shape.heads and self.neurons == shape.ffn
         attends = self.attend_heads == self.read_heads and self.radius is None
-        return everything and attends and not self.is_fitted
+        return everything and attends and not self.is_fitted and not self.is_quantised
 
     def kept_kv(self, shape: ModelShape) -> tuple[int, ...]:
         """KV heads whose visual keys and values exist: those with a kept query head."""
@@ -88,12 +100,14 @@ class Lever:
         default: Its value in a layer that does not use it.
         column: Heading in the table of ``yopo inspect``.
         title: Heading in model cards.
+        topic: What it is about; levers of one topic are written together.
     """
 
     name: str
     default: int | None
     column: str
     title: str
+    topic: str
 
 
 LEVERS = tuple(Lever(each.name, **each.metadata) for each in fields(LayerPlan) if each.metadata)
@@ -107,7 +121,7 @@ def full_layer(shape: ModelShape) -> LayerPlan:
 
 def layer_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
     """The first problem of a layer: (key, the problem as the rest of a sentence), or None."""
-    return _heads_problem(layer, shape) or _sizes_problem(layer, shape)
+    return _heads_problem(layer, shape) or _sizes_problem(layer, shape) or _storage_problem(layer)
 
 
 def _heads_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | None:
@@ -142,4 +156,16 @@ def _sizes_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | Non
         return "map_rank", f"must lie between 0 and {shape.hidden}, found {layer.map_rank}"
     if layer.map_rank and layer.neurons == shape.ffn:
         return "map_rank", "must be 0 when all neurons are kept"
+    return None
+
+
+def _storage_problem(layer: LayerPlan) -> tuple[str, str] | None:
+    for key in ("key_bits", "value_bits"):
+        bits = getattr(layer, key)
+        if bits is None:
+            continue
+        if bits not in LEVELS:
+            return key, f"must be null, 8, 4 or 2, found {bits}"
+        if not layer.read_heads:
+            return key, "must be null in a layer that is not read: nothing visual is cached there"
     return None

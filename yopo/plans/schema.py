@@ -172,6 +172,11 @@ class PruningPlan:
         return any(0 < layer.neurons < self.model.shape.ffn for layer in self.layers)
 
     @property
+    def needs_key_scale(self) -> bool:
+        """Whether some layer stores visual keys in few bits."""
+        return any(layer.key_bits is not None for layer in self.layers)
+
+    @property
     def needed_tensors(self) -> PlanTensors:
         """The tensors that the plan uses."""
         tensors, has_means = self.tensors, self.compensation == "mean"
@@ -180,6 +185,7 @@ class PruningPlan:
             neuron_mean=tensors.neuron_mean if has_means else None,
             head_mean=tensors.head_mean if has_means else None,
             refit=tensors.refit if self.compensation == "refit" else {},
+            key_scale=tensors.key_scale if self.needs_key_scale else None,
         )
 
     def without_tensors(self) -> PruningPlan:

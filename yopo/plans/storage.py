@@ -36,6 +36,7 @@ _DTYPES = {
     "neuron_order": torch.int32,
     "neuron_mean": torch.float32,
     "head_mean": torch.float32,
+    "key_scale": torch.float32,
 }
 
 
@@ -74,6 +75,7 @@ def from_bytes(data: bytes) -> PlanTensors:
         neuron_mean=stored.get("neuron_mean"),
         head_mean=stored.get("head_mean"),
         refit=dict(sorted(refit.items())),
+        key_scale=stored.get("key_scale"),
     )
 
 
@@ -208,7 +210,7 @@ def _check_inside(path: Path) -> None:
 def _max_bytes(plan: PruningPlan) -> int:
     """Maximum size of this plan's side file: 8 bytes per value, plus some for its header."""
     shape = plan.model.shape
-    values = shape.layers * (2 * shape.ffn + shape.heads * shape.head_dim)
+    values = shape.layers * (2 * shape.ffn + 2 * shape.heads * shape.head_dim)
     for layer in plan.layers:
         values += sum(math.prod(size) for size in refit_sizes(layer, shape).values())
     return 8 * values + (1 << 20)

@@ -29,6 +29,9 @@ class PlanTensors:
             checkpoint's own neuron order; None without ``mean`` compensation.
         head_mean: (layers, heads, head_dim) float32, mean attention output of every query head
             over visual tokens; None without ``mean`` compensation.
+        key_scale: (layers, kv_heads, head_dim) float32, by which visual keys are divided before
+            they are quantised, in the checkpoint's own order of KV heads; None if no layer's keys
+            are.
         refit: Layer -> its fitted weights; layers without any are absent, and it is empty without
             ``refit`` compensation.
     """
@@ -37,6 +40,7 @@ class PlanTensors:
     neuron_mean: torch.Tensor | None = None
     head_mean: torch.Tensor | None = None
     refit: Mapping[int, Refit] = field(default_factory=dict)
+    key_scale: torch.Tensor | None = None
 
     def __eq__(self, other: object) -> bool:  # and thus no hash: tensors are mutable
         if not isinstance(other, PlanTensors):
@@ -64,7 +68,7 @@ class PlanTensors:
     def of_layers(self, indices: Sequence[int]) -> PlanTensors:
         """The tensors of some layers, renumbered."""
         rows = list(indices)
-        names = ("neuron_order", "neuron_mean", "head_mean")
+        names = ("neuron_order", "neuron_mean", "head_mean", "key_scale")
         parts = {name: getattr(self, name) for name in names}
         parts = {name: None if each is None else each[rows] for name, each in parts.items()}
         refit = {new: self.refit[old] for new, old in enumerate(rows) if old in self.refit}

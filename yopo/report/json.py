@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from yopo.plans.flops import visual_flops_of_layer
+from yopo.plans.flops import visual_flops_of_layer, visual_kv_bytes_of_layer
 from yopo.plans.schema import PruningPlan
 from yopo.report.plan_tables import savings
 
@@ -27,7 +27,7 @@ def plan_document(plan: PruningPlan) -> dict[str, Any]:
             "index": index,
             **asdict(layer),
             "visual_flops": visual_flops_of_layer(layer, shape, workload),
-            "visual_kv_bytes": 4 * len(layer.kept_kv(shape)) * shape.head_dim * workload.visual,
+            "visual_kv_bytes": visual_kv_bytes_of_layer(layer, shape, workload),
         }
         for index, layer in enumerate(plan.layers)
     ]

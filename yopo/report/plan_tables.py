@@ -19,8 +19,9 @@ from yopo.plans.flops import (
     visual_flops,
     visual_flops_of_layer,
     visual_kv_bytes,
+    visual_kv_bytes_of_layer,
 )
-from yopo.plans.schema import LEVERS, LayerPlan, ModelShape, PruningPlan, full_layer, used_levers
+from yopo.plans.schema import LEVERS, LayerPlan, PruningPlan, full_layer, used_levers
 from yopo.report import units
 
 _BAR = 8
@@ -99,7 +100,6 @@ class LayerTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shape, workload = self.plan.model.shape, self.plan.workload
         dense = visual_flops_of_layer(full_layer(shape), shape, workload)
-        kv_bytes = 4 * shape.head_dim * workload.visual
         levers = used_levers(self.plan)
         has_bars = options.max_width >= _WIDE + _LEVER_WIDTH * len(levers)
         table = plain_table()
@@ -115,6 +115,7 @@ class LayerTable:
         table.add_column("KV", justify="right")
         for first, last, layer in runs(self.plan.layers):
             ratio = visual_flops_of_layer(layer, shape, workload) / dense
+            kv = visual_kv_bytes_of_layer(layer, shape, workload)
             flops = Text(f"{units.share(ratio):>7}" if ratio else "-")
             if has_bars:
                 flops = Text.assemble((bar(ratio, _BAR), "cyan"), f" {flops.plain:>7}")
@@ -125,7 +126,7 @@ class LayerTable:
                 _count(layer.neurons),
                 *(_count(getattr(layer, lever.name)) for lever in levers),
                 flops,
-                _kv(layer, shape, kv_bytes),
+                units.num_bytes(kv) if kv else "-",
                 style="dim" if layer.is_empty else "",
             )
         yield Text("what visual tokens still do, per layer", "dim")
@@ -211,8 +212,3 @@ def _reach(layer: LayerPlan) -> str:
     if layer.attend_heads != layer.read_heads:
         return ", ".join([f"in {len(layer.attend_heads)}", *reach])
     return ", ".join(reach) or "all"
-
-
-def _kv(layer: LayerPlan, shape: ModelShape, bytes_per_head: int) -> str:
-    kept = len(layer.kept_kv(shape))
-    return units.num_bytes(kept * bytes_per_head) if kept else "-"

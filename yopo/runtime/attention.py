@@ -8,8 +8,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from yopo.runtime.attention_masks import AttentionMasks
-from yopo.runtime.cache import PrunedCacheLayer
+from yopo.runtime.cache import KeysAndValues, PrunedCacheLayer
 from yopo.runtime.heads import take
+from yopo.runtime.quantised import exact_dtype
+
+FEW = 8
+"""Up to so many text queries, packed keys and values are unpacked block by block as they are read:
+more of them are faster by a call over unpacked ones."""
 
 
 def text_attention(
@@ -35,11 +40,15 @@ def text_attention(
     attend = partial(_attend, scale=scale, dropout=dropout)
     text_mask, causal = masks.text_mask, masks.text_is_causal
     if split.reading_width:
-        keys, values = cache.kept
         few, width = take(queries, split.reading), split.reading_width
-        outputs.append(attend(few, keys, values, masks.reading_mask, width=width))
+        packed = None if dropout or few.shape[2] > FEW else cache.packed
+        if packed is not None:
+            outputs.append(_read_packed(few, packed, masks.reading_mask, width, scale))
+        else:
+            keys, values = cache.kept
+            outputs.append(attend(few, keys, values, masks.reading_mask, width=width))
     if split.dropped_width:
-        keys, values = (each[:, :, cache.num_visual :] for each in cache.kept)
+        keys, values = cache.kept_text
         few, width = take(queries, split.dropped), split.dropped_width
         outputs.append(attend(few, keys, values, text_mask, width=width, causal=causal))
     if split.other_width:
@@ -48,6 +57,36 @@ def text_attention(
         outputs.append(attend(few, keys, values, text_mask, width=width, causal=causal))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return joined if split.restore is None else take(joined, split.restore)
+
+
+def _read_packed(
+    queries: torch.Tensor,
+    kept: KeysAndValues,
+    mask: torch.Tensor | None,
+    width: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of a few text queries over packed visual keys and values, and over text.
+
+    Args:
+        queries: (batch, KV heads * width, text, head_dim), RoPE applied.
+        kept: Entries of these KV heads.
+        mask: (batch, 1, text, visual + text) bool, or None.
+        width: Query heads per KV head.
+        scale: Factor on the logits.
+
+    Returns:
+        (batch, KV heads * width, text, head_dim).
+    """
+    keys, values = kept
+    batch, heads, length, head_dim = queries.shape
+    exact = queries.to(exact_dtype(queries.dtype)) * scale
+    scores = keys.scores(exact.reshape(batch, heads // width, width * length, head_dim))
+    if mask is not None:
+        by_head = scores.view(batch, heads, length, -1).masked_fill_(~mask, float("-inf"))
+        scores = by_head.view(scores.shape)
+    mixed = values.mixture(scores.softmax(dim=-1))
+    return mixed.view(batch, heads, length, head_dim).to(queries.dtype)
 
 
 def visual_attention(

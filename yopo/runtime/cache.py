@@ -1,8 +1,8 @@
 """The KV cache of a pruned model: visual keys and values only for kept KV heads.
 
 RoPE is applied before caching, so key order is free: a kept KV head holds its visual keys and then
-its text keys in one growing buffer (its text-only view is a slice); the other KV heads hold only
-text. Every layer reports the *logical* length - all tokens seen, visual ones included - because
+its text keys (:mod:`yopo.runtime.buffers`); the other KV heads hold only text. Every layer reports
+the *logical* length - all tokens seen, visual ones included - because
 ``generate``, chat continuation and position ids are computed from it.
 """
 
@@ -18,59 +18,11 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from yopo.runtime.buffers import Entries, PackedEntries, Packing, Room
 from yopo.runtime.heads import HeadSplit, Index, take
 from yopo.support.errors import ModelError
 
-HEADROOM = 64
-"""Positions allocated ahead when a decode step outgrows a buffer (an eighth of it if more)."""
-
-
-class GrowingBuffer:
-    """A (batch, heads, length, head_dim) tensor that grows along ``length`` without copying.
-
-    The first append adopts the tensor itself; later ones write into spare capacity.
-    """
-
-    def __init__(self, first: torch.Tensor):
-        self._data = first
-        self._length = first.shape[2]
-
-    @property
-    def view(self) -> torch.Tensor:
-        """The filled part."""
-        return self._data.narrow(2, 0, self._length)
-
-    def append(self, values: torch.Tensor) -> None:
-        """Add (batch, heads, new, head_dim) values at the end."""
-        end = self._length + values.shape[2]
-        if end > self._data.shape[2]:
-            batch, heads, _, head_dim = values.shape
-            room = end + max(HEADROOM, end // 8)
-            grown = values.new_empty(batch, heads, room, head_dim)
-            grown[:, :, : self._length] = self.view
-            self._data = grown
-        self._data[:, :, self._length : end] = values
-        self._length = end
-
-    def open(self, position: int, count: int) -> torch.Tensor:
-        """Insert ``count`` uninitialized entries before ``position`` and return them; one copy."""
-        batch, heads, _, head_dim = self._data.shape
-        grown = self._data.new_empty(batch, heads, self._length + count, head_dim)
-        grown[:, :, :position] = self.view[:, :, :position]
-        grown[:, :, position + count :] = self.view[:, :, position:]
-        self.replace(grown)
-        return grown.narrow(2, position, count)
-
-    def replace(self, data: torch.Tensor) -> None:
-        """Replace the contents."""
-        self._data, self._length = data, data.shape[2]
-
-    def shorten(self, count: int) -> None:
-        """Forget the last ``count`` positions."""
-        self._length -= count
-
-
-KeysAndValues = tuple[GrowingBuffer, GrowingBuffer]
+KeysAndValues = tuple[Entries, Entries]
 
 
 class TokenIndex:
@@ -161,12 +113,13 @@ class PrunedCacheLayer(CacheLayerMixin):
         """Add a forward's text: (batch, kv_heads, text, head_dim) keys and values."""
         split = self.split
         if split.num_kept_kv:
-            self._kept = _extended(self._kept, keys, values, split.kept_kv)
+            packings = split.packings
+            self._kept = _extended(self._kept, keys, values, split.kept_kv, packings)
         if split.other_width:
             self._other = _extended(self._other, keys, values, split.other_kv)
         self.is_initialized = True
 
-    def make_room(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def make_room(self, count: int) -> tuple[Room, Room]:
         """Make room for a forward's visual tokens after those of earlier forwards.
 
         Call it after ``append``, on a layer that keeps KV heads.
@@ -174,27 +127,37 @@ class PrunedCacheLayer(CacheLayerMixin):
         Returns:
             Keys and values, (batch, kept, count, head_dim) each, for the caller to fill.
         """
-        keys, values = (buffer.open(self.num_visual, count) for buffer in _filled(self._kept))
+        keys, values = _filled(self._kept)
         self.num_visual += count
-        return keys, values
+        return keys.make_room(count), values.make_room(count)
 
     @property
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of kept KV heads, (batch, kept, visual + text, head_dim)."""
+        """Keys and values of kept KV heads, (batch, kept, visual + text, head_dim), unpacked."""
         keys, values = _filled(self._kept)
-        return keys.view, values.view
+        return keys.all, values.all
+
+    @property
+    def kept_text(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Their text alone, (batch, kept, text, head_dim)."""
+        keys, values = _filled(self._kept)
+        return keys.text, values.text
+
+    @property
+    def packed(self) -> KeysAndValues | None:
+        """Keys and values of kept KV heads if some are packed: to be read block by block."""
+        kept = self._kept
+        return kept if kept is not None and any(each.reads_in_blocks for each in kept) else None
 
     @property
     def other(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the other KV heads, (batch, others, text, head_dim)."""
         keys, values = _filled(self._other)
-        return keys.view, values.view
+        return keys.all, values.all
 
     def visual_bytes(self) -> int:
-        """Bytes of visual keys and values that this layer holds."""
-        if not self.num_visual:
-            return 0
-        return sum(each[:, :, : self.num_visual].nbytes for each in self.kept)
+        """Bytes of visual keys and values that this layer holds, scales included."""
+        return sum(each.visual_bytes() for each in self._kept or ())
 
     def get_seq_length(self) -> int:
         """The logical length."""
@@ -232,7 +195,7 @@ class PrunedCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
         if self.is_initialized:
-            rows = self._buffers()[0].view.shape[0]
+            rows = self._entries()[0].text.shape[0]
             self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -251,8 +214,8 @@ class PrunedCacheLayer(CacheLayerMixin):
             return
         if self._is_first:
             self.index.crop(count)
-        for buffer in self._buffers():
-            buffer.shorten(count)
+        for entries in self._entries():
+            entries.shorten(count)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -262,7 +225,7 @@ class PrunedCacheLayer(CacheLayerMixin):
         if self._is_first:
             self.index.clear()
 
-    def _buffers(self) -> list[GrowingBuffer]:
+    def _entries(self) -> list[Entries]:
         return [*(self._kept or ()), *(self._other or ())]
 
     def _select(self, rows: torch.Tensor) -> None:
@@ -270,29 +233,34 @@ class PrunedCacheLayer(CacheLayerMixin):
             return
         if self._is_first:
             self.index.select(rows)
-        for buffer in self._buffers():
-            buffer.replace(buffer.view.index_select(0, rows.to(buffer.view.device)))
+        for entries in self._entries():
+            entries.select(rows)
 
 
 def _extended(
-    buffers: KeysAndValues | None,
+    held: KeysAndValues | None,
     keys: torch.Tensor,
     values: torch.Tensor,
     heads: Index,
+    packings: tuple[Packing | None, Packing | None] = (None, None),
 ) -> KeysAndValues:
-    """Append some heads' keys and values to their buffers, created if there are none yet."""
+    """Append some heads' keys and values to their entries, created if there are none yet."""
     added = [take(each, heads) for each in (keys, values)]
-    if buffers is None:
-        return GrowingBuffer(added[0]), GrowingBuffer(added[1])
-    for buffer, entries in zip(buffers, added, strict=True):
-        buffer.append(entries)
-    return buffers
+    if held is None:
+        key, value = (
+            Entries(text) if packing is None else PackedEntries(text, packing)
+            for text, packing in zip(added, packings, strict=True)
+        )
+        return key, value
+    for entries, text in zip(held, added, strict=True):
+        entries.append(text)
+    return held
 
 
-def _filled(buffers: KeysAndValues | None) -> KeysAndValues:
-    if buffers is None:
+def _filled(held: KeysAndValues | None) -> KeysAndValues:
+    if held is None:
         raise ValueError("these heads hold no keys and values yet")
-    return buffers
+    return held
 
 
 def new_layers(splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
@@ -315,7 +283,7 @@ def adopt(cache: Cache, splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
     layers = cache.layers
     own = [layer for layer in layers if isinstance(layer, PrunedCacheLayer)]
     if own and len(own) == len(layers):
-        if [layer.split.kept for layer in own] != [split.kept for split in splits]:
+        if any(one.split.differs(other) for one, other in zip(own, splits, strict=True)):
             raise ModelError("This cache was filled under another plan; start a new one.")
         return own
     usable = (DynamicLayer, DynamicSlidingWindowLayer)  # the latter: only inside its window

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +66,11 @@ class PrunedState(nn.Module):
         self.probe = probe
         self.labels = labels
         shape = plan.model.shape
-        self._splits = [split_heads(layer, shape) for layer in plan.layers]
+        scale = plan.tensors.key_scale if plan.needs_key_scale else None
+        scales = [None] * shape.layers if scale is None else scale
+        self._splits = [
+            split_heads(layer, shape, each) for layer, each in zip(plan.layers, scales, strict=True)
+        ]
         self._splits_on: dict[torch.device, list[HeadSplit]] = {}
         self.register_load_state_dict_pre_hook(warn_without_fitted)
 
@@ -74,6 +79,11 @@ class PrunedState(nn.Module):
         if device not in self._splits_on:
             self._splits_on[device] = [split.to(device) for split in self._splits]
         return self._splits_on[device]
+
+    def store_whole(self) -> None:
+        """From now on, keep visual keys and values in the model's own numbers."""
+        self._splits = [replace(split, packings=(None, None)) for split in self._splits]
+        self._splits_on.clear()
 
 
 class PrunedDecoder(_Stock):

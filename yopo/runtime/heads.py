@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from yopo.plans.schema import LayerPlan, ModelShape
+from yopo.runtime.buffers import Packing
 
 Index = slice | torch.Tensor
 """A selection along one dimension: a slice (a view) where possible, else int64 positions."""
@@ -57,6 +58,7 @@ class HeadSplit:
         reading_width: Query heads per KV head in ``reading`` (0: none reads).
         dropped_width: Query heads per KV head in ``dropped`` (0: there are none).
         other_width: Query heads per KV head in ``other`` (0: there are none).
+        packings: How visual keys and values of kept KV heads are packed; None: not at all.
     """
 
     kept_kv: Index
@@ -75,9 +77,11 @@ class HeadSplit:
     reading_width: int
     dropped_width: int
     other_width: int
+    packings: tuple[Packing | None, Packing | None] = (None, None)
 
     def to(self, device: torch.device) -> HeadSplit:
         """This split with its positions on a device, so that no call has to move them."""
+        keys, values = self.packings
         return replace(
             self,
             kept_kv=_moved(self.kept_kv, device),
@@ -89,7 +93,13 @@ class HeadSplit:
             attending_kv=_moved(self.attending_kv, device),
             rectangle=_moved(self.rectangle, device),
             places=_moved(self.places, device),
+            packings=(_moved_packing(keys, device), _moved_packing(values, device)),
         )
+
+    def differs(self, other: HeadSplit) -> bool:
+        """Whether a cache that was filled under this split is of no use under another."""
+        own, others = ([each and each.bits for each in split.packings] for split in (self, other))
+        return self.kept != other.kept or own != others
 
 
 _Places = TypeVar("_Places", Index, Index | None, torch.Tensor | None)
@@ -99,8 +109,20 @@ def _moved(places: _Places, device: torch.device) -> _Places:
     return places.to(device) if isinstance(places, torch.Tensor) else places
 
 
-def split_heads(layer: LayerPlan, shape: ModelShape) -> HeadSplit:
-    """Group the query heads of a layer."""
+def _moved_packing(packing: Packing | None, device: torch.device) -> Packing | None:
+    return None if packing is None else packing.to(device)
+
+
+def split_heads(
+    layer: LayerPlan, shape: ModelShape, key_scale: torch.Tensor | None = None
+) -> HeadSplit:
+    """Group the query heads of a layer.
+
+    Args:
+        layer: The layer's plan.
+        shape: The decoder's dimensions.
+        key_scale: (kv_heads, head_dim), needed where keys are quantised.
+    """
     kept_kv = list(layer.kept_kv(shape))
     other_kv = [head for head in range(shape.kv_heads) if head not in kept_kv]
     groups = {kv: range(kv * shape.group, (kv + 1) * shape.group) for kv in range(shape.kv_heads)}
@@ -138,7 +160,21 @@ def split_heads(layer: LayerPlan, shape: ModelShape) -> HeadSplit:
         reading_width=reading_width,
         dropped_width=dropped_width,
         other_width=shape.group if other else 0,
+        packings=_packings(layer, kept_kv, key_scale),
     )
+
+
+def _packings(
+    layer: LayerPlan, kept_kv: list[int], key_scale: torch.Tensor | None
+) -> tuple[Packing | None, Packing | None]:
+    """How visual keys and values of the kept KV heads are packed."""
+    keys = values = None
+    if layer.key_bits is not None:
+        assert key_scale is not None, "plans with quantised keys are checked for their scales"
+        keys = Packing(layer.key_bits, key_scale[kept_kv][:, None].float())
+    if layer.value_bits is not None:
+        values = Packing(layer.value_bits, None)
+    return keys, values
 
 
 def _attending(layer: LayerPlan, shape: ModelShape, kept_kv: list[int]) -> dict[str, Any]:

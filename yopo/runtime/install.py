@@ -117,7 +117,9 @@ def install(
 
 
 def _with_only_means(plan: PruningPlan) -> PruningPlan:
-    means = PlanTensors(neuron_mean=plan.tensors.neuron_mean, head_mean=plan.tensors.head_mean)
+    kept = plan.tensors
+    scale = kept.key_scale if plan.needs_key_scale else None
+    means = PlanTensors(neuron_mean=kept.neuron_mean, head_mean=kept.head_mean, key_scale=scale)
     return replace(plan, tensors=means)
 
 

@@ -11,6 +11,7 @@ from yopo.models.family import Backbone
 from yopo.runtime import row_blocks
 from yopo.runtime.attention import text_attention, visual_attention
 from yopo.runtime.attention_masks import AttentionMasks
+from yopo.runtime.buffers import Room
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.weights import VisualLayer
 
@@ -184,7 +185,7 @@ class LayerRun:
     def _place_into(
         self,
         queries: tuple[torch.Tensor, torch.Tensor] | None,
-        keys: tuple[torch.Tensor, torch.Tensor],
+        keys: tuple[torch.Tensor, Room],
         rotary: Rotary,
     ) -> None:
         """Apply norms and rotary positions to projected queries and keys, piece by piece.

@@ -98,6 +98,9 @@ class LayerSpec:
             neuron_mean = head_mean = None
         self.neuron_mean = None if neuron_mean is None else neuron_mean[number]
         self.head_mean = None if head_mean is None else head_mean[number]
+        self.key_scale = tensors.key_scale
+        if self.key_scale is not None:
+            self.key_scale = self.key_scale[number]
         self.refit: Refit = tensors.refit.get(number, {}) if plan.compensation == "refit" else {}
         self.order = torch.arange(self.shape.ffn)
         if tensors.neuron_order is not None:
@@ -172,13 +175,21 @@ class LayerSpec:
         if names.head_norms is not None:
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         queries, keys = names.rotate(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
+        values = values.transpose(1, 2)
+        visual = self.is_visual(normed)[..., None]
+        if self.layer.key_bits is not None:
+            assert self.key_scale is not None, "checked with the plan's tensors"
+            read = in_few_bits(keys, self.layer.key_bits, self.key_scale[:, None])
+            keys = torch.where(visual[:, None], read, keys)
+        if self.layer.value_bits is not None:
+            read = in_few_bits(values, self.layer.value_bits)
+            values = torch.where(visual[:, None], read, values)
         keys = keys.repeat_interleave(self.shape.group, dim=1)
-        values = values.transpose(1, 2).repeat_interleave(self.shape.group, dim=1)
+        values = values.repeat_interleave(self.shape.group, dim=1)
         scores = queries @ keys.transpose(-1, -2) * module.scaling
         scores = scores.masked_fill(~self.allowed(normed), float("-inf"))
         mixed = scores.softmax(dim=-1).nan_to_num(0.0) @ values
         mixed = mixed.transpose(1, 2)  # (batch, sequence, heads, head_dim)
-        visual = self.is_visual(normed)[..., None]
         is_silent = ~self.is_one_of(self.layer.attend_heads)[:, None]
         instead = torch.zeros(()) if self.head_mean is None else self.head_mean
         mixed = torch.where(visual[..., None] & is_silent, instead.to(mixed), mixed)
@@ -230,3 +241,25 @@ class LayerSpec:
         elif not self.layer.neurons and self.neuron_mean is None:
             output = output.masked_fill(visual, 0.0)
         return output
+
+
+def in_few_bits(
+    numbers: torch.Tensor, bits: int, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What reading (..., head_dim) numbers gives that were divided by a scale and stored.
+
+    In every group of at most 128 of them the levels are ``2^bits`` equidistant ones around zero,
+    out to the largest absolute value; a step is rounded to float16.
+    """
+    exact = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+    scale = torch.ones(()) if scale is None else scale
+    scale = scale.to(exact.dtype)
+    width = max(each for each in range(1, 129) if numbers.shape[-1] % each == 0)
+    groups = (exact / scale).unflatten(-1, (-1, width))
+    outermost = (2**bits - 1) / 2
+    step = groups.abs().amax(dim=-1, keepdim=True) / outermost
+    step = step.clamp(max=65504.0).to(torch.float16).to(groups.dtype)
+    lower = torch.floor(groups / step) + 0.5
+    read = lower.clamp(-outermost, outermost) * step
+    read = torch.where(step > 0, read, torch.zeros((), dtype=read.dtype)).flatten(-2)
+    return (read * scale).to(numbers.dtype)

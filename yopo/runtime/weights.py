@@ -65,7 +65,7 @@ class VisualLayer(nn.Module):
     ):
         super().__init__()
         self.plan = plan
-        self.split = split_heads(plan, shape)
+        self.split = split_heads(plan, shape, extras.key_scale)
         self._holders, self._names = (layer.self_attn, layer.mlp), names
         self._build_projections(shape, extras)
         self._build_output(shape, extras)
@@ -181,6 +181,7 @@ class Extras:
         head_mean: (heads, head_dim), or None without ``mean`` compensation.
         refit: Fitted weights; for absent ones the layer's own are used.
         trainable: Whether fitted weights are parameters.
+        key_scale: (kv_heads, head_dim), needed where keys are quantised.
     """
 
     order: torch.Tensor | None = None
@@ -188,6 +189,7 @@ class Extras:
     head_mean: torch.Tensor | None = None
     refit: Refit = field(default_factory=dict)
     trainable: bool = False
+    key_scale: torch.Tensor | None = None
 
     def fitted(self, weight: str, bias: str | None, like: torch.Tensor) -> FittedLinear:
         """A fitted linear layer with the named weights."""
@@ -199,10 +201,12 @@ class Extras:
         """The tensors of one layer of a plan."""
         tensors, compensation = plan.tensors, plan.compensation
         order = _row(tensors.neuron_order, index)
+        scale = _row(tensors.key_scale, index)
         if compensation == "mean":
-            return cls(order, _row(tensors.neuron_mean, index), _row(tensors.head_mean, index))
+            means = _row(tensors.neuron_mean, index), _row(tensors.head_mean, index)
+            return cls(order, *means, key_scale=scale)
         refit = tensors.refit.get(index, {}) if compensation == "refit" else {}
-        return cls(order, refit=refit, trainable=trainable)
+        return cls(order, refit=refit, trainable=trainable, key_scale=scale)
 
 
 _ATTENTION = ("query", "key", "value", "output")
