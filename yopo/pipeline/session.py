@@ -41,8 +41,8 @@ from yopo.pipeline.tolerance import (
     provenance_of,
     warn_if_unsupported,
 )
-from yopo.planning.allocate import FACTOR, Weighting
-from yopo.planning.planner import Candidate, make_plan
+from yopo.planning.allocations import Candidate
+from yopo.planning.planner import make_plan
 from yopo.planning.request import (
     BudgetRequest,
     LatencyRequest,
@@ -50,6 +50,7 @@ from yopo.planning.request import (
     PlanRequest,
     ToleranceRequest,
 )
+from yopo.planning.weightings import Weighting, near
 from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
@@ -315,11 +316,7 @@ def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
 
 
 def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
-    if weighting is None:
-        return ()
-    weight = weighting.visual_weight
-    weights = (weight, weight * FACTOR, weight / FACTOR)
-    return tuple(replace(weighting, visual_weight=each) for each in weights)
+    return () if weighting is None else (weighting, *near(weighting))
 
 
 def _too_few(split: Split, what: str, least: int) -> DataError:

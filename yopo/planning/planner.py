@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.fitter import Fitter
-from yopo.planning.allocate import (
-    FACTOR,
-    VISUAL_WEIGHTS,
-    Allocator,
-    Levers,
-    Weighting,
-    weighting_moves,
-)
+from yopo.planning.allocate import Allocator, Levers
+from yopo.planning.allocations import Allocations, Candidate, Measure, kl_of
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
-from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
+from yopo.planning.search import Search, State, moves, resolve, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
+from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import Budget, PruningPlan
-from yopo.strategies.neighbors import PAPER_RADIUS
 from yopo.support.console import track
 from yopo.support.errors import PlanError, suggest
 from yopo.support.version import __version__
 
 DEFAULT_TEMPLATE = "reader-heads"
 """The template for a budget when nothing can be measured (without the model)."""
-
-Measure = Callable[[PruningPlan], float]
-"""Logit KL of a plan to the dense model, on pairs that were not used for fitting."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan at the budget and its divergence from the dense model.
-
-    Attributes:
-        template: Name in ``TEMPLATES``, or how the budget was allocated.
-        compensation: ``none``, ``mean`` or ``refit``.
-        plan: The plan.
-        kl: Logit KL to the dense model, per answer token; None if not measured.
-        weighting: The weighting of the allocation, if it is one.
-    """
-
-    template: str
-    compensation: str
-    plan: PruningPlan
-    kl: float | None
-    weighting: Weighting | None = None
 
 
 def make_plan(
@@ -115,6 +88,14 @@ class Assembler:
 
     def assemble(self, layers: Layers, compensation: str) -> PruningPlan:
         """A plan with the given layers, fitted if its compensation is ``refit``."""
+        plan = self._unfitted(layers, compensation)
+        return self._fitted([plan])[0] if compensation == "refit" else plan
+
+    def _fitted(self, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
+        assert self.fitter is not None, "refit without a fitter was refused"
+        return self.fitter.fit(plans)
+
+    def _unfitted(self, layers: Layers, compensation: str) -> PruningPlan:
         requested = self.request.budget if isinstance(self.request, BudgetRequest) else None
         plan = PruningPlan(
             model=self.statistics.model,
@@ -132,11 +113,7 @@ class Assembler:
                 **self.request.provenance(),
             },
         )
-        plan = replace(plan, budget=Budget(requested, visual_budget(plan)))
-        if compensation != "refit":
-            return plan
-        assert self.fitter is not None, "refit without a fitter was refused"
-        return self.fitter.fit(plan)
+        return replace(plan, budget=Budget(requested, visual_budget(plan)))
 
 
 class Planner(Assembler):
@@ -166,11 +143,12 @@ class Planner(Assembler):
 
     def make(self) -> tuple[PruningPlan, list[Candidate]]:
         """The plan and the candidates."""
-        found = list(track(self.candidates(), label="plans", total=None, unit="plans"))
+        found = list(track(self._templates(), label="plans", total=None, unit="plans"))
+        found += self._allocated()
         if not found:
             raise self._unaffordable()
         if self.measure is not None:
-            found.sort(key=_kl_of)
+            found.sort(key=kl_of)
             if self.request.search:
                 found.insert(0, self.improved(found, self.request.search))
         best = found[0]
@@ -186,54 +164,39 @@ class Planner(Assembler):
         provenance = {**best.plan.provenance, "template": best.template, "candidates": table}
         return replace(best.plan, provenance=provenance), found
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Measured candidates: every template with every compensation, and allocations."""
+    def _templates(self) -> Iterator[Candidate]:
+        """Every template with every compensation."""
         requested = self.request.compensation
+        if self.tried or (requested == "refit" and not self.request.template):
+            return
         kinds = (requested,) if requested else ("mean", "none")
         kinds = kinds if self.measure or requested else ("mean",)
-        allocates = requested in (None, "refit") and not self.request.template
-        if not self.tried and (requested != "refit" or self.request.template):
-            for template, layers in self._templates():
-                for kind in kinds:
-                    yield self.candidate(template, layers, kind)
-        if allocates and self.measure is not None and self.fitter is not None:
-            yield from self._allocated()
+        for template, layers in self._built():
+            for kind in kinds:
+                plan = self.assemble(layers, kind)
+                kl = None if self.measure is None else self.measure(plan)
+                yield Candidate(template, kind, plan, kl)
 
-    def candidate(
-        self, template: str, layers: Layers, kind: str, weighting: Weighting | None = None
-    ) -> Candidate:
-        """Assemble a candidate and measure it."""
-        plan = self.assemble(layers, kind)
-        kl = None if self.measure is None else self.measure(plan)
-        return Candidate(template, kind, plan, kl, weighting)
+    def _allocated(self) -> list[Candidate]:
+        """Allocations, if fitted plans may be used and can be measured."""
+        may_fit = self.request.compensation in (None, "refit") and not self.request.template
+        if not may_fit or self.measure is None or self.fitter is None:
+            return []
+        if self.tried:
+            self.allocations.run(self.tried)
+        else:
+            self.allocations.explore(self.statistics.model.shape.layers)
+        return self.allocations.found
 
-    def _allocated(self) -> Iterator[Candidate]:
-        """Allocations at a few visual weights, then around the best of them."""
-        found: dict[Weighting, Candidate] = {}
-        layers = self.statistics.model.shape.layers
-        tried = self.tried or [
-            Weighting.even(weight, radius, layers)
-            for radius in (None, PAPER_RADIUS)
-            for weight in VISUAL_WEIGHTS
-        ]
-        for weighting in tried:
-            yield from self._new_allocation(weighting, found)
-        if not found or self.tried:
-            return
-        best = min(found, key=lambda weighting: _kl_of(found[weighting]))
-        for factor in (FACTOR, 1 / FACTOR):
-            yield from self._new_allocation(
-                replace(best, visual_weight=best.visual_weight * factor), found
-            )
+    @cached_property
+    def allocations(self) -> Allocations:
+        """The allocations of this budget."""
+        assert self.measure is not None, "allocations are measured"
 
-    def _new_allocation(
-        self, weighting: Weighting, found: dict[Weighting, Candidate]
-    ) -> Iterator[Candidate]:
-        layers = self._allocate(weighting)
-        if layers is not None and layers not in (each.plan.layers for each in found.values()):
-            made = self.candidate(f"allocated, {weighting}", layers, "refit", weighting)
-            found[weighting] = made
-            yield made
+        def fit(many: Sequence[Layers]) -> list[PruningPlan]:
+            return self._fitted([self._unfitted(layers, "refit") for layers in many])
+
+        return Allocations(self._allocate, fit, self.measure)
 
     def _allocate(self, weighting: Weighting) -> Layers | None:
         assert self.fitter is not None, "allocations are made from a fitter's profile"
@@ -242,29 +205,23 @@ class Planner(Assembler):
     def improved(self, found: list[Candidate], max_runs: int) -> Candidate:
         """Improve the first of the measured candidates; returned as it is if nothing is better."""
         start = found[0]
-        first, first_kl = (start.plan.layers, start.compensation), _kl_of(start)
-        known = {(each.plan.layers, each.compensation): _kl_of(each) for each in found}
         if start.weighting is not None:
-            weightings = Search(weighting_moves, self._resolve, self._kl, max_runs, known)
-            (layers, kind), kl = weightings.run(start.weighting, first, first_kl)
-        else:
-            builder = self._builder()
-            states = Search[State](
-                lambda state: moves(state, builder),
-                lambda state: resolve(state, builder),
-                self._kl,
-                max_runs,
-                known,
-            )
-            (layers, kind), kl = states.run(state_of(*first), first, first_kl)
+            best = self.allocations.vary(max_runs)
+            return start if best is start else replace(best, template=f"search, {best.template}")
+        first, first_kl = (start.plan.layers, start.compensation), kl_of(start)
+        builder = self._builder()
+        states = Search[State](
+            lambda state: moves(state, builder),
+            lambda state: resolve(state, builder),
+            self._kl,
+            max_runs,
+            {(each.plan.layers, each.compensation): kl_of(each) for each in found},
+        )
+        (layers, kind), kl = states.run(state_of(*first), first, first_kl)
         if layers == start.plan.layers and kind == start.compensation:
             return start
         plan = self.assemble(layers, kind)
         return Candidate(f"search from {start.template}", kind, plan, kl)
-
-    def _resolve(self, weighting: Weighting) -> Resolved | None:
-        layers = self._allocate(weighting)
-        return None if layers is None else (layers, "refit")
 
     def _kl(self, layers: Layers, kind: str) -> float:
         assert self.measure is not None, "a search is refused without a measure"
@@ -277,7 +234,7 @@ class Planner(Assembler):
             self.statistics, self.request.budget, groups=groups, kv_budget=kv_budget
         )
 
-    def _templates(self) -> list[tuple[str, Layers]]:
+    def _built(self) -> list[tuple[str, Layers]]:
         builder = self._builder()
         name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
         if name is None:
@@ -305,9 +262,3 @@ class Planner(Assembler):
             f"reads the image {costs}.",
             remedy="Use a larger budget.",
         )
-
-
-def _kl_of(candidate: Candidate) -> float:
-    """The sort key of candidates: all of them are measured, or none."""
-    assert candidate.kl is not None, "candidates are sorted only if they are measured"
-    return candidate.kl
