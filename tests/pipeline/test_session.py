@@ -147,8 +147,11 @@ def test_candidates_say_what_their_mean_hides(session: CalibrationSession) -> No
     table = made.plan.provenance["candidates"]
     assert len(table) == len(made.candidates) > 5
     kinds = kinds_of_records(session._comparison)
+    best = session._compare(made.plan, session._comparison)  # the one that keeps its weights
+    assert table[0]["whole_answers"] == best.whole_answers / MIN_SIDE
     for entry, candidate in zip(table, made.candidates, strict=True):
-        found = session._compare(candidate.plan, session._comparison)
+        found = session._judged[candidate.plan.layers, candidate.compensation]
+        assert found.kl == candidate.kl
         parts = found.split(kinds)
         assert entry["whole_answers"] == found.whole_answers / MIN_SIDE
         assert entry["worst_kl"] == pytest.approx(parts[entry["worst_kind"]].kl, rel=1e-3)

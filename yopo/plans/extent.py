@@ -2,7 +2,7 @@
 
 A linear map that stands in for FFNs is fitted to the states that visual tokens had. On grids much
 larger than any of the calibration's they have others, and the map's error grows (see "Grids" in
-yopo/README.md); smaller grids do no harm.
+yopo/README.md).
 """
 
 from __future__ import annotations
