@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from yopo.calibration.statistics import LEAST_SCALE, MAX_DISTANCE, load_statistics
+from yopo.calibration.statistics import LEAST_SCALE, MAX_DISTANCE
+from yopo.calibration.statistics_file import load_statistics
 from yopo.plans.extent import Extent
 from yopo.plans.grid import Grid
 from yopo.support.errors import DataError

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import yopo as package
 from yopo.calibration.measure import measure
-from yopo.calibration.statistics import load_statistics
+from yopo.calibration.statistics_file import load_statistics
 from yopo.data.prompts import load_processor
 from yopo.data.sources import open_pairs
 from yopo.evaluation.fidelity import record_dense

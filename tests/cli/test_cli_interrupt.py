@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_line import FAST, Yopo
 
-from yopo.calibration.statistics import load_statistics
+from yopo.calibration.statistics_file import load_statistics
 from yopo.checkpoint import bake
 from yopo.cli import interrupts
 from yopo.cli.main import main

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import FAST, Yopo
 
-from yopo.calibration.statistics import load_statistics
+from yopo.calibration.statistics_file import load_statistics
 from yopo.cli.main import main
 from yopo.support.durable import exchange
 from yopo.support.errors import PlanError

@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from yopo.calibration.statistics import load_statistics
+from yopo.calibration.statistics_file import load_statistics
 from yopo.checkpoint.headers import read_shard
 from yopo.checkpoint.reader import read_shards
 from yopo.data.rows import pair_from_row

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin
 
-from yopo.calibration.statistics import Statistics, load_statistics
+from yopo.calibration.statistics import Statistics
+from yopo.calibration.statistics_file import load_statistics
 from yopo.checkpoint.bake import BakeReport, bake
 from yopo.checkpoint.reader import fetch
 from yopo.evaluation.evaluate import Evaluation
