@@ -13,7 +13,7 @@ from tiny import IMAGE, PICTURE, Subject
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from yopo.models.family import GridsOf
-from yopo.runtime import cache as pruned_cache
+from yopo.runtime import buffers
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 
@@ -146,7 +146,7 @@ def test_new_images_may_have_other_grids(subject: Subject, seed: int) -> None:
 
 
 def test_decoding_outgrows_its_buffers(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruned_cache, "HEADROOM", 2)
+    monkeypatch.setattr(buffers, "HEADROOM", 2)
     talk = Talk.of([TWO_ROWS, *words(list(range(10, 30)), list(range(40, 60)))])
     check_talk(subject, talk, 1, grids=(None, None))
 
