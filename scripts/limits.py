@@ -58,6 +58,7 @@ from yopo.calibration.measure import identify
 from yopo.calibration.observers import observing
 from yopo.checkpoint.bake import bake
 from yopo.data.prompts import Batch
+from yopo.fitting.layerwise import enter
 from yopo.fitting.profile import profile
 from yopo.fitting.refit import refit
 from yopo.models.registry import family_of
@@ -235,21 +236,21 @@ class Fit:
         self.model = random_model(self.shape, dtype=getattr(torch, options.dtype), side=side)
         inputs = made_up_prompt(self.model, self.plan, options.batch).inputs
         pixels = torch.randn(options.batch, 3, 8 * side, 8 * side, dtype=self.model.dtype)
-        self.batches = [Batch({**inputs, "pixel_values": pixels}, None, (None,) * options.batch)]
+        self.encoded = [Batch({**inputs, "pixel_values": pixels}, None, (None,) * options.batch)]
         self.options = options
 
     @torch.no_grad()
     def forward(self) -> object:
         """Run a forward of all prompts without a cache."""
-        return self.model.base_model(**self.batches[0].inputs, use_cache=False)
+        return self.model.base_model(**self.encoded[0].inputs, use_cache=False)
 
     def profile(self) -> object:
         """Run the dense walk that measures what an allocation needs to know."""
-        return profile(self.model, self.batches, self.shape)
+        return profile(self.model, enter(self.model, self.encoded), self.shape)
 
     def fit(self) -> object:
         """Fit one plan."""
-        return refit(self.model, self.batches, self.plan)
+        return refit(self.model, enter(self.model, self.encoded), [self.plan])
 
     def rows(self) -> Iterator[Row]:
         """Yield rows for the time and memory of both."""

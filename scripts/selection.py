@@ -21,7 +21,7 @@ import torch
 
 from yopo.data.prompts import Batch, batches, encode_for
 from yopo.data.sources import open_pairs
-from yopo.fitting.layerwise import DenseWalk
+from yopo.fitting.layerwise import DenseWalk, enter
 from yopo.fitting.least_squares import Gram, Moments, ridge
 from yopo.models.registry import family_of
 from yopo.pipeline.options import FitOptions, RunOptions
@@ -78,7 +78,7 @@ ORDERS: dict[str, Order] = {
 @torch.no_grad()
 def grams(session: CalibrationSession, shape: ModelShape, encoded: list[Batch]) -> list[Gram]:
     """Return, per layer, the moments of (activations, normed input) and of the FFN's output."""
-    walk, found = DenseWalk(session.model, encoded), []
+    walk, found = DenseWalk(session.model, enter(session.model, encoded)), []
     for number in range(shape.layers):
         layer = walk.decoder.layers[number]
         norm = getattr(layer, walk.names.ffn_norm)

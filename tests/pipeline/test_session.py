@@ -30,10 +30,10 @@ def options(samples: int, **more: object) -> RunOptions:
 @pytest.fixture(autouse=True)
 def one_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     """One allocation instead of a dozen."""
-    monkeypatch.setattr("yopo.planning.planner.VISUAL_WEIGHTS", (1.0,))
-    monkeypatch.setattr("yopo.planning.planner.PAPER_RADIUS", None)
-    monkeypatch.setattr("yopo.planning.planner.FACTOR", 1.0)
-    monkeypatch.setattr("yopo.pipeline.session.FACTOR", 1.0)
+    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
+    monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
+    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
+    monkeypatch.setattr("yopo.pipeline.session.near", lambda weighting: ())
 
 
 def make(samples: int, request: PlanRequest) -> Calibrated:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
 import statistics_maker
@@ -14,13 +15,15 @@ from hypothesis import strategies as st
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.profile import Profile
 from yopo.planning import planner
-from yopo.planning.allocate import FACTOR, Allocator, Weighting, weighting_moves
-from yopo.planning.candidate import Candidate
+from yopo.planning.allocate import Allocator
+from yopo.planning.allocations import Candidate
 from yopo.planning.planner import make_plan
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.templates import Layers, TemplateBuilder, trim
+from yopo.planning.weightings import NEAR, SPREAD, VISUAL_WEIGHTS, Weighting, near
 from yopo.plans.flops import visual_budget, visual_flops_of_layer
 from yopo.plans.schema import LayerPlan, PruningPlan, full_layer
+from yopo.strategies.neighbors import PAPER_RADIUS
 from yopo.support.errors import PlanError
 
 LAYERS, HEADS = 6, 4
@@ -195,23 +198,25 @@ def test_weights_of_single_layers_are_respected() -> None:
     assert layers != usual
 
 
-@pytest.mark.parametrize("radius", [None, 2])
-def test_a_move_changes_exactly_one_thing(radius: int | None) -> None:
-    start = Weighting.even(2.0, radius, 3)
-    moves = list(weighting_moves(start))
-    assert len(moves) == 3 + 2 * 2 * 3
-    names, weightings = ({move[part] for move in moves} for part in (0, 1))
-    assert len(names) == len(weightings) == len(moves)
-    for name, weighting in moves:
-        changed = [
-            field for field in vars(start) if getattr(weighting, field) != getattr(start, field)
-        ]
-        assert len(changed) == 1, name
-        if changed[0] in ("reading", "visual"):
-            before, after = getattr(start, changed[0]), getattr(weighting, changed[0])
-            ratios = [new / old for new, old in zip(after, before, strict=True)]
-            (ratio,) = (each for each in ratios if each != 1)
-            assert ratio in (FACTOR, 1 / FACTOR) and f"layer {ratios.index(ratio)}" in name
+def test_a_variation_changes_every_factor_and_not_the_radius() -> None:
+    start = Weighting.even(2.0, 2, LAYERS)
+    found = [start.varied(Random(seed)) for seed in range(400)]
+    assert found[0] == start.varied(Random(0)) != found[1]
+    assert {each.radius for each in found} == {2}
+    logs = torch.tensor([[*each.reading, *each.visual, each.visual_weight / 2] for each in found])
+    logs = logs.log()
+    assert (logs != 0).all()
+    assert logs.mean(dim=0).abs().max() < 5 * SPREAD / 20
+    assert 0.8 < logs.std(dim=0).min() / SPREAD and logs.std(dim=0).max() / SPREAD < 1.2
+
+
+def test_weightings_near_another_one() -> None:
+    start = Weighting.even(2.0, None, LAYERS)
+    radius, more, less = near(start)
+    assert radius == replace(start, radius=PAPER_RADIUS) and near(radius)[0] == start
+    assert more.visual_weight * less.visual_weight == pytest.approx(4.0)
+    assert 1 < more.visual_weight / 2.0 == NEAR < VISUAL_WEIGHTS[1] / VISUAL_WEIGHTS[0]
+    assert "layer factors" in str(start.varied(Random(0))) and "layer factors" not in str(start)
 
 
 class FakeFitter:
@@ -221,9 +226,9 @@ class FakeFitter:
         self.profile = make_profile(statistics)
         self.fitted: list[Layers] = []
 
-    def fit(self, plan: PruningPlan) -> PruningPlan:
-        self.fitted.append(plan.layers)
-        return plan
+    def fit(self, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
+        self.fitted += [plan.layers for plan in plans]
+        return list(plans)
 
 
 def counting(kl: Callable[[PruningPlan], float]) -> tuple[Callable, list[tuple[Layers, str]]]:
@@ -276,7 +281,7 @@ def test_a_search_from_an_allocation_keeps_the_budget() -> None:
     measure, seen = counting(kl)
     request = BudgetRequest(0.12, compensation="refit", search=40)
     plan, candidates = make_plan(statistics, request, measure, FakeFitter(statistics))
-    assert plan.provenance["template"].startswith("search from allocated, visual weight ")
+    assert plan.provenance["template"].startswith("search, allocated, visual weight ")
     assert candidates[0].kl == kl(plan) < candidates[1].kl
     assert plan.budget.reached <= 0.12 and plan.compensation == "refit"
     assert len(seen) == len(set(seen)), "a plan was measured twice"

@@ -13,17 +13,18 @@ from yopo.fitting.fitter import Fitter
 from yopo.support.errors import YopoError
 
 
-@pytest.mark.parametrize("what", ["profile", "refit"])
+@pytest.mark.parametrize("what", ["enter", "profile", "refit"])
 def test_out_of_memory_names_the_pairs_and_the_lever(
     monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
+    monkeypatch.setattr(module, "enter", lambda model, batches: batches)
     monkeypatch.setattr(module, what, fail)
     monkeypatch.setattr(module, "shape_of", lambda config: None)
     batches = [Batch({}, None, (None,) * size) for size in (8, 3)]
     fitter = Fitter(Mock(), lambda: batches)
     with pytest.raises(YopoError, match="of 11 pairs") as caught:
-        fitter.profile if what == "profile" else fitter.fit(Mock())  # noqa: B018
+        fitter.profile if what == "profile" else fitter.fit([Mock()])  # noqa: B018
     assert "--fit-pairs" in caught.value.remedy

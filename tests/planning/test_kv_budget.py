@@ -9,10 +9,11 @@ import torch
 from test_allocate import LAYERS, damage, make_allocator, make_profile, make_statistics
 
 from yopo.calibration.statistics import Statistics
-from yopo.planning.allocate import Allocator, Weighting
+from yopo.planning.allocate import Allocator
 from yopo.planning.planner import make_plan
 from yopo.planning.request import BudgetRequest
 from yopo.planning.templates import TEMPLATES, TemplateBuilder
+from yopo.planning.weightings import Weighting
 from yopo.plans.file import to_yaml
 from yopo.plans.flops import dense_visual_kv_bytes, visual_budget, visual_kv_bytes
 from yopo.plans.schema import PruningPlan

@@ -14,6 +14,7 @@ from zoo import PROMPTS, Row, Specimen
 
 from yopo.data.prompts import Batch
 from yopo.fitting import least_squares
+from yopo.fitting.layerwise import enter
 from yopo.fitting.profile import Profile, profile
 
 MANY: list[list[Row]] = [PROMPTS["padded, different images"]] * 12
@@ -27,7 +28,7 @@ def many(specimen: Specimen) -> list[Batch]:
 
 @pytest.fixture(scope="module")
 def found(specimen: Specimen, many: list[Batch]) -> Profile:
-    return profile(specimen.model, many, specimen.identity.shape)
+    return profile(specimen.model, enter(specimen.model, many), specimen.identity.shape)
 
 
 @pytest.fixture
@@ -173,13 +174,13 @@ def test_a_head_that_sees_only_its_own_token_mixes_nothing(
     specimen: Specimen, many: list[Batch], undamped: None
 ) -> None:
     shape = specimen.identity.shape
-    usual = profile(specimen.model, many, shape).mixing
+    usual = profile(specimen.model, enter(specimen.model, many), shape).mixing
     alone = [0, shape.heads - 1]
     config = specimen.model.get_decoder().config
     before = config._attn_implementation
     config._attn_implementation = own_value_in(alone)
     try:
-        found = profile(specimen.model, many, shape).mixing
+        found = profile(specimen.model, enter(specimen.model, many), shape).mixing
     finally:
         config._attn_implementation = before
     others = [head for head in range(shape.heads) if head not in alone]
@@ -198,7 +199,7 @@ def test_a_head_without_values_mixes_nothing(specimen: Specimen, many: list[Batc
     with torch.no_grad():
         weight[rows] = 0
     try:
-        found = profile(specimen.model, many, shape).mixing
+        found = profile(specimen.model, enter(specimen.model, many), shape).mixing
     finally:
         with torch.no_grad():
             weight.copy_(kept)
@@ -210,7 +211,9 @@ def test_a_head_without_values_mixes_nothing(specimen: Specimen, many: list[Batc
 def test_repeated_or_reordered_data_gives_the_same_profile(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
-    again = profile(specimen.model, [*many[::-1], *many], specimen.identity.shape)
+    again = profile(
+        specimen.model, enter(specimen.model, [*many[::-1], *many]), specimen.identity.shape
+    )
     for name, values in vars(found).items():
         torch.testing.assert_close(getattr(again, name), values, rtol=1e-3, atol=1e-6, msg=name)
 
@@ -218,5 +221,5 @@ def test_repeated_or_reordered_data_gives_the_same_profile(
 def test_profiling_leaves_the_model_as_it_was(specimen: Specimen, many: list[Batch]) -> None:
     decoder = specimen.model.get_decoder()
     hooks = sum(len(module._forward_pre_hooks) for module in decoder.modules())
-    profile(specimen.model, many[:1], specimen.identity.shape)
+    profile(specimen.model, enter(specimen.model, many[:1]), specimen.identity.shape)
     assert sum(len(module._forward_pre_hooks) for module in decoder.modules()) == hooks

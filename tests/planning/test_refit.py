@@ -16,7 +16,7 @@ from zoo import PROMPTS, Specimen
 
 from yopo.data.prompts import Batch
 from yopo.fitting import least_squares, refit
-from yopo.fitting.layerwise import PrunedBatch, pruned_batches
+from yopo.fitting.layerwise import PrunedBatch, enter, pruned_batches
 from yopo.fitting.least_squares import Moments
 from yopo.fitting.refit import neurons_and_map
 from yopo.plans.checks import check_tensors
@@ -48,9 +48,15 @@ def plan_of(
     )
 
 
+def fit(
+    model: nn.Module, batches: list[Batch], *plans: PruningPlan
+) -> list[dict[int, dict[str, torch.Tensor]]]:
+    return refit.refit(model, enter(model, batches), plans)
+
+
 def fitted(model: nn.Module, batches: list[Batch], plan: PruningPlan) -> PruningPlan:
     """Return the plan with fitted weights."""
-    weights = refit.refit(model, batches, plan)
+    (weights,) = fit(model, batches, plan)
     return replace(plan, tensors=replace(plan.tensors, refit=weights))
 
 
@@ -159,7 +165,7 @@ def test_a_fit_compensates_for_the_preceding_layers(
     if where == "after":
         mended = LayerPlan(heads, (), None, shape.ffn // 3)
     plan = plan_of(specimen, *(spoiled,) * (total - 1), mended, order=orders(shape))
-    refit.refit(specimen.model, batches, plan)
+    fit(specimen.model, batches, plan)
     found = torch.cat([each.real(each.visual) for each in carried])
     dense = torch.cat(dense_ends(specimen, batches, where))
     torch.testing.assert_close(found.mean(dim=0), dense.mean(dim=0), rtol=1e-3, atol=1e-3)
@@ -216,7 +222,7 @@ def test_a_refit_brings_visual_states_closer_to_the_dense_ones(
     ):
         plan = plan_of(specimen, *layers, order=orders(shape), compensation=compensation)
         if compensation == "refit":
-            refit.refit(specimen.model, batches, plan)
+            fit(specimen.model, batches, plan)
             errors.append(visual_error(dense_ends(specimen, batches), carried))
         else:
             errors.append(unfitted_error(specimen, batches, plan))
@@ -227,7 +233,7 @@ def dense_ends(
     specimen: Specimen, batches: list[Batch], where: str = "after"
 ) -> list[torch.Tensor]:
     """Return the dense model's visual states in or after its last layer."""
-    walk = refit.DenseWalk(specimen.model, batches)
+    walk = refit.DenseWalk(specimen.model, enter(specimen.model, batches))
     for number in range(specimen.identity.shape.layers):
         states = [getattr(each, where) for each in walk.step(number)]
     return states
@@ -236,7 +242,7 @@ def dense_ends(
 def unfitted_error(specimen: Specimen, batches: list[Batch], plan: PruningPlan) -> float:
     """Return the error of visual states before the final norm, without compensation."""
     total, masks = 0.0, []
-    walk = refit.DenseWalk(specimen.model, batches)
+    walk = refit.DenseWalk(specimen.model, enter(specimen.model, batches))
     masks = [batch.layout for batch in walk.batches]
     decoder = specimen.model.get_decoder()
     for batch, layout, truth in zip(batches, masks, dense_ends(specimen, batches), strict=True):
@@ -265,7 +271,7 @@ def test_data_without_any_image_is_refused(specimen: Specimen) -> None:
     inputs = specimen.inputs(PROMPTS["text"])
     plan = plan_of(specimen, everything(specimen.identity.shape))
     with pytest.raises(DataError, match="No calibration pair holds an image"):
-        refit.refit(specimen.model, [Batch(inputs, None, (None, None))], plan)
+        fit(specimen.model, [Batch(inputs, None, (None, None))], plan)
 
 
 @pytest.fixture
@@ -342,9 +348,51 @@ def test_a_map_recovers_an_affine_ffn(
     mlp = layer.mlp
     layer.mlp = Affine(mlp, shape.hidden)
     try:
-        refit.refit(specimen.model, batches, plan)
+        fit(specimen.model, batches, plan)
         truth = dense_ends(specimen, batches)
     finally:
         layer.mlp = mlp
     error = visual_error(truth, carried) / sum(float(each.square().sum()) for each in truth)
     assert error < 1e-6 if rank == 2 else error > 1e-3, error
+
+
+def test_plans_fitted_together_are_what_they_are_alone(
+    specimen: Specimen, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One walk, and what two plans share is solved once; the weights are the same bits."""
+    shape = specimen.identity.shape
+    full, other = everything(shape), LayerPlan((0,), (), None, shape.ffn // 2)
+    order = orders(shape)
+    plans = [
+        plan_of(specimen, full, order=order),
+        plan_of(specimen, full, other, order=order),
+        plan_of(specimen, other, full, order=order),
+    ]
+    plans[0] = replace(plans[0], layers=(full, *(other,) * (shape.layers - 1)))
+    alone = [fit(specimen.model, batches, plan)[0] for plan in plans]
+    steps, runs = [], []
+    step, run = refit.DenseWalk.step, refit.LayerFit.run
+    monkeypatch.setattr(
+        refit.DenseWalk, "step", lambda walk, number: steps.append(number) or step(walk, number)
+    )
+    monkeypatch.setattr(
+        refit.LayerFit, "run", lambda self, *rest: runs.append(self.number) or run(self, *rest)
+    )
+    shared = [replace(plan, tensors=plans[0].tensors) for plan in plans]
+    together = fit(specimen.model, batches, *shared)
+    assert steps == list(range(shape.layers))
+    assert runs.count(0) == 2 and runs.count(1) == 2
+    for found, expected in zip(together, alone, strict=True):
+        assert found.keys() == expected.keys()
+        for number, weights in expected.items():
+            assert weights.keys() == found[number].keys()
+            assert all(torch.equal(found[number][name], each) for name, each in weights.items())
+
+
+def test_plans_with_different_orders_share_no_walk(
+    specimen: Specimen, batches: list[Batch]
+) -> None:
+    layer = everything(specimen.identity.shape)
+    plans = [plan_of(specimen, layer, order=orders(specimen.identity.shape)) for _ in range(2)]
+    with pytest.raises(ValueError, match="cannot share a walk"):
+        fit(specimen.model, batches, *plans)

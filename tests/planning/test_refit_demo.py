@@ -44,7 +44,7 @@ class Demo:
         """Make a plan with these layers, fitted if it needs to be."""
         made, _ = make_plan(self.statistics, PaperRequest(preset="yopo-25"))
         plan = replace(made, layers=layers, compensation=compensation)
-        return self.fitter.fit(plan) if compensation == "refit" else plan
+        return self.fitter.fit([plan])[0] if compensation == "refit" else plan
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,8 @@ def test_a_preset_can_be_refitted(demo: Demo) -> None:
 
 
 def test_a_budget_can_be_met_with_a_refit(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("yopo.planning.planner.VISUAL_WEIGHTS", (1.0, 10.0))
+    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0, 10.0))
+    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 1)
     request = BudgetRequest(0.2, compensation="refit")
     plan, found = make_plan(demo.statistics, request, demo.kl, demo.fitter)
     assert 0.15 < plan.budget.reached == visual_budget(plan) <= 0.2

@@ -12,7 +12,7 @@ from torch import nn
 from zoo import PROMPTS, Specimen
 
 from yopo.data.prompts import Batch
-from yopo.fitting.layerwise import DenseWalk
+from yopo.fitting.layerwise import DenseWalk, enter
 from yopo.support.errors import DataError, ModelError
 
 
@@ -73,7 +73,7 @@ def clean(specimen: Specimen) -> list[str]:
 def test_the_walk_matches_the_stock_forward(specimen: Specimen, batches: list[Batch]) -> None:
     expected = [stock(specimen, batch) for batch in batches]
     masks = [visual(specimen, batch) for batch in batches]
-    walk = DenseWalk(specimen.model, batches)
+    walk = DenseWalk(specimen.model, enter(specimen.model, batches))
     assert len(walk.batches) == len(batches)
     for number in range(specimen.identity.shape.layers):
         found = walk.step(number)
@@ -99,11 +99,14 @@ def test_a_batch_without_any_image_is_left_out(specimen: Specimen, clean: list[s
         inputs = specimen.inputs(PROMPTS[name])
         return Batch(inputs, None, (None,) * len(inputs["input_ids"]))
 
-    walk = DenseWalk(specimen.model, iter([batch("text"), batch("one image"), batch("text")]))
+    walk = DenseWalk(
+        specimen.model,
+        enter(specimen.model, iter([batch("text"), batch("one image"), batch("text")])),
+    )
     assert len(walk.batches) == 1
     assert walk.batches[0].hidden.shape[:2] == batch("one image").inputs["input_ids"].shape
     with pytest.raises(DataError, match="No calibration pair holds an image"):
-        DenseWalk(specimen.model, [batch("text")])
+        DenseWalk(specimen.model, enter(specimen.model, [batch("text")]))
     assert leftovers(specimen.model) == clean
 
 
@@ -112,7 +115,7 @@ def test_nothing_is_left_on_the_model(
 ) -> None:
     before = stock(specimen, batches[0])["next"][-1]
     weights = {name: value.clone() for name, value in specimen.model.state_dict().items()}
-    walk = DenseWalk(specimen.model, batches)
+    walk = DenseWalk(specimen.model, enter(specimen.model, batches))
     for number in range(specimen.identity.shape.layers):
         walk.step(number)
     assert leftovers(specimen.model) == clean
@@ -133,13 +136,13 @@ def fail(*_: Any, **__: Any) -> None:
 def test_nothing_is_left_after_an_exception(
     specimen: Specimen, batches: list[Batch], clean: list[str], where: str
 ) -> None:
-    walk = DenseWalk(specimen.model, batches)
+    walk = DenseWalk(specimen.model, enter(specimen.model, batches))
     part = specimen.model.get_decoder().layers[1].mlp
     handle = part.register_forward_pre_hook(fail)
     try:
         with pytest.raises(Broken):
             if where == "entering":
-                DenseWalk(specimen.model, batches)
+                DenseWalk(specimen.model, enter(specimen.model, batches))
             for number in range(specimen.identity.shape.layers):
                 walk.step(number)
     finally:
@@ -160,7 +163,7 @@ def test_layers_that_take_states_by_name_are_stepped_as_well(specimen: Specimen)
 
     layer.__class__ = ByName
     try:
-        walk = DenseWalk(specimen.model, [batch])
+        walk = DenseWalk(specimen.model, enter(specimen.model, [batch]))
         walk.step(0)
     finally:
         layer.__class__ = ByName.__mro__[1]
@@ -174,6 +177,6 @@ def test_weights_that_cannot_be_read_are_refused(specimen: Specimen, batches: li
     setattr(mlp, names.down, nn.Sequential(down))
     try:
         with pytest.raises(ModelError, match="expected a plain linear layer"):
-            DenseWalk(specimen.model, batches)
+            DenseWalk(specimen.model, enter(specimen.model, batches))
     finally:
         setattr(mlp, names.down, down)

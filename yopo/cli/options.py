@@ -72,7 +72,7 @@ request_options = _chain(
         is_flag=False,
         flag_value=SEARCH_RUNS,
         metavar="[N]",
-        help=f"Improve the best plan layer by layer, measuring at most N ({SEARCH_RUNS}) plans.",
+        help=f"Improve the best plan by measuring at most N ({SEARCH_RUNS}) variations of it.",
     ),
     click.option("--preset", metavar="NAME", help="A plan of the paper: yopo-25 or yopo-12."),
     click.option("--head-ratio", type=float, metavar="F", help="Share of heads to keep."),

@@ -1,4 +1,4 @@
-"""``yopo search``: calibrates, then improves the plan layer by layer while the KL falls."""
+"""``yopo search``: calibrates, then measures more variations of the best plan."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import click
 from yopo.cli.calibrate import command as calibrate
 from yopo.cli.options import SEARCH_RUNS
 
-_HELP = """Calibrate, then improve the best plan layer by layer while the measured KL falls.
+_HELP = """Calibrate, then measure more variations of the best plan, and keep what lowers its KL.
 
-Same as `yopo calibrate --search`, with all of its options: every step changes the weight of one
-layer, reallocates the budget, and is kept only if it lowers the KL on the comparison pairs.
+Same as `yopo calibrate --search`, with all of its options. An allocation is varied in all layers at
+once, a template in one layer at a time; the KL is that on the comparison pairs.
 """
 
 

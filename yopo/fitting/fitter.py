@@ -11,11 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
+from yopo.fitting.layerwise import DenseBatch, enter
 from yopo.fitting.profile import Profile, profile
 from yopo.fitting.refit import refit
 from yopo.models.family import shape_of
 from yopo.plans.schema import PruningPlan
 from yopo.support.errors import YopoError
+
+TOGETHER = 4
+"""Plans fitted in one walk: each has the states of all pairs in memory."""
 
 
 class Fitter:
@@ -27,11 +31,14 @@ class Fitter:
     """
 
     def __init__(self, model: PreTrainedModel, encode: Callable[[], Sequence[Batch]]):
-        self._model, self._encode = model, encode
+        self._model, self._encode, self._pairs = model, encode, 0
 
     @cached_property
-    def _batches(self) -> Sequence[Batch]:
-        return self._encode()
+    def _batches(self) -> list[DenseBatch]:
+        """The prompts at the decoder: the vision tower sees them once for all walks."""
+        encoded = self._encode()
+        self._pairs = sum(len(batch) for batch in encoded)
+        return enter(self._model, encoded)
 
     @cached_property
     def profile(self) -> Profile:
@@ -44,20 +51,28 @@ class Fitter:
         with self._in_memory():
             return profile(self._model, self._batches, shape_of(self._model.config))
 
-    def fit(self, plan: PruningPlan) -> PruningPlan:
-        """The plan with the weights that its ``compensation: refit`` needs."""
-        with self._in_memory():
-            fitted = refit(self._model, self._batches, plan)
-        return replace(plan, tensors=replace(plan.tensors, refit=fitted))
+    def fit(self, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
+        """The plans with the weights that their ``compensation: refit`` needs.
+
+        They share dense walks, ``TOGETHER`` plans in each; see ``refit`` for what they must share.
+        """
+        done: list[PruningPlan] = []
+        for first in range(0, len(plans), TOGETHER):
+            some = plans[first : first + TOGETHER]
+            with self._in_memory():
+                fitted = refit(self._model, self._batches, some)
+            done += [
+                replace(plan, tensors=replace(plan.tensors, refit=weights))
+                for plan, weights in zip(some, fitted, strict=True)
+            ]
+        return done
 
     @contextmanager
     def _in_memory(self) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            pairs = sum(len(batch) for batch in self._batches)
             raise YopoError(
-                f"Out of memory: the states of {pairs} pairs are in memory while weights are "
-                "fitted.",
+                f"Out of memory: the states of {self._pairs} pairs are in memory during the fit.",
                 remedy="Use fewer --fit-pairs, --dtype bfloat16, or --compensation none.",
             ) from error

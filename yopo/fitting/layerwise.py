@@ -7,8 +7,9 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,24 +81,21 @@ class DenseWalk:
 
     Args:
         model: A dense multimodal model in memory.
-        batches: Encoded prompts; those without an image are left out.
+        batches: What :func:`enter` returns; a walk leaves it as it is, so that several walks
+            may start from one.
 
     Attributes:
         batches: The state of each batch before the next layer.
 
     Raises:
-        DataError: No batch holds an image.
         ModelError: A layer's weights cannot be read (see ``check_plain``).
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Iterable[Batch]):
+    def __init__(self, model: PreTrainedModel, batches: Sequence[DenseBatch]):
         self.decoder = model.get_decoder()
         self.names: Backbone = family_of(model.config).backbone(model.config)
         check_plain(self.decoder, len(self.decoder.layers), self.names)
-        found = (_enter(model, batch) for batch in batches)
-        self.batches = [batch for batch in found if batch is not None]
-        if not self.batches:
-            raise DataError("No calibration pair holds an image to fit visual weights on.")
+        self.batches = [replace(batch) for batch in batches]
 
     @torch.no_grad()
     def step(self, number: int) -> list[DenseStates]:
@@ -130,46 +128,73 @@ def add_stack(hidden: torch.Tensor, batch: DenseBatch, number: int) -> torch.Ten
     return hidden
 
 
+def enter(model: PreTrainedModel, batches: Iterable[Batch]) -> list[DenseBatch]:
+    """Run prompts through everything before the decoder's first layer: tower, projector, masks.
+
+    Args:
+        model: A dense multimodal model in memory.
+        batches: Encoded prompts; those without an image are left out.
+
+    Raises:
+        DataError: No batch holds an image.
+    """
+    found = [batch for batch in (_enter(model, each) for each in batches) if batch is not None]
+    if not found:
+        raise DataError("No calibration pair holds an image to fit visual weights on.")
+    return found
+
+
 class _Entered(Exception):
     """Stops a forward at the decoder's entry."""
 
 
+@contextmanager
+def _skipping(layers: Iterable[torch.nn.Module]) -> Iterator[list[tuple[torch.Tensor, dict]]]:
+    """Make layers return the states they get; yields what each was given, in order."""
+    given: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def skip(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        given.append((hidden_states, kwargs))
+        return hidden_states
+
+    changed = list(layers)
+    before = [vars(layer).get("forward") for layer in changed]  # as accelerate's hooks leave it
+    try:
+        for layer in changed:
+            layer.forward = skip
+        yield given
+    finally:
+        for layer, forward in zip(changed, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
 @torch.no_grad()
 def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
-    """Run a prompt and record the inputs of the decoder; None if it holds no image."""
+    """Run a prompt up to the decoder and note what it and its layers are given."""
     family, decoder = family_of(model.config), model.get_decoder()
     probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
     given: dict[str, Any] = {}
-    layers: list[dict[str, Any]] = []
-    states: list[torch.Tensor] = []
 
     def at_decoder(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given.update(kwargs, layout=probe.layout)
         if probe.layout is None:
             raise _Entered
 
-    def at_layer(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)  # the layer's own call must keep all of them
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        states.extend([] if states else [hidden])
-        layers.append(kwargs)
-
-    handles = [decoder.register_forward_pre_hook(at_decoder, with_kwargs=True)]
-    handles += [
-        layer.register_forward_pre_hook(at_layer, with_kwargs=True) for layer in decoder.layers
-    ]
+    handle = decoder.register_forward_pre_hook(at_decoder, with_kwargs=True)
     try:
-        model.base_model(**batch.inputs, use_cache=False)
+        with _skipping(decoder.layers) as seen:
+            model.base_model(**batch.inputs, use_cache=False)
     except _Entered:
         return None
     finally:
         probe.remove()
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return DenseBatch(
-        hidden=states[0],
+        hidden=seen[0][0],
         layout=given["layout"],
-        arguments=layers,
+        arguments=[kwargs for _, kwargs in seen],
         positions=given.get("position_ids"),
         mask=batch.inputs.get("attention_mask"),
         stack=family.backbone(model.config).added_features(given),
@@ -186,6 +211,10 @@ class PrunedBatch:
     visual_rotary: Rotary
     masks: AttentionMasks
     dense: DenseBatch
+
+    def copy(self) -> PrunedBatch:
+        """One that goes its own way: layers add to their states in place."""
+        return replace(self, text=self.text.clone(), visual=self.visual.clone())
 
     def run(self, walk: DenseWalk, number: int, part: VisualLayer) -> LayerRun:
         """One layer on this batch, with a private cache."""

@@ -8,14 +8,13 @@ Only one layer's moments are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from yopo.data.prompts import Batch
-from yopo.fitting.layerwise import DenseWalk, own_matrix
+from yopo.fitting.layerwise import DenseBatch, DenseWalk, own_matrix
 from yopo.fitting.least_squares import (
     Gram,
     Moments,
@@ -52,12 +51,8 @@ class Profile:
 
 
 @torch.no_grad()
-def profile(model: PreTrainedModel, batches: Iterable[Batch], shape: ModelShape) -> Profile:
-    """Profile a dense model on encoded prompts.
-
-    Raises:
-        DataError: No batch holds an image.
-    """
+def profile(model: PreTrainedModel, batches: Sequence[DenseBatch], shape: ModelShape) -> Profile:
+    """Profile a dense model on prompts that :func:`~yopo.fitting.layerwise.enter` took in."""
     walk = DenseWalk(model, batches)
     rows = [_profile_layer(walk, number, shape) for number in range(shape.layers)]
     columns = (torch.stack([each.cpu() for each in column]) for column in zip(*rows, strict=True))

@@ -18,14 +18,14 @@ SparseGPT (sequential inputs); formulas in their centred form, on visual tokens 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
-from yopo.data.prompts import Batch
 from yopo.fitting.layerwise import (
+    DenseBatch,
     DenseStates,
     DenseWalk,
     PrunedBatch,
@@ -50,37 +50,75 @@ Weights = dict[str, torch.Tensor]
 
 @torch.no_grad()
 def refit(
-    model: PreTrainedModel, batches: Iterable[Batch], plan: PruningPlan
-) -> dict[int, Weights]:
-    """Fit the weights that a plan with ``compensation: refit`` needs.
+    model: PreTrainedModel, batches: Sequence[DenseBatch], plans: Sequence[PruningPlan]
+) -> list[dict[int, Weights]]:
+    """Fit the weights that plans with ``compensation: refit`` need, in one dense walk for all.
+
+    Plans that agree in their first layers are one until they part: states, moments and solutions
+    are computed once. The states of as many plans as differ are in memory at a time.
 
     Args:
         model: The dense model, in memory.
-        batches: Encoded prompts with images.
-        plan: The plan, with its neuron order; without one, neurons are taken in their own order.
+        batches: Prompts with images, as ``enter`` returns them.
+        plans: The plans, all with the same neuron order; without one, neurons count in the model's
+            own order. All attend causally or all bidirectionally.
 
     Returns:
-        Layer -> its weights (see ``refit_sizes``), in the model's dtype, on the CPU.
-
-    Raises:
-        DataError: No batch holds an image.
+        For each plan: layer -> its weights (see ``refit_sizes``), in the model's dtype, on the CPU.
     """
+    first = plans[0]
+    order, depth = first.tensors.neuron_order, max(plan.visual_depth for plan in plans)
+    if any(
+        plan.tensors.neuron_order is not order or plan.bidirectional != first.bidirectional
+        for plan in plans
+    ):
+        raise ValueError("plans with different neuron orders or directions cannot share a walk")
     walk = DenseWalk(model, batches)
-    pruned = pruned_batches(walk, plan)
-    fitted = {}
-    order, scale = plan.tensors.neuron_order, plan.tensors.key_scale
-    for number in range(plan.visual_depth):
+    fitted: list[dict[int, Weights]] = [{} for _ in plans]
+    branches = [_Branch(tuple(range(len(plans))), pruned_batches(walk, first))]
+    for number in range(depth):
         dense = walk.step(number)
-        extras = Extras(
-            None if order is None else order[number],
-            key_scale=None if scale is None else scale[number],
-        )
-        fit = LayerFit(walk, plan.layers[number], plan.model.shape, number, extras)
-        weights = fit.run(pruned, dense)
-        if weights:
-            kind = next(walk.decoder.layers[number].parameters()).dtype
-            fitted[number] = {name: each.to("cpu", kind) for name, each in weights.items()}
+        branches = [part for each in branches for part in each.parted(plans, number)]
+        kind = next(walk.decoder.layers[number].parameters()).dtype
+        for branch in branches:
+            plan = plans[branch.members[0]]
+            fit = LayerFit(
+                walk, plan.layers[number], plan.model.shape, number, _extras(plan, number)
+            )
+            weights = fit.run(branch.states, dense)
+            weights = {name: each.to("cpu", kind) for name, each in weights.items()}
+            for member in branch.members if weights else ():
+                fitted[member][number] = weights
     return fitted
+
+
+def _extras(plan: PruningPlan, number: int) -> Extras:
+    order, scale = plan.tensors.neuron_order, plan.tensors.key_scale
+    return Extras(
+        None if order is None else order[number],
+        key_scale=None if scale is None else scale[number],
+    )
+
+
+@dataclass
+class _Branch:
+    """Plans, by their place in the list, that are the same up to where a walk is."""
+
+    members: tuple[int, ...]
+    states: list[PrunedBatch]
+
+    def parted(self, plans: Sequence[PruningPlan], number: int) -> list[_Branch]:
+        """Branches that agree in the next layer as well; plans that end before it are left out."""
+        groups: dict[LayerPlan, list[int]] = {}
+        for member in self.members:
+            if number < plans[member].visual_depth:
+                groups.setdefault(plans[member].layers[number], []).append(member)
+        if len(groups) <= 1:
+            return [_Branch(tuple(group), self.states) for group in groups.values()]
+        return [
+            _Branch(tuple(group), [each.copy() for each in self.states])
+            for group in groups.values()
+        ]
 
 
 class LayerFit:
@@ -91,7 +129,7 @@ class LayerFit:
         layer: The layer's plan.
         shape: The decoder's dimensions.
         number: The layer's index.
-        extras: Its neuron order.
+        extras: Its neuron order and key scale.
     """
 
     def __init__(

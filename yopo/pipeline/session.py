@@ -24,8 +24,7 @@ from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
 from yopo.fitting.fitter import Fitter
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
-from yopo.planning.allocate import FACTOR, Weighting
-from yopo.planning.candidate import Candidate
+from yopo.planning.allocations import Candidate
 from yopo.planning.planner import make_plan
 from yopo.planning.request import (
     BudgetRequest,
@@ -34,6 +33,7 @@ from yopo.planning.request import (
     PlanRequest,
     ToleranceRequest,
 )
+from yopo.planning.weightings import Weighting, near
 from yopo.plans.schema import PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
@@ -281,11 +281,7 @@ def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
 
 
 def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
-    if weighting is None:
-        return ()
-    weight = weighting.visual_weight
-    weights = (weight, weight * FACTOR, weight / FACTOR)
-    return tuple(replace(weighting, visual_weight=each) for each in weights)
+    return () if weighting is None else (weighting, *near(weighting))
 
 
 def _too_few(split: Split, what: str, least: int) -> DataError:

@@ -25,9 +25,9 @@ import torch
 from yopo.fitting.profile import Profile
 from yopo.planning.paper import EMPTY
 from yopo.planning.templates import Layers, TemplateBuilder, trim
+from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_flops_of_layer
 from yopo.plans.schema import LayerPlan, full_layer
-from yopo.strategies.neighbors import PAPER_RADIUS
 
 RANKS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
 """Bottlenecks tried in addition to none, as shares of the hidden width."""
@@ -44,64 +44,8 @@ STEPS = 60
 KV_STEPS = 24
 """Bisections of the price of KV bytes, where they are limited."""
 
-VISUAL_WEIGHTS = (0.1, 1.0, 10.0, 100.0)
-"""Visual weights tried first."""
-
 MOST = 1e12
 """Highest price tried."""
-
-FACTOR = 3.0
-"""Factor by which a move changes a weight."""
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """Parameters that the estimate cannot determine: how much each kind of damage counts.
-
-    Attributes:
-        visual_weight: Damage of an error in visual states over damage of one in reading.
-        radius: Neighborhood in which visual tokens attend.
-        reading: (layers,) factors on the value of reading in a layer.
-        visual: (layers,) factors on the value of visual states after a layer.
-    """
-
-    visual_weight: float
-    radius: int | None
-    reading: tuple[float, ...]
-    visual: tuple[float, ...]
-
-    @classmethod
-    def even(cls, visual_weight: float, radius: int | None, layers: int) -> Weighting:
-        """The weighting with equal factors for all layers."""
-        return cls(visual_weight, radius, (1.0,) * layers, (1.0,) * layers)
-
-    def __str__(self) -> str:
-        where = "" if self.radius is None else f", radius {self.radius}"
-        return f"visual weight {self.visual_weight:.3g}{where}"
-
-
-def weighting_moves(weighting: Weighting) -> Iterator[tuple[str, Weighting]]:
-    """Every single step away from a weighting, as (what changes, new weighting)."""
-    for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
-        yield (
-            f"visual states count {verb}",
-            replace(weighting, visual_weight=weighting.visual_weight * factor),
-        )
-    other = PAPER_RADIUS if weighting.radius is None else None
-    yield f"radius {other}", replace(weighting, radius=other)
-    for change, values in _one_layer_changed(weighting.visual):
-        yield f"visual {change}", replace(weighting, visual=values)
-    for change, values in _one_layer_changed(weighting.reading):
-        yield f"reading {change}", replace(weighting, reading=values)
-
-
-def _one_layer_changed(
-    values: tuple[float, ...],
-) -> Iterator[tuple[str, tuple[float, ...]]]:
-    for layer, value in enumerate(values):
-        for factor, verb in ((FACTOR, "more"), (1 / FACTOR, "less")):
-            changed = (*values[:layer], value * factor, *values[layer + 1 :])
-            yield f"counts {verb} in layer {layer}", changed
 
 
 @dataclass(frozen=True)

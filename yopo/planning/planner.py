@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from operator import methodcaller
 
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.fitter import Fitter
-from yopo.planning.allocate import (
-    FACTOR,
-    VISUAL_WEIGHTS,
-    Allocator,
-    Levers,
-    Weighting,
-    weighting_moves,
-)
-from yopo.planning.candidate import Candidate, kl_of
-from yopo.planning.kv_storage import Build, KVBudget, Storage
+from yopo.planning.allocate import Allocator, Levers
+from yopo.planning.allocations import Allocations, Candidate, Measure, kl_of
+from yopo.planning.kv_storage import Build, KVBudget
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
+from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import Budget, PruningPlan
-from yopo.strategies.neighbors import PAPER_RADIUS
 from yopo.support.console import track
 from yopo.support.errors import PlanError, suggest
 from yopo.support.version import __version__
 
 DEFAULT_TEMPLATE = "reader-heads"
 """The template for a budget when nothing can be measured (without the model)."""
-
-Measure = Callable[[PruningPlan], float]
-"""Logit KL of a plan to the dense model, on pairs that were not used for fitting."""
 
 
 def make_plan(
@@ -100,6 +90,14 @@ class Assembler:
 
     def assemble(self, layers: Layers, compensation: str) -> PruningPlan:
         """A plan with the given layers, fitted if its compensation is ``refit``."""
+        plan = self._unfitted(layers, compensation)
+        return self._fitted([plan])[0] if compensation == "refit" else plan
+
+    def _fitted(self, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
+        assert self.fitter is not None, "refit without a fitter was refused"
+        return self.fitter.fit(plans)
+
+    def _unfitted(self, layers: Layers, compensation: str) -> PruningPlan:
         requested = self.request.budget if isinstance(self.request, BudgetRequest) else None
         tensors = self.tensors
         if any(layer.key_bits is not None for layer in layers):
@@ -119,11 +117,7 @@ class Assembler:
                 **self.request.provenance(),
             },
         )
-        plan = replace(plan, budget=Budget(requested, visual_budget(plan)))
-        if compensation != "refit":
-            return plan
-        assert self.fitter is not None, "refit without a fitter was refused"
-        return self.fitter.fit(plan)
+        return replace(plan, budget=Budget(requested, visual_budget(plan)))
 
 
 class Planner(Assembler):
@@ -153,10 +147,12 @@ class Planner(Assembler):
 
     def make(self) -> tuple[PruningPlan, list[Candidate]]:
         """The plan and the candidates."""
-        found = list(track(self.candidates(), label="plans", total=None, unit="plans"))
+        found = list(track(self._templates(), label="plans", total=None, unit="plans"))
+        found += self._allocated()
         if not found:
             raise self._unaffordable()
         if self.measure is not None:
+            found += self._otherwise_stored(min(found, key=kl_of))
             found.sort(key=kl_of)
             if self.request.search:
                 found.insert(0, self.improved(found, self.request.search))
@@ -173,121 +169,97 @@ class Planner(Assembler):
         provenance = {**best.plan.provenance, "template": best.template, "candidates": table}
         return replace(best.plan, provenance=provenance), found
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Measured candidates: every template with every compensation, and allocations."""
+    def _templates(self) -> Iterator[Candidate]:
+        """Every template with every compensation."""
         requested = self.request.compensation
+        if self.tried or (requested == "refit" and not self.request.template):
+            return
         kinds = (requested,) if requested else ("mean", "none")
         kinds = kinds if self.measure or requested else ("mean",)
-        allocates = requested in (None, "refit") and not self.request.template
-        found = []
-        if not self.tried and (requested != "refit" or self.request.template):
-            for template, layers in self._templates():
-                for kind in kinds:
-                    found.append(self.candidate(template, layers, kind))
-                    yield found[-1]
-        if allocates and self.measure is not None and self.fitter is not None:
-            for each in self._allocated():
-                found.append(each)
-                yield each
-        if found and self.measure is not None:
-            yield from self._otherwise_stored(min(found, key=kl_of))
+        for template, layers in self._built():
+            for kind in kinds:
+                plan = self.assemble(layers, kind)
+                kl = None if self.measure is None else self.measure(plan)
+                yield Candidate(template, kind, plan, kl)
 
-    def _otherwise_stored(self, best: Candidate) -> Iterator[Candidate]:
-        """The best candidate, its visual keys and values stored in other ways."""
-        build, least = self._build_of(best), kl_of(best)
-        for storage in self._kv.others(build):
-            layers = self._kv.store(build, storage)
-            if layers is None or layers == best.plan.layers:
-                continue
-            name = f"{best.template}, {storage}"
-            made = self.candidate(name, layers, best.compensation, best.weighting)
-            yield replace(made, storage=storage)
-            if storage.finer is None and kl_of(made) >= least:
-                return
-            least = min(least, kl_of(made))
+    def _allocated(self) -> list[Candidate]:
+        """Allocations, if fitted plans may be used and can be measured."""
+        may_fit = self.request.compensation in (None, "refit") and not self.request.template
+        if not may_fit or self.measure is None or self.fitter is None:
+            return []
+        if self.tried:
+            self.allocations.run(self.tried)
+        else:
+            self.allocations.explore(self.statistics.model.shape.layers)
+        return self.allocations.found
 
-    def _build_of(self, candidate: Candidate) -> Build:
-        if candidate.weighting is not None:
-            return partial(self._allocate_within, candidate.weighting)
-        return lambda builder: builder.candidate(candidate.template)
+    @cached_property
+    def allocations(self) -> Allocations:
+        """The allocations of this budget."""
+        assert self.measure is not None, "allocations are measured"
 
-    def candidate(
-        self, template: str, layers: Layers, kind: str, weighting: Weighting | None = None
-    ) -> Candidate:
-        """Assemble a candidate and measure it."""
-        plan = self.assemble(layers, kind)
-        kl = None if self.measure is None else self.measure(plan)
-        return Candidate(template, kind, plan, kl, weighting)
+        def fit(many: Sequence[Layers]) -> list[PruningPlan]:
+            return self._fitted([self._unfitted(layers, "refit") for layers in many])
 
-    def _allocated(self) -> Iterator[Candidate]:
-        """Allocations at a few visual weights, then around the best of them."""
-        found: dict[Weighting, Candidate] = {}
-        layers = self.statistics.model.shape.layers
-        tried = self.tried or [
-            Weighting.even(weight, radius, layers)
-            for radius in (None, PAPER_RADIUS)
-            for weight in VISUAL_WEIGHTS
-        ]
-        for weighting in tried:
-            yield from self._new_allocation(weighting, found)
-        if not found or self.tried:
-            return
-        best = min(found, key=lambda weighting: kl_of(found[weighting]))
-        for factor in (FACTOR, 1 / FACTOR):
-            yield from self._new_allocation(
-                replace(best, visual_weight=best.visual_weight * factor), found
-            )
+        return Allocations(self._allocate, fit, self.measure)
 
-    def _new_allocation(
-        self, weighting: Weighting, found: dict[Weighting, Candidate]
-    ) -> Iterator[Candidate]:
-        layers = self._allocate(weighting)
-        if layers is not None and layers not in (each.plan.layers for each in found.values()):
-            made = self.candidate(f"allocated, {weighting}", layers, "refit", weighting)
-            found[weighting] = made
-            yield made
-
-    def _allocate(self, weighting: Weighting, storage: Storage | None = None) -> Layers | None:
-        return self._kv.store(partial(self._allocate_within, weighting), storage)
+    def _allocate(self, weighting: Weighting) -> Layers | None:
+        return self._kv.store(partial(self._allocate_within, weighting))
 
     def _allocate_within(self, weighting: Weighting, builder: TemplateBuilder) -> Layers | None:
         assert self.fitter is not None, "allocations are made from a fitter's profile"
         return Allocator(builder, self.fitter.profile, weighting, self.levers).allocate()
 
+    def _otherwise_stored(self, best: Candidate) -> Iterator[Candidate]:
+        """The best candidate, its visual keys and values stored in other ways."""
+        build: Build = methodcaller("candidate", best.template)
+        if best.weighting is not None:
+            build = partial(self._allocate_within, best.weighting)
+        measure, least = self.measure, kl_of(best)
+        assert measure is not None, "there is a KL"
+        for storage in self._kv.others(build):
+            layers = self._kv.store(build, storage)
+            if layers is None or layers == best.plan.layers:
+                continue
+            plan = self.assemble(layers, best.compensation)
+            kl = measure(plan)
+            name = f"{best.template}, {storage}"
+            yield Candidate(name, best.compensation, plan, kl, best.weighting)
+            if storage.finer is None and kl >= least:
+                return
+            least = min(least, kl)
+
     def improved(self, found: list[Candidate], max_runs: int) -> Candidate:
         """Improve the first of the measured candidates; returned as it is if nothing is better."""
         start = found[0]
-        first, first_kl = (start.plan.layers, start.compensation), kl_of(start)
-        known = {(each.plan.layers, each.compensation): kl_of(each) for each in found}
         if start.weighting is not None:
-            resolve_weighting = partial(self._resolve, storage=start.storage)
-            weightings = Search(weighting_moves, resolve_weighting, self._kl, max_runs, known)
-            (layers, kind), kl = weightings.run(start.weighting, first, first_kl)
-        else:
-            builder = self._builder()
-            states = Search[State](
-                lambda state: moves(state, builder),
-                lambda state: self._resolve_state(state, start.storage),
-                self._kl,
-                max_runs,
-                known,
+            best = self.allocations.vary(max_runs)
+            return (
+                start
+                if kl_of(best) >= kl_of(start)
+                else replace(best, template=f"search, {best.template}")
             )
-            (layers, kind), kl = states.run(state_of(*first), first, first_kl)
+        first, first_kl = (start.plan.layers, start.compensation), kl_of(start)
+        builder = self._builder()
+        states = Search[State](
+            lambda state: moves(state, builder),
+            self._resolve,
+            self._kl,
+            max_runs,
+            {(each.plan.layers, each.compensation): kl_of(each) for each in found},
+        )
+        (layers, kind), kl = states.run(state_of(*first), first, first_kl)
         if layers == start.plan.layers and kind == start.compensation:
             return start
         plan = self.assemble(layers, kind)
         return Candidate(f"search from {start.template}", kind, plan, kl)
 
-    def _resolve(self, weighting: Weighting, storage: Storage | None) -> Resolved | None:
-        layers = self._allocate(weighting, storage)
-        return None if layers is None else (layers, "refit")
-
-    def _resolve_state(self, state: State, storage: Storage | None) -> Resolved | None:
+    def _resolve(self, state: State) -> Resolved | None:
         def build(builder: TemplateBuilder) -> Layers | None:
             found = resolve(state, builder)
             return None if found is None else found[0]
 
-        layers = self._kv.store(build, storage)
+        layers = self._kv.store(build)
         return None if layers is None else (layers, state.compensation)
 
     def _kl(self, layers: Layers, kind: str) -> float:
@@ -305,7 +277,7 @@ class Planner(Assembler):
     def _kv(self) -> KVBudget:
         return KVBudget.of(self._builder(), is_limited=self.request.kv_budget is not None)
 
-    def _templates(self) -> Iterator[tuple[str, Layers]]:
+    def _built(self) -> Iterator[tuple[str, Layers]]:
         """Templates that fit, stored within the budget of KV bytes, without doubles."""
         name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
         if name is not None and name not in TEMPLATES:

@@ -57,7 +57,7 @@ class _Budgeted(Options):
     Attributes:
         kv_budget: Allowed share of the dense model's visual KV bytes, in (0, 1]; None: all.
         template: Name of the plan template to scale to the budget; None: the best is measured.
-        search: Measure at most this many additional plans to improve the best one layer by layer;
+        search: Measure at most this many additional plans to improve the best one;
             None: do not search.
     """
 
