@@ -128,6 +128,11 @@ class Statistics:
         return self.head_effect_sum / self.text_norm_sum.clamp(min=1e-30)[:, None]
 
     @property
+    def reading(self) -> torch.Tensor:
+        """(L, H) float64 value of reading in each head: its effect e, capped as e / (1 + e)."""
+        return self.head_effect / (1 + self.head_effect)
+
+    @property
     def cross_modal(self) -> torch.Tensor:
         """(L,) float64 mean visual mass of the text queries after the image."""
         if not self.text_queries:

@@ -31,7 +31,7 @@ from yopo.evaluation.fidelity import (
 from yopo.fitting.fitter import Fitter
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
-from yopo.pipeline.sizes import note_if_one_size
+from yopo.pipeline.size_note import note_if_one_size
 from yopo.pipeline.tail import tail_of
 from yopo.pipeline.tolerance import (
     Agreement,

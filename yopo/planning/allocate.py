@@ -102,8 +102,7 @@ class Allocator:
         self.levers = levers or Levers()
         self.builder, self.profile, self.radius = builder, profile, weighting.radius
         self.shape, self.workload = builder.shape, builder.workload
-        effect = builder.statistics.head_effect
-        reading = effect / (1 + effect)
+        reading = builder.statistics.reading
         from_here = reading.sum(dim=1).flip(0).cumsum(0).flip(0)
         # An error of the visual stream can only damage what later layers read.
         later = torch.cat([from_here[1:], from_here.new_zeros(1)])

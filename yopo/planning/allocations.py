@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
+from yopo.fitting.fitter import TOGETHER
 from yopo.planning.candidate import Candidate, kl_of
 from yopo.planning.templates import Layers
 from yopo.planning.weightings import Weighting, even_weightings, near
@@ -19,8 +20,8 @@ from yopo.support.console import note
 GENERATIONS = 2
 """Generations of variations that every budget gets."""
 
-GENERATION = 4
-"""Variations in a generation: as many as are fitted in one walk."""
+GENERATION = TOGETHER
+"""Variations in a generation."""
 
 DRAWS = 8
 """Generations drawn, at most, for one that holds anything new."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yopo.planning.kv_storage import Storage
+from yopo.planning.kv_budget import Storage
 from yopo.planning.weightings import Weighting
 from yopo.plans.schema import PruningPlan
 

@@ -12,7 +12,7 @@ from yopo.fitting.fitter import Fitter
 from yopo.planning.allocate import Allocator, Levers
 from yopo.planning.allocations import Allocations, Measure, without_weights
 from yopo.planning.candidate import Candidate, kl_of
-from yopo.planning.kv_storage import Build, KVBudget, Storage
+from yopo.planning.kv_budget import Build, KVBudget, Storage
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
@@ -249,7 +249,7 @@ class Planner(Assembler):
             best = allocations.vary(max_runs)
             return start if best is start else replace(best, template=f"search, {best.template}")
         first, first_kl = (start.plan.layers, start.compensation), kl_of(start)
-        builder = self._builder()
+        builder = self._builder
         states = Search[State](
             lambda state: moves(state, builder),
             lambda state: self._resolve(state, start.storage),
@@ -275,6 +275,7 @@ class Planner(Assembler):
         assert self.measure is not None, "a search is refused without a measure"
         return self.measure(self.assemble(layers, kind))
 
+    @cached_property
     def _builder(self) -> TemplateBuilder:
         groups = self.request.group(self.statistics.model.shape)
         kv_budget = 1.0 if self.request.kv_budget is None else self.request.kv_budget
@@ -284,7 +285,7 @@ class Planner(Assembler):
 
     @cached_property
     def _kv(self) -> KVBudget:
-        return KVBudget.of(self._builder(), is_limited=self.request.kv_budget is not None)
+        return KVBudget.of(self._builder, is_limited=self.request.kv_budget is not None)
 
     def _built(self) -> Iterator[tuple[str, Layers]]:
         """Templates that fit, stored within the budget of KV bytes, without duplicates."""
@@ -299,7 +300,7 @@ class Planner(Assembler):
                 yield each, layers
 
     def _unaffordable(self) -> PlanError:
-        builder = self._builder()
+        builder = self._builder
         name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
         kind = f"of template {name} " if name else ""
         costs = f"costs {builder.cost((builder.reader_layer,)):.4f}"

@@ -26,7 +26,7 @@ from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
 from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
-from yopo.runtime.extent import warn_beyond
+from yopo.runtime.extent_warning import warn_beyond
 from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features

@@ -134,8 +134,7 @@ class KVBudget:
 
     def _by_reading(self) -> list[int]:
         """Layers, those whose heads read with most effect first."""
-        effect = self.builder.statistics.head_effect
-        worth = (effect / (1 + effect)).sum(dim=1)
+        worth = self.builder.statistics.reading.sum(dim=1)
         return torch.argsort(worth, descending=True, stable=True).tolist()
 
     def _fits(self, share: float) -> bool:
