@@ -133,7 +133,7 @@ def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
 
 
 def visual_kv_bytes(plan: PruningPlan, itemsize: int = 2) -> int:
-    """Bytes of visual keys and values in the cache for one prompt, scales included.
+    """Bytes of visual keys and values in the cache for one prompt, steps included.
 
     Args:
         plan: The plan.

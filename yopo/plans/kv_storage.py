@@ -6,14 +6,14 @@ LEVELS = (8, 4, 2)
 """Bits of a quantised number."""
 
 MOST_IN_GROUP = 128
-"""Numbers of one token and KV head that share a scale, at most."""
+"""Numbers of one token and KV head that share a step, at most."""
 
-SCALE_BYTES = 2
-"""Of a scale, in float16."""
+STEP_BYTES = 1
+"""Of a step: the code of a power of two, in eighths."""
 
 
 def group_width(head_dim: int) -> int:
-    """Numbers that share a scale: the largest divisor of a head's width within the limit."""
+    """Numbers that share a step: the largest divisor of a head's width within the limit."""
     return next(
         width for width in range(min(head_dim, MOST_IN_GROUP), 0, -1) if head_dim % width == 0
     )
@@ -29,10 +29,10 @@ def bytes_of_head(head_dim: int, bits: int | None, itemsize: int) -> int:
 
     Args:
         head_dim: Width of a head.
-        bits: Of a number; None: numbers of ``itemsize`` bytes, and no scales.
+        bits: Of a number; None: numbers of ``itemsize`` bytes, and no steps.
         itemsize: Bytes of a number that is not quantised.
     """
     if bits is None:
         return head_dim * itemsize
-    scales = SCALE_BYTES * (head_dim // group_width(head_dim))
-    return packed_width(head_dim, bits) + scales
+    steps = STEP_BYTES * (head_dim // group_width(head_dim))
+    return packed_width(head_dim, bits) + steps

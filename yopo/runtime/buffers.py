@@ -156,21 +156,19 @@ class Packing:
         return self if self.scale is None else replace(self, scale=self.scale.to(device))
 
     def pack(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bytes and scales of (batch, heads, count, head_dim) values."""
+        """Bytes and codes of steps of (batch, heads, count, head_dim) values."""
         exact = values.to(quantised.exact_dtype(values.dtype))
         return quantised.quantise(self._scaled(exact, up=False), self.bits)
 
-    def unpack(
-        self, packed: torch.Tensor, scales: torch.Tensor, like: torch.Tensor
-    ) -> torch.Tensor:
+    def unpack(self, packed: torch.Tensor, steps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The values again, in the numbers of ``like`` (..., head_dim)."""
-        exact = quantised.dequantise(packed, scales, self.bits, like.shape[-1], like.dtype)
+        exact = quantised.dequantise(packed, steps, self.bits, like.shape[-1], like.dtype)
         return self._scaled(exact, up=True).to(like.dtype)
 
     def straight_through(self, values: torch.Tensor) -> torch.Tensor:
         """What reading packed values gives, with the gradient of the values themselves."""
-        packed, scales = self.pack(values.detach())
-        return values + (self.unpack(packed, scales, values) - values).detach()
+        packed, steps = self.pack(values.detach())
+        return values + (self.unpack(packed, steps, values) - values).detach()
 
     def queries(self, queries: torch.Tensor) -> torch.Tensor:
         """(batch, heads, queries, head_dim) for reading packed keys: the scale folded in."""
@@ -194,7 +192,7 @@ class PackedEntries(Entries):
         super().__init__(text)
         self.packing = packing.to(text.device)
         self._packed: torch.Tensor | None = None
-        self._scales: torch.Tensor | None = None
+        self._steps: torch.Tensor | None = None
 
     def make_room(self, count: int) -> Room:
         """Room that quantises what is written."""
@@ -204,20 +202,20 @@ class PackedEntries(Entries):
         batch, heads, _, head_dim = self.text.shape
         size, new = (batch, heads, count), self._buffer.view.new_empty
         packed = new(*size, packed_width(head_dim, self.packing.bits), dtype=torch.uint8)
-        scales = new(*size, head_dim // group_width(head_dim), dtype=torch.float16)
-        if self._packed is not None and self._scales is not None:
+        steps = new(*size, head_dim // group_width(head_dim), dtype=torch.uint8)
+        if self._packed is not None and self._steps is not None:
             packed = torch.cat([self._packed, packed], dim=2)
-            scales = torch.cat([self._scales, scales], dim=2)
-        self._packed, self._scales = packed, scales
+            steps = torch.cat([self._steps, steps], dim=2)
+        self._packed, self._steps = packed, steps
         place = slice(self.num_visual, self.num_visual + count)
         self.num_visual += count
-        return PackingRoom(packed[:, :, place], scales[:, :, place], self.packing)
+        return PackingRoom(packed[:, :, place], steps[:, :, place], self.packing)
 
     def _unpack(self) -> None:
         """Hold what is packed in the model's numbers from now on."""
         if self._packed is not None:
             self._buffer.replace(self.all)
-            self._packed = self._scales = None
+            self._packed = self._steps = None
 
     @property
     def is_packed(self) -> bool:
@@ -227,15 +225,15 @@ class PackedEntries(Entries):
     @property
     def reads_in_blocks(self) -> bool:
         """Where a head is one group."""
-        return self._scales is not None and self._scales.shape[-1] == 1
+        return self._steps is not None and self._steps.shape[-1] == 1
 
     @property
     def all(self) -> torch.Tensor:
         """(batch, heads, visual + text, head_dim), unpacked."""
         text = self._buffer.view
-        if self._packed is None or self._scales is None:
+        if self._packed is None or self._steps is None:
             return text
-        return torch.cat([self.packing.unpack(self._packed, self._scales, text), text], dim=2)
+        return torch.cat([self.packing.unpack(self._packed, self._steps, text), text], dim=2)
 
     @property
     def text(self) -> torch.Tensor:
@@ -243,37 +241,37 @@ class PackedEntries(Entries):
         return self._buffer.view if self.is_packed else super().text
 
     def visual_bytes(self) -> int:
-        """Bytes of the visual entries, scales included."""
-        if self._packed is None or self._scales is None:
+        """Bytes of the visual entries, steps included."""
+        if self._packed is None or self._steps is None:
             return super().visual_bytes()
-        return self._packed.nbytes + self._scales.nbytes
+        return self._packed.nbytes + self._steps.nbytes
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep (or repeat) batch rows."""
         super().select(rows)
-        if self._packed is not None and self._scales is not None:
-            self._packed, self._scales = _rows(self._packed, rows), _rows(self._scales, rows)
+        if self._packed is not None and self._steps is not None:
+            self._packed, self._steps = _rows(self._packed, rows), _rows(self._steps, rows)
 
     def scores(self, queries: torch.Tensor) -> torch.Tensor:
         """As for plain entries; packed ones are unpacked block by block."""
-        if self._packed is None or self._scales is None or not self.reads_in_blocks:
+        if self._packed is None or self._steps is None or not self.reads_in_blocks:
             return super().scores(queries)
         own = self.packing.queries(queries).flatten(0, 1)
         visual = quantised.scores(
-            own, self._packed.flatten(0, 1), self._scales.flatten(0, 1), self.packing.bits
+            own, self._packed.flatten(0, 1), self._steps.flatten(0, 1), self.packing.bits
         )
         text = queries @ self.text.to(queries.dtype).transpose(-1, -2)
         return torch.cat([visual.unflatten(0, queries.shape[:2]), text], dim=-1)
 
     def mixture(self, weights: torch.Tensor) -> torch.Tensor:
         """As for plain entries; packed ones are unpacked block by block."""
-        if self._packed is None or self._scales is None or not self.reads_in_blocks:
+        if self._packed is None or self._steps is None or not self.reads_in_blocks:
             return super().mixture(weights)
         visual, text = weights.split([self.num_visual, self.text.shape[2]], dim=-1)
         mixed = quantised.mixture(
             visual.flatten(0, 1),
             self._packed.flatten(0, 1),
-            self._scales.flatten(0, 1),
+            self._steps.flatten(0, 1),
             self.packing.bits,
             self.text.shape[-1],
         )
@@ -295,21 +293,21 @@ class StraightRoom(Room):
 
 @dataclass(frozen=True)
 class PackingRoom(Room):
-    """A room of bytes and scales.
+    """A room of bytes and codes of steps.
 
     Attributes:
-        scales: (batch, heads, count, groups), beside the bytes in ``entries``.
+        steps: (batch, heads, count, groups), beside the bytes in ``entries``.
         packing: How values become these.
     """
 
-    scales: torch.Tensor
+    steps: torch.Tensor
     packing: Packing
 
     def __getitem__(self, cells: Cells) -> PackingRoom:
-        return PackingRoom(self.entries[cells], self.scales[cells], self.packing)
+        return PackingRoom(self.entries[cells], self.steps[cells], self.packing)
 
     def __setitem__(self, cells: Cells, values: torch.Tensor) -> None:
-        self.entries[cells], self.scales[cells] = self.packing.pack(values)
+        self.entries[cells], self.steps[cells] = self.packing.pack(values)
 
 
 def _rows(data: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -156,7 +156,7 @@ class PrunedCacheLayer(CacheLayerMixin):
         return keys.all, values.all
 
     def visual_bytes(self) -> int:
-        """Bytes of visual keys and values that this layer holds, scales included."""
+        """Bytes of visual keys and values that this layer holds, steps included."""
         return sum(each.visual_bytes() for each in self._kept or ())
 
     def get_seq_length(self) -> int:

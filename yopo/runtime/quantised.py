@@ -1,8 +1,10 @@
-"""Numbers in few bits: symmetric levels around zero, one scale per group, packed in bytes.
+"""Numbers in few bits: symmetric levels around zero, one step per group, packed in bytes.
 
-A group of numbers x with the largest absolute value a has ``2^bits`` equidistant levels from -a to
-a, ``x ~ s (u - (2^bits - 1) / 2)`` with ``u`` in ``0 .. 2^bits - 1``: as many below zero as above,
-none at it, so that no level is lost at 2 bits. A byte holds the numbers of several spans of a
+A group of numbers x has ``2^bits`` equidistant levels, ``x ~ s (u - (2^bits - 1) / 2)`` with ``u``
+in ``0 .. 2^bits - 1``: as many below zero as above, none at it, so that no level is lost at 2 bits.
+The step s is a power of two in eighths, of which a byte holds the code. The widest step takes in
+the largest number; of it and a few narrower ones, which clip large numbers for the sake of all the
+others, the one of the least squared error is used. A byte holds the numbers of several spans of a
 head's width, not neighbors, so that unpacking writes whole spans.
 """
 
@@ -15,8 +17,15 @@ import torch
 
 from yopo.plans.kv_storage import group_width, packed_width
 
-MOST_SCALE = torch.finfo(torch.float16).max
-"""A scale lies in float16: larger ones saturate."""
+FINENESS = 8
+"""Steps from one power of two to the next."""
+
+SMALLEST_STEP = -20
+"""Code 0 stands for a step of 0, code c for ``2^(c / FINENESS + SMALLEST_STEP)``."""
+
+NARROWER = {8: (0,), 4: (0, 3), 2: (0, 3, 6)}
+"""Steps tried per number of bits: how many codes below the widest. The more levels there are, the
+less there is to gain by clipping."""
 
 BLOCK_BYTES = 1 << 20
 """Of unpacked float32 numbers at a time, so that they stay in the cache of a core."""
@@ -40,17 +49,44 @@ def quantise(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
         bits: 8, 4 or 2.
 
     Returns:
-        (..., packed) uint8, and (..., groups) float16 scales.
+        (..., packed) uint8, and (..., groups) uint8 codes of steps.
     """
     head_dim = values.shape[-1]
     grouped = values.to(exact_dtype(values.dtype)).unflatten(-1, (-1, group_width(head_dim)))
-    scales = grouped.abs().amax(dim=-1) / middle(bits)
-    scales = scales.clamp(max=MOST_SCALE).half()
-    divisors = scales.to(grouped.dtype).masked_fill(scales == 0, 1.0)
-    steps = grouped / divisors[..., None]
-    levels = 1 << bits
-    codes = (steps + levels / 2).floor().clamp(0, levels - 1).to(torch.uint8)
-    return _pack(codes.flatten(-2), bits), scales
+    widest = _widest_steps(grouped, bits)
+    tried = [(widest - each).clamp(min=0) for each in NARROWER[bits]]
+    chosen = tried[0]
+    if len(tried) > 1:
+        errors = torch.stack([_squared_error(grouped, each, bits) for each in tried])
+        chosen = torch.stack(tried).gather(0, errors.argmin(dim=0, keepdim=True))[0]
+    codes = _in_steps(grouped, chosen, bits).add_(middle(bits)).to(torch.uint8)
+    return _pack(codes.flatten(-2), bits), chosen.to(torch.uint8)
+
+
+def steps_of(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The steps that (...) codes stand for."""
+    steps = torch.exp2(codes.to(dtype) / FINENESS + SMALLEST_STEP)
+    return steps.masked_fill_(codes == 0, 0.0)
+
+
+def _widest_steps(grouped: torch.Tensor, bits: int) -> torch.Tensor:
+    """(..., groups) codes of the smallest steps whose levels reach the largest number."""
+    step = grouped.abs().amax(dim=-1) / middle(bits)
+    codes = (FINENESS * (step.log2() - SMALLEST_STEP)).ceil()
+    return codes.clamp(0, 255)
+
+
+def _in_steps(grouped: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """(..., groups, width) nearest levels, as multiples of their steps."""
+    steps = steps_of(codes, grouped.dtype).masked_fill_(codes == 0, 1.0)
+    levels = (grouped / steps[..., None]).floor_().add_(0.5)
+    return levels.clamp_(-middle(bits), middle(bits))
+
+
+def _squared_error(grouped: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """(..., groups) squared distance of numbers to their levels."""
+    read = _in_steps(grouped, codes, bits).mul_(steps_of(codes, grouped.dtype)[..., None])
+    return read.sub_(grouped).square_().sum(dim=-1)
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -77,17 +113,17 @@ def _unpack_into(numbers: torch.Tensor, packed: torch.Tensor, bits: int) -> None
 
 
 def dequantise(
-    packed: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype
+    packed: torch.Tensor, codes: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """(..., head_dim) numbers of what :func:`quantise` returned, in ``exact_dtype(dtype)``."""
     numbers = packed.new_empty(*packed.shape[:-1], head_dim, dtype=exact_dtype(dtype))
     _unpack_into(numbers, packed, bits)
-    grouped = numbers.sub_(middle(bits)).unflatten(-1, (scales.shape[-1], -1))
-    return grouped.mul_(scales.to(numbers.dtype)[..., None]).flatten(-2)
+    grouped = numbers.sub_(middle(bits)).unflatten(-1, (codes.shape[-1], -1))
+    return grouped.mul_(steps_of(codes, numbers.dtype)[..., None]).flatten(-2)
 
 
 def scores(
-    queries: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bits: int
+    queries: torch.Tensor, packed: torch.Tensor, codes: torch.Tensor, bits: int
 ) -> torch.Tensor:
     """Products of queries with quantised keys, which are unpacked block by block.
 
@@ -97,7 +133,7 @@ def scores(
     Args:
         queries: (rows, queries, head_dim) in ``exact_dtype``; a row is a KV head of a batch row.
         packed: (rows, keys, packed).
-        scales: (rows, keys, 1): one group alone.
+        codes: (rows, keys, 1) of steps: one group alone.
         bits: Of the keys.
 
     Returns:
@@ -114,18 +150,18 @@ def scores(
         else:
             found[some, :, keys] = product
     found -= middle(bits) * queries.sum(dim=-1, keepdim=True)
-    return found.mul_(scales.transpose(1, 2).to(found.dtype))
+    return found.mul_(steps_of(codes, found.dtype).transpose(1, 2))
 
 
 def mixture(
-    weights: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int
+    weights: torch.Tensor, packed: torch.Tensor, codes: torch.Tensor, bits: int, head_dim: int
 ) -> torch.Tensor:
     """Sums of quantised values under attention weights, unpacked block by block as in ``scores``.
 
     Args:
         weights: (rows, queries, keys) in ``exact_dtype``.
         packed: (rows, keys, packed).
-        scales: (rows, keys, 1): one group alone.
+        codes: (rows, keys, 1) of steps: one group alone.
         bits: Of the values.
         head_dim: Width of a head.
 
@@ -133,7 +169,7 @@ def mixture(
         (rows, queries, head_dim).
     """
     rows, count, _ = weights.shape
-    weights = weights * scales.transpose(1, 2).to(weights.dtype)
+    weights = weights * steps_of(codes, weights.dtype).transpose(1, 2)
     sums = weights.new_zeros(rows, count, 8 // bits, packed.shape[-1])
     for (some, keys), number, shifted in _blocks(packed, bits, weights.dtype):
         sums[some, :, number] += weights[some, :, keys] @ shifted
