@@ -210,6 +210,32 @@ def in_few_bits(plan: PruningPlan, seed: int) -> PruningPlan:
     return replace(plan, layers=layers, tensors=replace(plan.tensors, key_scale=scale))
 
 
+def as_latents(plan: PruningPlan, seed: int) -> PruningPlan:
+    """The same plan, but fitted, layers with a bottleneck caching its output in few bits; others
+    like ``in_few_bits``. Draws plans until some layer does."""
+    for draw in range(seed, seed + 1000):
+        rng = random.Random(draw)
+        few = in_few_bits(plan, draw)
+        shape = plan.model.shape
+        layers = tuple(
+            replace(
+                layer,
+                qkv_rank=rng.randint(1, shape.hidden),
+                key_bits=None,
+                value_bits=None,
+                latent_bits=rng.choice(LEVELS),
+            )
+            if layer.read_heads and rng.random() < 0.7
+            else layer
+            for layer in few.layers
+        )
+        if any(layer.latent_bits for layer in layers):
+            break
+    made = replace(few, layers=layers, compensation="refit")
+    tensors = replace(random_tensors(made, seed), key_scale=few.tensors.key_scale)
+    return replace(made, tensors=tensors)
+
+
 def random_tensors(plan: PruningPlan, seed: int) -> PlanTensors:
     """Draw orders (none for a baked plan), means and fitted weights of the right shapes."""
     shape, generator = plan.model.shape, torch.Generator().manual_seed(seed)

@@ -52,20 +52,25 @@ def test_the_whole_plan_is_the_stock_model(specimen: Specimen) -> None:
 
 
 def drawn(specimen: Specimen, seed: int, stored: str, **fixed: Any) -> PruningPlan:
-    """A random plan, visual keys and values stored whole or in few bits."""
+    """A random plan, visual keys and values stored whole, in few bits or as latents."""
     plan = specimen.plan(seed, **fixed)
-    return tiny.in_few_bits(plan, seed) if stored == FEW_BITS else plan
+    if stored == LATENTS and not any(layer.read_heads for layer in plan.layers):
+        plan = specimen.plan(seed + 100, **fixed)
+    if stored == WHOLE:
+        return plan
+    return (tiny.in_few_bits if stored == FEW_BITS else tiny.as_latents)(plan, seed)
 
 
-FEW_BITS = "in few bits"
-storages = pytest.mark.parametrize("stored", ["whole", FEW_BITS])
+WHOLE, FEW_BITS, LATENTS = "whole", "in few bits", "as latents"
+storages = pytest.mark.parametrize("stored", [WHOLE, FEW_BITS, LATENTS])
 
 
+@pytest.mark.parametrize("stored", [FEW_BITS, LATENTS])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_prefill_in_few_bits_is_the_reference(specimen: Specimen, seed: int) -> None:
+def test_prefill_in_few_bits_is_the_reference(specimen: Specimen, seed: int, stored: str) -> None:
     """In float64: where a number lies between two levels, rounding decides on a whole step."""
     for name, inputs in prompts_of(specimen).items():
-        plan = drawn(specimen, seed, FEW_BITS)
+        plan = drawn(specimen, seed, stored)
         where = specimen.text_positions(inputs)
         with reference(specimen.oracle, plan):
             expected = tiny.logits(specimen.oracle, inputs)[where]
@@ -75,7 +80,8 @@ def test_prefill_in_few_bits_is_the_reference(specimen: Specimen, seed: int) -> 
         scale = expected.abs().max()
         assert (found - expected).abs().max() < 1e-9 * scale, name
         assert (recorded.detach() - expected).abs().max() < 1e-9 * scale, name
-        with pruned(specimen.oracle, specimen.plan(seed)):
+        with pruned(specimen.oracle, plan):
+            specimen.oracle.get_decoder().yopo.store_whole()
             whole = tiny.logits(specimen.oracle, inputs)[where]
         assert torch.allclose(whole, found, rtol=1e-6) == (name == "text"), name
 
@@ -188,9 +194,12 @@ def test_a_baked_and_loaded_model_equals_one_pruned_in_memory(baked: tuple, how:
     assert torch.equal(specimen.generate(model, inputs), said)
 
 
-def test_baked_in_few_bits_is_pruned_in_memory(specimen: Specimen, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [FEW_BITS, LATENTS])
+def test_baked_in_few_bits_is_pruned_in_memory(
+    specimen: Specimen, stored: str, tmp_path: Path
+) -> None:
     fixed = {"workload": specimen.workload(LARGE), "compensation": "refit", "baked": False}
-    plan = drawn(specimen, 7, FEW_BITS, **fixed)
+    plan = drawn(specimen, 7, stored, **fixed)
     specimen.model.save_pretrained(tmp_path / "source")
     bake(plan, tmp_path / "source", tmp_path / "out")
     baked = yopo.read_plan(tmp_path / "out" / "yopo_plan.yaml")

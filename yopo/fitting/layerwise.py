@@ -21,10 +21,11 @@ from yopo.models.layout import LayoutProbe, TokenLayout
 from yopo.models.registry import family_of
 from yopo.plans.schema import PruningPlan
 from yopo.runtime.attention_masks import AttentionMasks
-from yopo.runtime.cache import PrunedCacheLayer, TokenIndex
+from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.decoder import rotary_positions
-from yopo.runtime.layer import LayerRun, Rotary, VisualInput
+from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.sliced_linear import SlicedLinear
+from yopo.runtime.token_index import Rotary, TokenIndex
 from yopo.runtime.weights import VisualLayer, check_plain
 from yopo.support.errors import DataError
 
@@ -218,8 +219,10 @@ class PrunedBatch:
 
     def run(self, walk: DenseWalk, number: int, part: VisualLayer) -> LayerRun:
         """One layer on this batch, with a private cache."""
-        cache = PrunedCacheLayer(part.split, TokenIndex(), is_first=False)
-        return LayerRun(walk.decoder.layers[number], walk.names, self.masks, cache)
+        index = TokenIndex()
+        index.place(self.visual_rotary)
+        cache = PrunedCacheLayer(part.split, index, is_first=False)
+        return LayerRun(walk.decoder.layers[number], walk.names, self.masks, cache, part)
 
     def given(self, part: VisualLayer) -> VisualInput:
         """The visual tokens as input of a layer."""

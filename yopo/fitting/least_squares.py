@@ -157,17 +157,27 @@ def explained_in_all(gram: Gram) -> float:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """The best rank-r form of some projections of x: ``W_i x + c_i = expand_i reduce x + bias_i``.
+    """The best rank-r form of some projections of x:
+    ``W_i x + c_i = expand_i (reduce x + shift) + bias_i``.
 
     Attributes:
         reduce: (rank, inputs).
+        shift: (rank,).
         expand: (rows, rank) of every projection.
         bias: (rows,) of every projection.
     """
 
     reduce: torch.Tensor
+    shift: torch.Tensor
     expand: list[torch.Tensor]
     bias: list[torch.Tensor]
+
+    def centred(self, mean: torch.Tensor) -> Bottleneck:
+        """The same with the shift that takes inputs of a mean to a mean of zero."""
+        shift = -(self.reduce @ mean)
+        moved = shift - self.shift
+        bias = [old - out @ moved for out, old in zip(self.expand, self.bias, strict=True)]
+        return Bottleneck(self.reduce, shift, self.expand, bias)
 
 
 class Projections:
@@ -176,6 +186,9 @@ class Projections:
     Args:
         gram: Moments of x.
         weights: (rows, inputs) each; all count equally, whatever their scale.
+
+    Attributes:
+        mean: (inputs,) of x.
     """
 
     def __init__(self, gram: Gram, weights: list[torch.Tensor]):
@@ -207,4 +220,4 @@ class Projections:
             shift if own is None else shift + own.to(shift)
             for shift, own in zip(shifts, biases, strict=True)
         ]
-        return Bottleneck(reduce, expand, bias)
+        return Bottleneck(reduce, reduce.new_zeros(rank), expand, bias)

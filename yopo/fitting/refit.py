@@ -4,7 +4,8 @@ Text keeps the original weights, so the weights of visual tokens can be fitted f
 layer, on the visual states that the preceding pruned layers actually produce:
 
 1. projections: queries, keys and values of the kept heads through one bottleneck, the best of its
-   rank for these inputs (a singular value decomposition in the metric of their covariance);
+   rank for these inputs (a singular value decomposition in the metric of their covariance). Its
+   output has unit variance in every direction, and a mean of zero if it is to be cached;
 2. output projection over the attending heads, by least squares to the dense model's visual states
    after attention: it compensates for pruned heads as far as the kept ones predict them, and for
    errors of the preceding layers;
@@ -178,7 +179,7 @@ class LayerFit:
         """Fit queries, keys and values through the bottleneck."""
         stock = VisualLayer(
             self.module,
-            replace(self.layer, qkv_rank=None, key_bits=None, value_bits=None),
+            replace(self.layer, qkv_rank=None, key_bits=None, value_bits=None, latent_bits=None),
             self.shape,
             self.names,
             Extras(),
@@ -194,6 +195,9 @@ class LayerFit:
         assert rank is not None, "only a layer with a bottleneck has projections to fit"
         best = projections.at_rank(rank, [bias for _, bias in parts])
         weights = {"reduce": best.reduce}
+        if "reduce_bias" in self.sizes:
+            best = best.centred(projections.mean)
+            weights["reduce_bias"] = best.shift
         for name, expand, bias in zip(names, best.expand, best.bias, strict=True):
             weights |= {name: expand, f"{name}_bias": bias}
         return weights

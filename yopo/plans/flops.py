@@ -133,7 +133,7 @@ def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
 
 
 def visual_kv_bytes(plan: PruningPlan, itemsize: int = 2) -> int:
-    """Bytes of visual keys and values in the cache for one prompt, steps included.
+    """Bytes of visual keys and values, or latents, in the cache for one prompt, steps included.
 
     Args:
         plan: The plan.
@@ -147,6 +147,9 @@ def visual_kv_bytes_of_layer(
     layer: LayerPlan, shape: ModelShape, workload: Workload, itemsize: int = 2
 ) -> int:
     """Bytes of one layer's visual keys and values; arguments as for :func:`visual_kv_bytes`."""
+    if layer.latent_bits is not None:
+        assert layer.qkv_rank is not None, "checked with the plan"
+        return bytes_of_head(layer.qkv_rank, layer.latent_bits, itemsize) * workload.visual
     head = sum(
         bytes_of_head(shape.head_dim, bits, itemsize) for bits in (layer.key_bits, layer.value_bits)
     )

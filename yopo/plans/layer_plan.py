@@ -49,6 +49,8 @@ class LayerPlan:
         key_bits: Bits per number of the visual keys in the cache: 8, 4 or 2; None means the
             model's dtype.
         value_bits: The same for the visual values.
+        latent_bits: Bits per number of the bottleneck's output, which the cache then holds in
+            place of visual keys and values; None means that it holds these.
     """
 
     read_heads: tuple[int, ...]
@@ -59,6 +61,9 @@ class LayerPlan:
     map_rank: int = _lever(0, column="map", title="rank of the linear map")
     key_bits: int | None = _lever(None, column="K bits", title="bits of keys", topic="storage")
     value_bits: int | None = _lever(None, column="V bits", title="bits of values", topic="storage")
+    latent_bits: int | None = _lever(
+        None, column="z bits", title="bits of the latent that is cached instead", topic="latent"
+    )
 
     @property
     def is_empty(self) -> bool:
@@ -77,8 +82,9 @@ class LayerPlan:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether visual keys or values are stored in few bits."""
-        return self.key_bits is not None or self.value_bits is not None
+        """Whether visual keys, values or what they are made from are stored in few bits."""
+        each = (self.key_bits, self.value_bits, self.latent_bits)
+        return any(bits is not None for bits in each)
 
     def is_full(self, shape: ModelShape) -> bool:
         """Whether visual tokens do everything that they do in the dense model."""
@@ -160,7 +166,12 @@ def _sizes_problem(layer: LayerPlan, shape: ModelShape) -> tuple[str, str] | Non
 
 
 def _storage_problem(layer: LayerPlan) -> tuple[str, str] | None:
-    for key in ("key_bits", "value_bits"):
+    if layer.latent_bits is not None:
+        if layer.qkv_rank is None:
+            return "latent_bits", "must be null in a layer without qkv_rank: it has no latent"
+        if layer.key_bits is not None or layer.value_bits is not None:
+            return "latent_bits", "must be null where key_bits or value_bits is given"
+    for key in ("key_bits", "value_bits", "latent_bits"):
         bits = getattr(layer, key)
         if bits is None:
             continue

@@ -78,7 +78,8 @@ class PlanTensors:
 def refit_sizes(layer: LayerPlan, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names and sizes of the weights that ``refit`` compensation fits in one layer.
 
-    ``reduce`` (rank, hidden) takes normed visual states into the bottleneck; ``query``, ``key``
+    ``reduce`` (rank, hidden) takes normed visual states into the bottleneck, with a bias that
+    centres its output where that is cached; ``query``, ``key``
     and ``value`` (rows, rank) with their biases lead out of it, for the attending heads and for
     the kept KV heads, ascending. ``output`` (hidden, columns) replaces the output projection
     where only some heads attend, ``down`` (hidden, neurons) the down projection where only some
@@ -91,6 +92,8 @@ def refit_sizes(layer: LayerPlan, shape: ModelShape) -> dict[str, tuple[int, ...
     keys = len(layer.kept_kv(shape)) * shape.head_dim
     if layer.qkv_rank is not None:
         sizes["reduce"] = (layer.qkv_rank, hidden)
+        if layer.latent_bits is not None:
+            sizes["reduce_bias"] = (layer.qkv_rank,)
         for name, rows in (("query", queries), ("key", keys), ("value", keys)):
             if rows:
                 sizes |= {name: (rows, layer.qkv_rank), f"{name}_bias": (rows,)}

@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from yopo.runtime.attention_masks import AttentionMasks
-from yopo.runtime.cache import KeysAndValues, PrunedCacheLayer
 from yopo.runtime.heads import take
 from yopo.runtime.quantised import exact_dtype
+from yopo.runtime.reading import Mixed, Reading, Scored
 
 FEW = 8
 """Up to so many text queries, packed keys and values are unpacked block by block as they are read:
@@ -19,7 +19,7 @@ more of them are faster by a call over unpacked ones."""
 
 def text_attention(
     queries: torch.Tensor,
-    cache: PrunedCacheLayer,
+    reading: Reading,
     masks: AttentionMasks,
     scale: float,
     dropout: float = 0.0,
@@ -28,7 +28,7 @@ def text_attention(
 
     Args:
         queries: (batch, heads, text, head_dim), RoPE applied.
-        cache: The layer's keys and values, this forward's included.
+        reading: The layer's keys and values, this forward's included.
         masks: Masks of this forward.
         scale: Factor on the logits.
         dropout: Dropout probability of attention weights.
@@ -36,23 +36,23 @@ def text_attention(
     Returns:
         (batch, heads, text, head_dim).
     """
-    split, outputs = cache.split, []
+    split, outputs = reading.split, []
     attend = partial(_attend, scale=scale, dropout=dropout)
     text_mask, causal = masks.text_mask, masks.text_is_causal
     if split.reading_width:
         few, width = take(queries, split.reading), split.reading_width
-        packed = None if dropout or few.shape[2] > FEW else cache.packed
+        packed = None if dropout or few.shape[2] > FEW else reading.packed
         if packed is not None:
             outputs.append(_read_packed(few, packed, masks.reading_mask, width, scale))
         else:
-            keys, values = cache.kept
+            keys, values = reading.kept
             outputs.append(attend(few, keys, values, masks.reading_mask, width=width))
     if split.dropped_width:
-        keys, values = cache.kept_text
+        keys, values = reading.kept_text
         few, width = take(queries, split.dropped), split.dropped_width
         outputs.append(attend(few, keys, values, text_mask, width=width, causal=causal))
     if split.other_width:
-        keys, values = cache.other
+        keys, values = reading.other
         few, width = take(queries, split.other), split.other_width
         outputs.append(attend(few, keys, values, text_mask, width=width, causal=causal))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -61,7 +61,7 @@ def text_attention(
 
 def _read_packed(
     queries: torch.Tensor,
-    kept: KeysAndValues,
+    kept: tuple[Scored, Mixed],
     mask: torch.Tensor | None,
     width: int,
     scale: float,
@@ -91,7 +91,7 @@ def _read_packed(
 
 def visual_attention(
     queries: torch.Tensor,
-    cache: PrunedCacheLayer,
+    reading: Reading,
     masks: AttentionMasks,
     radius: int | None,
     scale: float,
@@ -102,7 +102,7 @@ def visual_attention(
     Args:
         queries: (batch, attending heads, visual, head_dim), RoPE applied, in ``split.attending``
             order.
-        cache: The layer's keys and values, this forward's included.
+        reading: The layer's keys and values, this forward's included.
         masks: Blocks and masks of this forward.
         radius: The neighborhood's Chebyshev radius, or None.
         scale: Factor on the logits.
@@ -111,9 +111,9 @@ def visual_attention(
     Returns:
         (batch, visual, attending heads * head_dim).
     """
-    split = cache.split
+    split = reading.split
     padded = queries if split.rectangle is None else take(queries, split.rectangle)
-    keys, values = cache.kept
+    keys, values = reading.kept
     if split.attending_kv is not None:
         keys, values = (take(each, split.attending_kv) for each in (keys, values))
     blocks = masks.visual_blocks(radius)
@@ -122,7 +122,7 @@ def visual_attention(
     batch, heads, length, head_dim = queries.shape
     mixed = queries.new_empty(batch, length, heads, head_dim)
     for block in blocks:
-        span = (block.key_start, block.key_stop, cache.num_visual, block.num_text)
+        span = (block.key_start, block.key_stop, reading.num_visual, block.num_text)
         found = _attend(
             padded[:, :, block.start : block.stop],
             _pick(keys, *span),

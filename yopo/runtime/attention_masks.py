@@ -15,7 +15,7 @@ import torch
 
 from yopo.models.layout import Stream, TokenLayout
 from yopo.plans.grid import Block, row_blocks, shared_blocks
-from yopo.runtime.cache import TokenIndex
+from yopo.runtime.token_index import TokenIndex
 from yopo.support.errors import ModelError
 
 

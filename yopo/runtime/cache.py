@@ -20,68 +20,10 @@ from transformers.cache_utils import (
 
 from yopo.runtime.buffers import Entries, PackedEntries, Packing, Room
 from yopo.runtime.heads import HeadSplit, Index, take
+from yopo.runtime.token_index import Rotary, TokenIndex
 from yopo.support.errors import ModelError
 
 KeysAndValues = tuple[Entries, Entries]
-
-
-class TokenIndex:
-    """Positions of the cached tokens, shared by all layers of a cache.
-
-    Attributes:
-        length: Logical length: tokens seen, padding and visual ones included.
-        text: (batch, text tokens) int64, logical positions; -1 on stream padding.
-        visual: (batch, visual tokens) int64, logical positions; -1 on stream padding.
-        is_padded: Whether any position is -1.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.length = 0
-        self.text: torch.Tensor | None = None
-        self.visual: torch.Tensor | None = None
-        self.is_padded = False
-
-    def extend(
-        self, text: torch.Tensor, visual: torch.Tensor | None = None, *, num_tokens: int
-    ) -> torch.Tensor:
-        """Add a forward's ``num_tokens`` tokens: (batch, new) logical positions of both streams.
-
-        Returns:
-            The updated ``text``.
-        """
-        text = text if self.text is None else torch.cat([self.text, text], dim=1)
-        self.text = text
-        if visual is not None:
-            both = visual if self.visual is None else torch.cat([self.visual, visual], dim=1)
-            self.visual = both
-        self.length += num_tokens
-        return text
-
-    @property
-    def num_visual(self) -> int:
-        """Cached visual positions per row, padding included."""
-        return 0 if self.visual is None else self.visual.shape[1]
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep (or repeat) batch rows."""
-        if self.text is not None:
-            self.text = self.text[rows.to(self.text.device)]
-        if self.visual is not None:
-            self.visual = self.visual[rows.to(self.visual.device)]
-
-    def crop(self, count: int) -> None:
-        """Forget the last ``count`` logical tokens, all of which must be text."""
-        if self.text is None:
-            raise ModelError("An empty cache cannot be cropped.")
-        last = self.text[:, -count:]
-        if last.shape[1] < count or bool((last < self.length - count).any()):
-            raise ModelError("A pruned cache cannot be cropped into an image.")
-        self.text = self.text[:, :-count]
-        self.length -= count
 
 
 class PrunedCacheLayer(CacheLayerMixin):
@@ -104,6 +46,7 @@ class PrunedCacheLayer(CacheLayerMixin):
         self._is_first = is_first
         self._kept: KeysAndValues | None = None
         self._other: KeysAndValues | None = None
+        self._latent: Entries | None = None
 
     def empty(self) -> PrunedCacheLayer:
         """An empty layer of the same kind, on the same token index."""
@@ -131,9 +74,40 @@ class PrunedCacheLayer(CacheLayerMixin):
         self.num_visual += count
         return keys.make_room(count), values.make_room(count)
 
+    def make_latent_room(self, states: torch.Tensor) -> Room:
+        """Make room for the latents of a forward's visual tokens, as ``make_room`` does for keys.
+
+        Args:
+            states: (batch, count, hidden), for the number of tokens, dtype and device.
+
+        Returns:
+            (batch, 1, count, rank), for the caller to fill.
+        """
+        batch, count, _ = states.shape
+        if self._latent is None:
+            nothing = states.new_empty(batch, 1, 0, self.split.latent_rank)
+            self._latent = _entries(nothing, self.split.latent)
+        self.num_visual += count
+        return self._latent.make_room(count)
+
+    @property
+    def latent(self) -> torch.Tensor:
+        """(batch, visual, rank) latents of cached visual tokens, unpacked."""
+        if self._latent is None:
+            raise ValueError("this layer holds no latents")
+        return self._latent.all[:, 0]
+
+    @property
+    def has_latent(self) -> bool:
+        """Whether there are visual tokens whose keys and values have to be rebuilt."""
+        return self._latent is not None
+
     @property
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of kept KV heads, (batch, kept, visual + text, head_dim), unpacked."""
+        """Keys and values of kept KV heads, (batch, kept, visual + text, head_dim), unpacked.
+
+        Only of text where latents are held in place of visual ones.
+        """
         keys, values = _filled(self._kept)
         return keys.all, values.all
 
@@ -156,8 +130,9 @@ class PrunedCacheLayer(CacheLayerMixin):
         return keys.all, values.all
 
     def visual_bytes(self) -> int:
-        """Bytes of visual keys and values that this layer holds, steps included."""
-        return sum(each.visual_bytes() for each in self._kept or ())
+        """Bytes of visual keys and values, or latents, that this layer holds, steps included."""
+        latent = () if self._latent is None else (self._latent,)
+        return sum(each.visual_bytes() for each in (*(self._kept or ()), *latent))
 
     def get_seq_length(self) -> int:
         """The logical length."""
@@ -219,7 +194,7 @@ class PrunedCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._kept = self._other = None
+        self._kept = self._other = self._latent = None
         self.num_visual = 0
         self.is_initialized = False
         if self._is_first:
@@ -233,7 +208,8 @@ class PrunedCacheLayer(CacheLayerMixin):
             return
         if self._is_first:
             self.index.select(rows)
-        for entries in self._entries():
+        latent = [] if self._latent is None else [self._latent]
+        for entries in self._entries() + latent:
             entries.select(rows)
 
 
@@ -247,14 +223,15 @@ def _extended(
     """Append some heads' keys and values to their entries, created if there are none yet."""
     added = [take(each, heads) for each in (keys, values)]
     if held is None:
-        key, value = (
-            Entries(text) if packing is None else PackedEntries(text, packing)
-            for text, packing in zip(added, packings, strict=True)
-        )
+        key, value = map(_entries, added, packings)
         return key, value
     for entries, text in zip(held, added, strict=True):
         entries.append(text)
     return held
+
+
+def _entries(text: torch.Tensor, packing: Packing | None) -> Entries:
+    return Entries(text) if packing is None else PackedEntries(text, packing)
 
 
 def _filled(held: KeysAndValues | None) -> KeysAndValues:
@@ -269,6 +246,12 @@ def new_layers(splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
     return [
         PrunedCacheLayer(split, index, is_first=number == 0) for number, split in enumerate(splits)
     ]
+
+
+def place_latents(layers: list[PrunedCacheLayer], rotary: Rotary) -> None:
+    """Keep cosines and sines of a forward's visual tokens if some layer rebuilds their keys."""
+    if any(layer.split.latent_rank for layer in layers):
+        layers[0].index.place(rotary)
 
 
 def adopt(cache: Cache, splits: list[HeadSplit]) -> list[PrunedCacheLayer]:

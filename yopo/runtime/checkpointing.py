@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from yopo.runtime.layer import LayerRun, Rotary, VisualInput
+from yopo.runtime.layer import LayerRun, VisualInput
+from yopo.runtime.token_index import Rotary
 from yopo.support.errors import ModelError
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +23,16 @@ from yopo.models.layout import LayoutProbe, Stream, TokenLayout
 from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
-from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
+from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers, place_latents
 from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
 from yopo.runtime.extent_warning import warn_beyond
 from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features
 from yopo.runtime.labels import LabelProbe
-from yopo.runtime.layer import LayerRun, Rotary, VisualInput
+from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.sliced_linear import warn_without_fitted
+from yopo.runtime.token_index import Rotary
 from yopo.support.errors import ModelError
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class PrunedState(nn.Module):
         return self._splits_on[device]
 
     def store_whole(self) -> None:
-        """From now on, keep visual keys and values in the model's own numbers."""
-        self._splits = [replace(split, packings=(None, None)) for split in self._splits]
+        """From now on, keep visual keys, values and latents in the model's own numbers."""
+        self._splits = [split.unpacked() for split in self._splits]
         self._splits_on.clear()
 
 
@@ -232,6 +232,7 @@ def run_layers(
         text_rotary, visual_rotary = (
             _gathered(each, rotary, embeds.shape[0]) for each in (masks.text, stream)
         )
+        place_latents(cache, visual_rotary)
     with fast_gemm(decoder.layers, text):
         for number, layer in enumerate(decoder.layers):
             if number == state.plan.visual_depth:
@@ -239,7 +240,8 @@ def run_layers(
             given = None
             if visual is not None:
                 given = VisualInput(visual, visual_rotary, state.visual[number])
-            run = LayerRun(layer, state.names, masks, cache[number])
+            part = state.visual[number] if number < state.plan.visual_depth else None
+            run = LayerRun(layer, state.names, masks, cache[number], part)
             if is_checkpointed(layer):
                 text, visual = checkpointed(run, text, text_rotary, given)
             else:

@@ -59,6 +59,8 @@ class HeadSplit:
         dropped_width: Query heads per KV head in ``dropped`` (0: there are none).
         other_width: Query heads per KV head in ``other`` (0: there are none).
         packings: How visual keys and values of kept KV heads are packed; None: not at all.
+        latent_rank: Width of the latent that is held in their place; 0: they are held.
+        latent: How it is packed; None: not at all.
     """
 
     kept_kv: Index
@@ -78,6 +80,8 @@ class HeadSplit:
     dropped_width: int
     other_width: int
     packings: tuple[Packing | None, Packing | None] = (None, None)
+    latent_rank: int = 0
+    latent: Packing | None = None
 
     def to(self, device: torch.device) -> HeadSplit:
         """This split with its positions on a device, so that no call has to move them."""
@@ -98,8 +102,16 @@ class HeadSplit:
 
     def differs(self, other: HeadSplit) -> bool:
         """Whether a cache that was filled under this split is of no use under another."""
-        own, others = ([each and each.bits for each in split.packings] for split in (self, other))
-        return self.kept != other.kept or own != others
+        own, others = (
+            [each and each.bits for each in (*split.packings, split.latent)]
+            for split in (self, other)
+        )
+        is_same = self.kept == other.kept and self.latent_rank == other.latent_rank
+        return not is_same or own != others
+
+    def unpacked(self) -> HeadSplit:
+        """This split with everything held in the model's own numbers."""
+        return replace(self, packings=(None, None), latent=None)
 
 
 _Places = TypeVar("_Places", Index, Index | None, torch.Tensor | None)
@@ -161,7 +173,15 @@ def split_heads(
         dropped_width=dropped_width,
         other_width=shape.group if other else 0,
         packings=_packings(layer, kept_kv, key_scale),
+        **_latent(layer),
     )
+
+
+def _latent(layer: LayerPlan) -> dict[str, Any]:
+    """The fields that say what is held in place of visual keys and values."""
+    if layer.latent_bits is None:
+        return {}
+    return {"latent_rank": layer.qkv_rank, "latent": Packing(layer.latent_bits, None)}
 
 
 def _packings(

@@ -13,13 +13,12 @@ from yopo.runtime.attention import text_attention, visual_attention
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.buffers import Room
 from yopo.runtime.cache import PrunedCacheLayer
+from yopo.runtime.reading import Reading
+from yopo.runtime.token_index import Rotary
 from yopo.runtime.weights import VisualLayer
 
 if TYPE_CHECKING:
     from yopo.models.stock import StockLayer
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines, (batch, length, head_dim) each."""
 
 
 class VisualInput(NamedTuple):
@@ -44,6 +43,8 @@ class LayerRun:
         names: Names of the layer's modules.
         masks: Positions and masks.
         cache: The layer's keys and values.
+        part: The modules of visual tokens in this layer, by which cached latents become keys and
+            values; None after the last layer that has any.
     """
 
     def __init__(
@@ -52,15 +53,16 @@ class LayerRun:
         names: Backbone,
         masks: AttentionMasks,
         cache: PrunedCacheLayer,
+        part: VisualLayer | None = None,
     ):
-        self.layer, self.names = layer, names
+        self.layer, self.names, self.part = layer, names, part
         self.attention = layer.self_attn
         self.masks, self.cache = masks, cache
         self._rotate = names.rotate
 
     def afresh(self) -> LayerRun:
         """This run with an empty cache layer."""
-        return LayerRun(self.layer, self.names, self.masks, self.cache.empty())
+        return LayerRun(self.layer, self.names, self.masks, self.cache.empty(), self.part)
 
     def __call__(
         self, text: torch.Tensor, rotary: Rotary, visual: VisualInput | None
@@ -90,15 +92,16 @@ class LayerRun:
         visual_queries = None
         if visual is not None and visual.part.plan.read_heads:
             visual_queries = self._project_visual(visual)
+        reading = Reading(self.cache, self.part, self._placed_keys, is_new=visual is not None)
         scale = self.attention.scaling
         dropout = self.attention.attention_dropout if self.attention.training else 0.0
-        mixed = text_attention(queries, self.cache, self.masks, scale, dropout)
+        mixed = text_attention(queries, reading, self.masks, scale, dropout)
         mixed = getattr(self.attention, self.names.output)(_join_heads(mixed))
         text = text + self._dropped(0)(mixed)
         if visual is None or visual_queries is None:
             return text, None
         radius = visual.part.plan.radius
-        gathered = visual_attention(visual_queries, self.cache, self.masks, radius, scale, dropout)
+        gathered = visual_attention(visual_queries, reading, self.masks, radius, scale, dropout)
         return text, gathered
 
     def add_attention(
@@ -162,6 +165,8 @@ class LayerRun:
         Returns:
             (batch, attending heads, visual, head_dim) queries; None where no head attends.
         """
+        if visual.part.split.latent_rank:
+            return self._project_latent(visual)
         states, rotary, part = visual
         head_dim = self.attention.head_dim
         norm = getattr(self.layer, self.names.attention_norm)
@@ -181,6 +186,31 @@ class LayerRun:
                 queries = (_split_heads(part.query(inputs), head_dim), all_queries[cells])
             self._place_into(queries, keys, (rotary[0][place], rotary[1][place]))
         return all_queries
+
+    def _project_latent(self, visual: VisualInput) -> torch.Tensor | None:
+        """Fill the cache with latents; as ``_project_visual`` otherwise."""
+        states, rotary, part = visual
+        norm = getattr(self.layer, self.names.attention_norm)
+        room, all_queries = self.cache.make_latent_room(states), None
+        if part.plan.attend_heads:
+            size = (len(states), len(part.plan.attend_heads), states.shape[1])
+            all_queries = states.new_empty(*size, self.attention.head_dim)
+        for place in row_blocks.blocks(states):
+            latent = part.reduced(row_blocks.mapped(states[place], norm))
+            room[place[0], :, place[1]] = latent[:, None]
+            if all_queries is not None:
+                queries = _split_heads(part.query(latent), self.attention.head_dim)
+                here = (rotary[0][place], rotary[1][place])
+                # The rotary embedding needs keys, even unused ones.
+                placed, _ = self._place(queries, queries[:, :1], here)
+                all_queries[place[0], :, place[1]] = placed
+        return all_queries
+
+    def _placed_keys(self, projected: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """(batch, KV heads, length, head_dim) of projected (batch, length, KV heads * head_dim)."""
+        keys = _split_heads(projected, self.attention.head_dim)
+        _, placed = self._place(keys[:, :1], keys, rotary)
+        return placed
 
     def _place_into(
         self,

@@ -170,8 +170,9 @@ class LayerSpec:
         if self.layer.qkv_rank is not None:
             kv_heads = self.layer.kept_kv(self.shape)
             queries = self.through_bottleneck("query", self.layer.attend_heads, queries, normed)
-            keys = self.through_bottleneck("key", kv_heads, keys, normed)
-            values = self.through_bottleneck("value", kv_heads, values, normed)
+            bits = self.layer.latent_bits
+            keys = self.through_bottleneck("key", kv_heads, keys, normed, bits)
+            values = self.through_bottleneck("value", kv_heads, values, normed, bits)
         if names.head_norms is not None:
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         queries, keys = names.rotate(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)
@@ -202,12 +203,22 @@ class LayerSpec:
         return output
 
     def through_bottleneck(
-        self, name: str, heads: Sequence[int], stock: torch.Tensor, normed: torch.Tensor
+        self,
+        name: str,
+        heads: Sequence[int],
+        stock: torch.Tensor,
+        normed: torch.Tensor,
+        bits: int | None = None,
     ) -> torch.Tensor:
-        """(batch, sequence, heads, head_dim): visual tokens by fitted weights, text unchanged."""
+        """(batch, sequence, heads, head_dim): visual tokens by fitted weights, from what is read of
+        a latent stored in some bits; text unchanged."""
         if not heads:
             return stock
         small = normed @ self.refit["reduce"].to(normed).T
+        if "reduce_bias" in self.refit:
+            small = small + self.refit["reduce_bias"].to(normed)
+        if bits is not None:
+            small = in_few_bits(small, bits)
         own = stock.clone()
         own[:, :, list(heads)] = self.fitted(name, small).unflatten(-1, (len(heads), -1))
         return torch.where(self.is_visual(normed)[..., None, None], own, stock)

@@ -86,7 +86,8 @@ class VisualLayer(nn.Module):
         like = getattr(*self._source("key")).weight
         self.reduce = None
         if "reduce" in refit:
-            self.reduce = extras.fitted("reduce", None, like)
+            centred = "reduce_bias" if "reduce_bias" in refit else None
+            self.reduce = extras.fitted("reduce", centred, like)
         offsets = _fused_offsets(self._names, shape)
         starts = {"query": 0, "key": offsets[0], "value": offsets[1]}
         for name, kept in rows.items():
