@@ -6,10 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_allocate import LAYERS, damage, make_allocator, make_profile, make_statistics
+from test_allocate import (
+    LAYERS,
+    FakeFitter,
+    damage,
+    make_allocator,
+    make_profile,
+    make_statistics,
+)
 
 from yopo.calibration.statistics import Statistics
 from yopo.planning.allocate import Allocator
+from yopo.planning.kv_budget import Storage
 from yopo.planning.planner import make_plan
 from yopo.planning.request import BudgetRequest
 from yopo.planning.templates import TEMPLATES, TemplateBuilder
@@ -178,3 +186,49 @@ def test_a_search_keeps_the_storage_and_the_budget() -> None:
     plan, found = make_plan(with_keys(2), request, measure)
     assert any(layer.key_bits for layer in plan.layers)
     assert all(kv_share(each.plan) <= 0.2 for each in found)
+
+
+def heads_of(plan: PruningPlan) -> int:
+    return sum(len(layer.read_heads) for layer in plan.layers)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("share", [0.03, 0.08, 0.12, 0.2])
+def test_latents_keep_budgets_at_which_heads_would_be_dropped(kv_heads: int, share: float) -> None:
+    """The made-up KL wants heads; half of them would have to go if keys and values were kept."""
+    statistics = with_keys(kv_heads)
+
+    def measure(plan: PruningPlan) -> float:
+        return 1 / (1 + heads_of(plan))
+
+    request = BudgetRequest(0.5, kv_budget=share, compensation="refit")
+    fitter = FakeFitter(statistics)
+    plan, found = make_plan(statistics, request, measure, fitter)
+    assert any(layer.latent_bits for layer in plan.layers)
+    for each in found:
+        assert kv_share(each.plan) <= share and visual_budget(each.plan) <= 0.5
+    original = BudgetRequest(0.5, kv_budget=share, compensation="none")
+    try:
+        dropped, _ = make_plan(statistics, original, measure)
+    except PlanError:
+        return
+    assert heads_of(plan) > heads_of(dropped)
+    for layer in plan.layers:
+        assert (layer.latent_bits is not None) <= (layer.qkv_rank is not None)
+
+
+def test_finer_latents_are_measured_beside_wide_ones() -> None:
+    statistics = with_keys()
+
+    def measure(plan: PruningPlan) -> float:
+        rank = sum(layer.qkv_rank or 0 for layer in plan.layers)
+        return 1 / (1 + (rank if prefers_wide else -rank + 1000))
+
+    request = BudgetRequest(1.0, kv_budget=0.1, compensation="refit")
+    for prefers_wide in (True, False):
+        plan, found = make_plan(statistics, request, measure, FakeFitter(statistics))
+        stored = {each.storage: each for each in found if each.storage is not None}
+        assert Storage(4, 4, 8) in stored
+        assert all(kv_share(each.plan) <= 0.1 for each in found)
+        bits = {layer.latent_bits for layer in plan.layers if layer.qkv_rank}
+        assert bits == ({4} if prefers_wide else {8})

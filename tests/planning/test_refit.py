@@ -16,7 +16,7 @@ from zoo import PROMPTS, Specimen
 
 from yopo.data.prompts import Batch
 from yopo.fitting import least_squares, refit
-from yopo.fitting.layerwise import PrunedBatch, enter, pruned_batches
+from yopo.fitting.layerwise import PrunedBatch, enter, pruned_batches, real_rows
 from yopo.fitting.least_squares import Moments
 from yopo.fitting.refit import neurons_and_map
 from yopo.plans.checks import check_tensors
@@ -172,17 +172,46 @@ def test_a_fit_compensates_for_the_preceding_layers(
     assert (found - dense).abs().max() > 0.1  # only the mean is exact
 
 
+def test_a_cached_latent_is_centred_and_changes_nothing_else(
+    specimen: Specimen, batches: list[Batch]
+) -> None:
+    shape = specimen.identity.shape
+    plain = plan_of(specimen, everything(shape), order=orders(shape))
+    layers = (replace(plain.layers[0], latent_bits=8), *plain.layers[1:])
+    stored = replace(plain, layers=layers)
+    layouts = [each.layout for each in enter(specimen.model, batches)]
+    seen: list[torch.Tensor] = []
+    for plan in (fitted(specimen.model, batches, plain), fitted(specimen.model, batches, stored)):
+        with pruned(specimen.model, plan), torch.no_grad():
+            part = specimen.model.get_decoder().yopo.visual[0]
+            latents = []
+            handle = part.reduce.register_forward_hook(lambda *args: latents.append(args[2]))
+            for batch in batches:
+                specimen.model.base_model(**batch.inputs, use_cache=False)
+            handle.remove()
+            seen.append(torch.cat(list(map(real_rows, layouts, latents))))
+            keys = part.key(seen[-1]), part.value(seen[-1])
+        if plan.layers == plain.layers:
+            expected = keys
+        else:
+            for found, usual in zip(keys, expected, strict=True):
+                torch.testing.assert_close(found, usual, rtol=1e-3, atol=1e-3)
+    assert seen[0].mean(dim=0).abs().max() > 0.1 > seen[1].mean(dim=0).abs().max()
+
+
+@pytest.mark.parametrize("latent_bits", [None, 8])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_fit_sees_what_the_runtime_computes(
     specimen: Specimen,
     batches: list[Batch],
     carried: list[PrunedBatch],
     bidirectional: bool,
+    latent_bits: int | None,
 ) -> None:
     """Both streams match after the last layer of a plan with every lever, DeepStack included."""
     shape = specimen.identity.shape
     frozen = LayerPlan(tuple(range(shape.heads)), (), None, 0, map_rank=4)
-    layers = (everything(shape), frozen)
+    layers = (replace(everything(shape), latent_bits=latent_bits), frozen)
     asked = plan_of(specimen, *layers, order=orders(shape), bidirectional=bidirectional)
     plan = fitted(specimen.model, batches, asked)
     decoder = specimen.model.get_decoder()

@@ -71,7 +71,7 @@ print(json.dumps({
 def test_levers_are_the_fields_marked_as_such() -> None:
     assert [each.name for each in LEVERS] == [
         *("qkv_rank", "map_rank"),
-        *("key_bits", "value_bits"),
+        *("key_bits", "value_bits", "latent_bits"),
     ]
     required = [each.name for each in fields(LayerPlan) if not each.metadata]
     assert required == ["read_heads", "attend_heads", "radius", "neurons"]

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from yopo.plans.flops import dense_visual_kv_bytes, visual_kv_bytes
 from yopo.plans.schema import PruningPlan
+from yopo.runtime import reading
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.install import pruned
 from yopo.support.errors import ModelError
@@ -24,12 +25,16 @@ def filled(subject: Subject, inputs: dict[str, torch.Tensor]) -> DynamicCache:
     return subject.model(**tiny.as_dtype(inputs, subject.model.dtype)).past_key_values
 
 
-storages = pytest.mark.parametrize("stored", ["whole", "in few bits"])
+LATENTS = "as latents"
+
+storages = pytest.mark.parametrize("stored", ["whole", "in few bits", LATENTS])
 
 
 def drawn(subject: Subject, seed: int, stored: str) -> PruningPlan:
     plan = subject.random_plan(seed)
-    return plan if stored == "whole" else tiny.in_few_bits(plan, seed)
+    if stored == "whole":
+        return plan
+    return (tiny.as_latents if stored == LATENTS else tiny.in_few_bits)(plan, seed)
 
 
 def visual_bytes(cache: DynamicCache) -> int:
@@ -78,7 +83,9 @@ def test_a_dropped_layer_holds_only_text(subject: Subject, seed: int, stored: st
     for layer, layer_plan in zip(cache.layers, plan.layers, strict=True):
         kept = layer_plan.kept_kv(subject.shape)
         if kept:
-            assert layer.kept[0].shape[1:3] == (len(kept), text + len(PICTURE))
+            held = text if layer_plan.latent_bits else text + len(PICTURE)
+            assert layer.kept[0].shape[1:3] == (len(kept), held)
+            assert layer.has_latent == (layer_plan.latent_bits is not None)
         if len(kept) < subject.shape.kv_heads:
             others = subject.shape.kv_heads - len(kept)
             assert layer.other[0].shape[1:3] == (others, text)
@@ -93,6 +100,37 @@ def test_generate_reports_the_logical_length(mha: Subject) -> None:
         )
     assert all(type(layer) is PrunedCacheLayer for layer in cache.layers)
     assert cache.get_seq_length() == said.shape[1] - 1  # the last token was never fed back
+
+
+@torch.no_grad()
+def test_decoding_makes_keys_of_latents_block_by_block(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = drawn(subject, 2, LATENTS)
+    blocks, spans = [], reading._Latents.spans
+    monkeypatch.setattr(
+        reading._Latents,
+        "spans",
+        lambda *args: (blocks.append(each) or each for each in spans(*args)),
+    )
+    found = []
+    with pruned(subject.oracle, plan):
+        for size in (1 << 20, 1):
+            monkeypatch.setattr(reading, "BLOCK_BYTES", size)
+            cache = filled_exactly(subject)
+            found.append(subject.oracle(**NEXT, past_key_values=cache).logits)
+            many = torch.tensor([[9, *range(20, 30)]])
+            cache = filled_exactly(subject)
+            together = subject.oracle(input_ids=many, past_key_values=cache).logits[:, :1]
+            found.append(together)
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], rtol=1e-9, atol=1e-9)
+    layers = sum(each.latent_bits is not None for each in plan.layers)
+    assert len(blocks) == layers * (1 + len(PICTURE))
+
+
+def filled_exactly(subject: Subject) -> DynamicCache:
+    return subject.oracle(**tiny.as_dtype(ONE, torch.float64)).past_key_values
 
 
 @storages

@@ -44,6 +44,9 @@ STEPS = 60
 KV_STEPS = 24
 """Bisections of the price of KV bytes, where they are limited."""
 
+PRECISION = 1e-6
+"""Relative precision of prices at which bisections stop."""
+
 MOST = 1e12
 """Highest price tried."""
 
@@ -173,7 +176,6 @@ class Allocator:
         """For every bottleneck, the heads whose gain through it exceeds their price."""
         reading, mixing = self._gains[number]
         missed = sum(reading) + sum(mixing)
-        kv_share = 1 / (self.shape.layers * self.shape.kv_heads)
         yield Choice(EMPTY, 0, missed)
         for rank in self._ranks:
             lost = float(
@@ -182,6 +184,7 @@ class Allocator:
                 ]
             )
             start, kv_flops, attend_flops = self._head_flops(rank)
+            kv_start, kv_share = self._kv_shares(rank)
             heads: list[int] = []
             attend: list[int] = []
             for group in range(self.shape.kv_heads):
@@ -199,7 +202,7 @@ class Allocator:
                 groups = len(heads) // self.shape.group
                 flops = start + groups * kv_flops + len(attend) * attend_flops
                 layer = self._reading(tuple(heads), tuple(attend), rank)
-                yield Choice(layer, flops, missed - gain, groups * kv_share)
+                yield Choice(layer, flops, missed - gain, kv_start + groups * kv_share)
 
     def _reading(
         self, heads: tuple[int, ...], attend: tuple[int, ...], rank: int | None
@@ -211,6 +214,23 @@ class Allocator:
         """Gains of reading and of attending in each head, layer by layer."""
         mixing = self.later[:, None] * self.profile.mixing
         return list(zip(self.reading.tolist(), mixing.tolist(), strict=True))
+
+    def _kv_shares(self, rank: int | None) -> tuple[float, float]:
+        """KV bytes of reading at all, and per KV head read; all of them are of the former kind
+        where a latent is cached."""
+        if rank not in self._kv_shares_of:
+            heads, count = tuple(range(self.shape.heads)), self.shape.kv_heads
+            most, one = (
+                self.builder.kv_share((self._reading(each, (), rank),))
+                for each in (heads, heads[: self.shape.group])
+            )
+            each = (most - one) / (count - 1) if count > 1 else most
+            self._kv_shares_of[rank] = (one - each, each)
+        return self._kv_shares_of[rank]
+
+    @cached_property
+    def _kv_shares_of(self) -> dict[int | None, tuple[float, float]]:
+        return {}
 
     def _head_flops(self, rank: int | None) -> tuple[int, int, int]:
         """FLOPs of reading at all, per additional KV head read, per additional attending head."""
@@ -269,6 +289,8 @@ def _cheapest(
 ) -> Layers:
     """Bisect the lowest price at which a choice fits: none at ``low``, ``best`` at ``high``."""
     for _ in range(steps):
+        if high - low <= PRECISION * high:
+            break
         price = (low + high) / 2
         found = at(price)
         if found is None:

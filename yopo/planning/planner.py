@@ -209,7 +209,7 @@ class Planner(Assembler):
         return Allocations(partial(self._allocate, storage=storage), fit, self.measure)
 
     def _allocate(self, weighting: Weighting, storage: Storage | None = None) -> Layers | None:
-        return self._kv.store(partial(self._allocate_within, weighting), storage)
+        return self._kv(fitted=True).store(partial(self._allocate_within, weighting), storage)
 
     def _allocate_within(self, weighting: Weighting, builder: TemplateBuilder) -> Layers | None:
         assert self.fitter is not None, "allocations are made from a fitter's profile"
@@ -219,19 +219,26 @@ class Planner(Assembler):
         """The best candidate, its visual keys and values stored in other ways."""
         found: list[Candidate] = []
         build, least = self._build_of(best), kl_of(best)
-        for storage in self._kv.others(build):
-            layers = self._kv.store(build, storage)
-            if layers is None or layers == best.plan.layers:
-                continue
-            plan = self.assemble(layers, best.compensation)
-            assert self.measure is not None, "storages are compared by measuring"
-            kl, name = self.measure(plan), f"{best.template}, {storage}"
-            made = Candidate(name, best.compensation, plan, kl, best.weighting, storage)
-            found.append(made if kl < least else without_weights(made))
-            if storage.finer is None and kl >= least:
-                break
-            least = min(least, kl)
+        kv = self._kv(fitted=best.weighting is not None)
+        for direction in kv.directions(build):
+            reached = kl_of(best)
+            for storage in direction:
+                layers = kv.store(build, storage)
+                if layers is None or layers == best.plan.layers:
+                    continue
+                made = self._measured(best, layers, storage)
+                found.append(made if kl_of(made) < least else without_weights(made))
+                least = min(least, kl_of(made))
+                if kl_of(made) >= reached:
+                    break
+                reached = kl_of(made)
         return found
+
+    def _measured(self, best: Candidate, layers: Layers, storage: Storage) -> Candidate:
+        plan = self.assemble(layers, best.compensation)
+        assert self.measure is not None, "storages are compared by measuring"
+        kl, name = self.measure(plan), f"{best.template}, {storage}"
+        return Candidate(name, best.compensation, plan, kl, best.weighting, storage)
 
     def _build_of(self, candidate: Candidate) -> Build:
         if candidate.weighting is not None:
@@ -268,7 +275,7 @@ class Planner(Assembler):
             found = resolve(state, builder)
             return None if found is None else found[0]
 
-        layers = self._kv.store(build, storage)
+        layers = self._kv().store(build, storage)
         return None if layers is None else (layers, state.compensation)
 
     def _kl(self, layers: Layers, kind: str) -> float:
@@ -283,9 +290,10 @@ class Planner(Assembler):
             self.statistics, self.request.budget, groups=groups, kv_budget=kv_budget
         )
 
-    @cached_property
-    def _kv(self) -> KVBudget:
-        return KVBudget.of(self._builder, is_limited=self.request.kv_budget is not None)
+    def _kv(self, *, fitted: bool = False) -> KVBudget:
+        """The budget of KV bytes, for templates or for allocations."""
+        is_limited = self.request.kv_budget is not None
+        return KVBudget.of(self._builder, is_limited=is_limited, has_latents=fitted)
 
     def _built(self) -> Iterator[tuple[str, Layers]]:
         """Templates that fit, stored within the budget of KV bytes, without duplicates."""
@@ -294,7 +302,7 @@ class Planner(Assembler):
             raise PlanError(f"Unknown template '{name}'.", remedy=suggest(name, TEMPLATES))
         seen: set[Layers] = set()
         for each in TEMPLATES if name is None else (name,):
-            layers = self._kv.store(methodcaller("candidate", each))
+            layers = self._kv().store(methodcaller("candidate", each))
             if layers is not None and layers not in seen:
                 seen.add(layers)
                 yield each, layers
@@ -307,8 +315,7 @@ class Planner(Assembler):
         cached = ""
         if self.request.kv_budget is not None:
             cached = f" and a KV budget of {self.request.kv_budget}"
-            coarsest = self._kv.storages[-1].share(builder.shape)
-            costs += f" and caches {coarsest * builder.kv_share((builder.reader_layer,)):.4f}"
+            costs += f" and caches {self._kv().least_share():.4f}"
         return PlanError(
             f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: one layer that "
             f"reads the image {costs}.",

@@ -56,22 +56,35 @@ class TemplateBuilder:
         budget: Visual FLOPs over dense visual FLOPs, in (0, 1].
         groups: Number of query heads kept or dropped together (a KV head's, or 1).
         kv_budget: Allowed visual KV bytes over the dense model's, in (0, 1].
+        stored: How a layer will be stored, which decides on its KV bytes; None: as it is.
     """
 
     def __init__(
-        self, statistics: Statistics, budget: float, *, groups: int = 1, kv_budget: float = 1.0
+        self,
+        statistics: Statistics,
+        budget: float,
+        *,
+        groups: int = 1,
+        kv_budget: float = 1.0,
+        stored: Callable[[LayerPlan], LayerPlan] | None = None,
     ):
         self.statistics, self.budget, self.groups = statistics, budget, groups
-        self.kv_budget = kv_budget
+        self.kv_budget, self._stored = kv_budget, stored
         self.shape, self.workload = statistics.model.shape, statistics.workload
         self._dense = dense_visual_flops(self.shape, self.workload)
         self._all_heads = tuple(range(self.shape.heads))
         self.reader_layer = LayerPlan(self._all_heads, attend_heads=(), radius=None, neurons=0)
 
-    def with_kv_budget(self, kv_budget: float) -> TemplateBuilder:
-        """The same with another budget of KV bytes."""
+    def with_kv_budget(
+        self, kv_budget: float, stored: Callable[[LayerPlan], LayerPlan] | None = None
+    ) -> TemplateBuilder:
+        """The same with another budget of KV bytes, for layers stored in some way."""
         return TemplateBuilder(
-            self.statistics, self.budget, groups=self.groups, kv_budget=kv_budget
+            self.statistics,
+            self.budget,
+            groups=self.groups,
+            kv_budget=kv_budget,
+            stored=stored,
         )
 
     def cost(self, layers: Layers) -> float:
@@ -81,6 +94,7 @@ class TemplateBuilder:
 
     def kv_share(self, layers: Layers) -> float:
         """Visual KV bytes of some layers over the dense model's, 16-bit numbers where whole."""
+        layers = layers if self._stored is None else tuple(map(self._stored, layers))
         each = (visual_kv_bytes_of_layer(layer, self.shape, self.workload) for layer in layers)
         return sum(each) / dense_visual_kv_bytes(self.shape, self.workload)
 
@@ -216,7 +230,8 @@ class TemplateBuilder:
 
     def _affordable_readers(self) -> int:
         by_flops = int(self.budget / self.cost((self.reader_layer,)) + 1e-9)
-        return min(self.shape.layers, by_flops, int(self.kv_budget * self.shape.layers + 1e-9))
+        by_kv = int(self.kv_budget / self.kv_share((self.reader_layer,)) + 1e-9)
+        return min(self.shape.layers, by_flops, by_kv)
 
     def _read_in(self, readers: list[int]) -> Layers | None:
         total = self.shape.layers
