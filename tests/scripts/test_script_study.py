@@ -44,6 +44,7 @@ def options(path: Path) -> Namespace:
         pairs=6,
         seeds=[0],
         budgets=[0.3],
+        methods=None,
         max_new_tokens=4,
         output=path,
     )
