@@ -43,6 +43,7 @@ import torch
 from yopo.baselines.install import baseline
 from yopo.baselines.registry import solve, with_own_budget
 from yopo.data.pairs import Pairs
+from yopo.data.sizes import in_sizes
 from yopo.data.sources import open_pairs
 from yopo.demo.pair_files import write_pairs
 from yopo.evaluation.evaluate import measure_kept
@@ -73,7 +74,7 @@ TASKS = {
 }
 """Of each demo model: pairs to calibrate and to evaluate on, and tokens of the longest answer."""
 
-SCALES: tuple[tuple[float, ...], ...] = ((1.0,), (1.0, 1.5), (1.0, 1.5, 2.0))
+SCALES = ("1", "1,1.5")
 """Factors of the sides of calibration images that the study of image sizes compares."""
 
 ABLATIONS = {
@@ -153,13 +154,19 @@ class Study:
             )
         return self._records
 
+    @property
+    def heldout(self) -> str:
+        """The name of the held-out pairs, and the factor of their images' sides."""
+        scale = self.options.heldout_scale
+        return self.options.heldout + ("" if scale == 1 else f" x {scale:g}")
+
     def _heldout(self) -> Pairs:
         heldout, count, kind = self.options.heldout, self.options.pairs, self.options.kind
         if kind:
             folder = Path(tempfile.mkdtemp())
             name = heldout.removeprefix("demo:")
             heldout = str(write_pairs(folder, name, count, seed=1, kinds=(kind,)))
-        return open_pairs(heldout, samples=count, seed=1)
+        return in_sizes(open_pairs(heldout, samples=count, seed=1), (self.options.heldout_scale,))
 
     def measure(
         self, key: dict, session: CalibrationSession, change: Change, budget: float
@@ -262,13 +269,26 @@ def shift(study: Study) -> None:
 def sizes_of_images(study: Study) -> None:
     """Calibrate on small images, some of them resized, and evaluate on large ones."""
     for seed in study.options.seeds:
-        for scales in SCALES:
-            name = "sides x " + ", ".join(f"{each:g}" for each in scales)
-            session = study.session(seed, data=study.options.calibration, grids=scales)
+        for scales in study.options.scales:
+            factors = tuple(float(each) for each in scales.split(","))
+            session = study.session(seed, data=study.options.calibration, grids=factors)
             for budget in study.options.budgets:
-                more = {"grids": name, "heldout": study.options.heldout}
+                more = {"grids": f"sides x {scales}", "heldout": study.heldout}
                 key = study.key("sizes-of-images", "allocated", budget, seed, **more)
                 study.plan(key, session, partial(allocated, session, budget))
+
+
+def rho(study: Study) -> None:
+    """Rank the heads of the paper's shape by the mean of rho over the pairs, or by its median."""
+    for seed in study.options.seeds:
+        session = study.session(seed)
+        means = replace(session.statistics, rho=session.statistics.rho.mean(dim=0, keepdim=True))
+        for budget in study.options.budgets:
+            request = BudgetRequest(budget, template="paper", compensation="none")
+            for name, statistics in (("mean", means), ("median", session.statistics)):
+                key = study.key("rho", f"{name} of rho", budget, seed)
+                planner = Planner(statistics, request, None, None)
+                study.plan(key, session, lambda planner=planner: planner.make()[0])
 
 
 def kv(study: Study) -> None:
@@ -387,6 +407,7 @@ STUDIES: dict[str, Callable[[Study], None]] = {
     "shift": shift,
     "sizes-of-images": sizes_of_images,
     "deeper": deeper,
+    "rho": rho,
     "kv": kv,
     "long": long,
 }
@@ -399,6 +420,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=TASKS, default="llava-tiny")
     parser.add_argument("--calibration", help="pairs to calibrate on")
     parser.add_argument("--heldout", help="pairs to evaluate on")
+    parser.add_argument("--heldout-scale", type=float, default=1.0, help="of images' sides")
+    parser.add_argument(
+        "--scales", nargs="+", default=SCALES, help="of the sides of calibration images"
+    )
     parser.add_argument("--kind", help="use only demo pairs of this kind")
     parser.add_argument("--samples", type=int, default=256, help="calibration pairs")
     parser.add_argument("--pairs", type=int, default=512, help="held-out pairs")

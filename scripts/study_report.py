@@ -38,6 +38,12 @@ ROWS = {
 }
 """The entry of the key that tells a study's rows apart."""
 
+METHOD_ROWS = {
+    "ablation": "what an allocation may use",
+    "rho": "what ranks the heads of the paper's shape",
+}
+"""Studies with a row per method of their own."""
+
 BASELINE_COLORS = ("#7f7f7f", "#2ca02c", "#bcbd22", "#c7c7c7", "#98df8a", "#dbdb8d")
 COLORS = {
     "paper+random": "#e377c2",
@@ -113,9 +119,9 @@ def report(results: dict[tuple[str, str], list[dict]]) -> None:
             continue
         elif study == "long":
             long_table(found, model)
-        elif study == "ablation":
+        elif study in METHOD_ROWS:
             rows = {key[0]: key[0] for key in grouped(found)}
-            table(grouped(found), rows, f"{model}, what an allocation may use: {legend}")
+            table(grouped(found), rows, f"{model}, {METHOD_ROWS[study]}: {legend}")
         else:
             name = ROWS[study]
             groups = {(str(key[2]), key[1]): each for key, each in grouped(found, name).items()}
@@ -142,7 +148,7 @@ def kept_table(found: list[dict], column: str, heading: str) -> None:
     print(f"\n{heading}\n")
     print("| | accuracy of dense | worst kind | same answers | same tokens | logit KL |")
     print("|---|" + "---:|" * 5)
-    for row, each in sorted(rows.items(), key=lambda entry: str(entry[0])):
+    for row, each in rows.items():
         label = f"{row:.0%}" if isinstance(row, float) else row
         kinds = ", ".join(sorted({one["worst_name"] for one in each}))
         cells = [

@@ -45,6 +45,8 @@ def options(path: Path) -> Namespace:
         seeds=[0],
         budgets=[0.3],
         methods=None,
+        heldout_scale=1.0,
+        scales=["1"],
         max_new_tokens=4,
         output=path,
     )
