@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from yopo.evaluation.evaluate import Evaluation
 from yopo.evaluation.evaluate import evaluate as evaluate_plan
 from yopo.models.registry import ModelSource, is_hub_id, resolve
 from yopo.pipeline.model_handle import Model, ModelHandle
+from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
-from yopo.pipeline.session import Calibrated, CalibrationSession, open_demo_or
+from yopo.pipeline.session import Calibrated, CalibrationSession
 from yopo.pipeline.tolerance import holdout_pairs
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
@@ -186,12 +188,15 @@ def evaluate(
     """
     options = options or RunOptions()
     found = target if isinstance(target, PruningPlan) else read_target(target, budget)
+    if options.data is None:
+        typed = None if isinstance(target, PruningPlan) else f"yopo eval {shlex.quote(str(target))}"
+        check_named(found.model.name, "heldout", typed=typed, family=found.model.family)
     if isinstance(model, PreTrainedModel):
         handle = ModelHandle(model, processor, options)
     else:
         source = source_of_target(target, found, model)
         handle = ModelHandle(source, processor, options)
-    pairs = open_demo_or(options, found.model.name, "heldout")
+    pairs = open_for(handle, options, found.model.name, "heldout")
     return evaluate_plan(
         handle.model,
         handle.processor,

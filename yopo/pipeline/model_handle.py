@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from yopo.checkpoint.reader import Checkpoint, fetch
 from yopo.data.processor_settings import settled
@@ -63,6 +63,11 @@ class ModelHandle:
             self.processor = load_processor(
                 str(self._checkpoint.path), trust_remote_code=options.trust_remote_code
             )
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, which needs no weights."""
+        return self.model.config if self._checkpoint is None else self._checkpoint.config
 
     @cached_property
     def model(self) -> PreTrainedModel:

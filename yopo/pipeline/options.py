@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from yopo.data.drawing import DEFAULT_SAMPLES
 from yopo.data.pairs import Data
 
 
@@ -13,10 +14,10 @@ class RunOptions:
 
     Attributes:
         data: Pairs: anything that ``--data`` accepts (a file, a directory, ``org/name:split``,
-            ``demo:SET``), or rows in memory, each ``{"image": ..., "question": ...,
-            "answer": ...}``; None: the demo pairs for the model (see ``yopo.demo``): its
-            calibration set to calibrate, its held-out set to evaluate.
-        samples: How many; None: all.
+            ``demo:SET``), several of these in a list, or rows in memory, each
+            ``{"image": ..., "question": ..., "answer": ...}``; None: the demo pairs for the model
+            (see ``yopo.demo``): its calibration set to calibrate, its held-out set to evaluate.
+        samples: How many, drawn evenly over kinds of question; None: all.
         seed: Seed for sampling pairs.
         batch_size: Pairs per forward.
         device: Device of a model that is loaded (``cpu``, ``cuda``, ``cuda:1``, ``mps``); a model
@@ -25,16 +26,19 @@ class RunOptions:
             ``bfloat16``, ``float16``; a model in memory is not converted.
         max_new_tokens: Longest answer generated.
         trust_remote_code: Whether the model's own processor or tokenizer code may run.
+        strict: Whether a row without an image, a corrupt image and the like is an error; otherwise
+            such rows are counted and left out.
     """
 
     data: Data | None = None
-    samples: int | None = None
+    samples: int | None = DEFAULT_SAMPLES
     seed: int = 0
     batch_size: int = 8
     device: str = "cpu"
     dtype: str = "auto"
     max_new_tokens: int = 32
     trust_remote_code: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from transformers import ProcessorMixin
 
 from yopo.bench.costs import read_costs
 from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
-from yopo.data.pairs import Pairs
 from yopo.data.prompts import Batch, batches, encode_for
 from yopo.data.sizes import in_sizes
-from yopo.data.sources import open_pairs
 from yopo.data.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
-from yopo.demo import demo_data
 from yopo.evaluation.fidelity import (
     Fidelity,
     Recorded,
@@ -30,6 +28,7 @@ from yopo.evaluation.fidelity import (
 )
 from yopo.fitting.fitter import Fitter
 from yopo.pipeline.model_handle import Model, ModelHandle
+from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.size_note import note_if_one_size
 from yopo.pipeline.tail import tail_of
@@ -103,9 +102,12 @@ class CalibrationSession:
         compares: bool = True,
     ):
         self.options, self.fit_options = options, fit_options
+        if options.data is None and isinstance(model, str | Path):
+            check_named(str(model), "calibration")
         handle = ModelHandle(model, processor, options)
         self.processor = handle.processor
-        self._pairs = in_sizes(open_demo_or(options, handle.name, "calibration"), fit_options.grids)
+        pairs = open_for(handle, options, handle.name, "calibration")
+        self._pairs = in_sizes(pairs, fit_options.grids)
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,
@@ -294,25 +296,6 @@ class CalibrationSession:
         """The prompts that visual weights are fitted on."""
         groups = batches(pick(self._pairs, self.split.fit), self.options.batch_size)
         return [encode_for(self.model, self.processor, group) for group in groups]
-
-
-def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
-    """The requested pairs, or the package's demo pairs for a model.
-
-    Args:
-        options: Options with the requested data.
-        model_name: The model's name in plans.
-        split: ``calibration`` or ``heldout``.
-    """
-    data = options.data
-    if data is None:
-        data = demo_data(model_name, split)
-        if split == "calibration":
-            note(
-                f"Using the demo pairs included with yopo ({data}): "
-                "your own pairs (--data) give a better plan."
-            )
-    return open_pairs(data, samples=options.samples, seed=options.seed)
 
 
 def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
