@@ -9,6 +9,7 @@ import click
 
 from yopo.cli.command import Command, load
 from yopo.cli.config import config_option
+from yopo.cli.next_step import suggest_next
 from yopo.cli.options import (
     data_option,
     force_option,
@@ -122,6 +123,9 @@ def command(context: click.Context, **values: Any) -> None:
         if not values["budgets"]:
             made: Calibrated = commands.calibrate(values["model"], requests[0], **how)
             save(made, output, force=force)
+            suggest_next("apply", output, then=", or `yopo inspect` to see what it prunes")
             return
         for each in commands.calibrate_front(values["model"], requests, **how):
             save(each, outputs[each.plan.budget.asked], force=force)
+    together = [outputs[each] for each in sorted(values["budgets"], reverse=True)]
+    suggest_next("apply", *together, then=" bakes them into one checkpoint")

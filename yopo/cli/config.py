@@ -77,11 +77,10 @@ def _spellings(option: click.Option) -> list[str]:
 
 def _checked(document: Document, key: str, option: click.Option, value: Any) -> Any:
     if option.multiple and isinstance(value, list):
-        return [
-            _one_checked(document, (key, number), option, one) for number, one in enumerate(value)
-        ]
+        numbered = enumerate(value)
+        return tuple(_one_checked(document, (key, place), option, one) for place, one in numbered)
     found = _one_checked(document, (key,), option, value)
-    return [found] if option.multiple else found
+    return (found,) if option.multiple else found
 
 
 def _one_checked(

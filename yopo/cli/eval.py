@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from yopo.cli.command import Command, load
+from yopo.cli.next_step import suggest_next
 from yopo.cli.options import data_option, run_options, run_settings
 from yopo.cli.values import Share
 from yopo.data.sources import check_exists
@@ -63,3 +64,7 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
         names = values["data"] or (demo_data(found.plan.model.name, "heldout"),)
         shown = " + ".join(Path(name).name if Path(name).exists() else name for name in names)
         print_report(evaluation_report(found, shown))
+        if Path(target).is_file():
+            suggest_next("apply", target)
+        else:
+            suggest_next("bench", target)

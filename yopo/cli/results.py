@@ -61,7 +61,8 @@ class Keeper:
         self._statistics = statistics
         if self._path is not None:
             check_writable(self._path, STATISTICS, force=self._force)  # an hour may have passed
-            write_file(self._path, statistics.to_bytes())
+            folder = self._path.absolute().parent
+            write_file(self._path, statistics.to_bytes(folder))
             note(f"{self._path}: statistics of {len(statistics.rho)} pairs.")
 
     @contextmanager
@@ -88,7 +89,7 @@ class Keeper:
     def _rescue(statistics: Statistics) -> Path | None:
         from yopo.plans.storage import cache_directory
 
-        data = statistics.to_bytes()
+        data = statistics.to_bytes(cache_directory())
         name = f"statistics-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         try:
             write_file(cache_directory() / name, data)

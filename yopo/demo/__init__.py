@@ -39,6 +39,12 @@ def is_demo(model: str) -> bool:
     return model.replace("_", "-") in MODELS
 
 
+def model_of_set(name: str) -> str:
+    """The demo model whose task a set of pairs is about."""
+    models = (model for model, prefix in _TASKS.items() if name.startswith(prefix))
+    return next(models, MODELS[0])
+
+
 def demo_data(model: str, split: str) -> str:
     """Name the demo pairs for a model, as ``demo:SET``: those of its own task, or scenes.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin
@@ -294,13 +295,18 @@ def apply(
 
 
 def _source_of(plan: PruningPlan, model: str | Path | None) -> ModelSource:
-    """The location of a plan's model: the user's, otherwise that of its name."""
+    """The location of a plan's model: the user's, otherwise the plan's hint or its name."""
+    hint = plan.model.path
+    if model is None and hint is not None and (hint / "config.json").is_file():
+        return replace(resolve(os.path.relpath(hint)), name=plan.model.name)
     try:
         return resolve(str(model or plan.model.name))
     except ModelError as error:
         if model:
             raise
+        where = "" if hint is None else f", and is no longer in {os.path.relpath(hint)}"
         raise ModelError(
-            f"The plan's model '{plan.model.name}' is neither an alias nor a directory here.",
+            f"The plan's model '{plan.model.name}' is neither an alias nor a directory here"
+            f"{where}.",
             remedy="Give its location with --model.",
         ) from error

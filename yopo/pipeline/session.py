@@ -125,7 +125,7 @@ class CalibrationSession:
             about["grids"] = list(fit_options.grids)
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
-        self.statistics = measure(
+        found = measure(
             self.model,
             self.processor,
             pick(self._pairs, self.split.statistics),
@@ -135,6 +135,7 @@ class CalibrationSession:
             queries=fit_options.queries,
             provenance=about,
         )
+        self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self.fitter = Fitter(self.model, self._encoded)
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
