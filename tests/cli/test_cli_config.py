@@ -67,6 +67,14 @@ def test_shares_may_be_in_percent_and_samples_all(called) -> None:
     assert got["request"] == plan_request(head_ratio=0.5)
 
 
+def test_the_processor_has_options(called) -> None:
+    got, _ = called("model: a\nmax_pixels: 9\nprocessor: [max_patches=4, do_resize=false]\n")
+    expected = {"max_pixels": 9, "max_patches": 4, "do_resize": False}
+    assert got["options"].image_options == expected
+    got, _ = called(None, "--model", "a", "--processor", "max_patches=4", "--min-pixels", 3)
+    assert got["options"].image_options == {"min_pixels": 3, "max_patches": 4}
+
+
 def test_data_may_be_several_sources(called, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("")

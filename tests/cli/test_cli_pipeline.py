@@ -16,6 +16,7 @@ from command_line import DRAWINGS, FAST, FFN, LAYERS, Yopo, side_file
 from transformers import AutoModelForImageTextToText
 
 import yopo as library
+from yopo.cli.results import SHOWN
 from yopo.plans.storage import read_plan
 
 BIN = Path(sys.executable).parent
@@ -40,6 +41,11 @@ def test_commands_work_in_a_shell_pipeline(model: Path, tmp_path: Path) -> None:
     assert document["visual_flops"]["ratio"] == pytest.approx(document["budget"]["reached"], 1e-5)
     assert 0.2 < document["visual_flops"]["ratio"] <= 0.25
     assert "logit KL" in done.stderr and "Plan: visual budget" in done.stderr
+    lines = done.stderr.splitlines()
+    steps = [line for line in lines if re.match(r"plan \d+ of at most 38: \w+, visual", line)]
+    assert len(steps) > 10 and steps[0].startswith("plan 1 of at most 38: ")
+    more = re.search(r"and (\d+) more, which -v and the plan list", done.stderr)
+    assert more is not None and int(more[1]) == len(steps) - SHOWN
     for chatter in ("\x1b", "warning", "loading", "it/s"):
         assert chatter not in done.stderr.lower()
     assert [each.name for each in tmp_path.iterdir()] == ["cache"]

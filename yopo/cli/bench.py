@@ -10,6 +10,7 @@ import click
 from yopo.baselines.registry import BASELINES
 from yopo.cli.command import Command, load
 from yopo.cli.next_step import YOURS, suggest_loading, suggest_next
+from yopo.support.dtypes import check_dtype
 
 if TYPE_CHECKING:
     from yopo.bench.result import Benchmark
@@ -118,6 +119,7 @@ def _suggest_next(target: str | None, shape_of: str | None) -> None:
 
 def _check_usage(values: dict[str, Any]) -> None:
     """Refuse options that exclude or need each other."""
+    check_dtype(values["dtype"])
     if (values["target"] is None) == (values["preset"] is None):
         raise click.UsageError("Give either a TARGET or --preset.")
     if values["shape_of"] and not values["preset"]:

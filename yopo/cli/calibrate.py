@@ -11,6 +11,7 @@ from yopo.cli.command import Command, load
 from yopo.cli.config import config_option
 from yopo.cli.next_step import suggest_next
 from yopo.cli.options import (
+    check_settings,
     data_option,
     force_option,
     plan_request,
@@ -20,7 +21,6 @@ from yopo.cli.options import (
 )
 from yopo.cli.results import Keeper, check_outputs, save
 from yopo.cli.values import Listed, Number, Share
-from yopo.data.sources import check_exists
 from yopo.pipeline.opening import check_named
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def command(context: click.Context, **values: Any) -> None:
     requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
     if not values["data"]:
         check_named(values["model"], "calibration")
-    check_exists(values["data"])
+    check_settings(context)
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])
     grids = tuple(values["grids"] or (1.0,))

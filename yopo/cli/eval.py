@@ -9,9 +9,8 @@ import click
 
 from yopo.cli.command import Command, load
 from yopo.cli.next_step import suggest_next
-from yopo.cli.options import data_option, run_options, run_settings
+from yopo.cli.options import check_settings, data_option, run_options, run_settings
 from yopo.cli.values import Share
-from yopo.data.sources import check_exists
 from yopo.demo import demo_data
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
     """
     from yopo.cli.output import print_json, print_report
 
-    check_exists(values["data"])
+    check_settings(context)
     found: Evaluation = load("yopo.pipeline.commands").evaluate(
         target,
         options=run_settings(context),

@@ -11,6 +11,7 @@ import click
 from yopo.cli.config import drop_overruled
 from yopo.cli.values import Samples, Share
 from yopo.data.drawing import DEFAULT_SAMPLES
+from yopo.data.sources import check_exists
 
 if TYPE_CHECKING:
     from yopo.pipeline.options import RunOptions
@@ -154,7 +155,26 @@ run_options = _chain(
         "--dtype",
         default="auto",
         show_default=True,
-        help="float32, bfloat16, float16; auto: the checkpoint's.",
+        help="float32, bfloat16 or bf16, float16 or fp16; auto: the checkpoint's.",
+    ),
+    click.option(
+        "--max-pixels",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Largest area of an image, as you will serve it (Qwen-VL; InternVL: in whole tiles).  "
+        "[default: the processor's]",
+    ),
+    click.option(
+        "--min-pixels",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Smallest area of an image, likewise.",
+    ),
+    click.option(
+        "--processor",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Another setting of the processor, such as max_patches=6; repeatable.",
     ),
     click.option(
         "--max-new-tokens",
@@ -208,14 +228,39 @@ def plan_request(
     return plan_request(**values, costs=costs)
 
 
+def check_settings(context: click.Context) -> None:
+    """Refuse data, a dtype or processor options that cannot be right, before torch is imported.
+
+    Raises:
+        YopoError: There is no such file or dtype, or an option has no value.
+    """
+    from yopo.support.dtypes import check_dtype
+
+    check_exists(context.params["data"])
+    check_dtype(context.params["dtype"])
+    processor_options(context)
+
+
 def run_settings(context: click.Context) -> RunOptions:
     """The run options of a command with ``run_options``, its device checked."""
     from yopo.pipeline.options import RunOptions
     from yopo.serving.loading import torch_device
 
-    values = {each.name: context.params[each.name] for each in fields(RunOptions)}
+    values = {
+        each.name: context.params[each.name]
+        for each in fields(RunOptions)
+        if each.name in context.params
+    }
+    values["processor_options"] = processor_options(context)
     values["data"] = one_or_all(values["data"])
     return RunOptions(**values | {"device": torch_device(values["device"])})
+
+
+def processor_options(context: click.Context) -> dict[str, Any]:
+    """The settings of the processor that a command was given."""
+    from yopo.data.processor_options import parsed
+
+    return dict(parsed(text) for text in context.params["processor"])
 
 
 def one_or_all(data: tuple[str, ...]) -> str | list[str] | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yopo.support.console import note, show, warn
+from yopo.support.console import is_verbose, note, show, warn
 from yopo.support.errors import OutputError, YopoError
 from yopo.support.files import STATISTICS, check_writable, write_file
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from yopo.calibration.statistics import Statistics
     from yopo.pipeline.session import Calibrated
     from yopo.plans.schema import PruningPlan
+
+
+SHOWN = 5
+"""Candidates that are shown, best first, unless all are asked for."""
 
 
 def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) -> None:
@@ -111,12 +115,11 @@ def save(made: Calibrated, output: str, *, force: bool) -> None:
 def _show_candidates(plan: PruningPlan) -> None:
     from yopo.report.plan_tables import candidate_table
 
-    split = plan.provenance.get("split", {})
-    show(
-        candidate_table(
-            plan.provenance["candidates"], split.get("comparison", split.get("held_out"))
-        )
-    )
+    split, found = plan.provenance.get("split", {}), plan.provenance["candidates"]
+    shown = found if is_verbose() else found[:SHOWN]
+    show(candidate_table(shown, split.get("comparison", split.get("held_out"))))
+    if len(found) > len(shown):
+        note(f"   and {len(found) - len(shown)} more, which -v and the plan list")
 
 
 def _written(plan: PruningPlan, output: str) -> str:

@@ -34,6 +34,7 @@ from yopo.planning.request import (
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.serving.loading import open_baked
+from yopo.support.console import note
 from yopo.support.errors import ModelError, PlanError
 
 Keep = Callable[[Statistics], None]
@@ -197,6 +198,12 @@ def evaluate(
     else:
         source = source_of_target(target, found, model)
         handle = ModelHandle(source, processor, options)
+    calibrated = found.provenance.get("processor", {})
+    if calibrated != options.image_options:
+        note(
+            f"The plan was calibrated with the processor options {calibrated or 'of the model'}, "
+            f"and is evaluated with {options.image_options or 'those of the model'}."
+        )
     pairs = open_for(handle, options, found.model.name, "heldout")
     return evaluate_plan(
         handle.model,

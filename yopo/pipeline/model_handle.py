@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from yopo.checkpoint.reader import Checkpoint, fetch
+from yopo.data.processor_options import with_options
 from yopo.data.processor_settings import settled
 from yopo.data.prompts import load_processor
 from yopo.models.registry import ALIASES, ModelSource, family_of, resolve
@@ -52,18 +53,22 @@ class ModelHandle:
                     remedy="Pass processor=AutoProcessor.from_pretrained(...).",
                 )
             self.name, self.path = _named(model)
-            self.processor = settled(processor, model.config, self.name)
+            self.processor = self._with_options(settled(processor, model.config, self.name))
             self.model = model.eval()
             return
         source = model if isinstance(model, ModelSource) else resolve(str(model))
         self._source, self.name, self.path = source, source.name, path_of(source)
         self._checkpoint = Checkpoint.open(fetch(source))  # before anything slow
         if processor is not None:
-            self.processor = settled(processor, self._checkpoint.config, self.name)
+            found = settled(processor, self._checkpoint.config, self.name)
         else:
-            self.processor = load_processor(
+            found = load_processor(
                 str(self._checkpoint.path), trust_remote_code=options.trust_remote_code
             )
+        self.processor = self._with_options(found)
+
+    def _with_options(self, processor: ProcessorMixin) -> ProcessorMixin:
+        return with_options(processor, self._options.image_options, self.name)
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -30,6 +30,7 @@ from yopo.fitting.fitter import Fitter
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.progress import PlanProgress, most_plans
 from yopo.pipeline.size_note import note_if_one_size
 from yopo.pipeline.tail import tail_of
 from yopo.pipeline.tolerance import (
@@ -123,6 +124,8 @@ class CalibrationSession:
         about["seed"] = options.seed
         if set(fit_options.grids) != {1}:
             about["grids"] = list(fit_options.grids)
+        if options.image_options:
+            about["processor"] = options.image_options
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
         found = measure(
@@ -138,6 +141,7 @@ class CalibrationSession:
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self.fitter = Fitter(self.model, self._encoded)
+        self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 
     def make(self, request: PlanRequest) -> Calibrated:
@@ -159,6 +163,8 @@ class CalibrationSession:
     ) -> Calibrated:
         """Make a plan; with ``tried``, only allocations with these weightings are measured."""
         request = self._with_few_pairs(request)
+        if isinstance(request, BudgetRequest):
+            self._progress = PlanProgress(most_plans(request, len(tried)))
         is_measured = isinstance(request, BudgetRequest) and self.split.comparison
         judge = self.kl if is_measured else None
         plan, candidates = make_plan(self.statistics, request, judge, self.fitter, tried)
@@ -211,6 +217,8 @@ class CalibrationSession:
     def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
         found = self._compare(plan, self._comparison)
+        if self._progress is not None:
+            self._progress.add(plan, found.kl)
         self._judged[plan.layers, plan.compensation] = found
         return found.kl
 
