@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,8 +218,12 @@ class Statistics:
             locality=tuple(radius.tolist()),
         )
 
-    def to_bytes(self) -> bytes:
-        """Serialize as safetensors; identity and provenance are in the header."""
+    def to_bytes(self, folder: Path | None = None) -> bytes:
+        """Serialize as safetensors; identity and provenance are in the header.
+
+        Args:
+            folder: The file's folder, from which a hint leads to the model; None: no hint.
+        """
         tensors = {
             each.name: getattr(self, each.name).contiguous()
             for each in fields(self)
@@ -226,7 +231,7 @@ class Statistics:
         }
         about = {
             "format": FORMAT,
-            "model": asdict(self.model),
+            "model": self.model.to_dict(folder),
             "workload": asdict(self.workload),
             "visual_tokens": self.visual_tokens,
             "text_queries": self.text_queries,
