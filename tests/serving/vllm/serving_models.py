@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from yopo.calibration.measure import identify
 from yopo.checkpoint.bake import bake
-from yopo.demo import LLAVA_TINY, QWEN2_VL_TINY
+from yopo.demo import INTERNVL_TINY, LLAVA_TINY, QWEN2_VL_TINY
 from yopo.plans.flops import visual_budget
 from yopo.plans.grid import Grid
 from yopo.plans.layer_plan import LayerPlan, ModelShape
@@ -39,6 +38,8 @@ class Kind:
         text: Changes of its text configuration.
         image: What one image is in a prompt.
         sizes: Width and height of two different images.
+        other: Changes of the rest of its configuration.
+        renamed: Names that its processor files have instead.
     """
 
     name: str
@@ -46,10 +47,25 @@ class Kind:
     text: dict[str, Any]
     image: str
     sizes: tuple[tuple[int, int], tuple[int, int]]
+    other: dict[str, Any] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 HEADS = {"num_attention_heads": 4, "head_dim": 32, "num_hidden_layers": LAYERS}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+GQA = HEADS | {"num_key_value_heads": 2}
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+DEEPSTACK = {
+    "depth": 3,
+    "hidden_size": 96,
+    "out_hidden_size": 128,
+    "num_heads": 4,
+    "intermediate_size": 128,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1],
+    "patch_size": 6,
+    "spatial_merge_size": 2,
+}
 KINDS = {
     kind.name: kind
     for kind in (
@@ -57,10 +73,28 @@ KINDS = {
         Kind(
             "qwen2_vl",
             QWEN2_VL_TINY,
-            HEADS | {"num_key_value_heads": 2, "rope_parameters": MROPE},
-            "<|vision_start|><|image_pad|><|vision_end|>",
+            GQA | {"rope_parameters": MROPE},
+            QWEN_IMAGE,
             ((72, 60), (48, 96)),
         ),
+        Kind(
+            "qwen3_vl",
+            QWEN2_VL_TINY,
+            GQA
+            | {
+                "rope_parameters": MROPE | {"mrope_interleaved": True},
+                "model_type": "qwen3_vl_text",
+            },
+            QWEN_IMAGE,
+            ((72, 60), (48, 96)),
+            {
+                "architectures": ["Qwen3VLForConditionalGeneration"],
+                "model_type": "qwen3_vl",
+                "vision_config": DEEPSTACK,
+            },
+            {"Qwen2VLProcessor": "Qwen3VLProcessor", "Qwen2VLVideo": "Qwen3VLVideo"},
+        ),
+        Kind("internvl", INTERNVL_TINY, GQA, "<IMG_CONTEXT>", ((48, 48), (96, 48))),
     )
 }
 
@@ -70,11 +104,14 @@ def build(kind: Kind, folder: Path) -> transformers.PreTrainedModel:
     raw = json.loads((kind.source / "config.json").read_text())
     text = raw["text_config"] | kind.text
     text.pop("layer_types", None)
-    raw |= {"text_config": text, "dtype": "float32"}
+    raw |= {"text_config": text, "dtype": "float32"} | kind.other
     folder.mkdir(parents=True)
     for path in kind.source.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
-            shutil.copy(path, folder)
+            content = path.read_text()
+            for name, other in kind.renamed.items():
+                content = content.replace(name, other)
+            (folder / path.name).write_text(content)
     (folder / "config.json").write_text(json.dumps(raw))
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
@@ -89,7 +126,8 @@ def build(kind: Kind, folder: Path) -> transformers.PreTrainedModel:
                 elif "layers" in name or "lm_head" in name:
                     weight.normal_(std=weight.shape[-1] ** -0.5)
     model.save_pretrained(folder, save_original_format=True)
-    _name_as_published(folder / "model.safetensors")
+    if config.vision_config.model_type == "clip_vision_model":
+        _name_as_published(folder / "model.safetensors")
     return model
 
 
@@ -138,6 +176,8 @@ def baked(kind: Kind, folder: Path, *seeds: tuple[int, str]) -> Path:
     """Write a checkpoint with a baked random plan (or several)."""
     model = build(kind, folder / "dense")
     plans = [servable_plan(model, seed, compensation) for seed, compensation in seeds]
+    order = plans[0].tensors.neuron_order  # all in one checkpoint have the same
+    plans = [replace(plan, tensors=replace(plan.tensors, neuron_order=order)) for plan in plans]
     bake(plans[0], folder / "dense", folder / "baked", also=plans[1:])
     return folder / "baked"
 
