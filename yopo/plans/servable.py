@@ -7,7 +7,10 @@ keys, values, output projection and FFN.
 
 from __future__ import annotations
 
-from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
+from yopo.plans.schema import LEVERS, LayerPlan, ModelShape, PruningPlan
+
+_RUN = ("qkv_rank", "map_rank")
+"""Levers that the plugin runs."""
 
 
 def engine_problem(plan: PruningPlan) -> str | None:
@@ -36,4 +39,7 @@ def _layer_problem(layer: LayerPlan, shape: ModelShape) -> str | None:
         return f"visual tokens attend only to neighbors (radius {layer.radius})"
     if layer.is_quantised:
         return "visual keys or values are stored in few bits"
+    for lever in LEVERS:  # those that the plugin does not know
+        if lever.name not in _RUN and getattr(layer, lever.name) != lever.default:
+            return f"it cannot do what {lever.name} says ({lever.title})"
     return None
