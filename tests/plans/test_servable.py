@@ -79,7 +79,9 @@ def test_inspect_says_so(
 def test_a_lever_that_the_plugin_does_not_know_is_refused(
     mha: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = changed(mha, neurons=3, map_rank=2)
+    whole = replace(tiny.whole(mha), compensation="refit")
+    with_map = replace(whole.layers[0], neurons=3, map_rank=2)
+    plan = whole.with_layers([with_map, *whole.layers[1:]])
     assert engine_problem(plan) is None
     monkeypatch.setattr("yopo.plans.servable._RUN", ("qkv_rank",))
     assert "map_rank" in str(engine_problem(plan))
