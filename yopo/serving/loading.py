@@ -123,9 +123,13 @@ def read_baked_plan(path: str | Path, budget: float | None = None) -> PruningPla
     Raises:
         CheckpointError: The directory holds no plan, or none within the budget.
     """
-    _refuse_unbaked(Path(path), str(path))
-    file = Path(path) / PLAN_FILE
-    return read_plan(file if budget is None else _largest_within(budget, Path(path)))
+    return read_plan(plan_file(Path(path), budget))
+
+
+def plan_file(folder: Path, budget: float | None = None) -> Path:
+    """The plan's file inside a baked checkpoint's directory (raises as above)."""
+    _refuse_unbaked(folder, str(folder))
+    return folder / PLAN_FILE if budget is None else _largest_within(budget, folder)
 
 
 def _refuse_unbaked(folder: Path, name: str) -> None:
