@@ -123,6 +123,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:4])
     parser.add_argument("--shape-of", choices=sorted(SHAPES), default="llava-1.5-7b")
     parser.add_argument("--model", default="llava-tiny", help="demo model of the part budget")
+    parser.add_argument("--samples", type=int, default=256, help="pairs of the part budget")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the models")
     parser.add_argument("--visual-tokens", type=int, default=WORKLOAD.visual)
     parser.add_argument("--text-tokens", type=int, default=WORKLOAD.text)
@@ -277,10 +278,10 @@ class Budget:
     """What `calibrate --budget` does after the statistics, in forwards of the pairs it fits on."""
 
     def __init__(self, options: argparse.Namespace):
-        run = RunOptions(samples=256)
+        run = RunOptions(samples=options.samples)
         self.session = CalibrationSession(options.model, run, FitOptions())
         data = demo_data(options.model, "calibration")
-        pairs = pick(open_pairs(data, samples=256, seed=run.seed), self.session.split.fit)
+        pairs = pick(open_pairs(data, samples=run.samples, seed=run.seed), self.session.split.fit)
         model, processor = self.session.model, self.session.processor
         self.encoded = [
             encode_for(model, processor, group) for group in batches(pairs, run.batch_size)

@@ -23,12 +23,23 @@ def table(text: str) -> dict[str, list[str]]:
 
 
 def test_every_part_is_measured(script, tiny_shape: str, tmp_path: Path, capsys) -> None:
-    small = ["--layers", "2", "--runs", "1", "--visual-tokens", "64", "--text-tokens", "9"]
+    small = [
+        "--samples",
+        "40",
+        "--layers",
+        "2",
+        "--runs",
+        "1",
+        "--visual-tokens",
+        "64",
+        "--text-tokens",
+        "9",
+    ]
     limits = script("limits")
     parts = ["--parts", *limits.PARTS]
     limits.main(["--shape-of", tiny_shape, "--folder", str(tmp_path), *small, *parts])
     rows = table(capsys.readouterr().out)
-    assert len(rows) == 12
+    assert len(rows) == 14
     for what, (*_, ratio, target) in rows.items():
         assert float(ratio) > 0 and target[0] in "<>-", what
     assert not list(tmp_path.iterdir())
