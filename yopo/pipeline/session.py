@@ -161,7 +161,7 @@ class CalibrationSession:
         plan, candidates = make_plan(self.statistics, request, judge, self.fitter, tried)
         provenance = {**plan.provenance, "split": self.split.summary}
         if is_measured:
-            kinds = kinds_of_records(self._comparison)
+            kinds = kinds_of_records(self.comparison)
             table = zip(plan.provenance["candidates"], candidates, strict=True)
             provenance["candidates"] = [
                 entry | tail_of(self._judged[each.plan.layers, each.compensation], kinds)
@@ -207,7 +207,7 @@ class CalibrationSession:
 
     def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
-        found = self._compare(plan, self._comparison)
+        found = self._compare(plan, self.comparison)
         self._judged[plan.layers, plan.compensation] = found
         return found.kl
 
@@ -273,7 +273,8 @@ class CalibrationSession:
             return compare(self.model, records)
 
     @cached_property
-    def _comparison(self) -> list[Recorded]:
+    def comparison(self) -> list[Recorded]:
+        """The dense model's answers to the pairs that plans are compared on."""
         return self._record(self.split.comparison)
 
     @cached_property
