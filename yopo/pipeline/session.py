@@ -170,7 +170,7 @@ class CalibrationSession:
         plan, candidates = make_plan(self.statistics, request, judge, self.fitter, tried)
         provenance = {**plan.provenance, "split": self.split.summary}
         if is_measured:
-            kinds = kinds_of_records(self._comparison)
+            kinds = kinds_of_records(self.comparison)
             table = zip(plan.provenance["candidates"], candidates, strict=True)
             provenance["candidates"] = [
                 entry | tail_of(self._judged[each.plan.layers, each.compensation], kinds)
@@ -216,7 +216,7 @@ class CalibrationSession:
 
     def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
-        found = self._compare(plan, self._comparison)
+        found = self._compare(plan, self.comparison)
         if self._progress is not None:
             self._progress.add(plan, found.kl)
         self._judged[plan.layers, plan.compensation] = found
@@ -284,7 +284,8 @@ class CalibrationSession:
             return compare(self.model, records)
 
     @cached_property
-    def _comparison(self) -> list[Recorded]:
+    def comparison(self) -> list[Recorded]:
+        """The dense model's answers to the pairs that plans are compared on."""
         return self._record(self.split.comparison)
 
     @cached_property

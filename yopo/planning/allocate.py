@@ -153,17 +153,25 @@ class Allocator:
         ffn = min(self._ffn_choices[number], key=lambda each: each.damage + price * each.flops)
         return _joined((attention, ffn))[0]
 
+    def damage(self, layers: Layers) -> float:
+        """The estimated damage of layers that are made of this allocator's choices."""
+        return sum(
+            self._attention(number, layer).damage + self._ffn(number, layer).damage
+            for number, layer in enumerate(layers)
+        )
+
+    def _ffn(self, number: int, layer: LayerPlan) -> Choice:
+        """The FFN of a layer's plan as a choice."""
+        asked = replace(EMPTY, neurons=layer.neurons, map_rank=layer.map_rank)
+        return next(each for each in self._ffn_choices[number] if each.layer == asked)
+
     def _with_rest_spent(self, layers: Layers, price: float) -> Layers:
         """Layers chosen at a price, with better choices where the rest of the budget allows."""
         last = max(number for number, layer in enumerate(layers) if layer.read_heads)
         chosen: list[Choice] = []
         options: list[list[Choice]] = []
         for number, layer in enumerate(layers):
-            ffn = next(
-                each
-                for each in [Choice(EMPTY, 0, 0.0), *self._ffn_choices[number]][number < last :]
-                if (each.layer.neurons, each.layer.map_rank) == (layer.neurons, layer.map_rank)
-            )
+            ffn = self._ffn(number, layer) if number < last else Choice(EMPTY, 0, 0.0)
             attention = [
                 each
                 for discount in DISCOUNTS
