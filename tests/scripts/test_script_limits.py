@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from yopo.planning import allocations, weightings
+
 
 @pytest.fixture(autouse=True)
 def same_threads(monkeypatch: pytest.MonkeyPatch):
@@ -22,7 +24,11 @@ def table(text: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in lines[2:]}
 
 
-def test_every_part_is_measured(script, tiny_shape: str, tmp_path: Path, capsys) -> None:
+def test_every_part_is_measured(
+    script, tiny_shape: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weightings, "VISUAL_WEIGHTS", (1.0,))  # few plans
+    monkeypatch.setattr(allocations, "GENERATIONS", 0)
     small = [
         "--samples",
         "40",

@@ -27,6 +27,7 @@ import torch
 from yopo.fitting.profile import Profile
 from yopo.planning.choices import Choice, Choices, spend_rest
 from yopo.planning.paper import EMPTY
+from yopo.planning.priced import HeadCosts, PricedHeads, Selected
 from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_flops_of_layer
@@ -139,19 +140,15 @@ class Allocator:
     def _layers(self, price: float, kv_price: float) -> Priced | None:
         """Every layer's best choice at prices (per dense visual FLOPs, and per dense visual KV
         bytes); None if they exceed the budget of FLOPs."""
-        layers = trim(
-            tuple(self._best(number, price, kv_price) for number in range(self.shape.layers))
-        )
-        return (layers, price) if self.builder.cost(layers) <= self.builder.budget else None
-
-    def _best(self, number: int, price: float, kv_price: float) -> LayerPlan:
-        price = price / self._dense
-        attention = min(
-            self._attention_choices(number, price, kv_price),
-            key=lambda each: each.damage + price * each.flops + kv_price * each.kv,
-        )
-        ffn = min(self._ffn_choices[number], key=lambda each: each.damage + price * each.flops)
-        return _joined((attention, ffn))[0]
+        selected = self._priced.select(price / self._dense, kv_price)
+        ffn = (self._ffn_damage + price / self._dense * self._ffn_flops).argmin(dim=1).tolist()
+        layers = []
+        for number, rank in enumerate(selected.best()):
+            attention = EMPTY if rank is None else self._selected(selected, number, rank)
+            fed = self._ffn_choices[number][ffn[number]].layer
+            layers.append(replace(attention, neurons=fed.neurons, map_rank=fed.map_rank))
+        found = trim(tuple(layers))
+        return (found, price) if self.builder.cost(found) <= self.builder.budget else None
 
     def damage(self, layers: Layers) -> float:
         """The estimated damage of layers that are made of this allocator's choices."""
@@ -175,7 +172,7 @@ class Allocator:
             attention = [
                 each
                 for discount in DISCOUNTS
-                for each in self._attention_choices(number, discount * price / self._dense, 0.0)
+                for each in self._attention_choices(number, discount * price / self._dense)
                 if number < last or not each.layer.attend_heads
             ]
             chosen += [self._attention(number, layer), ffn]
@@ -194,27 +191,31 @@ class Allocator:
     def _flops(self, layer: LayerPlan) -> int:
         return visual_flops_of_layer(layer, self.shape, self.workload)
 
-    def _attention_choices(self, number: int, price: float, kv_price: float) -> Iterator[Choice]:
-        """For every bottleneck, the heads whose gain through it exceeds their price."""
-        reading, mixing = self._gains[number]
-        kv_share = 1 / (self.shape.layers * self.shape.kv_heads)
+    def _attention_choices(self, number: int, price: float) -> Iterator[Choice]:
+        """For every bottleneck, the heads whose gain through it exceeds their price per FLOP."""
+        selected = self._priced.select(price, 0.0)
         yield self._attention(number, EMPTY)
-        for rank in self._ranks:
-            lost = self._lost(number, rank)
-            _, kv_flops, attend_flops = self._head_flops(rank)
-            heads: list[int] = []
-            attend: list[int] = []
-            for group in range(self.shape.kv_heads):
-                members = range(group * self.shape.group, (group + 1) * self.shape.group)
-                gains = {h: (1 - lost) * mixing[h] for h in members if self.levers.attend}
-                busy = [head for head, each in gains.items() if each > price * attend_flops]
-                gain = sum(reading[h] for h in members) + sum(mixing[h] for h in busy)
-                gain *= 1 - lost
-                if gain > price * (kv_flops + len(busy) * attend_flops) + kv_price * kv_share:
-                    heads += members
-                    attend += busy
-            if heads:
-                yield self._attention(number, self._reading(tuple(heads), tuple(attend), rank))
+        for rank in range(len(self._ranks)):
+            if selected.read[number, rank].any():
+                yield self._attention(number, self._selected(selected, number, rank))
+
+    def _selected(self, selected: Selected, number: int, rank: int) -> LayerPlan:
+        return self._reading(*selected.heads(number, rank), self._ranks[rank])
+
+    @cached_property
+    def _priced(self) -> PricedHeads:
+        shape = self.shape
+        per_group = (shape.kv_heads, shape.group)
+        mixing = self.later[:, None] * self.profile.mixing
+        lost = [[self._lost(n, rank) for rank in self._ranks] for n in range(shape.layers)]
+        flops = torch.tensor([self._head_flops(rank) for rank in self._ranks], dtype=torch.float64)
+        return PricedHeads(
+            self.reading.unflatten(1, per_group),
+            mixing.unflatten(1, per_group) * self.levers.attend,
+            torch.tensor(lost, dtype=torch.float64),
+            HeadCosts(*flops.unbind(1)),
+            1 / (shape.layers * shape.kv_heads),
+        )
 
     def _attention(self, number: int, layer: LayerPlan) -> Choice:
         """The attention of a layer's plan as a choice."""
@@ -273,6 +274,17 @@ class Allocator:
     def _ranks(self) -> list[int | None]:
         hidden = self.shape.hidden
         return [None, *sorted({max(1, round(share * hidden)) for share in self.levers.ranks})]
+
+    @cached_property
+    def _ffn_damage(self) -> torch.Tensor:
+        """(layers, choices) damage of the FFN's choices."""
+        rows = [[each.damage for each in row] for row in self._ffn_choices]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    @cached_property
+    def _ffn_flops(self) -> torch.Tensor:
+        """(choices,) FLOPs of the FFN's choices, which are the same in all layers."""
+        return torch.tensor([each.flops for each in self._ffn_choices[0]], dtype=torch.float64)
 
     @cached_property
     def _ffn_choices(self) -> list[list[Choice]]:
