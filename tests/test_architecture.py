@@ -27,6 +27,7 @@ WITHOUT_TORCH = (
     "yopo.plans.layer_file",
     "yopo.plans.layer_plan",
     "yopo.plans.schema",
+    "yopo.plans.servable",
     "yopo.plans.side_file",
     "yopo.plans.tensors",
     "yopo.models.registry",

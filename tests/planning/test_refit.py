@@ -184,8 +184,10 @@ def test_a_cached_latent_is_centred_and_changes_nothing_else(
     for plan in (fitted(specimen.model, batches, plain), fitted(specimen.model, batches, stored)):
         with pruned(specimen.model, plan), torch.no_grad():
             part = specimen.model.get_decoder().yopo.visual[0]
-            latents = []
-            handle = part.reduce.register_forward_hook(lambda *args: latents.append(args[2]))
+            latents: list[torch.Tensor] = []
+            handle = part.reduce.register_forward_hook(
+                lambda *args, into=latents: into.append(args[2])
+            )
             for batch in batches:
                 specimen.model.base_model(**batch.inputs, use_cache=False)
             handle.remove()

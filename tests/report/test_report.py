@@ -247,6 +247,7 @@ def test_json_output_is_plain_and_complete() -> None:
     document = json.loads(json.dumps(plan_document(plan)))
     assert list(document) == [
         *("model", "workload", "budget", "compensation", "bidirectional", "baked"),
+        "servable",
         *("visual_flops", "prefill_flops", "visual_kv_bytes", "layers", "measured", "provenance"),
     ]
     assert document["visual_flops"]["ratio"] == visual_budget(plan)

@@ -206,9 +206,10 @@ class Planner(Assembler):
         def fit(many: Sequence[Layers]) -> list[PruningPlan]:
             return self._fitted([self._unfitted(layers, "refit") for layers in many])
 
-        return Allocations(partial(self._allocate, storage=storage), fit, self.measure)
+        return Allocations(partial(self.allocate, storage=storage), fit, self.measure)
 
-    def _allocate(self, weighting: Weighting, storage: Storage | None = None) -> Layers | None:
+    def allocate(self, weighting: Weighting, storage: Storage | None = None) -> Layers | None:
+        """The layers that a weighting gives; None if nothing that reads fits the budget."""
         return self._kv(fitted=True).store(partial(self._allocate_within, weighting), storage)
 
     def _allocate_within(self, weighting: Weighting, builder: TemplateBuilder) -> Layers | None:

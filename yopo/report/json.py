@@ -7,6 +7,7 @@ from typing import Any
 
 from yopo.plans.flops import visual_flops_of_layer, visual_kv_bytes_of_layer
 from yopo.plans.schema import PruningPlan
+from yopo.plans.servable import engine_problem
 from yopo.report.plan_tables import savings
 
 _KEYS = ("visual_flops", "prefill_flops", "visual_kv_bytes")
@@ -17,6 +18,7 @@ def plan_document(plan: PruningPlan) -> dict[str, Any]:
 
     Returns:
         ``model``, ``workload``, ``budget``, ``compensation``, ``bidirectional``, ``baked``;
+        ``servable``, whether ``vllm`` can run it and, if not, ``because`` of what;
         ``visual_flops``, ``prefill_flops`` and ``visual_kv_bytes`` (16 bit) of one prompt, each
         with ``dense``, ``pruned`` and ``ratio``; ``layers``; ``measured`` (or null);
         ``provenance``.
@@ -31,17 +33,19 @@ def plan_document(plan: PruningPlan) -> dict[str, Any]:
         }
         for index, layer in enumerate(plan.layers)
     ]
+    problem = engine_problem(plan)
     totals = {
         key: {"dense": dense, "pruned": pruned, "ratio": pruned / dense}
         for key, (_, dense, pruned, _) in zip(_KEYS, savings(plan), strict=True)
     }
     return {
-        "model": asdict(plan.model),
+        "model": plan.model.to_dict(),
         "workload": {**asdict(workload), "visual": workload.visual},
         "budget": asdict(plan.budget),
         "compensation": plan.compensation,
         "bidirectional": plan.bidirectional,
         "baked": plan.baked,
+        "servable": {"vllm": problem is None, "because": problem},
         **totals,
         "layers": layers,
         "measured": None if plan.measured is None else asdict(plan.measured),

@@ -22,6 +22,7 @@ from yopo.plans.flops import (
     visual_kv_bytes_of_layer,
 )
 from yopo.plans.schema import LEVERS, LayerPlan, PruningPlan, full_layer, used_levers
+from yopo.plans.servable import engine_problem
 from yopo.report import units
 
 _BAR = 8
@@ -47,12 +48,14 @@ def header(plan: PruningPlan) -> RenderableType:
     kind.append(f"compensation {plan.compensation}")
     kind.append("bidirectional" if plan.bidirectional else "causal")
     kind += ["baked"] if plan.baked else []
+    problem = engine_problem(plan)
     lines = {
         "model": f"{model.name} ({model.family}, fingerprint {model.fingerprint[:12]})",
         "decoder": f"{shape.layers} layers of {shape.heads} heads{kv_heads}, {shape.ffn} neurons",
         "prompt": f"{plan.workload.visual} visual tokens ({grids}), {plan.workload.text} of text",
         "budget": f"{units.share(visual_budget(plan))} of the visual FLOPs{asked}",
         "plan": ", ".join(kind),
+        "servable in vLLM": "yes" if problem is None else f"no, because {problem}",
     }
     table = Table.grid(padding=(0, 2))
     for label, value in lines.items():
