@@ -187,6 +187,9 @@ def test_a_search_keeps_the_storage_and_the_budget() -> None:
     assert all(kv_share(each.plan) <= 0.2 for each in found)
 
 
+EVEN = (Weighting.even(1.0, None, LAYERS),)
+
+
 def heads_of(plan: PruningPlan) -> int:
     return sum(len(layer.read_heads) for layer in plan.layers)
 
@@ -202,8 +205,8 @@ def test_latents_keep_budgets_at_which_heads_would_be_dropped(kv_heads: int, sha
 
     request = BudgetRequest(0.5, kv_budget=share, compensation="refit")
     fitter = FakeFitter(statistics)
-    plan, found = make_plan(statistics, request, measure, fitter)
-    assert any(layer.latent_bits for layer in plan.layers)
+    plan, found = make_plan(statistics, request, measure, fitter, EVEN)
+    assert any(layer.latent_bits for each in found for layer in each.plan.layers)
     for each in found:
         assert kv_share(each.plan) <= share and visual_budget(each.plan) <= 0.5
     original = BudgetRequest(0.5, kv_budget=share, compensation="none")
@@ -222,13 +225,27 @@ def test_finer_latents_are_measured_beside_wide_ones() -> None:
     def measure(plan: PruningPlan) -> float:
         ranks = (layer.qkv_rank or 0 for layer in plan.layers)
         bits = (layer.latent_bits or 0 for layer in plan.layers)
-        return 1 / (1 + sum(ranks if prefers_wide else bits))
+        return 1 / (1 + (sum(ranks) if prefers_wide else max(bits)))
 
     request = BudgetRequest(1.0, kv_budget=0.1, compensation="refit")
     for prefers_wide in (True, False):
-        plan, found = make_plan(statistics, request, measure, FakeFitter(statistics))
+        plan, found = make_plan(statistics, request, measure, FakeFitter(statistics), EVEN)
         stored = {each.storage: each for each in found if each.storage is not None}
         assert Storage(4, 4, 8) in stored
         assert all(kv_share(each.plan) <= 0.1 for each in found)
         bits = {layer.latent_bits for layer in plan.layers if layer.qkv_rank}
         assert bits == ({4} if prefers_wide else {8})
+
+
+def test_latents_that_do_worse_are_not_chosen() -> None:
+    """However many heads have to be dropped without them."""
+    statistics = with_keys()
+
+    def measure(plan: PruningPlan) -> float:
+        return float(any(layer.latent_bits for layer in plan.layers))
+
+    request = BudgetRequest(0.5, kv_budget=0.1, compensation="refit")
+    plan, found = make_plan(statistics, request, measure, FakeFitter(statistics), EVEN)
+    assert any(layer.latent_bits for each in found for layer in each.plan.layers)
+    assert not any(layer.latent_bits for layer in plan.layers)
+    assert any(layer.read_heads for layer in plan.layers) and kv_share(plan) <= 0.1

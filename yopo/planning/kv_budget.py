@@ -112,15 +112,17 @@ class KVBudget:
     def directions(self, build: Build) -> Iterator[Sequence[Storage]]:
         """What is worth measuring beside the storage that ``store`` chooses.
 
-        Whoever finds one that is no better need not go on in its direction: coarser where layers
-        have no latent; then finer in some layers; then finer everywhere, each dropping more heads
-        than the one before.
+        Whoever finds one that is no better need not go on in its direction: without latents;
+        coarser where layers have none; finer in some layers; finer everywhere, each dropping more
+        heads than the one before.
         """
         if len(self.storages) == 1:
             return
         chosen, _ = self._enough(build)
         place = self.storages.index(chosen)
         if chosen.latent_bits is not None:
+            plain, _ = KVBudget(self.builder, STORAGES)._enough(build)
+            yield (plain,)
             yield self.storages[place + 1 :]
         if place:
             finer = self.storages[place - 1]
