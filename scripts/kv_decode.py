@@ -1,4 +1,4 @@
-"""Time decode steps over visual keys and values stored in few bits, against whole ones.
+"""Time decode steps over visual keys and values in few bits, or latents, against whole ones.
 
 Full-width layers of LLaVA-1.5-7B with random weights; nothing is pruned, so that all that differs
 is how the visual keys and values lie in the cache. The caches are filled with random numbers, which
@@ -27,8 +27,12 @@ from yopo.runtime.cache import adopt
 from yopo.runtime.install import pruned
 
 TEXT = 64
-STORAGES = ((None, None), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
 WHOLE = "whole"
+STORAGES = {WHOLE: (None, None)} | {
+    f"K {keys}, V {values} bits": (keys, values)
+    for keys, values in ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2))
+}
+LATENT_BITS = 8
 
 
 def arguments() -> argparse.Namespace:
@@ -41,17 +45,33 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--contexts", type=int, nargs="+", default=[640, 4096])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[256], help="of latents, 8 bits")
     return parser.parse_args()
 
 
-def plan_of(layers: int, visual: int, bits: tuple[int | None, int | None]) -> PruningPlan:
-    """The plan that prunes nothing, its visual keys and values stored in some bits."""
+def full(layers: int, visual: int) -> PruningPlan:
+    """The plan that prunes nothing."""
     model = published_model("llava-1.5-7b")
     model = replace(model, shape=replace(model.shape, layers=layers))
-    plan = full_plan(model, Workload((Grid(1, visual),), TEXT, 5))
-    key_bits, value_bits = bits
-    stored = tuple(replace(each, key_bits=key_bits, value_bits=value_bits) for each in plan.layers)
-    return fitted(plan.with_layers(stored))
+    return full_plan(model, Workload((Grid(1, visual),), TEXT, 5))
+
+
+def plans_of(layers: int, visual: int, ranks: list[int]) -> dict[str, PruningPlan]:
+    """The same, its visual keys and values stored in every way."""
+    plan = full(layers, visual)
+    changes = {
+        name: {"key_bits": keys, "value_bits": values} for name, (keys, values) in STORAGES.items()
+    }
+    changes |= {
+        f"latent of {rank}, {LATENT_BITS} bits": {"qkv_rank": rank, "latent_bits": LATENT_BITS}
+        for rank in ranks
+    }
+    plans = {}
+    for name, change in changes.items():
+        kind = "refit" if "qkv_rank" in change else "none"
+        stored = tuple(replace(each, **change) for each in plan.layers)
+        plans[name] = fitted(replace(plan, layers=stored, compensation=kind))
+    return plans
 
 
 def draw(plan: PruningPlan, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -73,8 +93,15 @@ def pruned_cache(model: PreTrainedModel, plan: PruningPlan) -> DynamicCache:
     cache, visual, dtype = DynamicCache(), plan.workload.visual, model.dtype
     layers = adopt(cache, model.get_decoder().yopo.splits(model.device))
     places = torch.arange(visual + TEXT)[None]
-    for layer in layers:
+    if any(each.latent_bits for each in plan.layers):
+        states = torch.empty(1, visual, model.config.get_text_config().hidden_size, dtype=dtype)
+        layers[0].index.place(model.get_decoder().rotary_emb(states, places[:, :visual]))
+    for layer, part in zip(layers, plan.layers, strict=True):
         layer.append(draw(plan, TEXT, dtype), draw(plan, TEXT, dtype))
+        if part.latent_bits is not None:
+            room = layer.make_latent_room(states)
+            room[:, :, :] = torch.randn(1, 1, visual, part.qkv_rank).to(dtype)
+            continue
         for room in layer.make_room(visual):
             room[:, :, :] = draw(plan, visual, dtype)
     layers[0].index.extend(places[:, visual:], places[:, :visual], num_tokens=visual + TEXT)
@@ -115,15 +142,10 @@ def main() -> None:
     """Measure and print a table per context."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    shape = plan_of(options.layers, 1, (None, None)).model.shape
+    shape = full(options.layers, 1).model.shape
     model = random_model(shape, dtype=getattr(torch, options.dtype))
     for context in options.contexts:
-        plans = {
-            WHOLE if bits == (None, None) else "K {}, V {} bits".format(*bits): plan_of(
-                options.layers, context - TEXT, bits
-            )
-            for bits in STORAGES
-        }
+        plans = plans_of(options.layers, context - TEXT, options.ranks)
         times = measure(model, plans, options.rounds)
         print(
             f"\n| context {context}, {options.dtype} | visual KV | step | over stock | over whole |"
