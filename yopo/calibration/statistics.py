@@ -130,8 +130,14 @@ class Statistics:
 
     @property
     def reading(self) -> torch.Tensor:
-        """(L, H) float64 value of reading in each head: its effect e, capped as e / (1 + e)."""
-        return self.head_effect / (1 + self.head_effect)
+        """(L, H) float64 value of reading in each head: its effect relative to the text's residual
+        stream after the layer, at most 1.
+
+        That is the input of the next layer; after the last one, its input and all effects.
+        """
+        last = self.text_norm_sum[-1:] + self.head_effect_sum[-1:].sum()
+        after = torch.cat([self.text_norm_sum[1:], last]).clamp(min=1e-30)
+        return (self.head_effect_sum / after[:, None]).clamp(max=1.0)
 
     @property
     def cross_modal(self) -> torch.Tensor:

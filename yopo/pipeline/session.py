@@ -17,7 +17,7 @@ from yopo.bench.costs import read_costs
 from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
 from yopo.data.prompts import Batch, batches, encode_for
-from yopo.data.sizes import in_sizes
+from yopo.data.sizes import by_size, in_sizes
 from yopo.data.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
 from yopo.evaluation.fidelity import (
     Fidelity,
@@ -305,7 +305,7 @@ class CalibrationSession:
 
     def _encoded(self) -> list[Batch]:
         """The prompts that visual weights are fitted on."""
-        groups = batches(pick(self._pairs, self.split.fit), self.options.batch_size)
+        groups = batches(by_size(pick(self._pairs, self.split.fit)), self.options.batch_size)
         return [encode_for(self.model, self.processor, group) for group in groups]
 
 
