@@ -122,8 +122,13 @@ def read_baked_plan(path: str | Path, budget: float | None = None) -> PruningPla
     Raises:
         CheckpointError: The directory holds no plan, or none within the budget.
     """
-    refuse_unbaked(Path(path), str(path))
-    return read_plan(plan_path(Path(path), budget))
+    return read_plan(plan_file(Path(path), budget))
+
+
+def plan_file(folder: Path, budget: float | None = None) -> Path:
+    """The plan's file inside a baked checkpoint's directory (raises as above)."""
+    refuse_unbaked(folder, str(folder))
+    return plan_path(folder, budget)
 
 
 def load_dense(
