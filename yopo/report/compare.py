@@ -108,7 +108,8 @@ def _legend(letters: Sequence[str], plans: Named) -> Table:
     table = Table.grid(padding=(0, 2))
     for letter, (name, plan) in zip(letters, plans, strict=True):
         kind = f"{_kind(plan)}, {plan.compensation}"
-        table.add_row(Text(letter, "bold"), Text(name), Text(kind, "dim"))
+        # A path's end tells plans apart, so it is folded, not cut.
+        table.add_row(Text(letter, "bold"), Text(name, overflow="fold"), Text(kind, "dim"))
     return table
 
 
