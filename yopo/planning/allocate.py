@@ -57,12 +57,15 @@ class Levers:
         maps: Ranks of the linear map tried, as shares of the hidden width.
         widths: Shares of the FFN tried.
         attend: Whether visual tokens may attend.
+        everywhere: Whether all heads must read in all layers, and visual tokens that attend have no
+            radius, as an inference engine requires.
     """
 
     ranks: tuple[float, ...] = RANKS
     maps: tuple[float, ...] = MAPS
     widths: tuple[float, ...] = WIDTHS
     attend: bool = True
+    everywhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Allocator:
         levers: Levers | None = None,
     ):
         self.levers = levers or Levers()
-        self.builder, self.profile, self.radius = builder, profile, weighting.radius
+        self.builder, self.profile = builder, profile
+        self.radius = None if self.levers.everywhere else weighting.radius
         self.shape, self.workload = builder.shape, builder.workload
         reading = builder.statistics.reading
         from_here = reading.sum(dim=1).flip(0).cumsum(0).flip(0)
@@ -174,7 +178,8 @@ class Allocator:
         reading, mixing = self._gains[number]
         missed = sum(reading) + sum(mixing)
         kv_share = 1 / (self.shape.layers * self.shape.kv_heads)
-        yield Choice(EMPTY, 0, missed)
+        if not self.levers.everywhere:
+            yield Choice(EMPTY, 0, missed)
         for rank in self._ranks:
             lost = float(
                 self.profile.bottleneck_residual[number][
@@ -190,7 +195,8 @@ class Allocator:
                 busy = [head for head, each in gains.items() if each > price * attend_flops]
                 gain = sum(reading[h] for h in members) + sum(mixing[h] for h in busy)
                 gain *= 1 - lost
-                if gain > price * (kv_flops + len(busy) * attend_flops) + kv_price * kv_share:
+                cost = price * (kv_flops + len(busy) * attend_flops) + kv_price * kv_share
+                if self.levers.everywhere or gain > cost:
                     heads += members
                     attend += busy
             if heads:

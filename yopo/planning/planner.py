@@ -20,6 +20,7 @@ from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
 from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import Budget, PruningPlan
+from yopo.plans.servable import engine_problem, layers_problem
 from yopo.support.console import track
 from yopo.support.errors import PlanError, suggest
 from yopo.support.version import __version__
@@ -51,11 +52,20 @@ def make_plan(
     Raises:
         PlanError: No template fits the budget, or the request does not fit the model.
     """
+    found: list[Candidate]
     if isinstance(request, PaperRequest):
         layers = _paper_layers(statistics, request)
         kind = request.compensation or "none"
-        return Assembler(statistics, request, fitter).assemble(layers, kind), []
-    return Planner(statistics, request, measure, fitter, tried).make()
+        plan, found = Assembler(statistics, request, fitter).assemble(layers, kind), []
+    else:
+        plan, found = Planner(statistics, request, measure, fitter, tried).make()
+    problem = engine_problem(plan) if request.engine else None
+    if problem is not None:
+        raise PlanError(
+            f"This plan cannot be served in {request.engine}: {problem}.",
+            remedy="Use `yopo calibrate --engine`, with a budget and without a template.",
+        )
+    return plan, found
 
 
 def _paper_layers(statistics: Statistics, request: PaperRequest) -> Layers:
@@ -140,7 +150,8 @@ class Planner(Assembler):
         tried: Sequence[Weighting] = (),
     ):
         super().__init__(statistics, request, fitter)
-        self.measure, self.tried, self.levers = measure, tuple(tried), Levers()
+        self.measure, self.tried = measure, tuple(tried)
+        self.levers = Levers(everywhere=request.engine is not None)
         if request.search and measure is None:
             raise PlanError(
                 "A search measures plans on the model, which is not available here.",
@@ -269,7 +280,9 @@ class Planner(Assembler):
             return None if found is None else found[0]
 
         layers = self._kv.store(build, storage)
-        return None if layers is None else (layers, state.compensation)
+        if layers is None or not self._is_servable(layers):
+            return None
+        return layers, state.compensation
 
     def _kl(self, layers: Layers, kind: str) -> float:
         assert self.measure is not None, "a search is refused without a measure"
@@ -295,9 +308,14 @@ class Planner(Assembler):
         seen: set[Layers] = set()
         for each in TEMPLATES if name is None else (name,):
             layers = self._kv.store(methodcaller("candidate", each))
-            if layers is not None and layers not in seen:
+            if layers is not None and layers not in seen and (name or self._is_servable(layers)):
                 seen.add(layers)
                 yield each, layers
+
+    def _is_servable(self, layers: Layers) -> bool:
+        """Whether the request's engine, if it names one, could run layers."""
+        shape = self.statistics.model.shape
+        return self.request.engine is None or layers_problem(layers, shape) is None
 
     def _unaffordable(self) -> PlanError:
         builder = self._builder
