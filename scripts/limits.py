@@ -11,6 +11,7 @@ markdown rows:
     python scripts/limits.py --parts calibration --visual-tokens 2880 --layers 2
     python scripts/limits.py --parts memory --layers 32 --dtype bfloat16
     python scripts/limits.py --parts fit --layers 1 --batch 8 --threads 2 --runs 1
+    python scripts/limits.py --parts budget --model qwen2-vl-tiny
 
 Ratios are medians over runs in one process. The two sides take turns, and so does which of them
 goes first. File caches are left as the runs leave them: both sides read from memory what fits.
@@ -34,6 +35,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -57,17 +59,23 @@ from yopo.bench.random_model import (
 from yopo.calibration.measure import identify
 from yopo.calibration.observers import observing
 from yopo.checkpoint.bake import bake
-from yopo.data.prompts import Batch
+from yopo.data.prompts import Batch, batches, encode_for
+from yopo.data.sources import open_pairs
+from yopo.data.split import pick
+from yopo.demo import demo_data
 from yopo.fitting.layerwise import enter
 from yopo.fitting.profile import profile
 from yopo.fitting.refit import refit
 from yopo.models.registry import family_of
+from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.session import CalibrationSession
 from yopo.planning.planner import make_plan
+from yopo.planning.request import BudgetRequest
 from yopo.plans.grid import Grid
 from yopo.plans.storage import write_plan
 from yopo.serving.loading import load
 
-PARTS = ("calibration", "memory", "apply", "load", "fit")
+PARTS = ("calibration", "memory", "apply", "load", "fit", "budget")
 ROOM = 300e6
 """Bytes allowed to `apply` on top of two of the largest tensors: Python, torch, buffers."""
 
@@ -114,6 +122,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:4])
     parser.add_argument("--shape-of", choices=sorted(SHAPES), default="llava-1.5-7b")
+    parser.add_argument("--model", default="llava-tiny", help="demo model of the part budget")
+    parser.add_argument("--samples", type=int, default=256, help="pairs of the part budget")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the models")
     parser.add_argument("--visual-tokens", type=int, default=WORKLOAD.visual)
     parser.add_argument("--text-tokens", type=int, default=WORKLOAD.text)
@@ -264,6 +274,47 @@ class Fit:
             yield Row(f"{name}, peak memory", size(used), size(plain), used / plain, "-")
 
 
+class Budget:
+    """What `calibrate --budget` does after the statistics, in forwards of the pairs it fits on."""
+
+    def __init__(self, options: argparse.Namespace):
+        run = RunOptions(samples=options.samples)
+        self.session = CalibrationSession(options.model, run, FitOptions())
+        data = demo_data(options.model, "calibration")
+        pairs = pick(open_pairs(data, samples=run.samples, seed=run.seed), self.session.split.fit)
+        model, processor = self.session.model, self.session.processor
+        self.encoded = [
+            encode_for(model, processor, group) for group in batches(pairs, run.batch_size)
+        ]
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """Run a forward of the pairs without a cache."""
+        for batch in self.encoded:
+            self.session.model.base_model(**batch.inputs, use_cache=False)
+
+    def make(self) -> None:
+        """Profile, then allocate, fit and compare plans."""
+        found = self.session.make(BudgetRequest(0.12, compensation="refit"))
+        self.plans = len(found.candidates)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield a row for matrix products and one for time."""
+        products, times = [], []
+        for call in (self.forward, self.make):
+            started = time.perf_counter()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                call()
+            products.append(counter.get_total_flops())
+            times.append(time.perf_counter() - started)
+        name = f"{self.plans} plans over one forward of {len(self.session.split.fit)} pairs"
+        plain, mine = products
+        ratio = mine / plain
+        yield Row(f"{name}, FLOPs", f"{mine / 1e9:.1f} G", f"{plain / 1e9:.1f} G", ratio, "<= 20")
+        plain, mine = times
+        yield Row(f"{name}, time", seconds(mine), seconds(plain), mine / plain, "-")
+
+
 class Checkpoints:
     """An original checkpoint of random weights, its plan, and what is made from them."""
 
@@ -337,6 +388,8 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
         del calibration
     if "fit" in options.parts:
         yield from Fit(options).rows()
+    if "budget" in options.parts:
+        yield from Budget(options).rows()
     if {"apply", "load"}.intersection(options.parts):
         with tempfile.TemporaryDirectory(dir=options.folder, prefix="yopo-limits-") as folder:
             files = Checkpoints(options, Path(folder))

@@ -9,7 +9,10 @@ already holds are not run again; `scripts/study_report.py` makes tables and a pl
     python scripts/study.py shift --model llava-tiny --calibration demo:glyphs-calibration ...
     python scripts/study.py deeper --model llava-tiny --budgets 0.05 --output study.jsonl
     python scripts/study.py kv --model llava-tiny --budgets 0.12 --output study.jsonl
-    python scripts/study.py long --model llava-tiny --heldout demo:heldout --kind description
+    python scripts/study.py long --model llava-tiny --kind description
+    python scripts/study.py sizes-of-images --model internvl-tiny --output study.jsonl
+
+Pairs are those of the model's own task unless ``--calibration`` and ``--heldout`` name others.
 
 All methods use the same visual FLOPs, or the nearest amount below that they can reach:
 
@@ -40,13 +43,14 @@ import torch
 from yopo.baselines.install import baseline
 from yopo.baselines.registry import solve, with_own_budget
 from yopo.data.pairs import Pairs
+from yopo.data.sizes import in_sizes
 from yopo.data.sources import open_pairs
 from yopo.demo.pair_files import write_pairs
 from yopo.evaluation.evaluate import measure_kept
 from yopo.evaluation.fidelity import record_dense
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import CalibrationSession
-from yopo.planning.allocate import Levers
+from yopo.planning.levers import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.planner import Planner
 from yopo.planning.request import BudgetRequest
@@ -62,6 +66,16 @@ SEEDS = (0, 1, 2)
 SEARCH_RUNS = 100
 SIZES = (16, 32, 128, 512)
 KV_BUDGETS = (1.0, 0.5, 0.25, 0.12)
+
+TASKS = {
+    "llava-tiny": ("demo:calibration", "demo:heldout", 8),
+    "qwen2-vl-tiny": ("demo:glyphs-calibration", "demo:glyphs-heldout", 12),
+    "internvl-tiny": ("demo:tickets-calibration", "demo:tickets-heldout", 16),
+}
+"""Of each demo model: pairs to calibrate and to evaluate on, and tokens of the longest answer."""
+
+SCALES = ("1", "1,1.5")
+"""Factors of the sides of calibration images that the study of image sizes compares."""
 
 ABLATIONS = {
     "everything": Levers(),
@@ -106,11 +120,15 @@ class Study:
         self._records = None
 
     def session(
-        self, seed: int, samples: int | None = None, data: str | None = None
+        self,
+        seed: int,
+        samples: int | None = None,
+        data: str | None = None,
+        grids: tuple[float, ...] = (1.0,),
     ) -> CalibrationSession:
-        """Return the session for a seed, number of pairs and data, calibrated only once."""
+        """Return the session for a seed, number of pairs, data and sizes, calibrated only once."""
         samples = samples or self.options.samples
-        key = (seed, samples, data)
+        key = (seed, samples, data, grids)
         if key not in self._sessions:
             run = RunOptions(
                 data=data or self.options.calibration,
@@ -119,7 +137,7 @@ class Study:
                 batch_size=32,
                 max_new_tokens=self.options.max_new_tokens,
             )
-            fit_options = FitOptions(measure_pairs=min(64, samples), fit_pairs=samples)
+            fit_options = FitOptions(measure_pairs=min(64, samples), fit_pairs=samples, grids=grids)
             self._sessions[key] = CalibrationSession(self.options.model, run, fit_options)
         return self._sessions[key]
 
@@ -136,13 +154,19 @@ class Study:
             )
         return self._records
 
+    @property
+    def heldout(self) -> str:
+        """The name of the held-out pairs, and the factor of their images' sides."""
+        scale = self.options.heldout_scale
+        return self.options.heldout + ("" if scale == 1 else f" x {scale:g}")
+
     def _heldout(self) -> Pairs:
         heldout, count, kind = self.options.heldout, self.options.pairs, self.options.kind
         if kind:
             folder = Path(tempfile.mkdtemp())
             name = heldout.removeprefix("demo:")
             heldout = str(write_pairs(folder, name, count, seed=1, kinds=(kind,)))
-        return open_pairs(heldout, samples=count, seed=1)
+        return in_sizes(open_pairs(heldout, samples=count, seed=1), (self.options.heldout_scale,))
 
     def measure(
         self, key: dict, session: CalibrationSession, change: Change, budget: float
@@ -190,9 +214,9 @@ def methods(study: Study) -> None:
     for seed in study.options.seeds:
         session = study.session(seed)
         for budget in study.options.budgets:
-            for name, make in METHODS.items():
+            for name in study.options.methods or METHODS:
                 key = study.key("methods", name, budget, seed)
-                study.plan(key, session, partial(make, session, budget))
+                study.plan(key, session, partial(METHODS[name], session, budget))
             for name in with_own_budget() if seed == study.options.seeds[0] else ():
                 measure_baseline(study, session, name, budget)
 
@@ -240,6 +264,31 @@ def shift(study: Study) -> None:
             more = {"calibration": study.options.calibration, "heldout": study.options.heldout}
             key = study.key("shift", "allocated", budget, seed, **more)
             study.plan(key, session, partial(allocated, session, budget))
+
+
+def sizes_of_images(study: Study) -> None:
+    """Calibrate on small images, some of them resized, and evaluate on large ones."""
+    for seed in study.options.seeds:
+        for scales in study.options.scales:
+            factors = tuple(float(each) for each in scales.split(","))
+            session = study.session(seed, data=study.options.calibration, grids=factors)
+            for budget in study.options.budgets:
+                more = {"grids": f"sides x {scales}", "heldout": study.heldout}
+                key = study.key("sizes-of-images", "allocated", budget, seed, **more)
+                study.plan(key, session, partial(allocated, session, budget))
+
+
+def rho(study: Study) -> None:
+    """Rank the heads of the paper's shape by the mean of rho over the pairs, or by its median."""
+    for seed in study.options.seeds:
+        session = study.session(seed)
+        means = replace(session.statistics, rho=session.statistics.rho.mean(dim=0, keepdim=True))
+        for budget in study.options.budgets:
+            request = BudgetRequest(budget, template="paper", compensation="none")
+            for name, statistics in (("mean", means), ("median", session.statistics)):
+                key = study.key("rho", f"{name} of rho", budget, seed)
+                planner = Planner(statistics, request, None, None)
+                study.plan(key, session, lambda planner=planner: planner.make()[0])
 
 
 def kv(study: Study) -> None:
@@ -356,7 +405,9 @@ STUDIES: dict[str, Callable[[Study], None]] = {
     "ablation": ablation,
     "sizes": sizes,
     "shift": shift,
+    "sizes-of-images": sizes_of_images,
     "deeper": deeper,
+    "rho": rho,
     "kv": kv,
     "long": long,
 }
@@ -366,17 +417,27 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--model", default="llava-tiny")
-    parser.add_argument("--calibration", default="demo:calibration")
-    parser.add_argument("--heldout", default="demo:heldout")
+    parser.add_argument("--model", choices=TASKS, default="llava-tiny")
+    parser.add_argument("--calibration", help="pairs to calibrate on")
+    parser.add_argument("--heldout", help="pairs to evaluate on")
+    parser.add_argument("--heldout-scale", type=float, default=1.0, help="of images' sides")
+    parser.add_argument(
+        "--scales", nargs="+", default=SCALES, help="of the sides of calibration images"
+    )
     parser.add_argument("--kind", help="use only demo pairs of this kind")
     parser.add_argument("--samples", type=int, default=256, help="calibration pairs")
     parser.add_argument("--pairs", type=int, default=512, help="held-out pairs")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only some")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer")
     parser.add_argument("--output", type=Path, default=Path("study.jsonl"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    calibration, heldout, tokens = TASKS[options.model]
+    options.calibration = options.calibration or calibration
+    options.heldout = options.heldout or heldout
+    options.max_new_tokens = options.max_new_tokens or tokens
+    return options
 
 
 def main() -> None:

@@ -30,6 +30,20 @@ METHODS = {
     "allocated+search": "allocated, refit, searched",
     **{name: each.label for name, each in with_own_budget().items()},
 }
+ROWS = {
+    "sizes": "samples",
+    "shift": "calibration",
+    "sizes-of-images": "grids",
+    "kv": "kv_budget",
+}
+"""The entry of the key that tells a study's rows apart."""
+
+METHOD_ROWS = {
+    "ablation": "what an allocation may use",
+    "rho": "what ranks the heads of the paper's shape",
+}
+"""Studies with a row per method of their own."""
+
 BASELINE_COLORS = ("#7f7f7f", "#2ca02c", "#bcbd22", "#c7c7c7", "#98df8a", "#dbdb8d")
 COLORS = {
     "paper+random": "#e377c2",
@@ -100,18 +114,58 @@ def report(results: dict[tuple[str, str], list[dict]]) -> None:
             # Searched allocations go into the same table, if they were run.
             found = [*found, *results.get(("deeper", model), [])]
             table(grouped(found), METHODS, f"{model}: {legend}")
+            kept_table(found, "budget", f"{model}, what the default keeps, %")
         elif study == "deeper":
             continue
         elif study == "long":
             long_table(found, model)
-        elif study == "ablation":
+        elif study in METHOD_ROWS:
             rows = {key[0]: key[0] for key in grouped(found)}
-            table(grouped(found), rows, f"{model}, what an allocation may use: {legend}")
+            table(grouped(found), rows, f"{model}, {METHOD_ROWS[study]}: {legend}")
         else:
-            name = {"sizes": "samples", "shift": "calibration", "kv": "kv_budget"}[study]
+            name = ROWS[study]
             groups = {(str(key[2]), key[1]): each for key, each in grouped(found, name).items()}
             rows = {key[0]: key[0] for key in groups}
             table(groups, rows, f"{model}, {name}: {legend}")
+            if study == "kv":
+                kept_table(found, name, f"{model}, {name}, %")
+
+
+def kept_table(found: list[dict], column: str, heading: str) -> None:
+    """Print what the default keeps: of the mean, the worst kind and whole answers, row by row.
+
+    Args:
+        found: Results of one model.
+        column: Entry of the key that tells rows apart: ``budget``, ``kv_budget``.
+        heading: Title of the table.
+    """
+    rows: dict[object, list[dict]] = defaultdict(list)
+    for result in found:
+        if result["key"]["method"] == "allocated" and "summary" in result:
+            kind, share = worst_kind(result["kinds"])
+            more = {"worst": share, "worst_name": kind}
+            rows[result["key"][column]].append(result["summary"] | more)
+    print(f"\n{heading}\n")
+    print("| | accuracy of dense | worst kind | same answers | same tokens | logit KL |")
+    print("|---|" + "---:|" * 5)
+    for row, each in rows.items():
+        label = f"{row:.0%}" if isinstance(row, float) else row
+        kinds = ", ".join(sorted({one["worst_name"] for one in each}))
+        cells = [
+            cell(each, "of_dense", "{:.1f}", 100),
+            cell(each, "worst", "{:.1f}", 100) + f" ({kinds})",
+            cell(each, "same", "{:.1f}", 100),
+            cell(each, "agreement", "{:.1f}", 100),
+            cell(each, "kl", "{:.4f}"),
+        ]
+        print(f"| {label} | " + " | ".join(cells) + " |")
+
+
+def worst_kind(kinds: dict[str, dict]) -> tuple[str, float]:
+    """The kind with the smallest accuracy relative to the dense model, and that."""
+    shares = {name: each["pruned"] / each["dense"] for name, each in kinds.items() if each["dense"]}
+    worst = min(sorted(shares), key=lambda name: shares[name])
+    return worst, shares[worst]
 
 
 def long_table(found: list[dict], model: str) -> None:

@@ -60,3 +60,33 @@ def test_without_a_terminal_there_is_no_bar(capsys: pytest.CaptureFixture[str]) 
 
 
 OUTER = {"label": "outer", "total": 2, "unit": "things"}
+
+
+def test_without_a_terminal_long_work_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.0, 10.0, 40.0, 50.0, 80.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    assert list(console.track([[1], [2, 3], [4], [5]], label="a", total=5, unit="pairs"))
+    assert capsys.readouterr().err == "a: 3 of 5 pairs in 0:40, about 0:27 left\n"
+
+
+def test_steps_are_lines_in_a_file_and_one_line_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.step("plan 1")
+    console.step("plan 2")
+    assert capsys.readouterr().err == "plan 1\nplan 2\n"
+    terminal = open_terminal(monkeypatch)
+    console.step("plan 1")
+    console.step("plan 2")
+    console.note("done")
+    assert terminal.getvalue() == "\r\x1b[Kplan 1\r\x1b[Kplan 2\r\x1b[Kdone\n"
+    monkeypatch.setattr(console, "_quiet", True)
+    console.step("plan 3")
+    assert "plan 3" not in terminal.getvalue()
+
+
+def test_durations() -> None:
+    found = [console.duration(seconds) for seconds in (5, 65, 3600, 7325.4)]
+    assert found == ["0:05", "1:05", "1:00:00", "2:02:05"]

@@ -154,6 +154,8 @@ def test_unreachable_and_unsupported_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ModelError, match="'bert' are not supported"):
         load_dense(resolve(str(tmp_path)))
+    for short, name in (("bf16", "bfloat16"), ("fp16", "float16"), ("FP32", "float32")):
+        assert torch_dtype(short) is getattr(torch, name)
     with pytest.raises(ModelError, match="Unknown dtype 'float33'"):
         torch_dtype("float33")
 

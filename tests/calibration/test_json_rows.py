@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from yopo.data import json_rows
 from yopo.data.json_rows import JsonRows
@@ -69,10 +70,12 @@ def test_memory_does_not_grow_with_the_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(json_rows, "CHUNK", 1 << 15)
-    (tmp_path / "a.png").write_bytes(b"")
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
     row = json.dumps({"image": "a.png", "question": "what? " + "x" * 400})
     inside = (",\n" if name.endswith("json") else "\n").join([row] * 4000)
     (tmp_path / name).write_text(f"[{inside}]" if name.endswith("json") else inside)
+    (tmp_path / "one.jsonl").write_text(row)
+    list(open_pairs(str(tmp_path / "one.jsonl"), samples=1, seed=0))  # imports decoders
     tracemalloc.start()
     try:
         pairs = open_pairs(str(tmp_path / name), samples=3, seed=0)
@@ -127,7 +130,7 @@ def test_an_endless_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_file_that_changes_between_two_reads_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"")
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
     path = tmp_path / "rows.jsonl"
     path.write_text('{"image": "a.png", "question": "what?"}\n' * 2)
     pairs = open_pairs(str(path), samples=1, seed=0)

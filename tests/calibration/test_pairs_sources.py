@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from yopo.data.pairs import ImageRef
-from yopo.data.sources import open_pairs
+from yopo.data.sources import check_exists, open_pairs
 from yopo.support.errors import DataError
 
 
@@ -168,8 +168,8 @@ def test_first_bad_pair_is_an_error_even_outside_the_sample(tmp_path: Path) -> N
         ("a text", ": a pair must be an object with an image and a question, found 'a text'."),
     ]:
         write_rows(path, [row(), row(), bad, row()])
-        expect_error(str(path), f"{path}:3{start}")
-        expect_error(str(path), f"{path}:3{start}", samples=1)
+        expect_error(str(path), f"{path}:3{start}", strict=True)
+        expect_error(str(path), f"{path}:3{start}", strict=True, samples=1)
 
 
 def test_a_missing_image_is_found_before_anything_runs(tmp_path: Path) -> None:
@@ -196,9 +196,8 @@ def test_a_corrupt_image_names_its_file_and_row(tmp_path: Path, damage: str) -> 
         }[damage]
     )
     path = write_rows(tmp_path / "p.jsonl", [row()])
-    (pair,) = open_pairs(str(path), samples=None, seed=0)
     with pytest.raises(DataError) as caught:
-        pair.images[0].load()
+        open_pairs(str(path), samples=None, seed=0)
     assert caught.value.message.startswith(f"{path}:1: image a.png: cannot be decoded: ")
     assert "Replace the file" in str(caught.value.remedy)
 
@@ -248,3 +247,124 @@ def test_demo_pairs_are_a_source() -> None:
     other = list(open_pairs("demo:heldout", samples=6, seed=0))
     assert not {pair.id for pair in first} & {pair.id for pair in other}
     assert open_pairs("demo:train", samples=None, seed=0).total == 256
+
+
+MIX = 40
+"""Rows of a mix in which some cannot be used."""
+
+
+@pytest.fixture
+def mix(tmp_path: Path) -> Path:
+    """A LLaVA mix on one line: every tenth row without an image, row 3 with a corrupt one."""
+    write_image(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    listed: list[object] = []
+    for number in range(MIX):
+        turns = [{"from": "human", "value": f"<image>\nWhat is {number}?"}]
+        image = {} if number % 10 == 5 else {"image": "cut.png" if number == 3 else "a.png"}
+        listed.append({"id": str(number), "conversations": turns, **image})
+    path = tmp_path / "mix.json"
+    path.write_text(json.dumps(listed), encoding="utf-8")
+    return path
+
+
+def test_rows_that_cannot_be_used_are_counted_and_left_out(
+    mix: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = open_pairs(str(mix), samples=None, seed=0)
+    assert pairs.total == len(list(pairs)) == MIX - 5
+    assert not {"3", "5", "15", "25", "35"} & {pair.id for pair in pairs}
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {mix}: left out 5 of {MIX} rows: 4 without an image (")
+    assert f"(first: {mix} row 5: the pair has no image" in warning
+    assert f"; 1 with an image that cannot be decoded (first: {mix} row 3: image cut" in warning
+    assert warning.endswith("Use --strict to refuse them.")
+
+
+def test_other_pairs_are_drawn_instead(mix: Path) -> None:
+    pairs = open_pairs(str(mix), samples=MIX - 5, seed=0)
+    assert pairs.total == len(list(pairs)) == MIX - 5
+    fewer = {pair.id for pair in open_pairs(str(mix), samples=MIX // 2, seed=0)}
+    assert len(fewer) == MIX // 2 and fewer < {pair.id for pair in pairs}
+
+
+def test_strict_refuses_the_first_row_that_cannot_be_used(mix: Path) -> None:
+    expect_error(str(mix), f"{mix} row 5: the pair has no image", strict=True)
+    rows = [json.loads(mix.read_text())[number] for number in (0, 3)]
+    mix.write_text(json.dumps(rows))
+    expect_error(str(mix), f"{mix} row 1: image cut.png: cannot be decoded", strict=True)
+
+
+def test_a_source_without_a_usable_row_is_refused(mix: Path) -> None:
+    mix.write_text(json.dumps([{"question": "q"}] * 7))
+    start = f"{mix}: none of its 7 rows can be used; the first problem: {mix} row 0: the pair has"
+    expect_error(str(mix), start, "Name the image in one of the columns")
+
+
+def test_a_sample_holds_as_many_of_each_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "a.png")
+    kinds = ["common"] * 90 + ["rare"] * 4 + ["other"] * 6
+    path = write_rows(tmp_path / "p.jsonl", [row(kind=kind) for kind in kinds])
+    drawn = [pair.kind for pair in open_pairs(str(path), samples=24, seed=0)]
+    counts = {kind: drawn.count(kind) for kind in set(kinds)}
+    assert counts == {"common": 14, "rare": 4, "other": 6}
+    expected = f"{path}: using 24 of 100 pairs, evenly over 3 kinds (--samples N, or all).\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_file_becomes_pairs(tmp_path: Path, separator: str) -> None:
+    write_image(tmp_path / "a.png")
+    lines = [
+        separator.join(cells)
+        for cells in (
+            ["image", "question", "answer", "kind"],
+            ["a.png", f'"What{separator} then?\nThis?"', "007", "long"],
+            ["", "Without an image", "x", "y"],
+            ["a.png", "Why?", "NA", ""],
+        )
+    ]
+    path = tmp_path / "own.csv"
+    path.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    pairs = open_pairs(str(path), samples=None, seed=0)
+    first, second = pairs
+    assert first.question == f"What{separator} then?\nThis?" and first.answers == ("007",)
+    assert (second.answers, second.where) == (("NA",), f"{path}:5")
+    assert pairs.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(b"\xff\xfe\x00")
+    expect_error(str(path), f"{path}: is not UTF-8 text.")
+    path.write_text("image,question\n")
+    expect_error(str(path), f"{path}: holds no pairs.")
+
+
+def test_several_sources_are_mixed_by_weight(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    for name in "ab":
+        write_rows(tmp_path / f"{name}.jsonl", [row(id=f"{name}{n}") for n in range(40)])
+    named = [f"{tmp_path}/a.jsonl:0.7", f"{tmp_path}/b.jsonl:0.3"]
+    pairs = open_pairs(named, samples=20, seed=0)
+    ids = [pair.id[0] for pair in pairs]
+    assert (ids.count("a"), ids.count("b"), pairs.total) == (14, 6, 20)
+    assert pairs.name == "a.jsonl (70%) + b.jsonl (30%)" and pairs.digest is not None
+    equal = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    assert open_pairs(equal, samples=None, seed=0).total == 80
+    with pytest.raises(DataError, match="Weights of several sources have no meaning"):
+        open_pairs(named, samples=None, seed=0)
+    with pytest.raises(DataError, match="must be positive"):
+        open_pairs([*equal, f"{tmp_path}/b.jsonl:0"], samples=9, seed=0)
+    (tmp_path / "b.jsonl:2").write_text((tmp_path / "b.jsonl").read_text())
+    expect_error(f"{tmp_path}/b.jsonl:2", f"{tmp_path}/b.jsonl:2: pairs cannot be read from")
+
+
+def test_existence_is_checked_without_reading(tmp_path: Path) -> None:
+    check_exists(["demo:heldout", "org/name:train", str(tmp_path), f"{tmp_path}:train:0.5"])
+    for name, start in (
+        ("gone.jsonl", "gone.jsonl: no such file."),
+        ("gone", "gone: no such file or directory."),
+        ("demo:gone", "The demo pairs have no split"),
+    ):
+        with pytest.raises(DataError) as caught:
+            check_exists([str(tmp_path), name])
+        assert caught.value.message.startswith(start)

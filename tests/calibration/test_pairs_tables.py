@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from yopo.data import tables
+from yopo.data.listed import QUESTIONS
 from yopo.data.sources import open_pairs
 from yopo.models.hub import Probe, probe
 from yopo.support.errors import DataError
@@ -153,9 +154,9 @@ def test_saved_datasets_become_pairs(tmp_path: Path) -> None:
         open_pairs(f"{tmp_path}/one:test", samples=None, seed=0)
 
 
-def expect_error(data: Path | str, start: str) -> None:
+def expect_error(data: Path | str, start: str, **options: Any) -> None:
     with pytest.raises(DataError) as caught:
-        open_pairs(str(data), samples=None, seed=0)
+        open_pairs(str(data), samples=None, seed=0, **options)
     assert caught.value.message.startswith(start), caught.value.message
     assert "\n" not in caught.value.message
 
@@ -163,9 +164,9 @@ def expect_error(data: Path | str, start: str) -> None:
 def test_bad_tables_are_refused(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.parquet"
     dataset().rename_column("question", "frage").to_parquet(wrong)
-    expect_error(
-        wrong, f"{wrong} row 0: the pair has no question (columns found: image, frage, answers)."
-    )
+    first = f"{wrong} row 0: the pair has no question (columns found: image, frage, answers)."
+    expect_error(wrong, f"{wrong}: none of its 12 rows can be used; the first problem: {first}")
+    expect_error(wrong, first, strict=True)
     corrupt = tmp_path / "corrupt.parquet"
     corrupt.write_bytes(b"PAR1 nothing else")
     expect_error(corrupt, f"{corrupt}: cannot be read as parquet: ")
@@ -177,15 +178,76 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
     expect_error(bare, f"{bare}: the directory holds no pairs.")
 
 
-def test_a_corrupt_image_in_parquet_names_its_row(tmp_path: Path) -> None:
+def with_bad_rows() -> datasets.Dataset:
+    """Row 2 has a corrupt image, row 5 none."""
     values = columns()
     values["image"][2] = {"bytes": b"no image", "path": "cat.png"}
+    values["image"][5] = None
+    return datasets.Dataset.from_dict(values).cast_column("image", datasets.Image())
+
+
+def expect_left_out(err: str, name: str) -> None:
+    assert f"warning: {name}: left out 2 of {COUNT} rows: " in err
+    assert f"1 without an image (first: {name} row 5: " in err
+    assert f"cannot be decoded (first: {name} row 2: image cat.png: cannot be decoded: " in err
+
+
+def test_bad_rows_of_parquet_are_counted_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "own.parquet"
-    datasets.Dataset.from_dict(values).cast_column("image", datasets.Image()).to_parquet(path)
-    pair = list(open_pairs(str(path), samples=None, seed=0))[2]
-    with pytest.raises(DataError) as caught:
-        pair.images[0].load()
-    assert caught.value.message.startswith(f"{path} row 2: image cat.png: cannot be decoded: ")
+    with_bad_rows().to_parquet(path)
+    pairs = open_pairs(str(path), samples=None, seed=0)
+    numbers = [int(pair.id) for pair in pairs]
+    assert numbers == [each for each in range(COUNT) if each not in (2, 5)]
+    assert pairs.total == len(numbers) == len(list(pairs))
+    expect_left_out(capsys.readouterr().err, str(path))
+    drawn = open_pairs(str(path), samples=COUNT - 2, seed=0)
+    assert [int(pair.id) for pair in drawn] == numbers, "others are drawn instead"
+    expect_error(path, f"{path} row 2: image cat.png: cannot be decoded", strict=True)
+
+
+@pytest.mark.parametrize("samples", [None, COUNT - 2])
+def test_bad_rows_of_a_stream_are_counted_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], samples: int | None
+) -> None:
+    hub_with(monkeypatch, {"train": with_bad_rows()})
+    pairs = open_pairs("org/vqa", samples=samples, seed=0)
+    for _ in range(2):
+        assert len({pair.id for pair in pairs}) == COUNT - 2
+        assert all(pair.images[0].load().size[1] == 4 for pair in pairs)
+    err = capsys.readouterr().err
+    assert err.count("left out 2 of 12 rows") == 1 and ("cat.png" in err)
+    strict = open_pairs("org/vqa", samples=None, seed=0, strict=True)
+    with pytest.raises(DataError, match="row 2: image cat.png: cannot be decoded"):
+        list(strict)
+
+
+def test_pictures_without_questions_are_asked_general_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "photos"
+    for number in range(COUNT):
+        file = home / ("deep" if number % 2 else ".") / f"{number:02}.PNG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(number + 1) if number != 4 else b"no image")
+    (home / "notes.txt").write_text("x")
+    pairs = open_pairs(str(home), samples=None, seed=0)
+    assert pairs.total == COUNT - 1 and pairs.name == "photos"
+    assert {pair.question for pair in pairs} <= {question for _, question in QUESTIONS}
+    assert len({pair.kind for pair in pairs}) == len(QUESTIONS)
+    err = capsys.readouterr().err
+    assert f"{home}: {COUNT} images and no metadata.jsonl: each is asked one of" in err
+    assert "1 with an image that cannot be decoded" in err
+    with pytest.raises(DataError, match="has no splits"):
+        open_pairs(f"{home}:train", samples=None, seed=0)
+
+
+def test_tables_are_sampled_evenly_over_kinds(tmp_path: Path) -> None:
+    kinds = ["rare", "rare", *["common"] * (COUNT - 2)]
+    dataset().add_column("Kind", kinds).to_parquet(tmp_path / "own.parquet")
+    drawn = [each.kind for each in open_pairs(str(tmp_path / "own.parquet"), samples=4, seed=0)]
+    assert sorted(map(str, drawn)) == ["common", "common", "rare", "rare"]
 
 
 def test_an_offline_hub_fails_quickly_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from yopo.data import sizes
 from yopo.data.pairs import ImageRef, Pair, Pairs
-from yopo.data.sizes import in_sizes, resized, scaled, size_class
+from yopo.data.sizes import by_size, in_sizes, resized, scaled, size_class
 from yopo.data.split import split_pairs
 from yopo.support.errors import DataError
 
@@ -53,6 +55,21 @@ def test_classes_are_octaves_of_pixels(tmp_path: Path) -> None:
         assert size_class(scaled(pair(source), 2)) == 11
     for unknown in ("hf://somewhere", tmp_path / "none.png", b"no image", tmp_path):
         assert size_class(pair(unknown)) is None
+
+
+def test_images_of_one_size_come_together_and_otherwise_in_order() -> None:
+    sides = (32, 16, 32, 64, 16)
+    pairs = [replace(pair(png(side, 16)), id=str(number)) for number, side in enumerate(sides)]
+    pairs += [replace(pair("hf://somewhere"), id="remote"), scaled(replace(pairs[0], id="half"), 2)]
+    found = [each.id for each in by_size(iter(pairs))]
+    assert found == ["remote", "1", "4", "0", "2", "3", "half"]  # 64 x 16 before 64 x 32
+
+
+def test_batches_of_pairs_hold_one_grid_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "WINDOW", 4)  # what is held in memory is bounded
+    pairs = [pair(png(16 + 16 * (number % 2), 16)) for number in range(8)]
+    widths = [each.images[0].load().width for each in by_size(pairs)]
+    assert widths == [16, 16, 32, 32, 16, 16, 32, 32]
 
 
 def test_every_side_of_a_split_has_its_share_of_each_size() -> None:

@@ -50,6 +50,9 @@ class Run:
         )
 
 
+DRAWINGS = ("--data", "demo:calibration")
+"""Data for models that are no demo models, which none is drawn for."""
+
 Yopo = Callable[..., Run]
 
 

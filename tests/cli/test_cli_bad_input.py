@@ -15,13 +15,16 @@ from command_line import FAST, Yopo, save_model, side_file
 from demo_training.build import build_processor
 from PIL import Image
 
+from yopo.plans.file import read_document
+
 
 @pytest.fixture
 def calibrate(yopo: Yopo, model: Path) -> Callable[..., str]:
     """Calibrates on some data, expects one sentence and no output, and returns the sentence."""
 
     def run(*arguments: object, of: Path | str = model) -> str:
-        done = yopo("calibrate", "--model", of, *FAST, "--preset", "yopo-25", *arguments)
+        given = arguments if "--data" in arguments else ("--data", "demo:calibration", *arguments)
+        done = yopo("calibrate", "--model", of, *FAST, "--preset", "yopo-25", *given)
         assert done.is_sentence, done
         assert not os.listdir()
         return done.err
@@ -117,7 +120,8 @@ def test_a_plan_of_another_model_is_refused(yopo: Yopo, plan: Path, tmp_path: Pa
     other = save_model(tmp_path / "other", seed=1)
     done = yopo("apply", plan, "--model", other)
     assert done.is_sentence and "fingerprint" in done.err and not os.listdir()
-    done = yopo("eval", plan, "--model", other, "--samples", 1, "--max-new-tokens", 1)
+    demo = ("--data", "demo:heldout")
+    done = yopo("eval", plan, "--model", other, "--samples", 1, "--max-new-tokens", 1, *demo)
     assert done.is_sentence and "fingerprint" in done.err
 
 
@@ -133,24 +137,61 @@ def test_unreadable_data_is_refused(calibrate, tmp_path: Path, data) -> None:
 
 
 def test_a_pair_without_image_or_question_is_refused(calibrate, data) -> None:
-    assert "pairs.jsonl:2" in calibrate("--data", data(GOOD, {"question": "what?"}))
+    assert "pairs.jsonl:2" in calibrate("--strict", "--data", data(GOOD, {"question": "what?"}))
     assert "pairs.jsonl:1" in calibrate("--data", data({"image": "red.png"}))
 
 
 def test_missing_and_corrupt_images_are_named(calibrate, data, tmp_path: Path) -> None:
-    missing = calibrate("--data", data(GOOD, {**GOOD, "image": "blue.png"}))
+    missing = calibrate("--strict", "--data", data(GOOD, {**GOOD, "image": "blue.png"}))
     assert "pairs.jsonl:2: image blue.png: there is no file" in missing
     whole = data(GOOD, {**GOOD, "image": "cut.png"})
     (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:60])
-    assert "pairs.jsonl:2: image cut.png: cannot be decoded" in calibrate("--data", whole)
+    assert "pairs.jsonl:2: image cut.png: cannot be decoded" in calibrate(
+        "--strict", "--data", whole
+    )
     (tmp_path / "cut.png").write_text("no image")
-    assert "pairs.jsonl:2: image cut.png: cannot be decoded" in calibrate("--data", whole)
+    assert "pairs.jsonl:2: image cut.png: cannot be decoded" in calibrate(
+        "--strict", "--data", whole
+    )
 
 
 def test_a_question_longer_than_the_context_is_refused(calibrate, data) -> None:
     long = {**GOOD, "question": "what color is the circle? " * 500}
-    said = calibrate("--data", data(GOOD, long))
+    said = calibrate("--strict", "--data", data(GOOD, long))
     assert "pairs.jsonl:2: the prompt has " in said and "context of 2,048" in said
+    said = calibrate("--data", data(long))
+    assert "pairs.jsonl:1: the prompt has " in said
+
+
+def test_pairs_that_cannot_be_used_are_counted_before_the_model_is_loaded(
+    calibrate, yopo: Yopo, model: Path, data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**GOOD, "id": str(number)} for number in range(20)]
+    rows[3] = {"question": "without an image?"}
+    rows[7]["question"] = "what color is the circle? " * 500
+    path = data(*rows)
+    done = yopo("calibrate", "--model", model, "--data", path, *FAST, "--preset", "yopo-25")
+    assert done.code == 0
+    assert f"{path}: left out 1 of 20 rows: 1 without an image (first: {path}:4: " in done.err
+    assert (
+        "pairs.jsonl: left out 1 of 19 rows: 1 whose prompt is longer than the model's" in done.err
+    )
+    assert read_document(Path("plan.yaml"))[0].provenance["samples"] == 18
+    monkeypatch.setattr("yopo.pipeline.model_handle.load_dense", None)  # is not called
+    done = yopo("calibrate", "--model", model, "--data", path, "--strict", "-o", "other.yaml")
+    assert done.is_sentence and f"{path}:4: the pair has no image" in done.err
+
+
+def test_a_real_model_is_not_calibrated_on_drawings(yopo: Yopo, model: Path, plan: Path) -> None:
+    done = yopo("calibrate", "--model", model)
+    assert done.is_sentence and "tiny-llava: no pairs are given" in done.err
+    command = f"yopo calibrate --model {model} --data HuggingFaceM4/the_cauldron:aokvqa:train"
+    assert command in done.err
+    done = yopo("calibrate", "--model", "qwen2-vl-7b")
+    assert done.is_sentence and "--data HuggingFaceM4/the_cauldron:docvqa:train" in done.err
+    done = yopo("eval", plan)
+    assert done.is_sentence
+    assert f"yopo eval {plan} --data lmms-lab/VQAv2:validation" in done.err
 
 
 def test_names_in_data_cannot_command_the_terminal(calibrate, data) -> None:

@@ -19,6 +19,7 @@ from yopo.plans.schema import ModelShape, Workload
 from yopo.plans.storage import read_plan
 
 FAST = ("--runs", 2, "--decode-steps", 1, "--device", "cpu")
+NEXT = "next: yopo calibrate --model llava-1.5-7b --data PAIRS\n"
 SPREAD = {"median", "low", "high"}
 COMPARED = {"dense", "pruned", "ratio"}
 
@@ -68,7 +69,7 @@ def test_json_output_is_one_complete_document(yopo: Yopo) -> None:
 
 def test_text_output_is_a_table(yopo: Yopo) -> None:
     done = yopo("bench", "--preset", "yopo-12", "--visual-tokens", 16, *FAST)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, NEXT)
     for expected in (
         "llava-1.5-7b, yopo-12, visual budget",
         "1 x (16 visual + 64 text tokens), float32, cpu",
@@ -114,7 +115,7 @@ def test_json_output_holds_the_baselines(yopo: Yopo) -> None:
 
 def test_the_table_shows_the_baselines(yopo: Yopo) -> None:
     done = yopo(*WITH_BASELINES, "--baseline", "vtw", "--baseline", "masked")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, NEXT)
     lines = [line.split() for line in done.out.splitlines()]
     firsts = [line[0] for line in lines if line]
     for name in ("yopo", "VTW", "masks"):

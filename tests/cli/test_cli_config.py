@@ -26,6 +26,7 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         raise Called
 
     monkeypatch.setattr("yopo.pipeline.commands.calibrate", calibrate)
+    monkeypatch.setattr("yopo.cli.calibrate.check_named", lambda *_: None)  # no model is read
 
     def run(text: str | None, *flags: object) -> tuple[dict[str, Any], Run]:
         got.clear()
@@ -54,6 +55,36 @@ def test_file_overrides_defaults_and_flags_override_the_file(called) -> None:
     got, _ = called(text, *flags)
     assert (got["model"], got["options"].samples, got["options"].batch_size) == ("b", 9, 3)
     assert got["request"] == plan_request(budget=0.75) and got["fit_options"].queries == "all"
+
+
+def test_shares_may_be_in_percent_and_samples_all(called) -> None:
+    got, _ = called("model: a\nbudget: 12.5%\nkv_budget: 50%\nsamples: all\n")
+    assert got["request"] == plan_request(budget=0.125, kv_budget=0.5)
+    assert got["options"].samples is None
+    got, _ = called(None, "--model", "a", "--budget", "7%", "--samples", "all")
+    assert got["request"] == plan_request(budget=0.07) and got["options"].samples is None
+    got, _ = called(None, "--model", "a", "--head-ratio", "50%")
+    assert got["request"] == plan_request(head_ratio=0.5)
+
+
+def test_the_processor_has_options(called) -> None:
+    got, _ = called("model: a\nmax_pixels: 9\nprocessor: [max_patches=4, do_resize=false]\n")
+    expected = {"max_pixels": 9, "max_patches": 4, "do_resize": False}
+    assert got["options"].image_options == expected
+    got, _ = called(None, "--model", "a", "--processor", "max_patches=4", "--min-pixels", 3)
+    assert got["options"].image_options == {"min_pixels": 3, "max_patches": 4}
+
+
+def test_data_may_be_several_sources(called, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("")
+    one, two = f"{tmp_path}/a.jsonl:0.7", f"{tmp_path}/b.jsonl:0.3"
+    got, _ = called(None, "--model", "m", "--data", one, "--data", two)
+    assert got["options"].data == [one, two]
+    got, _ = called(f"model: m\ndata: [{one!r}, {two!r}]\n")
+    assert got["options"].data == [one, two]
+    got, _ = called(f"model: m\ndata: {one!r}\n")
+    assert got["options"].data == one
 
 
 def test_null_means_unset_and_whole_numbers_are_numbers(called) -> None:
@@ -101,8 +132,10 @@ def test_contradictions_within_one_source_are_refused(called) -> None:
     [
         ("model: a\nbugdet: 0.25\n", "config.yaml:2: bugdet is not a known key.\n  Did you mean"),
         ("model: a\nconfig: b\n", "config.yaml:2: config is not a known key"),
-        ("model: a\nbudget: lots\n", "config.yaml:2: budget must be a number, found 'lots'"),
-        ("model: a\n\nsamples: 2.5\n", "config.yaml:3: samples must be a whole number"),
+        ("model: a\nbudget: lots\n", "config.yaml:2: budget is wrong: expected a share such as"),
+        ("model: a\n\nsamples: 2.5\n", "config.yaml:3: samples must be a whole number or text"),
+        ("model: a\nsamples: some\n", "config.yaml:2: samples is wrong: expected a number of"),
+        ("model: a\ndata: [b, 3]\n", "config.yaml:2: data[1] must be text, found 3"),
         ("model: 7\n", "config.yaml:1: model must be text, found 7"),
         ("model: a\nforce: 1\n", "config.yaml:2: force must be true or false"),
         ("model: a\nbatch_size: 0\n", "config.yaml:2: batch_size is out of range: 0 is not in"),

@@ -68,7 +68,17 @@ def test_non_finite_weights_are_refused(
     reasons = (f"tensor '{name}' holds values that are not finite", "is not the checkpoint")
     assert done.is_sentence and any(each in done.err for each in reasons)
     for command in (("calibrate",), ("eval", plan)):
-        done = yopo(*command, "--model", tmp_path / "bad", "--samples", 2, "--max-new-tokens", 2)
+        done = yopo(
+            *command,
+            "--model",
+            tmp_path / "bad",
+            "--samples",
+            2,
+            "--max-new-tokens",
+            2,
+            "--data",
+            "demo:heldout",
+        )
         assert done.is_sentence and part in done.err and "not finite" in done.err
     assert not os.listdir()
 

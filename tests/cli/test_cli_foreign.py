@@ -28,7 +28,7 @@ def no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("something that takes long was started")
 
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", fail)
-    monkeypatch.setattr("yopo.pipeline.session.open_pairs", fail)
+    monkeypatch.setattr("yopo.pipeline.opening.open_pairs", fail)
 
 
 def edit_config(folder: Path, name: str = "config.json", **entries: object) -> None:
@@ -39,7 +39,7 @@ def edit_config(folder: Path, name: str = "config.json", **entries: object) -> N
 def commands(foreign: Path, plan: Path) -> list[tuple[object, ...]]:
     return [
         (*CALIBRATE, "--model", foreign),
-        ("eval", plan, "--model", foreign),
+        ("eval", plan, "--model", foreign, "--data", "demo:heldout"),
         ("apply", plan, "--model", foreign),
         ("bench", plan, "--model", foreign),
     ]
@@ -97,7 +97,9 @@ def test_custom_code_for_stock_classes_is_not_requested(
     done = yopo(*CALIBRATE, "--model", hostile, "--budget", 0.5)
     assert done.code == 0 and done.out == ""
     assert yopo("apply", "plan.yaml", "--model", hostile, "-o", "out", "--verify").code == 0
-    assert yopo("eval", "out", "--samples", 2, "--timing-runs", 0).code == 0
+    assert (
+        yopo("eval", "out", "--data", "demo:heldout", "--samples", 2, "--timing-runs", 0).code == 0
+    )
     assert not (hostile / "ran").exists() and not Path("out/theirs.py").exists()
 
 

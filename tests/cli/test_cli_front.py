@@ -83,7 +83,7 @@ def test_a_tolerance_finds_its_budget(yopo: Yopo, tmp_path: Path) -> None:
         (("--tolerance", 0.1, "--budget", 0.2), "tolerance and budget exclude one another"),
         (("--tolerance", 1.5), "tolerance must lie in (0, 1), found 1.5"),
         (("--tolerance", 0.1, "--compensation", "mean"), "compensation must be refit"),
-        (("--budgets", "0.1,many"), "expected comma-separated numbers, found '0.1,many'"),
+        (("--budgets", "0.1,many"), "expected a share such as 0.25 or 25%, found 'many'"),
         (("--budgets", "0.1,0.2", "-o", "-"), "--budgets writes several plans"),
         (("--tolerance", 0.1, "--samples", 3), "too few to hold some out"),
     ],

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import FAST, Yopo
+from command_line import DRAWINGS, FAST, Yopo
 
 from yopo.calibration.statistics_file import load_statistics
 from yopo.checkpoint import bake
@@ -86,7 +86,7 @@ def test_an_interrupted_bake_leaves_nothing(
 
 
 def test_an_interrupted_calibration_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    arguments = ["calibrate", "--model", model, *FAST, "--stats", "s.safetensors"]
+    arguments = ["calibrate", "--model", model, *FAST, *DRAWINGS, "--stats", "s.safetensors"]
     place = ("yopo.calibration.measure", "_observe")
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGINT)
     assert (code, out, err.strip()) == (130, "", "interrupted")
@@ -94,7 +94,7 @@ def test_an_interrupted_calibration_leaves_nothing(model: Path, tmp_path: Path) 
 
 
 def test_statistics_are_written_before_planning_starts(model: Path, tmp_path: Path) -> None:
-    arguments = ["calibrate", "--model", model, *FAST, "--stats", "s.safetensors"]
+    arguments = ["calibrate", "--model", model, *FAST, *DRAWINGS, "--stats", "s.safetensors"]
     place = ("yopo.cli.results", "write_file")
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGTERM)
     assert (code, out, err.strip()) == (143, "", "terminated")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import FAST, Yopo
+from command_line import DRAWINGS, FAST, Yopo
 
 from yopo.calibration.statistics_file import load_statistics
 from yopo.cli.main import main
@@ -18,7 +18,7 @@ from yopo.support.durable import exchange
 from yopo.support.errors import PlanError
 from yopo.support.scratch import find_leftovers
 
-QUICK = (*FAST, "--preset", "yopo-25")
+QUICK = (*FAST, *DRAWINGS, "--preset", "yopo-25")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -6,22 +6,25 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import FAST, FFN, LAYERS, Yopo, side_file
+from command_line import DRAWINGS, FAST, FFN, LAYERS, Yopo, side_file
 from transformers import AutoModelForImageTextToText
 
 import yopo as library
+from yopo.cli.results import SHOWN
 from yopo.plans.storage import read_plan
 
 BIN = Path(sys.executable).parent
 
 
 def test_commands_work_in_a_shell_pipeline(model: Path, tmp_path: Path) -> None:
-    calibrate = shlex.join(["yopo", "calibrate", "--model", str(model), *map(str, FAST), "-o", "-"])
+    options = map(str, (*FAST, *DRAWINGS))
+    calibrate = shlex.join(["yopo", "calibrate", "--model", str(model), *options, "-o", "-"])
     line = f"set -o pipefail; {calibrate} | yopo inspect --json - | python -m json.tool"
     path = f"{BIN}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -38,6 +41,11 @@ def test_commands_work_in_a_shell_pipeline(model: Path, tmp_path: Path) -> None:
     assert document["visual_flops"]["ratio"] == pytest.approx(document["budget"]["reached"], 1e-5)
     assert 0.2 < document["visual_flops"]["ratio"] <= 0.25
     assert "logit KL" in done.stderr and "Plan: visual budget" in done.stderr
+    lines = done.stderr.splitlines()
+    steps = [line for line in lines if re.match(r"plan \d+ of at most 38: \w+, visual", line)]
+    assert len(steps) > 10 and steps[0].startswith("plan 1 of at most 38: ")
+    more = re.search(r"and (\d+) more, which -v and the plan list", done.stderr)
+    assert more is not None and int(more[1]) == len(steps) - SHOWN
     for chatter in ("\x1b", "warning", "loading", "it/s"):
         assert chatter not in done.stderr.lower()
     assert [each.name for each in tmp_path.iterdir()] == ["cache"]
@@ -50,8 +58,10 @@ def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> 
     )
     assert (done.code, done.out) == (0, "")
     assert re.fullmatch(
+        r".*/pairs.jsonl: using 32 of 40 pairs, evenly over 6 kinds \(--samples N, or all\)\.\n"
         r"s.safetensors: statistics of 32 pairs\.\n"
-        r"p.yaml: visual budget [\d.]+ %, prefill FLOPs [\d.]+ %\.\n",
+        r"p.yaml: visual budget [\d.]+ %, prefill FLOPs [\d.]+ %\.\n"
+        r"next: yopo apply p.yaml, or `yopo inspect` to see what it prunes\n",
         done.err,
     )
     side = side_file(Path("p.yaml"))
@@ -66,9 +76,10 @@ def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> 
     assert (Path("p.yaml").read_bytes(), side.read_bytes()) == first
 
 
-def test_demo_pairs_come_with_a_note(yopo: Yopo, model: Path) -> None:
-    arguments = ("calibrate", "--model", model, *FAST, "--preset", "yopo-12")
-    assert "your own pairs (--data) give a better plan" in yopo(*arguments).err
+def test_demo_pairs_come_with_a_note(yopo: Yopo) -> None:
+    arguments = ("calibrate", "--model", "llava-tiny", *FAST, "--preset", "yopo-12")
+    said = "Using the demo pairs included with yopo (demo:calibration)."
+    assert said in yopo(*arguments).err
     assert yopo(*arguments, "--force", "--quiet").err == ""
 
 
@@ -87,7 +98,7 @@ def test_plan_needs_no_model(yopo: Yopo, calibrated: Path) -> None:
 
 def test_inspect_shows_a_plan(yopo: Yopo, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = yopo("inspect", plan)
-    assert tables.code == 0 and tables.err == ""
+    assert tables.code == 0 and tables.err == f"next: yopo apply {plan}\n"
     for part in ("fingerprint", "visual FLOPs", "per layer", "head activity", "profile"):
         assert part in tables.out
     document = json.loads(yopo("inspect", plan, "--json").out)
@@ -115,10 +126,42 @@ def test_apply_verifies_a_checkpoint_that_loads(yopo: Yopo, plan: Path, model: P
 
 
 def test_apply_finds_the_model_by_the_name_in_the_plan(yopo: Yopo, plan: Path, model: Path) -> None:
+    hint = re.search("  path: .*\n", plan.read_text())
+    assert hint is not None, "a plan leads to a model that is no alias"
+    plan.write_text(plan.read_text().replace(hint[0], "  path: ../moved\n"))
     done = yopo("apply", plan)
-    assert done.is_sentence and "--model" in done.err
+    assert done.is_sentence and "--model" in done.err and "no longer in ../../moved" in done.err
+    plan.write_text(plan.read_text().replace("  path: ../moved\n", ""))
+    done = yopo("apply", plan)
+    assert done.is_sentence and "--model" in done.err and "no longer" not in done.err
     Path("tiny-llava").symlink_to(model)
     assert yopo("apply", plan).out == "tiny-llava-yopo\n"
+
+
+def test_a_plan_leads_to_the_model_that_it_was_made_for(
+    yopo: Yopo, sharded: Path, tmp_path: Path
+) -> None:
+    """From another folder than the model's, and after both moved together."""
+    own = shutil.copytree(sharded, tmp_path / "home" / "my llava")
+    folder = tmp_path / "home" / "plans"
+    folder.mkdir()
+    options = (*FAST, *DRAWINGS, "--preset", "yopo-25", "-o", folder / "plan.yaml")
+    done = yopo("calibrate", "--model", own, *options, "--stats", folder / "stats.safetensors")
+    assert done.code == 0
+    assert done.err.endswith(
+        f"next: yopo apply {folder}/plan.yaml, or `yopo inspect` to see what it prunes\n"
+    )
+    text = (folder / "plan.yaml").read_text()
+    assert "  path: ../my llava\n" in text and str(tmp_path) not in text
+    (tmp_path / "home").rename(tmp_path / "moved")
+    folder = tmp_path / "moved" / "plans"
+    done = yopo("apply", folder / "plan.yaml")
+    assert (done.code, done.out) == (0, "my llava-yopo\n")
+    assert done.err.endswith("next: yopo eval 'my llava-yopo' --data PAIRS\n")
+    assert "path" not in Path("my llava-yopo/yopo_plan.yaml").read_text().split("shape")[0]
+    assert yopo("plan", folder / "stats.safetensors", "--preset", "yopo-12").code == 0
+    done = yopo("apply", "plan.yaml", "-o", "other")
+    assert (done.code, done.out) == (0, "other\n"), "statistics lead to the model, too"
 
 
 def test_verify_refuses_a_checkpoint_that_computes_something_else(
@@ -136,7 +179,7 @@ def test_eval_takes_a_plan_or_a_checkpoint(
 ) -> None:
     options = ("--samples", 4, "--max-new-tokens", 2, "--timing-runs", 1, "--data", pairs)
     table = yopo("eval", plan, "--model", model, *options)
-    assert table.code == 0 and table.err == ""
+    assert table.code == 0 and table.err.endswith(f"next: yopo apply {plan}\n")
     rows = ("accuracy", "same answer", "same next token", "logit KL", "visual FLOPs")
     for row in (*rows, "prefill FLOPs", "decoder prefill time", "visual KV"):
         assert row in table.out

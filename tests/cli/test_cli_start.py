@@ -14,6 +14,8 @@ import pytest
 from command_line import Yopo
 
 from yopo import __version__
+from yopo.cli.calibrate import command as calibrate
+from yopo.cli.help_groups import GROUPS
 
 YOPO = str(Path(sys.executable).with_name("yopo"))
 HEAVY = ("torch", "transformers", "datasets", "rich", "yaml", "numpy")
@@ -41,6 +43,53 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     )
     imported = done.stdout.splitlines()[-1]
     assert imported == ("[] 0" if arguments == ["--help"] else "['yaml'] 0")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data", "gone.jsonl"],
+        ["--data", "demo:gone"],
+        ["--dtype", "float17"],
+        ["--budget", "0"],
+        ["--processor", "patches"],
+        ["--model", "m/x"],
+        ["--tolerance", "0.1", "--budget", "0.2"],
+    ],
+)
+def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path, arguments: list[str]) -> None:
+    code = (
+        "import sys; from yopo.cli.main import main; code = main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules], code)"
+    )
+    model = [] if "--model" in arguments else ["--model", "llava-tiny"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "calibrate", *model, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout == "[] 1\n" and done.stderr.startswith("error: "), done.stderr
+
+
+def test_the_help_groups_options(yopo: Yopo) -> None:
+    said = yopo("calibrate", "-h").out
+    titles = [*GROUPS, "Other options"]
+    places = [said.index(f"\n{title}:\n") for title in titles]
+    assert places == sorted(places)
+    at = said.index("  --head-ratio")
+    assert places[3] < at < places[4], "the paper's knobs are together"
+    known = {each.name for each in calibrate.params}
+    assert {name for names in GROUPS.values() for name in names} <= known
+    assert "\nOptions:\n" in yopo("inspect", "--help").out
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    for words, expected in (("yopo cal", "calibrate"), ("yopo calibrate --tolerance-", "--toler")):
+        asked = {"_YOPO_COMPLETE": "bash_complete", "COMP_WORDS": words}
+        environment = {**os.environ, **asked, "COMP_CWORD": str(len(words.split()) - 1)}
+        done = subprocess.run([YOPO], capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.startswith(f"plain,{expected}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

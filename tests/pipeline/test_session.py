@@ -146,8 +146,8 @@ def test_candidates_say_what_their_mean_hides(session: CalibrationSession) -> No
     made = session.make(BudgetRequest(0.1))
     table = made.plan.provenance["candidates"]
     assert len(table) == len(made.candidates) > 5
-    kinds = kinds_of_records(session._comparison)
-    best = session._compare(made.plan, session._comparison)  # the one that keeps its weights
+    kinds = kinds_of_records(session.comparison)
+    best = session._compare(made.plan, session.comparison)  # the one that keeps its weights
     assert table[0]["whole_answers"] == best.whole_answers / MIN_SIDE
     for entry, candidate in zip(table, made.candidates, strict=True):
         found = session._judged[candidate.plan.layers, candidate.compensation]

@@ -6,7 +6,8 @@ import pytest
 import statistics_maker
 from test_allocate import HEADS, LAYERS, make_profile, make_statistics
 
-from yopo.planning.allocate import Allocator, Levers
+from yopo.planning.allocate import Allocator
+from yopo.planning.levers import Levers
 from yopo.planning.planner import make_plan
 from yopo.planning.request import BudgetRequest, PaperRequest, ToleranceRequest, plan_request
 from yopo.planning.templates import Layers, TemplateBuilder

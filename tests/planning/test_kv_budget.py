@@ -163,8 +163,7 @@ def test_finer_storages_are_measured_until_one_is_no_better() -> None:
     ]
     assert bits_of(plan) == {(4, 2), (4, 4)} and 0.25 < kv_share(plan) <= 0.27
     finer = [layer.value_bits == 4 for layer in plan.layers]
-    effect = with_keys().head_effect
-    worth = (effect / (1 + effect)).sum(dim=1)
+    worth = with_keys().reading.sum(dim=1)
     assert worth[torch.tensor(finer)].min() >= worth[~torch.tensor(finer)].max()
     for each in found:
         assert kv_share(each.plan) <= 0.27

@@ -14,6 +14,7 @@ from yopo.fitting.least_squares import (
     Projections,
     explained,
     explained_in_all,
+    leading,
     low_rank,
     reduced_rank,
     ridge,
@@ -330,3 +331,48 @@ def test_all_projections_share_the_residual(undamped: None) -> None:
         off = x.double() @ best.reduce.T @ expand.T + bias - full
         residuals.append((off.square().sum() / centred(full).square().sum()).item())
     assert found.residual_by_rank()[3] == pytest.approx(sum(residuals) / 3, rel=1e-4)
+
+
+def spectra(width: int) -> dict[str, torch.Tensor]:
+    """Falling eigenvalues: hardly, slowly, and quickly."""
+    rank = torch.arange(1, width + 1, dtype=torch.float64)
+    flat = torch.rand(width, generator=torch.Generator().manual_seed(1)).double()
+    return {"flat": flat.sort(descending=True).values, "root": rank**-0.5, "fast": rank**-2.0}
+
+
+@pytest.mark.parametrize("name", spectra(1))
+@pytest.mark.parametrize("rank", [8, 64, 128])
+def test_iterated_vectors_lose_hardly_more_than_the_best(
+    name: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(least_squares, "WIDE", 512)
+    values = spectra(512)[name]
+    generator = torch.Generator().manual_seed(2)
+    basis, _ = torch.linalg.qr(torch.randn(512, 512, generator=generator, dtype=torch.float64))
+    matrix, before = (basis * values) @ basis.T, torch.get_rng_state()
+    found = leading(matrix, rank)
+    assert torch.equal(before, torch.get_rng_state())  # whoever drew numbers goes on as before
+    assert torch.equal(found, leading(matrix, rank))
+    torch.testing.assert_close(found.T @ found, torch.eye(rank).double())
+    lost = values.sum() - (found * (matrix @ found)).sum()
+    assert 1 - 1e-12 <= lost / values[rank:].sum() < 1.007
+
+
+def test_a_wide_bottleneck_is_almost_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = draw(600, 192, 1, 3)
+    generator = torch.Generator().manual_seed(4)
+    weights = [torch.randn(96, 192, generator=generator) for _ in range(3)]
+
+    def error() -> float:
+        found = Projections(gram_of(x), weights).at_rank(24, [None] * 3)
+        off = [
+            (x.double() @ (out @ found.reduce - weight.double()).T + bias).square().sum()
+            for weight, out, bias in zip(weights, found.expand, found.bias, strict=True)
+        ]
+        return float(sum(off))
+
+    exact, residual = error(), Projections(gram_of(x), weights).residual_by_rank()
+    monkeypatch.setattr(least_squares, "WIDE", 64)
+    assert exact != error() <= 1.01 * exact
+    wide = Projections(gram_of(x), weights).residual_by_rank()
+    torch.testing.assert_close(wide, residual, rtol=0, atol=1e-5)

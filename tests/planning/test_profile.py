@@ -91,6 +91,7 @@ def residual(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_shapes_and_signs(specimen: Specimen, found: Profile) -> None:
     shape = specimen.identity.shape
     assert found.mixing.shape == (shape.layers, shape.heads)
+    assert found.stream.shape == (shape.layers + 1,)
     by_rank = (shape.layers, shape.hidden + 1)
     assert found.bottleneck_residual.shape == found.map_residual.shape == by_rank
     assert found.nonlinear_residual.shape == (shape.layers,)
@@ -101,15 +102,25 @@ def test_shapes_and_signs(specimen: Specimen, found: Profile) -> None:
     assert found.nonlinear_residual.min() > 1e-6
 
 
-def test_energies_are_relative_to_the_residual_stream(
+def energy(states: torch.Tensor) -> float:
+    """Return the geometric mean of squared norms."""
+    return states.square().sum(dim=1).log().mean().exp().item()
+
+
+def test_energies_are_relative_to_the_residual_stream_after_the_layer(
     specimen: Specimen, many: list[Batch], found: Profile
 ) -> None:
     truth = states(specimen, many)
+
+    def stacked(number: int) -> torch.Tensor:  # what the next layer gets: DeepStack adds to it
+        return [*truth["before"][1:], truth["after"][-1]][number]
+
     for number in range(specimen.identity.shape.layers):
         before, after = truth["before"][number], truth["after"][number]
         update = after - before
-        energy = before.square().sum(dim=1).mean()
-        spread = (update - update.mean(dim=0)).square().sum(dim=1).mean() / energy
+        assert found.stream[number].item() == pytest.approx(energy(before), rel=1e-4)
+        assert found.stream[number + 1].item() == pytest.approx(energy(stacked(number)), rel=1e-4)
+        spread = (update - update.mean(dim=0)).square().sum(dim=1).mean() / energy(stacked(number))
         assert found.map_residual[number, 0].item() == pytest.approx(spread.item(), rel=1e-4)
 
 
@@ -120,11 +131,11 @@ def test_the_unexplained_part_matches_least_squares(
     truth = states(specimen, many)
     for number in range(specimen.identity.shape.layers):
         before, normed = truth["before"][number], truth["normed"][number]
-        energy = before.square().sum(dim=1).mean().item()
-        left = residual(normed, truth["after"][number] - before) / energy
-        nonlinear = residual(truth["fed"][number], truth["ffn"][number]) / energy
+        scale = found.stream[number + 1].item()
+        left = residual(normed, truth["after"][number] - before) / scale
+        nonlinear = residual(truth["fed"][number], truth["ffn"][number]) / scale
         whole = found.map_residual[number, 0].item()
-        feeds = truth["ffn"][number].square().sum(dim=1).mean().item() / energy
+        feeds = truth["ffn"][number].square().sum(dim=1).mean().item() / scale
         assert left - 1e-5 * whole <= found.map_residual[number, -1].item() <= left + 0.02 * whole
         own = found.nonlinear_residual[number].item()
         assert nonlinear - 1e-5 * feeds <= own <= nonlinear + 0.02 * feeds

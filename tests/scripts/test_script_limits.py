@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from yopo.planning import allocations, weightings
+
 
 @pytest.fixture(autouse=True)
 def same_threads(monkeypatch: pytest.MonkeyPatch):
@@ -22,13 +24,28 @@ def table(text: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in lines[2:]}
 
 
-def test_every_part_is_measured(script, tiny_shape: str, tmp_path: Path, capsys) -> None:
-    small = ["--layers", "2", "--runs", "1", "--visual-tokens", "64", "--text-tokens", "9"]
+def test_every_part_is_measured(
+    script, tiny_shape: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weightings, "VISUAL_WEIGHTS", (1.0,))  # few plans
+    monkeypatch.setattr(allocations, "GENERATIONS", 0)
+    small = [
+        "--samples",
+        "40",
+        "--layers",
+        "2",
+        "--runs",
+        "1",
+        "--visual-tokens",
+        "64",
+        "--text-tokens",
+        "9",
+    ]
     limits = script("limits")
     parts = ["--parts", *limits.PARTS]
     limits.main(["--shape-of", tiny_shape, "--folder", str(tmp_path), *small, *parts])
     rows = table(capsys.readouterr().out)
-    assert len(rows) == 12
+    assert len(rows) == 14
     for what, (*_, ratio, target) in rows.items():
         assert float(ratio) > 0 and target[0] in "<>-", what
     assert not list(tmp_path.iterdir())

@@ -44,6 +44,9 @@ def options(path: Path) -> Namespace:
         pairs=6,
         seeds=[0],
         budgets=[0.3],
+        methods=None,
+        heldout_scale=1.0,
+        scales=["1"],
         max_new_tokens=4,
         output=path,
     )

@@ -12,6 +12,7 @@ from yopo.calibration.observers import Observer, observing
 from yopo.calibration.statistics import Statistics
 from yopo.data.pairs import Pair
 from yopo.data.prompts import batches, encode_for
+from yopo.data.sizes import by_size
 from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.models.registry import family_of
@@ -64,7 +65,7 @@ def measure(
     """
     identity = identify(model, name)
     family = family_of(model.config)
-    groups = batches(pairs, batch_size)
+    groups = batches(by_size(pairs), batch_size)
     groups = track(groups, label="calibrating", total=total, unit="pairs")
     with observing(model, identity.shape, family, queries) as observer:
         for group in groups:

@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,8 +130,14 @@ class Statistics:
 
     @property
     def reading(self) -> torch.Tensor:
-        """(L, H) float64 value of reading in each head: its effect e, capped as e / (1 + e)."""
-        return self.head_effect / (1 + self.head_effect)
+        """(L, H) float64 value of reading in each head: its effect relative to the text's residual
+        stream after the layer, at most 1.
+
+        That is the input of the next layer; after the last one, its input and all effects.
+        """
+        last = self.text_norm_sum[-1:] + self.head_effect_sum[-1:].sum()
+        after = torch.cat([self.text_norm_sum[1:], last]).clamp(min=1e-30)
+        return (self.head_effect_sum / after[:, None]).clamp(max=1.0)
 
     @property
     def cross_modal(self) -> torch.Tensor:
@@ -211,8 +218,12 @@ class Statistics:
             locality=tuple(radius.tolist()),
         )
 
-    def to_bytes(self) -> bytes:
-        """Serialize as safetensors; identity and provenance are in the header."""
+    def to_bytes(self, folder: Path | None = None) -> bytes:
+        """Serialize as safetensors; identity and provenance are in the header.
+
+        Args:
+            folder: The file's folder, from which a hint leads to the model; None: no hint.
+        """
         tensors = {
             each.name: getattr(self, each.name).contiguous()
             for each in fields(self)
@@ -220,7 +231,7 @@ class Statistics:
         }
         about = {
             "format": FORMAT,
-            "model": asdict(self.model),
+            "model": self.model.to_dict(folder),
             "workload": asdict(self.workload),
             "visual_tokens": self.visual_tokens,
             "text_queries": self.text_queries,

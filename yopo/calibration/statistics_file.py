@@ -12,7 +12,14 @@ from safetensors import SafetensorError, safe_open
 from yopo.calibration.statistics import FORMAT, MAX_COUNT, Statistics, sum_sizes
 from yopo.plans.extent import Extent, extent_problem
 from yopo.plans.grid import Grid
-from yopo.plans.schema import ModelIdentity, ModelShape, Workload, shape_problem, workload_problem
+from yopo.plans.schema import (
+    ModelIdentity,
+    ModelShape,
+    Workload,
+    model_path,
+    shape_problem,
+    workload_problem,
+)
 from yopo.support.errors import DataError
 
 
@@ -41,7 +48,7 @@ def load_statistics(path: str | Path) -> Statistics:
             remedy="Write them with `yopo calibrate --stats FILE`.",
         )
     try:
-        found = _from_document(about, tensors)
+        found = _from_document(about, tensors, path.absolute().parent)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     problem = _first_problem(found)
@@ -54,8 +61,12 @@ def load_statistics(path: str | Path) -> Statistics:
     return found
 
 
-def _from_document(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Statistics:
+def _from_document(
+    about: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
+) -> Statistics:
     identity, workload = about.pop("model"), about.pop("workload")
+    if identity.get("path") is not None:
+        identity["path"] = model_path(identity["path"], folder)
     shape = ModelShape(**identity.pop("shape"))
     grids = tuple(Grid(**grid) for grid in workload.pop("grids"))
     extent = about.pop("extent", None)  # statistics of former versions have none

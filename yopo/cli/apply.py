@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from yopo.cli.command import Command, load
+from yopo.cli.next_step import YOURS, suggest_next
 from yopo.cli.options import force_option
 from yopo.support.console import note, show
 from yopo.support.errors import OutputError
@@ -65,6 +66,7 @@ def command(
     _report(done)
     if not dry_run:
         click.echo(done.report.output)
+        suggest_next("eval", done.report.output, "--data", YOURS)
 
 
 def _clean(place: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from yopo.baselines.registry import BASELINES
 from yopo.cli.command import Command, load
+from yopo.cli.next_step import YOURS, suggest_loading, suggest_next
+from yopo.support.dtypes import check_dtype
 
 if TYPE_CHECKING:
     from yopo.bench.result import Benchmark
@@ -102,10 +105,21 @@ def command(as_json: bool, **values: Any) -> None:
         from yopo.report.bench_tables import bench_report
 
         print_report(bench_report(found))
+        _suggest_next(values["target"], values["shape_of"])
+
+
+def _suggest_next(target: str | None, shape_of: str | None) -> None:
+    if target is None:
+        suggest_next("calibrate", "--model", shape_of or DEFAULT_SHAPE, "--data", YOURS)
+    elif Path(target).is_file():
+        suggest_next("apply", target)
+    elif target != "-":
+        suggest_loading(target)
 
 
 def _check_usage(values: dict[str, Any]) -> None:
     """Refuse options that exclude or need each other."""
+    check_dtype(values["dtype"])
     if (values["target"] is None) == (values["preset"] is None):
         raise click.UsageError("Give either a TARGET or --preset.")
     if values["shape_of"] and not values["preset"]:

@@ -9,8 +9,10 @@ import click
 
 from yopo.cli.command import Command, load
 from yopo.cli.config import config_option
+from yopo.cli.next_step import suggest_next
 from yopo.cli.options import (
-    DATA_FORMS,
+    check_settings,
+    data_option,
     force_option,
     plan_request,
     request_options,
@@ -18,21 +20,11 @@ from yopo.cli.options import (
     run_settings,
 )
 from yopo.cli.results import Keeper, check_outputs, save
+from yopo.cli.values import Listed, Number, Share
+from yopo.pipeline.opening import check_named
 
 if TYPE_CHECKING:
     from yopo.pipeline.session import Calibrated
-
-
-def _numbers(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[float, ...] | None:
-    """Parse comma-separated numbers."""
-    if value is None or not isinstance(value, str):
-        return value
-    try:
-        return tuple(float(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"expected comma-separated numbers, found '{value}'.") from None
 
 
 def _named(output: str, budget: float | None) -> str:
@@ -47,9 +39,7 @@ def _named(output: str, budget: float | None) -> str:
 
 @click.command(cls=Command)
 @click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
-@click.option(
-    "--data", help=f"Pairs: {DATA_FORMS}  [default: demo:calibration, or the model's task]"
-)
+@data_option("demo:calibration, or their task's")
 @run_options
 @request_options
 @click.option(
@@ -78,7 +68,7 @@ def _named(output: str, budget: float | None) -> str:
 @click.option(
     "--grids",
     metavar="S,S,...",
-    callback=_numbers,
+    type=Listed(Number()),
     help="Resize images by these factors, pairs in turn, for plans that hold on several sizes.  "
     "[default: 1]",
 )
@@ -94,7 +84,7 @@ def _named(output: str, budget: float | None) -> str:
 @click.option(
     "--budgets",
     metavar="F,F,...",
-    callback=_numbers,
+    type=Listed(Share()),
     help="One plan per budget: FILE-0.12.yaml, ... to pass to one `yopo apply` together.",
 )
 @click.option(
@@ -111,15 +101,18 @@ def command(context: click.Context, **values: Any) -> None:
     """
     output, stats, force = values["output"], values["stats"], values["force"]
     outputs = {budget: _named(output, budget) for budget in values["budgets"] or (None,)}
-    check_outputs(outputs.values(), stats, force=force)
-    commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     if (values["milliseconds"] is None) != (values["costs"] is None):
         raise click.UsageError("--milliseconds and --costs need each other.")
+    check_outputs(outputs.values(), stats, force=force)
+    costs = values["costs"]
+    requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
+    if not values["data"]:
+        check_named(values["model"], "calibration")
+    check_settings(context)
+    commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])
     grids = tuple(values["grids"] or (1.0,))
     fit_options = pipeline.FitOptions(values["queries"], *counts, grids)
-    costs = values["costs"]
-    requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
     keeper = Keeper(stats, force=force)
     how = {
         "options": run_settings(context),
@@ -130,6 +123,9 @@ def command(context: click.Context, **values: Any) -> None:
         if not values["budgets"]:
             made: Calibrated = commands.calibrate(values["model"], requests[0], **how)
             save(made, output, force=force)
+            suggest_next("apply", output, then=", or `yopo inspect` to see what it prunes")
             return
         for each in commands.calibrate_front(values["model"], requests, **how):
             save(each, outputs[each.plan.budget.asked], force=force)
+    together = [outputs[each] for each in sorted(values["budgets"], reverse=True)]
+    suggest_next("apply", *together, then=" bakes them into one checkpoint")

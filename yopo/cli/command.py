@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from yopo.cli import interrupts
+from yopo.cli.help_groups import write_options
 from yopo.cli.verbosity import Verbosity, applied
 from yopo.support.errors import suggest
 
@@ -28,7 +29,7 @@ def _verbosity_options() -> list[click.Option]:
             count=True,
             expose_value=False,
             callback=_count_verbose,
-            help="Show messages of libraries; -vv shows tracebacks.",
+            help="Show all candidates and messages of libraries; -vv shows tracebacks.",
         ),
         click.Option(
             ["-q", "--quiet"],
@@ -57,6 +58,11 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.params += _verbosity_options()
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options, in groups if there are many."""
+        if not write_options(ctx, self, formatter):
+            super().format_options(ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

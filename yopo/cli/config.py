@@ -10,7 +10,16 @@ import click
 from yopo.support.documents import Document, read_text
 
 _NOT_IN_FILES = ("config", "verbose", "quiet", "help")
-_KINDS = {"integer": int, "float": float, "boolean": bool}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "integer": int,
+    "float": float,
+    "boolean": bool,
+    "share": (float, str),
+    "share list": (float, str),
+    "number list": (float, str),
+    "samples": (int, str),
+}
+"""Kind of option -> what a file may hold for it."""
 
 
 def config_option() -> Any:
@@ -67,15 +76,26 @@ def _spellings(option: click.Option) -> list[str]:
 
 
 def _checked(document: Document, key: str, option: click.Option, value: Any) -> Any:
-    value = document.typed((key,), value, _kind(option.type))
+    if option.multiple and isinstance(value, list):
+        numbered = enumerate(value)
+        return tuple(_one_checked(document, (key, place), option, one) for place, one in numbered)
+    found = _one_checked(document, (key,), option, value)
+    return (found,) if option.multiple else found
+
+
+def _one_checked(
+    document: Document, path: tuple[str | int, ...], option: click.Option, value: Any
+) -> Any:
+    value = document.typed(path, value, _kind(option.type))
     try:
         return option.type.convert(value, option, None)
     except click.BadParameter as error:
         problem = error.message[:1].lower() + error.message[1:].rstrip(".")
-        raise document.error((key,), f"is out of range: {problem}") from error
+        kind = "is wrong" if problem.startswith("expected") else "is out of range"
+        raise document.error(path, f"{kind}: {problem}") from error
 
 
-def _kind(parameter: click.ParamType) -> type:
+def _kind(parameter: click.ParamType) -> type | tuple[type, ...]:
     if isinstance(parameter, click.types.IntParamType):
         return int
     return _KINDS.get(parameter.name, str)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from yopo.cli.command import Command, load
+from yopo.cli.next_step import YOURS, suggest_next
 from yopo.cli.options import force_option
 from yopo.support.console import note
 
@@ -30,6 +31,7 @@ def command(source: str, output: Path, force: bool) -> None:
     done: Conversion = load("yopo.conversion.internvl").convert(folder, output, force=force)
     _report(done)
     click.echo(done.output)
+    suggest_next("calibrate", "--model", done.output, "--data", YOURS)
 
 
 def _report(done: Conversion) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from yopo.cli.command import Command, load
-from yopo.cli.options import DATA_FORMS, run_options, run_settings
+from yopo.cli.next_step import suggest_next
+from yopo.cli.options import check_settings, data_option, run_options, run_settings
+from yopo.cli.values import Share
 from yopo.demo import demo_data
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("target")
-@click.option("--data", help=f"Pairs: {DATA_FORMS}  [default: demo:heldout, or the model's task]")
+@data_option("demo:heldout, or their task's")
 @run_options
 @click.option("--model", help="The dense model, if not where the plan says.")
 @click.option(
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--budget",
-    type=float,
+    type=Share(),
     metavar="F",
     help="Of the plans baked into TARGET, the largest within F.",
 )
@@ -45,6 +47,7 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
     """
     from yopo.cli.output import print_json, print_report
 
+    check_settings(context)
     found: Evaluation = load("yopo.pipeline.commands").evaluate(
         target,
         options=run_settings(context),
@@ -57,5 +60,10 @@ def command(context: click.Context, target: str, as_json: bool, **values: Any) -
     else:
         from yopo.report.evaluation import evaluation_report
 
-        data = values["data"] or demo_data(found.plan.model.name, "heldout")
-        print_report(evaluation_report(found, Path(data).name if Path(data).exists() else data))
+        names = values["data"] or (demo_data(found.plan.model.name, "heldout"),)
+        shown = " + ".join(Path(name).name if Path(name).exists() else name for name in names)
+        print_report(evaluation_report(found, shown))
+        if Path(target).is_file():
+            suggest_next("apply", target)
+        else:
+            suggest_next("bench", target)

@@ -28,10 +28,12 @@ COMMANDS = {
     "pairs": ("yopo.cli.pairs", "Write demo pairs, as examples of the data format."),
 }
 
+SETTINGS = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@click.group(cls=LazyGroup, modules=COMMANDS, context_settings={"max_content_width": 100})
+@click.group(cls=LazyGroup, modules=COMMANDS, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="yopo", message="%(prog)s %(version)s")
 def cli() -> None:
     """You only prune once: find what visual tokens need, and skip the rest.

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from yopo.cli.command import Command
+from yopo.cli.next_step import suggest_next
 from yopo.cli.options import force_option
 from yopo.support.files import PAGE, check_writable, write_file
 
@@ -40,3 +41,4 @@ def command(plan: str, as_json: bool, page: Path | None, force: bool) -> None:
         print_report(plan_report(found))
     else:
         write_file(page, html(plan_report(found), title=found.model.name).encode())
+    suggest_next("apply", plan)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from yopo.cli.config import drop_overruled
+from yopo.cli.values import Samples, Share
+from yopo.data.drawing import DEFAULT_SAMPLES
+from yopo.data.sources import check_exists
 
 if TYPE_CHECKING:
     from yopo.pipeline.options import RunOptions
@@ -44,13 +47,13 @@ def _chain(*options: Decorator) -> Decorator:
 request_options = _chain(
     click.option(
         "--budget",
-        type=float,
+        type=Share(),
         metavar="F",
-        help=f"Solve for this share of the visual FLOPs, in (0, 1].  [default: {DEFAULT_BUDGET}]",
+        help=f"Solve for this share of the visual FLOPs: 0.25 or 25%.  [default: {DEFAULT_BUDGET}]",
     ),
     click.option(
         "--tolerance",
-        type=float,
+        type=Share(),
         metavar="F",
         help="Instead: the smallest budget that agrees with the dense model within F (0.01) on "
         "holdout pairs.",
@@ -68,7 +71,7 @@ request_options = _chain(
     ),
     click.option(
         "--kv-budget",
-        type=float,
+        type=Share(),
         metavar="F",
         help="In addition: keep at most this share of the visual KV cache.",
     ),
@@ -88,8 +91,8 @@ request_options = _chain(
         help=f"Improve the best plan by measuring at most N ({SEARCH_RUNS}) variations of it.",
     ),
     click.option("--preset", metavar="NAME", help="A plan of the paper: yopo-25 or yopo-12."),
-    click.option("--head-ratio", type=float, metavar="F", help="Share of heads to keep."),
-    click.option("--neuron-ratio", type=float, metavar="F", help="Share of FFN neurons to keep."),
+    click.option("--head-ratio", type=Share(), metavar="F", help="Share of heads to keep."),
+    click.option("--neuron-ratio", type=Share(), metavar="F", help="Share of FFN neurons to keep."),
     click.option(
         "--visual-layers", type=int, metavar="N", help="Number of layers with visual tokens."
     ),
@@ -124,7 +127,17 @@ request_options = _chain(
 
 run_options = _chain(
     click.option(
-        "--samples", type=int, metavar="N", help="Pairs to draw.  [default: all, or 256 demo pairs]"
+        "--samples",
+        type=Samples(),
+        metavar="N",
+        default=DEFAULT_SAMPLES,
+        show_default=True,
+        help="Pairs to draw, evenly over files and kinds of question; all: every pair.",
+    ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Refuse data in which a pair cannot be used, instead of leaving it out.",
     ),
     click.option(
         "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the draw."
@@ -147,7 +160,26 @@ run_options = _chain(
         "--dtype",
         default="auto",
         show_default=True,
-        help="float32, bfloat16, float16; auto: the checkpoint's.",
+        help="float32, bfloat16 or bf16, float16 or fp16; auto: the checkpoint's.",
+    ),
+    click.option(
+        "--max-pixels",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Largest area of an image, as you will serve it (Qwen-VL; InternVL: in whole tiles).  "
+        "[default: the processor's]",
+    ),
+    click.option(
+        "--min-pixels",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Smallest area of an image, likewise.",
+    ),
+    click.option(
+        "--processor",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Another setting of the processor, such as max_patches=6; repeatable.",
     ),
     click.option(
         "--max-new-tokens",
@@ -167,7 +199,16 @@ run_options = _chain(
 
 force_option = click.option("--force", is_flag=True, help="Replace existing output.")
 
-DATA_FORMS = "JSONL, LLaVA JSON, parquet, image folder, hub id org/name:split, or demo:SPLIT."
+DATA_FORMS = (
+    "JSONL, LLaVA JSON, CSV, parquet, image folder, hub id org/name:split, or demo:SPLIT; "
+    "repeatable, with weights: a.jsonl:0.7"
+)
+
+
+def data_option(default: str) -> Decorator:
+    """``--data``, once or several times."""
+    text = f"Pairs: {DATA_FORMS}.  [default: for demo models: {default}]"
+    return click.option("--data", multiple=True, metavar="SOURCE", help=text)
 
 
 def plan_request(
@@ -192,10 +233,41 @@ def plan_request(
     return plan_request(**values, costs=costs)
 
 
+def check_settings(context: click.Context) -> None:
+    """Refuse data, a dtype or processor options that cannot be right, before torch is imported.
+
+    Raises:
+        YopoError: There is no such file or dtype, or an option has no value.
+    """
+    from yopo.support.dtypes import check_dtype
+
+    check_exists(context.params["data"])
+    check_dtype(context.params["dtype"])
+    processor_options(context)
+
+
 def run_settings(context: click.Context) -> RunOptions:
     """The run options of a command with ``run_options``, its device checked."""
     from yopo.pipeline.options import RunOptions
     from yopo.serving.loading import torch_device
 
-    values = {each.name: context.params[each.name] for each in fields(RunOptions)}
+    values = {
+        each.name: context.params[each.name]
+        for each in fields(RunOptions)
+        if each.name in context.params
+    }
+    values["processor_options"] = processor_options(context)
+    values["data"] = one_or_all(values["data"])
     return RunOptions(**values | {"device": torch_device(values["device"])})
+
+
+def processor_options(context: click.Context) -> dict[str, Any]:
+    """The settings of the processor that a command was given."""
+    from yopo.data.processor_options import parsed
+
+    return dict(parsed(text) for text in context.params["processor"])
+
+
+def one_or_all(data: tuple[str, ...]) -> str | list[str] | None:
+    """Sources from the command line, as the library takes them."""
+    return None if not data else data[0] if len(data) == 1 else list(data)

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from yopo.cli.command import Command
-from yopo.demo import SETS
+from yopo.cli.next_step import suggest_next
+from yopo.demo import SETS, model_of_set
 from yopo.support.console import note
 from yopo.support.errors import OutputError
 from yopo.support.scratch import Scratch, report_leftovers
@@ -47,3 +48,4 @@ def command(directory: Path, split: str, count: int, seed: int) -> None:
         scratch.place_directory(check=lambda: False)  # an empty directory is replaced by a rename
     note(f"Wrote {count} pairs of the split '{split}'.")
     click.echo(directory / PAIRS_NAME)
+    suggest_next("calibrate", "--model", model_of_set(split), "--data", directory / PAIRS_NAME)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from yopo.cli.command import Command, load
+from yopo.cli.next_step import suggest_next
 from yopo.cli.options import force_option, plan_request, request_options
 from yopo.cli.results import check_outputs, save
 
@@ -33,3 +34,4 @@ def command(context: click.Context, stats: Path, **values: Any) -> None:
     check_outputs([values["output"]], None, force=values["force"])
     made = load("yopo.pipeline.commands").plan(stats, plan_request(context))
     save(made, values["output"], force=values["force"])
+    suggest_next("apply", values["output"], then=", or `yopo inspect` to see what it prunes")

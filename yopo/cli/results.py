@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from yopo.support.console import note, show, warn
+from yopo.support.console import is_verbose, note, show, warn
 from yopo.support.errors import OutputError, YopoError
 from yopo.support.files import STATISTICS, check_writable, write_file
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from yopo.calibration.statistics import Statistics
     from yopo.pipeline.session import Calibrated
     from yopo.plans.schema import PruningPlan
+
+
+SHOWN = 5
+"""Candidates that are shown, best first, unless all are asked for."""
 
 
 def check_outputs(outputs: Iterable[str], stats: Path | None, *, force: bool) -> None:
@@ -61,7 +65,8 @@ class Keeper:
         self._statistics = statistics
         if self._path is not None:
             check_writable(self._path, STATISTICS, force=self._force)  # an hour may have passed
-            write_file(self._path, statistics.to_bytes())
+            folder = self._path.absolute().parent
+            write_file(self._path, statistics.to_bytes(folder))
             note(f"{self._path}: statistics of {len(statistics.rho)} pairs.")
 
     @contextmanager
@@ -88,7 +93,7 @@ class Keeper:
     def _rescue(statistics: Statistics) -> Path | None:
         from yopo.plans.storage import cache_directory
 
-        data = statistics.to_bytes()
+        data = statistics.to_bytes(cache_directory())
         name = f"statistics-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         try:
             write_file(cache_directory() / name, data)
@@ -110,12 +115,11 @@ def save(made: Calibrated, output: str, *, force: bool) -> None:
 def _show_candidates(plan: PruningPlan) -> None:
     from yopo.report.plan_tables import candidate_table
 
-    split = plan.provenance.get("split", {})
-    show(
-        candidate_table(
-            plan.provenance["candidates"], split.get("comparison", split.get("held_out"))
-        )
-    )
+    split, found = plan.provenance.get("split", {}), plan.provenance["candidates"]
+    shown = found if is_verbose() else found[:SHOWN]
+    show(candidate_table(shown, split.get("comparison", split.get("held_out"))))
+    if len(found) > len(shown):
+        note(f"   and {len(found) - len(shown)} more, which -v and the plan list")
 
 
 def _written(plan: PruningPlan, output: str) -> str:

@@ -54,6 +54,7 @@ def _showing(usual: Callable[..., None]) -> Callable[..., None]:
 def applied(verbosity: Verbosity) -> Iterator[None]:
     """Set the verbosity of yopo and the libraries within a block."""
     console.set_quiet(verbosity.quiet)
+    console.set_verbose(verbosity.verbose > 0)
     former = logging.root.manager.disable
     try:
         with warnings.catch_warnings():
@@ -68,3 +69,4 @@ def applied(verbosity: Verbosity) -> Iterator[None]:
     finally:
         logging.disable(former)
         console.set_quiet(False)
+        console.set_verbose(False)

@@ -42,6 +42,7 @@ class JsonRows:
         self._hash = hashlib.sha256()
         self._lines, self._starts, self._stops = (array("Q") for _ in range(3))
         self._state: tuple[int, int] | None = None
+        self._is_list = False
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -50,6 +51,12 @@ class JsonRows:
     def digest(self) -> str:
         """SHA-256 of what was scanned."""
         return self._hash.hexdigest()
+
+    def where(self, number: int) -> str:
+        """The location of a scanned row: its line, or its number if other rows share the line."""
+        line = self._lines[number]
+        shares = self._is_list and (line == 1 or (number > 0 and line == self._lines[number - 1]))
+        return f"{self.path} row {number}" if shares else f"{self.path}:{line}"
 
     def scan(self) -> Iterator[tuple[int, Any]]:
         """Yield (line, value) of every row, remembering its position.
@@ -90,7 +97,8 @@ class JsonRows:
         while first.isspace():
             first = file.read(1)
         file.seek(offset)
-        rows = self._list_rows if first == b"[" else self._line_rows
+        self._is_list = first == b"["
+        rows = self._list_rows if self._is_list else self._line_rows
         yield from rows(file, offset)
 
     def _line_rows(self, file: BinaryIO, offset: int) -> Iterator[tuple[int, int, bytes, Any]]:

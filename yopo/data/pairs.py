@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from yopo.data.left_out import BadPair
 from yopo.support.errors import DataError, YopoError
 from yopo.support.reading import open_regular
 
@@ -46,7 +47,7 @@ class ImageRef:
         """Refuse a local path without a file, without decoding anything.
 
         Raises:
-            DataError: There is no such file.
+            BadPair: There is no such file.
         """
         if not isinstance(self.source, Path):
             return
@@ -55,8 +56,9 @@ class ImageRef:
         except (OSError, ValueError):  # too long, or contains a zero byte
             is_missing = True
         if is_missing:
-            raise DataError(
+            raise BadPair(
                 f"{self.label}: there is no file {self.source}.",
+                reason="whose image does not exist",
                 remedy="Image paths are relative to the folder of the file that names them.",
             )
 
@@ -106,9 +108,10 @@ class ImageRef:
             raise self._unreadable(f"it is too narrow with {width} x {height} pixels")
         return _upright_rgb(image)
 
-    def _unreadable(self, problem: str) -> DataError:
-        return DataError(
+    def _unreadable(self, problem: str) -> BadPair:
+        return BadPair(
             f"{self.label}: cannot be decoded: {problem}.",
+            reason="with an image that cannot be decoded",
             remedy="Replace the file, or remove the pair from the data.",
         )
 
@@ -201,5 +204,5 @@ class Pairs:
         return self.read()
 
 
-Data = str | Path | Pairs | Sequence[Mapping[str, Any]]
-"""A source of pairs: its name, pairs that are already open, or rows in memory."""
+Data = str | Path | Pairs | Sequence[str | Path] | Sequence[Mapping[str, Any]]
+"""A source of pairs: its name, several names, pairs that are already open, or rows in memory."""

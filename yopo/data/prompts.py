@@ -15,6 +15,7 @@ from yopo.support.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
 Answer = str | Sequence[int]
@@ -150,6 +151,11 @@ def prompt_text(processor: ProcessorMixin, pair: Pair, *, answer: str | None = N
     return prompt if answer is None else prompt + _separator(prompt) + answer
 
 
+def images_of(pair: Pair) -> list[Image]:
+    """The decoded images of a pair, in prompt order."""
+    return [image.load() for image in pair.images]
+
+
 def _separator(prompt: str) -> str:
     return "" if prompt[-1:].isspace() else " "
 
@@ -232,7 +238,7 @@ def encode(
         "padding_side": "left",
         "add_special_tokens": not (bos and prompts[0].startswith(bos)),  # templates may add it
     }
-    images = [[image.load() for image in pair.images] for pair in pairs]
+    images = [images_of(pair) for pair in pairs]
     try:
         made = processor(text=prompts, images=images, text_kwargs=text_options, return_tensors="pt")
     except ValueError as error:

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from yopo.data.left_out import BadPair
 from yopo.data.pairs import ImageRef, Pair
 from yopo.support.documents import describe
-from yopo.support.errors import DataError, printable
+from yopo.support.errors import printable
 
 IMAGE_NAMES = ("images", "image", "image_path", "image_paths", "file_name", "file_names")
 QUESTION_NAMES = ("question", "query", "prompt", "text")
@@ -60,20 +61,22 @@ def pair_from_row(row: Any, *, where: str, number: int, folder: Path | None) -> 
         folder: Base of relative image paths; None if there is no such folder.
 
     Raises:
-        DataError: The row is not a mapping, or has no image, no question, or one of a wrong type.
+        BadPair: The row is not a mapping, or has no image, no question, or one of a wrong type.
     """
     if not isinstance(row, Mapping):
-        raise DataError(
+        raise BadPair(
             f"{where}: a pair must be an object with an image and a question, "
-            f"found {describe(row)}."
+            f"found {describe(row)}.",
+            reason="that are no objects",
         )
     columns = {str(name).lower(): value for name, value in row.items()}
     _refuse_other_media(columns, where)
     question, answer, inline = _question_and_answer(columns, where)
     values = _as_list(_first(columns, IMAGE_NAMES)) or inline
     if not values:
-        raise DataError(
+        raise BadPair(
             f"{where}: the pair has no image (columns found: {_names(row)}).",
+            reason="without an image",
             remedy=f"Name the image in one of the columns {', '.join(IMAGE_NAMES)}.",
         )
     kind, own_id = _first(columns, KIND_NAMES), _first(columns, ID_NAMES)
@@ -93,10 +96,11 @@ def _refuse_other_media(columns: dict[str, Any], where: str) -> None:
             raise _other_media(kind, where)
 
 
-def _other_media(kind: str, where: str) -> DataError:
-    return DataError(
+def _other_media(kind: str, where: str) -> BadPair:
+    return BadPair(
         f"{where}: the question is also about {'a video' if kind == 'video' else 'audio'}, but "
         "only images are supported.",
+        reason="about a video or audio",
         remedy="Remove the pair from the data, or give the video's frames as images.",
     )
 
@@ -126,19 +130,24 @@ def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any,
     if question is None:
         question = ""
     if not isinstance(question, str):
-        raise DataError(f"{where}: the question must be text, found {describe(question)}.")
+        raise BadPair(
+            f"{where}: the question must be text, found {describe(question)}.",
+            reason="without a question in text",
+        )
     mark = _MEDIA_MARK.search(question)
     if mark is not None:
         raise _other_media(mark[1].lower(), where)
     if len(question) > MAX_QUESTION:
-        raise DataError(
+        raise BadPair(
             f"{where}: the question has {len(question):,} characters, more than the limit of "
-            f"{MAX_QUESTION:,}."
+            f"{MAX_QUESTION:,}.",
+            reason="with a question that is too long",
         )
     text = without_placeholders(question)
     if not text:
-        raise DataError(
+        raise BadPair(
             f"{where}: the pair has no question (columns found: {_names(columns)}).",
+            reason="without a question",
             remedy=f"Put it in one of the columns {', '.join(QUESTION_NAMES)}, "
             "conversations or messages.",
         )
@@ -151,9 +160,10 @@ def _turns(value: list[Any], role: str, content: str, where: str) -> list[tuple[
     """Read conversation turns as (role, content)."""
     for turn in value:
         if not isinstance(turn, Mapping) or role not in turn or content not in turn:
-            raise DataError(
+            raise BadPair(
                 f"{where}: every turn of the conversation needs '{role}' and '{content}', "
-                f"found {describe(turn)}."
+                f"found {describe(turn)}.",
+                reason="with a conversation that cannot be read",
             )
     return [(turn[role], turn[content]) for turn in value]
 
@@ -199,22 +209,29 @@ def _image(value: Any, where: str, folder: Path | None) -> ImageRef:
             name = Path(path).name if isinstance(path, str) else f"of {len(held)} bytes"
             return ImageRef(bytes(held), f"{where}: image {name}")
         if held is not None:
-            raise DataError(f"{where}: an image's bytes must be bytes, found {describe(held)}.")
+            raise BadPair(
+                f"{where}: an image's bytes must be bytes, found {describe(held)}.",
+                reason="with an image of a wrong type",
+            )
         value = path
     if isinstance(value, bytes):
         return ImageRef(value, f"{where}: image of {len(value)} bytes")
     if isinstance(value, Image.Image):
         return ImageRef(value, f"{where}: image {getattr(value, 'filename', '') or 'in memory'}")
     if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: the image must be a path or an image, found {describe(value)}.")
+        raise BadPair(
+            f"{where}: the image must be a path or an image, found {describe(value)}.",
+            reason="with an image of a wrong type",
+        )
     return _image_at(value, where, folder)
 
 
 def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:
     label = f"{where}: image {address}"
     if any(part.startswith(("http:", "https:", "data:")) for part in address.split("::")):
-        raise DataError(
+        raise BadPair(
             f"{where}: the image is a URL ({describe(address)}), not a file.",
+            reason="whose image is a URL",
             remedy="Download the images and give the paths of the files.",
         )
     if "://" in address:
@@ -225,8 +242,9 @@ def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:
         path = Path(address)
     if not path.is_absolute():
         if folder is None:
-            raise DataError(
+            raise BadPair(
                 f"{where}: the image is a relative path ({address}), but the data has no folder.",
+                reason="whose image is a relative path",
                 remedy="Use a dataset that contains its images, or a JSONL file next to them.",
             )
         path = folder / path
@@ -245,8 +263,9 @@ def _answers(value: Any, where: str, depth: int = 0) -> Iterator[str]:
         for each in value:
             yield from _answers(each, where, depth + 1)
     else:
-        raise DataError(
-            f"{where}: an answer must be text or a list of texts, found {describe(value)}."
+        raise BadPair(
+            f"{where}: an answer must be text or a list of texts, found {describe(value)}.",
+            reason="with an answer of a wrong type",
         )
 
 

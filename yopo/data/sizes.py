@@ -8,12 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from yopo.data.pairs import ImageRef, Pair, Pairs, ResizedRef
 from yopo.support.errors import DataError
 from yopo.support.reading import open_regular
+
+WINDOW = 1024
+"""Pairs that are sorted by the sizes of their images at a time."""
 
 MAX_SCALE = 8.0
 """Of an image's sides: more makes every image the largest that a processor takes."""
@@ -68,6 +72,22 @@ def scaled(pair: Pair, scale: float) -> Pair:
     return replace(pair, images=images)
 
 
+def by_size(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Pairs with those next to each other whose images have the same sizes.
+
+    Batches of equal grids need no padding, and their rows share no attention blocks. Otherwise the
+    order stays. At most ``WINDOW`` pairs are held at a time.
+    """
+    rest = iter(pairs)
+    while window := list(islice(rest, WINDOW)):
+        yield from sorted(window, key=_dimensions)
+
+
+def _dimensions(pair: Pair) -> list[tuple[float, ...]]:
+    """(width, height) of every image, from its header; () where that is not known at once."""
+    return [_sides(image) or () for image in pair.images]
+
+
 def size_class(pair: Pair) -> int | None:
     """The octave of a pair's pixels, all images together; None if it is not known at once."""
     areas = [_area(image) for image in pair.images]
@@ -76,20 +96,26 @@ def size_class(pair: Pair) -> int | None:
 
 
 def _area(image: ImageRef) -> float | None:
-    """Pixels of an image, from its header; None for a remote one, or one that is none."""
+    """Pixels of an image; None if they are not known at once."""
+    sides = _sides(image)
+    return None if sides is None else sides[0] * sides[1]
+
+
+def _sides(image: ImageRef) -> tuple[float, float] | None:
+    """(width, height), from an image's header; None for a remote one, or one that is none."""
     from PIL import Image
 
     source = image.source
-    scale = image.scale**2 if isinstance(image, ResizedRef) else 1.0
+    scale = image.scale if isinstance(image, ResizedRef) else 1.0
     if isinstance(source, Image.Image):
-        return scale * source.width * source.height
+        return scale * source.width, scale * source.height
     if isinstance(source, str):
         return None
     try:
         with _opened(source) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file) as opened:
-                return scale * opened.width * opened.height
+                return scale * opened.width, scale * opened.height
     except Exception:  # decoders raise all sorts of things; whoever decodes it says what is wrong
         return None
 

@@ -6,16 +6,18 @@ Images are not decoded until a batch needs them, and rows keep their numbers for
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yopo.data.drawing import Decoder, Draw, draw, warn_all_used
+from yopo.data.left_out import BadPair, LeftOut
+from yopo.data.listed import images_in, open_images
 from yopo.data.pairs import Pair, Pairs
-from yopo.data.rows import pair_from_row
-from yopo.data.sampling import chosen, warn_all_used
+from yopo.data.rows import KIND_NAMES, pair_from_row
 from yopo.models.hub import probe
 from yopo.support.console import track
 from yopo.support.errors import DataError, suggest
@@ -29,17 +31,19 @@ SHUFFLE_BUFFER = 1000
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def open_parquet(path: Path, *, samples: int | None, seed: int) -> Pairs:
+def open_parquet(path: Path, how: Draw) -> Pairs:
     """Open one parquet file."""
     import datasets
 
     load = partial(datasets.load_dataset, "parquet", data_files=glob.escape(str(path)))
     found = _guarded(load, f"{path}: cannot be read as parquet")
-    return _from_table(found["train"], path.name, str(path), path.parent, samples, seed)
+    return _from_table(found["train"], path.name, str(path), path.parent, how)
 
 
-def open_directory(path: Path, *, samples: int | None, seed: int, split: str | None) -> Pairs:
-    """Open a ``save_to_disk`` directory, an image folder with metadata, or one with parquet files.
+def open_directory(path: Path, how: Draw, split: str | None) -> Pairs:
+    """Open a ``save_to_disk`` directory, an image folder, or one with parquet files.
+
+    Images without metadata are asked general questions (see ``listed.QUESTIONS``).
 
     Raises:
         DataError: It is none of these, cannot be read, or has several splits and none was named.
@@ -53,11 +57,7 @@ def open_directory(path: Path, *, samples: int | None, seed: int, split: str | N
     elif _holds(path, "*.parquet", depth=3):
         load = partial(datasets.load_dataset, "parquet", data_dir=str(path))
     else:
-        raise DataError(
-            f"{path}: the directory holds no pairs.",
-            remedy=f"Put parquet files or one of {', '.join(_METADATA)} into it, save a dataset "
-            "there with save_to_disk, or give a .jsonl file.",
-        )
+        return _open_plain_folder(path, how, split)
     found = _guarded(load, f"{path}: cannot be read as a dataset")
     name = path.resolve().name
     if isinstance(found, Mapping):
@@ -65,12 +65,23 @@ def open_directory(path: Path, *, samples: int | None, seed: int, split: str | N
         found, name = found[split], f"{name}:{split}" if len(found) > 1 else name
     elif split is not None:
         raise DataError(f"{path}: has no splits, so there is no '{split}'.")
-    return _from_table(found, name, str(path), path, samples, seed)
+    return _from_table(found, name, str(path), path, how)
 
 
-def open_hub(
-    repository: str, config: str | None, split: str | None, *, samples: int | None, seed: int
-) -> Pairs:
+def _open_plain_folder(path: Path, how: Draw, split: str | None) -> Pairs:
+    images = images_in(path)
+    if not images:
+        raise DataError(
+            f"{path}: the directory holds no pairs.",
+            remedy=f"Put images, parquet files or one of {', '.join(_METADATA)} into it, save a "
+            "dataset there with save_to_disk, or give a .jsonl file.",
+        )
+    if split is not None:
+        raise DataError(f"{path}: has no splits, so there is no '{split}'.")
+    return open_images(path, images, how)
+
+
+def open_hub(repository: str, config: str | None, split: str | None, how: Draw) -> Pairs:
     """Open a hub dataset as a stream, pinned to the current commit of its main branch.
 
     A sample is drawn from a seeded shuffle buffer, so it is from the start of big datasets.
@@ -96,33 +107,88 @@ def open_hub(
     split = _the_split(list(found), split, repository)
     stream = _undecoded(found[split])
     name = ":".join(part for part in (repository, config, split) if part)
-    if samples is None:
-        read = partial(_read, stream, None, name, None)
-        return Pairs(name=name, total=None, digest=answer.commit, read=read)
-    pairs = _fetch(stream, samples, seed, name)
+    if how.samples is None:
+        whole = _WholeStream(stream, name, strict=how.strict)
+        return Pairs(name=name, total=None, digest=answer.commit, read=whole.read)
+    pairs = _fetch(stream, how.samples, how, name)
     return Pairs(name=name, total=len(pairs), digest=answer.commit, read=partial(iter, pairs))
 
 
-def _fetch(stream: IterableDataset, samples: int, seed: int, name: str) -> list[Pair]:
+def _fetch(stream: IterableDataset, samples: int, how: Draw, name: str) -> list[Pair]:
     """Draw a sample from a stream and keep it in memory, images compressed: one download."""
     buffer = min(SHUFFLE_BUFFER, 8 * samples)
-    drawn = stream.shuffle(seed=seed, buffer_size=buffer).take(samples)
-    reading = _read(drawn, None, name, None)
-    pairs = list(track(reading, label=f"fetching {name}", total=samples, unit="pairs"))
+    left_out = LeftOut(name, strict=how.strict)
+    decoder = Decoder(left_out)
+    rows = islice(stream.shuffle(seed=how.seed, buffer_size=buffer), buffer + samples)
+    found = (pair for _, pair in _read(rows, None, name, None, left_out) if decoder.decodes(pair))
+    some = islice(found, samples)
+    pairs = list(track(some, label=f"fetching {name}", total=samples, unit="pairs"))
+    left_out.refuse_if_nothing_is_left(len(pairs))
+    left_out.report(len(pairs) + left_out.count)
     if len(pairs) < samples:
         warn_all_used(name, samples, len(pairs))
     return pairs
 
 
-def _from_table(
-    table: Dataset, name: str, where: str, folder: Path, samples: int | None, seed: int
-) -> Pairs:
-    """Sample a table whose length is known."""
-    numbers = chosen(len(table), samples, seed, where=where)
-    stream = _undecoded(table.select(numbers).to_iterable_dataset())
-    read = partial(_read, stream, numbers, where, folder.resolve())
-    next(read())  # raise for missing rows or wrong columns now, not after loading the model
-    return Pairs(name=name, total=len(numbers), digest=None, read=read)
+class _WholeStream:
+    """All pairs of a stream. What cannot be used is found in the first pass, in its order.
+
+    Args:
+        stream: The rows.
+        name: The stream's name in messages.
+        strict: Whether a row that cannot be used is an error.
+    """
+
+    def __init__(self, stream: IterableDataset, name: str, *, strict: bool):
+        self._stream, self._name = stream, name
+        self._left_out = LeftOut(name, strict=strict)
+        self._decoder = Decoder(self._left_out)
+        self._seen, self._bad, self._is_known = 0, set[int](), False
+
+    def read(self) -> Iterator[Pair]:
+        """The pairs that can be used; the first complete pass warns of the others."""
+        left_out = LeftOut(self._name) if self._seen else self._left_out  # counted already
+        kept = 0
+        for number, pair in _read(self._stream, None, self._name, None, left_out):
+            if number >= self._seen:
+                self._seen = number + 1
+                if not self._decoder.decodes(pair):
+                    self._bad.add(number)
+            if number not in self._bad:
+                kept += 1
+                yield pair
+        if not self._is_known:
+            self._left_out.refuse_if_nothing_is_left(kept)
+            self._left_out.report(kept + self._left_out.count)
+            self._is_known = True
+
+
+def _from_table(table: Dataset, name: str, where: str, folder: Path, how: Draw) -> Pairs:
+    """Draw from a table whose length is known."""
+    folder, left_out = folder.resolve(), LeftOut(where, strict=how.strict)
+
+    def read(numbers: Sequence[int], left_out: LeftOut) -> Iterator[tuple[int, Pair]]:
+        stream = _undecoded(table.select(numbers).to_iterable_dataset())
+        return _read(stream, numbers, where, folder, left_out)
+
+    rows = range(len(table))
+    kept = draw(how, where, rows, _kinds(table), partial(read, left_out=left_out), left_out)
+    fixed = LeftOut(where, strict=True)  # whatever goes wrong from now on is an error
+    return Pairs(
+        name=name,
+        total=len(kept),
+        digest=None,
+        read=lambda: (pair for _, pair in read(kept, fixed)),
+    )
+
+
+def _kinds(table: Dataset) -> Sequence[str | None]:
+    """The kind that each row of a table states; None where it states none."""
+    by_name = {name.lower(): name for name in table.column_names}
+    column = next((by_name[name] for name in KIND_NAMES if name in by_name), None)
+    if column is None:
+        return [None] * len(table)
+    return [each if isinstance(each, str) else None for each in table[column]]
 
 
 def _undecoded(stream: IterableDataset) -> IterableDataset:
@@ -149,11 +215,22 @@ def _images_as_bytes(node: Any) -> Any:
 
 
 def _read(
-    stream: IterableDataset, numbers: list[int] | None, where: str, folder: Path | None
-) -> Iterator[Pair]:
-    """Read rows as pairs; ``numbers`` are the rows' numbers from 0, None counts them."""
+    stream: Iterable[Any],
+    numbers: Sequence[int] | None,
+    where: str,
+    folder: Path | None,
+    left_out: LeftOut,
+) -> Iterator[tuple[int, Pair]]:
+    """Read rows as (number, pair).
+
+    Args:
+        stream: The rows.
+        numbers: The rows' numbers from 0; None counts them.
+        where: The source's name.
+        folder: Base of relative image paths, if there is one.
+        left_out: Counts those that are no pairs.
+    """
     rows = iter(stream)
-    is_empty = True
     for number in count() if numbers is None else numbers:
         try:
             row = next(rows, None)
@@ -161,13 +238,12 @@ def _read(
             raise DataError(f"{where}: reading failed at row {number}: {_brief(error)}.") from error
         if row is None:
             break
-        pair = pair_from_row(row, where=f"{where} row {number}", number=number, folder=folder)
-        for image in pair.images:
-            image.check()
-        yield pair
-        is_empty = False
-    if is_empty:
-        raise DataError(f"{where}: holds no pairs.")
+        try:
+            pair = pair_from_row(row, where=f"{where} row {number}", number=number, folder=folder)
+        except BadPair as error:
+            left_out.add(error)
+            continue
+        yield number, pair
 
 
 def _holds(path: Path, pattern: str, *, depth: int) -> bool:

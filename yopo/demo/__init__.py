@@ -30,6 +30,21 @@ _TASKS = {"qwen2-vl-tiny": "glyphs-", "internvl-tiny": "tickets-"}
 """Model -> what the sets of its own task are called before the split."""
 
 
+MODELS = ("llava-tiny", "qwen2-vl-tiny", "internvl-tiny")
+"""The demo models' aliases."""
+
+
+def is_demo(model: str) -> bool:
+    """Whether a model, by its name in plans, is a demo model: an alias, or its directory's name."""
+    return model.replace("_", "-") in MODELS
+
+
+def model_of_set(name: str) -> str:
+    """The demo model whose task a set of pairs is about."""
+    models = (model for model, prefix in _TASKS.items() if name.startswith(prefix))
+    return next(models, MODELS[0])
+
+
 def demo_data(model: str, split: str) -> str:
     """Name the demo pairs for a model, as ``demo:SET``: those of its own task, or scenes.
 

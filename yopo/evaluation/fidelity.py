@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.data.pairs import Pair
 from yopo.data.prompts import Batch, batches, encode_for
+from yopo.data.sizes import by_size
 from yopo.evaluation.kinds import MIN_GROUP, kinds_of
 from yopo.models.answer_tokens import teacher_forced
 from yopo.models.registry import family_of
@@ -184,7 +185,7 @@ def record_dense(
         DataError: No pairs.
     """
     records = []
-    for group in track(batches(pairs, batch_size), label=label, total=total, unit="pairs"):
+    for group in track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs"):
         answers = generate_answers(model, processor, group, max_new_tokens)
         batch = encode_for(model, processor, group, answers)
         records.append(Recorded(batch, answers, answer_log_probs(model, batch).cpu()))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp
 
 import torch
 from transformers import PreTrainedModel
@@ -29,9 +30,11 @@ from yopo.runtime.weights import Extras, VisualLayer
 
 @dataclass(frozen=True)
 class Profile:
-    """Energies over visual tokens, relative to the squared norm of the residual stream; float64.
+    """Energies over visual tokens; float64. L layers, H query heads, d hidden width.
 
-    L layers, H query heads, d hidden width.
+    They are relative to the energy of the residual stream *after* the layer: an error is read as a
+    part of that stream, and a first layer that gets small embeddings can raise it by a factor of
+    thousands.
 
     Attributes:
         mixing: (L, H), a head's contribution from other tokens: the energy of its output after the
@@ -42,32 +45,52 @@ class Profile:
             0, 1, ..., d of the normed state does not explain.
         nonlinear_residual: (L,), energy of the FFN's output that no affine map of its input
             predicts.
+        stream: (L + 1,), squared norm of the residual stream before every layer and after the
+            last: the geometric mean over tokens, since a few of massive norm rule any other.
     """
 
     mixing: torch.Tensor
     bottleneck_residual: torch.Tensor
     map_residual: torch.Tensor
     nonlinear_residual: torch.Tensor
+    stream: torch.Tensor
 
 
 @torch.no_grad()
 def profile(model: PreTrainedModel, batches: Sequence[DenseBatch], shape: ModelShape) -> Profile:
     """Profile a dense model on prompts that :func:`~yopo.fitting.layerwise.enter` took in."""
     walk = DenseWalk(model, batches)
-    rows = [_profile_layer(walk, number, shape) for number in range(shape.layers)]
-    columns = (torch.stack([each.cpu() for each in column]) for column in zip(*rows, strict=True))
-    return Profile(*columns)
+    stream, rows = [_energy(walk)], []
+    for number in range(shape.layers):
+        parts = _profile_layer(walk, number, shape)
+        stream.append(_energy(walk))
+        mixing, bottleneck, mapped, nonlinear = (each.cpu() for each in parts)
+        after = stream[-1]
+        rows.append((mixing / after, bottleneck, mapped / after, nonlinear / after))
+    mixing, bottleneck, mapped, nonlinear = map(torch.stack, zip(*rows, strict=True))
+    energies = torch.tensor(stream, dtype=torch.float64)
+    return Profile(mixing, bottleneck, mapped, nonlinear, energies)
+
+
+def _energy(walk: DenseWalk) -> float:
+    """Geometric mean of the squared norms of the visual states before the next layer."""
+    total, count = 0.0, 0
+    for batch in walk.batches:
+        norms = batch.visual(batch.hidden).float().square().sum(dim=1).clamp(min=1e-30)
+        total += float(norms.log().sum(dtype=torch.float64))
+        count += len(norms)
+    return exp(total / count)
 
 
 def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[torch.Tensor, ...]:
-    """The four energies of one layer; advances the walk past it."""
+    """The four energies of one layer, not yet relative to one; advances the walk past it."""
     layer, names = walk.decoder.layers[number], walk.names
     device, width = next(layer.parameters()).device, shape.heads * shape.head_dim
     heads = Moments(shape.hidden, width, device)
     outputs = Moments(width, 0, device)
     update = Moments(shape.hidden, shape.hidden, device)
     ffn = Moments(shape.hidden, shape.hidden, device)
-    change, ffn_energy, energy, count = 0.0, 0.0, 0.0, 0
+    change, ffn_energy, count = 0.0, 0.0, 0
     gathered: list[torch.Tensor] = []
     handle = getattr(layer.self_attn, names.output).register_forward_pre_hook(
         lambda module, args: gathered.append(args[0])
@@ -83,11 +106,10 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
         outputs.add(mixed)
         update.add(ffn_norm(each.before), each.after - each.before)
         ffn.add(ffn_norm(each.middle), each.after - each.middle)
-        energy += float(each.before.float().square().sum(dtype=torch.float64))
         change += float((each.after - each.before).float().square().sum(dtype=torch.float64))
         ffn_energy += float((each.after - each.middle).float().square().sum(dtype=torch.float64))
         count += len(each.before)
-    energy, change, ffn_energy = energy / count, change / count, ffn_energy / count
+    change, ffn_energy = change / count, ffn_energy / count
     stock = VisualLayer(layer, full_layer(shape), shape, names, Extras())  # its own projections
     inputs, updated, fed = heads.gram(), update.gram(), ffn.gram()
     mixing = _mixing(inputs, outputs.gram(), stock, shape)
@@ -96,7 +118,7 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
     mapped = _tail(left, explained(updated), shape.hidden)
     straight = float(fed.target_mean.square().sum()) + explained_in_all(fed)
     nonlinear = torch.tensor(max(ffn_energy - straight, 0.0), dtype=torch.float64)
-    return mixing / energy, bottleneck, mapped / energy, nonlinear / energy
+    return mixing, bottleneck, mapped, nonlinear
 
 
 def _bottleneck_residual(inputs: Gram, stock: VisualLayer) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from yopo.models.public_pairs import PHOTOS, PublicPairs
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
 from yopo.support.errors import ModelError
@@ -159,6 +160,7 @@ class Family:
             located.
         ends_rows: Whether each row of an image ends with a separator token.
         processor_settings: The model's values for the processor, by attribute name.
+        public_pairs: Pairs to try a model on, for those without their own.
     """
 
     name: str
@@ -173,6 +175,7 @@ class Family:
     check_vision: Callable[[PreTrainedConfig], None] = accept
     ends_rows: Callable[[PreTrainedConfig], bool] = never
     processor_settings: Callable[[PreTrainedConfig], dict[str, Any]] = no_settings
+    public_pairs: PublicPairs = PHOTOS
 
     def backbone(self, config: PreTrainedConfig) -> Backbone:
         """The backbone of a model of this family.

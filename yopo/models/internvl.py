@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from yopo.models.family import Backbone, Family, ImageInfo, Run, count_tokens, square_grids
+from yopo.models.public_pairs import DOCUMENTS
 from yopo.plans.grid import Grid
 
 if TYPE_CHECKING:
@@ -54,4 +55,5 @@ INTERNVL = Family(
     },
     grids_of=grids_of,
     originals=("internvl_chat",),
+    public_pairs=DOCUMENTS,
 )

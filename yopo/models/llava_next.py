@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from yopo.models.family import Backbone, Family, ImageInfo, Noise, Run, deal_images
+from yopo.models.public_pairs import DOCUMENTS
 from yopo.models.towers import check_tower, class_tokens, processor_settings, square, tower_of
 from yopo.plans.grid import Grid
 from yopo.support.errors import ModelError
@@ -99,4 +100,5 @@ LLAVA_NEXT = Family(
     check_vision=check_vision,
     ends_rows=lambda config: True,
     processor_settings=processor_settings,
+    public_pairs=DOCUMENTS,
 )

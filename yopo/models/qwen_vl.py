@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from yopo.models.family import Backbone, Family, ImageInfo, Noise, Run, deal_images
+from yopo.models.public_pairs import DOCUMENTS
 from yopo.plans.grid import Grid
 from yopo.support.errors import ModelError
 
@@ -104,6 +105,7 @@ def _family(
         grids_of=grids_of,
         token_ids=token_ids,
         noise=noise,
+        public_pairs=DOCUMENTS,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin
@@ -16,8 +18,9 @@ from yopo.evaluation.evaluate import Evaluation
 from yopo.evaluation.evaluate import evaluate as evaluate_plan
 from yopo.models.registry import ModelSource, is_hub_id, resolve
 from yopo.pipeline.model_handle import Model, ModelHandle
+from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
-from yopo.pipeline.session import Calibrated, CalibrationSession, open_demo_or
+from yopo.pipeline.session import Calibrated, CalibrationSession
 from yopo.pipeline.tolerance import holdout_pairs
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
@@ -31,6 +34,7 @@ from yopo.planning.request import (
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.serving.loading import open_baked
+from yopo.support.console import note
 from yopo.support.errors import ModelError, PlanError
 
 Keep = Callable[[Statistics], None]
@@ -186,12 +190,21 @@ def evaluate(
     """
     options = options or RunOptions()
     found = target if isinstance(target, PruningPlan) else read_target(target, budget)
+    if options.data is None:
+        typed = None if isinstance(target, PruningPlan) else f"yopo eval {shlex.quote(str(target))}"
+        check_named(found.model.name, "heldout", typed=typed, family=found.model.family)
     if isinstance(model, PreTrainedModel):
         handle = ModelHandle(model, processor, options)
     else:
         source = source_of_target(target, found, model)
         handle = ModelHandle(source, processor, options)
-    pairs = open_demo_or(options, found.model.name, "heldout")
+    calibrated = found.provenance.get("processor", {})
+    if calibrated != options.image_options:
+        note(
+            f"The plan was calibrated with the processor options {calibrated or 'of the model'}, "
+            f"and is evaluated with {options.image_options or 'those of the model'}."
+        )
+    pairs = open_for(handle, options, found.model.name, "heldout")
     return evaluate_plan(
         handle.model,
         handle.processor,
@@ -289,13 +302,18 @@ def apply(
 
 
 def _source_of(plan: PruningPlan, model: str | Path | None) -> ModelSource:
-    """The location of a plan's model: the user's, otherwise that of its name."""
+    """The location of a plan's model: the user's, otherwise the plan's hint or its name."""
+    hint = plan.model.path
+    if model is None and hint is not None and (hint / "config.json").is_file():
+        return replace(resolve(os.path.relpath(hint)), name=plan.model.name)
     try:
         return resolve(str(model or plan.model.name))
     except ModelError as error:
         if model:
             raise
+        where = "" if hint is None else f", and is no longer in {os.path.relpath(hint)}"
         raise ModelError(
-            f"The plan's model '{plan.model.name}' is neither an alias nor a directory here.",
+            f"The plan's model '{plan.model.name}' is neither an alias nor a directory here"
+            f"{where}.",
             remedy="Give its location with --model.",
         ) from error

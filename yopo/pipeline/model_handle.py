@@ -6,12 +6,13 @@ from functools import cached_property
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from yopo.checkpoint.reader import Checkpoint, fetch
+from yopo.data.processor_options import with_options
 from yopo.data.processor_settings import settled
 from yopo.data.prompts import load_processor
-from yopo.models.registry import ModelSource, family_of, resolve
+from yopo.models.registry import ALIASES, ModelSource, family_of, resolve
 from yopo.pipeline.options import RunOptions
 from yopo.serving.loading import load_dense, torch_dtype
 from yopo.support.errors import ModelError
@@ -30,6 +31,7 @@ class ModelHandle:
 
     Attributes:
         name: The model's name in plans; never a machine path.
+        path: Its directory, unless the name alone leads to it.
         processor: The model's processor, with its settings completed.
 
     Raises:
@@ -50,19 +52,28 @@ class ModelHandle:
                     "A model in memory needs its processor.",
                     remedy="Pass processor=AutoProcessor.from_pretrained(...).",
                 )
-            self.name = _name_of(model)
-            self.processor = settled(processor, model.config, self.name)
+            self.name, self.path = _named(model)
+            self.processor = self._with_options(settled(processor, model.config, self.name))
             self.model = model.eval()
             return
         source = model if isinstance(model, ModelSource) else resolve(str(model))
-        self._source, self.name = source, source.name
+        self._source, self.name, self.path = source, source.name, path_of(source)
         self._checkpoint = Checkpoint.open(fetch(source))  # before anything slow
         if processor is not None:
-            self.processor = settled(processor, self._checkpoint.config, self.name)
+            found = settled(processor, self._checkpoint.config, self.name)
         else:
-            self.processor = load_processor(
+            found = load_processor(
                 str(self._checkpoint.path), trust_remote_code=options.trust_remote_code
             )
+        self.processor = self._with_options(found)
+
+    def _with_options(self, processor: ProcessorMixin) -> ProcessorMixin:
+        return with_options(processor, self._options.image_options, self.name)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration, which needs no weights."""
+        return self.model.config if self._checkpoint is None else self._checkpoint.config
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -73,12 +84,20 @@ class ModelHandle:
         return model
 
 
-def _name_of(model: PreTrainedModel) -> str:
-    """A name for a model in memory: the hub id or directory name that it was loaded from."""
+def path_of(source: ModelSource) -> Path | None:
+    """The directory of a model that its name alone does not lead to."""
+    is_inside = ALIASES.get(source.name, "").startswith("package:")
+    return Path(source.location).absolute() if source.is_local and not is_inside else None
+
+
+def _named(model: PreTrainedModel) -> tuple[str, Path | None]:
+    """A name for a model in memory: the hub id or directory name that it was loaded from; and the
+    directory, if it is one."""
     name = model.config.name_or_path or model.name_or_path
     if not name:
-        return type(model).__name__
+        return type(model).__name__, None
     try:
-        return resolve(name).name
+        source = resolve(name)
     except ModelError:  # moved since, or not loadable by yopo
-        return Path(name).name or type(model).__name__
+        return Path(name).name or type(model).__name__, None
+    return source.name, path_of(source)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from yopo.data.drawing import DEFAULT_SAMPLES
 from yopo.data.pairs import Data
 
 
@@ -13,28 +16,45 @@ class RunOptions:
 
     Attributes:
         data: Pairs: anything that ``--data`` accepts (a file, a directory, ``org/name:split``,
-            ``demo:SET``), or rows in memory, each ``{"image": ..., "question": ...,
-            "answer": ...}``; None: the demo pairs for the model (see ``yopo.demo``): its
-            calibration set to calibrate, its held-out set to evaluate.
-        samples: How many; None: all.
+            ``demo:SET``), several of these in a list, or rows in memory, each
+            ``{"image": ..., "question": ..., "answer": ...}``; None: the demo pairs for the model
+            (see ``yopo.demo``): its calibration set to calibrate, its held-out set to evaluate.
+        samples: How many, drawn evenly over kinds of question; None: all.
         seed: Seed for sampling pairs.
         batch_size: Pairs per forward.
         device: Device of a model that is loaded (``cpu``, ``cuda``, ``cuda:1``, ``mps``); a model
             in memory is not moved.
         dtype: Dtype of a model that is loaded: ``auto`` (the checkpoint's), ``float32``,
-            ``bfloat16``, ``float16``; a model in memory is not converted.
+            ``bfloat16`` (``bf16``), ``float16`` (``fp16``); a model in memory is not converted.
         max_new_tokens: Longest answer generated.
         trust_remote_code: Whether the model's own processor or tokenizer code may run.
+        max_pixels: Largest area of an image, where the model's processor has such a limit (Qwen-VL,
+            and InternVL in whole tiles); None: the processor's.
+        min_pixels: Smallest area, likewise.
+        processor_options: Other settings of the processor or its image processor, by name.
+        strict: Whether a row without an image, a corrupt image and the like is an error; otherwise
+            such rows are counted and left out.
     """
 
     data: Data | None = None
-    samples: int | None = None
+    samples: int | None = DEFAULT_SAMPLES
     seed: int = 0
     batch_size: int = 8
     device: str = "cpu"
     dtype: str = "auto"
     max_new_tokens: int = 32
     trust_remote_code: bool = False
+    strict: bool = False
+    max_pixels: int | None = None
+    min_pixels: int | None = None
+    processor_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """All settings of the processor that are not its own."""
+        pixels = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        given = {name: value for name, value in pixels.items() if value is not None}
+        return given | dict(self.processor_options)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from transformers import ProcessorMixin
 
 from yopo.bench.costs import read_costs
 from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
-from yopo.data.pairs import Pairs
 from yopo.data.prompts import Batch, batches, encode_for
-from yopo.data.sizes import in_sizes
-from yopo.data.sources import open_pairs
+from yopo.data.sizes import by_size, in_sizes
 from yopo.data.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
-from yopo.demo import demo_data
 from yopo.evaluation.fidelity import (
     Fidelity,
     Recorded,
@@ -30,7 +28,9 @@ from yopo.evaluation.fidelity import (
 )
 from yopo.fitting.fitter import Fitter
 from yopo.pipeline.model_handle import Model, ModelHandle
+from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.progress import PlanProgress, most_plans
 from yopo.pipeline.size_note import note_if_one_size
 from yopo.pipeline.tail import tail_of
 from yopo.pipeline.tolerance import (
@@ -103,9 +103,12 @@ class CalibrationSession:
         compares: bool = True,
     ):
         self.options, self.fit_options = options, fit_options
+        if options.data is None and isinstance(model, str | Path):
+            check_named(str(model), "calibration")
         handle = ModelHandle(model, processor, options)
         self.processor = handle.processor
-        self._pairs = in_sizes(open_demo_or(options, handle.name, "calibration"), fit_options.grids)
+        pairs = open_for(handle, options, handle.name, "calibration")
+        self._pairs = in_sizes(pairs, fit_options.grids)
         self.split = split_pairs(
             self._pairs,
             seed=options.seed,
@@ -121,9 +124,11 @@ class CalibrationSession:
         about["seed"] = options.seed
         if set(fit_options.grids) != {1}:
             about["grids"] = list(fit_options.grids)
+        if options.image_options:
+            about["processor"] = options.image_options
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
-        self.statistics = measure(
+        found = measure(
             self.model,
             self.processor,
             pick(self._pairs, self.split.statistics),
@@ -133,8 +138,10 @@ class CalibrationSession:
             queries=fit_options.queries,
             provenance=about,
         )
+        self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self.fitter = Fitter(self.model, self._encoded)
+        self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 
     def make(self, request: PlanRequest) -> Calibrated:
@@ -156,12 +163,14 @@ class CalibrationSession:
     ) -> Calibrated:
         """Make a plan; with ``tried``, only allocations with these weightings are measured."""
         request = self._with_few_pairs(request)
+        if isinstance(request, BudgetRequest):
+            self._progress = PlanProgress(most_plans(request, len(tried)))
         is_measured = isinstance(request, BudgetRequest) and self.split.comparison
         judge = self.kl if is_measured else None
         plan, candidates = make_plan(self.statistics, request, judge, self.fitter, tried)
         provenance = {**plan.provenance, "split": self.split.summary}
         if is_measured:
-            kinds = kinds_of_records(self._comparison)
+            kinds = kinds_of_records(self.comparison)
             table = zip(plan.provenance["candidates"], candidates, strict=True)
             provenance["candidates"] = [
                 entry | tail_of(self._judged[each.plan.layers, each.compensation], kinds)
@@ -207,7 +216,9 @@ class CalibrationSession:
 
     def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
-        found = self._compare(plan, self._comparison)
+        found = self._compare(plan, self.comparison)
+        if self._progress is not None:
+            self._progress.add(plan, found.kl)
         self._judged[plan.layers, plan.compensation] = found
         return found.kl
 
@@ -273,7 +284,8 @@ class CalibrationSession:
             return compare(self.model, records)
 
     @cached_property
-    def _comparison(self) -> list[Recorded]:
+    def comparison(self) -> list[Recorded]:
+        """The dense model's answers to the pairs that plans are compared on."""
         return self._record(self.split.comparison)
 
     @cached_property
@@ -292,27 +304,8 @@ class CalibrationSession:
 
     def _encoded(self) -> list[Batch]:
         """The prompts that visual weights are fitted on."""
-        groups = batches(pick(self._pairs, self.split.fit), self.options.batch_size)
+        groups = batches(by_size(pick(self._pairs, self.split.fit)), self.options.batch_size)
         return [encode_for(self.model, self.processor, group) for group in groups]
-
-
-def open_demo_or(options: RunOptions, model_name: str, split: str) -> Pairs:
-    """The requested pairs, or the package's demo pairs for a model.
-
-    Args:
-        options: Options with the requested data.
-        model_name: The model's name in plans.
-        split: ``calibration`` or ``heldout``.
-    """
-    data = options.data
-    if data is None:
-        data = demo_data(model_name, split)
-        if split == "calibration":
-            note(
-                f"Using the demo pairs included with yopo ({data}): "
-                "your own pairs (--data) give a better plan."
-            )
-    return open_pairs(data, samples=options.samples, seed=options.seed)
 
 
 def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:

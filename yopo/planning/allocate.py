@@ -2,41 +2,37 @@
 
 Damage is estimated in a single unit, the share of the text's residual stream that changes:
 
-* a head that may not read costs its head effect e (capped: ``e / (1 + e)``);
+* a head that may not read costs what it adds to the text's residual stream, relative to the
+  stream after its layer;
 * a bottleneck loses its share of what is read through it;
 * an error of the visual stream - skipped attention, an update that no map replaces - costs its
-  relative energy times what later layers read, times a visual weight.
+  energy, relative to the visual stream that a later layer reads, times what that layer reads,
+  summed over later layers, times a visual weight.
 
 The estimate is additive over layers, so for a given price per FLOP every layer has a best choice,
-found by enumeration; bisecting the price meets the budget. If KV bytes are limited too, they have
-a separate price, bisected in an outer loop. The estimate cannot determine the visual weight, that
-is how much an error in visual states matters relative to an error in reading. So the planner tries
-a few and measures.
+found by enumeration; bisecting the price meets the budget, and the rest is spent on single better
+choices. If KV bytes are limited too, they have a separate price, bisected in an outer loop. The
+estimate cannot determine the visual weight, that is how much an error in visual states matters
+relative to an error in reading. So the planner tries a few and measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
 from yopo.fitting.profile import Profile
+from yopo.planning.choices import Choice, Choices, spend_rest
+from yopo.planning.levers import Levers
 from yopo.planning.paper import EMPTY
+from yopo.planning.priced import HeadCosts, PricedHeads, Selected
 from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_flops_of_layer
 from yopo.plans.schema import LayerPlan, full_layer
-
-RANKS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
-"""Bottlenecks tried in addition to none, as shares of the hidden width."""
-
-MAPS = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Ranks of the linear map tried, as shares of the hidden width."""
-
-WIDTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
-"""Shares of the FFN tried."""
 
 STEPS = 60
 """Bisections of the price."""
@@ -47,42 +43,11 @@ KV_STEPS = 24
 MOST = 1e12
 """Highest price tried."""
 
+Priced = tuple[Layers, float]
+"""Layers, and the price of FLOPs that they were chosen at."""
 
-@dataclass(frozen=True)
-class Levers:
-    """The levers that an allocation may use; an ablation restricts them.
-
-    Attributes:
-        ranks: Bottlenecks tried in addition to none, as shares of the hidden width.
-        maps: Ranks of the linear map tried, as shares of the hidden width.
-        widths: Shares of the FFN tried.
-        attend: Whether visual tokens may attend.
-        everywhere: Whether all heads must read in all layers, and visual tokens that attend have no
-            radius, as an inference engine requires.
-    """
-
-    ranks: tuple[float, ...] = RANKS
-    maps: tuple[float, ...] = MAPS
-    widths: tuple[float, ...] = WIDTHS
-    attend: bool = True
-    everywhere: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A candidate for a layer, with its cost and damage.
-
-    Attributes:
-        layer: The layer's plan.
-        flops: FLOPs of visual tokens.
-        damage: Estimated damage.
-        kv: Share of the dense model's visual KV bytes.
-    """
-
-    layer: LayerPlan
-    flops: int
-    damage: float
-    kv: float = 0.0
+DISCOUNTS = (1.0, 0.25, 1 / 16, 0.0)
+"""Factors on the price at which heads are chosen for the rest of a budget."""
 
 
 class Allocator:
@@ -107,9 +72,7 @@ class Allocator:
         self.radius = None if self.levers.everywhere else weighting.radius
         self.shape, self.workload = builder.shape, builder.workload
         reading = builder.statistics.reading
-        from_here = reading.sum(dim=1).flip(0).cumsum(0).flip(0)
-        # An error of the visual stream can only damage what later layers read.
-        later = torch.cat([from_here[1:], from_here.new_zeros(1)])
+        later = read_later(reading.sum(dim=1), profile.stream)
         self.later = (
             weighting.visual_weight * later * torch.tensor(weighting.visual, dtype=later.dtype)
         )
@@ -121,16 +84,17 @@ class Allocator:
         if not self.builder.keeps_kv(least):  # not even one KV head fits: no need to try prices
             return None
         best = self._at_kv_price(0.0)
-        if best is not None and not self.builder.keeps_kv(best):
+        if best is not None and not self.builder.keeps_kv(best[0]):
             best = self._within_kv()
-        return best if best and any(layer.read_heads for layer in best) else None
+        reads = best is not None and any(layer.read_heads for layer in best[0])
+        return self._with_rest_spent(*best) if best is not None and reads else None
 
-    def _within_kv(self) -> Layers | None:
+    def _within_kv(self) -> Priced | None:
         """Layers at the lowest price of KV bytes that meets the budget of KV bytes."""
 
-        def at(price: float) -> Layers | None:
-            layers = self._at_kv_price(price)
-            return layers if layers is not None and self.builder.keeps_kv(layers) else None
+        def at(price: float) -> Priced | None:
+            found = self._at_kv_price(price)
+            return found if found is not None and self.builder.keeps_kv(found[0]) else None
 
         low, high, best = 0.0, 1.0, at(1.0)
         while best is None and high < MOST:
@@ -138,7 +102,7 @@ class Allocator:
             best = at(high)
         return None if best is None else _cheapest(at, low, high, best, KV_STEPS)
 
-    def _at_kv_price(self, kv_price: float) -> Layers | None:
+    def _at_kv_price(self, kv_price: float) -> Priced | None:
         """Layers at the lowest price of FLOPs that meets the budget of FLOPs."""
         low, high = 0.0, 1.0
         best = self._layers(high, kv_price)
@@ -149,22 +113,52 @@ class Allocator:
             best = self._layers(high, kv_price)
         return _cheapest(lambda price: self._layers(price, kv_price), low, high, best, STEPS)
 
-    def _layers(self, price: float, kv_price: float) -> Layers | None:
+    def _layers(self, price: float, kv_price: float) -> Priced | None:
         """Every layer's best choice at prices (per dense visual FLOPs, and per dense visual KV
         bytes); None if they exceed the budget of FLOPs."""
-        layers = trim(
-            tuple(self._best(number, price, kv_price) for number in range(self.shape.layers))
-        )
-        return layers if self.builder.cost(layers) <= self.builder.budget else None
+        selected = self._priced.select(price / self._dense, kv_price)
+        ffn = (self._ffn_damage + price / self._dense * self._ffn_flops).argmin(dim=1).tolist()
+        layers = []
+        for number, rank in enumerate(selected.best()):
+            attention = EMPTY if rank is None else self._selected(selected, number, rank)
+            fed = self._ffn_choices[number][ffn[number]].layer
+            layers.append(replace(attention, neurons=fed.neurons, map_rank=fed.map_rank))
+        found = trim(tuple(layers))
+        return (found, price) if self.builder.cost(found) <= self.builder.budget else None
 
-    def _best(self, number: int, price: float, kv_price: float) -> LayerPlan:
-        price = price / self._dense
-        attention = min(
-            self._attention_choices(number, price, kv_price),
-            key=lambda each: each.damage + price * each.flops + kv_price * each.kv,
+    def damage(self, layers: Layers) -> float:
+        """The estimated damage of layers that are made of this allocator's choices."""
+        return sum(
+            self._attention(number, layer).damage + self._ffn(number, layer).damage
+            for number, layer in enumerate(layers)
         )
-        ffn = min(self._ffn_choices[number], key=lambda each: each.damage + price * each.flops)
-        return replace(attention.layer, neurons=ffn.layer.neurons, map_rank=ffn.layer.map_rank)
+
+    def _ffn(self, number: int, layer: LayerPlan) -> Choice:
+        """The FFN of a layer's plan as a choice."""
+        asked = replace(EMPTY, neurons=layer.neurons, map_rank=layer.map_rank)
+        return next(each for each in self._ffn_choices[number] if each.layer == asked)
+
+    def _with_rest_spent(self, layers: Layers, price: float) -> Layers:
+        """Layers chosen at a price, with better choices where the rest of the budget allows."""
+        last = max(number for number, layer in enumerate(layers) if layer.read_heads)
+        chosen: list[Choice] = []
+        options: list[list[Choice]] = []
+        for number, layer in enumerate(layers):
+            ffn = self._ffn(number, layer) if number < last else Choice(EMPTY, 0, 0.0)
+            attention = [
+                each
+                for discount in DISCOUNTS
+                for each in self._attention_choices(number, discount * price / self._dense)
+                if number < last or not each.layer.attend_heads
+            ]
+            chosen += [self._attention(number, layer), ffn]
+            options += [attention, self._ffn_choices[number] if number < last else []]
+
+        def fits(choices: Choices) -> bool:
+            return self.builder.fits(trim(_joined(choices)))
+
+        room = int(self.builder.budget * self._dense) - sum(each.flops for each in chosen)
+        return trim(_joined(spend_rest(tuple(chosen), options, room, fits)))
 
     @cached_property
     def _dense(self) -> int:
@@ -173,39 +167,56 @@ class Allocator:
     def _flops(self, layer: LayerPlan) -> int:
         return visual_flops_of_layer(layer, self.shape, self.workload)
 
-    def _attention_choices(self, number: int, price: float, kv_price: float) -> Iterator[Choice]:
-        """For every bottleneck, the heads whose gain through it exceeds their price."""
+    def _attention_choices(self, number: int, price: float) -> Iterator[Choice]:
+        """For every bottleneck, the heads whose gain through it exceeds their price per FLOP."""
+        selected = self._priced.select(price, 0.0)
+        if not self.levers.everywhere:
+            yield self._attention(number, EMPTY)
+        for rank in range(len(self._ranks)):
+            if selected.read[number, rank].any():
+                yield self._attention(number, self._selected(selected, number, rank))
+
+    def _selected(self, selected: Selected, number: int, rank: int) -> LayerPlan:
+        return self._reading(*selected.heads(number, rank), self._ranks[rank])
+
+    @cached_property
+    def _priced(self) -> PricedHeads:
+        shape = self.shape
+        per_group = (shape.kv_heads, shape.group)
+        mixing = self.later[:, None] * self.profile.mixing
+        lost = [[self._lost(n, rank) for rank in self._ranks] for n in range(shape.layers)]
+        flops = torch.tensor([self._head_flops(rank) for rank in self._ranks], dtype=torch.float64)
+        return PricedHeads(
+            self.reading.unflatten(1, per_group),
+            mixing.unflatten(1, per_group) * self.levers.attend,
+            torch.tensor(lost, dtype=torch.float64),
+            HeadCosts(*flops.unbind(1)),
+            1 / (shape.layers * shape.kv_heads),
+            everywhere=self.levers.everywhere,
+        )
+
+    def _attention(self, number: int, layer: LayerPlan) -> Choice:
+        """The attention of a layer's plan as a choice."""
         reading, mixing = self._gains[number]
         missed = sum(reading) + sum(mixing)
-        kv_share = 1 / (self.shape.layers * self.shape.kv_heads)
-        if not self.levers.everywhere:
-            yield Choice(EMPTY, 0, missed)
-        for rank in self._ranks:
-            lost = float(
-                self.profile.bottleneck_residual[number][
-                    self.shape.hidden if rank is None else rank
-                ]
-            )
-            start, kv_flops, attend_flops = self._head_flops(rank)
-            heads: list[int] = []
-            attend: list[int] = []
-            for group in range(self.shape.kv_heads):
-                members = range(group * self.shape.group, (group + 1) * self.shape.group)
-                gains = {h: (1 - lost) * mixing[h] for h in members if self.levers.attend}
-                busy = [head for head, each in gains.items() if each > price * attend_flops]
-                gain = sum(reading[h] for h in members) + sum(mixing[h] for h in busy)
-                gain *= 1 - lost
-                cost = price * (kv_flops + len(busy) * attend_flops) + kv_price * kv_share
-                if self.levers.everywhere or gain > cost:
-                    heads += members
-                    attend += busy
-            if heads:
-                gain = sum(reading[h] for h in heads) + sum(mixing[h] for h in attend)
-                gain *= 1 - lost
-                groups = len(heads) // self.shape.group
-                flops = start + groups * kv_flops + len(attend) * attend_flops
-                layer = self._reading(tuple(heads), tuple(attend), rank)
-                yield Choice(layer, flops, missed - gain, groups * kv_share)
+        if not layer.read_heads:
+            return Choice(EMPTY, 0, missed)
+        lost = self._lost(number, layer.qkv_rank)
+        gain = sum(reading[h] for h in layer.read_heads)
+        gain += sum(mixing[h] for h in layer.attend_heads)
+        groups = len(layer.read_heads) // self.shape.group
+        start, kv_flops, attend_flops = self._head_flops(layer.qkv_rank)
+        return Choice(
+            replace(layer, neurons=0, map_rank=0),
+            start + groups * kv_flops + len(layer.attend_heads) * attend_flops,
+            missed - (1 - lost) * gain,
+            groups / (self.shape.layers * self.shape.kv_heads),
+        )
+
+    def _lost(self, number: int, rank: int | None) -> float:
+        """Share of what is read that a bottleneck loses."""
+        rank = self.shape.hidden if rank is None else rank
+        return float(self.profile.bottleneck_residual[number][rank])
 
     def _reading(
         self, heads: tuple[int, ...], attend: tuple[int, ...], rank: int | None
@@ -243,6 +254,17 @@ class Allocator:
         return [None, *sorted({max(1, round(share * hidden)) for share in self.levers.ranks})]
 
     @cached_property
+    def _ffn_damage(self) -> torch.Tensor:
+        """(layers, choices) damage of the FFN's choices."""
+        rows = [[each.damage for each in row] for row in self._ffn_choices]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    @cached_property
+    def _ffn_flops(self) -> torch.Tensor:
+        """(choices,) FLOPs of the FFN's choices, which are the same in all layers."""
+        return torch.tensor([each.flops for each in self._ffn_choices[0]], dtype=torch.float64)
+
+    @cached_property
     def _ffn_choices(self) -> list[list[Choice]]:
         """Neurons and maps of every layer, with their cost and the damage that remains."""
         shape = self.shape
@@ -270,9 +292,31 @@ class Allocator:
         return choices
 
 
+def read_later(reading: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    """What later layers read of an error that is as large as the visual stream after a layer.
+
+    The residual stream carries an error on while the stream itself grows, so a reader sees the
+    error relative to the stream that it reads.
+
+    Args:
+        reading: (layers,) what each layer reads.
+        stream: (layers + 1,) energies of the visual stream before every layer and after the last.
+    """
+    from_here = (reading / stream[:-1].clamp(min=1e-30)).flip(0).cumsum(0).flip(0)
+    return stream[1:] * torch.cat([from_here[1:], from_here.new_zeros(1)])
+
+
+def _joined(choices: Choices) -> Layers:
+    """Layers of a choice for every layer's attention and FFN in turn."""
+    return tuple(
+        replace(attention.layer, neurons=ffn.layer.neurons, map_rank=ffn.layer.map_rank)
+        for attention, ffn in zip(choices[::2], choices[1::2], strict=True)
+    )
+
+
 def _cheapest(
-    at: Callable[[float], Layers | None], low: float, high: float, best: Layers, steps: int
-) -> Layers:
+    at: Callable[[float], Priced | None], low: float, high: float, best: Priced, steps: int
+) -> Priced:
     """Bisect the lowest price at which a choice fits: none at ``low``, ``best`` at ``high``."""
     for _ in range(steps):
         price = (low + high) / 2

@@ -9,10 +9,11 @@ from operator import methodcaller
 
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.fitter import Fitter
-from yopo.planning.allocate import Allocator, Levers
+from yopo.planning.allocate import Allocator
 from yopo.planning.allocations import Allocations, Measure, without_weights
 from yopo.planning.candidate import Candidate, kl_of
 from yopo.planning.kv_budget import Build, KVBudget, Storage
+from yopo.planning.levers import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
@@ -217,9 +218,10 @@ class Planner(Assembler):
         def fit(many: Sequence[Layers]) -> list[PruningPlan]:
             return self._fitted([self._unfitted(layers, "refit") for layers in many])
 
-        return Allocations(partial(self._allocate, storage=storage), fit, self.measure)
+        return Allocations(partial(self.allocate, storage=storage), fit, self.measure)
 
-    def _allocate(self, weighting: Weighting, storage: Storage | None = None) -> Layers | None:
+    def allocate(self, weighting: Weighting, storage: Storage | None = None) -> Layers | None:
+        """The layers that a weighting gives; None if nothing that reads fits the budget."""
         return self._kv.store(partial(self._allocate_within, weighting), storage)
 
     def _allocate_within(self, weighting: Weighting, builder: TemplateBuilder) -> Layers | None:

@@ -23,6 +23,7 @@ from yopo.plans.schema import (
     ModelShape,
     PruningPlan,
     Workload,
+    model_path,
     shape_problem,
 )
 from yopo.support import console
@@ -61,12 +62,20 @@ _KEYS = (
 )
 
 
-def to_yaml(plan: PruningPlan, tensors: TensorsFile | None = None) -> str:
-    """Serialize a plan, with a reference to its tensors' file; same plan, same bytes."""
+def to_yaml(
+    plan: PruningPlan, tensors: TensorsFile | None = None, folder: Path | None = None
+) -> str:
+    """Serialize a plan, with a reference to its tensors' file; same plan, same bytes.
+
+    Args:
+        plan: The plan.
+        tensors: Its tensors' file.
+        folder: The folder of the plan's file, from which a hint leads to the model; None: no hint.
+    """
     budget = {"asked": plan.budget.asked, "reached": round(plan.budget.reached, BUDGET_DIGITS)}
     data: dict[str, Any] = {
         "yopo_plan": FORMAT_VERSION,
-        "model": asdict(plan.model),
+        "model": plan.model.to_dict(folder),
         "workload": {
             "grids": [[grid.rows, grid.cols] for grid in plan.workload.grids],
             "text": plan.workload.text,
@@ -104,11 +113,24 @@ def read_document(source: str | Path) -> tuple[PruningPlan, TensorsFile | None]:
     Raises:
         PlanError: Unreadable, not YAML, unknown key, wrong type or value; names line and key.
     """
-    return parse_plan(*read_text(source))
+    return parse_plan(*read_text(source), folder=folder_of(source))
 
 
-def parse_plan(name: str, text: str) -> tuple[PruningPlan, TensorsFile | None]:
-    """Parse a plan's text like :func:`read_document`; ``name`` is its name in messages."""
+def folder_of(source: str | Path) -> Path:
+    """The folder that paths in a plan are relative to: the working directory for stdin."""
+    return Path.cwd() if str(source) == "-" else Path(source).absolute().parent
+
+
+def parse_plan(
+    name: str, text: str, *, folder: Path | None = None
+) -> tuple[PruningPlan, TensorsFile | None]:
+    """Parse a plan's text like :func:`read_document`.
+
+    Args:
+        name: Its name in messages.
+        text: YAML.
+        folder: What the hint to the model is relative to; None ignores it.
+    """
     document = Document(name, text)
     data = document.data
     if "yopo_plan" not in data:
@@ -123,7 +145,7 @@ def parse_plan(name: str, text: str) -> tuple[PruningPlan, TensorsFile | None]:
     for key in ("model", "workload", "layers"):
         if key not in data:
             raise document.error((), f"lacks the key '{key}'")
-    model = _read_model(document)
+    model = _read_model(document, folder)
     try:
         plan = PruningPlan(
             model=model,
@@ -169,11 +191,13 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _read_model(document: Document) -> ModelIdentity:
+def _read_model(document: Document, folder: Path | None) -> ModelIdentity:
     path: tuple[Key, ...] = ("model",)
     data = document.check_keys(
-        path, document.data["model"], ("name", "family", "shape", "fingerprint")
+        path, document.data["model"], ("name", "path", "family", "shape", "fingerprint")
     )
+    hint = document.typed((*path, "path"), data.get("path"), (str, type(None)))
+    place = model_path(hint, folder) if hint and folder is not None else None
     texts = {
         key: document.required(path, data, key, str) for key in ("name", "family", "fingerprint")
     }
@@ -184,7 +208,7 @@ def _read_model(document: Document) -> ModelIdentity:
     problem = shape_problem(ModelShape(**sizes))
     if problem is not None:  # check now: "heads: all" allocates as many heads as it says
         raise document.error(*problem)
-    return ModelIdentity(shape=ModelShape(**sizes), **texts)
+    return ModelIdentity(shape=ModelShape(**sizes), path=place, **texts)
 
 
 def _read_workload(document: Document) -> Workload:

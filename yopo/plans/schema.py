@@ -13,8 +13,10 @@ replaces what the layer no longer computes for them (``map_rank``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from yopo.plans.extent import Extent, extent_problem
@@ -57,12 +59,38 @@ class ModelIdentity:
         family: Name in the family registry.
         shape: Decoder dimensions.
         fingerprint: Digest of sampled decoder weights (see ``models.fingerprint``).
+        path: Its directory on this machine, as a hint where to look; files have it relative to
+            themselves. None: the name says enough.
     """
 
     name: str
     family: str
     shape: ModelShape
     fingerprint: str
+    path: Path | None = field(default=None, compare=False)
+
+    def to_dict(self, folder: Path | None = None) -> dict[str, Any]:
+        """As plain values for a file.
+
+        Args:
+            folder: The file's folder, from which the path leads to the model; None: no path.
+        """
+        values = asdict(self)
+        del values["path"]
+        if self.path is None or folder is None:
+            return values
+        relative = os.path.relpath(self.path.resolve(), folder.resolve())
+        return {"name": values.pop("name"), "path": Path(relative).as_posix(), **values}
+
+
+def model_path(hint: str, folder: Path) -> Path:
+    """The path of a model from the hint in a file.
+
+    Args:
+        hint: What ``ModelIdentity.to_dict`` wrote.
+        folder: The file's folder.
+    """
+    return folder.absolute() / hint
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from yopo.plans.checks import check_tensors
-from yopo.plans.file import TensorsFile, read_document, to_yaml
+from yopo.plans.file import TensorsFile, folder_of, read_document, to_yaml
 from yopo.plans.schema import PruningPlan
 from yopo.plans.side_file import (
     check_plan_writable,
@@ -84,13 +84,16 @@ def cache_directory() -> Path:
     return Path(os.environ.get("YOPO_CACHE") or Path.home() / ".cache" / "yopo")
 
 
-def plan_files(plan: PruningPlan, name: str, tensors_name: str) -> Mapping[str, bytes]:
+def plan_files(
+    plan: PruningPlan, name: str, tensors_name: str, folder: Path | None = None
+) -> Mapping[str, bytes]:
     """A plan as file contents by name: its tensors, if it has any, and last the YAML.
 
     Args:
         plan: The plan.
         name: Name of the YAML file.
         tensors_name: Name of the tensors file; ``{sha256}`` is replaced by its digest.
+        folder: As for ``to_yaml``.
     """
     files, named = {}, None
     if plan.tensors.num_bytes:
@@ -98,7 +101,7 @@ def plan_files(plan: PruningPlan, name: str, tensors_name: str) -> Mapping[str, 
         sha256 = hashlib.sha256(data).hexdigest()
         named = TensorsFile(tensors_name.format(sha256=sha256), sha256)
         files[named.file] = data
-    return {**files, name: to_yaml(plan, named).encode()}
+    return {**files, name: to_yaml(plan, named, folder).encode()}
 
 
 def write_plan(plan: PruningPlan, target: str | Path, *, force: bool = False) -> None:
@@ -123,7 +126,7 @@ def write_plan(plan: PruningPlan, target: str | Path, *, force: bool = False) ->
     check_tensors(plan)
     target = str(target)
     if target == "-":
-        files = plan_files(plan, target, "{sha256}.safetensors")
+        files = plan_files(plan, target, "{sha256}.safetensors", folder_of(target))
         for name, content in files.items():
             if name != target:
                 write_side_file(cache_directory() / name, content)
@@ -134,7 +137,8 @@ def write_plan(plan: PruningPlan, target: str | Path, *, force: bool = False) ->
     check_plan_writable(path, force=force)
     former = _former_side_file(path)
     escaped = path.stem.replace("{", "{{").replace("}", "}}")
-    files = plan_files(plan, path.name, escaped + ".{sha256:.8}.safetensors")
+    side_name = escaped + ".{sha256:.8}.safetensors"
+    files = plan_files(plan, path.name, side_name, folder_of(path))
     for name, content in files.items():
         if name != path.name:
             write_side_file(path.with_name(name), content)
@@ -166,8 +170,7 @@ def read_plan(source: str | Path) -> PruningPlan:
     plan, named = read_document(source)
     if named is None:
         return plan
-    folder = Path.cwd() if str(source) == "-" else Path(source).absolute().parent
-    candidates = [folder / named.file, cache_directory() / f"{named.sha256}.safetensors"]
+    candidates = [folder_of(source) / named.file, cache_directory() / f"{named.sha256}.safetensors"]
     path = next((each for each in candidates if os.path.lexists(each)), None)
     if path is None or not path.exists():
         raise PlanError(

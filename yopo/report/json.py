@@ -39,7 +39,7 @@ def plan_document(plan: PruningPlan) -> dict[str, Any]:
         for key, (_, dense, pruned, _) in zip(_KEYS, savings(plan), strict=True)
     }
     return {
-        "model": asdict(plan.model),
+        "model": plan.model.to_dict(),
         "workload": {**asdict(workload), "visual": workload.visual},
         "budget": asdict(plan.budget),
         "compensation": plan.compensation,

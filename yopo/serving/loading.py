@@ -23,6 +23,7 @@ from yopo.plans.file import read_document
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.runtime.install import install
+from yopo.support.dtypes import full_name, unknown_dtype
 from yopo.support.errors import CheckpointError, ModelError
 from yopo.support.finite import check_weights
 
@@ -271,16 +272,16 @@ class PrunedModel(PrunedForConditionalGeneration):
 
 
 def torch_dtype(name: str) -> torch.dtype | str:
-    """A dtype by name; ``auto`` is returned as it is.
+    """A dtype by name, also a short one (``bf16``); ``auto`` is returned as it is.
 
     Raises:
         ModelError: No such floating-point dtype.
     """
     if name == "auto":
         return name
-    found = getattr(torch, name, None)
+    found = getattr(torch, full_name(name), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"Unknown dtype '{name}'.", remedy="Use float32, bfloat16 or float16.")
+        raise unknown_dtype(name)
     return found
 
 

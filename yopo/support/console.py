@@ -7,7 +7,8 @@ on first use, so that ``yopo --help`` does not pay for it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from yopo.support.errors import printable
@@ -17,14 +18,57 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+PERIOD = 30.0
+"""Seconds between two lines about work in progress where no bar can be shown."""
+
 _quiet = False
+_verbose = False
 _bar_is_up = False
+_step_is_up = False
 
 
 def set_quiet(quiet: bool) -> None:
     """Silence notes and progress (warnings and errors still show)."""
     global _quiet
     _quiet = quiet
+
+
+def set_verbose(verbose: bool) -> None:
+    """Show what is usually shortened."""
+    global _verbose
+    _verbose = verbose
+
+
+def is_verbose() -> bool:
+    """Whether what is usually shortened is to be shown."""
+    return _verbose
+
+
+def duration(seconds: float) -> str:
+    """A time as minutes and seconds, with hours if there are any: ``1:05``, ``2:00:00``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def step(message: str) -> None:
+    """Report a step of long work unless quiet; on a terminal it replaces the one before."""
+    global _step_is_up
+    if _quiet or (_bar_is_up and sys.stderr.isatty()):
+        return
+    if not sys.stderr.isatty():
+        print(printable(message), file=sys.stderr, flush=True)
+        return
+    print(f"\r\x1b[K{printable(message)}", end="", file=sys.stderr, flush=True)
+    _step_is_up = True
+
+
+def _clear_step() -> None:
+    """Remove the last step from a terminal before something else is printed."""
+    global _step_is_up
+    if _step_is_up:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    _step_is_up = False
 
 
 def _stderr() -> Console:
@@ -36,17 +80,20 @@ def _stderr() -> Console:
 def note(*lines: str) -> None:
     """Print lines on stderr unless quiet; line breaks inside a line are escaped."""
     if not _quiet:
+        _clear_step()
         print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
     """Print a warning on stderr, even when quiet."""
+    _clear_step()
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def show(renderable: RenderableType) -> None:
     """Print a rich renderable (such as a table of candidates) on stderr unless quiet."""
     if not _quiet:
+        _clear_step()
         _stderr().print(renderable)
 
 
@@ -65,9 +112,13 @@ def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) ->
         The items, unchanged and in order.
     """
     global _bar_is_up
-    if _quiet or _bar_is_up or not sys.stderr.isatty():  # no bars in log files
+    if _quiet or _bar_is_up:
         yield from items
         return
+    if not sys.stderr.isatty():  # no bars in log files
+        yield from _reporting(items, label, total, unit)
+        return
+    _clear_step()
     from rich.progress import (
         BarColumn,
         Progress,
@@ -98,3 +149,21 @@ def track(items: Iterable[Item], *, label: str, total: int | None, unit: str) ->
                 progress.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "")
     finally:
         _bar_is_up = False
+
+
+def _reporting(items: Iterable[Item], label: str, total: int | None, unit: str) -> Iterator[Item]:
+    """Yield ``items`` and print a line now and then, if they take long."""
+    started = said = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done += len(item) if isinstance(item, Sized) else 1
+        now = time.monotonic()
+        if now - said < PERIOD or done == total:
+            continue
+        said, passed = now, now - started
+        left = ""
+        if total is not None and done:
+            left = f", about {duration(passed * (total - done) / done)} left"
+        of = "" if total is None else f" of {total}"
+        note(f"{label}: {done}{of} {unit} in {duration(passed)}{left}")
