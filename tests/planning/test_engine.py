@@ -55,6 +55,16 @@ def test_templates_are_only_those_that_can_be_served() -> None:
     assert plan.provenance["engine"] == "vllm"
 
 
+def test_a_budget_too_small_to_read_everywhere_says_what_that_costs() -> None:
+    statistics = make_statistics()
+    with pytest.raises(PlanError, match="one layer that reads the image costs"):
+        make_plan(statistics, BudgetRequest(0.001), measure=lambda plan: 0.0)
+    builder = TemplateBuilder(statistics, 1.0)
+    least = builder.cost((builder.reader_layer,) * LAYERS)
+    with pytest.raises(PlanError, match=f"all layers, as vllm requires, costs {least:.4f}"):
+        make_plan(statistics, BudgetRequest(0.001, engine="vllm"), measure=lambda plan: 0.0)
+
+
 def test_a_shape_that_cannot_be_served_is_refused() -> None:
     statistics = make_statistics()
     with pytest.raises(PlanError, match="cannot be served in vllm: in layer 1 .* may not read"):

@@ -323,14 +323,26 @@ class Planner(Assembler):
         builder = self._builder
         name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
         kind = f"of template {name} " if name else ""
-        costs = f"costs {builder.cost((builder.reader_layer,)):.4f}"
+        layers: Layers = (builder.reader_layer,)
+        subject = "one layer that reads the image"
+        if self.request.engine is not None:
+            subject = f"reading the image in all layers, as {self.request.engine} requires,"
+            layers = self._least_everywhere()
+        costs = f"costs {builder.cost(layers):.4f}"
         cached = ""
         if self.request.kv_budget is not None:
             cached = f" and a KV budget of {self.request.kv_budget}"
             coarsest = self._kv.storages[-1].share(builder.shape)
             costs += f" and caches {coarsest * builder.kv_share((builder.reader_layer,)):.4f}"
         return PlanError(
-            f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: one layer that "
-            f"reads the image {costs}.",
+            f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: {subject} "
+            f"{costs}.",
             remedy="Use a larger budget.",
         )
+
+    def _least_everywhere(self) -> Layers:
+        """The cheapest layers that all read: through the smallest bottleneck, if one is fitted."""
+        shape, rank = self.statistics.model.shape, None
+        if self.fitter is not None:
+            rank = max(1, round(min(self.levers.ranks) * shape.hidden))
+        return (replace(self._builder.reader_layer, qkv_rank=rank),) * shape.layers
