@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from yopo.plans.schema import PruningPlan as PruningPlan
     from yopo.plans.storage import read_plan as read_plan
     from yopo.plans.storage import write_plan as write_plan
+    from yopo.report.describe import describe as describe
     from yopo.runtime.install import fitted_parameters as fitted_parameters
     from yopo.runtime.install import pruned as pruned
     from yopo.runtime.introspect import is_pruned as is_pruned
@@ -51,6 +52,7 @@ _PUBLIC = {
     "pruned": "yopo.runtime.install",
     "is_pruned": "yopo.runtime.introspect",
     "plan_of": "yopo.runtime.introspect",
+    "describe": "yopo.report.describe",
     "fitted_parameters": "yopo.runtime.install",
     "read_plan": "yopo.plans.storage",
     "write_plan": "yopo.plans.storage",

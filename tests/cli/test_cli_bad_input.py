@@ -68,7 +68,7 @@ def test_an_unreadable_plan_file_is_refused(yopo: Yopo, tmp_path: Path, command:
     (tmp_path / "other.yaml").write_text("name: value\n")
     assert "is not a yopo plan" in sentence("other.yaml")
     (tmp_path / "folder").mkdir()
-    expected = "is not a pruned checkpoint" if command == "eval" else "is a directory"
+    expected = "is a directory" if command == "apply" else "is not a pruned checkpoint"
     assert expected in sentence("folder")
 
 

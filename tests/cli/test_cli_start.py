@@ -19,7 +19,7 @@ from yopo.cli.help_groups import GROUPS
 
 YOPO = str(Path(sys.executable).with_name("yopo"))
 HEAVY = ("torch", "transformers", "datasets", "rich", "yaml", "numpy")
-COMMANDS = ("calibrate", "plan", "inspect", "apply", "eval", "bench", "convert", "pairs")
+COMMANDS = ("calibrate", "plan", "inspect", "compare", "apply", "eval", "bench", "convert", "pairs")
 
 
 def test_help_takes_less_than_300_ms() -> None:
@@ -113,6 +113,8 @@ def test_the_version_is_printed(yopo: Yopo) -> None:
         (["calibrate", "--model", "m", "--budget", "much"], "--budget"),
         (["calibrate", "--model", "m", "--batch-size", "0"], "--batch-size"),
         (["inspect"], "PLAN"),
+        (["compare"], "Give 2 to 8 plans or checkpoints, found 0"),
+        (["compare", "a.yaml", "b.yaml", "--json", "--html", "c.html"], "--html"),
         (["apply", "plan.yaml", "--dry-run", "--verify"], "--verify"),
         (["inspect", "plan.yaml", "--json", "--html", "page.html"], "--html"),
     ],
@@ -138,7 +140,7 @@ def test_unexpected_failures_are_single_sentences(
     def fail(source: str) -> None:
         raise error
 
-    monkeypatch.setattr("yopo.plans.file.read_document", fail)
+    monkeypatch.setattr("yopo.plans.places.read_document", fail)
     done = yopo("inspect", plan)
     assert (done.code, done.out) == (1, "") and sentence in done.err
     assert "Traceback" not in done.err

@@ -23,9 +23,10 @@ from yopo.plans.schema import (
     Workload,
 )
 from yopo.report import units
+from yopo.report.candidates import CandidateTable
 from yopo.report.heatmap import DROPPED, KEPT, Heatmap
 from yopo.report.json import plan_document
-from yopo.report.plan_tables import LayerTable, bar, candidate_table, runs, savings_table
+from yopo.report.plan_tables import LayerTable, bar, runs, savings_table
 from yopo.report.profile import LEVELS, Profile, pooled, sparkline
 from yopo.report.summary import plan_report
 
@@ -235,11 +236,22 @@ def test_candidates_are_listed(key: str) -> None:
         {key: "reader", "compensation": "mean", "budget": 0.25, "kl": 0.0123},
         {key: "paper", "compensation": "none", "budget": 0.2, "kl": None},
     ]
-    lines = text_of(candidate_table(rows), 60)
+    lines = text_of(CandidateTable(rows), 60)
     assert lines[-2].split() == [">", "reader", "mean", "25.0", "%", "0.0123"]
     assert lines[-1].split() == ["paper", "none", "20.0", "%", "not", "measured"]
-    assert "held-out" not in text_of(candidate_table(rows), 90)[-3]
-    assert text_of(candidate_table(rows, 64), 90)[-3].endswith("logit KL on 64 held-out pairs")
+    assert "held-out" not in " ".join(lines)
+    assert text_of(CandidateTable(rows, 64), 90)[-1].strip() == "on 64 held-out pairs"
+
+
+def test_a_candidate_is_a_line_whatever_its_name() -> None:
+    kind = "9-32 tokens, 'is there ...'"
+    name = "allocated, visual weight 0.303, radius 2 and layer factors, keys in 4 bits"
+    row = {"template": name, "compensation": "refit", "budget": 0.25, "kl": 0.0123}
+    row |= {"whole_answers": 0.5, "worst_kind": kind, "worst_kl": 0.02}
+    for width in (60, 80, 120):
+        lines = text_of(CandidateTable([row] * 3, 64), width)
+        assert len(lines) == 7 and max(map(len, lines)) <= width
+        assert all("weigh" in line and "0.0123" in line for line in lines[2:5])
 
 
 def test_json_output_is_plain_and_complete() -> None:
@@ -248,7 +260,8 @@ def test_json_output_is_plain_and_complete() -> None:
     assert list(document) == [
         *("model", "workload", "budget", "compensation", "bidirectional", "baked"),
         "servable",
-        *("visual_flops", "prefill_flops", "visual_kv_bytes", "layers", "measured", "provenance"),
+        *("visual_flops", "prefill_flops", "visual_kv_bytes", "layers", "measured"),
+        *("quality", "evaluated", "provenance"),
     ]
     assert document["visual_flops"]["ratio"] == visual_budget(plan)
     flops = sum(layer["visual_flops"] for layer in document["layers"])
@@ -259,7 +272,8 @@ def test_json_output_is_plain_and_complete() -> None:
 
 
 def test_reports_import_no_torch() -> None:
-    modules = "summary, json, evaluation, plan_tables, bench_tables, heatmap, profile, units"
+    modules = "summary, json, evaluation, compare, quality, candidates, plan_tables, bench_tables, "
+    modules += "heatmap, profile, units"
     code = f"import sys; from yopo.report import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

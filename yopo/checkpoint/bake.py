@@ -26,7 +26,6 @@ from yopo.checkpoint.sidecar_files import (
     CODE_FILE,
     MODELING_CODE,
     ORIGINAL_CARD_FILE,
-    PLAN_FILE,
     TENSORS_FILE,
     TENSORS_FILES,
     config_json,
@@ -40,6 +39,7 @@ from yopo.checkpoint.values import FiniteCheck
 from yopo.checkpoint.writer import OutputDirectory
 from yopo.models.fingerprint import is_same
 from yopo.plans.checks import check_tensors
+from yopo.plans.places import PLAN_FILE
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import plan_files
 from yopo.support import console

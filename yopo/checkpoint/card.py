@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from yopo.checkpoint.sidecar_files import ORIGINAL_CARD_FILE, PLAN_FILE, TENSORS_FILE
+from yopo.checkpoint.sidecar_files import ORIGINAL_CARD_FILE, TENSORS_FILE
 from yopo.checkpoint.writer import format_bytes
 from yopo.models.registry import ALIASES
+from yopo.plans.evaluated import Evaluated, evaluated_of
 from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_flops,
@@ -20,6 +21,8 @@ from yopo.plans.flops import (
     visual_flops,
     visual_kv_bytes,
 )
+from yopo.plans.places import PLAN_FILE
+from yopo.plans.quality import OPTIMISTIC, quality_of
 from yopo.plans.schema import LEVERS, LayerPlan, PruningPlan, used_levers
 from yopo.support.version import __version__
 
@@ -49,6 +52,7 @@ def model_card(
             plan, name, has_original_card=original_card is not None, is_trained=is_trained
         ),
         _savings(plan),
+        _quality(plan, is_trained=is_trained),
         _layers(plan, tensors_bytes),
         _loading(name),
         _provenance(plan),
@@ -125,6 +129,45 @@ def _savings(plan: PruningPlan) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _quality(plan: PruningPlan, *, is_trained: bool) -> str:
+    """What calibration measured, and the evaluation that the plan records, as far as known."""
+    found, evaluated = quality_of(plan), evaluated_of(plan)
+    lines = ["## Quality", ""]
+    if found is None or not found.is_current:
+        what = "was not measured" if found is None else "was measured before the plan was edited"
+        lines += [f"In calibration, how close it is to the dense model {what}.", ""]
+    else:
+        lines += ["| kind | pairs | logit KL, nats per answer token | same whole answers |"]
+        lines += ["|---|---:|---:|---:|"]
+        for name, each in {"all": found, **found.kinds}.items():
+            numbers = f"{each.pairs} | {each.kl:.3g} | {each.whole_answers:.1%}"
+            lines.append(f"| {_cell(name)} | {numbers} |")
+        lines += ["", "Pruned against dense, along the dense model's answers to calibration pairs "]
+        lines[-1] += f"that nothing was fitted on; {OPTIMISTIC}."
+        lines.append("")
+    if evaluated is not None:
+        lines += [_evaluated(evaluated), ""]
+    if is_trained:
+        lines += ["All of this was measured before the model was trained.", ""]
+    return "\n".join(lines)
+
+
+def _evaluated(found: Evaluated) -> str:
+    share = found.same_answers / found.pairs
+    text = f"Evaluated on {found.pairs} pairs: logit KL {found.kl:.3g}, the same answer to "
+    text += f"{share:.1%} of them."
+    if found.answered:
+        kept = f" ({found.pruned / found.dense:.1%} kept)" if found.dense else ""
+        text += f" Right answers: {found.pruned} of {found.answered}; "
+        text += f"the dense model's: {found.dense}{kept}."
+    return text
+
+
+def _cell(name: str) -> str:
+    """A kind's name, which comes from data, inside a table and without markup."""
+    return "".join(f"\\{each}" if each in "|<>[]`*_\\" else each for each in name)
 
 
 def _flops(count: int) -> str:

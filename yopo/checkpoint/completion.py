@@ -21,8 +21,6 @@ from yopo.checkpoint.sidecar_files import (
     CODE_FILE,
     MODELING_CODE,
     ORIGINAL_CARD_FILE,
-    PLAN_FILE,
-    PLAN_FILES,
     TENSORS_FILE,
     TENSORS_FILES,
     config_json,
@@ -31,6 +29,7 @@ from yopo.checkpoint.sidecar_files import (
 )
 from yopo.models.fingerprint import is_same
 from yopo.plans.file import read_document
+from yopo.plans.places import PLAN_FILE, PLAN_FILES
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import plan_files
 from yopo.support import console

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from yopo.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Checkpoint
 from yopo.models.registry import family_of
+from yopo.plans.places import PLAN_FILE, PLAN_FILES
 from yopo.support.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-PLAN_FILE = "yopo_plan.yaml"
 TENSORS_FILE = "yopo.safetensors"
-PLAN_FILES = "yopo_plan*.yaml"
-"""All plans of a checkpoint: the first one and those baked with it."""
 TENSORS_FILES = "yopo*.safetensors"
 CODE_FILE = "modeling_yopo.py"
 CARD_FILE = "README.md"

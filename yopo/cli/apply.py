@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     help="Directory to create.  [default: NAME-yopo in the working directory]",
 )
 @click.option("--model", help="The checkpoint, if not where the plan says.")
+@click.option(
+    "--eval",
+    "evaluation",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Record this result of `yopo eval PLAN --json` in the (first) plan and the model card.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")
 @click.option("--verify", is_flag=True, help="Open the result and compare it with the original.")
 @click.option(
@@ -59,6 +66,7 @@ def command(
         *plans,
         output=values["output"],
         model=values["model"],
+        evaluation=values["evaluation"],
         force=values["force"],
         dry_run=dry_run,
         check=verify,

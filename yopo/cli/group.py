@@ -21,6 +21,7 @@ COMMANDS = {
     "search": ("yopo.cli.search", "Calibrate, and improve the plan layer by layer."),
     "plan": ("yopo.cli.plan", "Make another plan from saved statistics."),
     "inspect": ("yopo.cli.inspect", "Show what a plan prunes and what that saves."),
+    "compare": ("yopo.cli.compare", "Show plans or checkpoints side by side."),
     "apply": ("yopo.cli.apply", "Bake a plan into a checkpoint."),
     "eval": ("yopo.cli.eval", "Compare the pruned model with the dense one."),
     "bench": ("yopo.cli.bench", "Time the pruned model against the dense one."),

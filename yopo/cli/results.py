@@ -113,11 +113,11 @@ def save(made: Calibrated, output: str, *, force: bool) -> None:
 
 
 def _show_candidates(plan: PruningPlan) -> None:
-    from yopo.report.plan_tables import candidate_table
+    from yopo.report.candidates import CandidateTable
 
     split, found = plan.provenance.get("split", {}), plan.provenance["candidates"]
     shown = found if is_verbose() else found[:SHOWN]
-    show(candidate_table(shown, split.get("comparison", split.get("held_out"))))
+    show(CandidateTable(shown, split.get("comparison", split.get("held_out"))))
     if len(found) > len(shown):
         note(f"   and {len(found) - len(shown)} more, which -v and the plan list")
 

@@ -77,6 +77,8 @@ def draw(
     strata: Sequence[Hashable],
     read: Read,
     left_out: LeftOut,
+    *,
+    is_scanned: bool,
 ) -> list[int]:
     """Draw usable rows, and decode their images once: before anything slow runs.
 
@@ -89,6 +91,7 @@ def draw(
         strata: What each of them belongs to.
         read: Reads some of them.
         left_out: Counts those that cannot be used.
+        is_scanned: Whether all rows of the source were looked at, not only those that are drawn.
 
     Returns:
         Numbers of rows, ascending.
@@ -106,11 +109,12 @@ def draw(
         reading = track(read(some), label="checking images", total=len(some), unit="pairs")
         kept += [number for number, pair in reading if decoder.decodes(pair)]
     left_out.refuse_if_nothing_is_left(len(kept))
-    left_out.report(place + before)
+    usable = len(order) - (left_out.count - before)
+    left_out.report(before + len(order) if is_scanned else place)
     if how.samples is not None and len(kept) < how.samples:
         warn_all_used(where, how.samples, len(kept))
-    elif how.samples is not None and len(kept) < len(order):
-        _note_draw(where, len(kept), len(order), len(set(strata)))
+    elif how.samples is not None and len(kept) < usable:
+        _note_draw(where, len(kept), usable, len(set(strata)))
     return sorted(kept)
 
 

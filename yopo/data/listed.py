@@ -72,7 +72,7 @@ def open_rows(
         return ((number, pairs[number]) for number in numbers)
 
     kinds = [pair.kind for pair in pairs.values()]
-    kept = draw(how, source, list(pairs), kinds, read, left_out)
+    kept = draw(how, source, list(pairs), kinds, read, left_out, is_scanned=True)
     found = [pairs[number] for number in kept]
     return Pairs(name, total=len(found), digest=digest, read=lambda: iter(found))
 

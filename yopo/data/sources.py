@@ -185,7 +185,7 @@ def _open_json(path: Path, how: Draw) -> Pairs:
         usable.append(number)
         kinds.append(names.setdefault(pair.kind, len(names)))
     read = partial(_read_json, rows, folder)
-    kept = draw(how, str(path), usable, kinds, read, left_out)
+    kept = draw(how, str(path), usable, kinds, read, left_out, is_scanned=True)
     name = printable(path.name)
     return Pairs(name, len(kept), rows.digest, read=lambda: (pair for _, pair in read(kept)))
 

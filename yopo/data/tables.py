@@ -172,7 +172,8 @@ def _from_table(table: Dataset, name: str, where: str, folder: Path, how: Draw) 
         return _read(stream, numbers, where, folder, left_out)
 
     rows = range(len(table))
-    kept = draw(how, where, rows, _kinds(table), partial(read, left_out=left_out), left_out)
+    reading = partial(read, left_out=left_out)
+    kept = draw(how, where, rows, _kinds(table), reading, left_out, is_scanned=False)
     fixed = LeftOut(where, strict=True)  # whatever goes wrong from now on is an error
     return Pairs(
         name=name,

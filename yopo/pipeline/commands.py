@@ -31,6 +31,7 @@ from yopo.planning.request import (
     PlanRequest,
     ToleranceRequest,
 )
+from yopo.plans.evaluated import with_evaluation
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.serving.loading import open_baked
@@ -269,6 +270,7 @@ def apply(
     force: bool = False,
     dry_run: bool = False,
     check: bool = False,
+    evaluation: str | Path | None = None,
 ) -> Applied:
     """Bake a plan, or several for one model, into a copy of its checkpoint (``yopo apply``).
 
@@ -286,6 +288,7 @@ def apply(
         force: Whether a checkpoint in ``output`` may be replaced.
         dry_run: Validate everything, write nothing.
         check: Whether to open the result and compare it with the original.
+        evaluation: The output of ``yopo eval --json`` on the first plan, for the model card.
 
     Raises:
         YopoError: The plan, the model or the output directory is unusable.
@@ -293,6 +296,8 @@ def apply(
     plan, *also = (
         each if isinstance(each, PruningPlan) else read_plan(each) for each in (plan, *others)
     )
+    if evaluation is not None:
+        plan = with_evaluation(plan, evaluation)
     source = fetch(_source_of(plan, model))
     if output is None:
         output = f"{plan.model.name.partition('@')[0].rpartition('/')[2]}-yopo"

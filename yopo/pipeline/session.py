@@ -32,7 +32,7 @@ from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.progress import PlanProgress, most_plans
 from yopo.pipeline.size_note import note_if_one_size
-from yopo.pipeline.tail import tail_of
+from yopo.pipeline.tail import quality_entry, tail_of
 from yopo.pipeline.tolerance import (
     Agreement,
     agreement_on,
@@ -171,6 +171,8 @@ class CalibrationSession:
         provenance = {**plan.provenance, "split": self.split.summary}
         if is_measured:
             kinds = kinds_of_records(self.comparison)
+            judged = self._judged[plan.layers, plan.compensation]
+            provenance["quality"] = quality_entry(plan, judged, kinds)
             table = zip(plan.provenance["candidates"], candidates, strict=True)
             provenance["candidates"] = [
                 entry | tail_of(self._judged[each.plan.layers, each.compensation], kinds)

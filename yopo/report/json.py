@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from yopo.plans.evaluated import evaluated_of
 from yopo.plans.flops import visual_flops_of_layer, visual_kv_bytes_of_layer
+from yopo.plans.quality import quality_of
 from yopo.plans.schema import PruningPlan
 from yopo.plans.servable import engine_problem
 from yopo.report.plan_tables import savings
@@ -21,9 +23,11 @@ def plan_document(plan: PruningPlan) -> dict[str, Any]:
         ``servable``, whether ``vllm`` can run it and, if not, ``because`` of what;
         ``visual_flops``, ``prefill_flops`` and ``visual_kv_bytes`` (16 bit) of one prompt, each
         with ``dense``, ``pruned`` and ``ratio``; ``layers``; ``measured`` (or null);
-        ``provenance``.
+        ``quality``: what calibration measured, and ``evaluated``: what an evaluation found (or
+        null); ``provenance``.
     """
-    shape, workload = plan.model.shape, plan.workload
+    shape, workload, found = plan.model.shape, plan.workload, quality_of(plan)
+    evaluated = evaluated_of(plan)
     layers = [
         {
             "index": index,
@@ -49,5 +53,7 @@ def plan_document(plan: PruningPlan) -> dict[str, Any]:
         **totals,
         "layers": layers,
         "measured": None if plan.measured is None else asdict(plan.measured),
+        "quality": None if found is None else found.to_dict(),
+        "evaluated": None if evaluated is None else vars(evaluated),
         "provenance": dict(plan.provenance),
     }

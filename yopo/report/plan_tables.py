@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -147,43 +146,6 @@ def runs(layers: Sequence[LayerPlan]) -> Iterator[tuple[int, int, LayerPlan]]:
     for _, run in groupby(enumerate(layers), key=look):
         members = list(run)
         yield members[0][0], members[-1][0], members[0][1]
-
-
-def candidate_table(
-    candidates: Sequence[Mapping[str, Any]], pairs: int | None = None
-) -> RenderableType:
-    """The compared plans, best first, with the chosen one marked.
-
-    Args:
-        candidates: From a plan's provenance: template, compensation, budget, kl, and
-            if measured whole_answers, worst_kind, worst_kl.
-        pairs: Number of held-out pairs that the KL was measured on, if known.
-    """
-    table = plain_table()
-    table.add_column("")
-    table.add_column("template")
-    table.add_column("compensation")
-    table.add_column("visual budget", justify="right")
-    where = f" on {pairs} held-out pairs" if pairs else ""
-    table.add_column(f"logit KL{where}", justify="right")
-    has_tail = any("worst_kind" in each for each in candidates)
-    if has_tail:
-        table.add_column("whole answers", justify="right")
-        table.add_column("worst kind's KL", justify="right")
-        table.add_column("")
-    for rank, each in enumerate(candidates):
-        kl = "not measured" if each["kl"] is None else f"{each['kl']:.3g}"
-        cells = (str(template_of(each)), str(each["compensation"]), units.share(each["budget"]), kl)
-        tail = _tail_cells(each) if has_tail else ()
-        table.add_row("" if rank else ">", *cells, *tail, style="" if rank else "bold")
-    return Group("", table)
-
-
-def _tail_cells(candidate: Mapping[str, Any]) -> tuple[str | Text, ...]:
-    if "worst_kind" not in candidate:
-        return ("", "", "")
-    whole, kl = candidate["whole_answers"], candidate["worst_kl"]
-    return units.share(whole), f"{kl:.3g}", Text(str(candidate["worst_kind"]))
 
 
 def template_of(document: Mapping[str, object]) -> object:

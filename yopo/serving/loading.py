@@ -16,10 +16,9 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from yopo.checkpoint.completion import Completion
 from yopo.checkpoint.download import HUB_OPTIONS
 from yopo.checkpoint.reader import Checkpoint, fetch, fetch_some, read_source
-from yopo.checkpoint.sidecar_files import PLAN_FILE, PLAN_FILES
 from yopo.models.fingerprint import Source, is_same, remember_source
 from yopo.models.registry import ModelSource, family_of, resolve
-from yopo.plans.file import read_document
+from yopo.plans.places import PLAN_FILES, plan_path, refuse_unbaked
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.runtime.install import install
@@ -104,7 +103,7 @@ def open_baked(path: str | Path, budget: float | None = None, **place: Any) -> B
     if not source.is_local and revision is not None:
         source = replace(source, revision=revision)
     small = fetch_some(source, ("config.json", PLAN_FILES), subfolder=subfolder, **place)
-    _refuse_unbaked(small, source.name)
+    refuse_unbaked(small, source.name)
     checkpoint = Checkpoint.open(fetch(source, subfolder=subfolder, **place))
     plan = read_baked_plan(checkpoint.path, budget)
     files = read_source(checkpoint)
@@ -128,29 +127,8 @@ def read_baked_plan(path: str | Path, budget: float | None = None) -> PruningPla
 
 def plan_file(folder: Path, budget: float | None = None) -> Path:
     """The plan's file inside a baked checkpoint's directory (raises as above)."""
-    _refuse_unbaked(folder, str(folder))
-    return folder / PLAN_FILE if budget is None else _largest_within(budget, folder)
-
-
-def _refuse_unbaked(folder: Path, name: str) -> None:
-    if not (folder / PLAN_FILE).is_file():
-        raise CheckpointError(
-            f"{name}: is not a pruned checkpoint (no {PLAN_FILE}).",
-            remedy="Create one with `yopo apply plan.yaml`.",
-        )
-
-
-def _largest_within(budget: float, folder: Path) -> Path:
-    files = sorted(folder.glob(PLAN_FILES))
-    budgets = {file: read_document(file)[0].budget.reached for file in files}
-    within = [file for file in files if budgets[file] <= budget + 1e-9]
-    if not within:
-        known = ", ".join(f"{reached:.3g}" for reached in budgets.values())
-        raise CheckpointError(
-            f"{folder}: has no plan within a visual budget of {budget}; it has {known}.",
-            remedy="Pass one of these, or bake another plan with the others.",
-        )
-    return max(within, key=lambda file: budgets[file])
+    refuse_unbaked(folder, str(folder))
+    return plan_path(folder, budget)
 
 
 def load_dense(
