@@ -50,7 +50,7 @@ from yopo.evaluation.evaluate import measure_kept
 from yopo.evaluation.fidelity import record_dense
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import CalibrationSession
-from yopo.planning.allocate import Levers
+from yopo.planning.levers import Levers
 from yopo.planning.paper import paper_layers
 from yopo.planning.planner import Planner
 from yopo.planning.request import BudgetRequest

@@ -202,3 +202,11 @@ def test_pairs_writes_demo_pairs(yopo: Yopo, model: Path) -> None:
     assert yopo("pairs", "mine").is_sentence
     assert yopo("pairs", "nowhere/mine").is_sentence
     assert os.listdir() == ["mine"]
+
+
+def test_a_plan_for_an_engine(yopo: Yopo, model: Path, pairs: Path) -> None:
+    asked = ("calibrate", "--model", model, "--data", pairs, *FAST, "--budget", 0.2)
+    assert yopo(*asked, "--engine", "vllm", "-o", "p.yaml").code == 0
+    found = json.loads(yopo("inspect", "p.yaml", "--json").out)
+    assert found["servable"] == {"vllm": True, "because": None}
+    assert found["provenance"]["engine"] == "vllm"

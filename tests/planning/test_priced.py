@@ -55,3 +55,20 @@ def test_selected_heads_are_worth_their_price(seed: int, price: float, kv_price:
         torch.testing.assert_close(found.net[layer], torch.tensor(nets).double())
         best = max(range(RANKS), key=lambda rank: nets[rank])
         assert found.best()[layer] == (best if nets[best] > 0 else None)
+
+
+@given(seed=st.integers(0, 999), price=PRICES)
+def test_everywhere_leaves_only_the_bottleneck_and_attending_to_choose(
+    seed: int, price: float
+) -> None:
+    reading, mixing, lost, costs = draw(seed)
+    priced = PricedHeads(reading, mixing, lost, costs, 0.1)
+    usual = priced.select(price, 0.0)
+    found = PricedHeads(reading, mixing, lost, costs, 0.1, everywhere=True).select(price, 0.0)
+    assert found.read.all()
+    worthwhile = usual.read[..., None]
+    assert torch.equal(found.attend & worthwhile, usual.attend)
+    assert (found.net <= usual.net.clamp(min=-price * costs.start) + 1e-12).all()
+    assert found.best() == found.net.argmax(dim=1).tolist()
+    whole = usual.read.all(dim=-1)
+    torch.testing.assert_close(found.net[whole], usual.net[whole])

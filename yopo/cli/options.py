@@ -32,7 +32,7 @@ _BUDGET = (
     "kv_budget",
 )
 _RATIOS = ("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha")
-_ANY_REQUEST = ("compensation", "kv_groups", "bidirectional")
+_ANY_REQUEST = ("compensation", "kv_groups", "bidirectional", "engine")
 
 
 def _chain(*options: Decorator) -> Decorator:
@@ -116,6 +116,11 @@ request_options = _chain(
         "--bidirectional/--causal",
         default=False,
         help="Visual tokens also attend later neighbors (fine-tuned models).  [default: causal]",
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(("vllm",)),
+        help="Only a plan that this inference engine can run.",
     ),
 )
 """Options for the requested plan."""

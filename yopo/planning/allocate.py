@@ -19,28 +19,20 @@ relative to an error in reading. So the planner tries a few and measures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
 from yopo.fitting.profile import Profile
 from yopo.planning.choices import Choice, Choices, spend_rest
+from yopo.planning.levers import Levers
 from yopo.planning.paper import EMPTY
 from yopo.planning.priced import HeadCosts, PricedHeads, Selected
 from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_flops_of_layer
 from yopo.plans.schema import LayerPlan, full_layer
-
-RANKS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
-"""Bottlenecks tried in addition to none, as shares of the hidden width."""
-
-MAPS = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Ranks of the linear map tried, as shares of the hidden width."""
-
-WIDTHS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
-"""Shares of the FFN tried."""
 
 STEPS = 60
 """Bisections of the price."""
@@ -61,23 +53,6 @@ DISCOUNTS = (1.0, 0.25, 1 / 16, 0.0)
 """Factors on the price at which heads are chosen for the rest of a budget."""
 
 
-@dataclass(frozen=True)
-class Levers:
-    """The levers that an allocation may use; an ablation restricts them.
-
-    Attributes:
-        ranks: Bottlenecks tried in addition to none, as shares of the hidden width.
-        maps: Ranks of the linear map tried, as shares of the hidden width.
-        widths: Shares of the FFN tried.
-        attend: Whether visual tokens may attend.
-    """
-
-    ranks: tuple[float, ...] = RANKS
-    maps: tuple[float, ...] = MAPS
-    widths: tuple[float, ...] = WIDTHS
-    attend: bool = True
-
-
 class Allocator:
     """Allocates a budget for one model.
 
@@ -96,7 +71,8 @@ class Allocator:
         levers: Levers | None = None,
     ):
         self.levers = levers or Levers()
-        self.builder, self.profile, self.radius = builder, profile, weighting.radius
+        self.builder, self.profile = builder, profile
+        self.radius = None if self.levers.everywhere else weighting.radius
         self.shape, self.workload = builder.shape, builder.workload
         reading = builder.statistics.reading
         later = read_later(reading.sum(dim=1), profile.stream)
@@ -197,7 +173,8 @@ class Allocator:
     def _attention_choices(self, number: int, price: float) -> Iterator[Choice]:
         """For every bottleneck, the heads whose gain through it exceeds their price per FLOP."""
         selected = self._priced.select(price, 0.0)
-        yield self._attention(number, EMPTY)
+        if not self.levers.everywhere:
+            yield self._attention(number, EMPTY)
         for rank in range(len(self._ranks)):
             if selected.read[number, rank].any():
                 yield self._attention(number, self._selected(selected, number, rank))
@@ -216,6 +193,7 @@ class Allocator:
             mixing.unflatten(1, per_group) * self.levers.attend,
             torch.tensor(lost, dtype=torch.float64),
             self._costs,
+            everywhere=self.levers.everywhere,
         )
 
     @cached_property

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from yopo.calibration.statistics import Statistics
+from yopo.planning.request import PaperRequest
 from yopo.plans.schema import LayerPlan, ModelShape
 from yopo.strategies import heads as head_strategy
 
@@ -61,3 +63,18 @@ def paper_layers(
 def kept_heads(row: torch.Tensor) -> tuple[int, ...]:
     """Indices of a (heads,) bool row."""
     return tuple(row.nonzero().flatten().tolist())
+
+
+def requested_layers(statistics: Statistics, request: PaperRequest) -> tuple[LayerPlan, ...]:
+    """The layers that a request describes, from a calibration's head activity."""
+    shape = statistics.model.shape
+    return paper_layers(
+        shape,
+        statistics.rho,
+        visual_layers=request.num_visual_layers(shape),
+        head_ratio=request.ratio("head_ratio"),
+        neuron_ratio=request.ratio("neuron_ratio"),
+        radius=request.radius_or_default,
+        alpha=request.alpha,
+        groups=request.group(shape),
+    )

@@ -9,17 +9,19 @@ from operator import methodcaller
 
 from yopo.calibration.statistics import Statistics
 from yopo.fitting.fitter import Fitter
-from yopo.planning.allocate import Allocator, Levers
+from yopo.planning.allocate import Allocator
 from yopo.planning.allocations import Allocations, Measure, without_weights
 from yopo.planning.candidate import Candidate, kl_of
 from yopo.planning.kv_budget import Build, KVBudget, Storage
-from yopo.planning.paper import paper_layers
+from yopo.planning.levers import Levers
+from yopo.planning.paper import requested_layers
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
 from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_budget
 from yopo.plans.schema import Budget, PruningPlan
+from yopo.plans.servable import engine_problem, layers_problem
 from yopo.support.console import track
 from yopo.support.errors import PlanError, suggest
 from yopo.support.version import __version__
@@ -51,25 +53,20 @@ def make_plan(
     Raises:
         PlanError: No template fits the budget, or the request does not fit the model.
     """
+    found: list[Candidate]
     if isinstance(request, PaperRequest):
-        layers = _paper_layers(statistics, request)
+        layers = requested_layers(statistics, request)
         kind = request.compensation or "none"
-        return Assembler(statistics, request, fitter).assemble(layers, kind), []
-    return Planner(statistics, request, measure, fitter, tried).make()
-
-
-def _paper_layers(statistics: Statistics, request: PaperRequest) -> Layers:
-    shape = statistics.model.shape
-    return paper_layers(
-        shape,
-        statistics.rho,
-        visual_layers=request.num_visual_layers(shape),
-        head_ratio=request.ratio("head_ratio"),
-        neuron_ratio=request.ratio("neuron_ratio"),
-        radius=request.radius_or_default,
-        alpha=request.alpha,
-        groups=request.group(shape),
-    )
+        plan, found = Assembler(statistics, request, fitter).assemble(layers, kind), []
+    else:
+        plan, found = Planner(statistics, request, measure, fitter, tried).make()
+    problem = engine_problem(plan) if request.engine else None
+    if problem is not None:
+        raise PlanError(
+            f"This plan cannot be served in {request.engine}: {problem}.",
+            remedy="Use `yopo calibrate --engine`, with a budget and without a template.",
+        )
+    return plan, found
 
 
 class Assembler:
@@ -140,7 +137,8 @@ class Planner(Assembler):
         tried: Sequence[Weighting] = (),
     ):
         super().__init__(statistics, request, fitter)
-        self.measure, self.tried, self.levers = measure, tuple(tried), Levers()
+        self.measure, self.tried = measure, tuple(tried)
+        self.levers = Levers(everywhere=request.engine is not None)
         if request.search and measure is None:
             raise PlanError(
                 "A search measures plans on the model, which is not available here.",
@@ -277,7 +275,9 @@ class Planner(Assembler):
             return None if found is None else found[0]
 
         layers = self._kv().store(build, storage)
-        return None if layers is None else (layers, state.compensation)
+        if layers is None or not self._is_servable(layers):
+            return None
+        return layers, state.compensation
 
     def _kl(self, layers: Layers, kind: str) -> float:
         assert self.measure is not None, "a search is refused without a measure"
@@ -304,21 +304,38 @@ class Planner(Assembler):
         seen: set[Layers] = set()
         for each in TEMPLATES if name is None else (name,):
             layers = self._kv().store(methodcaller("candidate", each))
-            if layers is not None and layers not in seen:
+            if layers is not None and layers not in seen and (name or self._is_servable(layers)):
                 seen.add(layers)
                 yield each, layers
+
+    def _is_servable(self, layers: Layers) -> bool:
+        """Whether the request's engine, if it names one, could run layers."""
+        shape = self.statistics.model.shape
+        return self.request.engine is None or layers_problem(layers, shape) is None
 
     def _unaffordable(self) -> PlanError:
         builder = self._builder
         name = self.request.template or (None if self.measure else DEFAULT_TEMPLATE)
         kind = f"of template {name} " if name else ""
-        costs = f"costs {builder.cost((builder.reader_layer,)):.4f}"
+        layers: Layers = (builder.reader_layer,)
+        subject = "one layer that reads the image"
+        if self.request.engine is not None:
+            subject = f"reading the image in all layers, as {self.request.engine} requires,"
+            layers = self._least_everywhere()
+        costs = f"costs {builder.cost(layers):.4f}"
         cached = ""
         if self.request.kv_budget is not None:
             cached = f" and a KV budget of {self.request.kv_budget}"
             costs += f" and caches {self._kv().least_share():.4f}"
         return PlanError(
-            f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: one layer that "
-            f"reads the image {costs}.",
+            f"No plan {kind}fits a visual budget of {self.request.budget}{cached}: {subject} "
+            f"{costs}.",
             remedy="Use a larger budget.",
         )
+
+    def _least_everywhere(self) -> Layers:
+        """The cheapest layers that all read: through the smallest bottleneck, if one is fitted."""
+        shape, rank = self.statistics.model.shape, None
+        if self.fitter is not None:
+            rank = max(1, round(min(self.levers.ranks) * shape.hidden))
+        return (replace(self._builder.reader_layer, qkv_rank=rank),) * shape.layers

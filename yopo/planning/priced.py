@@ -74,17 +74,19 @@ class Selected:
         attend: (L, R, G, M) bool, query heads in which visual tokens attend.
         net: (L, R) float64, prevented damage less what it costs at these prices; minus infinity
             where no head is read.
+        everywhere: Whether every layer has to read, at whatever price.
     """
 
     read: torch.Tensor
     attend: torch.Tensor
     net: torch.Tensor
+    everywhere: bool = False
 
     def best(self) -> list[int | None]:
-        """The best bottleneck of every layer; None where reading nothing is as good."""
+        """The best bottleneck of every layer; None where reading nothing is as good and allowed."""
         net, rank = self.net.max(dim=1)
         pairs = zip(net.tolist(), rank.tolist(), strict=True)
-        return [index if value > 0 else None for value, index in pairs]
+        return [index if value > 0 or self.everywhere else None for value, index in pairs]
 
     def heads(self, layer: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(reading, attending) query heads of a layer with a bottleneck."""
@@ -103,6 +105,7 @@ class PricedHeads:
         mixing: (L, G, M) float64, gain of attending in a head.
         lost: (L, R) float64, share of both that a bottleneck loses.
         costs: Per bottleneck.
+        everywhere: Whether all heads are read in all layers, whatever their gain.
     """
 
     def __init__(
@@ -111,11 +114,13 @@ class PricedHeads:
         mixing: torch.Tensor,
         lost: torch.Tensor,
         costs: HeadCosts,
+        *,
+        everywhere: bool = False,
     ):
         kept = 1 - lost
         self._reading = kept[:, :, None] * reading.sum(dim=-1)[:, None]
         self._mixing = kept[:, :, None, None] * mixing[:, None]
-        self._costs = costs
+        self._costs, self._everywhere = costs, everywhere
 
     def select(self, price: float, kv_price: float) -> Selected:
         """The heads whose gain exceeds their cost.
@@ -129,8 +134,8 @@ class PricedHeads:
         gain = self._reading + torch.where(busy, self._mixing, 0.0).sum(dim=-1)
         cost = price * (costs.kv[:, None] + busy.sum(dim=-1) * costs.attend[:, None])
         net = gain - cost - kv_price * costs.kv_bytes[:, None]
-        read = net > 0
+        read = torch.ones_like(net, dtype=torch.bool) if self._everywhere else net > 0
         whole = torch.where(read, net, 0.0).sum(dim=-1)
         whole = whole - price * costs.start - kv_price * costs.start_bytes
         whole = torch.where(read.any(dim=-1), whole, -torch.inf)
-        return Selected(read, busy & read[..., None], whole)
+        return Selected(read, busy & read[..., None], whole, self._everywhere)

@@ -30,16 +30,19 @@ class Options:
         bidirectional: Whether visual tokens also attend to later neighbors (fine-tuned models).
         kv_groups: Whether the query heads of one KV head are kept or dropped together, so that
             every dropped head shrinks the KV cache. Single query heads are a finer choice.
+        engine: The inference engine that has to be able to run the plan (``vllm``); None: any plan.
     """
 
     compensation: str | None = None
     bidirectional: bool = False
     kv_groups: bool = False
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         if self.compensation is not None and self.compensation not in COMPENSATIONS:
             known = ", ".join(COMPENSATIONS)
             raise PlanError(f"compensation must be one of {known}; found '{self.compensation}'.")
+        _check_engine(self.engine, bidirectional=self.bidirectional)
 
     def group(self, shape: ModelShape) -> int:
         """Number of query heads of a model that are kept or dropped together."""
@@ -47,7 +50,8 @@ class Options:
 
     def provenance(self) -> dict[str, object]:
         """Entries of a plan's provenance for the request, without defaults."""
-        return {"kv_groups": True} if self.kv_groups else {}
+        given = {"kv_groups": self.kv_groups or None, "engine": self.engine}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,7 @@ class _Budgeted(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share("kv_budget", self.kv_budget)
+        _check_kv(self)
 
     def provenance(self) -> dict[str, object]:
         """Entries of the common options and the KV budget."""
@@ -146,6 +151,7 @@ class ToleranceRequest(Options):
         if not 0 < self.tolerance < 1:
             raise PlanError(f"tolerance must lie in (0, 1), found {self.tolerance}.")
         _check_share("kv_budget", self.kv_budget)
+        _check_kv(self)
         if self.tolerance_on not in TOLERANCE_ON:
             raise PlanError(
                 f"tolerance_on must be one of {', '.join(TOLERANCE_ON)}, found "
@@ -163,6 +169,7 @@ class ToleranceRequest(Options):
             compensation=self.compensation,
             bidirectional=self.bidirectional,
             kv_groups=self.kv_groups,
+            engine=self.engine,
         )
 
 
@@ -253,6 +260,30 @@ PlanRequest = BudgetRequest | PaperRequest | ToleranceRequest | LatencyRequest
 def _check_share(name: str, value: float | None) -> None:
     if value is not None and not 0 < value <= 1:
         raise PlanError(f"{name} must lie in (0, 1], found {value}.")
+
+
+ENGINES = ("vllm",)
+"""Inference engines that plans can be made for."""
+
+
+def _check_engine(engine: str | None, *, bidirectional: bool) -> None:
+    if engine is not None and engine not in ENGINES:
+        raise PlanError(
+            f"Unknown engine '{engine}', expected {' or '.join(ENGINES)}.",
+            remedy=suggest(engine, ENGINES),
+        )
+    if engine is not None and bidirectional:
+        raise PlanError(
+            f"engine and bidirectional exclude one another: attention in {engine} is causal."
+        )
+
+
+def _check_kv(request: _Budgeted | ToleranceRequest) -> None:
+    if request.engine is not None and request.kv_budget is not None:
+        raise PlanError(
+            "engine and kv_budget exclude one another: an engine caches all tokens alike.",
+            remedy="Leave out one of them.",
+        )
 
 
 def plan_request(**options: Any) -> PlanRequest:

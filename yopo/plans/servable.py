@@ -7,6 +7,8 @@ keys, values, output projection and FFN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from yopo.plans.schema import LEVERS, LayerPlan, ModelShape, PruningPlan
 
 _RUN = ("qkv_rank", "map_rank")
@@ -22,8 +24,13 @@ def engine_problem(plan: PruningPlan) -> str | None:
     """
     if plan.bidirectional:
         return "visual tokens attend to later ones (bidirectional), which its kernels do not"
-    for index, layer in enumerate(plan.layers):
-        problem = _layer_problem(layer, plan.model.shape)
+    return layers_problem(plan.layers, plan.model.shape)
+
+
+def layers_problem(layers: Iterable[LayerPlan], shape: ModelShape) -> str | None:
+    """The same for the layers of a plan."""
+    for index, layer in enumerate(layers):
+        problem = _layer_problem(layer, shape)
         if problem is not None:
             return f"in layer {index} {problem}"
     return None

@@ -97,6 +97,22 @@ def test_without_the_plugin_the_dense_model_is_served(
     dense.check([(tokens, torch.tensor(scores, dtype=torch.float64))])
 
 
+def test_a_calibrated_plan_is_served(tmp_path: Path, prompts: list[Prompt]) -> None:
+    build(KIND, tmp_path / "dense")
+    found = yopo.calibrate(
+        str(tmp_path / "dense"),
+        yopo.BudgetRequest(0.2, engine="vllm"),
+        options=yopo.RunOptions(data="demo:calibration", samples=24),
+    )
+    assert found.plan.compensation == "refit"
+    yopo.apply(found.plan, output=tmp_path / "baked")
+    pruned = Reference.of(tmp_path / "baked", prompts)
+    dense = Reference.of(tmp_path / "dense", prompts, dense=True)
+    assert pruned.distance(dense) > 1000 * pruned.rounding
+    with engine(tmp_path / "baked") as llm:
+        pruned.check(answers(llm, prompts))
+
+
 def unservable(folder: Path, **changes: object) -> Path:
     """A checkpoint whose second layer has something that an engine cannot run."""
     model = build(KIND, folder / "dense")

@@ -37,7 +37,7 @@ main()
 """
 """The command ``vllm``, which does not start in the CPU build as it does not know its own name."""
 
-STARTUP = 240
+STARTUP = 600
 """Seconds until a server must answer."""
 
 
