@@ -62,9 +62,9 @@ def test_everywhere_leaves_only_the_bottleneck_and_attending_to_choose(
     seed: int, price: float
 ) -> None:
     reading, mixing, lost, costs = draw(seed)
-    priced = PricedHeads(reading, mixing, lost, costs, 0.1)
+    priced = PricedHeads(reading, mixing, lost, costs)
     usual = priced.select(price, 0.0)
-    found = PricedHeads(reading, mixing, lost, costs, 0.1, everywhere=True).select(price, 0.0)
+    found = PricedHeads(reading, mixing, lost, costs, everywhere=True).select(price, 0.0)
     assert found.read.all()
     worthwhile = usual.read[..., None]
     assert torch.equal(found.attend & worthwhile, usual.attend)
