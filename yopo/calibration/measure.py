@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,13 @@ from yopo.plans.extent import Extent
 from yopo.plans.schema import ModelIdentity, Workload
 from yopo.support.console import track
 from yopo.support.errors import DataError, YopoError
+from yopo.support.work_dir import NoWork, Work
+
+SNAPSHOT = "statistics-part"
+"""Name of the stage that holds the sums over the pairs so far."""
+
+PERIOD = 20.0
+"""Seconds after which sums are kept."""
 
 
 def identify(model: PreTrainedModel, name: str) -> ModelIdentity:
@@ -46,6 +54,7 @@ def measure(
     batch_size: int = 8,
     queries: str = "text",
     provenance: Mapping[str, Any] | None = None,
+    work: Work | None = None,
 ) -> Statistics:
     """Run pairs through a dense model once and measure everything that plans need.
 
@@ -58,6 +67,7 @@ def measure(
         batch_size: Pairs per forward.
         queries: Queries that head activity sums over: ``text``, ``all`` or ``last``.
         provenance: Added to the statistics' provenance.
+        work: Keeps the sums now and then, so that a killed pass goes on from them.
 
     Raises:
         DataError: No pairs, or one that cannot be read.
@@ -68,11 +78,38 @@ def measure(
     groups = batches(by_size(pairs), batch_size)
     groups = track(groups, label="calibrating", total=total, unit="pairs")
     with observing(model, identity.shape, family, queries) as observer:
+        keeper = _Keeper(observer, work or NoWork())
         for group in groups:
+            if keeper.has(group):
+                continue
             _observe(model, processor, group, observer)
+            keeper.keep()
         if not observer.rho:
             raise DataError("There are no pairs to calibrate on.")
         return _conclude(model, identity, observer, {"queries": queries, **(provenance or {})})
+
+
+class _Keeper:
+    """Keeps an observer's sums now and then; the first pairs may already be in them."""
+
+    def __init__(self, observer: Observer, work: Work):
+        self._observer, self._work, self._kept = observer, work, time.monotonic()
+        found = work.load(SNAPSHOT)
+        self._done = 0
+        if found is not None:
+            observer.restore(found)
+            self._done = found.about["pairs"]
+
+    def has(self, group: tuple[Pair, ...]) -> bool:
+        """Whether the next pairs are in the sums."""
+        self._done -= len(group)
+        return self._done >= 0
+
+    def keep(self) -> None:
+        """Keep the sums, if the last ones are old."""
+        if time.monotonic() - self._kept >= PERIOD:
+            self._work.save(SNAPSHOT, self._observer.snapshot())
+            self._kept = time.monotonic()
 
 
 def _observe(

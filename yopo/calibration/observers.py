@@ -24,6 +24,7 @@ from yopo.models.family import Family
 from yopo.models.layout import LayoutProbe
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
+from yopo.support.work_dir import Stage
 
 if TYPE_CHECKING:
     from yopo.models.stock import StockAttention
@@ -36,6 +37,9 @@ QUERIES = ("text", "all", "last")
 
 _FLOAT_BYTES = 8 << 20
 """Bytes of weights or activations that are converted to float32 at a time."""
+
+_COUNTS = ("visual_tokens", "text_queries", "text_tokens", "text_before")
+"""Counts of an observer."""
 
 
 class Observer:
@@ -83,6 +87,25 @@ class Observer:
         self.text_before += view.num_before
         self.grids.update(view.layout.grids)
         refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
+
+    def snapshot(self) -> Stage:
+        """The sums so far, between two batches."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        grids = [
+            [[(grid.rows, grid.cols) for grid in prompt], count]
+            for prompt, count in self.grids.items()
+        ]
+        about = {**counts, "grids": grids, "pairs": sum(map(len, self.rho))}
+        return Stage({**self.sums, "rho": torch.cat(self.rho)}, about)
+
+    def restore(self, kept: Stage) -> None:
+        """Go on from a snapshot."""
+        self.rho = [kept.tensors["rho"]]
+        self.sums = {name: kept.tensors[name] for name in self.sums}
+        for name in _COUNTS:
+            setattr(self, name, kept.about[name])
+        for prompt, count in kept.about["grids"]:
+            self.grids[tuple(Grid(*size) for size in prompt)] = count
 
     def view(self) -> BatchView:
         """The batch in progress."""

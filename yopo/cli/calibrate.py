@@ -37,6 +37,14 @@ def _named(output: str, budget: float | None) -> str:
     return str(path.with_name(f"{path.stem}-{budget:g}{path.suffix}"))
 
 
+def _show_status(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    if value is None or context.resilient_parsing:
+        return
+    for line in load("yopo.pipeline.work_status").status_of(value):
+        click.echo(line)
+    context.exit()
+
+
 @click.command(cls=Command)
 @click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
 @data_option("demo:calibration, or their task's")
@@ -90,6 +98,21 @@ def _named(output: str, budget: float | None) -> str:
 @click.option(
     "--stats", type=click.Path(path_type=Path), metavar="FILE", help="Save the statistics here."
 )
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep finished stages here: if it is killed, the same command goes on where it was.",
+)
+@click.option(
+    "--status",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    is_eager=True,
+    expose_value=False,
+    callback=_show_status,
+    help="Show how far the calibration in a --work-dir is, and exit.",
+)
 @config_option()
 @force_option
 @click.pass_context
@@ -112,7 +135,7 @@ def command(context: click.Context, **values: Any) -> None:
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])
     grids = tuple(values["grids"] or (1.0,))
-    fit_options = pipeline.FitOptions(values["queries"], *counts, grids)
+    fit_options = pipeline.FitOptions(values["queries"], *counts, grids, values["work_dir"])
     keeper = Keeper(stats, force=force)
     how = {
         "options": run_settings(context),

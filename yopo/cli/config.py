@@ -9,7 +9,7 @@ import click
 
 from yopo.support.documents import Document, read_text
 
-_NOT_IN_FILES = ("config", "verbose", "quiet", "help")
+_NOT_IN_FILES = ("config", "status", "verbose", "quiet", "help")
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "integer": int,
     "float": float,

@@ -17,6 +17,7 @@ from pathlib import Path
 from yopo.data.pairs import ImageRef, Pair
 from yopo.data.sizes import size_class
 from yopo.support.console import warn
+from yopo.support.errors import DataError
 
 FEW = 32
 """Fewer pairs than this give a warning."""
@@ -118,6 +119,14 @@ def warn_if_few(split: Split) -> None:
             f"Only {describe(split)} to calibrate on: the results may not generalize to other "
             f"images. Give at least {FEW}, preferably 256 (--data, --samples)."
         )
+
+
+def too_few(split: Split, what: str, least: int) -> DataError:
+    """The refusal of a split without enough pairs for a purpose."""
+    return DataError(
+        f"{describe(split)}: too few {what}, expected at least {least} of different images.",
+        remedy="Give more pairs (--data, --samples).",
+    )
 
 
 def describe(split: Split) -> str:

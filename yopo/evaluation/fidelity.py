@@ -23,6 +23,7 @@ from yopo.models.registry import family_of
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
 from yopo.support.finite import is_finite
+from yopo.support.work_dir import NoWork, Stage, Work
 
 Generate = Callable[..., torch.Tensor]
 """A model's ``generate``, from a prompt to token ids that include it: (batch, length) int64."""
@@ -178,17 +179,40 @@ def record_dense(
     max_new_tokens: int,
     label: str = "dense answers",
     total: int | None = None,
+    work: Work | None = None,
+    name: str = "answers",
 ) -> list[Recorded]:
     """Record the dense model's answers and predictions.
+
+    Args:
+        model: The dense model.
+        processor: Its processor.
+        pairs: The pairs to answer.
+        batch_size: Pairs per forward.
+        max_new_tokens: Longest answer.
+        label: What is being done, for the progress bar.
+        total: Expected number of pairs, likewise.
+        work: Keeps finished batches.
+        name: Of these pairs, among other stages.
 
     Raises:
         DataError: No pairs.
     """
-    records = []
+    records: list[Recorded] = []
+    work = work or NoWork()
     for group in track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs"):
+        stage = f"{name}-{len(records):05}"
+        kept = work.load(stage)
+        if kept is not None:
+            answers = kept.about["answers"]
+            batch = encode_for(model, processor, group, answers)
+            records.append(Recorded(batch, answers, kept.tensors["log_probs"]))
+            continue
         answers = generate_answers(model, processor, group, max_new_tokens)
         batch = encode_for(model, processor, group, answers)
-        records.append(Recorded(batch, answers, answer_log_probs(model, batch).cpu()))
+        log_probs = answer_log_probs(model, batch).cpu()
+        work.save(stage, Stage({"log_probs": log_probs}, {"answers": answers}))
+        records.append(Recorded(batch, answers, log_probs))
     if not records:
         raise DataError("There are no pairs to evaluate on.")
     return records

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 from transformers import PreTrainedModel
@@ -13,13 +14,17 @@ from transformers import PreTrainedModel
 from yopo.data.prompts import Batch
 from yopo.fitting.layerwise import DenseBatch, enter
 from yopo.fitting.profile import Profile, profile
-from yopo.fitting.refit import refit
+from yopo.fitting.refit import refit, stage_of
 from yopo.models.family import shape_of
 from yopo.plans.schema import PruningPlan
+from yopo.plans.tensors import refit_sizes
 from yopo.support.errors import YopoError
+from yopo.support.work_dir import NoWork, Stage, Work
 
 TOGETHER = 4
 """Plans fitted in one walk: each has the states of all pairs in memory."""
+
+_PROFILE = "profile"
 
 
 class Fitter:
@@ -28,10 +33,22 @@ class Fitter:
     Args:
         model: A dense model in memory.
         encode: Encodes the calibration prompts; called once, when they are first needed.
+        work: Keeps finished layers of the profile and of fits.
+        is_known: Whether a plan has been judged in former runs, so that its weights are needed
+            only if it is the best.
     """
 
-    def __init__(self, model: PreTrainedModel, encode: Callable[[], Sequence[Batch]]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encode: Callable[[], Sequence[Batch]],
+        work: Work | None = None,
+        is_known: Callable[[PruningPlan], bool] = lambda plan: False,
+    ):
         self._model, self._encode, self._pairs = model, encode, 0
+        self._work = work or NoWork()
+        self._is_known = is_known
+        self._judged: list[tuple[float, list[str]]] = []
 
     @cached_property
     def _batches(self) -> list[DenseBatch]:
@@ -48,19 +65,57 @@ class Fitter:
             DataError: No pair holds an image.
             YopoError: Out of memory; says how to need less.
         """
+        kept = self._work.load(_PROFILE)
+        if kept is not None:
+            return Profile(**kept.tensors)
         with self._in_memory():
-            return profile(self._model, self._batches, shape_of(self._model.config))
+            found = profile(self._model, self._batches, shape_of(self._model.config), self._work)
+        self._work.save(_PROFILE, Stage(vars(found)))
+        return found
 
     def fit(self, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
         """The plans with the weights that their ``compensation: refit`` needs.
 
         They share dense walks, ``TOGETHER`` plans in each; see ``refit`` for what they must share.
+        Plans whose quality is known from before stay without weights (see :meth:`complete`).
         """
+        self.tidy(plans)
+        new = iter(self._fit([plan for plan in plans if not self._is_known(plan)]))
+        return [plan if self._is_known(plan) else next(new) for plan in plans]
+
+    def complete(self, plan: PruningPlan) -> PruningPlan:
+        """The plan with its weights, if it has been left without those that it needs."""
+        fitted = _fitted_layers(plan)
+        if not fitted or plan.tensors.refit:
+            return plan
+        kept = {number: self._work.load(stage_of(plan, number)) for number in fitted}
+        weights = {number: each.tensors for number, each in kept.items() if each is not None}
+        if len(weights) < len(kept):
+            return self._fit([plan])[0]
+        return replace(plan, tensors=replace(plan.tensors, refit=weights))
+
+    def judged(self, plan: PruningPlan, kl: float) -> None:
+        """Say how good a plan is: of all that are judged, only the best one's layers are kept."""
+        if _fitted_layers(plan):
+            self._judged.append((kl, [stage_of(plan, number) for number in _fitted_layers(plan)]))
+
+    def tidy(self, plans: Sequence[PruningPlan] = ()) -> None:
+        """Forget the fitted layers of judged plans, except of the best one and of ``plans``."""
+        self._judged.sort(key=itemgetter(0))
+        needed = {name for _, names in self._judged[:1] for name in names}
+        needed |= {stage_of(plan, number) for plan in plans for number in _fitted_layers(plan)}
+        for _, names in self._judged[1:]:
+            for name in names:
+                if name not in needed:
+                    self._work.drop(name)
+        del self._judged[1:]
+
+    def _fit(self, plans: Sequence[PruningPlan]) -> list[PruningPlan]:
         done: list[PruningPlan] = []
         for first in range(0, len(plans), TOGETHER):
             some = plans[first : first + TOGETHER]
             with self._in_memory():
-                fitted = refit(self._model, self._batches, some)
+                fitted = refit(self._model, self._batches, some, self._work)
             done += [
                 replace(plan, tensors=replace(plan.tensors, refit=weights))
                 for plan, weights in zip(some, fitted, strict=True)
@@ -76,3 +131,11 @@ class Fitter:
                 f"Out of memory: the states of {self._pairs} pairs are in memory during the fit.",
                 remedy="Use fewer --fit-pairs, --dtype bfloat16, or --compensation none.",
             ) from error
+
+
+def _fitted_layers(plan: PruningPlan) -> list[int]:
+    """Numbers of the layers that have fitted weights."""
+    if plan.compensation != "refit":
+        return []
+    shape, depth = plan.model.shape, plan.visual_depth
+    return [number for number in range(depth) if refit_sizes(plan.layers[number], shape)]

@@ -26,6 +26,7 @@ from yopo.fitting.least_squares import (
 )
 from yopo.plans.schema import ModelShape, full_layer
 from yopo.runtime.weights import Extras, VisualLayer
+from yopo.support.work_dir import NoWork, Stage, Work
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,35 @@ class Profile:
     stream: torch.Tensor
 
 
+_ENERGIES = ("mixing", "bottleneck_residual", "map_residual", "nonlinear_residual")
+
+
 @torch.no_grad()
-def profile(model: PreTrainedModel, batches: Sequence[DenseBatch], shape: ModelShape) -> Profile:
-    """Profile a dense model on prompts that :func:`~yopo.fitting.layerwise.enter` took in."""
+def profile(
+    model: PreTrainedModel,
+    batches: Sequence[DenseBatch],
+    shape: ModelShape,
+    work: Work | None = None,
+) -> Profile:
+    """Profile a dense model on prompts that :func:`~yopo.fitting.layerwise.enter` took in.
+
+    Args:
+        model: The dense model, in memory.
+        batches: The prompts.
+        shape: The decoder's dimensions.
+        work: Keeps the energies of finished layers.
+    """
     walk = DenseWalk(model, batches)
+    work = work or NoWork()
     stream, rows = [_energy(walk)], []
     for number in range(shape.layers):
-        parts = _profile_layer(walk, number, shape)
+        kept = work.load(f"profile-{number:03}")
+        if kept is None:
+            parts = _profile_layer(walk, number, shape)
+            work.save(f"profile-{number:03}", Stage(dict(zip(_ENERGIES, parts, strict=True))))
+        else:
+            walk.step(number)
+            parts = tuple(kept.tensors[name] for name in _ENERGIES)
         stream.append(_energy(walk))
         mixing, bottleneck, mapped, nonlinear = (each.cpu() for each in parts)
         after = stream[-1]

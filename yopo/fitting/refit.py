@@ -19,7 +19,8 @@ SparseGPT (sequential inputs); formulas in their centred form, on visual tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,13 +46,17 @@ from yopo.models.family import Backbone
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import refit_sizes
 from yopo.runtime.weights import Extras, VisualLayer
+from yopo.support.work_dir import NoWork, Stage, Work
 
 Weights = dict[str, torch.Tensor]
 
 
 @torch.no_grad()
 def refit(
-    model: PreTrainedModel, batches: Sequence[DenseBatch], plans: Sequence[PruningPlan]
+    model: PreTrainedModel,
+    batches: Sequence[DenseBatch],
+    plans: Sequence[PruningPlan],
+    work: Work | None = None,
 ) -> list[dict[int, Weights]]:
     """Fit the weights that plans with ``compensation: refit`` need, in one dense walk for all.
 
@@ -63,11 +68,12 @@ def refit(
         batches: Prompts with images, as ``enter`` returns them.
         plans: The plans, all with the same neuron order; without one, neurons count in the model's
             own order. All attend causally or all bidirectionally.
+        work: Keeps the weights of fitted layers; those that it holds are not fitted again.
 
     Returns:
         For each plan: layer -> its weights (see ``refit_sizes``), in the model's dtype, on the CPU.
     """
-    first = plans[0]
+    first, work = plans[0], work or NoWork()
     order, depth = first.tensors.neuron_order, max(plan.visual_depth for plan in plans)
     if any(
         plan.tensors.neuron_order is not order or plan.bidirectional != first.bidirectional
@@ -86,11 +92,21 @@ def refit(
             fit = LayerFit(
                 walk, plan.layers[number], plan.model.shape, number, _extras(plan, number)
             )
-            weights = fit.run(branch.states, dense)
+            kept = work.load(stage_of(plan, number)) if fit.sizes else None
+            weights = fit.run(branch.states, dense, {} if kept is None else kept.tensors)
             weights = {name: each.to("cpu", kind) for name, each in weights.items()}
+            if weights and kept is None:
+                work.save(stage_of(plan, number), Stage(weights))
             for member in branch.members if weights else ():
                 fitted[member][number] = weights
     return fitted
+
+
+def stage_of(plan: PruningPlan, number: int) -> str:
+    """The name of a fitted layer among finished stages: its weights depend on the layers up to it,
+    besides what is the same in all of one command's plans."""
+    above = repr((plan.bidirectional, plan.layers[: number + 1]))
+    return f"layer-{number:03}-{hashlib.sha256(above.encode()).hexdigest()[:32]}"
 
 
 def _extras(plan: PruningPlan, number: int) -> Extras:
@@ -143,9 +159,18 @@ class LayerFit:
         self.names: Backbone = walk.names
         self.weights: Weights = {}
 
-    def run(self, batches: list[PrunedBatch], dense: list[DenseStates]) -> Weights:
-        """Fit, and advance the batches through the fitted layer."""
-        if "reduce" in self.sizes:
+    def run(
+        self, batches: list[PrunedBatch], dense: list[DenseStates], kept: Mapping[str, torch.Tensor]
+    ) -> Weights:
+        """Fit, and advance the batches through the fitted layer.
+
+        Args:
+            batches: The states before the layer in the pruned model.
+            dense: Those in the dense model.
+            kept: The layer's weights, if they are known; empty: they are to be fitted.
+        """
+        self.weights = dict(kept)
+        if "reduce" in self.missing:
             self.weights |= self.projections(batches)
         part = self.part()
         runs = [batch.run(self.walk, self.number, part) for batch in batches]
@@ -153,12 +178,12 @@ class LayerFit:
         for batch, run in zip(batches, runs, strict=True):
             batch.text, gathered = run.attend(batch.text, batch.text_rotary, batch.given(part))
             mixed.append(gathered)
-        if "output" in self.sizes:
+        if "output" in self.missing:
             self.weights |= self.output(batches, mixed, dense)
             part = self.part()
         for batch, run, gathered in zip(batches, runs, mixed, strict=True):
             batch.visual = run.add_attention(batch.visual, part, gathered)
-        if "ffn_bias" in self.sizes:
+        if "ffn_bias" in self.missing:
             self.weights |= self.ffn(batches, dense, part)
             part = self.part()
         for batch, run in zip(batches, runs, strict=True):
@@ -169,6 +194,11 @@ class LayerFit:
                 visual = visual + stream.unflatten(batch.dense.stack[self.number].to(visual))
             batch.visual = visual
         return self.weights
+
+    @property
+    def missing(self) -> set[str]:
+        """Names of the weights that are not fitted yet."""
+        return self.sizes.keys() - self.weights.keys()
 
     def part(self) -> VisualLayer:
         """The visual layer with the weights fitted so far; the layer's own weights elsewhere."""

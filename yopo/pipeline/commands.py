@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,10 +96,14 @@ def calibrate(
         processor=processor,
         holdout=holdout_pairs(request) if isinstance(request, ToleranceRequest) else 0,
         compares=not isinstance(request, PaperRequest),
+        requests=(request,),
     )
-    if keep is not None:
-        keep(session.statistics)
-    return session.make(request)
+    with closing(session):
+        if keep is not None:
+            keep(session.statistics)
+        made = session.make(request)
+        session.finish()
+        return made
 
 
 def calibrate_front(
@@ -118,12 +123,18 @@ def calibrate_front(
         YopoError: As for ``calibrate``.
     """
     session = CalibrationSession(
-        model, options or RunOptions(), fit_options or FitOptions(), processor=processor
+        model,
+        options or RunOptions(),
+        fit_options or FitOptions(),
+        processor=processor,
+        requests=requests,
     )
-    if keep is not None:
-        keep(session.statistics)
-    for request in sorted(requests, key=lambda each: -each.budget):
-        yield session.make(request)
+    with closing(session):
+        if keep is not None:
+            keep(session.statistics)
+        for request in sorted(requests, key=lambda each: -each.budget):
+            yield session.make(request)
+        session.finish()
 
 
 def plan(

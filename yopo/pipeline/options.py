@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from yopo.data.drawing import DEFAULT_SAMPLES
@@ -68,9 +69,12 @@ class FitOptions:
         fit_pairs: Visual weights are fitted on at most this many of the others.
         grids: Factors by which the sides of images are resized, pairs in turn, for plans that hold
             on more than one size; (1,): images as they are.
+        work_dir: Directory that keeps finished stages, so that a killed calibration goes on where
+            it was; None: nothing is kept.
     """
 
     queries: str = "text"
     measure_pairs: int = 64
     fit_pairs: int = 256
     grids: tuple[float, ...] = (1.0,)
+    work_dir: str | Path | None = None

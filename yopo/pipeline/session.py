@@ -13,12 +13,11 @@ from pathlib import Path
 
 from transformers import ProcessorMixin
 
-from yopo.bench.costs import read_costs
 from yopo.calibration.measure import measure
 from yopo.calibration.statistics import Statistics
 from yopo.data.prompts import Batch, batches, encode_for
 from yopo.data.sizes import by_size, in_sizes
-from yopo.data.split import MIN_SIDE, Split, describe, pick, split_pairs, warn_if_few
+from yopo.data.split import MIN_SIDE, describe, pick, split_pairs, too_few, warn_if_few
 from yopo.evaluation.fidelity import (
     Fidelity,
     Recorded,
@@ -27,6 +26,7 @@ from yopo.evaluation.fidelity import (
     record_dense,
 )
 from yopo.fitting.fitter import Fitter
+from yopo.pipeline.latency import in_flops
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
@@ -41,11 +41,17 @@ from yopo.pipeline.tolerance import (
     provenance_of,
     warn_if_unsupported,
 )
+from yopo.pipeline.work import (
+    STATISTICS,
+    Judgements,
+    load_kept_statistics,
+    open_for_calibration,
+)
+from yopo.pipeline.work_status import note_finished, note_plans, note_totals
 from yopo.planning.candidate import Candidate
 from yopo.planning.planner import make_plan
 from yopo.planning.request import (
     BudgetRequest,
-    LatencyRequest,
     PaperRequest,
     PlanRequest,
     ToleranceRequest,
@@ -54,7 +60,7 @@ from yopo.planning.weightings import Weighting, near
 from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
-from yopo.support.errors import DataError, PlanError
+from yopo.support.errors import PlanError
 from yopo.support.version import __version__
 
 SMALLEST = 0.01
@@ -84,6 +90,7 @@ class CalibrationSession:
         holdout: Pairs held out for ``agreement`` only, at most: never more than a quarter.
         compares: Whether pairs are held out to compare plans. Without them ``make`` does not take
             a budget, and all pairs are measured.
+        requests: What ``make`` will be given: the work of other requests is not reused.
 
     Attributes:
         split: The purpose of each pair.
@@ -101,6 +108,7 @@ class CalibrationSession:
         processor: ProcessorMixin | None = None,
         holdout: int = 0,
         compares: bool = True,
+        requests: Sequence[PlanRequest] = (),
     ):
         self.options, self.fit_options = options, fit_options
         if options.data is None and isinstance(model, str | Path):
@@ -117,7 +125,7 @@ class CalibrationSession:
             holdout=holdout,
         )
         if holdout and not self.split.holdout:
-            raise _too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
+            raise too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
         self.model = handle.model
         about: dict[str, object] = {"yopo": __version__, "pairs": self._pairs.name}
@@ -128,21 +136,50 @@ class CalibrationSession:
             about["processor"] = options.image_options
         if self._pairs.digest:
             about["pairs_digest"] = self._pairs.digest
+        self._work = open_for_calibration(
+            self.model, self.processor, self._pairs, options, fit_options, requests
+        )
+        try:
+            note_totals(
+                self._work, {**self.split.summary, "layers": len(self.model.get_decoder().layers)}
+            )
+            found = load_kept_statistics(self._work) or self._measure(handle.name, about)
+        except BaseException:
+            self.close()
+            raise
+        self.statistics = replace(found, model=replace(found.model, path=handle.path))
+        note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
+        self._kept = Judgements(self._work)
+        self.fitter = Fitter(self.model, self._encoded, self._work, self._is_judged)
+        self._progress: PlanProgress | None = None
+        self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
+
+    def finish(self) -> None:
+        """Say in the work directory, if there is one, that all is done."""
+        self.fitter.tidy()
+        note_finished(self._work)
+
+    def close(self) -> None:
+        """Let other processes use the work directory, if there is one."""
+        self._work.close()
+
+    def _measure(self, name: str, about: dict[str, object]) -> Statistics:
         found = measure(
             self.model,
             self.processor,
             pick(self._pairs, self.split.statistics),
-            name=handle.name,
+            name=name,
             total=len(self.split.statistics),
-            batch_size=options.batch_size,
-            queries=fit_options.queries,
+            batch_size=self.options.batch_size,
+            queries=self.fit_options.queries,
             provenance=about,
+            work=self._work,
         )
-        self.statistics = replace(found, model=replace(found.model, path=handle.path))
-        note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
-        self.fitter = Fitter(self.model, self._encoded)
-        self._progress: PlanProgress | None = None
-        self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
+        self._work.save_bytes(STATISTICS, found.to_bytes())
+        return found
+
+    def _is_judged(self, plan: PruningPlan) -> bool:
+        return self._kept.get(plan, "comparison") is not None
 
     def make(self, request: PlanRequest) -> Calibrated:
         """Make the plan that a request describes.
@@ -156,7 +193,7 @@ class CalibrationSession:
         """
         if isinstance(request, ToleranceRequest):
             return self._within(request)
-        return self._make(self._in_flops(request))
+        return self._make(in_flops(request, self.statistics))
 
     def _make(
         self, request: BudgetRequest | PaperRequest, tried: Sequence[Weighting] = ()
@@ -164,10 +201,13 @@ class CalibrationSession:
         """Make a plan; with ``tried``, only allocations with these weightings are measured."""
         request = self._with_few_pairs(request)
         if isinstance(request, BudgetRequest):
-            self._progress = PlanProgress(most_plans(request, len(tried)))
+            most = most_plans(request, len(tried))
+            self._progress = PlanProgress(most)
+            note_plans(self._work, most)
         is_measured = isinstance(request, BudgetRequest) and self.split.comparison
         judge = self.kl if is_measured else None
         plan, candidates = make_plan(self.statistics, request, judge, self.fitter, tried)
+        plan = self.fitter.complete(plan)
         provenance = {**plan.provenance, "split": self.split.summary}
         if is_measured:
             kinds = kinds_of_records(self.comparison)
@@ -194,7 +234,7 @@ class CalibrationSession:
         searches = isinstance(request, BudgetRequest) and request.search
         if request.compensation == "refit" or searches:
             what = "to search" if searches else "to fit visual weights"
-            raise _too_few(split, what, 2 * MIN_SIDE if has_budget else MIN_SIDE)
+            raise too_few(split, what, 2 * MIN_SIDE if has_budget else MIN_SIDE)
         if not has_budget:
             return request
         warn(
@@ -203,22 +243,10 @@ class CalibrationSession:
         )
         return replace(request, compensation=request.compensation or "none")
 
-    def _in_flops(
-        self, request: BudgetRequest | PaperRequest | LatencyRequest
-    ) -> BudgetRequest | PaperRequest:
-        """The request with a budget in milliseconds converted to one in FLOPs."""
-        if not isinstance(request, LatencyRequest):
-            return request
-        model, workload = self.statistics.model, self.statistics.workload
-        costs = read_costs(request.costs, model.shape)
-        budget = costs.budget(request.milliseconds, model.shape, workload)
-        time = f"{request.milliseconds:g} ms"
-        note(f"{time} correspond to a visual budget of {budget:.1%} according to {request.costs}.")
-        return request.at(budget)
-
     def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
-        found = self._compare(plan, self.comparison)
+        found = self._compare(plan, "comparison")
+        self.fitter.judged(plan, found.kl)
         if self._progress is not None:
             self._progress.add(plan, found.kl)
         self._judged[plan.layers, plan.compensation] = found
@@ -227,7 +255,7 @@ class CalibrationSession:
     def agreement(self, plan: PruningPlan, measure: str = "tokens") -> Agreement:
         """How many ``tokens`` or ``answers`` a plan predicts as the dense model does, on the
         holdout."""
-        return agreement_on(self._compare(plan, self._holdout), measure)
+        return agreement_on(self._compare(plan, "holdout"), measure)
 
     def _within(self, request: ToleranceRequest) -> Calibrated:
         """The plan of the smallest budget whose agreement stays within the tolerance.
@@ -281,20 +309,25 @@ class CalibrationSession:
         )
         return Calibrated(plan, statistics)
 
-    def _compare(self, plan: PruningPlan, records: list[Recorded]) -> Fidelity:
-        with pruned(self.model, plan, check=False):
-            return compare(self.model, records)
+    def _compare(self, plan: PruningPlan, pairs: str) -> Fidelity:
+        found = self._kept.get(plan, pairs)
+        if found is None:
+            records = self.comparison if pairs == "comparison" else self._holdout
+            with pruned(self.model, plan, check=False):
+                found = compare(self.model, records)
+            self._kept.add(plan, pairs, found)
+        return found
 
     @cached_property
     def comparison(self) -> list[Recorded]:
         """The dense model's answers to the pairs that plans are compared on."""
-        return self._record(self.split.comparison)
+        return self._record(self.split.comparison, "answers-comparison")
 
     @cached_property
     def _holdout(self) -> list[Recorded]:
-        return self._record(self.split.holdout)
+        return self._record(self.split.holdout, "answers-holdout")
 
-    def _record(self, numbers: frozenset[int]) -> list[Recorded]:
+    def _record(self, numbers: frozenset[int], name: str) -> list[Recorded]:
         return record_dense(
             self.model,
             self.processor,
@@ -302,6 +335,8 @@ class CalibrationSession:
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
             total=len(numbers),
+            work=self._work,
+            name=name,
         )
 
     def _encoded(self) -> list[Batch]:
@@ -312,10 +347,3 @@ class CalibrationSession:
 
 def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
     return () if weighting is None else (weighting, *near(weighting))
-
-
-def _too_few(split: Split, what: str, least: int) -> DataError:
-    return DataError(
-        f"{describe(split)}: too few {what}, expected at least {least} of different images.",
-        remedy="Give more pairs (--data, --samples).",
-    )

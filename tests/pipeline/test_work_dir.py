@@ -1,0 +1,262 @@
+"""A killed calibration goes on where it was, with the same bytes; a work directory is one's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from yopo.cli.main import main
+from yopo.fitting import fitter, refit
+from yopo.pipeline.commands import calibrate
+from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.planning.request import BudgetRequest, PlanRequest, ToleranceRequest
+from yopo.plans.schema import PruningPlan
+from yopo.plans.storage import plan_files
+from yopo.support.errors import OutputError
+from yopo.support.work_dir import Stage, WorkDir, open_work
+
+KILLS = int(os.environ.get("YOPO_KILLS", "5"))
+
+_DRIVER = """
+import json, os, signal, sys, time
+
+import yopo.calibration.measure
+from yopo.cli.main import main
+from yopo.pipeline import commands
+
+yopo.calibration.measure.PERIOD = 0.0
+moments, arguments = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+while True:
+    started, child = time.monotonic(), os.fork()
+    if not child:
+        os._exit(main(arguments))
+    if moments:
+        time.sleep(moments.pop(0))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print(time.monotonic() - started, flush=True)
+    if os.WIFEXITED(status):
+        sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""Runs a command line again and again until it ends by itself, and kills it after given times."""
+
+
+def run_killed(moments: list[float], work: Path, output: Path) -> list[float]:
+    """Calibrate, killed after each of ``moments`` seconds; the seconds that each process lived."""
+    arguments = [
+        *("calibrate", "--model", "llava-tiny", "--samples", "32", "--batch-size", "8", "-q"),
+        *("--measure-pairs", "8", "--fit-pairs", "8", "--max-new-tokens", "2"),
+        *("--compensation", "refit", "--device", "cpu", "--work-dir", str(work), "-o", str(output)),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _DRIVER, json.dumps(moments), json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    return [float(line) for line in done.stdout.split()]
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    (whole,) = run_killed([], tmp_path / "work", tmp_path / "whole" / "plan.yaml")
+    draw = random.Random(0)
+    moments = [draw.uniform(0.1, whole / 2) for _ in range(KILLS)]
+    lived = run_killed(moments, tmp_path / "other", tmp_path / "killed" / "plan.yaml")
+    assert len(lived) > 1, "nothing was killed"
+    names = [sorted(os.listdir(tmp_path / name)) for name in ("whole", "killed")]
+    assert names[0] == names[1] and len(names[0]) == 2
+    for name in names[0]:
+        one, other = ((tmp_path / each / name).read_bytes() for each in ("whole", "killed"))
+        assert one == other
+    assert not [each for each in (tmp_path / "other").iterdir() if each.name.startswith(".")]
+
+
+class Killed(BaseException):
+    """Ends a run as abruptly as an exception can."""
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few plans, and sums kept after every batch."""
+    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0, 10.0))
+    monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
+    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
+    monkeypatch.setattr("yopo.pipeline.session.near", lambda weighting: ())
+    monkeypatch.setattr("yopo.calibration.measure.PERIOD", 0.0)
+
+
+REQUEST = BudgetRequest(0.3, compensation="refit")
+
+
+def make(
+    work: Path | None,
+    request: PlanRequest = REQUEST,
+    *,
+    samples: int = 32,
+    batch_size: int = 4,
+) -> PruningPlan:
+    options = RunOptions(samples=samples, batch_size=batch_size, max_new_tokens=3)
+    fit_options = FitOptions(measure_pairs=8, fit_pairs=8, work_dir=work)
+    return calibrate("llava-tiny", request, options=options, fit_options=fit_options).plan
+
+
+def bytes_of(plan: PruningPlan) -> list[bytes]:
+    return [*plan_files(plan, "plan.yaml", "{sha256}").values()]
+
+
+@pytest.mark.usefixtures("few")
+def test_ended_after_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, saved = bytes_of(make(None)), []
+    original = WorkDir.save_bytes
+
+    def save(work: WorkDir, name: str, data: bytes) -> None:
+        """End after every third stage; nothing finished may be done again."""
+        assert name not in saved or name in ("statistics-part", "totals", "totals-plans")
+        original(work, name, data)
+        saved.append(name)
+        if len(saved) % 3 == 0 and not name.startswith("totals"):
+            raise Killed
+
+    monkeypatch.setattr(WorkDir, "save_bytes", save)
+    ends = 0
+    while True:
+        try:
+            plan = make(tmp_path / "work")
+            break
+        except Killed:
+            ends += 1
+    assert ends > 10
+    assert bytes_of(plan) == expected
+    kinds = ("statistics-part", "statistics", "profile-", "profile", "layer-", "answers-")
+    for kind in (*kinds, "comparison-", "finished"):
+        assert any(name.startswith(kind) for name in saved), kind
+
+
+@pytest.mark.usefixtures("few")
+def test_finished_work_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = bytes_of(make(tmp_path))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("repeated")
+
+    monkeypatch.setattr("yopo.calibration.measure._observe", never)
+    monkeypatch.setattr("yopo.evaluation.fidelity.generate_answers", never)
+    monkeypatch.setattr("yopo.pipeline.session.compare", never)
+    monkeypatch.setattr(fitter, "profile", never)
+    monkeypatch.setattr(fitter, "refit", never)
+    assert bytes_of(make(tmp_path)) == first
+
+
+@pytest.mark.usefixtures("few")
+def test_lost_layers_are_fitted_again(tmp_path: Path) -> None:
+    first = bytes_of(make(tmp_path))
+    layers = sorted(tmp_path.glob("layer-*"))
+    assert layers
+    layers[-1].unlink()
+    assert bytes_of(make(tmp_path)) == first
+
+
+@pytest.mark.usefixtures("few")
+def test_kept_weights_are_used_not_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(tmp_path)
+    for path in tmp_path.glob("comparison-*"):
+        path.unlink()
+    solved: list[int] = []
+    original = refit.LayerFit.ffn
+
+    def ffn(self: refit.LayerFit, *arguments: object) -> dict[str, torch.Tensor]:
+        solved.append(self.number)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(refit.LayerFit, "ffn", ffn)
+    assert bytes_of(make(tmp_path)) == bytes_of(first)
+    fitted = sum("ffn_bias" in weights for weights in first.tensors.refit.values())
+    assert solved and len(solved) <= fitted  # only those of the other, forgotten plan
+
+
+@pytest.mark.usefixtures("few")
+def test_a_tolerance_goes_on(tmp_path: Path) -> None:
+    request = ToleranceRequest(0.2)
+    plain = make(None, request, samples=48, batch_size=8)
+    for _ in range(2):
+        assert bytes_of(make(tmp_path, request, samples=48, batch_size=8)) == bytes_of(plain)
+
+
+@pytest.mark.usefixtures("few")
+def test_another_command_is_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(OutputError, match="its batch_size is 4, not 8") as caught:
+        make(tmp_path, batch_size=8)
+    assert "another directory" in str(caught.value)
+    with pytest.raises(OutputError, match="its request is"):
+        make(tmp_path, BudgetRequest(0.5, compensation="refit"))
+    with pytest.raises(OutputError, match="its data is"):
+        make(tmp_path, samples=33)
+
+
+def test_a_directory_is_for_one_process(tmp_path: Path) -> None:
+    work = open_work(tmp_path, {"a": 1})
+    with pytest.raises(OutputError, match="another process"):
+        open_work(tmp_path, {"a": 1})
+    work.close()
+    open_work(tmp_path, {"a": 1}).close()
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(OutputError, match="holds other files"):
+        open_work(tmp_path, {})
+    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_damaged_stage_is_named(tmp_path: Path) -> None:
+    work = open_work(tmp_path, {})
+    work.save("one", Stage({"x": torch.arange(3)}, {"y": [1]}))
+    kept = work.load("one")
+    assert kept is not None and kept.tensors["x"].tolist() == [0, 1, 2] and kept.about == {"y": [1]}
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(OutputError, match="one.safetensors: is damaged"):
+        work.load("one")
+
+
+@pytest.fixture
+def lines(capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
+    def status(folder: Path) -> tuple[int, list[str], str]:
+        code = main(["calibrate", "--status", str(folder)])
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    yield status
+
+
+@pytest.mark.usefixtures("few")
+def test_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: object) -> None:
+    assert lines(tmp_path)[0] == 1
+    assert "holds no work" in lines(tmp_path)[2]
+
+    def fail(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("yopo.fitting.fitter.refit", fail)
+        with pytest.raises(Killed):
+            make(tmp_path)
+    code, out, _ = lines(tmp_path)
+    assert code == 0 and "interrupted" in out[0]
+    assert out[1:4] == ["statistics: done", "dense answers: 0 of 8 pairs", "profile: done"]
+    make(tmp_path)
+    _, out, _ = lines(tmp_path)
+    assert out[0].endswith("finished") and out[2] == "dense answers: done"
+    assert out[4].startswith("plans: 2 of at most")
