@@ -232,21 +232,14 @@ def encode(
         DataError: An image cannot be decoded, or a prompt has no visual token.
     """
     prompts = [prompt_text(processor, pair) for pair in pairs]
-    bos = processor.tokenizer.bos_token
-    text_options = {
-        "padding": True,
-        "padding_side": "left",
-        "add_special_tokens": not (bos and prompts[0].startswith(bos)),  # templates may add it
-    }
     images = [images_of(pair) for pair in pairs]
     try:
-        made = processor(text=prompts, images=images, text_kwargs=text_options, return_tensors="pt")
+        inputs = processed(processor, prompts, images)
     except ValueError as error:
         raise DataError(
             f"{pairs[0].where}: the processor rejects the batch: {_first_line(error)}.",
             remedy="Check that the processor belongs to the model.",
         ) from error
-    inputs = dict(made)
     _check_visual_tokens(inputs["input_ids"], pairs, image_token_id)
     answer_mask = None
     if answers is not None:
@@ -261,6 +254,25 @@ def encode(
         for name, tensor in inputs.items()
     }
     return Batch(placed, answer_mask, tuple(pairs))
+
+
+def processed(
+    processor: ProcessorMixin, prompts: Sequence[str], images: Sequence[Sequence[Image]] | None
+) -> dict[str, torch.Tensor]:
+    """What a processor makes of prompts, left-padded.
+
+    Args:
+        processor: From ``load_processor``.
+        prompts: At least one, with a placeholder per image.
+        images: Of each prompt; None without any.
+    """
+    bos = processor.tokenizer.bos_token
+    options = {
+        "padding": True,
+        "padding_side": "left",
+        "add_special_tokens": not (bos and prompts[0].startswith(bos)),  # templates may add it
+    }
+    return dict(processor(text=prompts, images=images, text_kwargs=options, return_tensors="pt"))
 
 
 def _check_visual_tokens(input_ids: torch.Tensor, pairs: Sequence[Pair], token_id: int) -> None:
