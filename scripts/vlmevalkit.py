@@ -8,6 +8,7 @@ arguments after the directory. From the root of a clone of VLMEvalKit:
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import sys
@@ -21,13 +22,8 @@ import yopo
 from yopo.data.prompts import load_processor, processed
 from yopo.models.registry import family_of, resolve
 
-sys.path.insert(0, os.getcwd())
 
-from vlmeval.config import supported_VLM
-from vlmeval.vlm.base import BaseModel
-
-
-class Yopo(BaseModel):
+class Answerer:
     """A pruned model: images and text in the order in which a benchmark gives them."""
 
     INTERLEAVE = True
@@ -42,12 +38,12 @@ class Yopo(BaseModel):
     @torch.no_grad()
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
         """Answer a message greedily."""
-        parts = [{"type": "image"} if each["type"] == "image" else _text(each) for each in message]
         images = [
             Image.open(each["value"]).convert("RGB") for each in message if each["type"] == "image"
         ]
         prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True
+            [{"role": "user", "content": [_part(each) for each in message]}],
+            add_generation_prompt=True,
         )
         inputs = processed(self.processor, [prompt], [images] if images else None)
         model, length = self.model, inputs["input_ids"].shape[1]
@@ -64,11 +60,27 @@ class Yopo(BaseModel):
         return self.processor.decode(found[0, length:], skip_special_tokens=True).strip()
 
 
-def _text(part: dict[str, str]) -> dict[str, Any]:
-    return {"type": "text", "text": part["value"]}
+def _part(part: dict[str, str]) -> dict[str, Any]:
+    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["value"]}
+
+
+def main() -> None:
+    """Register the model and start VLMEvalKit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="a directory that yopo apply wrote, or its hub id")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of VLMEvalKit's run.py")
+    options = parser.parse_args()
+    sys.path.insert(0, os.getcwd())
+    from vlmeval.config import supported_VLM
+    from vlmeval.vlm.base import BaseModel
+
+    made = type("Yopo", (Answerer, BaseModel), {})
+    supported_VLM["yopo"] = partial(made, path=options.checkpoint)
+    sys.argv = ["run.py", "--model", "yopo", *options.arguments]
+    runpy.run_path("run.py", run_name="__main__")
 
 
 if __name__ == "__main__":
-    supported_VLM["yopo"] = partial(Yopo, path=sys.argv[1])
-    sys.argv = ["run.py", "--model", "yopo", *sys.argv[2:]]
-    runpy.run_path("run.py", run_name="__main__")
+    main()

@@ -17,6 +17,9 @@ from lmms_eval.models import get_model
 
 from yopo.support.errors import ModelError
 
+COMMAND = "from lmms_eval.cli.dispatch import main; main()"
+"""The command ``lmms-eval``."""
+
 TASK = """
 task: yopo_local
 dataset_path: json
@@ -58,7 +61,7 @@ def task(damaged: Damaged, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def score(task: Path, output: Path, **arguments: object) -> float:
     """The score that lmms-eval's command reports."""
     given = ",".join(f"{name}={value}" for name, value in arguments.items())
-    command = [sys.executable, "-m", "lmms_eval", "--model", "yopo", "--model_args", given]
+    command = [sys.executable, "-c", COMMAND, "--model", "yopo", "--model_args", given]
     command += ["--tasks", "yopo_local", "--include_path", str(task)]
     command += ["--batch_size", "8", "--output_path", str(output)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=task)
