@@ -28,6 +28,12 @@ def print_report(report: RenderableType) -> None:
     sys.stdout.write(text)
 
 
+def json_text(document: dict[str, Any]) -> str:
+    """A JSON document as text; what is no Unicode stays an escape."""
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
