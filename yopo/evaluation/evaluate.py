@@ -260,7 +260,9 @@ def measure_kept(
         for name, some in fidelity.split(kinds).items()
     }
     each = zip(seen, kinds, fidelity.by_pair, strict=True)
-    answers = tuple(Answered(pair, kind, *texts, found) for (pair, *texts), kind, found in each)
+    answers = tuple(
+        Answered(pair, kind, dense, ours, found) for (pair, dense, ours), kind, found in each
+    )
     return Kept(**vars(_part(seen, fidelity)), by_kind=parts, answers=answers)
 
 

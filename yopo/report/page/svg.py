@@ -47,7 +47,7 @@ class Svg:
         self.height, self._label, self._kind = height, label, kind
         self._parts: list[str] = []
 
-    def add(self, tag: str, *, title: str | None = None, text: str | None = None, **at: object):
+    def add(self, tag: str, *, title: str | None = None, text: str | None = None, **at: object) -> None:
         """Add an element; attributes as ``text_anchor`` or ``class_``, None leaves one out."""
         named = "".join(
             f' {name.rstrip("_").replace("_", "-")}="{_value(value)}"'
