@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from yopo.cli.values import Share
 from yopo.support.console import note
 from yopo.support.errors import PlanError
 from yopo.support.files import PAGE, check_writable, write_file
+
+if TYPE_CHECKING:
+    from yopo.plans.schema import PruningPlan
 
 MOST = 16
 """Plans on a page at most."""
@@ -78,9 +82,7 @@ def command(
         command=_command(targets, evaluations, bench, budget, output),
     )
     if output == "-":
-        sys.stdout.buffer.write(text.encode()) if hasattr(
-            sys.stdout, "buffer"
-        ) else sys.stdout.write(text)
+        sys.stdout.write(text)
         return
     write_file(Path(output), text.encode())
     note(f"{output}: a page on {len(plans)} plan{'s' * (len(plans) > 1)}, {len(text) // 1000} kB.")
@@ -88,7 +90,7 @@ def command(
         suggest_next("eval", targets[0], "--data", YOURS, "-o", "eval.json")
 
 
-def _read(targets: tuple[str, ...]) -> list:
+def _read(targets: tuple[str, ...]) -> list[tuple[str, PruningPlan]]:
     from yopo.plans.places import plan_files_in, read_any
 
     plans = []

@@ -52,7 +52,10 @@ def layers_chart(plan: PruningPlan) -> Markup:
     dense = visual_flops_of_layer(whole, shape, workload)
     dense_kv = visual_kv_bytes_of_layer(whole, shape, workload)
     shares = [
-        {name: getattr(visual_parts_of_layer(each, shape, workload), name) / dense for name, _ in PARTS}
+        {
+            name: getattr(visual_parts_of_layer(each, shape, workload), name) / dense
+            for name, _ in PARTS
+        }
         for each in plan.layers
     ]
     stored = [visual_kv_bytes_of_layer(each, shape, workload) for each in plan.layers]

@@ -61,21 +61,25 @@ def report_page(
     if bench is not None:
         _check_bench(plans, *bench)
     style, script = (_text(name) for name in ("style.css", "script.js"))
-    return _environment().get_template("page.html.j2").render(
-        mark=Markup(PAGE_MARK),
-        policy=_policy(style, script),
-        style=Markup(style),
-        script=Markup(script),
-        title=f"{plans[0][1].model.name}: what pruning saves and loses",
-        model=plans[0][1].model.name,
-        variants=variants,
-        chosen=ordered.index(chosen),
-        bench=None if bench is None else _bench(bench[1]),
-        bench_name=None if bench is None else bench[0],
-        parts=PARTS,
-        levels=range(LEVELS),
-        command=command,
-        version=__version__,
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            mark=Markup(PAGE_MARK),
+            policy=_policy(style, script),
+            style=Markup(style),
+            script=Markup(script),
+            title=f"{plans[0][1].model.name}: what pruning saves and loses",
+            model=plans[0][1].model.name,
+            variants=variants,
+            chosen=ordered.index(chosen),
+            bench=None if bench is None else _bench(bench[1]),
+            bench_name=None if bench is None else bench[0],
+            parts=PARTS,
+            levels=range(LEVELS),
+            command=command,
+            version=__version__,
+        )
     )
 
 
@@ -106,9 +110,7 @@ def _policy(style: str, script: str) -> str:
     ).format(*hashes)
 
 
-def _assigned(
-    plans: Named, evaluations: Sequence[tuple[str, Evaluation]]
-) -> dict[int, Evaluation]:
+def _assigned(plans: Named, evaluations: Sequence[tuple[str, Evaluation]]) -> dict[int, Evaluation]:
     """Number of a plan -> its evaluation; of several, the last one."""
     found: dict[int, Evaluation] = {}
     for name, each in evaluations:

@@ -47,7 +47,9 @@ class Svg:
         self.height, self._label, self._kind = height, label, kind
         self._parts: list[str] = []
 
-    def add(self, tag: str, *, title: str | None = None, text: str | None = None, **at: object) -> None:
+    def add(
+        self, tag: str, *, title: str | None = None, text: str | None = None, **at: object
+    ) -> None:
         """Add an element; attributes as ``text_anchor`` or ``class_``, None leaves one out."""
         named = "".join(
             f' {name.rstrip("_").replace("_", "-")}="{_value(value)}"'
@@ -120,8 +122,9 @@ class Scale:
     def ticks(self) -> list[float]:
         """A few round values between the ends."""
         if self.is_log:
-            powers = range(math.ceil(math.log10(self.low) - 1e-9), 400)
-            found = [10.0**power for power in powers if 10.0**power <= self.high * (1 + 1e-9)]
+            low, high = (math.log10(value) for value in (self.low, self.high))
+            powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
+            found = [10.0**power for power in powers]
             return found[:: max(1, math.ceil(len(found) / 5))]
         step = _round_step((self.high - self.low) / 4)
         first = math.ceil(self.low / step - 1e-9)

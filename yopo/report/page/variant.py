@@ -48,19 +48,21 @@ def loss_of(plan: PruningPlan, evaluation: Evaluation | None) -> Loss | None:
     """The loss: of the given evaluation, of one that the plan records, or of calibration."""
     if evaluation is not None:
         whole = evaluation.whole
-        right = whole.right and (whole.right.dense, whole.right.pruned, whole.right.total)
+        found = whole.right
+        counts = None if found is None else (found.dense, found.pruned, found.total)
         same = whole.same / whole.pairs
-        return Loss("evaluation pairs", whole.pairs, whole.kl, same, right)
+        return Loss("evaluation pairs", whole.pairs, whole.kl, same, counts)
     recorded = evaluated_of(plan)
     if recorded is not None and recorded.pairs > 0:
-        counts = (recorded.dense, recorded.pruned, recorded.answered)
-        right = counts if recorded.answered else None
+        right = (recorded.dense, recorded.pruned, recorded.answered)
+        counts = right if recorded.answered > 0 else None
         same = recorded.same_answers / recorded.pairs
-        return Loss("evaluation pairs", recorded.pairs, recorded.kl, same, right)
-    found = _current(plan)
-    if found is None:
+        return Loss("evaluation pairs", recorded.pairs, recorded.kl, same, counts)
+    measured = _current(plan)
+    if measured is None:
         return None
-    return Loss("calibration's comparison pairs", found.pairs, found.kl, found.whole_answers)
+    where = "calibration's comparison pairs"
+    return Loss(where, measured.pairs, measured.kl, measured.whole_answers)
 
 
 def point_of(name: str, plan: PruningPlan, evaluation: Evaluation | None) -> Point:
@@ -166,10 +168,11 @@ def _candidates(plan: PruningPlan) -> list[Point]:
     for each in listed[1:] if isinstance(listed, list) else []:
         if not isinstance(each, Mapping):
             continue
-        budget, kl = each.get("budget"), each.get("kl")
-        if all(isinstance(one, int | float) for one in (budget, kl)) and 0 <= budget <= 1:
+        values = [each.get(key) for key in ("budget", "kl")]
+        budget, kl = (float(one) if isinstance(one, int | float) else -1.0 for one in values)
+        if 0 <= budget <= 1 and kl >= 0:
             name = f"{template_of(each)}, {each.get('compensation')}"
-            found.append(Point(shorten(name, 100), float(budget), float(kl)))
+            found.append(Point(shorten(name, 100), budget, kl))
     return found
 
 
@@ -262,17 +265,14 @@ def _quality_chart(found: Quality | None) -> Markup | None:
 
 def _shown(example: Example) -> dict[str, Any]:
     looks = [
-        {"picture": Markup(each.picture), "maps": maps, "mass": (sum(each.dense), sum(each.pruned))}
+        {
+            "picture": Markup(each.picture),
+            "maps": overlays(each),
+            "mass": [units.share(sum(shares)) for shares in (each.dense, each.pruned)],
+        }
         for each in example.looks
-        for maps in [overlays(each)]
     ]
-    return {
-        "of": example,
-        "images": [Markup(each) for each in example.images],
-        "looks": [
-            {**each, "mass": [units.share(share) for share in each["mass"]]} for each in looks
-        ],
-    }
+    return {"of": example, "images": [Markup(each) for each in example.images], "looks": looks}
 
 
 def _about(plan: PruningPlan) -> list[tuple[str, str]]:
