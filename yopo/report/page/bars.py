@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from yopo.report.page.svg import WIDTH, Svg, shorten
 
-_ROW, _NAME, _GAP = 13.0, 17.0, 9.0
+_ROW, _NAME, _GAP = 15.0, 17.0, 8.0
 _END = 292.0
 _LETTERS = 52
 

@@ -26,7 +26,7 @@ PARTS = (
 """Parts of a layer's visual FLOPs: their names in code and in the legend."""
 
 _LEFT = 34
-_FLOPS_END, _KV_START, _KV_END = 272, 296, 392
+_FLOPS_END, _KV_START, _KV_END = 262, 304, 392
 _ROOM = 460
 """Height for all rows, as far as they stay legible."""
 

@@ -12,7 +12,7 @@ from yopo.report import units
 from yopo.report.page.svg import WIDTH, Scale, Svg, decades
 
 _LEFT, _RIGHT, _TOP = 56, 388, 14
-_KL_HEIGHT, _RIGHT_HEIGHT, _GAP = 190, 110, 46
+_KL_HEIGHT, _RIGHT_HEIGHT, _GAP = 190, 110, 60
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _assigned(plans: Named, evaluations: Sequence[tuple[str, Evaluation]]) -> di
     for name, each in evaluations:
         places = [place for place, (_, plan) in enumerate(plans) if _is_of(each, plan)]
         if not places:
-            known = ", ".join(f"{plan.budget.reached:.2%}" for _, plan in plans[:8])
+            known = ", ".join(f"{visual_budget(plan):.2%}" for _, plan in plans[:8])
             raise PlanError(
                 f"{name}: evaluates a plan for {each.model} at {each.budget:.2%} of the visual "
                 f"FLOPs, but the report is on {plans[0][1].model.name} at {known}.",
@@ -127,7 +127,7 @@ def _assigned(plans: Named, evaluations: Sequence[tuple[str, Evaluation]]) -> di
 
 
 def _is_of(found: Evaluation, plan: PruningPlan) -> bool:
-    is_near = abs(found.budget - plan.budget.reached) <= 10**-BUDGET_DIGITS
+    is_near = abs(found.budget - visual_budget(plan)) <= 10**-BUDGET_DIGITS
     return found.model == plan.model.name and is_near
 
 
