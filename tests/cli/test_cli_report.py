@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from command_line import Yopo
 
 from yopo.support.files import PAGE_MARK
@@ -38,3 +39,18 @@ def test_results_of_other_kinds_are_refused(yopo: Yopo, calibrated: Path) -> Non
         found = yopo("report", plan, option, "other.json")
         assert found.is_sentence and "the document is not an object" in found.err
         assert not Path("report.html").exists()
+
+
+def test_tables_are_ascii_and_narrow_where_they_have_to_be(
+    yopo: Yopo, calibrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = calibrated / "plan.yaml"
+    monkeypatch.setenv("COLUMNS", "60")
+    usual = yopo("inspect", plan).out
+    assert not usual.isascii() and max(map(len, usual.splitlines())) <= 60
+    monkeypatch.setenv("LC_ALL", "C")
+    plain = yopo("inspect", plan).out
+    assert plain.isascii() and "?" not in plain
+    assert [len(line) for line in plain.splitlines()] == list(map(len, usual.splitlines()))
+    compared = yopo("compare", plan, plan).out
+    assert compared.isascii() and max(map(len, compared.splitlines())) <= 60
