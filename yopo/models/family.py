@@ -23,7 +23,7 @@ Run = tuple[int, int]
 
 ImageInfo = Mapping[str, "torch.Tensor"]
 """The processor's outputs about a batch's images other than their pixels, by its names:
-``image_sizes``, ``image_grid_thw``, ... Empty where a model takes none."""
+``image_sizes``, ``image_grid_thw``, ``batch_num_images``, ... Empty where a model takes none."""
 
 GridsOf = Callable[["PreTrainedConfig", Sequence[Sequence[Run]], ImageInfo], list[tuple[Grid, ...]]]
 """(configuration, visual runs per batch row, image info) -> the image grids of every batch row."""

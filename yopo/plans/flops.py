@@ -126,8 +126,9 @@ def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
     flops = workload.visual * _linear_flops(layer, shape)
     if layer.attend_heads:
         width = head_counts(layer, shape).attending * shape.head_dim
+        starts = workload.starts()
         for block in row_blocks(workload.grids, layer.radius, plan.bidirectional):
-            text_pairs = (block.stop - block.start) * workload.text_before
+            text_pairs = (block.stop - block.start) * workload.text_seen(block, starts)
             flops += 4 * (block.pairs + text_pairs) * width
     return flops
 
