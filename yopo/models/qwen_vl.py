@@ -106,6 +106,7 @@ def _family(
         token_ids=token_ids,
         noise=noise,
         public_pairs=DOCUMENTS,
+        takes_videos=True,
     )
 
 
