@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 import yopo
-from yopo.data.prompts import load_processor, processed
+from yopo.data.processing import padded
+from yopo.data.prompts import load_processor
 from yopo.models.registry import family_of, resolve
 
 
@@ -45,7 +46,7 @@ class Answerer:
             [{"role": "user", "content": [_part(each) for each in message]}],
             add_generation_prompt=True,
         )
-        inputs = processed(self.processor, [prompt], [images] if images else None)
+        inputs = padded(self.processor, [prompt], {"images": [images]} if images else {})
         model, length = self.model, inputs["input_ids"].shape[1]
         placed = {
             name: each.to(model.device, model.dtype if each.is_floating_point() else None)

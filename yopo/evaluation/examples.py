@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.data.pairs import Pair
-from yopo.data.prompts import encode_for, images_of
+from yopo.data.processing import images_of
+from yopo.data.prompts import encode_for
 from yopo.evaluation.fidelity import PairFidelity
 from yopo.evaluation.looks import View, looks_of
 from yopo.plans.schema import PruningPlan

@@ -154,8 +154,9 @@ def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
     flops = parts.total - parts.attention
     if layer.attend_heads:
         width = head_counts(layer, shape).attending * shape.head_dim
+        starts = workload.starts()
         for block in row_blocks(workload.grids, layer.radius, plan.bidirectional):
-            text_pairs = (block.stop - block.start) * workload.text_before
+            text_pairs = (block.stop - block.start) * workload.text_seen(block, starts)
             flops += 4 * (block.pairs + text_pairs) * width
     return flops
 

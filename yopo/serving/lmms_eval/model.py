@@ -12,7 +12,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from transformers import PreTrainedModel, ProcessorMixin
 
-from yopo.data.prompts import load_processor, processed
+from yopo.data.processing import padded
+from yopo.data.prompts import load_processor
 from yopo.models.registry import family_of, resolve
 from yopo.serving.loading import load, load_dense, torch_device, torch_dtype
 from yopo.support.console import track
@@ -117,7 +118,7 @@ class PrunedForEvaluation(lmms):
     def _answer(self, batch: Sequence[_Request]) -> Iterator[str]:
         model, prompts = self._model, [request.prompt for request in batch]
         images = [[each.convert("RGB") for each in request.images] for request in batch]
-        inputs = processed(self.processor, prompts, images if images[0] else None)
+        inputs = padded(self.processor, prompts, {"images": images} if images[0] else {})
         placed = {
             name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()
