@@ -6,7 +6,7 @@ tower; TopV because it works between decoder layers and no code of it can be che
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pkgutil import resolve_name
 from typing import Any
@@ -89,7 +89,8 @@ def _parameter(method: str, text: str) -> tuple[str, Any]:
     kinds = {each.name: each.type for each in fields(method_class(method))}
     if key not in kinds or key == "keep":
         raise PlanError(f"{method} has no parameter '{key}'.", remedy=suggest(key, kinds))
-    read = {"bool": _boolean, "int": int, "float": float}.get(str(kinds[key]))
+    readers: dict[str, Callable[[str], Any]] = {"bool": _boolean, "int": int, "float": float}
+    read = readers.get(str(kinds[key]))
     try:
         if read is None:
             raise ValueError

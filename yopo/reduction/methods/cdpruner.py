@@ -41,6 +41,7 @@ class CDPruner(Method):
 
         units = unit(images.features)
         kernel = units @ units.transpose(1, 2)
+        kernel.diagonal(dim1=1, dim2=2).fill_(1.0)  # exactly, so that ties go to the first
         if self.prompt and images.question is not None:
             weights = scaled(relevance(units, images.question))
             kernel = weights[:, :, None] * kernel * weights[:, None, :]

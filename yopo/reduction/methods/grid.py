@@ -7,8 +7,12 @@ many methods. Unlike the baseline ``downsample``, tokens keep original positions
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from yopo.reduction.method import Images, Method, Selection, Sides
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,6 @@ class RegularGrid(Method):
         return means(kept, into.expand(many, -1)) if self.merge else Selection(kept)
 
 
-def _middle(member: object) -> object:
-    import torch
-
-    assert isinstance(member, torch.Tensor)
+def _middle(member: torch.Tensor) -> torch.Tensor:
     places = member.nonzero()[:, 0]
     return places[(len(places) - 1) // 2]

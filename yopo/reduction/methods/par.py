@@ -94,7 +94,7 @@ class PAR(Method):
             return Selection(kept)
         similar = cosines.gather(2, kept[:, None].expand(-1, cosines.shape[1], -1))
         nearest, into = similar.max(dim=2)
-        into = into.masked_fill(nearest <= threshold[:, None], -1)
+        into = into.masked_fill(nearest <= threshold, -1)
         places = kept.new_tensor(range(count)).expand_as(kept)
         return means(kept, into.scatter(1, kept, places))
 
@@ -134,7 +134,10 @@ class PAR(Method):
         if self.graph:
             labels = self.clusters(cosines, threshold, count)
         return torch.stack(
-            [_retrieved(*each, wanted, count) for each in zip(labels, relevance, cosines)]
+            [
+                _retrieved(*each, wanted, count)
+                for each in zip(labels, relevance, cosines, strict=True)
+            ]
         )
 
     def clusters(self, cosines: torch.Tensor, threshold: torch.Tensor, count: int) -> torch.Tensor:

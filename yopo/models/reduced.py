@@ -1,0 +1,143 @@
+"""Choose the visual tokens of a batch of prompts by a reduction, image by image.
+
+What a reduction sees of a forward: the projected tokens of every image, and the question, which is
+the text after the last image as far as the prompt goes (all text before it if there is none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from yopo.models.layout import TokenLayout
+from yopo.plans.grid import Grid
+from yopo.reduction.method import Images, Method, Question, Selection
+
+_Place = tuple[int, int, int]
+"""A batch row, an image's place among those of the row, its first token in the visual stream."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The choice for one image.
+
+    Attributes:
+        start: Its first token along the row's visual tokens.
+        tokens: Its number of tokens.
+        kept: (kept,) int64, ascending, within the image.
+        mixing: (kept, tokens) float32, or None: kept tokens keep their features.
+    """
+
+    start: int
+    tokens: int
+    kept: torch.Tensor
+    mixing: torch.Tensor | None
+
+    def features(self, values: torch.Tensor) -> torch.Tensor:
+        """(visual tokens of the row, width) values to (kept, width)."""
+        own = values[self.start : self.start + self.tokens]
+        if self.mixing is None:
+            return own[self.kept]
+        kind = torch.promote_types(own.dtype, torch.float32)
+        return (self.mixing.to(own.device, kind) @ own.to(kind)).to(own.dtype)
+
+
+def choose(
+    method: Method,
+    layout: TokenLayout,
+    embeds: torch.Tensor,
+    ends: torch.Tensor,
+    real: torch.Tensor | None,
+) -> list[list[Chosen]] | None:
+    """Choose tokens of every image of every row.
+
+    Args:
+        method: The reduction.
+        layout: Where text and images are.
+        embeds: (batch, sequence, hidden), image features merged in.
+        ends: (batch,) int64, position of each prompt's last token; an answer may follow.
+        real: (batch, sequence) bool, False on padding; None: no padding.
+
+    Returns:
+        The images of every row; None if nothing is dropped.
+    """
+    if all(_is_whole(method, grid) for grids in layout.grids for grid in grids):
+        return None
+    visual = layout.visual.gather(embeds)
+    question = _question(layout, embeds, ends, real) if method.uses_prompt else None
+    found: dict[tuple[int, int], Chosen] = {}
+    for grid, places in _by_grid(layout.grids).items():
+        for place, each in zip(places, _of(method, visual, question, grid, places), strict=True):
+            found[place[:2]] = each
+    return [[found[row, at] for at in range(len(grids))] for row, grids in enumerate(layout.grids)]
+
+
+def _is_whole(method: Method, grid: Grid) -> bool:
+    return method.count((grid.rows, grid.cols)) == grid.tokens
+
+
+def _by_grid(rows: Sequence[Sequence[Grid]]) -> dict[Grid, list[_Place]]:
+    """The places of all images of each size."""
+    places: dict[Grid, list[_Place]] = {}
+    for row, grids in enumerate(rows):
+        start = 0
+        for number, grid in enumerate(grids):
+            places.setdefault(grid, []).append((row, number, start))
+            start += grid.tokens
+    return places
+
+
+def _of(
+    method: Method,
+    visual: torch.Tensor,
+    question: Question | None,
+    grid: Grid,
+    places: Sequence[_Place],
+) -> list[Chosen]:
+    """The choices for images of one size."""
+    if _is_whole(method, grid):
+        everything = torch.arange(grid.tokens, device=visual.device)
+        return [Chosen(start, grid.tokens, everything, None) for _, _, start in places]
+    features = torch.stack([visual[row, start : start + grid.tokens] for row, _, start in places])
+    rows = torch.tensor([row for row, _, _ in places], device=visual.device)
+    images = Images(
+        features,
+        (grid.rows, grid.cols),
+        None if question is None else _at(question, rows),
+        numbers=[number for _, number, _ in places],
+    )
+    return _split(method.select(images), [start for _, _, start in places], grid.tokens)
+
+
+def _split(selection: Selection, starts: Sequence[int], tokens: int) -> list[Chosen]:
+    mixing: Sequence[torch.Tensor | None] = [None] * len(starts)
+    if selection.mixing is not None:
+        mixing = list(selection.mixing)
+    every = zip(starts, selection.kept, mixing, strict=True)
+    return [Chosen(start, tokens, kept, mixed) for start, kept, mixed in every]
+
+
+def _at(question: Question, rows: torch.Tensor) -> Question:
+    ids = None if question.ids is None else question.ids[rows]
+    return Question(question.embeds[rows], question.weights[rows], ids)
+
+
+def _question(
+    layout: TokenLayout, embeds: torch.Tensor, ends: torch.Tensor, real: torch.Tensor | None
+) -> Question:
+    """The words of every row's question, and zero weight on all others."""
+    text = layout.text
+    is_word = text.index <= ends[:, None]
+    if real is not None:
+        is_word = is_word & real.gather(1, text.index)
+    if text.mask is not None:
+        is_word = is_word & text.mask
+    visual = layout.visual.index
+    if layout.visual.mask is not None:
+        visual = visual.masked_fill(~layout.visual.mask, -1)
+    after = is_word & (text.index > visual.amax(dim=1, keepdim=True))
+    words = torch.where(after.any(dim=1, keepdim=True), after, is_word)
+    used = words.any(dim=0).nonzero()[:, 0]
+    return Question(text.gather(embeds)[:, used], words[:, used].float())
