@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from yopo.models.layout import TokenLayout
+from yopo.models.answer_tokens import forced_ends
+from yopo.models.layout import Stream, TokenLayout, build_layout
 from yopo.plans.grid import Grid
 from yopo.reduction.method import Images, Method, Question, Selection
 
@@ -42,6 +43,82 @@ class Chosen:
             return own[self.kept]
         kind = torch.promote_types(own.dtype, torch.float32)
         return (self.mixing.to(own.device, kind) @ own.to(kind)).to(own.dtype)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A forward whose visual stream holds fewer tokens; they keep their places in the sequence.
+
+    Attributes:
+        layout: The text of the prompts, and the kept tokens: each image a column of them.
+        whole: All visual tokens.
+        dropped: Those that are not kept.
+        rows: The choice for every image of every row.
+    """
+
+    layout: TokenLayout
+    whole: Stream
+    dropped: Stream
+    rows: list[list[Chosen]]
+
+    def features(self, values: torch.Tensor) -> torch.Tensor:
+        """(batch, visual, width) of all visual tokens to (batch, kept, width), 0 on padding."""
+        size = (len(values), self.layout.visual.length, values.shape[-1])
+        kept = values.new_zeros(size)
+        for number, row in enumerate(self.rows):
+            start = 0
+            for each in row:
+                stop = start + len(each.kept)
+                kept[number, start:stop] = each.features(values[number])
+                start = stop
+        return kept
+
+
+def reduce(
+    method: Method | None,
+    layout: TokenLayout | None,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+) -> Reduced | None:
+    """Reduce the visual tokens of a forward.
+
+    Args:
+        method: The reduction, if there is any.
+        layout: Where text and images are; None: there are no images.
+        embeds: (batch, sequence, hidden), image features merged in.
+        attention_mask: (batch, cached + sequence) with 0 on padding, or None.
+
+    Returns:
+        None if all tokens are kept.
+    """
+    if method is None or layout is None:
+        return None
+    batch, length, _ = embeds.shape
+    real = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -length:].bool()
+    rows = choose(method, layout, embeds, _ends(embeds, real), real)
+    if rows is None:
+        return None
+    is_visual = layout.visual.marks(length)
+    is_kept = torch.zeros_like(is_visual)
+    for number, row in enumerate(rows):
+        for each in row:
+            is_kept[number, layout.visual.index[number, each.start + each.kept]] = True
+    grids = [tuple(Grid(len(each.kept), 1) for each in row) for row in rows]
+    kept = build_layout(is_kept, grids).visual
+    dropped = build_layout(is_visual & ~is_kept, grids).visual
+    return Reduced(TokenLayout(layout.text, kept, tuple(grids)), layout.visual, dropped, rows)
+
+
+def _ends(embeds: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """(batch,) int64: the prompts' last tokens."""
+    batch, length, _ = embeds.shape
+    forced = forced_ends(batch, length)
+    if forced is not None:
+        return forced.to(embeds.device)
+    places = torch.arange(length, device=embeds.device).expand(batch, -1)
+    return places[:, -1] if real is None else (places * real).amax(dim=1)
 
 
 def choose(

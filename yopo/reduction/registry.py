@@ -61,6 +61,36 @@ def make_method(name: str, keep: float, **parameters: Any) -> Method:
     return made
 
 
+def read_method(values: Mapping[str, Any]) -> Method:
+    """A method from the plain values of a file, as ``Method.to_dict`` gives them.
+
+    Raises:
+        PlanError: As for ``make_method``, or a value of another type.
+    """
+    named = dict(values)
+    name = named.pop("method", None)
+    if not isinstance(name, str):
+        raise PlanError("A reduction needs a 'method'.", remedy=f"One of {', '.join(METHODS)}.")
+    kinds = {each.name: str(each.type) for each in fields(method_class(name))}
+    for key, value in named.items():
+        if not _is_of(kinds.get(key), value):
+            raise PlanError(f"{name}: {key} is a {kinds[key]}, found {value!r}.")
+    if "keep" not in named:
+        raise PlanError(f"{name} needs the share of tokens to 'keep'.")
+    lists = {key: tuple(each) for key, each in named.items() if isinstance(each, list)}
+    return make_method(name, **named | lists)
+
+
+def _is_of(kind: str | None, value: object) -> bool:
+    """Whether a value has a field's type; names that are no field are refused elsewhere."""
+    if kind is None:
+        return True
+    if kind.startswith("tuple"):
+        return isinstance(value, list) and all(type(each) is int for each in value)
+    known: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float)}
+    return type(value) in known[kind]
+
+
 def parse_method(text: str) -> Method:
     """A method as on command lines, ``NAME:SHARE[,PARAMETER=VALUE...]``.
 
