@@ -16,7 +16,7 @@ from yopo.baselines.install import baseline
 from yopo.baselines.registry import baseline_class
 from yopo.plans.file import parse_plan, to_yaml
 from yopo.plans.flops import prefill_flops, visual_budget, visual_kv_bytes
-from yopo.plans.schema import InvalidPlan, PruningPlan
+from yopo.plans.schema import Budget, InvalidPlan, PruningPlan
 from yopo.plans.servable import engine_problem
 from yopo.reduction.method import Method
 from yopo.reduction.registry import make_method
@@ -49,7 +49,8 @@ def reducing(subject: Subject, seed: int, method: Method, **fixed: Any) -> Pruni
     """A random plan without neighborhoods that reduces tokens as well."""
     plan = subject.random_plan(seed, **fixed)
     layers = [replace(layer, radius=None) for layer in plan.layers]
-    return replace(plan.with_layers(layers), reduction=method)
+    plan = replace(plan.with_layers(layers), reduction=method)
+    return replace(plan, budget=Budget(None, round(visual_budget(plan), 6)))
 
 
 def check(subject: Subject, plan: PruningPlan, inputs: dict[str, Any], grids: Any = None) -> None:
@@ -191,8 +192,8 @@ def test_a_plan_with_a_reduction_survives_its_file(subject: Subject) -> None:
         ("keep: 0.5", "keep: half", "keep is a float"),
         ("merge: false", "merge: 0", "merge is a bool"),
         ("pool: 3.0", "poll: 3.0", "no parameter 'poll'"),
-        ("  method: par\n", "", "needs a 'method'"),
-        ("  keep: 0.5\n", "", "share of tokens to 'keep'"),
+        ("method: par, ", "", "needs a 'method'"),
+        ("keep: 0.5, ", "", "share of tokens to 'keep'"),
     ],
 )
 def test_bad_reductions_in_a_file_are_refused(
