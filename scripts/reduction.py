@@ -16,10 +16,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from math import isqrt
 
 from yopo.calibration.measure import identify
-from yopo.evaluation.fidelity import Recorded, compare, kinds_of_records, record_dense, worst_kind
+from yopo.evaluation.fidelity import compare, kinds_of_records, record_dense, worst_kind
 from yopo.pipeline.model_handle import ModelHandle
 from yopo.pipeline.opening import open_for
 from yopo.pipeline.options import RunOptions
@@ -51,6 +50,7 @@ def main() -> None:
     parser.add_argument("--model", default="llava-tiny")
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--side", type=int, default=8, help="of the image that costs are for")
     parser.add_argument("--plan", help="a plan to put the reductions in front of")
     parser.add_argument("--ablation", action="store_true", help="what steps of PAR are worth")
     arguments = parser.parse_args()
@@ -59,7 +59,7 @@ def main() -> None:
     pairs = open_for(handle, options, handle.name, "heldout")
     records = record_dense(handle.model, handle.processor, pairs, batch_size=8, max_new_tokens=32)
     kinds = kinds_of_records(records)
-    plan = base(arguments.plan, handle, records[0])
+    plan = base(arguments.plan, handle, arguments.side)
     print(f"| {arguments.model}, {len(kinds)} pairs | tokens | FLOPs | KV | whole | worst | KL |")
     print("|---|" + "---:|" * 6)
     for method in tried(ablation=arguments.ablation):
@@ -82,19 +82,12 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def base(path: str | None, handle: ModelHandle, record: Recorded) -> PruningPlan:
+def base(path: str | None, handle: ModelHandle, side: int) -> PruningPlan:
     """The plan behind the reductions: a file's, or one that prunes nothing."""
     if path is not None:
         plan = read_plan(path)
         return plan.with_layers([replace(layer, radius=None) for layer in plan.layers])
-    inputs = record.batch.inputs
-    ids = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]
-    visual = int((ids == handle.model.config.image_token_id).sum())
-    side = isqrt(visual)
-    if side * side != visual:
-        raise SystemExit("The script quotes costs for prompts of one square image.")
-    before = int((ids == handle.model.config.image_token_id).nonzero()[0])
-    workload = Workload((Grid(side, side),), len(ids) - visual, before)
+    workload = Workload((Grid(side, side),), 20, 4)
     return full_plan(identify(handle.model, handle.name), workload)
 
 
