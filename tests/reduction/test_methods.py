@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import brute_force
 import pytest
 import torch
-from reduction import brute_force
 
 from yopo.reduction.arithmetic import unit
 from yopo.reduction.method import Images, Method, Question, Selection
@@ -237,11 +237,9 @@ def test_images_do_not_see_each_other(name: str) -> None:
             torch.testing.assert_close(one.mixing[0], found.mixing[row])
 
 
-@pytest.mark.parametrize("name", BLIND)
+@pytest.mark.parametrize("name", [name for name in BLIND if name != "prumerge+"])
 @pytest.mark.parametrize("keep", [0.1, 0.5])
 def test_permuted_tokens_give_the_permuted_choice(name: str, keep: float) -> None:
-    if name == "prumerge+":
-        pytest.skip("half of its tokens are spread over the grid")
     method, images = make_method(name, keep), _images(8)
     images.features[:, 0] = -images.features[:, 1:].mean(dim=1)  # the farthest: DivPrune's first
     order = torch.randperm(TOKENS)

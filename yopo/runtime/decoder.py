@@ -288,7 +288,7 @@ def _warn_of_dropped(state: PrunedState, stream: Stream, length: int) -> None:
         warnings.warn(
             "A prompt ends in an image whose visual tokens the plan drops, so its next-token "
             "logits are meaningless. Put text after the image.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
