@@ -26,6 +26,8 @@ from yopo.plans.schema import (
     model_path,
     shape_problem,
 )
+from yopo.reduction.method import Method
+from yopo.reduction.registry import read_method
 from yopo.support import console
 from yopo.support.documents import Document, Key, describe, dump, read_text
 from yopo.support.errors import PlanError
@@ -56,6 +58,7 @@ _KEYS = (
     "bidirectional",
     "baked",
     "tensors",
+    "reduction",
     "layers",
     "measured",
     "calibrated",
@@ -91,6 +94,8 @@ def to_yaml(
         data["baked"] = True
     if tensors is not None:
         data["tensors"] = asdict(tensors)
+    if plan.reduction is not None:
+        data["reduction"] = plan.reduction.to_dict()
     data["layers"] = [layer_to_dict(layer, plan.model.shape) for layer in plan.layers]
     if plan.measured is not None:
         data["measured"] = {
@@ -161,6 +166,7 @@ def parse_plan(
             baked=document.typed(("baked",), data.get("baked", False), bool),
             measured=_read_measured(document, model.shape),
             extent=_read_extent(document),
+            reduction=_read_reduction(document),
             provenance=document.typed(("provenance",), data.get("provenance") or {}, dict),
         )
     except InvalidPlan as invalid:
@@ -263,6 +269,16 @@ def _read_extent(document: Document) -> Extent | None:
         for name in ("smallest", "largest")
     }
     return Extent(**grids, images=document.required(path, data, "images", int))
+
+
+def _read_reduction(document: Document) -> Method | None:
+    path: tuple[Key, ...] = ("reduction",)
+    if document.data.get("reduction") is None:
+        return None
+    try:
+        return read_method(document.typed(path, document.data["reduction"], dict))
+    except PlanError as error:
+        raise document.error(path, f"is none: {error.message}", remedy=error.remedy) from None
 
 
 def _read_budget(document: Document) -> Budget:

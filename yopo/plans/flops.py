@@ -106,8 +106,21 @@ def visual_flops_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workloa
 
 def visual_flops(plan: PruningPlan) -> int:
     """Visual FLOPs of a plan for one prompt of its workload."""
-    shape, workload = plan.model.shape, plan.workload
-    return sum(visual_flops_of_layer(layer, shape, workload) for layer in plan.layers)
+    shape, seen = plan.model.shape, plan.seen
+    layers = sum(visual_flops_of_layer(layer, shape, seen) for layer in plan.layers)
+    return layers + reduction_flops(plan)
+
+
+def reduction_flops(plan: PruningPlan) -> int:
+    """FLOPs of choosing and mixing the tokens of one prompt that enter the first layer.
+
+    The question is taken to be all text after the first image.
+    """
+    reduction, workload = plan.reduction, plan.workload
+    if reduction is None:
+        return 0
+    words, width = workload.text - workload.text_before, plan.model.shape.hidden
+    return sum(reduction.flops((each.rows, each.cols), width, words) for each in workload.grids)
 
 
 def dense_visual_flops(shape: ModelShape, workload: Workload) -> int:
@@ -122,8 +135,8 @@ def visual_budget(plan: PruningPlan) -> float:
 
 def prefill_flops(plan: PruningPlan) -> int:
     """Matrix-product FLOPs that the pruned decoder executes to prefill one prompt."""
-    shape, workload = plan.model.shape, plan.workload
-    total = 0
+    shape, workload = plan.model.shape, plan.seen
+    total = reduction_flops(plan)
     for index, layer in enumerate(plan.layers):
         total += _text_flops(layer, shape, workload)
         if index < plan.visual_depth:
@@ -149,7 +162,7 @@ def _text_flops(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
 
 
 def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
-    shape, workload = plan.model.shape, plan.workload
+    shape, workload = plan.model.shape, plan.seen
     parts = visual_parts_of_layer(layer, shape, workload)
     flops = parts.total - parts.attention
     if layer.attend_heads:
@@ -168,7 +181,7 @@ def visual_kv_bytes(plan: PruningPlan, itemsize: int = 2) -> int:
         plan: The plan.
         itemsize: Bytes of a number that is not quantised (16 bits unless told).
     """
-    shape, workload = plan.model.shape, plan.workload
+    shape, workload = plan.model.shape, plan.seen
     return sum(visual_kv_bytes_of_layer(each, shape, workload, itemsize) for each in plan.layers)
 
 

@@ -23,6 +23,7 @@ from yopo.plans.extent import Extent, extent_problem
 from yopo.plans.layer_plan import LEVERS, LayerPlan, Lever, ModelShape, full_layer, layer_problem
 from yopo.plans.tensors import PlanTensors
 from yopo.plans.workload import Workload, workload_problem
+from yopo.reduction.method import Method
 from yopo.support.errors import PlanError
 
 COMPENSATIONS = ("none", "mean", "refit")
@@ -142,6 +143,7 @@ class PruningPlan:
             construction, or read from its file without them, has none.
         measured: Per-layer calibration results.
         extent: Image grids of the calibration; None in plans that do not record them.
+        reduction: How visual tokens get fewer before the first layer; None: all enter it.
         provenance: Where the plan comes from: pairs, samples, seed, version, candidates.
 
     Raises:
@@ -158,6 +160,7 @@ class PruningPlan:
     tensors: PlanTensors = field(default_factory=PlanTensors)
     measured: Measured | None = None
     extent: Extent | None = None
+    reduction: Method | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,6 +173,14 @@ class PruningPlan:
         """Number of layers after which visual tokens are gone."""
         depths = (index + 1 for index, layer in enumerate(self.layers) if not layer.is_empty)
         return max(depths, default=0)
+
+    @property
+    def seen(self) -> Workload:
+        """The prompt as the layers see it, with what the reduction leaves of each image."""
+        if self.reduction is None:
+            return self.workload
+        grids = self.workload.grids
+        return self.workload.thinned([self.reduction.count((g.rows, g.cols)) for g in grids])
 
     @property
     def needs_order(self) -> bool:
@@ -239,6 +250,9 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
         return ("compensation",), f"must be one of {', '.join(COMPENSATIONS)}"
     if plan.budget.asked is not None and not 0 < plan.budget.asked <= 1:
         return ("budget", "asked"), f"must lie in (0, 1], found {plan.budget.asked}"
+    problem = reduction_problem(plan.reduction)
+    if problem is not None:
+        return problem
     if len(plan.layers) != shape.layers:
         return ("layers",), f"must have {shape.layers} entries, found {len(plan.layers)}"
     for index, layer in enumerate(plan.layers):
@@ -246,10 +260,23 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
         if wrong is not None:
             key, what = wrong
             return ("layers", index, key), what
+        if layer.radius is not None and plan.reduction is not None:
+            return ("layers", index, "radius"), "must be null: a reduction leaves no neighborhoods"
         if layer.is_fitted and plan.compensation != "refit":
             key = "map_rank" if layer.qkv_rank is None else "qkv_rank"
             return ("layers", index, key), "needs 'compensation: refit', whose weights it uses"
     return None
+
+
+def reduction_problem(reduction: Method | None) -> tuple[tuple[str, ...], str] | None:
+    """The first problem of a reduction, as for :func:`first_problem`."""
+    if reduction is None:
+        return None
+    if reduction.needs_attention:
+        what = f"{reduction.name} needs the vision tower's attention, which is not recorded"
+        return ("reduction", "method"), f"names a method that cannot run here: {what}"
+    wrong = reduction.problem()
+    return None if wrong is None else (("reduction", wrong[0]), wrong[1])
 
 
 def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:

@@ -7,6 +7,7 @@ crop (Idefics3), a time stamp before every frame of a video (Qwen3-VL).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -65,6 +66,23 @@ class Workload:
         visual, text = starts[block.image]
         row = (block.stop - 1 - visual) // self.grids[block.image].cols
         return text + self.row_ends * row
+
+    def thinned(self, counts: Sequence[int]) -> Workload:
+        """This prompt with so many tokens of each image, in a column.
+
+        Text inside an image then follows it, as no formula knows which of its rows keep tokens.
+        """
+        gaps = self.text_between or (0,) * (len(self.grids) - 1)
+        between = tuple(
+            gap + self.row_ends * (grid.rows - 1)
+            for gap, grid in zip(gaps, self.grids[:-1], strict=True)
+        )
+        return replace(
+            self,
+            grids=tuple(Grid(count, 1) for count in counts),
+            text_between=between if any(between) else (),
+            row_ends=0,
+        )
 
     def moved(self, *, grids: tuple[Grid, ...] | None = None, text: int | None = None) -> Workload:
         """This prompt with other images or another number of text tokens.
