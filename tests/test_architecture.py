@@ -36,6 +36,7 @@ WITHOUT_TORCH = (
     "yopo.baselines.baseline",
     "yopo.baselines.registry",
     "yopo.planning.request",
+    "yopo.reduction.registry",
     "yopo.report.compare",
     "yopo.report.json",
     "yopo.report.summary",

@@ -76,6 +76,8 @@ class Masks(Hooks):
     """
 
     def __init__(self, plan: PruningPlan, decoder: Decoder, names: Backbone):
+        if plan.reduction is not None:
+            raise PlanError("Masks can only simulate pruning, but the plan reduces visual tokens.")
         if plan.compensation == "refit":
             raise PlanError("Masks can only simulate pruning, but the plan has fitted weights.")
         self.plan = plan

@@ -20,6 +20,11 @@ BASELINES: dict[str, str] = {
     "fastv": "yopo.baselines.fastv:FastV",
     "downsample": "yopo.baselines.downsample:Downsampling",
     "random": "yopo.baselines.random:RandomTokens",
+    "par": "yopo.baselines.tokens:ParTokens",
+    "divprune": "yopo.baselines.tokens:DivPruneTokens",
+    "cdpruner": "yopo.baselines.tokens:CDPrunerTokens",
+    "folder": "yopo.baselines.tokens:FolderTokens",
+    "grid": "yopo.baselines.tokens:GridTokens",
     "masked": "yopo.baselines.masked:MaskedPlan",
 }
 """Name -> location of its class, in the order of tables."""

@@ -56,31 +56,71 @@ def _padded(per_kv: Counter[int]) -> int:
     return len(per_kv) * max(per_kv.values(), default=0)
 
 
-def _linear_flops(layer: LayerPlan, shape: ModelShape) -> int:
-    """FLOPs of one visual token's linear layers: projections, FFN, fitted map."""
-    width = shape.hidden
+@dataclass(frozen=True)
+class VisualParts:
+    """Visual FLOPs of one layer for one prompt, by what they are spent on.
+
+    Attributes:
+        projections: Queries, keys, values and output; through a bottleneck, only the output.
+        bottleneck: Into and out of the bottleneck, where there is one.
+        attention: Scores of visual queries, and sums of values under them.
+        ffn: The neurons.
+        map: The linear map in place of what is no longer computed.
+    """
+
+    projections: int
+    bottleneck: int
+    attention: int
+    ffn: int
+    map: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.projections + self.bottleneck + self.attention + self.ffn + self.map
+
+
+def visual_parts_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workload) -> VisualParts:
+    """Visual FLOPs of one layer by part; arguments as for :func:`visual_flops_of_layer`."""
+    width, tokens = shape.hidden, workload.visual
     keys = 2 * len(layer.kept_kv(shape)) * shape.head_dim  # and values
     queries = len(layer.attend_heads) * shape.head_dim
-    if layer.qkv_rank is None:
-        flops = 2 * width * (keys + queries)
-    else:
-        flops = 2 * layer.qkv_rank * (width + keys + queries)
-    return flops + 2 * width * queries + 6 * width * layer.neurons + 4 * width * layer.map_rank
+    output = 2 * width * queries
+    inputs, bottleneck = 2 * width * (keys + queries), 0
+    if layer.qkv_rank is not None:
+        inputs, bottleneck = 0, 2 * layer.qkv_rank * (width + keys + queries)
+    pairs = window_pairs(workload.grids, layer.radius) if layer.attend_heads else 0
+    return VisualParts(
+        projections=tokens * (inputs + output),
+        bottleneck=tokens * bottleneck,
+        attention=4 * pairs * queries,
+        ffn=tokens * 6 * width * layer.neurons,
+        map=tokens * 4 * width * layer.map_rank,
+    )
 
 
 def visual_flops_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
     """Visual FLOPs of one layer for one prompt, in the paper's convention."""
-    flops = workload.visual * _linear_flops(layer, shape)
-    if layer.attend_heads:
-        attending = len(layer.attend_heads) * shape.head_dim
-        flops += 4 * window_pairs(workload.grids, layer.radius) * attending
-    return flops
+    return visual_parts_of_layer(layer, shape, workload).total
 
 
 def visual_flops(plan: PruningPlan) -> int:
     """Visual FLOPs of a plan for one prompt of its workload."""
-    shape, workload = plan.model.shape, plan.workload
-    return sum(visual_flops_of_layer(layer, shape, workload) for layer in plan.layers)
+    shape, seen = plan.model.shape, plan.seen
+    layers = sum(visual_flops_of_layer(layer, shape, seen) for layer in plan.layers)
+    return layers + reduction_flops(plan)
+
+
+def reduction_flops(plan: PruningPlan) -> int:
+    """FLOPs of choosing and mixing the tokens of one prompt that enter the first layer.
+
+    The question is taken to be all text after the first image.
+    """
+    reduction, workload = plan.reduction, plan.workload
+    if reduction is None:
+        return 0
+    words, width = workload.text - workload.text_before, plan.model.shape.hidden
+    return sum(reduction.flops((each.rows, each.cols), width, words) for each in workload.grids)
 
 
 def dense_visual_flops(shape: ModelShape, workload: Workload) -> int:
@@ -95,8 +135,8 @@ def visual_budget(plan: PruningPlan) -> float:
 
 def prefill_flops(plan: PruningPlan) -> int:
     """Matrix-product FLOPs that the pruned decoder executes to prefill one prompt."""
-    shape, workload = plan.model.shape, plan.workload
-    total = 0
+    shape, workload = plan.model.shape, plan.seen
+    total = reduction_flops(plan)
     for index, layer in enumerate(plan.layers):
         total += _text_flops(layer, shape, workload)
         if index < plan.visual_depth:
@@ -122,12 +162,14 @@ def _text_flops(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
 
 
 def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
-    shape, workload = plan.model.shape, plan.workload
-    flops = workload.visual * _linear_flops(layer, shape)
+    shape, workload = plan.model.shape, plan.seen
+    parts = visual_parts_of_layer(layer, shape, workload)
+    flops = parts.total - parts.attention
     if layer.attend_heads:
         width = head_counts(layer, shape).attending * shape.head_dim
+        starts = workload.starts()
         for block in row_blocks(workload.grids, layer.radius, plan.bidirectional):
-            text_pairs = (block.stop - block.start) * workload.text_before
+            text_pairs = (block.stop - block.start) * workload.text_seen(block, starts)
             flops += 4 * (block.pairs + text_pairs) * width
     return flops
 
@@ -139,7 +181,7 @@ def visual_kv_bytes(plan: PruningPlan, itemsize: int = 2) -> int:
         plan: The plan.
         itemsize: Bytes of a number that is not quantised (16 bits unless told).
     """
-    shape, workload = plan.model.shape, plan.workload
+    shape, workload = plan.model.shape, plan.seen
     return sum(visual_kv_bytes_of_layer(each, shape, workload, itemsize) for each in plan.layers)
 
 

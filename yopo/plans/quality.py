@@ -66,6 +66,8 @@ def marks(plan: PruningPlan) -> str:
         for layer in plan.layers
     ]
     text = repr((rows, plan.compensation, plan.bidirectional))
+    if plan.reduction is not None:
+        text += repr(plan.reduction.to_dict())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from yopo.plans.extent import Extent, extent_problem
-from yopo.plans.grid import Grid
 from yopo.plans.layer_plan import LEVERS, LayerPlan, Lever, ModelShape, full_layer, layer_problem
 from yopo.plans.tensors import PlanTensors
+from yopo.plans.workload import Workload, workload_problem
+from yopo.reduction.method import Method
 from yopo.support.errors import PlanError
 
 COMPENSATIONS = ("none", "mean", "refit")
@@ -36,9 +37,6 @@ LARGEST_SHAPE = {
     "ffn": 1 << 20,
 }
 """Several times the largest published decoders; anything larger is damaged or malicious."""
-
-MAX_IMAGES, MAX_VISUAL, MAX_TEXT = 1 << 10, 1 << 17, 1 << 24
-"""Maximum images, visual tokens and text tokens of a workload."""
 
 
 class InvalidPlan(PlanError):
@@ -94,26 +92,6 @@ def model_path(hint: str, folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The prompt that FLOPs and bytes are quoted for: image grids and number of text tokens.
-
-    Attributes:
-        grids: The images of one prompt.
-        text: Text tokens of one prompt.
-        text_before: Those before the first image (visual queries attend to them).
-    """
-
-    grids: tuple[Grid, ...]
-    text: int
-    text_before: int = 0
-
-    @property
-    def visual(self) -> int:
-        """Visual tokens of one prompt."""
-        return sum(grid.tokens for grid in self.grids)
-
-
-@dataclass(frozen=True)
 class Budget:
     """Visual FLOPs over dense visual FLOPs: requested (None without a budget) and reached."""
 
@@ -165,6 +143,7 @@ class PruningPlan:
             construction, or read from its file without them, has none.
         measured: Per-layer calibration results.
         extent: Image grids of the calibration; None in plans that do not record them.
+        reduction: How visual tokens get fewer before the first layer; None: all enter it.
         provenance: Where the plan comes from: pairs, samples, seed, version, candidates.
 
     Raises:
@@ -181,6 +160,7 @@ class PruningPlan:
     tensors: PlanTensors = field(default_factory=PlanTensors)
     measured: Measured | None = None
     extent: Extent | None = None
+    reduction: Method | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -193,6 +173,14 @@ class PruningPlan:
         """Number of layers after which visual tokens are gone."""
         depths = (index + 1 for index, layer in enumerate(self.layers) if not layer.is_empty)
         return max(depths, default=0)
+
+    @property
+    def seen(self) -> Workload:
+        """The prompt as the layers see it, with what the reduction leaves of each image."""
+        if self.reduction is None:
+            return self.workload
+        grids = self.workload.grids
+        return self.workload.thinned([self.reduction.count((g.rows, g.cols)) for g in grids])
 
     @property
     def needs_order(self) -> bool:
@@ -262,6 +250,9 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
         return ("compensation",), f"must be one of {', '.join(COMPENSATIONS)}"
     if plan.budget.asked is not None and not 0 < plan.budget.asked <= 1:
         return ("budget", "asked"), f"must lie in (0, 1], found {plan.budget.asked}"
+    problem = reduction_problem(plan.reduction)
+    if problem is not None:
+        return problem
     if len(plan.layers) != shape.layers:
         return ("layers",), f"must have {shape.layers} entries, found {len(plan.layers)}"
     for index, layer in enumerate(plan.layers):
@@ -269,10 +260,23 @@ def first_problem(plan: PruningPlan) -> tuple[tuple[str | int, ...], str] | None
         if wrong is not None:
             key, what = wrong
             return ("layers", index, key), what
+        if layer.radius is not None and plan.reduction is not None:
+            return ("layers", index, "radius"), "must be null: a reduction leaves no neighborhoods"
         if layer.is_fitted and plan.compensation != "refit":
             key = "map_rank" if layer.qkv_rank is None else "qkv_rank"
             return ("layers", index, key), "needs 'compensation: refit', whose weights it uses"
     return None
+
+
+def reduction_problem(reduction: Method | None) -> tuple[tuple[str, ...], str] | None:
+    """The first problem of a reduction, as for :func:`first_problem`."""
+    if reduction is None:
+        return None
+    if reduction.needs_attention:
+        what = f"{reduction.name} needs the vision tower's attention, which is not recorded"
+        return ("reduction", "method"), f"names a method that cannot run here: {what}"
+    wrong = reduction.problem()
+    return None if wrong is None else (("reduction", wrong[0]), wrong[1])
 
 
 def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
@@ -289,20 +293,4 @@ def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
             return (*path, name), f"must be at most {largest}, found {sizes[name]}"
     if shape.heads % shape.kv_heads:
         return (*path, "kv_heads"), f"must divide the {shape.heads} query heads"
-    return None
-
-
-def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
-    """The first problem of a workload, as for :func:`first_problem`."""
-    grids = ("workload", "grids")
-    if not workload.grids or any(min(each.rows, each.cols) < 1 for each in workload.grids):
-        return grids, "must hold at least one image of at least one token"
-    if len(workload.grids) > MAX_IMAGES:
-        return grids, f"must hold at most {MAX_IMAGES} images, found {len(workload.grids)}"
-    if workload.visual > MAX_VISUAL:
-        return grids, f"must hold at most {MAX_VISUAL} visual tokens, found {workload.visual}"
-    if workload.text > MAX_TEXT:
-        return ("workload", "text"), f"must be at most {MAX_TEXT}, found {workload.text}"
-    if not 0 <= workload.text_before <= workload.text:
-        return ("workload", "text_before"), "must lie between 0 and workload.text"
     return None

@@ -22,6 +22,8 @@ def engine_problem(plan: PruningPlan) -> str | None:
         >>> engine_problem(plan)
         'in layer 3 no head reads visual tokens'
     """
+    if plan.reduction is not None:
+        return f"it reduces visual tokens ({plan.reduction.name}), and all of theirs have slots"
     if plan.bidirectional:
         return "visual tokens attend to later ones (bidirectional), which its kernels do not"
     return layers_problem(plan.layers, plan.model.shape)

@@ -71,8 +71,8 @@ def _entry(name: str, plan: PruningPlan) -> dict[str, Any]:
     layers = [
         {
             **{each.name: getattr(layer, each.name) for each in fields(layer)},
-            "visual_flops_ratio": visual_flops_of_layer(layer, shape, workload) / dense,
-            "visual_kv_bytes": visual_kv_bytes_of_layer(layer, shape, workload),
+            "visual_flops_ratio": visual_flops_of_layer(layer, shape, plan.seen) / dense,
+            "visual_kv_bytes": visual_kv_bytes_of_layer(layer, shape, plan.seen),
         }
         for layer in plan.layers
     ]

@@ -32,8 +32,8 @@ def plan_document(plan: PruningPlan) -> dict[str, Any]:
         {
             "index": index,
             **asdict(layer),
-            "visual_flops": visual_flops_of_layer(layer, shape, workload),
-            "visual_kv_bytes": visual_kv_bytes_of_layer(layer, shape, workload),
+            "visual_flops": visual_flops_of_layer(layer, shape, plan.seen),
+            "visual_kv_bytes": visual_kv_bytes_of_layer(layer, shape, plan.seen),
         }
         for index, layer in enumerate(plan.layers)
     ]

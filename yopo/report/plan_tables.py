@@ -56,6 +56,9 @@ def header(plan: PruningPlan) -> RenderableType:
         "plan": ", ".join(kind),
         "servable in vLLM": "yes" if problem is None else f"no, because {problem}",
     }
+    if plan.reduction is not None:
+        left = f"{plan.seen.visual} of {plan.workload.visual} tokens enter the first layer"
+        lines["reduction"] = f"{plan.reduction.describe()}: {left}"
     table = Table.grid(padding=(0, 2))
     for label, value in lines.items():
         table.add_row(Text(label, style="dim"), Text(value))
@@ -100,8 +103,8 @@ class LayerTable:
         self.plan = plan
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shape, workload = self.plan.model.shape, self.plan.workload
-        dense = visual_flops_of_layer(full_layer(shape), shape, workload)
+        shape, workload = self.plan.model.shape, self.plan.seen
+        dense = visual_flops_of_layer(full_layer(shape), shape, self.plan.workload)
         levers = used_levers(self.plan)
         has_bars = options.max_width >= _WIDE + _LEVER_WIDTH * len(levers)
         table = plain_table()

@@ -199,13 +199,23 @@ class AttentionMasks:
 
         Visual keys are cached first. In prompt order a causal block's keys are a prefix: no copy.
         """
+        visual = self._seen[0].visual.index[0]
+        stop = int(self._rank(visual[-1:])) + 1
+        return self._places.argsort()[:stop]
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        """(keys,) int64: positions of all tokens of the first row, visual ones first."""
         layout, _ = self._seen
-        visual, text = layout.visual.index[0], layout.text.index[0]
-        return torch.cat([visual, text]).argsort()[: int(visual[-1]) + 1]
+        return torch.cat([layout.visual.index[0], layout.text.index[0]])
+
+    def _rank(self, places: torch.Tensor) -> torch.Tensor:
+        """How many tokens are before some; a reduction leaves gaps between positions."""
+        return torch.searchsorted(self._places.sort().values, places.contiguous())
 
     def _prefix(self, cut: Block) -> VisualBlock:
         layout, _ = self._seen
-        places = layout.visual.index[:1, cut.start : cut.stop]
+        places = self._rank(layout.visual.index[:1, cut.start : cut.stop])
         stop = int(places[0, -1]) + 1
         mask = torch.arange(stop, device=places.device) <= places[..., None]
         return VisualBlock(cut.start, cut.stop, 0, stop, 0, mask[:, None], in_sequence=True)

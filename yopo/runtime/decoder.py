@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from yopo.models.family import Backbone
 from yopo.models.layout import LayoutProbe, Stream, TokenLayout
+from yopo.models.reduced import Reduced, reduce
 from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
@@ -135,6 +136,8 @@ class PrunedDecoder(_Stock):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layout = _layout(self, state, inputs_embeds)
+        reduced = reduce(state.plan.reduction, layout, embeds, attention_mask)
+        layout = layout if reduced is None else reduced.layout
         kept = _cache(self.layers, past_key_values, use_cache=use_cache)
         splits = state.splits(embeds.device)
         cache = new_layers(splits) if kept is None else adopt(kept, splits)
@@ -160,7 +163,7 @@ class PrunedDecoder(_Stock):
         positions = rotary_positions(positions, state.names.position_axes)
         rotary = self.rotary_emb(embeds, position_ids=positions)
         stack = state.names.added_features(kwargs)
-        hidden = run_layers(self, state, embeds, rotary, masks, cache, stack)
+        hidden = run_layers(self, state, embeds, rotary, masks, cache, stack, reduced)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
 
 
@@ -210,6 +213,7 @@ def run_layers(
     masks: AttentionMasks,
     cache: list[PrunedCacheLayer],
     stack: Sequence[torch.Tensor] = (),
+    reduced: Reduced | None = None,
 ) -> torch.Tensor:
     """Carry both streams through the layers.
 
@@ -221,6 +225,7 @@ def run_layers(
         masks: Positions and masks of this forward.
         cache: One cache layer per decoder layer; filled here.
         stack: (visual tokens of all rows, hidden) each, added after the first layers (DeepStack).
+        reduced: How the visual tokens got fewer; None: all are there.
 
     Returns:
         (batch, sequence, hidden) after the final norm.
@@ -228,7 +233,7 @@ def run_layers(
     stream, visual = masks.visual, None
     text, text_rotary, visual_rotary = embeds, rotary, rotary
     if stream is not None:
-        text, visual = masks.text.gather(embeds), stream.gather(embeds)
+        text, visual = masks.text.gather(embeds), _features(embeds, stream, reduced)
         text_rotary, visual_rotary = (
             _gathered(each, rotary, embeds.shape[0]) for each in (masks.text, stream)
         )
@@ -247,23 +252,44 @@ def run_layers(
             else:
                 text, visual = run(text, text_rotary, given)
             if stream is not None and visual is not None and number < len(stack):
-                visual = visual + stream.unflatten(stack[number].to(visual))
+                visual = visual + _added(stack[number].to(visual), stream, reduced)
     text = decoder.norm(text)
     if stream is None:
         return text
+    if reduced is not None:
+        _warn_of_dropped(state, reduced.dropped, embeds.shape[1])
     hidden = torch.zeros_like(embeds)
     masks.text.scatter(hidden, text)
     if visual is not None:
         stream.scatter(hidden, row_blocks.replace(visual, decoder.norm))
         return hidden
+    _warn_of_dropped(state, stream, embeds.shape[1])
+    return hidden
+
+
+def _features(embeds: torch.Tensor, stream: Stream, reduced: Reduced | None) -> torch.Tensor:
+    """(batch, visual, hidden) features of the stream's tokens."""
+    return (
+        stream.gather(embeds) if reduced is None else reduced.features(reduced.whole.gather(embeds))
+    )
+
+
+def _added(values: torch.Tensor, stream: Stream, reduced: Reduced | None) -> torch.Tensor:
+    """(batch, visual, hidden) of (visual tokens of all rows, hidden), for the stream's tokens."""
+    if reduced is None:
+        return stream.unflatten(values)
+    return reduced.features(reduced.whole.unflatten(values))
+
+
+def _warn_of_dropped(state: PrunedState, stream: Stream, length: int) -> None:
+    """Warn if labels or a next token depend on visual tokens that are gone at the end."""
     state.labels.warn_of_dropped(stream.index, stream.mask)
-    if bool((stream.index == embeds.shape[1] - 1).any()):
+    if bool((stream.index == length - 1).any()):
         warnings.warn(
             "A prompt ends in an image whose visual tokens the plan drops, so its next-token "
             "logits are meaningless. Put text after the image.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return hidden
 
 
 def _gathered(stream: Stream, rotary: Rotary, batch: int) -> Rotary:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from yopo.models.family import Backbone, GridsOf
 from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.reduced import Reduced, reduce
 from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, PruningPlan
 from yopo.plans.tensors import Refit
@@ -58,16 +59,18 @@ def reference(
             position_ids = position_ids.expand(names.position_axes, -1, -1)
         stack = names.added_features(kwargs)
         rotary = decoder.rotary_emb(embeds, position_ids=position_ids)
-        hidden = embeds
+        reduced = reduce(plan.reduction, probe.layout, embeds, attention_mask)
+        gone = None if reduced is None else reduced.dropped.marks(embeds.shape[1])
+        hidden = embeds if reduced is None else mixed_in(embeds, reduced)
         for number, layer in enumerate(decoder.layers):
-            spec = LayerSpec(plan, number, probe.layout, attention_mask)
+            spec = LayerSpec(plan, number, probe.layout, attention_mask, gone)
             normed = layer.input_layernorm(hidden)
             hidden = hidden + spec.attention(layer.self_attn, normed, rotary, names)
             hidden = hidden + spec.ffn(layer.mlp, layer.post_attention_layernorm(hidden))
             if number < len(stack):
                 visual = spec.is_visual(hidden)[..., None].expand_as(hidden)
                 added = torch.zeros_like(hidden).masked_scatter(visual, stack[number].to(hidden))
-                hidden = hidden + added
+                hidden = hidden + (added if reduced is None else mixed_in(added, reduced))
         return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden))
 
     decoder.forward = forward
@@ -76,6 +79,14 @@ def reference(
     finally:
         del decoder.forward
         probe.remove()
+
+
+def mixed_in(states: torch.Tensor, reduced: Reduced) -> torch.Tensor:
+    """(batch, sequence, width) states, those of kept tokens made of those of all visual ones."""
+    changed = states.clone()
+    kept = reduced.features(reduced.whole.gather(states))
+    reduced.layout.visual.scatter(changed, kept)
+    return changed
 
 
 class LayerSpec:
@@ -87,8 +98,10 @@ class LayerSpec:
         number: int,
         layout: TokenLayout | None,
         attention_mask: torch.Tensor | None,
+        gone: torch.Tensor | None = None,
     ):
         self.layer: LayerPlan = plan.layers[number]
+        self.gone = gone  # (batch, sequence) bool: visual tokens that the reduction dropped
         self.shape = plan.model.shape
         self.layout, self.padding = layout, attention_mask
         self.bidirectional = plan.bidirectional
@@ -146,6 +159,8 @@ class LayerSpec:
         text_reads = not_later[:, None] & key_is_visual & ~query_is_visual & reads
         visual_reads = (both_visual & near & visual_order)[:, None] & attends
         allowed = text_key | text_reads | visual_reads
+        if self.gone is not None:
+            allowed = allowed & ~self.gone[:, None, None, :]
         if self.padding is not None:
             allowed = allowed & self.padding.bool()[:, None, None, :]
         return allowed

@@ -1,0 +1,1 @@
+"""One file and one class per method; the registry beside this package names them."""
