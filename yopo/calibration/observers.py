@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +98,7 @@ class Observer:
         """The sums so far, between two batches."""
         counts = {name: getattr(self, name) for name in _COUNTS}
         grids = [
-            [[(grid.rows, grid.cols) for grid in prompt], count]
+            [[(grid.rows, grid.cols) for grid in prompt], count, asdict(self.inner_text[prompt])]
             for prompt, count in self.grids.items()
         ]
         about = {**counts, "grids": grids, "pairs": sum(map(len, self.rho))}
@@ -109,8 +110,10 @@ class Observer:
         self.sums = {name: kept.tensors[name] for name in self.sums}
         for name in _COUNTS:
             setattr(self, name, kept.about[name])
-        for prompt, count in kept.about["grids"]:
-            self.grids[tuple(Grid(*size) for size in prompt)] = count
+        for sizes, count, inner in kept.about["grids"]:
+            prompt = tuple(Grid(*size) for size in sizes)
+            self.grids[prompt] = count
+            self.inner_text[prompt] = InnerText(**inner | {"between": tuple(inner["between"])})
 
     def view(self) -> BatchView:
         """The batch in progress."""
