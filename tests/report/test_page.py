@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import struct
+import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +25,7 @@ from yopo.plans.flops import (
 from yopo.plans.schema import PruningPlan
 from yopo.report import units
 from yopo.report.page.page import report_page
-from yopo.report.page.results import read_evaluation
+from yopo.report.page.results import MAX_PICTURES, read_evaluation
 from yopo.report.page.svg import Scale
 from yopo.support.errors import PlanError
 
@@ -157,6 +160,47 @@ def test_pictures_are_pictures(tmp_path: Path) -> None:
     example = document(plan)["examples"][0] | {"images": ['x" onerror="alert(1)']}
     with pytest.raises(PlanError, match="no PNG or JPEG"):
         page_of(plan, tmp_path, examples=[example])
+
+
+def png(width: int, height: int) -> str:
+    """A PNG of a few bytes that declares any size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for chunk in (header, b"IDAT" + zlib.compress(b""), b"IEND"):
+        data += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    ("picture", "problem"),
+    [
+        (png(1025, 8), "of 1025 x 8 pixels, more than 1024 a side"),
+        (png(12_000, 12_000), "of 12000 x 12000 pixels"),  # where Pillow warns
+        (png(100_000, 100_000), "declares far more than 1024 pixels a side"),  # and refuses
+        (PIXEL.replace("image/png", "image/jpeg"), "cannot be read as JPEG"),
+        ("data:image/png;base64,AAAA", "cannot be read as PNG"),
+        ("data:image/png;base64,A", "cannot be read as PNG"),
+    ],
+)
+@pytest.mark.parametrize("place", ["images", "looks"])
+def test_decompression_bombs_are_refused(
+    tmp_path: Path, picture: str, problem: str, place: str
+) -> None:
+    plan = make_plan()
+    (example,) = document(plan)["examples"]
+    if place == "images":
+        example["images"] = [picture]
+    else:
+        example["looks"][0]["picture"] = picture
+    with pytest.raises(PlanError) as caught:
+        page_of(plan, tmp_path, examples=[example])
+    assert problem in caught.value.message and str(tmp_path) in caught.value.message
+
+
+def test_pictures_of_the_largest_size_are_shown(tmp_path: Path) -> None:
+    plan = make_plan()
+    example = document(plan)["examples"][0] | {"images": [png(1024, 1024)] * 99, "looks": []}
+    assert page_of(plan, tmp_path, examples=[example]).count(png(1024, 1024)) == MAX_PICTURES
 
 
 def test_an_evaluation_of_another_plan_is_refused(tmp_path: Path) -> None:
