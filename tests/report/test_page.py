@@ -22,7 +22,7 @@ from yopo.plans.flops import (
     visual_flops_of_layer,
     visual_parts_of_layer,
 )
-from yopo.plans.schema import PruningPlan
+from yopo.plans.schema import BEYOND_IMAGE, PruningPlan
 from yopo.report import units
 from yopo.report.page.page import report_page
 from yopo.report.page.results import MAX_PICTURES, read_evaluation
@@ -128,6 +128,17 @@ def test_what_is_not_known_is_left_out_with_a_sentence() -> None:
     for sentence in ("No KL was measured", "holds no measurements", "No evaluation of this plan"):
         assert sentence in said
     assert "No examples were given" in said and "No benchmark was given" in said
+
+
+def test_a_radius_beyond_the_image_is_no_radius() -> None:
+    plan = measured(make_plan(), 0.02)
+    assert plan.measured is not None
+    layers, chart = plan.model.shape.layers, "radius with 90 % of visual attention over depth"
+    for beyond in (0, 1, layers):
+        radii = (BEYOND_IMAGE,) * beyond + (3,) * (layers - beyond)
+        page = report_page([("a", replace(plan, measured=replace(plan.measured, locality=radii)))])
+        assert (chart in page) == (beyond < layers) and ": 65<" not in page
+        assert (f"In {beyond} of {layers} layers no radius" in page) == (beyond > 0)
 
 
 def test_several_plans_share_a_slider() -> None:
