@@ -22,18 +22,33 @@ from yopo.plans.storage import read_plan
 BIN = Path(sys.executable).parent
 
 
+def in_shell(line: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{BIN}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=directory,
+        env={**os.environ, "PATH": path, "YOPO_CACHE": str(directory / "cache")},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_report_is_made_in_a_shell_pipeline(model: Path, tmp_path: Path) -> None:
+    options = map(str, (*FAST, *DRAWINGS))
+    calibrate = shlex.join(["yopo", "calibrate", "--model", str(model), *options, "-o", "-"])
+    done = in_shell(f"set -o pipefail; {calibrate} | yopo report - -o -", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("<!DOCTYPE html>") and done.stdout.endswith("</html>\n")
+    assert f"{model.name} runs on" in done.stdout and "logit KL" in done.stdout
+    assert "Traceback" not in done.stderr and "<!DOCTYPE" not in done.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["cache"]
+
+
 def test_commands_work_in_a_shell_pipeline(model: Path, tmp_path: Path) -> None:
     options = map(str, (*FAST, *DRAWINGS))
     calibrate = shlex.join(["yopo", "calibrate", "--model", str(model), *options, "-o", "-"])
     line = f"set -o pipefail; {calibrate} | yopo inspect --json - | python -m json.tool"
-    path = f"{BIN}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", line],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path, "YOPO_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
+    done = in_shell(line, tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["model"]["name"] == model.name and len(document["layers"]) == LAYERS

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import struct
+import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,10 +22,10 @@ from yopo.plans.flops import (
     visual_flops_of_layer,
     visual_parts_of_layer,
 )
-from yopo.plans.schema import PruningPlan
+from yopo.plans.schema import BEYOND_IMAGE, PruningPlan
 from yopo.report import units
 from yopo.report.page.page import report_page
-from yopo.report.page.results import read_evaluation
+from yopo.report.page.results import MAX_PICTURES, read_evaluation
 from yopo.report.page.svg import Scale
 from yopo.support.errors import PlanError
 
@@ -127,6 +130,17 @@ def test_what_is_not_known_is_left_out_with_a_sentence() -> None:
     assert "No examples were given" in said and "No benchmark was given" in said
 
 
+def test_a_radius_beyond_the_image_is_no_radius() -> None:
+    plan = measured(make_plan(), 0.02)
+    assert plan.measured is not None
+    layers, chart = plan.model.shape.layers, "radius with 90 % of visual attention over depth"
+    for beyond in (0, 1, layers):
+        radii = (BEYOND_IMAGE,) * beyond + (3,) * (layers - beyond)
+        page = report_page([("a", replace(plan, measured=replace(plan.measured, locality=radii)))])
+        assert (chart in page) == (beyond < layers) and ": 65<" not in page
+        assert (f"In {beyond} of {layers} layers no radius" in page) == (beyond > 0)
+
+
 def test_several_plans_share_a_slider() -> None:
     one = make_plan()
     two = one.with_layers([replace(each, neurons=0) for each in one.layers])
@@ -157,6 +171,47 @@ def test_pictures_are_pictures(tmp_path: Path) -> None:
     example = document(plan)["examples"][0] | {"images": ['x" onerror="alert(1)']}
     with pytest.raises(PlanError, match="no PNG or JPEG"):
         page_of(plan, tmp_path, examples=[example])
+
+
+def png(width: int, height: int) -> str:
+    """A PNG of a few bytes that declares any size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for chunk in (header, b"IDAT" + zlib.compress(b""), b"IEND"):
+        data += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    ("picture", "problem"),
+    [
+        (png(1025, 8), "of 1025 x 8 pixels, more than 1024 a side"),
+        (png(12_000, 12_000), "of 12000 x 12000 pixels"),  # where Pillow warns
+        (png(100_000, 100_000), "declares far more than 1024 pixels a side"),  # and refuses
+        (PIXEL.replace("image/png", "image/jpeg"), "cannot be read as JPEG"),
+        ("data:image/png;base64,AAAA", "cannot be read as PNG"),
+        ("data:image/png;base64,A", "cannot be read as PNG"),
+    ],
+)
+@pytest.mark.parametrize("place", ["images", "looks"])
+def test_decompression_bombs_are_refused(
+    tmp_path: Path, picture: str, problem: str, place: str
+) -> None:
+    plan = make_plan()
+    (example,) = document(plan)["examples"]
+    if place == "images":
+        example["images"] = [picture]
+    else:
+        example["looks"][0]["picture"] = picture
+    with pytest.raises(PlanError) as caught:
+        page_of(plan, tmp_path, examples=[example])
+    assert problem in caught.value.message and str(tmp_path) in caught.value.message
+
+
+def test_pictures_of_the_largest_size_are_shown(tmp_path: Path) -> None:
+    plan = make_plan()
+    example = document(plan)["examples"][0] | {"images": [png(1024, 1024)] * 99, "looks": []}
+    assert page_of(plan, tmp_path, examples=[example]).count(png(1024, 1024)) == MAX_PICTURES
 
 
 def test_an_evaluation_of_another_plan_is_refused(tmp_path: Path) -> None:

@@ -22,13 +22,20 @@ MEASURE = """<script>addEventListener("load", () => {
   document.querySelector("article:not([hidden]) svg.heat").dispatchEvent(key);
   const said = document.querySelector("article:not([hidden]) .readout").textContent;
   const root = document.documentElement;
-  document.title = `${root.scrollWidth <= innerWidth} ${said}`;
+  const boxes = [...document.querySelectorAll("article:not([hidden]) .cols > section")]
+    .map((each) => each.getBoundingClientRect());
+  const gaps = boxes.slice(1).map((box, at) => [box, boxes[at]])
+    .filter(([box, above]) => box.left === above.left)
+    .map(([box, above]) => box.top - above.bottom);
+  const packed = Math.max(...gaps) <= 24 && Math.min(...gaps) >= 8;
+  const columns = new Set(boxes.map((box) => box.left)).size;
+  document.title = `${root.scrollWidth <= innerWidth} ${packed} ${columns} ${said}`;
 });</script></body>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize("width", [420, 1280])
-def test_nothing_overflows_and_keys_move(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(("width", "columns"), [(420, 1), (1280, 2)])
+def test_nothing_overflows_and_keys_move(tmp_path: Path, width: int, columns: int) -> None:
     plan = measured(make_plan(), 0.02)
     less = replace(plan, layers=tuple(replace(each, neurons=0) for each in plan.layers))
     page = report_page([("a" * 200, plan), ("b", less)])
@@ -43,4 +50,4 @@ def test_nothing_overflows_and_keys_move(tmp_path: Path, width: int) -> None:
     assert '<p class="slider" hidden' not in done.stdout  # the page's own script ran
     done = subprocess.run([*logged, probe.as_uri()], capture_output=True, text=True, timeout=60)
     (said,) = re.findall("<title>((?:true|false) [^<]*)</title>", done.stdout)
-    assert re.fullmatch(r"true layer 0, head 1: rho [\d.e-]+, [\w ]+", said)
+    assert re.fullmatch(rf"true true {columns} layer 0, head 1: rho [\d.e-]+, [\w ]+", said)

@@ -30,6 +30,7 @@ from safetensors.torch import save
 from yopo.models.fingerprint import is_same
 from yopo.plans.extent import Extent
 from yopo.plans.schema import (
+    BEYOND_IMAGE,
     Measured,
     ModelIdentity,
     ModelShape,
@@ -47,7 +48,7 @@ MAX_COUNT = 1 << 53
 LEAST_SCALE = 1e-3
 """Of a key's channel, over its head's: a silent channel must not set the step of its group."""
 
-MAX_DISTANCE = 64
+MAX_DISTANCE = BEYOND_IMAGE - 1
 """Largest Chebyshev distance that is distinguished (farther ones count as 64)."""
 
 

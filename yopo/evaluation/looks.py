@@ -8,7 +8,7 @@ are watched in the same heads, so that maps differ only by what pruning changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -106,7 +106,7 @@ def looks_of(
         One view per image whose place among the tokens is known. None are where no head reads, or
         where tiles cannot be told apart by image.
     """
-    dense = replace(full_plan(plan.model, plan.workload), bidirectional=plan.bidirectional)
+    dense = full_plan(plan.model, plan.workload)
     watchers = [_Watcher(plan, dense), _Watcher(plan, plan)]
     for running, watcher in zip((dense, plan), watchers, strict=True):
         with pruned(model, running, check=False), watching(watcher):
@@ -134,15 +134,17 @@ def _seen(
     """
     if pixels is None or pixels.dim() < 4:
         return dict(enumerate(images)) if len(grids) == len(images) else {}
-    if pixels.dim() == 5:  # (images, tiles, channels, height, width); the first one is the whole
-        if len(grids) != 2 * len(images):  # such as a scaled-down image and its tiles
-            return {}
+    if pixels.dim() == 5 and len(grids) == 2 * len(images) == 2 * len(pixels):
+        # (images, tiles, channels, height, width): a scaled-down image, then tiles of one grid
         return {2 * place: _as_image(processor, each[0]) for place, each in enumerate(pixels)}
-    if len(pixels) != len(grids):
-        return {}
-    if len(images) == len(grids):
-        return {place: _as_image(processor, each) for place, each in enumerate(pixels)}
-    if len(images) == 1:  # tiles, and last the whole image
+    if pixels.dim() == 5:  # (prompts, crops, channels, height, width)
+        pixels = pixels.flatten(0, 1)
+    patches = [place for place, grid in enumerate(grids) if grid.tokens > 1]  # no class tokens
+    if len(pixels) == len(images) == len(patches):
+        return {
+            place: _as_image(processor, each) for place, each in zip(patches, pixels, strict=True)
+        }
+    if len(images) == 1 and len(pixels) == len(grids):  # tiles, and last the whole image
         return {len(grids) - 1: _as_image(processor, pixels[-1])}
     return {}
 

@@ -99,6 +99,10 @@ class Budget:
     reached: float
 
 
+BEYOND_IMAGE = 65
+"""In place of a radius where no radius in one image (or tile) holds as much attention."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """Per-layer calibration results for reports; the runtime never reads them.
@@ -107,7 +111,8 @@ class Measured:
         rho: Mean head activity, (layers, heads).
         cross_modal: Mean visual mass of the text queries after the image, (layers,).
         concentration: Share of the FFN neurons that carry 90 % of the importance, (layers,).
-        locality: Radius that holds 90 % of the visual-to-visual attention mass, (layers,).
+        locality: Radius that holds 90 % of the visual-to-visual attention mass, (layers,);
+            ``BEYOND_IMAGE`` where only other images complete it.
     """
 
     rho: tuple[tuple[float, ...], ...]

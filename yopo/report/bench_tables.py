@@ -24,7 +24,7 @@ def bench_report(found: Benchmark) -> RenderableType:
     table = plain_table()
     table.add_column("")
     for name in ("dense", "pruned", "pruned / dense"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     dense, pruned = found.flops
     table.add_row(
         "prefill FLOPs", units.flops(dense), units.flops(pruned), units.share(found.flops_ratio)

@@ -40,8 +40,10 @@ class CandidateTable:
         heads = ["", "template", "", "budget", "logit KL"]
         heads += ["answers", "worst kind"] if self.has_tail else []
         rows = [self._cells(rank, each, kind_width) for rank, each in enumerate(self.candidates)]
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        room = options.max_width - sum(widths) + widths[1] - _PADDING * len(widths)
+        room = _room(heads, rows, options.max_width)
+        if self.has_tail and room < max(len(row[1]) for row in rows):
+            heads, rows = heads[:-1], [row[:-1] for row in rows]  # names tell plans apart
+            room = _room(heads, rows, options.max_width)
         table = plain_table()
         for head in heads:
             is_number = head in ("budget", "logit KL", "answers")
@@ -51,7 +53,7 @@ class CandidateTable:
             table.add_row(*map(Text, row), style="" if rank else "bold")
         yield ""
         yield table
-        yield from (Text(f"  {line}", "dim") for line in self._notes())
+        yield from (Text(f"  {line}", "dim") for line in self._notes(heads))
 
     def _cells(self, rank: int, each: Mapping[str, Any], kind_width: int) -> list[str]:
         kl = "not measured" if each["kl"] is None else f"{each['kl']:.3g}"
@@ -64,11 +66,18 @@ class CandidateTable:
         worst = _cut(f"{each['worst_kl']:.3g} {each['worst_kind']}", kind_width)
         return [*cells, units.share(each["whole_answers"]), worst]
 
-    def _notes(self) -> list[str]:
+    def _notes(self, heads: Sequence[str]) -> list[str]:
         notes = [f"on {self.pairs} held-out pairs"] if self.pairs else []
         if self.has_tail:
-            notes.append("answers: the same whole ones; worst kind: with its KL")
+            worst = "; worst kind: with its KL" if "worst kind" in heads else ""
+            notes.append(f"answers: the same whole ones{worst}")
         return notes
+
+
+def _room(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
+    """Characters that the other columns leave of a width to names."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return width - sum(widths) + widths[1] - _PADDING * len(widths)
 
 
 def _short(name: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 from yopo.plans.flops import visual_budget
@@ -17,6 +19,9 @@ if TYPE_CHECKING:  # the evaluation needs torch, its table does not
 
 ENOUGH = 100
 """Pairs from which a share is shown as such: its interval is then at most 20 points wide."""
+
+_UNLIMITED = 10_000
+"""Characters that no table needs."""
 
 
 def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
@@ -34,7 +39,7 @@ def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
     table = plain_table()
     table.add_column("")
     for name in ("dense", "pruned", "pruned / dense"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     if evaluation.accuracy is not None:
         table.add_row("accuracy", *_accuracy(evaluation.accuracy))
     same = f"{evaluation.same_answers}/{evaluation.pairs}"
@@ -54,41 +59,60 @@ def evaluation_report(evaluation: Evaluation, data: str) -> RenderableType:
         table.add_row(*row)
     parts: list[RenderableType] = [Text(title, "bold"), "", table]
     if len(evaluation.by_kind) > 1:
-        parts += ["", kind_table(evaluation.kept)]
+        parts += ["", KindTable(evaluation.kept)]
     if time is not None:
         note = f"time: median of {time.runs} paired runs of {time.batch_size} prompts"
         parts += ["", Text(note, "dim")]
     return Group(*parts)
 
 
-def kind_table(kept: Kept) -> RenderableType:
-    """What is kept of each kind of pair, the worst one marked."""
-    table = plain_table()
-    for name in ("", "kind", "pairs"):
-        table.add_column(name, justify="right" if name == "pairs" else "left")
-    has_answers = kept.accuracy is not None
-    names = ["dense", "pruned"] * has_answers
-    for name in (*names, "same", "share", "tokens", "KL"):
-        table.add_column(name, justify="right")
-    for name, part in kept.by_kind.items():
-        is_worst = name == kept.worst_kind
-        counts = part.accuracy
-        right = ["-", "-"] if counts is None else [str(counts.dense), str(counts.pruned)]
-        cells = [
-            *right * has_answers,
-            str(part.same_answers),
-            _share_or_interval(part.same_answers, part.pairs),
-            units.share(part.fidelity.agreement),
-            f"{part.fidelity.kl:.4f}",
-        ]
-        style = "bold" if is_worst else ""
-        table.add_row(">" * is_worst, Text(name), str(part.pairs), *cells, style=style)
-    notes = (
-        "> the worst kind, by KL" + "; dense, pruned: right answers" * has_answers,
-        "same: whole answers as the dense model's, and their share (few pairs: its 95 % interval)",
-        "tokens: the same next token along the dense model's answer; KL in nats",
-    )
-    return Group(table, *(Text(note, "dim") for note in notes))
+class KindTable:
+    """A rich renderable of what is kept of each kind of pair, the worst one marked.
+
+    Where the console is too narrow for all columns, the share of whole answers is left out: their
+    count and that of pairs stay.
+    """
+
+    def __init__(self, kept: Kept):
+        self._kept = kept
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table(has_share=True)
+        unlimited = options.update(max_width=_UNLIMITED)
+        has_share = Measurement.get(console, unlimited, table).maximum <= options.max_width
+        yield table if has_share else self._table(has_share=False)
+        has_answers = self._kept.accuracy is not None
+        share = ", and their share (few pairs: its 95 % interval)" * has_share
+        notes = (
+            "> the worst kind, by KL" + "; dense, pruned: right answers" * has_answers,
+            f"same: whole answers as the dense model's{share}",
+            "tokens: the same next token along the dense model's answer; KL in nats",
+        )
+        yield from (Text(note, "dim") for note in notes)
+
+    def _table(self, *, has_share: bool) -> Table:
+        table, kept = plain_table(), self._kept
+        has_answers = kept.accuracy is not None
+        for name in ("", "kind"):
+            table.add_column(name)
+        names = ["pairs", *["dense", "pruned"] * has_answers, "same", *["share"] * has_share]
+        for name in (*names, "tokens", "KL"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, part in kept.by_kind.items():
+            is_worst = name == kept.worst_kind
+            counts = part.accuracy
+            right = ["-", "-"] if counts is None else [str(counts.dense), str(counts.pruned)]
+            cells = [
+                str(part.pairs),
+                *right * has_answers,
+                str(part.same_answers),
+                *[_share_or_interval(part.same_answers, part.pairs)] * has_share,
+                units.share(part.fidelity.agreement),
+                f"{part.fidelity.kl:.4f}",
+            ]
+            style = "bold" if is_worst else ""
+            table.add_row(">" * is_worst, Text(name), *cells, style=style)
+        return table
 
 
 def _share_or_interval(count: int, total: int) -> str:

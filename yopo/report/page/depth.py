@@ -100,17 +100,17 @@ def _ceiling(value: float) -> float:
     return next((end for end in (0.1, 0.2, 0.4, 0.6, 0.8) if value <= end), max(1.0, value))
 
 
-def depth_chart(values: Sequence[float], label: str, *, is_share: bool) -> Markup:
+def depth_chart(values: Sequence[float | None], label: str, *, is_share: bool) -> Markup:
     """A line over the layers.
 
     Args:
-        values: One per layer.
+        values: One per layer; None where there is none, at least one.
         label: What they are.
         is_share: Whether they lie between 0 and 1.
     """
     top, bottom, left, right = 22.0, 112.0, 40.0, 392.0
     svg = Svg(bottom + 34, f"{label} over depth")
-    high = 1.0 if is_share else max(*values, 1) * 1.1
+    high = 1.0 if is_share else max(1, *(value for value in values if value is not None)) * 1.1
     up = Scale(0.0, high, bottom, top)
     for value in up.ticks():
         svg.line(left, up(value), right, up(value), "grid")
@@ -123,9 +123,9 @@ def depth_chart(values: Sequence[float], label: str, *, is_share: bool) -> Marku
     for index in range(0, len(values), step):
         svg.text(across(index), bottom + 15, str(index), "tick", "middle")
     svg.text((left + right) / 2, bottom + 30, "layer", "tick", "middle")
-    points = [(across(index), up(value)) for index, value in enumerate(values)]
-    svg.polyline(points, "path pruned")
+    known = [(index, value) for index, value in enumerate(values) if value is not None]
+    svg.polyline([(across(index), up(value)) for index, value in known], "path pruned")
     radius = 3.5 if len(values) <= 40 else 2.0
-    for index, ((x, y), value) in enumerate(zip(points, values, strict=True)):
-        svg.circle(x, y, radius, "pruned", f"layer {index}: {value:.3g}")
+    for index, value in known:
+        svg.circle(across(index), up(value), radius, "pruned", f"layer {index}: {value:.3g}")
     return svg.markup()

@@ -12,7 +12,7 @@ from yopo.report import units
 from yopo.report.page.svg import WIDTH, Scale, Svg, decades
 
 _LEFT, _RIGHT, _TOP = 56, 388, 14
-_KL_HEIGHT, _RIGHT_HEIGHT, _GAP = 190, 110, 60
+_KL_HEIGHT, _RIGHT_HEIGHT, _GAP, _FOOT = 190, 110, 60, 36
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def front_chart(
     if not losses:
         return None
     judged = [each for each in points if each.right is not None]
-    height = _TOP + _KL_HEIGHT + _GAP + (_RIGHT_HEIGHT + _GAP if judged else 0)
+    height = _TOP + _KL_HEIGHT + (_GAP + _RIGHT_HEIGHT if judged else 0) + _FOOT
     svg = Svg(height, "Visual budget of plans against what they lose")
     widest = max(each.budget for each in (*points, *candidates))
     across = Scale(0.0, max(widest * 1.08, 0.01), _LEFT, _RIGHT)
@@ -95,7 +95,7 @@ def _accuracy_panel(
         svg.line(_LEFT, up(value), _RIGHT, up(value), "grid")
         svg.text(_LEFT - 6, up(value) + 4, f"{100 * value:.3g} %", "tick", "end")
     _bottom_axis(svg, across, bottom)
-    svg.text(_LEFT, top - 4, "right answers; dashed: the dense model", "tick")
+    svg.text(_LEFT, top - 10, "right answers; dashed: the dense model", "tick")
     ordered = sorted(judged, key=lambda each: each.budget)
     dense = [(across(each.budget), up(each.right[0])) for each in ordered if each.right]
     dense = [(_LEFT, dense[0][1]), *dense, (_RIGHT, dense[-1][1])]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yopo.plans.evaluated import MAX_BYTES
+from yopo.report.page.pictures import picture_problem
 from yopo.support.errors import PlanError
 from yopo.support.reading import read_bytes
 
@@ -23,7 +23,8 @@ MAX_EXAMPLES = 100
 MAX_CELLS = 1 << 16
 """Tokens of a shown image at most."""
 
-_PICTURE = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
+MAX_PICTURES = 16
+"""Pictures of an example that are shown at most."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,9 @@ class _Entry:
         return {name: _Entry(each, f"{self._name(key)}.{name}") for name, each in value.items()}
 
     def picture(self, value: str) -> str:
-        if not _PICTURE.fullmatch(value):
-            raise _Wrong(f"'{self._where}' holds a picture that is no PNG or JPEG in base64")
+        problem = picture_problem(value)
+        if problem is not None:
+            raise _Wrong(f"{self._where} holds a picture {problem}")
         return value
 
 
@@ -287,9 +289,9 @@ def _example(entry: _Entry) -> Example:
         pruned=entry.text("pruned"),
         is_same=entry.flag("is_same"),
         kl=entry.number("kl"),
-        images=tuple(map(entry.picture, entry.texts("images"))),
+        images=tuple(map(entry.picture, entry.texts("images")[:MAX_PICTURES])),
         num_images=entry.count("num_images"),
-        looks=tuple(_look(_Entry(each, "a map")) for each in entry.listed("looks")),
+        looks=tuple(_look(_Entry(each, "a map")) for each in entry.listed("looks")[:MAX_PICTURES]),
     )
 
 

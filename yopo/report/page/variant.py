@@ -11,7 +11,7 @@ from markupsafe import Markup
 from yopo.plans.evaluated import evaluated_of
 from yopo.plans.flops import visual_budget, visual_flops_of_layer, visual_kv_bytes_of_layer
 from yopo.plans.quality import Quality, quality_of
-from yopo.plans.schema import LEVERS, PruningPlan, full_layer, used_levers
+from yopo.plans.schema import BEYOND_IMAGE, LEVERS, PruningPlan, full_layer, used_levers
 from yopo.plans.servable import engine_problem
 from yopo.report import units
 from yopo.report.page.bars import Bar, Group, bars_chart
@@ -214,13 +214,21 @@ def _measured(plan: PruningPlan) -> dict[str, Any] | None:
         "cross_modal": depth_chart(
             measured.cross_modal, "share of the text's attention on the image", is_share=True
         ),
-        "locality": depth_chart(
-            measured.locality, "radius with 90 % of visual attention", is_share=False
-        ),
+        "locality": _locality(measured.locality),
+        "layers": shape.layers,
+        "beyond": sum(radius >= BEYOND_IMAGE for radius in measured.locality),
         "concentration": depth_chart(
             measured.concentration, "share of neurons with 90 % of the importance", is_share=True
         ),
     }
+
+
+def _locality(radii: Sequence[int]) -> Markup | None:
+    """Radii over depth, as far as there are any."""
+    known = [None if radius >= BEYOND_IMAGE else radius for radius in radii]
+    if all(radius is None for radius in known):
+        return None
+    return depth_chart(known, "radius with 90 % of visual attention", is_share=False)
 
 
 def kinds_chart(evaluation: Evaluation) -> Markup:
