@@ -203,6 +203,15 @@ def test_a_heatmap_of_equal_heads_can_be_drawn() -> None:
     assert text_of(Heatmap(replace(plan, measured=replace(plan.measured, rho=rho))))
 
 
+def test_the_profile_shows_no_radius_beyond_the_image() -> None:
+    plan = make_plan()
+    assert plan.measured is not None
+    for radii, said in (((2, 65), "2 to none"), ((65, 65), "none to none"), ((2, 3), "2 to 3")):
+        every = radii + radii[-1:] * (plan.model.shape.layers - 2)
+        found = text_of(Profile(replace(plan, measured=replace(plan.measured, locality=every))), 80)
+        assert any(line.endswith(said) for line in map(str.rstrip, found)), found
+
+
 def test_the_profile_pools_layers_if_it_is_narrow() -> None:
     wide, narrow = (text_of(Profile(make_plan(layers=64)), width) for width in (120, 60))
     assert "per bar" not in wide[0] and "4 per bar" in narrow[0]

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from yopo.plans.schema import PruningPlan
+from yopo.plans.schema import BEYOND_IMAGE, PruningPlan
 
 LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -33,7 +33,7 @@ class Profile:
         rows: tuple[tuple[Sequence[float], float, Callable[[float], str]], ...] = (
             (measured.cross_modal, max(measured.cross_modal), _decimal),
             (measured.concentration, 1.0, _decimal),
-            (measured.locality, max(measured.locality), str),
+            (measured.locality, max(measured.locality), _radius),
         )
         table = Table.grid(padding=(0, 2))
         for label, (values, top, show) in zip(_LABELS, rows, strict=True):
@@ -57,6 +57,10 @@ def pooled(values: Sequence[float], size: int) -> list[float]:
     """Means of ``size`` neighbors each (fewer at the end)."""
     groups = (values[start : start + size] for start in range(0, len(values), size))
     return [sum(group) / len(group) for group in groups]
+
+
+def _radius(value: float) -> str:
+    return "none" if value >= BEYOND_IMAGE else f"{value:g}"
 
 
 def _decimal(value: float) -> str:
