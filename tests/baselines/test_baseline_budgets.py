@@ -108,7 +108,7 @@ def test_budgets_are_met_closely_from_below(
     name: str, shape: ModelShape, workload: Workload, budget: float
 ) -> None:
     found = solve(name, shape, workload, budget).reached(shape, workload)
-    coarse = {"vtw": 1 / shape.layers, "downsample": 0.1 * budget}
+    coarse = {"vtw": 1 / shape.layers, "downsample": 0.1 * budget, "grid": 0.1 * budget}
     assert budget - coarse.get(name, 0.005) <= found <= budget * (1 + 1e-6)
 
 
