@@ -32,12 +32,25 @@ class Chunk:
 class BatchView:
     """Positions and masks of one batch, shared by all layers.
 
+    Args:
+        layout: Where text and visual tokens are.
+        real: (batch, sequence) bool, False on padding.
+        queries: Which queries head activity counts.
+        cells: (batch, visual, 3) int64, (image, row, column) of every visual token; None: those of
+            the layout's grids.
+
     Attributes:
         kinds: (batch, sequence, 2) float32, one-hot of (visual, text): attention weights times
             ``kinds`` give a query's visual and text mass.
     """
 
-    def __init__(self, layout: TokenLayout, real: torch.Tensor, queries: str):
+    def __init__(
+        self,
+        layout: TokenLayout,
+        real: torch.Tensor,
+        queries: str,
+        cells: torch.Tensor | None = None,
+    ):
         self.layout, self._real = layout, real
         text, visual = layout.text, layout.visual
         batch, length = real.shape
@@ -75,7 +88,7 @@ class BatchView:
         self.visual_chunks = [
             Chunk(visual.index, is_real_visual, nothing, span) for span in _spans(visual.length)
         ]
-        self._cells = layout.coordinates()
+        self._cells = layout.coordinates() if cells is None else cells
 
     def allowed(self, chunk: Chunk) -> torch.Tensor:
         """(batch, 1, queries, keys) bool: real keys no later than the query."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.models.registry import family_of
 from yopo.plans.extent import Extent
 from yopo.plans.schema import ModelIdentity, Workload
+from yopo.reduction.method import Method
 from yopo.support.console import track
 from yopo.support.errors import DataError, YopoError
 
@@ -45,6 +47,7 @@ def measure(
     total: int | None = None,
     batch_size: int = 8,
     queries: str = "text",
+    reduction: Method | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Statistics:
     """Run pairs through a dense model once and measure everything that plans need.
@@ -57,6 +60,7 @@ def measure(
         total: Expected number of pairs, for the progress bar.
         batch_size: Pairs per forward.
         queries: Queries that head activity sums over: ``text``, ``all`` or ``last``.
+        reduction: Drops visual tokens before the first layer: those that are left are measured.
         provenance: Added to the statistics' provenance.
 
     Raises:
@@ -67,12 +71,13 @@ def measure(
     family = family_of(model.config)
     groups = batches(by_size(pairs), batch_size)
     groups = track(groups, label="calibrating", total=total, unit="pairs")
-    with observing(model, identity.shape, family, queries) as observer:
+    with observing(model, identity.shape, family, queries, reduction) as observer:
         for group in groups:
             _observe(model, processor, group, observer)
         if not observer.rho:
             raise DataError("There are no pairs to calibrate on.")
-        return _conclude(model, identity, observer, {"queries": queries, **(provenance or {})})
+        about = {"queries": queries, **(provenance or {})}
+        return replace(_conclude(model, identity, observer, about), reduction=reduction)
 
 
 def _observe(
@@ -102,14 +107,15 @@ def _conclude(
     grids = max(observer.grids.items(), key=lambda entry: (entry[1], len(entry[0])))[0]
     samples = len(rho)
     text, before = round(observer.text_tokens / samples), round(observer.text_before / samples)
+    sums: dict[str, Any] = observer.sums
     return Statistics(
         model=identity,
         workload=Workload(grids, text, before),
         rho=rho,
-        **observer.sums,
         down_norm=torch.stack(norms),
         visual_tokens=observer.visual_tokens,
         text_queries=observer.text_queries,
         provenance={"samples": samples, **provenance},
         extent=Extent.of(observer.grids),
+        **sums,
     )

@@ -20,10 +20,12 @@ from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
 from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
-from yopo.models.family import Family
+from yopo.models.family import Backbone, Family
 from yopo.models.layout import LayoutProbe
+from yopo.models.shortened import Shortened, shorten
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
+from yopo.reduction.method import Method
 
 if TYPE_CHECKING:
     from yopo.models.stock import StockAttention
@@ -62,12 +64,17 @@ class Observer:
         self._output = output
         self._rho_of_batch: list[torch.Tensor] = []
         self._batch: BatchView | None = None
+        self._shortened: Shortened | None = None
 
     def begin(self, attention_mask: torch.Tensor) -> None:
         """Announce a batch: (batch, sequence) mask, 0 on padding."""
         self._rho_of_batch = []
-        self._batch = None
+        self._batch = self._shortened = None
         self._real = attention_mask.bool()
+
+    def shorten(self, shortened: Shortened) -> None:
+        """Announce that the layers of this batch get fewer visual tokens."""
+        self._shortened, self._real = shortened, shortened.mask.bool()
 
     def finish(self) -> None:
         """Add the batch's sums.
@@ -81,7 +88,8 @@ class Observer:
         self.text_queries += view.num_after
         self.text_tokens += int(self._real.sum()) - view.num_visual
         self.text_before += view.num_before
-        self.grids.update(view.layout.grids)
+        whole = view.layout if self._shortened is None else self._shortened.whole
+        self.grids.update(whole.grids)
         refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
 
     def view(self) -> BatchView:
@@ -90,7 +98,8 @@ class Observer:
             layout = self.probe.layout
             if layout is None:
                 raise ValueError("no forward with visual tokens is in progress")
-            self._batch = BatchView(layout, self._real, self.queries)
+            cells = None if self._shortened is None else self._shortened.cells
+            self._batch = BatchView(layout, self._real, self.queries, cells)
         return self._batch
 
     def on_attention(
@@ -239,6 +248,7 @@ def observing(
     shape: ModelShape,
     family: Family,
     queries: str = "text",
+    reduction: Method | None = None,
 ) -> Iterator[Observer]:
     """Observe every forward of a dense model inside a ``with`` block.
 
@@ -247,6 +257,7 @@ def observing(
         shape: Its decoder's dimensions.
         family: Its family: where images are, and what the decoder's modules are called.
         queries: One of ``QUERIES``.
+        reduction: Drops visual tokens before the first layer; None: all are observed.
 
     Yields:
         The observer; call ``begin`` before and ``finish`` after every forward.
@@ -272,7 +283,28 @@ def observing(
             ):
                 handle = module.register_forward_pre_hook(_input_hook(layer, hook, probe))
                 stack.callback(handle.remove)
+        if reduction is not None:
+            shortening = _shortening(observer, reduction, names)
+            handle = decoder.register_forward_pre_hook(shortening, with_kwargs=True)
+            stack.callback(handle.remove)
         yield observer
+
+
+def _shortening(
+    observer: Observer, reduction: Method, names: Backbone
+) -> Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]:
+    """A pre-hook of a decoder that drops tokens and tells the observer."""
+
+    def before(
+        module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        shortened = shorten(reduction, observer.probe, names, kwargs)
+        if shortened is None:
+            return None
+        observer.shorten(shortened)
+        return args, shortened.arguments
+
+    return before
 
 
 def _input_hook(

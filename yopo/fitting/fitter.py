@@ -16,6 +16,7 @@ from yopo.fitting.profile import Profile, profile
 from yopo.fitting.refit import refit
 from yopo.models.family import shape_of
 from yopo.plans.schema import PruningPlan
+from yopo.reduction.method import Method
 from yopo.support.errors import YopoError
 
 TOGETHER = 4
@@ -28,17 +29,25 @@ class Fitter:
     Args:
         model: A dense model in memory.
         encode: Encodes the calibration prompts; called once, when they are first needed.
+        reduction: Drops visual tokens before the first layer; plans are fitted to what the dense
+            model computes for the others.
     """
 
-    def __init__(self, model: PreTrainedModel, encode: Callable[[], Sequence[Batch]]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encode: Callable[[], Sequence[Batch]],
+        reduction: Method | None = None,
+    ):
         self._model, self._encode, self._pairs = model, encode, 0
+        self.reduction = reduction
 
     @cached_property
     def _batches(self) -> list[DenseBatch]:
         """The prompts at the decoder: the vision tower sees them once for all walks."""
         encoded = self._encode()
         self._pairs = sum(len(batch) for batch in encoded)
-        return enter(self._model, encoded)
+        return enter(self._model, encoded, self.reduction)
 
     @cached_property
     def profile(self) -> Profile:

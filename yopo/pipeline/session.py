@@ -136,11 +136,12 @@ class CalibrationSession:
             total=len(self.split.statistics),
             batch_size=options.batch_size,
             queries=fit_options.queries,
+            reduction=fit_options.reduction,
             provenance=about,
         )
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
-        self.fitter = Fitter(self.model, self._encoded)
+        self.fitter = Fitter(self.model, self._encoded, fit_options.reduction)
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 

@@ -113,6 +113,13 @@ class Workload:
         """Visual tokens of one prompt."""
         return sum(grid.tokens for grid in self.grids)
 
+    def after(self, reduction: Method | None) -> Workload:
+        """The prompt as layers see it: what a reduction leaves of each image, in a column."""
+        if reduction is None:
+            return self
+        sides = ((grid.rows, grid.cols) for grid in self.grids)
+        return replace(self, grids=tuple(Grid(reduction.count(each), 1) for each in sides))
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -200,12 +207,7 @@ class PruningPlan:
     @property
     def seen(self) -> Workload:
         """The prompt as the layers see it: what the reduction leaves of each image, in a column."""
-        if self.reduction is None:
-            return self.workload
-        sides = ((grid.rows, grid.cols) for grid in self.workload.grids)
-        return replace(
-            self.workload, grids=tuple(Grid(self.reduction.count(each), 1) for each in sides)
-        )
+        return self.workload.after(self.reduction)
 
     @property
     def needs_order(self) -> bool:
