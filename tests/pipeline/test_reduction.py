@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,11 +123,11 @@ def test_it_is_evaluated(made: Made) -> None:
 
 
 def test_it_is_benched(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["bench", str(made.file), "--device", "cpu", "--runs", "1", "--decode-steps", "1"])
-        == 0
-    )
-    assert "32" in capsys.readouterr().out
+    quick = ["--device", "cpu", "--runs", "1", "--decode-steps", "1"]
+    assert main(["bench", str(made.file), *quick, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    flops = found["prefill_flops"]["pruned"]
+    assert flops == prefill_flops(made.plan)
 
 
 def test_front_and_statistics_carry_it(tmp_path: Path) -> None:

@@ -54,10 +54,7 @@ class BatchView:
         self.layout, self._real = layout, real
         text, visual = layout.text, layout.visual
         batch, length = real.shape
-        self.visual_positions = [
-            visual.index[row] if visual.mask is None else visual.index[row][visual.mask[row]]
-            for row in range(batch)
-        ]
+        self.visual_positions = visual.by_row()
         is_visual = torch.zeros(batch, length, device=real.device)
         for row, positions in enumerate(self.visual_positions):
             is_visual[row, positions] = 1.0

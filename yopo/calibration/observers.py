@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
+from yopo.calibration.inner_text import InnerText
 from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
 from yopo.models.family import Backbone, Family
 from yopo.models.layout import LayoutProbe
@@ -61,6 +62,7 @@ class Observer:
         self.text_tokens = 0
         self.text_before = 0
         self.grids: Counter[tuple[Grid, ...]] = Counter()
+        self.inner_text: dict[tuple[Grid, ...], InnerText] = {}
         self._output = output
         self._rho_of_batch: list[torch.Tensor] = []
         self._batch: BatchView | None = None
@@ -90,6 +92,9 @@ class Observer:
         self.text_before += view.num_before
         whole = view.layout if self._shortened is None else self._shortened.whole
         self.grids.update(whole.grids)
+        for grids, positions in zip(whole.grids, whole.visual.by_row(), strict=True):
+            known = self.inner_text.get(grids, InnerText.nowhere(grids))
+            self.inner_text[grids] = known.plus(grids, positions)
         refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
 
     def view(self) -> BatchView:
