@@ -17,6 +17,7 @@ from yopo.baselines.prefill import Prompt
 from yopo.baselines.reduction import Reduction
 from yopo.models.family import Family
 from yopo.models.reduced import Chosen, choose
+from yopo.plans.flops import flops_of_reduction
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape, Workload
 from yopo.reduction.method import Method
@@ -59,10 +60,8 @@ class TokenReduction(Baseline):
         return (sum(made.count((each.rows, each.cols)) for each in grids),) * shape.layers
 
     def extra_flops(self, shape: ModelShape, workload: Workload) -> int:
-        """Choosing and mixing tokens, for a question of all text after the first image."""
-        words, made = workload.text - workload.text_before, self.made
-        sides = ((each.rows, each.cols) for each in workload.grids)
-        return sum(made.flops(each, shape.hidden, words) for each in sides)
+        """Choosing and mixing tokens, for a question of all text after the last image."""
+        return flops_of_reduction(self.made, shape, workload)
 
     def describe(self, shape: ModelShape, workload: Workload) -> str:
         """The share, and what is switched."""

@@ -32,19 +32,29 @@ class Chunk:
 class BatchView:
     """Positions and masks of one batch, shared by all layers.
 
+    Args:
+        layout: Where text and visual tokens are.
+        real: (batch, sequence) bool, False on padding.
+        queries: Which queries head activity counts.
+        cells: (batch, visual, 3) int64, (image, row, column) of every visual token; None: those of
+            the layout's grids.
+
     Attributes:
         kinds: (batch, sequence, 2) float32, one-hot of (visual, text): attention weights times
             ``kinds`` give a query's visual and text mass.
     """
 
-    def __init__(self, layout: TokenLayout, real: torch.Tensor, queries: str):
+    def __init__(
+        self,
+        layout: TokenLayout,
+        real: torch.Tensor,
+        queries: str,
+        cells: torch.Tensor | None = None,
+    ):
         self.layout, self._real = layout, real
         text, visual = layout.text, layout.visual
         batch, length = real.shape
-        self.visual_positions = [
-            visual.index[row] if visual.mask is None else visual.index[row][visual.mask[row]]
-            for row in range(batch)
-        ]
+        self.visual_positions = visual.by_row()
         is_visual = torch.zeros(batch, length, device=real.device)
         for row, positions in enumerate(self.visual_positions):
             is_visual[row, positions] = 1.0
@@ -75,7 +85,7 @@ class BatchView:
         self.visual_chunks = [
             Chunk(visual.index, is_real_visual, nothing, span) for span in _spans(visual.length)
         ]
-        self._cells = layout.coordinates()
+        self._cells = layout.coordinates() if cells is None else cells
 
     def allowed(self, chunk: Chunk) -> torch.Tensor:
         """(batch, 1, queries, keys) bool: real keys no later than the query."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.models.registry import family_of
 from yopo.plans.extent import Extent
 from yopo.plans.schema import ModelIdentity
+from yopo.reduction.method import Method
 from yopo.support.console import track
 from yopo.support.errors import DataError, YopoError
 from yopo.support.work_dir import NoWork, Work
@@ -53,6 +55,7 @@ def measure(
     total: int | None = None,
     batch_size: int = 8,
     queries: str = "text",
+    reduction: Method | None = None,
     provenance: Mapping[str, Any] | None = None,
     work: Work | None = None,
 ) -> Statistics:
@@ -66,6 +69,7 @@ def measure(
         total: Expected number of pairs, for the progress bar.
         batch_size: Pairs per forward.
         queries: Queries that head activity sums over: ``text``, ``all`` or ``last``.
+        reduction: Drops visual tokens before the first layer: those that are left are measured.
         provenance: Added to the statistics' provenance.
         work: Keeps the sums now and then, so that a killed pass goes on from them.
 
@@ -77,7 +81,7 @@ def measure(
     family = family_of(model.config)
     groups = batches(by_size(pairs), batch_size)
     groups = track(groups, label="calibrating", total=total, unit="pairs")
-    with observing(model, identity.shape, family, queries) as observer:
+    with observing(model, identity.shape, family, queries, reduction) as observer:
         keeper = _Keeper(observer, work or NoWork())
         for group in groups:
             if keeper.has(group):
@@ -86,7 +90,8 @@ def measure(
             keeper.keep()
         if not observer.rho:
             raise DataError("There are no pairs to calibrate on.")
-        return _conclude(model, identity, observer, {"queries": queries, **(provenance or {})})
+        about = {"queries": queries, **(provenance or {})}
+        return replace(_conclude(model, identity, observer, about), reduction=reduction)
 
 
 class _Keeper:
@@ -140,14 +145,15 @@ def _conclude(
     samples = len(rho)
     text, before = round(observer.text_tokens / samples), round(observer.text_before / samples)
     workload = observer.inner_text[grids].within(grids, text, before)
+    sums: dict[str, Any] = observer.sums
     return Statistics(
         model=identity,
         workload=workload,
         rho=rho,
-        **observer.sums,
         down_norm=torch.stack(norms),
         visual_tokens=observer.visual_tokens,
         text_queries=observer.text_queries,
         provenance={"samples": samples, **provenance},
         extent=Extent.of(observer.grids),
+        **sums,
     )

@@ -22,10 +22,12 @@ from transformers.masking_utils import sdpa_mask
 from yopo.calibration.batch_view import BatchView
 from yopo.calibration.inner_text import InnerText
 from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
-from yopo.models.family import Family
+from yopo.models.family import Backbone, Family
 from yopo.models.layout import LayoutProbe
+from yopo.models.shortened import Shortened, shorten
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
+from yopo.reduction.method import Method
 from yopo.support.work_dir import Stage
 
 if TYPE_CHECKING:
@@ -69,12 +71,17 @@ class Observer:
         self._output = output
         self._rho_of_batch: list[torch.Tensor] = []
         self._batch: BatchView | None = None
+        self._shortened: Shortened | None = None
 
     def begin(self, attention_mask: torch.Tensor) -> None:
         """Announce a batch: (batch, sequence) mask, 0 on padding."""
         self._rho_of_batch = []
-        self._batch = None
+        self._batch = self._shortened = None
         self._real = attention_mask.bool()
+
+    def shorten(self, shortened: Shortened) -> None:
+        """Announce that the layers of this batch get fewer visual tokens."""
+        self._shortened, self._real = shortened, shortened.mask.bool()
 
     def finish(self) -> None:
         """Add the batch's sums.
@@ -88,8 +95,9 @@ class Observer:
         self.text_queries += view.num_after
         self.text_tokens += int(self._real.sum()) - view.num_visual
         self.text_before += view.num_before
-        self.grids.update(view.layout.grids)
-        for grids, positions in zip(view.layout.grids, view.visual_positions, strict=True):
+        whole = view.layout if self._shortened is None else self._shortened.whole
+        self.grids.update(whole.grids)
+        for grids, positions in zip(whole.grids, whole.visual.by_row(), strict=True):
             known = self.inner_text.get(grids, InnerText.nowhere(grids))
             self.inner_text[grids] = known.plus(grids, positions)
         refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
@@ -121,7 +129,8 @@ class Observer:
             layout = self.probe.layout
             if layout is None:
                 raise ValueError("no forward with visual tokens is in progress")
-            self._batch = BatchView(layout, self._real, self.queries)
+            cells = None if self._shortened is None else self._shortened.cells
+            self._batch = BatchView(layout, self._real, self.queries, cells)
         return self._batch
 
     def on_attention(
@@ -270,6 +279,7 @@ def observing(
     shape: ModelShape,
     family: Family,
     queries: str = "text",
+    reduction: Method | None = None,
 ) -> Iterator[Observer]:
     """Observe every forward of a dense model inside a ``with`` block.
 
@@ -278,6 +288,7 @@ def observing(
         shape: Its decoder's dimensions.
         family: Its family: where images are, and what the decoder's modules are called.
         queries: One of ``QUERIES``.
+        reduction: Drops visual tokens before the first layer; None: all are observed.
 
     Yields:
         The observer; call ``begin`` before and ``finish`` after every forward.
@@ -303,7 +314,28 @@ def observing(
             ):
                 handle = module.register_forward_pre_hook(_input_hook(layer, hook, probe))
                 stack.callback(handle.remove)
+        if reduction is not None:
+            shortening = _shortening(observer, reduction, names)
+            handle = decoder.register_forward_pre_hook(shortening, with_kwargs=True)
+            stack.callback(handle.remove)
         yield observer
+
+
+def _shortening(
+    observer: Observer, reduction: Method, names: Backbone
+) -> Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]:
+    """A pre-hook of a decoder that drops tokens and tells the observer."""
+
+    def before(
+        module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        shortened = shorten(reduction, observer.probe, names, kwargs)
+        if shortened is None:
+            return None
+        observer.shorten(shortened)
+        return args, shortened.arguments
+
+    return before
 
 
 def _input_hook(

@@ -37,6 +37,7 @@ from yopo.plans.schema import (
     Workload,
 )
 from yopo.plans.tensors import PlanTensors
+from yopo.reduction.method import Method
 from yopo.support.errors import DataError
 from yopo.support.finite import first_layer_not_finite
 
@@ -90,6 +91,8 @@ class Statistics:
         text_queries: Queries counted in ``cross_modal_sum``.
         provenance: Pairs, number of samples, seed, queries mode, yopo version, ...
         extent: Image grids that were seen; None in statistics of former versions.
+        reduction: What dropped visual tokens before the first layer, so that only the others were
+            measured; plans made from the statistics have it too. None: all were.
     """
 
     model: ModelIdentity
@@ -108,6 +111,7 @@ class Statistics:
     text_queries: int
     provenance: Mapping[str, Any]
     extent: Extent | None = None
+    reduction: Method | None = None
 
     @cached_property
     def importance(self) -> torch.Tensor:
@@ -181,12 +185,16 @@ class Statistics:
         """Add another pass over the same model (other samples, another machine).
 
         Raises:
-            DataError: The other pass measured another model.
+            DataError: The other pass measured another model, or after another reduction.
         """
         if not is_same(other.model.fingerprint, self.model.fingerprint):
             raise DataError(
                 f"Statistics of {self.model.name} and {other.model.name} cannot be merged: "
                 "the models' fingerprints differ."
+            )
+        if other.reduction != self.reduction:
+            raise DataError(
+                "Statistics of different reductions cannot be merged: other tokens were measured."
             )
         sums = {name: getattr(self, name) + getattr(other, name) for name in SUMS}
         samples = len(self.rho) + len(other.rho)
@@ -240,6 +248,8 @@ class Statistics:
         }
         if self.extent is not None:
             about["extent"] = asdict(self.extent)
+        if self.reduction is not None:
+            about["reduction"] = self.reduction.to_dict()
         # A single entry: safetensors writes several in random order; bytes must be reproducible.
         return save(tensors, metadata={"yopo": json.dumps(about)})
 

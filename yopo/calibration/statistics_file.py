@@ -17,10 +17,12 @@ from yopo.plans.schema import (
     ModelShape,
     Workload,
     model_path,
+    reduction_problem,
     shape_problem,
     workload_problem,
 )
-from yopo.support.errors import DataError
+from yopo.reduction.registry import read_method
+from yopo.support.errors import DataError, PlanError
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -49,6 +51,8 @@ def load_statistics(path: str | Path) -> Statistics:
         )
     try:
         found = _from_document(about, tensors, path.absolute().parent)
+    except PlanError as error:
+        raise _damaged(path, error.message.rstrip(".")) from error
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     problem = _first_problem(found)
@@ -75,6 +79,8 @@ def _from_document(
     if extent is not None:
         smallest, largest = (Grid(**extent.pop(name)) for name in ("smallest", "largest"))
         about["extent"] = Extent(smallest, largest, **extent)
+    if "reduction" in about:
+        about["reduction"] = read_method(about["reduction"])
     if "key_square_sum" not in tensors:  # what older files lack
         size = sum_sizes(shape)["key_square_sum"]
         nothing = torch.zeros((), dtype=torch.float64).expand(size)  # its size is yet unchecked
@@ -104,7 +110,7 @@ def _first_problem(found: Statistics) -> str | None:
     if not all(type(each) is int and 0 <= each <= MAX_COUNT for each in numbers):
         return "it holds an invalid size or count"
     wrong = shape_problem(model.shape) or workload_problem(workload)
-    wrong = wrong or extent_problem(found.extent)
+    wrong = wrong or extent_problem(found.extent) or reduction_problem(found.reduction)
     if wrong is not None:
         return f"{'.'.join(wrong[0])} {wrong[1]}"
     shape = model.shape

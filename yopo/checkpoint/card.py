@@ -125,10 +125,23 @@ def _savings(plan: PruningPlan) -> str:
         "",
         f"These figures are for a prompt of {workload.visual} visual tokens ({grids}) and "
         f"{workload.text} text tokens.",
+        *_reduced(plan),
         "Visual FLOPs count only visual tokens in the decoder, and a multiply-add as 2.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _reduced(plan: PruningPlan) -> list[str]:
+    """What a reduction leaves of the prompt, and who describes the method."""
+    reduction = plan.reduction
+    if reduction is None:
+        return []
+    source = f" ({reduction.source})" if reduction.source else ""
+    return [
+        f"Before the first layer, {reduction.describe()}{source} are kept: {plan.seen.visual} of "
+        f"{plan.workload.visual}. Choosing them is part of the FLOPs.",
+    ]
 
 
 def _quality(plan: PruningPlan, *, is_trained: bool) -> str:

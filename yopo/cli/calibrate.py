@@ -22,6 +22,7 @@ from yopo.cli.options import (
 from yopo.cli.results import Keeper, check_outputs, save
 from yopo.cli.values import Listed, Number, Share
 from yopo.pipeline.opening import check_named
+from yopo.reduction.registry import parse_method
 
 if TYPE_CHECKING:
     from yopo.pipeline.session import Calibrated
@@ -81,6 +82,12 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     "[default: 1]",
 )
 @click.option(
+    "--reduce",
+    metavar="NAME:SHARE",
+    help="Keep this share of every image's tokens before the first layer, chosen by a method "
+    "(par, divprune, ...), and plan what is left, e.g. par:0.5.",
+)
+@click.option(
     "-o",
     "--output",
     metavar="FILE",
@@ -135,7 +142,10 @@ def command(context: click.Context, **values: Any) -> None:
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])
     grids = tuple(values["grids"] or (1.0,))
-    fit_options = pipeline.FitOptions(values["queries"], *counts, grids, values["work_dir"])
+    reduction = values["reduce"] and parse_method(values["reduce"])
+    fit_options = pipeline.FitOptions(
+        values["queries"], *counts, grids, reduction or None, values["work_dir"]
+    )
     keeper = Keeper(stats, force=force)
     how = {
         "options": run_settings(context),

@@ -12,7 +12,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Results": ("output", "stats", "budgets", "config", "force"),
     "Budget": (
         *("budget", "tolerance", "tolerance_on", "milliseconds", "costs", "kv_budget"),
-        *("kv_groups", "template", "compensation"),
+        *("kv_groups", "template", "compensation", "reduce"),
     ),
     "The paper's knobs, instead of a budget": (
         *("preset", "head_ratio", "neuron_ratio", "visual_layers", "radius", "alpha"),

@@ -18,6 +18,7 @@ from yopo.fitting.refit import refit, stage_of
 from yopo.models.family import shape_of
 from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import refit_sizes
+from yopo.reduction.method import Method
 from yopo.support.errors import YopoError
 from yopo.support.work_dir import NoWork, Stage, Work
 
@@ -33,6 +34,8 @@ class Fitter:
     Args:
         model: A dense model in memory.
         encode: Encodes the calibration prompts; called once, when they are first needed.
+        reduction: Drops visual tokens before the first layer; plans are fitted to what the dense
+            model computes for the others.
         work: Keeps finished layers of the profile and of fits.
         is_known: Whether a plan has been judged in former runs, so that its weights are needed
             only if it is the best.
@@ -42,10 +45,12 @@ class Fitter:
         self,
         model: PreTrainedModel,
         encode: Callable[[], Sequence[Batch]],
+        reduction: Method | None = None,
         work: Work | None = None,
         is_known: Callable[[PruningPlan], bool] = lambda plan: False,
     ):
         self._model, self._encode, self._pairs = model, encode, 0
+        self.reduction = reduction
         self._work = work or NoWork()
         self._is_known = is_known
         self._judged: list[tuple[float, list[str]]] = []
@@ -55,7 +60,7 @@ class Fitter:
         """The prompts at the decoder: the vision tower sees them once for all walks."""
         encoded = self._encode()
         self._pairs = sum(len(batch) for batch in encoded)
-        return enter(self._model, encoded)
+        return enter(self._model, encoded, self.reduction)
 
     @cached_property
     def profile(self) -> Profile:

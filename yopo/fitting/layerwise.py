@@ -19,7 +19,9 @@ from yopo.data.prompts import Batch
 from yopo.models.family import Backbone
 from yopo.models.layout import LayoutProbe, TokenLayout
 from yopo.models.registry import family_of
+from yopo.models.shortened import shorten
 from yopo.plans.schema import PruningPlan
+from yopo.reduction.method import Method
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.decoder import rotary_positions
@@ -129,17 +131,21 @@ def add_stack(hidden: torch.Tensor, batch: DenseBatch, number: int) -> torch.Ten
     return hidden
 
 
-def enter(model: PreTrainedModel, batches: Iterable[Batch]) -> list[DenseBatch]:
+def enter(
+    model: PreTrainedModel, batches: Iterable[Batch], reduction: Method | None = None
+) -> list[DenseBatch]:
     """Run prompts through everything before the decoder's first layer: tower, projector, masks.
 
     Args:
         model: A dense multimodal model in memory.
         batches: Encoded prompts; those without an image are left out.
+        reduction: Drops visual tokens before the first layer; the rest is what the walks see.
 
     Raises:
         DataError: No batch holds an image.
     """
-    found = [batch for batch in (_enter(model, each) for each in batches) if batch is not None]
+    entered = (_enter(model, each, reduction) for each in batches)
+    found = [batch for batch in entered if batch is not None]
     if not found:
         raise DataError("No calibration pair holds an image to fit visual weights on.")
     return found
@@ -172,16 +178,26 @@ def _skipping(layers: Iterable[torch.nn.Module]) -> Iterator[list[tuple[torch.Te
 
 
 @torch.no_grad()
-def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
+def _enter(model: PreTrainedModel, batch: Batch, reduction: Method | None) -> DenseBatch | None:
     """Run a prompt up to the decoder and note what it and its layers are given."""
     family, decoder = family_of(model.config), model.get_decoder()
     probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
     given: dict[str, Any] = {}
 
-    def at_decoder(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given.update(kwargs, layout=probe.layout)
+    names = family.backbone(model.config)
+
+    def at_decoder(
+        module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         if probe.layout is None:
             raise _Entered
+        shortened = shorten(reduction, probe, names, kwargs)
+        given.update(kwargs if shortened is None else shortened.arguments, layout=probe.layout)
+        given.update(mask=batch.inputs.get("attention_mask"))
+        if shortened is None:
+            return args, kwargs
+        given.update(mask=shortened.mask)
+        return args, shortened.arguments
 
     handle = decoder.register_forward_pre_hook(at_decoder, with_kwargs=True)
     try:
@@ -197,8 +213,8 @@ def _enter(model: PreTrainedModel, batch: Batch) -> DenseBatch | None:
         layout=given["layout"],
         arguments=[kwargs for _, kwargs in seen],
         positions=given.get("position_ids"),
-        mask=batch.inputs.get("attention_mask"),
-        stack=family.backbone(model.config).added_features(given),
+        mask=given["mask"],
+        stack=names.added_features(given),
     )
 
 

@@ -45,6 +45,12 @@ class Stream:
         """Tokens per row, padding included."""
         return self.index.shape[1]
 
+    def by_row(self) -> list[torch.Tensor]:
+        """(tokens,) positions of every row, without padding."""
+        if self.mask is None:
+            return list(self.index)
+        return [row[real] for row, real in zip(self.index, self.mask, strict=True)]
+
     def unflatten(self, values: torch.Tensor) -> torch.Tensor:
         """Arrange (tokens of all rows, width) values as (batch, length, width), 0 on padding."""
         if self.mask is None:

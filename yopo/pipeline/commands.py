@@ -25,6 +25,7 @@ from yopo.pipeline.session import Calibrated, CalibrationSession
 from yopo.pipeline.tolerance import holdout_pairs
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
+from yopo.planning.reduced import check_reduction
 from yopo.planning.request import (
     BudgetRequest,
     LatencyRequest,
@@ -89,10 +90,12 @@ def calibrate(
         YopoError: Unknown model, unreadable data, a request that cannot be met, ...
     """
     request = _as_request(request)
+    fit_options = fit_options or FitOptions()
+    check_reduction(fit_options.reduction, request)
     session = CalibrationSession(
         model,
         options or RunOptions(),
-        fit_options or FitOptions(),
+        fit_options,
         processor=processor,
         holdout=holdout_pairs(request) if isinstance(request, ToleranceRequest) else 0,
         compares=not isinstance(request, PaperRequest),
@@ -122,12 +125,11 @@ def calibrate_front(
     Raises:
         YopoError: As for ``calibrate``.
     """
+    fit_options = fit_options or FitOptions()
+    for each in requests:
+        check_reduction(fit_options.reduction, each)
     session = CalibrationSession(
-        model,
-        options or RunOptions(),
-        fit_options or FitOptions(),
-        processor=processor,
-        requests=requests,
+        model, options or RunOptions(), fit_options, processor=processor, requests=requests
     )
     with closing(session):
         if keep is not None:

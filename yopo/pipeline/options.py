@@ -9,6 +9,7 @@ from typing import Any
 
 from yopo.data.drawing import DEFAULT_SAMPLES
 from yopo.data.pairs import Data
+from yopo.reduction.method import Method
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class FitOptions:
         fit_pairs: Visual weights are fitted on at most this many of the others.
         grids: Factors by which the sides of images are resized, pairs in turn, for plans that hold
             on more than one size; (1,): images as they are.
+        reduction: Drops visual tokens before the first layer, in what is measured and fitted and in
+            the plan (see ``yopo.reduction.registry.parse_method``); None: all enter it.
         work_dir: Directory that keeps finished stages, so that a killed calibration goes on where
             it was; None: nothing is kept.
     """
@@ -77,4 +80,5 @@ class FitOptions:
     measure_pairs: int = 64
     fit_pairs: int = 256
     grids: tuple[float, ...] = (1.0,)
+    reduction: Method | None = None
     work_dir: str | Path | None = None

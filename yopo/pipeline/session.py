@@ -150,7 +150,9 @@ class CalibrationSession:
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self._kept = Judgements(self._work)
-        self.fitter = Fitter(self.model, self._encoded, self._work, self._is_judged)
+        self.fitter = Fitter(
+            self.model, self._encoded, fit_options.reduction, self._work, self._is_judged
+        )
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 
@@ -172,6 +174,7 @@ class CalibrationSession:
             total=len(self.split.statistics),
             batch_size=self.options.batch_size,
             queries=self.fit_options.queries,
+            reduction=self.fit_options.reduction,
             provenance=about,
             work=self._work,
         )

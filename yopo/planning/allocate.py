@@ -32,7 +32,7 @@ from yopo.planning.priced import HeadCosts, PricedHeads, Selected
 from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_flops_of_layer
-from yopo.plans.schema import LayerPlan, full_layer
+from yopo.plans.schema import LayerPlan
 
 STEPS = 60
 """Bisections of the price."""
@@ -72,7 +72,8 @@ class Allocator:
     ):
         self.levers = levers or Levers()
         self.builder, self.profile = builder, profile
-        self.radius = None if self.levers.everywhere else weighting.radius
+        has_neighbors = not self.levers.everywhere and builder.statistics.reduction is None
+        self.radius = weighting.radius if has_neighbors else None
         self.shape, self.workload = builder.shape, builder.workload
         reading = builder.statistics.reading
         later = read_later(reading.sum(dim=1), profile.stream)
@@ -163,9 +164,9 @@ class Allocator:
         room = int(self.builder.budget * self._dense) - sum(each.flops for each in chosen)
         return trim(_joined(spend_rest(tuple(chosen), options, room, fits)))
 
-    @cached_property
+    @property
     def _dense(self) -> int:
-        return self.shape.layers * self._flops(full_layer(self.shape))
+        return self.builder.dense_flops
 
     def _flops(self, layer: LayerPlan) -> int:
         return visual_flops_of_layer(layer, self.shape, self.workload)

@@ -15,6 +15,7 @@ from yopo.planning.candidate import Candidate, kl_of
 from yopo.planning.kv_budget import Build, KVBudget, Storage
 from yopo.planning.levers import Levers
 from yopo.planning.paper import requested_layers
+from yopo.planning.reduced import check_request
 from yopo.planning.request import BudgetRequest, PaperRequest
 from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
@@ -53,6 +54,7 @@ def make_plan(
     Raises:
         PlanError: No template fits the budget, or the request does not fit the model.
     """
+    check_request(statistics, request)
     found: list[Candidate]
     if isinstance(request, PaperRequest):
         layers = requested_layers(statistics, request)
@@ -110,6 +112,7 @@ class Assembler:
             tensors=tensors,
             measured=self.statistics.measured,
             extent=self.statistics.extent,
+            reduction=self.statistics.reduction,
             provenance={
                 "yopo": __version__,
                 **self.statistics.provenance,

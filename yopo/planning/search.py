@@ -102,16 +102,19 @@ def resolve(state: State, builder: TemplateBuilder) -> Resolved | None:
 def moves(state: State, builder: TemplateBuilder) -> Iterator[tuple[str, State]]:
     """Every single step away from a state, as (what changes, new state)."""
     full = builder.shape.ffn
+    has_neighbors = builder.statistics.reduction is None
     for layer, work in enumerate(state.work):
         verb = "is not read" if work.reads else "is read"
         yield f"layer {layer} {verb}", state.change(layer, replace(work, reads=not work.reads))
     for layer, work in enumerate(state.work[:-1]):  # no layer reads the last one's output
         if not work.attend:
-            attending = replace(work, attend=True, radius=PAPER_RADIUS)
+            radius = PAPER_RADIUS if has_neighbors else None
+            attending = replace(work, attend=True, radius=radius)
             yield f"layer {layer} attends", state.change(layer, attending)
         else:
             idle = replace(work, attend=False, radius=None)
             yield f"layer {layer} does not attend", state.change(layer, idle)
+        if work.attend and has_neighbors:
             radius = PAPER_RADIUS if work.radius is None else None
             moved = replace(work, radius=radius)
             yield f"layer {layer} has radius {radius}", state.change(layer, moved)

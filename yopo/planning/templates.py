@@ -32,6 +32,7 @@ from yopo.planning.paper import EMPTY, kept_heads, paper_layers
 from yopo.plans.flops import (
     dense_visual_flops,
     dense_visual_kv_bytes,
+    flops_of_reduction,
     visual_flops_of_layer,
     visual_kv_bytes_of_layer,
 )
@@ -53,10 +54,15 @@ class TemplateBuilder:
 
     Args:
         statistics: The calibration's measurements.
-        budget: Visual FLOPs over dense visual FLOPs, in (0, 1].
+        budget: Visual FLOPs over dense visual FLOPs, in (0, 1], those of a reduction included.
         groups: Number of query heads kept or dropped together (a KV head's, or 1).
         kv_budget: Allowed visual KV bytes over the dense model's, in (0, 1].
         stored: How a layer will be stored, which decides on its KV bytes; None: as it is.
+
+    Attributes:
+        workload: The prompt as layers see it, after the statistics' reduction.
+        budget: What the reduction leaves of the budget to the layers.
+        dense_flops: Visual FLOPs of the dense model, for the whole prompt.
     """
 
     def __init__(
@@ -68,10 +74,13 @@ class TemplateBuilder:
         kv_budget: float = 1.0,
         stored: Callable[[LayerPlan], LayerPlan] | None = None,
     ):
-        self.statistics, self.budget, self.groups = statistics, budget, groups
+        self.statistics, self.groups = statistics, groups
         self.kv_budget, self._stored = kv_budget, stored
-        self.shape, self.workload = statistics.model.shape, statistics.workload
-        self._dense = dense_visual_flops(self.shape, self.workload)
+        self.shape, self._whole = statistics.model.shape, statistics.workload
+        self.workload = self._whole.after(statistics.reduction)
+        self.dense_flops = dense_visual_flops(self.shape, self._whole)
+        choosing = flops_of_reduction(statistics.reduction, self.shape, self._whole)
+        self._asked, self.budget = budget, budget - choosing / self.dense_flops
         self._all_heads = tuple(range(self.shape.heads))
         self.reader_layer = LayerPlan(self._all_heads, attend_heads=(), radius=None, neurons=0)
 
@@ -81,7 +90,7 @@ class TemplateBuilder:
         """The same with another budget of KV bytes, for layers stored in some way."""
         return TemplateBuilder(
             self.statistics,
-            self.budget,
+            self._asked,
             groups=self.groups,
             kv_budget=kv_budget,
             stored=stored,
@@ -90,13 +99,13 @@ class TemplateBuilder:
     def cost(self, layers: Layers) -> float:
         """Visual budget of some layers."""
         each = (visual_flops_of_layer(layer, self.shape, self.workload) for layer in layers)
-        return sum(each) / self._dense
+        return sum(each) / self.dense_flops
 
     def kv_share(self, layers: Layers) -> float:
         """Visual KV bytes of some layers over the dense model's, 16-bit numbers where whole."""
         layers = layers if self._stored is None else tuple(map(self._stored, layers))
         each = (visual_kv_bytes_of_layer(layer, self.shape, self.workload) for layer in layers)
-        return sum(each) / dense_visual_kv_bytes(self.shape, self.workload)
+        return sum(each) / dense_visual_kv_bytes(self.shape, self._whole)
 
     def fits(self, layers: Layers) -> bool:
         """Whether layers are within both budgets."""
@@ -116,7 +125,10 @@ class TemplateBuilder:
                 yield name, layers
 
     def candidate(self, name: str) -> Layers | None:
-        """One shape by name; None if it does not fit, or nothing in it is read."""
+        """One shape by name; None if it does not fit, nothing in it is read, or a reduction leaves
+        none of the neighborhoods that it needs."""
+        if name in NEARBY and self.statistics.reduction is not None:
+            return None
         layers = self.build(name)
         if layers is None or not self.fits(layers):
             return None
@@ -271,6 +283,9 @@ TEMPLATES: dict[str, Callable[[TemplateBuilder], Layers | None]] = {
     "light": TemplateBuilder.light,
     "thin": TemplateBuilder.thin,
 }
+
+NEARBY = ("paper", "attend", "light", "thin")
+"""Templates in which visual tokens attend to their neighbors."""
 
 
 def trim(layers: Layers) -> Layers:

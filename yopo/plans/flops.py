@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from yopo.plans.grid import row_blocks, window_pairs
 from yopo.plans.kv_storage import bytes_of_head
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan, Workload, full_layer
+from yopo.reduction.method import Method
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,17 @@ def visual_flops(plan: PruningPlan) -> int:
 
 
 def reduction_flops(plan: PruningPlan) -> int:
-    """FLOPs of choosing and mixing the tokens of one prompt that enter the first layer.
+    """FLOPs of choosing and mixing the tokens of one prompt that enter the first layer."""
+    return flops_of_reduction(plan.reduction, plan.model.shape, plan.workload)
 
-    The question is taken to be all text after the first image.
-    """
-    reduction, workload = plan.reduction, plan.workload
+
+def flops_of_reduction(reduction: Method | None, shape: ModelShape, workload: Workload) -> int:
+    """FLOPs of a reduction for one prompt; the question is all text after the last image."""
     if reduction is None:
         return 0
-    words, width = workload.text - workload.text_before, plan.model.shape.hidden
-    return sum(reduction.flops((each.rows, each.cols), width, words) for each in workload.grids)
+    words = workload.text - workload.text_before - workload.text_inside
+    sides = ((each.rows, each.cols) for each in workload.grids)
+    return sum(reduction.flops(each, shape.hidden, words) for each in sides)
 
 
 def dense_visual_flops(shape: ModelShape, workload: Workload) -> int:

@@ -181,11 +181,8 @@ class PruningPlan:
 
     @property
     def seen(self) -> Workload:
-        """The prompt as the layers see it, with what the reduction leaves of each image."""
-        if self.reduction is None:
-            return self.workload
-        grids = self.workload.grids
-        return self.workload.thinned([self.reduction.count((g.rows, g.cols)) for g in grids])
+        """The prompt as the layers see it: what the reduction leaves of each image, in a column."""
+        return self.workload.after(self.reduction)
 
     @property
     def needs_order(self) -> bool:

@@ -7,11 +7,11 @@ crop (Idefics3), a time stamp before every frame of a video (Qwen3-VL).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from yopo.plans.grid import Block, Grid
+from yopo.reduction.method import Method
 
 MAX_IMAGES, MAX_VISUAL, MAX_TEXT = 1 << 10, 1 << 17, 1 << 24
 """Maximum images, visual tokens and text tokens of a workload."""
@@ -46,6 +46,24 @@ class Workload:
         in_rows = self.row_ends * sum(grid.rows - 1 for grid in self.grids)
         return sum(self.text_between) + in_rows
 
+    def after(self, reduction: Method | None) -> Workload:
+        """The prompt as layers see it: what a reduction leaves of each image, in a column.
+
+        Which rows lose tokens is known to nobody here, so text inside an image counts as after it.
+        """
+        if reduction is None:
+            return self
+        between = self.text_between or (0,) * (len(self.grids) - 1)
+        inside = [self.row_ends * (grid.rows - 1) for grid in self.grids[:-1]]
+        moved = tuple(gap + text for gap, text in zip(between, inside, strict=True))
+        kept = (reduction.count((grid.rows, grid.cols)) for grid in self.grids)
+        return replace(
+            self,
+            grids=tuple(Grid(count, 1) for count in kept),
+            text_between=moved if any(moved) else (),
+            row_ends=0,
+        )
+
     def starts(self) -> list[tuple[int, int]]:
         """(visual tokens, text tokens) before the first token of each image."""
         between = self.text_between or (0,) * (len(self.grids) - 1)
@@ -66,23 +84,6 @@ class Workload:
         visual, text = starts[block.image]
         row = (block.stop - 1 - visual) // self.grids[block.image].cols
         return text + self.row_ends * row
-
-    def thinned(self, counts: Sequence[int]) -> Workload:
-        """This prompt with so many tokens of each image, in a column.
-
-        Text inside an image then follows it, as no formula knows which of its rows keep tokens.
-        """
-        gaps = self.text_between or (0,) * (len(self.grids) - 1)
-        between = tuple(
-            gap + self.row_ends * (grid.rows - 1)
-            for gap, grid in zip(gaps, self.grids[:-1], strict=True)
-        )
-        return replace(
-            self,
-            grids=tuple(Grid(count, 1) for count in counts),
-            text_between=between if any(between) else (),
-            row_ends=0,
-        )
 
     def moved(self, *, grids: tuple[Grid, ...] | None = None, text: int | None = None) -> Workload:
         """This prompt with other images or another number of text tokens.

@@ -33,7 +33,7 @@ def describe(model: nn.Module) -> str:
         model: A transformers model, or any wrapper around one.
 
     Returns:
-        One line for a dense model, four for a pruned one.
+        One line for a dense model, four for a pruned one, five with a reduction of visual tokens.
     """
     plan, name = plan_of(model), type(model).__name__
     if plan is None:
@@ -56,5 +56,13 @@ def _details(plan: PruningPlan) -> list[str]:
         f"{units.num_bytes(kept)} per prompt",
         f"plan: {named}, compensation {plan.compensation}; visual tokens pass {plan.visual_depth} "
         f"of {shape.layers} layers",
+        *_reduced(plan),
         f"quality: {quality_words(quality_of(plan))}",
     ]
+
+
+def _reduced(plan: PruningPlan) -> list[str]:
+    if plan.reduction is None:
+        return []
+    counts = f"{plan.seen.visual} of {plan.workload.visual} per prompt"
+    return [f"reduction: {plan.reduction.describe()}, {counts}"]

@@ -47,10 +47,10 @@ def layers_chart(plan: PruningPlan) -> Markup:
 
     Both are relative to a layer of the dense model.
     """
-    shape, workload = plan.model.shape, plan.workload
+    shape, workload = plan.model.shape, plan.seen
     whole = full_layer(shape)
-    dense = visual_flops_of_layer(whole, shape, workload)
-    dense_kv = visual_kv_bytes_of_layer(whole, shape, workload)
+    dense = visual_flops_of_layer(whole, shape, plan.workload)
+    dense_kv = visual_kv_bytes_of_layer(whole, shape, plan.workload)
     shares = [
         {
             name: getattr(visual_parts_of_layer(each, shape, workload), name) / dense

@@ -178,8 +178,8 @@ def _candidates(plan: PruningPlan) -> list[Point]:
 
 def _rows(plan: PruningPlan) -> list[list[str]]:
     """The layer table, one row per run of equal layers."""
-    shape, workload = plan.model.shape, plan.workload
-    dense = visual_flops_of_layer(full_layer(shape), shape, workload)
+    shape, workload = plan.model.shape, plan.seen
+    dense = visual_flops_of_layer(full_layer(shape), shape, plan.workload)
     rows = []
     for first, last, layer in runs(plan.layers):
         kv = visual_kv_bytes_of_layer(layer, shape, workload)
