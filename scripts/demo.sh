@@ -14,4 +14,7 @@ yopo inspect "$out/plan.yaml"
 echo "== apply: bake the plan into a checkpoint and check it" >&2
 yopo apply "$out/plan.yaml" -o "$out/llava-tiny-yopo" --verify --force
 echo "== evaluate: dense against pruned, on pairs that calibration never saw" >&2
-yopo eval "$out/llava-tiny-yopo" --data demo:heldout --samples 512 --batch-size 32
+yopo eval "$out/llava-tiny-yopo" --data demo:heldout --samples 512 --batch-size 32 \
+    -o "$out/evaluation.json" --force
+echo "== report: all of it on one page" >&2
+yopo report "$out/llava-tiny-yopo" --eval "$out/evaluation.json" -o "$out/report.html" --force

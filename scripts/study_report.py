@@ -200,7 +200,7 @@ def draw(results: dict[tuple[str, str], list[dict]], path: Path) -> None:
 
     models = sorted(model for study, model in results if study == "methods")
     figure, axes = pyplot.subplots(
-        2, len(models), figsize=(5.4 * len(models), 7.2), squeeze=False, sharex=True
+        2, len(models), figsize=(5.4 * len(models), 7.2), squeeze=False, sharex=True, sharey="row"
     )
     for column, model in enumerate(models):
         groups = grouped(results["methods", model])

@@ -245,8 +245,9 @@ ROW = {"image": "a.png", "question": "what?"}
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({**ROW, "video": "v.mp4"}, "also about a video"),
-        ({**ROW, "videos": ["v.mp4"]}, "also about a video"),
+        ({**ROW, "video_url": "v.mp4"}, "also about a video"),
+        ({**ROW, "video": {"bytes": b"RIFF"}}, "the video must be the path of a file"),
+        ({**ROW, "videos": ["https://x/v.mp4"]}, "the video must be the path of a file"),
         ({**ROW, "question": "<image>\n<video>\nwhat?"}, "also about a video"),
         ({**ROW, "audio": {"path": "a.wav"}}, "also about audio"),
         (

@@ -147,6 +147,21 @@ def measured(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> Statistics:
     return run.measure(specimen.model, None, pairs, name="tiny", batch_size=2)
 
 
+def test_the_workload_says_where_the_text_stands(
+    specimen: Specimen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, between and inside images, as the prompt's tokens have it."""
+    row: Row = (1, 5, 6, "L", 7, 8, "A", 9, 2)
+    monkeypatch.setattr(
+        run, "encode_for", lambda _, __, group: Batch(specimen.inputs(group), None, group)
+    )
+    monkeypatch.setattr(run, "by_size", iter)
+    found = run.measure(specimen.model, None, [row, row, row], name="tiny", batch_size=2).workload
+    expected = specimen.workload(row)
+    assert found == expected
+    assert sum(expected.text_between) >= 2
+
+
 # 7. Same inputs, same plan, byte for byte.
 
 

@@ -262,6 +262,32 @@ def test_flops_and_bytes_are_the_predicted_ones(specimen: Specimen, seed: int, s
     assert held == visual_kv_bytes(plan, itemsize=4)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_flops_count_the_text_between_and_inside_images(
+    specimen: Specimen, bidirectional: bool
+) -> None:
+    """Of several images with text in between, and of a video's frames with time stamps."""
+    shape = specimen.identity.shape
+    heads = tuple(range(shape.heads))
+    for row in ([1, 5, "L", 6, 7, 8, 9, 2, 3, "A", 4, 3, 5, 6, "L", 7, 8, 9], [1, 5, "V", 6]):
+        if any(each not in specimen.entry.pictures for each in row if isinstance(each, str)):
+            continue
+        layers = [
+            LayerPlan(heads, attend_heads=heads, radius=radius, neurons=0)
+            for radius in (None, 1, None, 1)
+        ]
+        plan = specimen.plan(
+            0,
+            layers=tuple(layers),
+            workload=specimen.workload(row),
+            bidirectional=bidirectional,
+            compensation="none",
+        )
+        with pruned(specimen.model, plan):
+            found = executed(specimen, specimen.inputs([row]))
+        assert found == prefill_flops(plan)
+
+
 # 6. Leaving the block restores the model bit for bit.
 
 

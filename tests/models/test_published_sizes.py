@@ -28,6 +28,12 @@ SHAPES = {
     "internvl3-1b": ModelShape(24, 896, 14, 2, 64, 4864),
     "internvl3-2b": ModelShape(28, 1536, 12, 2, 128, 8960),
     "internvl3-8b": ModelShape(28, 3584, 28, 4, 128, 18944),
+    "internvl3.5-1b": ModelShape(28, 1024, 16, 8, 128, 3072),
+    "internvl3.5-2b": ModelShape(28, 2048, 16, 8, 128, 6144),
+    "internvl3.5-4b": ModelShape(36, 2560, 32, 8, 128, 9728),
+    "internvl3.5-8b": ModelShape(36, 4096, 32, 8, 128, 12288),
+    "internvl3.5-14b": ModelShape(40, 5120, 40, 8, 128, 17408),
+    "internvl3.5-38b": ModelShape(64, 5120, 64, 8, 128, 25600),
 }
 """Text decoders; InternVL's tiles are 448 pixels by patches of 14, shuffled to 16 x 16."""
 

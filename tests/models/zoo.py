@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +141,25 @@ class Specimen:
 
     def workload(self, row: Row) -> Workload:
         """The workload of one prompt."""
-        grids, text, before = [], 0, None
+        grids: list[Grid] = []
+        text, texts = 0, []  # text tokens so far, and before each visual token
         for piece in row:
             tokens = self.entry.pictures[piece].tokens if isinstance(piece, str) else (piece,)
             for token in tokens:
-                is_visual = token in self.entry.placeholders
-                before = text if is_visual and before is None else before
-                text += not is_visual
+                if token in self.entry.placeholders:
+                    texts.append(text)
+                else:
+                    text += 1
             if isinstance(piece, str):
                 grids += self.entry.pictures[piece].grids
-        return Workload(tuple(grids), text, before or 0)
+        starts = list(accumulate(grid.tokens for grid in grids[:-1]))
+        between = tuple(texts[start] - texts[start - 1] for start in starts)
+        tall = {
+            texts[start + grid.cols] - texts[start]
+            for start, grid in zip((0, *starts), grids, strict=True)
+            if grid.rows > 1
+        }
+        return Workload(tuple(grids), text, texts[0], between, max(tall, default=0))
 
     def plan(self, seed: int, **fixed: Any) -> PruningPlan:
         """A random plan, with its tensors."""

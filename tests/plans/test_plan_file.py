@@ -60,10 +60,14 @@ def measured(rng: random.Random) -> Measured:
 
 def some_plan(rng: random.Random) -> PruningPlan:
     grids = tuple(Grid(rng.randint(1, 30), rng.randint(1, 30)) for _ in range(rng.randint(1, 3)))
+    between = tuple(rng.randint(1, 9) for _ in grids[1:]) if rng.random() < 0.5 else ()
+    place = {"text_before": rng.randint(0, 5), "row_ends": rng.randint(0, 2)}
+    inner = Workload(grids, 0, text_between=between, **place)
+    text = inner.text_before + inner.text_inside + rng.randint(5, 99)
     return tiny.random_plan(
         IDENTITY,
         rng,
-        workload=Workload(grids, text=rng.randint(5, 99), text_before=rng.randint(0, 5)),
+        workload=replace(inner, text=text),
         budget=Budget(rng.choice([None, 0.25, 1.0]), rng.random()),
         measured=rng.choice([None, measured(rng)]),
     )
@@ -218,6 +222,30 @@ MISTAKES = {
     "unknown key": ("workload:", "worklod:", "7: worklod is not a known key", "'workload'"),
     "unknown layer key": ("  neurons: 7", "  neurns: 7", "18: layers[0].neurns is not a", "'neuro"),
     "unknown model key": ("  family", "  famly", "4: model.famly is not a known key", "'family'"),
+    "text between no images": (
+        "text_before: 3",
+        "text_between: [1, 2]",
+        "10: workload.text_between must have a number for each of the 1 gaps, found 2",
+        None,
+    ),
+    "text between that is no list": (
+        "text_before: 3",
+        "text_between: 2",
+        "10: workload.text_between must be a list",
+        None,
+    ),
+    "text between of no number": (
+        "text_before: 3",
+        "text_between: [x]",
+        "10: workload.text_between[0] must be a whole",
+        None,
+    ),
+    "more text inside images than in all": (
+        "text_before: 3",
+        "row_ends: 4",
+        "9: workload.text must be at least the 12 tokens",
+        None,
+    ),
     "wrong type": ("neurons: 7", "neurons: many", "18: layers[0].neurons must be a whole", None),
     "number for a switch": (
         "attend_heads: true",

@@ -84,6 +84,18 @@ INVALID = {
     "workload.grids must hold": lambda: replace(WHOLE, workload=Workload((), 3)),
     "workload.grids must": lambda: replace(WHOLE, workload=Workload((Grid(0, 3),), 3)),
     "workload.text_before must": lambda: replace(WHOLE, workload=Workload((Grid(1, 1),), 3, 4)),
+    "workload.text_between must have a number": lambda: replace(
+        WHOLE, workload=Workload((Grid(1, 1),), 3, text_between=(1,))
+    ),
+    "workload.text_between must not be": lambda: replace(
+        WHOLE, workload=Workload((Grid(1, 1),) * 2, 3, text_between=(-1,))
+    ),
+    "workload.row_ends must not be": lambda: replace(
+        WHOLE, workload=Workload((Grid(2, 1),), 3, row_ends=-1)
+    ),
+    "workload.text must be at least the 5 tokens": lambda: replace(
+        WHOLE, workload=Workload((Grid(3, 1), Grid(1, 1)), 4, 1, (2,), 1)
+    ),
     "compensation must be one of none, mean": lambda: replace(WHOLE, compensation="least"),
     "budget.asked must lie in (0, 1], found 0": lambda: replace(WHOLE, budget=Budget(0, 1)),
     "budget.asked must lie in (0, 1], found nan": lambda: replace(

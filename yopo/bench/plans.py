@@ -160,9 +160,9 @@ def with_prompt(
     """
     workload = plan.workload
     if visual is not None and visual != workload.visual:
-        workload = replace(workload, grids=grids_for(visual, workload.grids))
+        workload = workload.moved(grids=grids_for(visual, workload.grids))
     if text is not None:
-        workload = replace(workload, text=text, text_before=min(workload.text_before, text))
+        workload = workload.moved(text=text)
     moved = replace(plan, workload=workload)
     return replace(moved, budget=Budget(None, visual_budget(moved)))
 

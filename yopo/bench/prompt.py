@@ -143,7 +143,7 @@ def noise_prompt(
     runs = [[(config.image_token_id, found)]]
     once = {name: value[: len(value) // batch] for name, value in about.items()}
     grids = family.grids_of(config, runs, once)[0]
-    moved = replace(plan, workload=replace(workload, grids=grids))
+    moved = replace(plan, workload=workload.moved(grids=grids))
     return Prompt(inputs, encoded, batch, words[0]), moved
 
 

@@ -18,7 +18,7 @@ from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
 from yopo.models.registry import family_of
 from yopo.plans.extent import Extent
-from yopo.plans.schema import ModelIdentity, Workload
+from yopo.plans.schema import ModelIdentity
 from yopo.support.console import track
 from yopo.support.errors import DataError, YopoError
 from yopo.support.work_dir import NoWork, Work
@@ -139,9 +139,10 @@ def _conclude(
     grids = max(observer.grids.items(), key=lambda entry: (entry[1], len(entry[0])))[0]
     samples = len(rho)
     text, before = round(observer.text_tokens / samples), round(observer.text_before / samples)
+    workload = observer.inner_text[grids].within(grids, text, before)
     return Statistics(
         model=identity,
-        workload=Workload(grids, text, before),
+        workload=workload,
         rho=rho,
         **observer.sums,
         down_norm=torch.stack(norms),

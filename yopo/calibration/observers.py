@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
+from yopo.calibration.inner_text import InnerText
 from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
 from yopo.models.family import Family
 from yopo.models.layout import LayoutProbe
@@ -63,6 +64,7 @@ class Observer:
         self.text_tokens = 0
         self.text_before = 0
         self.grids: Counter[tuple[Grid, ...]] = Counter()
+        self.inner_text: dict[tuple[Grid, ...], InnerText] = {}
         self._output = output
         self._rho_of_batch: list[torch.Tensor] = []
         self._batch: BatchView | None = None
@@ -86,13 +88,16 @@ class Observer:
         self.text_tokens += int(self._real.sum()) - view.num_visual
         self.text_before += view.num_before
         self.grids.update(view.layout.grids)
+        for grids, positions in zip(view.layout.grids, view.visual_positions, strict=True):
+            known = self.inner_text.get(grids, InnerText.nowhere(grids))
+            self.inner_text[grids] = known.plus(grids, positions)
         refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
 
     def snapshot(self) -> Stage:
         """The sums so far, between two batches."""
         counts = {name: getattr(self, name) for name in _COUNTS}
         grids = [
-            [[(grid.rows, grid.cols) for grid in prompt], count]
+            [[vars(grid) for grid in prompt], count, vars(self.inner_text[prompt])]
             for prompt, count in self.grids.items()
         ]
         about = {**counts, "grids": grids, "pairs": sum(map(len, self.rho))}
@@ -104,8 +109,10 @@ class Observer:
         self.sums = {name: kept.tensors[name] for name in self.sums}
         for name in _COUNTS:
             setattr(self, name, kept.about[name])
-        for prompt, count in kept.about["grids"]:
-            self.grids[tuple(Grid(*size) for size in prompt)] = count
+        for sizes, count, inner in kept.about["grids"]:
+            prompt = tuple(Grid(**size) for size in sizes)
+            self.grids[prompt] = count
+            self.inner_text[prompt] = InnerText(**inner | {"between": tuple(inner["between"])})
 
     def view(self) -> BatchView:
         """The batch in progress."""

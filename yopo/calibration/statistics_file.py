@@ -69,6 +69,8 @@ def _from_document(
         identity["path"] = model_path(identity["path"], folder)
     shape = ModelShape(**identity.pop("shape"))
     grids = tuple(Grid(**grid) for grid in workload.pop("grids"))
+    if "text_between" in workload:  # files of former versions have none
+        workload["text_between"] = tuple(workload["text_between"])
     extent = about.pop("extent", None)  # statistics of former versions have none
     if extent is not None:
         smallest, largest = (Grid(**extent.pop(name)) for name in ("smallest", "largest"))
@@ -91,6 +93,7 @@ def _first_problem(found: Statistics) -> str | None:
     texts = (model.name, model.family, model.fingerprint)
     numbers = [*vars(model.shape).values(), workload.text, workload.text_before]
     numbers += [size for grid in workload.grids for size in (grid.rows, grid.cols)]
+    numbers += [*workload.text_between, workload.row_ends]
     numbers += [found.visual_tokens, found.text_queries]
     if not all(isinstance(each, str) for each in texts) or not isinstance(found.provenance, dict):
         return "its model has no name, family or fingerprint"

@@ -25,6 +25,7 @@ COMMANDS = {
     "apply": ("yopo.cli.apply", "Bake a plan into a checkpoint."),
     "eval": ("yopo.cli.eval", "Compare the pruned model with the dense one."),
     "bench": ("yopo.cli.bench", "Time the pruned model against the dense one."),
+    "report": ("yopo.cli.report", "Write a page on plans: what they save and what they lose."),
     "convert": ("yopo.cli.convert", "Convert an original InternVL2 checkpoint to a native one."),
     "pairs": ("yopo.cli.pairs", "Write demo pairs, as examples of the data format."),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
 
 _HTML_WIDTH = 100
 
+_ASCII = str.maketrans("█▏▎▍▌▋▊▉▁▂▃▄▅▆▇░▒▓…", "#-------_.-~=+%oO@.")
+"""What stands for blocks and the like where there are none: steps of one scale stay apart."""
+
+
+def is_ascii(encoding: str | None) -> bool:
+    """Whether a terminal shows ASCII only: by its encoding, or as ``LC_ALL`` says, which Python
+    overrules by UTF-8."""
+    is_unicode = (encoding or "utf-8").lower().startswith("utf")
+    return not is_unicode or os.environ.get("LC_ALL") in ("C", "POSIX")
+
 
 def print_report(report: RenderableType) -> None:
     """Print a rich renderable at the terminal's width (80 columns in a pipe)."""
@@ -23,9 +34,17 @@ def print_report(report: RenderableType) -> None:
     with console.capture() as capture:  # rich would exit by itself on a closed pipe
         console.print(report)
     text = capture.get()
+    if is_ascii(sys.stdout.encoding):
+        text = text.translate(_ASCII).encode("ascii", "replace").decode()
     if not console.is_terminal:
         text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
     sys.stdout.write(text)
+
+
+def json_text(document: dict[str, Any]) -> str:
+    """A JSON document as text; what is no Unicode stays an escape."""
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def print_json(document: dict[str, Any]) -> None:

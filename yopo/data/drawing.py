@@ -10,6 +10,7 @@ from pathlib import Path
 
 from yopo.data.left_out import LeftOut
 from yopo.data.pairs import ImageRef, Pair
+from yopo.data.rows import other_media
 from yopo.support.console import note, track, warn
 from yopo.support.errors import DataError
 
@@ -28,6 +29,7 @@ class Draw:
         samples: How many; None: all.
         seed: Determines which.
         strict: Whether a row that cannot be used is an error; otherwise it is counted and left out.
+        videos: Whether rows about videos can be used.
 
     Raises:
         DataError: No samples.
@@ -36,6 +38,7 @@ class Draw:
     samples: int | None
     seed: int = 0
     strict: bool = False
+    videos: bool = False
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
@@ -102,7 +105,7 @@ def draw(
     wanted = len(numbers) if how.samples is None else how.samples
     before, order = left_out.count, evenly(strata, how.seed)
     kept: list[int] = []
-    place, decoder = 0, Decoder(left_out)
+    place, decoder = 0, Decoder(left_out, videos=how.videos)
     while len(kept) < wanted and place < len(order):
         some = sorted(numbers[each] for each in order[place : place + wanted - len(kept)])
         place += len(some)
@@ -124,18 +127,19 @@ def _note_draw(where: str, kept: int, available: int, strata: int) -> None:
 
 
 class Decoder:
-    """Decodes the images of pairs to see whether that works, each file once.
+    """Decodes the images and videos of pairs to see whether that works, each file once.
 
     Args:
         left_out: Counts the pairs for which it does not.
+        videos: Whether videos can be used at all.
     """
 
-    def __init__(self, left_out: LeftOut):
-        self._left_out = left_out
+    def __init__(self, left_out: LeftOut, *, videos: bool = False):
+        self._left_out, self._takes_videos = left_out, videos
         self._fine: set[Path] = set()
 
     def decodes(self, pair: Pair) -> bool:
-        """Whether a pair's images can be decoded; if not, it is left out.
+        """Whether a pair's images and videos can be decoded; if not, it is left out.
 
         Raises:
             DataError: One cannot, under ``strict``.
@@ -143,6 +147,12 @@ class Decoder:
         try:
             for image in pair.images:
                 self._decode(image)
+            for video in pair.videos:
+                if not self._takes_videos:
+                    raise other_media("video", pair.where)
+                if video.source not in self._fine:
+                    video.load(max_frames=1)
+                    self._fine.add(video.source)
         except DataError as error:
             self._left_out.add(error)
             return False

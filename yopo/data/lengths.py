@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from yopo.data.left_out import BadPair, LeftOut
 from yopo.data.pairs import Pair, Pairs
-from yopo.data.prompts import images_of, prompt_text
+from yopo.data.processing import processed
+from yopo.data.prompts import prompt_text
 from yopo.support.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,10 +61,10 @@ def _tokens(processor: ProcessorMixin, pair: Pair, context: int) -> int:
     """Tokens of a pair's prompt; only those of its text, where it is surely short enough."""
     prompt = prompt_text(processor, pair)
     text = len(processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    if len(pair.images) == 1 and text * SURELY_SHORT < context:
+    if len(pair.images) == 1 and not pair.videos and text * SURELY_SHORT < context:
         return text
     try:
-        made = processor(text=[prompt], images=[images_of(pair)], return_tensors="pt")
+        made = processed(processor, [prompt], [pair])
     except (ValueError, DataError):  # encoding it with the others says what is wrong
         return text
     return made["input_ids"].shape[1]

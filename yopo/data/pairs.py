@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from yopo.data.left_out import BadPair
+from yopo.data.videos import VideoRef
 from yopo.support.errors import DataError, YopoError
 from yopo.support.reading import open_regular
 
@@ -166,15 +167,16 @@ _BICUBIC = 3
 
 @dataclass(frozen=True)
 class Pair:
-    """One or more images, a question about them, and its answers if they are known.
+    """Images or videos, a question about them, and its answers if they are known.
 
     Attributes:
-        images: At least one, in prompt order.
+        images: In prompt order; at least one, if there is no video.
         question: Only the question: no template, no image placeholder.
         answers: Accepted answers; empty when the data has none.
         kind: The kind of question, if the data states it.
         id: The data's own id, otherwise the row's number.
         where: Its location, for messages: ``pairs.jsonl:3``.
+        videos: After the images.
     """
 
     images: tuple[ImageRef, ...]
@@ -183,6 +185,7 @@ class Pair:
     kind: str | None
     id: str
     where: str
+    videos: tuple[VideoRef, ...] = ()
 
 
 @dataclass(frozen=True)

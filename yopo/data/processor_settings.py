@@ -12,6 +12,7 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from yopo.data.videos import FPS, MAX_FRAMES
 from yopo.models.registry import family_of
 from yopo.support.console import note
 from yopo.support.errors import ModelError
@@ -87,6 +88,8 @@ def _apply(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> No
     }
     for key, value in changed.items():
         setattr(processor, key, value)
+    if family.takes_videos:  # settings of ours, which a user may change like the processor's
+        vars(processor).update(fps=FPS, max_frames=MAX_FRAMES)
     if changed:
         listed = ", ".join(f"{key} {value}" for key, value in changed.items())
         note(f"{name}: the processor's files lack or contradict values in config.json: {listed}.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yopo.data.pairs import Pair
+from yopo.data.processing import processed
 from yopo.data.processor_settings import settle
 from yopo.data.rows import without_placeholders
 from yopo.models.hub import probe
@@ -15,7 +16,6 @@ from yopo.support.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
 Answer = str | Sequence[int]
@@ -143,17 +143,13 @@ def prompt_text(processor: ProcessorMixin, pair: Pair, *, answer: str | None = N
     question = without_placeholders(pair.question).replace(image_token, " ").strip()
     if getattr(processor, "chat_template", None):
         content: list[dict[str, str]] = [{"type": "image"} for _ in pair.images]
+        content += [{"type": "video"} for _ in pair.videos]
         content.append({"type": "text", "text": question})
         turn: dict[str, Any] = {"role": "user", "content": content}
         prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
     else:
         prompt = f"USER: {(image_token + chr(10)) * len(pair.images)}{question} ASSISTANT:"
     return prompt if answer is None else prompt + _separator(prompt) + answer
-
-
-def images_of(pair: Pair) -> list[Image]:
-    """The decoded images of a pair, in prompt order."""
-    return [image.load() for image in pair.images]
 
 
 def _separator(prompt: str) -> str:
@@ -193,6 +189,7 @@ def encode_for(
         processor,
         pairs,
         image_token_id=model.config.image_token_id,
+        video_token_id=getattr(model.config, "video_token_id", None),
         device=model.device,
         dtype=model.dtype,
         answers=answers,
@@ -217,37 +214,31 @@ def encode(
     device: torch.device | str,
     dtype: torch.dtype,
     answers: Sequence[Answer] | None = None,
+    video_token_id: int | None = None,
 ) -> Batch:
-    """Decode the images and make one left-padded batch.
+    """Decode the images and videos and make one left-padded batch.
 
     Args:
         processor: From ``load_processor``.
         pairs: At least one.
         image_token_id: The model's ``config.image_token_id``.
         device: Device of the tensors.
-        dtype: Type of ``pixel_values`` (all floating-point inputs); token ids are int64.
+        dtype: Type of pixels; token ids are int64, times of videos float32.
         answers: One per pair, appended to the prompts as token ids; no end token is added.
+        video_token_id: The model's ``config.video_token_id``, if it has one.
 
     Raises:
         DataError: An image cannot be decoded, or a prompt has no visual token.
     """
     prompts = [prompt_text(processor, pair) for pair in pairs]
-    bos = processor.tokenizer.bos_token
-    text_options = {
-        "padding": True,
-        "padding_side": "left",
-        "add_special_tokens": not (bos and prompts[0].startswith(bos)),  # templates may add it
-    }
-    images = [images_of(pair) for pair in pairs]
     try:
-        made = processor(text=prompts, images=images, text_kwargs=text_options, return_tensors="pt")
+        inputs = processed(processor, prompts, pairs)
     except ValueError as error:
         raise DataError(
             f"{pairs[0].where}: the processor rejects the batch: {_first_line(error)}.",
             remedy="Check that the processor belongs to the model.",
         ) from error
-    inputs = dict(made)
-    _check_visual_tokens(inputs["input_ids"], pairs, image_token_id)
+    _check_visual_tokens(inputs["input_ids"], pairs, (image_token_id, video_token_id))
     answer_mask = None
     if answers is not None:
         ids = [
@@ -257,18 +248,21 @@ def encode(
         inputs, answer_mask = _append(inputs, ids, processor.tokenizer.pad_token_id)
         answer_mask = answer_mask.to(device)
     placed = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        name: tensor.to(device, dtype if name.startswith("pixel") else None)
         for name, tensor in inputs.items()
     }
     return Batch(placed, answer_mask, tuple(pairs))
 
 
-def _check_visual_tokens(input_ids: torch.Tensor, pairs: Sequence[Pair], token_id: int) -> None:
+def _check_visual_tokens(
+    input_ids: torch.Tensor, pairs: Sequence[Pair], visual_ids: Sequence[int | None]
+) -> None:
     """Refuse prompts, (batch, length), in which the model would see no image."""
-    for pair, count in zip(pairs, (input_ids == token_id).sum(dim=1).tolist(), strict=True):
-        if count == 0:
+    for pair, ids in zip(pairs, input_ids.tolist(), strict=True):
+        if not any(each in visual_ids for each in ids):
+            listed = ", ".join(str(each) for each in visual_ids if each is not None)
             raise DataError(
-                f"{pair.where}: the processor made a prompt without visual tokens (id {token_id}).",
+                f"{pair.where}: the processor made a prompt without visual tokens (id {listed}).",
                 remedy="Check that the processor and its chat template belong to the model.",
             )
 

@@ -2,7 +2,8 @@
 
 Formats: plain columns (``image``, ``question``, ``answer``), LLaVA conversations, chat messages,
 and the ``texts`` turns of The Cauldron. Of a conversation, the first question and answer are used.
-Rows with other media (video, audio) are refused, since their questions need it.
+Videos are given as paths. Rows with other media (audio, addresses of videos) are refused, since
+their questions need it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from yopo.data.left_out import BadPair
 from yopo.data.pairs import ImageRef, Pair
+from yopo.data.videos import VideoRef
 from yopo.support.documents import describe
 from yopo.support.errors import printable
 
@@ -24,8 +26,9 @@ KIND_NAMES = ("kind", "question_type", "category", "type")
 ID_NAMES = ("id", "question_id", "questionid", "sample_id")
 _USER_ROLES = ("human", "user")
 _ASSISTANT_ROLES = ("gpt", "assistant")
+VIDEO_NAMES = ("videos", "video", "video_path", "video_paths")
 OTHER_MEDIA = {
-    "video": ("video", "videos", "video_path", "video_paths", "video_url"),
+    "video": ("video_url",),
     "audio": ("audio", "audios", "audio_path", "audio_paths", "audio_url", "input_audio"),
 }
 """Columns, and part types of chat messages, that hold neither images nor text."""
@@ -43,11 +46,11 @@ MAX_QUESTION = 1 << 20
 """Maximum characters: more than any model's context holds, and tokenizing takes memory."""
 
 _MEDIA_MARK = re.compile(r"<(video|audio)>", re.IGNORECASE)
-_PLACEHOLDER = re.compile(r"\s*<image>\s*")
+_PLACEHOLDER = re.compile(r"\s*<(image|video)>\s*")
 
 
 def without_placeholders(question: str) -> str:
-    """Return a question without literal ``<image>`` marks, which the prompt's template adds."""
+    """Return a question without ``<image>`` and ``<video>``, which the prompt's template adds."""
     return _PLACEHOLDER.sub(" ", question).strip()
 
 
@@ -73,7 +76,8 @@ def pair_from_row(row: Any, *, where: str, number: int, folder: Path | None) -> 
     _refuse_other_media(columns, where)
     question, answer, inline = _question_and_answer(columns, where)
     values = _as_list(_first(columns, IMAGE_NAMES)) or inline
-    if not values:
+    videos = tuple(_video(value, where, folder) for value in _videos(columns))
+    if not values and not videos:
         raise BadPair(
             f"{where}: the pair has no image (columns found: {_names(row)}).",
             reason="without an image",
@@ -87,19 +91,25 @@ def pair_from_row(row: Any, *, where: str, number: int, folder: Path | None) -> 
         kind=printable(kind[:MAX_LABEL]) if isinstance(kind, str) else None,
         id=printable(str(own_id)) if isinstance(own_id, str | int) else str(number),
         where=where,
+        videos=videos,
     )
+
+
+def _videos(columns: Mapping[str, Any]) -> list[Any]:
+    return _as_list(_first(columns, VIDEO_NAMES))
 
 
 def _refuse_other_media(columns: dict[str, Any], where: str) -> None:
     for kind, names in OTHER_MEDIA.items():
         if _first(columns, names) is not None:
-            raise _other_media(kind, where)
+            raise other_media(kind, where)
 
 
-def _other_media(kind: str, where: str) -> BadPair:
+def other_media(kind: str, where: str) -> BadPair:
+    """The error for a pair that a model cannot be asked about."""
     return BadPair(
         f"{where}: the question is also about {'a video' if kind == 'video' else 'audio'}, but "
-        "only images are supported.",
+        "only images are supported here.",
         reason="about a video or audio",
         remedy="Remove the pair from the data, or give the video's frames as images.",
     )
@@ -125,7 +135,7 @@ def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any,
     turns, is_flat = _all_turns(columns, where)
     question, answer = _first_exchange(turns)
     if isinstance(question, list) and not is_flat:
-        inline = list(_inline_images(question, where))
+        inline = list(_inline_images(question, where, has_videos=bool(_videos(columns))))
         question = _joined_text(question)
     if question is None:
         question = ""
@@ -135,8 +145,8 @@ def _question_and_answer(columns: dict[str, Any], where: str) -> tuple[str, Any,
             reason="without a question in text",
         )
     mark = _MEDIA_MARK.search(question)
-    if mark is not None:
-        raise _other_media(mark[1].lower(), where)
+    if mark is not None and not (mark[1].lower() == "video" and _videos(columns)):
+        raise other_media(mark[1].lower(), where)
     if len(question) > MAX_QUESTION:
         raise BadPair(
             f"{where}: the question has {len(question):,} characters, more than the limit of "
@@ -184,13 +194,14 @@ def _joined_text(parts: list[Any]) -> str | None:
     return " ".join(text for text in texts if isinstance(text, str)) or None
 
 
-def _inline_images(parts: list[Any], where: str) -> Iterator[Any]:
+def _inline_images(parts: list[Any], where: str, *, has_videos: bool) -> Iterator[Any]:
     for part in parts:
         if not isinstance(part, Mapping):
             continue
         for kind, names in OTHER_MEDIA.items():
-            if part.get("type") in names:
-                raise _other_media(kind, where)
+            also = VIDEO_NAMES if kind == "video" and not has_videos else ()
+            if part.get("type") in (*names, *also):
+                raise other_media(kind, where)
         if part.get("type") in ("image", "image_url"):
             value = _first(part, ("image", "path", "url", "image_url"))
             if isinstance(value, Mapping) and "url" in value:
@@ -224,6 +235,26 @@ def _image(value: Any, where: str, folder: Path | None) -> ImageRef:
             reason="with an image of a wrong type",
         )
     return _image_at(value, where, folder)
+
+
+def _video(value: Any, where: str, folder: Path | None) -> VideoRef:
+    """Read a video column's value: the path of a file."""
+    if isinstance(value, Mapping) and value.get("path"):
+        value = value["path"]
+    if not isinstance(value, str) or not value or "://" in value:
+        raise BadPair(
+            f"{where}: the video must be the path of a file, found {describe(value)}.",
+            reason="with a video that is no file",
+            remedy="Download the videos and give the paths of the files.",
+        )
+    path = Path(value)
+    if not path.is_absolute() and folder is None:
+        raise BadPair(
+            f"{where}: the video is a relative path ({value}), but the data has no folder.",
+            reason="whose video is a relative path",
+            remedy="Use a JSONL file next to the videos.",
+        )
+    return VideoRef(path if folder is None else folder / path, f"{where}: video {value}")
 
 
 def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:

@@ -85,11 +85,13 @@ def by_size(pairs: Iterable[Pair]) -> Iterator[Pair]:
 
 def _dimensions(pair: Pair) -> list[tuple[float, ...]]:
     """(width, height) of every image, from its header; () where that is not known at once."""
-    return [_sides(image) or () for image in pair.images]
+    return [*(_sides(image) or () for image in pair.images), *((),) * len(pair.videos)]
 
 
 def size_class(pair: Pair) -> int | None:
     """The octave of a pair's pixels, all images together; None if it is not known at once."""
+    if pair.videos:
+        return None
     areas = [_area(image) for image in pair.images]
     known = [area for area in areas if area]
     return math.floor(math.log2(sum(known))) if len(known) == len(areas) else None

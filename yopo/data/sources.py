@@ -34,6 +34,7 @@ def open_pairs(
     seed: int,
     split: str | None = None,
     strict: bool = False,
+    videos: bool = False,
 ) -> Pairs:
     """Open image-question pairs, with all checks that do not need the model.
 
@@ -52,6 +53,7 @@ def open_pairs(
         seed: Determines the drawn pairs.
         split: The split, if ``data`` does not name it.
         strict: Whether a row that cannot be used is an error.
+        videos: Whether rows about videos can be used, because the model takes videos.
 
     Returns:
         Pairs that can be iterated several times with the same result.
@@ -59,7 +61,7 @@ def open_pairs(
     Raises:
         DataError: No such source, no usable pair, or a bad one under ``strict``.
     """
-    how = Draw(samples, seed, strict)
+    how = Draw(samples, seed, strict, videos)
     if isinstance(data, Pairs):
         return data
     if data is None or isinstance(data, str | Path):

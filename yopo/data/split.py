@@ -16,6 +16,7 @@ from pathlib import Path
 
 from yopo.data.pairs import ImageRef, Pair
 from yopo.data.sizes import size_class
+from yopo.data.videos import VideoRef
 from yopo.support.console import warn
 from yopo.support.errors import DataError
 
@@ -143,7 +144,8 @@ def group_by_image(pairs: Iterable[Pair]) -> list[Group]:
     first_with: dict[str, int] = {}
     for number, pair in enumerate(pairs):
         parents.append(number)
-        for image in pair.images:
+        media: tuple[ImageRef | VideoRef, ...] = (*pair.images, *pair.videos)
+        for image in media:
             other = first_with.setdefault(image_digest(image), number)
             roots = sorted((_root(parents, other), _root(parents, number)))
             parents[roots[1]] = roots[0]
@@ -208,8 +210,8 @@ def _take(groups: Sequence[Group], wanted: int) -> tuple[Group, list[Group]]:
     return taken, left
 
 
-def image_digest(image: ImageRef) -> str:
-    """The identity of an image: a digest of its bytes, or its address if it is remote.
+def image_digest(image: ImageRef | VideoRef) -> str:
+    """The identity of an image or a video: a digest of its bytes, or its address if it is remote.
 
     Raises:
         DataError: There is no such file.

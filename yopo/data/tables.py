@@ -108,7 +108,7 @@ def open_hub(repository: str, config: str | None, split: str | None, how: Draw) 
     stream = _undecoded(found[split])
     name = ":".join(part for part in (repository, config, split) if part)
     if how.samples is None:
-        whole = _WholeStream(stream, name, strict=how.strict)
+        whole = _WholeStream(stream, name, strict=how.strict, videos=how.videos)
         return Pairs(name=name, total=None, digest=answer.commit, read=whole.read)
     pairs = _fetch(stream, how.samples, how, name)
     return Pairs(name=name, total=len(pairs), digest=answer.commit, read=partial(iter, pairs))
@@ -118,7 +118,7 @@ def _fetch(stream: IterableDataset, samples: int, how: Draw, name: str) -> list[
     """Draw a sample from a stream and keep it in memory, images compressed: one download."""
     buffer = min(SHUFFLE_BUFFER, 8 * samples)
     left_out = LeftOut(name, strict=how.strict)
-    decoder = Decoder(left_out)
+    decoder = Decoder(left_out, videos=how.videos)
     rows = islice(stream.shuffle(seed=how.seed, buffer_size=buffer), buffer + samples)
     found = (pair for _, pair in _read(rows, None, name, None, left_out) if decoder.decodes(pair))
     some = islice(found, samples)
@@ -137,12 +137,13 @@ class _WholeStream:
         stream: The rows.
         name: The stream's name in messages.
         strict: Whether a row that cannot be used is an error.
+        videos: Whether rows about videos can be used.
     """
 
-    def __init__(self, stream: IterableDataset, name: str, *, strict: bool):
+    def __init__(self, stream: IterableDataset, name: str, *, strict: bool, videos: bool):
         self._stream, self._name = stream, name
         self._left_out = LeftOut(name, strict=strict)
-        self._decoder = Decoder(self._left_out)
+        self._decoder = Decoder(self._left_out, videos=videos)
         self._seen, self._bad, self._is_known = 0, set[int](), False
 
     def read(self) -> Iterator[Pair]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.data.pairs import Pair
 from yopo.evaluation.accuracy import is_correct
+from yopo.evaluation.examples import Answered, Example, choose, examples_of
 from yopo.evaluation.fidelity import (
     Fidelity,
     Recorded,
@@ -24,6 +25,7 @@ from yopo.evaluation.fidelity import (
     worst_kind,
 )
 from yopo.evaluation.timing import PrefillTime, Switch, time_prefill
+from yopo.plans.evaluated import FORMAT_VERSION
 from yopo.plans.flops import (
     dense_prefill_flops,
     dense_visual_kv_bytes,
@@ -86,9 +88,11 @@ class Kept(Part):
 
     Attributes:
         by_kind: The parts by kind of pair (see ``kinds_of``), in the order of their names.
+        answers: What both models answered to each pair.
     """
 
     by_kind: dict[str, Part]
+    answers: tuple[Answered, ...] = ()
 
     @property
     def worst_kind(self) -> str:
@@ -109,11 +113,13 @@ class Evaluation:
         plan: The evaluated plan.
         kept: Accuracy, agreement and KL, over all pairs and per kind.
         prefill: Decoder prefill time; None if not timed.
+        examples: Some pairs with their images, both answers, and where the text looks.
     """
 
     plan: PruningPlan
     kept: Kept
     prefill: PrefillTime | None
+    examples: tuple[Example, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -145,6 +151,7 @@ class Evaluation:
         plan, shape = self.plan, self.plan.model.shape
         dense_flops = dense_prefill_flops(shape, plan.workload)
         return {
+            "yopo_evaluation": FORMAT_VERSION,
             "model": plan.model.name,
             "visual_budget": visual_budget(plan),
             "prefill_flops_ratio": prefill_flops(plan) / dense_flops,
@@ -154,6 +161,7 @@ class Evaluation:
             },
             **self.kept.to_dict(),
             "prefill": None if self.prefill is None else asdict(self.prefill),
+            "examples": [asdict(each) for each in self.examples],
         }
 
 
@@ -168,6 +176,7 @@ def evaluate(
     timing_runs: int = 15,
     total: int | None = None,
     records: list[Recorded] | None = None,
+    examples: int = 0,
 ) -> Evaluation:
     """Evaluate a plan on pairs.
 
@@ -181,6 +190,7 @@ def evaluate(
         timing_runs: Paired prefill runs; 0 skips timing.
         total: Number of pairs, for the progress bar.
         records: The dense model's answers, if already recorded for another plan.
+        examples: Pairs to show with their images and where the text looks (see ``examples_of``).
 
     Raises:
         DataError: No pairs.
@@ -208,7 +218,8 @@ def evaluate(
         prefill = time_prefill(
             model, largest, lambda: pruned(model, plan, check=False), runs=timing_runs
         )
-    return Evaluation(plan, kept, prefill)
+    shown = examples_of(model, processor, plan, choose(kept.answers, examples))
+    return Evaluation(plan, kept, prefill, shown)
 
 
 def measure_kept(
@@ -248,7 +259,11 @@ def measure_kept(
         name: _part([each for each, kind in zip(seen, kinds, strict=True) if kind == name], some)
         for name, some in fidelity.split(kinds).items()
     }
-    return Kept(**vars(_part(seen, fidelity)), by_kind=parts)
+    each = zip(seen, kinds, fidelity.by_pair, strict=True)
+    answers = tuple(
+        Answered(pair, kind, dense, ours, found) for (pair, dense, ours), kind, found in each
+    )
+    return Kept(**vars(_part(seen, fidelity)), by_kind=parts, answers=answers)
 
 
 def _part(seen: Sequence[tuple[Pair, str, str]], fidelity: Fidelity) -> Part:

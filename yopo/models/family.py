@@ -23,7 +23,7 @@ Run = tuple[int, int]
 
 ImageInfo = Mapping[str, "torch.Tensor"]
 """The processor's outputs about a batch's images other than their pixels, by its names:
-``image_sizes``, ``image_grid_thw``, ... Empty where a model takes none."""
+``image_sizes``, ``image_grid_thw``, ``batch_num_images``, ... Empty where a model takes none."""
 
 GridsOf = Callable[["PreTrainedConfig", Sequence[Sequence[Run]], ImageInfo], list[tuple[Grid, ...]]]
 """(configuration, visual runs per batch row, image info) -> the image grids of every batch row."""
@@ -161,6 +161,7 @@ class Family:
         ends_rows: Whether each row of an image ends with a separator token.
         processor_settings: The model's values for the processor, by attribute name.
         public_pairs: Pairs to try a model on, for those without their own.
+        takes_videos: Whether pairs about videos can be used.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Family:
     ends_rows: Callable[[PreTrainedConfig], bool] = never
     processor_settings: Callable[[PreTrainedConfig], dict[str, Any]] = no_settings
     public_pairs: PublicPairs = PHOTOS
+    takes_videos: bool = False
 
     def backbone(self, config: PreTrainedConfig) -> Backbone:
         """The backbone of a model of this family.

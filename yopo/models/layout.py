@@ -283,7 +283,7 @@ _NOTE = "_yopo_image_info"
 
 def _image_info(arguments: dict[str, Any]) -> _Info:
     """The arguments about images other than their pixels."""
-    about = ("image_", "video_")
+    about = ("image_", "video_", "batch_num_images")
     return {
         name: value
         for name, value in arguments.items()

@@ -81,6 +81,7 @@ LLAVA = Family(
     aliases={
         "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
         "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+        "pixtral-12b": "mistral-community/pixtral-12b",
         "llava-tiny": "package:demo/llava_tiny",
     },
     grids_of=grids_of,

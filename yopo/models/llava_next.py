@@ -57,7 +57,16 @@ def image_grids(config: PreTrainedConfig, size: list[int]) -> tuple[Grid, Grid]:
 
 
 def check_vision(config: PreTrainedConfig) -> None:
+    """Refuse towers whose tokens cannot be laid out as tiles; raises like :func:`check_tiles`."""
+    check_tiles(config, "LLaVA-NeXT")
+
+
+def check_tiles(config: PreTrainedConfig, name: str) -> None:
     """Refuse towers whose tokens cannot be laid out as tiles.
+
+    Args:
+        config: The model's outer configuration.
+        name: The family's name in messages.
 
     Raises:
         ModelError: The tower is unknown, keeps the sizes of images, or a class token is kept.
@@ -65,10 +74,10 @@ def check_vision(config: PreTrainedConfig) -> None:
     check_tower(config)
     found = config.vision_config.model_type
     if tower_of(config).keeps_sizes:
-        raise ModelError(f"LLaVA-NeXT needs tiles of one size, but {found} keeps image sizes.")
+        raise ModelError(f"{name} needs tiles of one size, but {found} keeps image sizes.")
     if class_tokens(config):
         raise ModelError(
-            f"LLaVA-NeXT lays out the patches of its tiles as one picture, but with "
+            f"{name} lays out the patches of its tiles as one picture, but with "
             f"vision_feature_select_strategy 'full' every tile of {found} also has a class token.",
             remedy="Set it to 'default' in config.json if the model was trained that way.",
         )

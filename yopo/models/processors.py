@@ -7,7 +7,8 @@ although images are handled by Pillow.
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import cache, wraps
+from inspect import Parameter, signature
 from typing import Any, cast
 
 from transformers import AutoConfig, ProcessorMixin
@@ -54,12 +55,18 @@ def image_class(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
     passes its third part, None, to transformers, which takes only the parts named here.
     """
 
+    @wraps(stock.__init__)
+    def initialize(self: ProcessorMixin, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **{VIDEO: None, **kwargs})
+
     def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
         return [name for name in stock.get_attributes() if name != VIDEO]
 
-    members = {
+    members: dict[str, Any] = {
         "get_attributes": classmethod(get_attributes),
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
     }
+    if signature(stock.__init__).parameters[VIDEO].default is Parameter.empty:  # SmolVLM
+        members["__init__"] = initialize
     return type(stock.__name__, (stock,), members)

@@ -106,6 +106,7 @@ def _family(
         token_ids=token_ids,
         noise=noise,
         public_pairs=DOCUMENTS,
+        takes_videos=True,
     )
 
 
@@ -114,6 +115,7 @@ QWEN2_VL = _family(
     {
         "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
         "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+        "qwen2-vl-72b": "Qwen/Qwen2-VL-72B-Instruct",
         "qwen2-vl-tiny": "package:demo/qwen2_vl_tiny",
     },
     "Qwen2VLForConditionalGeneration",
@@ -123,14 +125,18 @@ QWEN2_5_VL = _family(
     {
         "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
         "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "qwen2.5-vl-32b": "Qwen/Qwen2.5-VL-32B-Instruct",
+        "qwen2.5-vl-72b": "Qwen/Qwen2.5-VL-72B-Instruct",
     },
     "Qwen2_5_VLForConditionalGeneration",
 )
 QWEN3_VL = _family(
     "qwen3_vl",
     {
+        "qwen3-vl-2b": "Qwen/Qwen3-VL-2B-Instruct",
         "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
         "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
+        "qwen3-vl-32b": "Qwen/Qwen3-VL-32B-Instruct",
     },
     "Qwen3VLForConditionalGeneration",
     head_norms=("q_norm", "k_norm"),

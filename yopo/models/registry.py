@@ -8,16 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from yopo.models.family import Family
+from yopo.models.idefics3 import IDEFICS3, SMOLVLM
 from yopo.models.internvl import INTERNVL
 from yopo.models.llava import LLAVA
 from yopo.models.llava_next import LLAVA_NEXT
+from yopo.models.llava_onevision import LLAVA_ONEVISION
+from yopo.models.mistral3 import MISTRAL3
 from yopo.models.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 from yopo.support.errors import ModelError, suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES: tuple[Family, ...] = (LLAVA, LLAVA_NEXT, INTERNVL, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
+FAMILIES: tuple[Family, ...] = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    INTERNVL,
+    QWEN2_VL,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    MISTRAL3,
+    IDEFICS3,
+    SMOLVLM,
+)
 
 ALIASES: dict[str, str] = {
     alias: target for family in FAMILIES for alias, target in family.aliases.items()

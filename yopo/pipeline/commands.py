@@ -180,6 +180,7 @@ def evaluate(
     options: RunOptions | None = None,
     timing_runs: int = 15,
     budget: float | None = None,
+    examples: int = 0,
 ) -> Evaluation:
     """Compare the pruned model with the dense one on the same pairs (``yopo eval``).
 
@@ -196,6 +197,7 @@ def evaluate(
         options: The data and how to run it.
         timing_runs: Paired prefill runs; 0 skips timing.
         budget: Which of a checkpoint's plans (see ``yopo.load``); None: the first.
+        examples: Pairs to show with their images, for ``yopo report``.
 
     Raises:
         YopoError: The model, the plan or the data are unusable.
@@ -226,6 +228,7 @@ def evaluate(
         max_new_tokens=options.max_new_tokens,
         timing_runs=timing_runs,
         total=pairs.total,
+        examples=examples,
     )
 
 

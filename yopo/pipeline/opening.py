@@ -41,7 +41,13 @@ def open_for(handle: ModelHandle, options: RunOptions, name: str, split: str) ->
         data = demo_data(name, split)
         if split == "calibration":
             note(f"Using the demo pairs included with yopo ({data}).")
-    pairs = open_pairs(data, samples=options.samples, seed=options.seed, strict=options.strict)
+    pairs = open_pairs(
+        data,
+        samples=options.samples,
+        seed=options.seed,
+        strict=options.strict,
+        videos=family_of(handle.config).takes_videos,
+    )
     return without_long_prompts(
         pairs,
         handle.processor,

@@ -14,7 +14,10 @@ from yopo.plans.schema import PruningPlan
 from yopo.support.errors import PlanError
 from yopo.support.reading import read_bytes
 
-MAX_BYTES = 16 << 20
+FORMAT_VERSION = 1
+"""Value of ``yopo_evaluation`` in an evaluation's JSON."""
+
+MAX_BYTES = 64 << 20
 """Maximum size of an evaluation's JSON."""
 
 

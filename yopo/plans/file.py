@@ -45,6 +45,7 @@ class TensorsFile:
 
 
 _SHAPE_KEYS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")
+_WORKLOAD_KEYS = ("grids", "text", "text_before", "text_between", "row_ends")
 _EXTENT_KEYS = ("smallest", "largest", "images")
 _KEYS = (
     "yopo_plan",
@@ -80,6 +81,7 @@ def to_yaml(
             "grids": [[grid.rows, grid.cols] for grid in plan.workload.grids],
             "text": plan.workload.text,
             "text_before": plan.workload.text_before,
+            **_inner_text(plan.workload),
         },
         "budget": budget,
         "compensation": plan.compensation,
@@ -213,13 +215,30 @@ def _read_model(document: Document, folder: Path | None) -> ModelIdentity:
 
 def _read_workload(document: Document) -> Workload:
     path: tuple[Key, ...] = ("workload",)
-    data = document.check_keys(path, document.data["workload"], ("grids", "text", "text_before"))
+    data = document.check_keys(path, document.data["workload"], _WORKLOAD_KEYS)
     grids = []
     for index, pair in enumerate(document.required(path, data, "grids", list)):
         grids.append(_read_grid(document, (*path, "grids", index), pair))
     text = document.required(path, data, "text", int)
-    before = document.typed((*path, "text_before"), data.get("text_before", 0), int)
-    return Workload(tuple(grids), text, before)
+    before, ends = (
+        document.typed((*path, key), data.get(key, 0), int) for key in ("text_before", "row_ends")
+    )
+    between = document.typed((*path, "text_between"), data.get("text_between", []), list)
+    gaps = [
+        document.typed((*path, "text_between", index), gap, int)
+        for index, gap in enumerate(between)
+    ]
+    return Workload(tuple(grids), text, before, tuple(gaps), ends)
+
+
+def _inner_text(workload: Workload) -> dict[str, Any]:
+    """Text between and inside images, as far as there is any."""
+    found: dict[str, Any] = {}
+    if any(workload.text_between):
+        found["text_between"] = list(workload.text_between)
+    if workload.row_ends:
+        found["row_ends"] = workload.row_ends
+    return found
 
 
 def _read_grid(document: Document, path: tuple[Key, ...], pair: Any) -> Grid:

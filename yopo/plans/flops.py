@@ -56,25 +56,52 @@ def _padded(per_kv: Counter[int]) -> int:
     return len(per_kv) * max(per_kv.values(), default=0)
 
 
-def _linear_flops(layer: LayerPlan, shape: ModelShape) -> int:
-    """FLOPs of one visual token's linear layers: projections, FFN, fitted map."""
-    width = shape.hidden
+@dataclass(frozen=True)
+class VisualParts:
+    """Visual FLOPs of one layer for one prompt, by what they are spent on.
+
+    Attributes:
+        projections: Queries, keys, values and output; through a bottleneck, only the output.
+        bottleneck: Into and out of the bottleneck, where there is one.
+        attention: Scores of visual queries, and sums of values under them.
+        ffn: The neurons.
+        map: The linear map in place of what is no longer computed.
+    """
+
+    projections: int
+    bottleneck: int
+    attention: int
+    ffn: int
+    map: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.projections + self.bottleneck + self.attention + self.ffn + self.map
+
+
+def visual_parts_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workload) -> VisualParts:
+    """Visual FLOPs of one layer by part; arguments as for :func:`visual_flops_of_layer`."""
+    width, tokens = shape.hidden, workload.visual
     keys = 2 * len(layer.kept_kv(shape)) * shape.head_dim  # and values
     queries = len(layer.attend_heads) * shape.head_dim
-    if layer.qkv_rank is None:
-        flops = 2 * width * (keys + queries)
-    else:
-        flops = 2 * layer.qkv_rank * (width + keys + queries)
-    return flops + 2 * width * queries + 6 * width * layer.neurons + 4 * width * layer.map_rank
+    output = 2 * width * queries
+    inputs, bottleneck = 2 * width * (keys + queries), 0
+    if layer.qkv_rank is not None:
+        inputs, bottleneck = 0, 2 * layer.qkv_rank * (width + keys + queries)
+    pairs = window_pairs(workload.grids, layer.radius) if layer.attend_heads else 0
+    return VisualParts(
+        projections=tokens * (inputs + output),
+        bottleneck=tokens * bottleneck,
+        attention=4 * pairs * queries,
+        ffn=tokens * 6 * width * layer.neurons,
+        map=tokens * 4 * width * layer.map_rank,
+    )
 
 
 def visual_flops_of_layer(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
     """Visual FLOPs of one layer for one prompt, in the paper's convention."""
-    flops = workload.visual * _linear_flops(layer, shape)
-    if layer.attend_heads:
-        attending = len(layer.attend_heads) * shape.head_dim
-        flops += 4 * window_pairs(workload.grids, layer.radius) * attending
-    return flops
+    return visual_parts_of_layer(layer, shape, workload).total
 
 
 def visual_flops(plan: PruningPlan) -> int:
@@ -123,11 +150,13 @@ def _text_flops(layer: LayerPlan, shape: ModelShape, workload: Workload) -> int:
 
 def _visual_stream_flops(layer: LayerPlan, plan: PruningPlan) -> int:
     shape, workload = plan.model.shape, plan.workload
-    flops = workload.visual * _linear_flops(layer, shape)
+    parts = visual_parts_of_layer(layer, shape, workload)
+    flops = parts.total - parts.attention
     if layer.attend_heads:
         width = head_counts(layer, shape).attending * shape.head_dim
+        starts = workload.starts()
         for block in row_blocks(workload.grids, layer.radius, plan.bidirectional):
-            text_pairs = (block.stop - block.start) * workload.text_before
+            text_pairs = (block.stop - block.start) * workload.text_seen(block, starts)
             flops += 4 * (block.pairs + text_pairs) * width
     return flops
 

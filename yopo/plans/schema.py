@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from yopo.plans.extent import Extent, extent_problem
-from yopo.plans.grid import Grid
 from yopo.plans.layer_plan import LEVERS, LayerPlan, Lever, ModelShape, full_layer, layer_problem
 from yopo.plans.tensors import PlanTensors
+from yopo.plans.workload import Workload, workload_problem
 from yopo.support.errors import PlanError
 
 COMPENSATIONS = ("none", "mean", "refit")
@@ -36,9 +36,6 @@ LARGEST_SHAPE = {
     "ffn": 1 << 20,
 }
 """Several times the largest published decoders; anything larger is damaged or malicious."""
-
-MAX_IMAGES, MAX_VISUAL, MAX_TEXT = 1 << 10, 1 << 17, 1 << 24
-"""Maximum images, visual tokens and text tokens of a workload."""
 
 
 class InvalidPlan(PlanError):
@@ -91,26 +88,6 @@ def model_path(hint: str, folder: Path) -> Path:
         folder: The file's folder.
     """
     return folder.absolute() / hint
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The prompt that FLOPs and bytes are quoted for: image grids and number of text tokens.
-
-    Attributes:
-        grids: The images of one prompt.
-        text: Text tokens of one prompt.
-        text_before: Those before the first image (visual queries attend to them).
-    """
-
-    grids: tuple[Grid, ...]
-    text: int
-    text_before: int = 0
-
-    @property
-    def visual(self) -> int:
-        """Visual tokens of one prompt."""
-        return sum(grid.tokens for grid in self.grids)
 
 
 @dataclass(frozen=True)
@@ -289,20 +266,4 @@ def shape_problem(shape: ModelShape) -> tuple[tuple[str, ...], str] | None:
             return (*path, name), f"must be at most {largest}, found {sizes[name]}"
     if shape.heads % shape.kv_heads:
         return (*path, "kv_heads"), f"must divide the {shape.heads} query heads"
-    return None
-
-
-def workload_problem(workload: Workload) -> tuple[tuple[str, ...], str] | None:
-    """The first problem of a workload, as for :func:`first_problem`."""
-    grids = ("workload", "grids")
-    if not workload.grids or any(min(each.rows, each.cols) < 1 for each in workload.grids):
-        return grids, "must hold at least one image of at least one token"
-    if len(workload.grids) > MAX_IMAGES:
-        return grids, f"must hold at most {MAX_IMAGES} images, found {len(workload.grids)}"
-    if workload.visual > MAX_VISUAL:
-        return grids, f"must hold at most {MAX_VISUAL} visual tokens, found {workload.visual}"
-    if workload.text > MAX_TEXT:
-        return ("workload", "text"), f"must be at most {MAX_TEXT}, found {workload.text}"
-    if not 0 <= workload.text_before <= workload.text:
-        return ("workload", "text_before"), "must lie between 0 and workload.text"
     return None

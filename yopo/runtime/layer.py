@@ -15,6 +15,7 @@ from yopo.runtime.buffers import Room
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.reading import Reading
 from yopo.runtime.token_index import Rotary
+from yopo.runtime.watching import watch
 from yopo.runtime.weights import VisualLayer
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class LayerRun:
         reading = Reading(self.cache, self.part, self._placed_keys, is_new=visual is not None)
         scale = self.attention.scaling
         dropout = self.attention.attention_dropout if self.attention.training else 0.0
+        if (call := watch()) is not None:
+            call(self.attention.layer_idx, queries, reading, self.masks, scale)
         mixed = text_attention(queries, reading, self.masks, scale, dropout)
         mixed = getattr(self.attention, self.names.output)(_join_heads(mixed))
         text = text + self._dropped(0)(mixed)

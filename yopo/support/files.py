@@ -40,6 +40,7 @@ class Kind:
 
 PLAN = Kind("a yopo plan", re.compile(rb"^yopo_plan:", re.MULTILINE))
 STATISTICS = Kind("yopo statistics", re.compile(rb'\A.{8}\{"__metadata__":\{"yopo":', re.DOTALL))
+EVALUATION = Kind("an evaluation", re.compile(rb'\A\s*\{\s*"yopo_evaluation":'))
 PAGE_MARK = '<meta name="generator" content="yopo">'
 PAGE = Kind("a page that yopo wrote", re.compile(re.escape(PAGE_MARK.encode())))
 

@@ -94,7 +94,7 @@ class Reference:
                 model = stock.from_pretrained(folder, dtype=dtype)
             else:
                 model = yopo.load(folder, dtype=dtype, budget=budget)
-            found.append(_generated(model, folder, prompts))
+            found.append(generated(model, folder, prompts))
         return cls(*found)
 
     @property
@@ -129,7 +129,8 @@ class Reference:
         )
 
 
-def _generated(model: Any, folder: Path, prompts: Sequence[Prompt]) -> list[Answer]:
+def generated(model: Any, folder: Path, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Greedy answers of transformers, one prompt at a time."""
     if model.dtype is torch.float64:
         _round_nothing(model)
     processor = transformers.AutoProcessor.from_pretrained(folder)

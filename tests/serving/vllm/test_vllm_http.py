@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed (scripts/test_vllm.sh 
 import openai
 import transformers
 from engines import Reference
+from http_servers import message, serving
 from PIL import Image
 from serving_models import KINDS, baked, pictures
 
@@ -37,9 +30,6 @@ main()
 """
 """The command ``vllm``, which does not start in the CPU build as it does not know its own name."""
 
-STARTUP = 600
-"""Seconds until a server must answer."""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,52 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        COMMAND,
-        "serve",
-        str(folder),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-c", COMMAND, "serve", str(folder)]
     command += ["--served-model-name", "pruned", "--dtype", "float32", "--max-model-len", "512"]
     log = tmp_path_factory.mktemp("log") / "log"
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        try:
-            _wait(server, f"http://127.0.0.1:{port}/health", log)
-            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        finally:
-            server.terminate()
-            server.wait(60)
-
-
-def _wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    until = time.monotonic() + STARTUP
-    while time.monotonic() < until:
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    pytest.fail(f"no answer within {STARTUP} s:\n{log.read_text()[-3000:]}")
-
-
-def message(text: str, image: Image.Image) -> list[dict[str, Any]]:
-    """A user's message with an image, which travels in base64."""
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-    return [{"role": "user", "content": parts}]
+    with serving(command, log, VLLM_ENABLE_V1_MULTIPROCESSING="1") as address:
+        yield openai.OpenAI(base_url=address, api_key="none")
 
 
 def asked(client: openai.OpenAI, text: str, image: Image.Image, **options: Any) -> Any:

@@ -1,0 +1,157 @@
+"""Where the text looks: its attention over the tokens of an image, dense and pruned.
+
+A map is the mean, over the layers and their heads that the plan lets read images and over the text
+after the first image, of the attention on every visual token. Both models run the same code and
+are watched in the same heads, so that maps differ only by what pruning changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from yopo.data.prompts import Batch
+from yopo.plans.grid import Grid
+from yopo.plans.schema import PruningPlan, full_plan
+from yopo.runtime.attention_masks import AttentionMasks
+from yopo.runtime.install import pruned
+from yopo.runtime.reading import Reading
+from yopo.runtime.watching import watching
+
+
+@dataclass(frozen=True)
+class View:
+    """One image as the model gets it, and where the text looks.
+
+    Attributes:
+        image: The picture that the grid lies over.
+        grid: Its tokens.
+        dense, pruned: Share of the attention on every token, row by row.
+    """
+
+    image: Image.Image
+    grid: Grid
+    dense: list[float]
+    pruned: list[float]
+
+
+class _Watcher:
+    """Sums of one forward of one prompt.
+
+    Args:
+        plan: Which heads are watched.
+        running: The plan that the model runs under.
+    """
+
+    def __init__(self, plan: PruningPlan, running: PruningPlan):
+        self._plan, self._running = plan, running
+        self._sum: torch.Tensor | None = None
+        self._heads = 0
+        self.grids: tuple[Grid, ...] = ()
+
+    def __call__(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        reading: Reading,
+        masks: AttentionMasks,
+        scale: float,
+    ) -> None:
+        heads, shape = self._plan.layers[layer].read_heads, self._plan.model.shape
+        if not heads or masks.layout is None:
+            return
+        layout = masks.layout
+        self.grids = layout.grids[0]
+        after = layout.text.index[0] > layout.visual.index[0, 0]
+        kept = self._running.layers[layer].kept_kv(shape)
+        places = [kept.index(head // shape.group) for head in heads]
+        keys = reading.kept[0][0, places].float()  # (heads, visual + text, head_dim)
+        scores = queries[0, list(heads)][:, after].float() @ keys.transpose(1, 2) * scale
+        if masks.reading_mask is not None:
+            scores = scores.masked_fill(~masks.reading_mask[0, 0][after], float("-inf"))
+        shares = scores.softmax(dim=-1)[..., : reading.num_visual].mean(dim=1).sum(dim=0)
+        self._sum = shares if self._sum is None else self._sum + shares
+        self._heads += len(heads)
+
+    def maps(self) -> list[list[float]]:
+        """The map of every grid; empty if no head reads."""
+        if self._sum is None:
+            return []
+        sizes = [grid.tokens for grid in self.grids]
+        return [each.tolist() for each in (self._sum / self._heads).split(sizes)]
+
+
+@torch.no_grad()
+def looks_of(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    plan: PruningPlan,
+    batch: Batch,
+    images: Sequence[Image.Image],
+) -> list[View]:
+    """Where the text of one prompt looks.
+
+    Args:
+        model: The dense model in memory.
+        processor: Its processor.
+        plan: The plan.
+        batch: The prompt alone, without padding.
+        images: Its decoded images.
+
+    Returns:
+        One view per image whose place among the tokens is known. None are where no head reads, or
+        where tiles cannot be told apart by image.
+    """
+    dense = replace(full_plan(plan.model, plan.workload), bidirectional=plan.bidirectional)
+    watchers = [_Watcher(plan, dense), _Watcher(plan, plan)]
+    for running, watcher in zip((dense, plan), watchers, strict=True):
+        with pruned(model, running, check=False), watching(watcher):
+            model.base_model(**batch.inputs, use_cache=False)
+    maps = [watcher.maps() for watcher in watchers]
+    if not all(maps):
+        return []
+    seen = _seen(processor, batch.inputs.get("pixel_values"), images, watchers[0].grids)
+    return [
+        View(image, watchers[0].grids[place], maps[0][place], maps[1][place])
+        for place, image in seen.items()
+    ]
+
+
+def _seen(
+    processor: ProcessorMixin,
+    pixels: torch.Tensor | None,
+    images: Sequence[Image.Image],
+    grids: Sequence[Grid],
+) -> dict[int, Image.Image]:
+    """Number of a grid -> the picture under it.
+
+    Processors crop images (LLaVA) or cut tiles out of them, so where the model gets pictures, these
+    are shown. Where it gets patches (Qwen), every image is whole.
+    """
+    if pixels is None or pixels.dim() < 4:
+        return dict(enumerate(images)) if len(grids) == len(images) else {}
+    if pixels.dim() == 5:  # (images, tiles, channels, height, width); the first one is the whole
+        if len(grids) != 2 * len(images):  # such as a scaled-down image and its tiles
+            return {}
+        return {2 * place: _as_image(processor, each[0]) for place, each in enumerate(pixels)}
+    if len(pixels) != len(grids):
+        return {}
+    if len(images) == len(grids):
+        return {place: _as_image(processor, each) for place, each in enumerate(pixels)}
+    if len(images) == 1:  # tiles, and last the whole image
+        return {len(grids) - 1: _as_image(processor, pixels[-1])}
+    return {}
+
+
+def _as_image(processor: ProcessorMixin, pixels: torch.Tensor) -> Image.Image:
+    """Normalised (channels, height, width) pixels as a picture."""
+    mean, deviation = (
+        torch.tensor(getattr(processor.image_processor, name)).view(-1, 1, 1)
+        for name in ("image_mean", "image_std")
+    )
+    levels = (pixels.float().cpu() * deviation + mean).clamp(0, 1) * 255
+    return Image.fromarray(levels.round().byte().permute(1, 2, 0).numpy())
