@@ -162,3 +162,10 @@ def test_a_terminal_without_unicode_gets_ascii(plan: Path) -> None:
     done = subprocess.run([YOPO, "inspect", plan], capture_output=True, env=environment)
     assert done.returncode == 0 and done.stdout.isascii()
     assert b"?" not in done.stdout and b"  ###  " in done.stdout  # other signs, not lost ones
+
+
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "yopo", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split()[0]) == (0, "yopo")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,7 +105,7 @@ class Observer:
         """The sums so far, between two batches."""
         counts = {name: getattr(self, name) for name in _COUNTS}
         grids = [
-            [[(grid.rows, grid.cols) for grid in prompt], count, asdict(self.inner_text[prompt])]
+            [[vars(grid) for grid in prompt], count, vars(self.inner_text[prompt])]
             for prompt, count in self.grids.items()
         ]
         about = {**counts, "grids": grids, "pairs": sum(map(len, self.rho))}
@@ -119,7 +118,7 @@ class Observer:
         for name in _COUNTS:
             setattr(self, name, kept.about[name])
         for sizes, count, inner in kept.about["grids"]:
-            prompt = tuple(Grid(*size) for size in sizes)
+            prompt = tuple(Grid(**size) for size in sizes)
             self.grids[prompt] = count
             self.inner_text[prompt] = InnerText(**inner | {"between": tuple(inner["between"])})
 

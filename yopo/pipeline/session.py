@@ -140,9 +140,8 @@ class CalibrationSession:
             self.model, self.processor, self._pairs, options, fit_options, requests
         )
         try:
-            note_totals(
-                self._work, {**self.split.summary, "layers": len(self.model.get_decoder().layers)}
-            )
+            layers = len(self.model.get_decoder().layers)
+            note_totals(self._work, {**self.split.summary, "layers": layers})
             found = load_kept_statistics(self._work) or self._measure(handle.name, about)
         except BaseException:
             self.close()
@@ -150,9 +149,8 @@ class CalibrationSession:
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self._kept = Judgements(self._work)
-        self.fitter = Fitter(
-            self.model, self._encoded, fit_options.reduction, self._work, self._is_judged
-        )
+        kept = (self._work, self._is_judged)
+        self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept)
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from yopo.calibration.measure import identify
 from yopo.calibration.statistics import Statistics
 from yopo.calibration.statistics_file import load_statistics
-from yopo.data.pairs import Pair, ResizedRef
+from yopo.data.pairs import ImageRef, Pair, ResizedRef
 from yopo.data.split import image_digest
+from yopo.data.videos import VideoRef
 from yopo.evaluation.fidelity import Fidelity, PairFidelity
 from yopo.models.fingerprint import digest, is_plain, sample
 from yopo.pipeline.options import FitOptions, RunOptions
@@ -89,8 +90,9 @@ def _data_digest(pairs: Iterable[Pair]) -> str:
     """Digest of all that is read of pairs."""
     state = hashlib.sha256()
     for pair in pairs:
-        images = [(image_digest(each), _scale(each)) for each in pair.images]
-        state.update(repr((images, pair.question, pair.answers, pair.kind)).encode())
+        media: tuple[ImageRef | VideoRef, ...] = (*pair.images, *pair.videos)
+        found = [(image_digest(each), _scale(each)) for each in media]
+        state.update(repr((found, pair.question, pair.answers, pair.kind)).encode())
     return state.hexdigest()
 
 
