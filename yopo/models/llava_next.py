@@ -85,13 +85,18 @@ def check_tiles(config: PreTrainedConfig, name: str) -> None:
 
 def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
     """An image of noise in the first size that needs no padding."""
+    count = sum(each.tokens for each in image_grids(config, config.image_grid_pinpoints[0]))
+    return count, noise_in_tiles(config, generator)
+
+
+def noise_in_tiles(config: PreTrainedConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The model's inputs for an image of noise in the first size that needs no padding."""
     import torch
 
     tile, (height, width) = config.vision_config.image_size, config.image_grid_pinpoints[0]
     num_tiles = 1 + height // tile * (width // tile)
     pixels = torch.randn(1, num_tiles, 3, tile, tile, generator=generator)
-    count = sum(each.tokens for each in image_grids(config, [height, width]))
-    return count, {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
 
 
 LLAVA_NEXT = Family(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from yopo.models.family import Backbone, Family, ImageInfo, Noise, Run, deal_images
-from yopo.models.llava_next import check_tiles
+from yopo.models.llava_next import check_tiles, noise_in_tiles
 from yopo.models.public_pairs import DOCUMENTS
 from yopo.models.towers import square
 from yopo.plans.grid import Grid
@@ -111,13 +111,9 @@ def processor_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
     """An image of noise in the first size that needs no padding."""
-    import torch
-
-    tile, (height, width) = config.vision_config.image_size, config.image_grid_pinpoints[0]
-    num_tiles = 1 + height // tile * (width // tile)
-    pixels = torch.randn(1, num_tiles, 3, tile, tile, generator=generator)
-    count = sum(each.tokens for each in image_grids(config, [height, width], has_tiles=True))
-    return count, {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+    sides = config.image_grid_pinpoints[0]
+    count = sum(each.tokens for each in image_grids(config, sides, has_tiles=True))
+    return count, noise_in_tiles(config, generator)
 
 
 LLAVA_ONEVISION = Family(
