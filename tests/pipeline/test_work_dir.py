@@ -20,6 +20,8 @@ from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.request import BudgetRequest, PlanRequest, ToleranceRequest
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import plan_files
+from yopo.reduction.method import Method
+from yopo.reduction.registry import parse_method
 from yopo.support.errors import OutputError
 from yopo.support.work_dir import Stage, WorkDir, open_work
 
@@ -126,9 +128,10 @@ def make(
     *,
     samples: int = 32,
     batch_size: int = 4,
+    reduction: Method | None = None,
 ) -> PruningPlan:
     options = RunOptions(samples=samples, batch_size=batch_size, max_new_tokens=3)
-    fit_options = FitOptions(measure_pairs=8, fit_pairs=8, work_dir=work)
+    fit_options = FitOptions(measure_pairs=8, fit_pairs=8, work_dir=work, reduction=reduction)
     return calibrate("llava-tiny", request, options=options, fit_options=fit_options).plan
 
 
@@ -213,6 +216,19 @@ def test_a_tolerance_goes_on(tmp_path: Path) -> None:
     plain = make(None, request, samples=48, batch_size=8)
     for _ in range(2):
         assert bytes_of(make(tmp_path, request, samples=48, batch_size=8)) == bytes_of(plain)
+
+
+@pytest.mark.usefixtures("few")
+def test_work_on_reduced_tokens_goes_on(tmp_path: Path) -> None:
+    half = parse_method("divprune:0.5")
+    plain = make(None, reduction=half)
+    assert plain.reduction == half
+    for lost in ("comparison-*", "profile*"):
+        assert bytes_of(make(tmp_path, reduction=half)) == bytes_of(plain)
+        for path in tmp_path.glob(lost):
+            path.unlink()
+    with pytest.raises(OutputError, match="its reduction is"):
+        make(tmp_path)
 
 
 @pytest.mark.usefixtures("few")
