@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from zoo import Specimen
 from yopo.data.prompts import Batch
 from yopo.evaluation.looks import View, looks_of
 from yopo.plans.schema import PruningPlan, full_plan
+from yopo.reduction.registry import make_method
 from yopo.runtime import reference as specification
 from yopo.runtime.reference import reference
 
@@ -115,7 +117,9 @@ def test_the_dense_map_is_the_stock_models_in_the_plans_heads(
 
 
 @rows
-@pytest.mark.parametrize("seed", range(3), ids=("whole", "in few bits", "as latents"))
+@pytest.mark.parametrize(
+    "seed", range(4), ids=("whole", "in few bits", "as latents", "of reduced tokens")
+)
 def test_the_pruned_map_is_the_specifications(
     specimen: Specimen,
     row: tuple[int | str, ...],
@@ -124,7 +128,10 @@ def test_the_pruned_map_is_the_specifications(
 ) -> None:
     inputs = specimen.inputs([row])
     plan = random_reads(specimen, 10 * seed)
-    if seed:
+    if seed == 3:
+        layers = [replace(layer, radius=None) for layer in plan.layers]
+        plan = replace(plan.with_layers(layers), reduction=make_method("divprune", 0.5))
+    elif seed:
         plan = (tiny.in_few_bits if seed == 1 else tiny.as_latents)(plan, seed)
     weights: list[torch.Tensor] = []
 

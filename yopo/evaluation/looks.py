@@ -45,13 +45,15 @@ class _Watcher:
     Args:
         plan: Which heads are watched.
         running: The plan that the model runs under.
+        whole: That of a forward in which all visual tokens are; None: this one is.
     """
 
-    def __init__(self, plan: PruningPlan, running: PruningPlan):
-        self._plan, self._running = plan, running
+    def __init__(self, plan: PruningPlan, running: PruningPlan, whole: _Watcher | None = None):
+        self._plan, self._running, self._whole = plan, running, whole or self
         self._sum: torch.Tensor | None = None
         self._heads = 0
         self.grids: tuple[Grid, ...] = ()
+        self.places = torch.empty(0, dtype=torch.int64)
 
     def __call__(
         self,
@@ -65,8 +67,8 @@ class _Watcher:
         if not heads or masks.layout is None:
             return
         layout = masks.layout
-        self.grids = layout.grids[0]
-        after = layout.text.index[0] > layout.visual.index[0, 0]
+        self.grids, self.places = layout.grids[0], layout.visual.index[0]
+        after = layout.text.index[0] > self._whole.places[0]
         kept = self._running.layers[layer].kept_kv(shape)
         places = [kept.index(head // shape.group) for head in heads]
         keys = reading.kept[0][0, places].float()  # (heads, visual + text, head_dim)
@@ -78,11 +80,13 @@ class _Watcher:
         self._heads += len(heads)
 
     def maps(self) -> list[list[float]]:
-        """The map of every grid; empty if no head reads."""
+        """The map of every grid, 0 where a reduction dropped a token; empty if no head reads."""
         if self._sum is None:
             return []
-        sizes = [grid.tokens for grid in self.grids]
-        return [each.tolist() for each in (self._sum / self._heads).split(sizes)]
+        places, grids = self._whole.places, self._whole.grids
+        shares = self._sum.new_zeros(len(places))
+        shares[torch.searchsorted(places, self.places)] = self._sum / self._heads
+        return [each.tolist() for each in shares.split([grid.tokens for grid in grids])]
 
 
 @torch.no_grad()
@@ -107,16 +111,17 @@ def looks_of(
         where tiles cannot be told apart by image.
     """
     dense = full_plan(plan.model, plan.workload)
-    watchers = [_Watcher(plan, dense), _Watcher(plan, plan)]
+    whole = _Watcher(plan, dense)
+    watchers = (whole, _Watcher(plan, plan, whole))
     for running, watcher in zip((dense, plan), watchers, strict=True):
         with pruned(model, running, check=False), watching(watcher):
             model.base_model(**batch.inputs, use_cache=False)
     maps = [watcher.maps() for watcher in watchers]
     if not all(maps):
         return []
-    seen = _seen(processor, batch.inputs.get("pixel_values"), images, watchers[0].grids)
+    seen = _seen(processor, batch.inputs.get("pixel_values"), images, whole.grids)
     return [
-        View(image, watchers[0].grids[place], maps[0][place], maps[1][place])
+        View(image, whole.grids[place], maps[0][place], maps[1][place])
         for place, image in seen.items()
     ]
 
