@@ -29,21 +29,14 @@ def command(targets: tuple[str, ...], as_json: bool, page: Path | None, force: b
     the dense model, in all and by kind of pair, and in which layers they differ. A checkpoint with
     several budgets is compared as all of its plans.
     """
-    from yopo.plans.places import plan_files_in, read_any
+    from yopo.plans.places import read_all
     from yopo.report.compare import check_comparable, comparison_document, comparison_report
 
     if as_json and page is not None:
         raise click.UsageError("--json and --html exclude one another.")
     if page is not None:
         check_writable(page, PAGE, force=force)
-    plans = []
-    for target in targets:
-        found = read_any(target)
-        files = plan_files_in(Path(target)) if target != "-" and Path(target).is_dir() else []
-        if len(files) > 1:
-            plans += [(str(file), read_any(str(file))) for file in files]
-        else:
-            plans.append((target, found))
+    plans = read_all(targets)
     if not 2 <= len(plans) <= MOST:
         raise click.UsageError(f"Give 2 to {MOST} plans or checkpoints, found {len(plans)}.")
     check_comparable(plans)

@@ -91,16 +91,9 @@ def command(
 
 
 def _read(targets: tuple[str, ...]) -> list[tuple[str, PruningPlan]]:
-    from yopo.plans.places import plan_files_in, read_any
+    from yopo.plans.places import read_all
 
-    plans = []
-    for target in targets:
-        found = read_any(target)
-        files = plan_files_in(Path(target)) if target != "-" and Path(target).is_dir() else []
-        if len(files) > 1:
-            plans += [(str(file), read_any(str(file))) for file in files]
-        else:
-            plans.append((target, found))
+    plans = read_all(targets)
     if len(plans) > MOST:
         raise click.UsageError(f"Give at most {MOST} plans, found {len(plans)}.")
     return plans
@@ -110,14 +103,16 @@ def _chosen(reached: list[float], budget: float | None) -> int:
     """The number of the plan to show first."""
     if budget is None:
         return 0
-    within = [place for place, each in enumerate(reached) if each <= budget + 1e-9]
-    if not within:
+    from yopo.plans.places import largest_within
+
+    place = largest_within(reached, budget)
+    if place is None:
         known = ", ".join(f"{each:.3g}" for each in reached)
         raise PlanError(
             f"No plan is within a visual budget of {budget:g}; there are {known}.",
             remedy="Pass one of these with --budget.",
         )
-    return max(within, key=lambda place: reached[place])
+    return place
 
 
 def _command(

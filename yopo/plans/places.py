@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from yopo.plans.file import read_document
@@ -36,15 +37,22 @@ def plan_path(folder: Path, budget: float | None = None) -> Path:
     """
     if budget is None:
         return folder / PLAN_FILE
-    budgets = {file: read_document(file)[0].budget.reached for file in plan_files_in(folder)}
-    within = [file for file, reached in budgets.items() if reached <= budget + 1e-9]
-    if not within:
-        known = ", ".join(f"{reached:.3g}" for reached in budgets.values())
+    files = plan_files_in(folder)
+    reached = [read_document(file)[0].budget.reached for file in files]
+    place = largest_within(reached, budget)
+    if place is None:
+        known = ", ".join(f"{each:.3g}" for each in reached)
         raise CheckpointError(
             f"{folder}: has no plan within a visual budget of {budget}; it has {known}.",
             remedy="Pass one of these, or bake another plan with the others.",
         )
-    return max(within, key=lambda file: budgets[file])
+    return files[place]
+
+
+def largest_within(reached: Sequence[float], budget: float) -> int | None:
+    """The place of the largest of some plans' visual budgets that is within another, if any is."""
+    within = [place for place, each in enumerate(reached) if each <= budget + 1e-9]
+    return max(within, key=lambda place: reached[place], default=None)
 
 
 def plan_files_in(folder: Path) -> list[Path]:
@@ -70,3 +78,20 @@ def read_any(target: str, budget: float | None = None) -> PruningPlan:
         return read_document(target)[0]
     refuse_unbaked(folder, target)
     return read_document(plan_path(folder, budget))[0]
+
+
+def read_all(targets: Iterable[str]) -> list[tuple[str, PruningPlan]]:
+    """Names and plans of targets as for :func:`read_any`; of a checkpoint, all of its plans.
+
+    Raises:
+        PlanError, CheckpointError: As for :func:`read_any`.
+    """
+    plans = []
+    for target in targets:
+        found = read_any(target)
+        files = plan_files_in(Path(target)) if target != "-" and Path(target).is_dir() else []
+        if len(files) > 1:
+            plans += [(str(file), read_any(str(file))) for file in files]
+        else:
+            plans.append((target, found))
+    return plans

@@ -52,11 +52,8 @@ def layers_chart(plan: PruningPlan) -> Markup:
     dense = visual_flops_of_layer(whole, shape, plan.workload)
     dense_kv = visual_kv_bytes_of_layer(whole, shape, plan.workload)
     shares = [
-        {
-            name: getattr(visual_parts_of_layer(each, shape, workload), name) / dense
-            for name, _ in PARTS
-        }
-        for each in plan.layers
+        {name: flops / dense for name, flops in vars(parts).items()}
+        for parts in (visual_parts_of_layer(each, shape, workload) for each in plan.layers)
     ]
     stored = [visual_kv_bytes_of_layer(each, shape, workload) for each in plan.layers]
     height, top = row_height(shape.layers), 34.0

@@ -57,7 +57,10 @@ def report_page(
     by_plan = _assigned(plans, evaluations)
     ordered = sorted(range(len(plans)), key=lambda place: visual_budget(plans[place][1]))
     points = [point_of(*plans[place], by_plan.get(place)) for place in ordered]
-    variants = [variant(*plans[place], by_plan.get(place), points) for place in ordered]
+    variants = [
+        variant(plans[place][1], by_plan.get(place), own, points)
+        for place, own in zip(ordered, points, strict=True)
+    ]
     if bench is not None:
         _check_bench(plans, *bench)
     style, script = (_text(name) for name in ("style.css", "script.js"))

@@ -134,7 +134,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
         PlanError: The file holds none.
     """
     remedy = "Write one with `yopo eval PLAN_OR_DIR --data PAIRS -o FILE`."
-    found: Evaluation = _read(path, _evaluation, "an evaluation", remedy)
+    found: Evaluation = _read(path, _evaluation, "evaluation", remedy)
     return found
 
 
@@ -145,7 +145,7 @@ def read_bench(path: str | Path) -> Bench:
         PlanError: The file holds none.
     """
     remedy = "Write one with `yopo bench PLAN_OR_DIR --json > FILE`."
-    found: Bench = _read(path, _bench, "a benchmark", remedy)
+    found: Bench = _read(path, _bench, "benchmark", remedy)
     return found
 
 
@@ -154,9 +154,9 @@ def _read(path: str | Path, make: Any, what: str, remedy: str) -> Any:
     try:
         return make(_Entry(json.loads(data)))
     except _Wrong as wrong:
-        raise PlanError(f"{path}: is no {what[2:].strip()}: {wrong}.", remedy=remedy) from wrong
+        raise PlanError(f"{path}: is no {what}: {wrong}.", remedy=remedy) from wrong
     except (ValueError, RecursionError) as error:
-        raise PlanError(f"{path}: holds no {what[2:].strip()}: not JSON.", remedy=remedy) from error
+        raise PlanError(f"{path}: holds no {what}: not JSON.", remedy=remedy) from error
 
 
 class _Wrong(Exception):

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from yopo.plans.evaluated import evaluated_of
 from yopo.plans.flops import visual_budget, visual_flops_of_layer, visual_kv_bytes_of_layer
 from yopo.plans.quality import Quality, quality_of
-from yopo.plans.schema import BEYOND_IMAGE, LEVERS, PruningPlan, full_layer, used_levers
+from yopo.plans.schema import BEYOND_IMAGE, PruningPlan, full_layer, used_levers
 from yopo.plans.servable import engine_problem
 from yopo.report import units
 from yopo.report.page.bars import Bar, Group, bars_chart
@@ -80,39 +80,35 @@ def point_of(name: str, plan: PruningPlan, evaluation: Evaluation | None) -> Poi
 
 
 def variant(
-    name: str, plan: PruningPlan, evaluation: Evaluation | None, points: Sequence[Point]
+    plan: PruningPlan, evaluation: Evaluation | None, own: Point, points: Sequence[Point]
 ) -> dict[str, Any]:
     """Everything that the template shows of a plan.
 
     Args:
-        name: As the user gave it.
         plan: The plan.
         evaluation: Its evaluation, if one was given.
-        points: All plans of the page, for the front.
+        own: The plan on the front, under the name that the user gave it.
+        points: All plans of the page on the front.
     """
-    loss, own = loss_of(plan, evaluation), point_of(name, plan, evaluation)
+    loss, candidates, quality = loss_of(plan, evaluation), _candidates(plan), quality_of(plan)
+    current = quality if quality is not None and quality.is_current else None
     return {
-        "name": name,
+        "name": own.name,
         "budget": units.share(visual_budget(plan)),
         "headline": headline(plan, loss),
         "tiles": _tiles(plan, loss),
-        "savings": [
-            (label, show(dense), show(pruned), units.share(pruned / dense))
-            for label, dense, pruned, show in savings(plan)
-        ],
-        "front": front_chart(points, _candidates(plan), own),
-        "num_candidates": len(_candidates(plan)),
+        "front": front_chart(points, candidates, own),
+        "num_candidates": len(candidates),
         "layers": layers_chart(plan),
         "rows": _rows(plan),
         "levers": [lever.column for lever in used_levers(plan)],
         "measured": _measured(plan),
-        "quality": _current(plan),
-        "was_edited": (found := quality_of(plan)) is not None and not found.is_current,
-        "quality_chart": _quality_chart(_current(plan)),
+        "quality": current,
+        "was_edited": quality is not None and current is None,
+        "quality_chart": _quality_chart(current),
         "evaluation": evaluation,
         "kinds": None if evaluation is None else kinds_chart(evaluation),
         "kind_rows": [] if evaluation is None else _kind_rows(evaluation),
-        "recorded": evaluated_of(plan) if evaluation is None else None,
         "examples": [] if evaluation is None else [_shown(each) for each in evaluation.examples],
         "about": _about(plan),
         "provenance": _provenance(plan.provenance),
@@ -180,7 +176,7 @@ def _rows(plan: PruningPlan) -> list[list[str]]:
     """The layer table, one row per run of equal layers."""
     shape, workload = plan.model.shape, plan.seen
     dense = visual_flops_of_layer(full_layer(shape), shape, plan.workload)
-    rows = []
+    rows, levers = [], used_levers(plan)
     for first, last, layer in runs(plan.layers):
         kv = visual_kv_bytes_of_layer(layer, shape, workload)
         radius = "any" if layer.radius is None else str(layer.radius)
@@ -191,16 +187,12 @@ def _rows(plan: PruningPlan) -> list[list[str]]:
                 str(len(layer.attend_heads)),
                 radius if layer.attend_heads else "-",
                 str(layer.neurons),
-                *(str(getattr(layer, each.name) or "-") for each in LEVERS if each in _used(plan)),
+                *(str(getattr(layer, each.name) or "-") for each in levers),
                 units.share(visual_flops_of_layer(layer, shape, workload) / dense),
                 units.num_bytes(kv),
             ]
         )
     return rows
-
-
-def _used(plan: PruningPlan) -> list[Any]:
-    return used_levers(plan)
 
 
 def _measured(plan: PruningPlan) -> dict[str, Any] | None:
