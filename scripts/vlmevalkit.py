@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import yopo
-from yopo.data.processing import padded
+from yopo.data.processing import padded, placed
 from yopo.data.prompts import load_processor
 from yopo.models.registry import family_of, resolve
 
@@ -48,12 +48,8 @@ class Answerer:
         )
         inputs = padded(self.processor, [prompt], {"images": [images]} if images else {})
         model, length = self.model, inputs["input_ids"].shape[1]
-        placed = {
-            name: each.to(model.device, model.dtype if each.is_floating_point() else None)
-            for name, each in inputs.items()
-        }
         found = model.generate(
-            **placed,
+            **placed(inputs, model.device, model.dtype),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             suppress_tokens=list(family_of(model.config).token_ids(model.config)),

@@ -6,6 +6,8 @@ run, but how many there are, and which comes first, has to be said.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from yopo.support.console import warn
 from yopo.support.errors import DataError
 
@@ -22,6 +24,27 @@ class BadPair(DataError):
     def __init__(self, message: str, *, reason: str, remedy: str | None = None):
         super().__init__(message, remedy=remedy)
         self.reason = reason
+
+
+def refuse_missing(path: Path, label: str, what: str, remedy: str) -> None:
+    """Refuse a path without a file, without opening anything.
+
+    Args:
+        path: The path.
+        label: Name in messages.
+        what: What the file should be: ``image``, ``video``.
+        remedy: What the user can do.
+
+    Raises:
+        BadPair: There is no such file.
+    """
+    try:
+        is_missing = not path.is_file()
+    except (OSError, ValueError):  # too long, or contains a zero byte
+        is_missing = True
+    if is_missing:
+        reason = f"whose {what} does not exist"
+        raise BadPair(f"{label}: there is no file {path}.", reason=reason, remedy=remedy)
 
 
 UNREADABLE = "with an image that cannot be read"

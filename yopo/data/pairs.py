@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from yopo.data.left_out import BadPair
+from yopo.data.left_out import BadPair, refuse_missing
 from yopo.data.videos import VideoRef
 from yopo.support.errors import DataError, YopoError
 from yopo.support.reading import open_regular
@@ -50,18 +50,9 @@ class ImageRef:
         Raises:
             BadPair: There is no such file.
         """
-        if not isinstance(self.source, Path):
-            return
-        try:
-            is_missing = not self.source.is_file()
-        except (OSError, ValueError):  # too long, or contains a zero byte
-            is_missing = True
-        if is_missing:
-            raise BadPair(
-                f"{self.label}: there is no file {self.source}.",
-                reason="whose image does not exist",
-                remedy="Image paths are relative to the folder of the file that names them.",
-            )
+        if isinstance(self.source, Path):
+            remedy = "Image paths are relative to the folder of the file that names them."
+            refuse_missing(self.source, self.label, "image", remedy)
 
     def load(self) -> Image:
         """Decode the image as RGB, upright according to its EXIF tag.

@@ -63,3 +63,17 @@ def padded(
         "add_special_tokens": not (bos and prompts[0].startswith(bos)),  # templates may add it
     }
     return dict(processor(text=list(prompts), **media, text_kwargs=options, return_tensors="pt"))
+
+
+def placed(
+    inputs: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Inputs on a device, pixels in a model's precision; token ids, masks and times keep theirs."""
+    return {
+        name: each.to(device, dtype if _are_pixels(name, each) else None)
+        for name, each in inputs.items()
+    }
+
+
+def _are_pixels(name: str, values: torch.Tensor) -> bool:
+    return name.startswith("pixel") and values.is_floating_point()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yopo.data.pairs import Pair
-from yopo.data.processing import processed
+from yopo.data.processing import placed, processed
 from yopo.data.processor_settings import settle
 from yopo.data.rows import without_placeholders
 from yopo.models.hub import probe
@@ -247,11 +247,7 @@ def encode(
         ]
         inputs, answer_mask = _append(inputs, ids, processor.tokenizer.pad_token_id)
         answer_mask = answer_mask.to(device)
-    placed = {
-        name: tensor.to(device, dtype if name.startswith("pixel") else None)
-        for name, tensor in inputs.items()
-    }
-    return Batch(placed, answer_mask, tuple(pairs))
+    return Batch(placed(inputs, device, dtype), answer_mask, tuple(pairs))
 
 
 def _check_visual_tokens(

@@ -247,14 +247,24 @@ def _video(value: Any, where: str, folder: Path | None) -> VideoRef:
             reason="with a video that is no file",
             remedy="Download the videos and give the paths of the files.",
         )
-    path = Path(value)
-    if not path.is_absolute() and folder is None:
+    remedy = "Use a JSONL file next to the videos."
+    path = _in_folder(Path(value), value, where, folder, "video", remedy)
+    return VideoRef(path, f"{where}: video {value}")
+
+
+def _in_folder(
+    path: Path, shown: str, where: str, folder: Path | None, what: str, remedy: str
+) -> Path:
+    """A path from the folder that it is relative to."""
+    if path.is_absolute():
+        return path
+    if folder is None:
         raise BadPair(
-            f"{where}: the video is a relative path ({value}), but the data has no folder.",
-            reason="whose video is a relative path",
-            remedy="Use a JSONL file next to the videos.",
+            f"{where}: the {what} is a relative path ({shown}), but the data has no folder.",
+            reason=f"whose {what} is a relative path",
+            remedy=remedy,
         )
-    return VideoRef(path if folder is None else folder / path, f"{where}: video {value}")
+    return folder / path
 
 
 def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:
@@ -271,15 +281,8 @@ def _image_at(address: str, where: str, folder: Path | None) -> ImageRef:
         path = Path(address).expanduser()
     except RuntimeError:  # ~name without such a user: a file name that starts with ~
         path = Path(address)
-    if not path.is_absolute():
-        if folder is None:
-            raise BadPair(
-                f"{where}: the image is a relative path ({address}), but the data has no folder.",
-                reason="whose image is a relative path",
-                remedy="Use a dataset that contains its images, or a JSONL file next to them.",
-            )
-        path = folder / path
-    return ImageRef(path, label)
+    remedy = "Use a dataset that contains its images, or a JSONL file next to them."
+    return ImageRef(_in_folder(path, address, where, folder, "image", remedy), label)
 
 
 def _answers(value: Any, where: str, depth: int = 0) -> Iterator[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yopo.data.left_out import BadPair
+from yopo.data.left_out import BadPair, refuse_missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,16 +59,8 @@ class VideoRef:
         Raises:
             BadPair: There is no such file.
         """
-        try:
-            is_missing = not self.source.is_file()
-        except (OSError, ValueError):  # too long, or contains a zero byte
-            is_missing = True
-        if is_missing:
-            raise BadPair(
-                f"{self.label}: there is no file {self.source}.",
-                reason="whose video does not exist",
-                remedy="Paths of videos are relative to the folder of the file that names them.",
-            )
+        remedy = "Paths of videos are relative to the folder of the file that names them."
+        refuse_missing(self.source, self.label, "video", remedy)
 
     def load(self, fps: float = FPS, max_frames: int = MAX_FRAMES) -> Frames:
         """Decode frames evenly over the video's length.

@@ -128,6 +128,17 @@ def square_noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generato
     return grid.tokens, {"pixel_values": torch.randn(shape, generator=generator)}
 
 
+def sized_noise(
+    config: PreTrainedConfig, grid: Grid, sides: tuple[int, int], generator: torch.Generator
+) -> Noise:
+    """Noise for towers that keep the sizes of images, for tokens of (height, width) pixels."""
+    import torch
+
+    size = (grid.rows * sides[0], grid.cols * sides[1])
+    pixels = torch.randn(1, config.vision_config.num_channels, *size, generator=generator)
+    return grid.tokens, {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+
+
 def accept(config: PreTrainedConfig) -> None:
     """Refuse nothing."""
 
@@ -242,6 +253,25 @@ def equal_grids(counts: Sequence[int], *image: Grid) -> list[tuple[Grid, ...]]:
             )
         rows.append(image * images)
     return rows
+
+
+def image_sizes(images: ImageInfo, name: str) -> list[list[int]]:
+    """(height, width) in pixels of a batch's images, for families that lay out tokens by it.
+
+    Args:
+        images: The processor's outputs about them.
+        name: The family, in messages.
+
+    Raises:
+        ModelError: The outputs do not tell.
+    """
+    if images.get("image_sizes") is None:
+        raise ModelError(
+            f"{name} needs the sizes of its images (image_sizes) to locate their tokens.",
+            remedy="Pass everything that the processor returns to the model.",
+        )
+    sizes: list[list[int]] = images["image_sizes"].tolist()
+    return sizes
 
 
 def deal_images(

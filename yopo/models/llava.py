@@ -18,6 +18,8 @@ from yopo.models.family import (
     count_tokens,
     deal_images,
     equal_grids,
+    image_sizes,
+    sized_noise,
     square_noise,
 )
 from yopo.models.towers import (
@@ -31,7 +33,6 @@ from yopo.models.towers import (
     tower_of,
 )
 from yopo.plans.grid import Grid
-from yopo.support.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +46,7 @@ def grids_of(
     check_tower(config)
     if not tower_of(config).keeps_sizes:
         return equal_grids(count_tokens(rows), *square_grids_of(config))
-    if images.get("image_sizes") is None:
-        raise ModelError(
-            "LLaVA with a Pixtral tower needs the sizes of its images (image_sizes) to locate "
-            "their tokens.",
-            remedy="Pass everything that the processor returns to the model.",
-        )
-    sizes = images["image_sizes"].tolist()
+    sizes = image_sizes(images, "LLaVA with a Pixtral tower")
     return deal_images(rows, [(patch_grid(config, *size),) for size in sizes])
 
 
@@ -62,15 +57,10 @@ def square_grids_of(config: PreTrainedConfig) -> tuple[Grid, ...]:
 
 def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
     """An image of noise, with this grid if images keep their sizes, otherwise the tower's."""
-    import torch
-
     if not tower_of(config).keeps_sizes:
         _, inputs = square_noise(config, grid, generator)
         return sum(each.tokens for each in square_grids_of(config)), inputs
-    high, wide = patch_sides(config)
-    size = (grid.rows * high, grid.cols * wide)
-    pixels = torch.randn(1, config.vision_config.num_channels, *size, generator=generator)
-    return grid.tokens, {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+    return sized_noise(config, grid, patch_sides(config), generator)
 
 
 LLAVA = Family(

@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from yopo.models.family import Backbone, Family, ImageInfo, Noise, Run, deal_images
+from yopo.models.family import (
+    Backbone,
+    Family,
+    ImageInfo,
+    Noise,
+    Run,
+    deal_images,
+    image_sizes,
+)
 from yopo.models.public_pairs import DOCUMENTS
 from yopo.models.towers import check_tower, class_tokens, processor_settings, square, tower_of
 from yopo.plans.grid import Grid
@@ -25,12 +33,8 @@ def grids_of(
     config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
 ) -> list[tuple[Grid, ...]]:
     """Two grids per image, from the processor's image sizes."""
-    if "image_sizes" not in images:
-        raise ModelError(
-            "LLaVA-NeXT needs the sizes of its images (image_sizes) to locate their tokens.",
-            remedy="Pass everything that the processor returns to the model.",
-        )
-    return deal_images(rows, [image_grids(config, size) for size in images["image_sizes"].tolist()])
+    sizes = image_sizes(images, "LLaVA-NeXT")
+    return deal_images(rows, [image_grids(config, size) for size in sizes])
 
 
 def image_grids(config: PreTrainedConfig, size: list[int]) -> tuple[Grid, Grid]:

@@ -12,7 +12,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from yopo.models.family import Backbone, Family, ImageInfo, Noise, Run, deal_images
+from yopo.models.family import (
+    Backbone,
+    Family,
+    ImageInfo,
+    Noise,
+    Run,
+    deal_images,
+    image_sizes,
+)
 from yopo.models.llava_next import check_tiles, noise_in_tiles
 from yopo.models.public_pairs import DOCUMENTS
 from yopo.models.towers import square
@@ -33,12 +41,7 @@ def grids_of(
     config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
 ) -> list[tuple[Grid, ...]]:
     """Two grids per image, from the processor's image sizes and numbers of images."""
-    if images.get("image_sizes") is None:
-        raise ModelError(
-            "LLaVA-OneVision needs the sizes of its images (image_sizes) to locate their tokens.",
-            remedy="Pass everything that the processor returns to the model.",
-        )
-    sizes = images["image_sizes"].tolist()
+    sizes = image_sizes(images, "LLaVA-OneVision")
     counts = images.get("batch_num_images")
     has_tiles = [True] * len(sizes)
     if counts is not None:

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from yopo.models.family import Backbone, Family, ImageInfo, Noise, Run, deal_images
+from yopo.models.family import (
+    Backbone,
+    Family,
+    ImageInfo,
+    Noise,
+    Run,
+    deal_images,
+    image_sizes,
+    sized_noise,
+)
 from yopo.models.public_pairs import DOCUMENTS
 from yopo.models.towers import patch_sides
 from yopo.plans.grid import Grid
@@ -24,13 +33,8 @@ def grids_of(
     config: PreTrainedConfig, rows: Sequence[Sequence[Run]], images: ImageInfo
 ) -> list[tuple[Grid, ...]]:
     """One grid per image, in squares of merged patches."""
-    if images.get("image_sizes") is None:
-        raise ModelError(
-            "Mistral 3 needs the sizes of its images (image_sizes) to locate their tokens.",
-            remedy="Pass everything that the processor returns to the model.",
-        )
+    sizes = image_sizes(images, "Mistral 3")
     high, wide = _merged_sides(config)
-    sizes = images["image_sizes"].tolist()
     return deal_images(rows, [(Grid(height // high, width // wide),) for height, width in sizes])
 
 
@@ -64,12 +68,7 @@ def processor_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 def noise(config: PreTrainedConfig, grid: Grid, generator: torch.Generator) -> Noise:
     """An image of noise with this grid."""
-    import torch
-
-    high, wide = _merged_sides(config)
-    size = (grid.rows * high, grid.cols * wide)
-    pixels = torch.randn(1, config.vision_config.num_channels, *size, generator=generator)
-    return grid.tokens, {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+    return sized_noise(config, grid, _merged_sides(config), generator)
 
 
 MISTRAL3 = Family(

@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from transformers import PreTrainedModel, ProcessorMixin
 
-from yopo.data.processing import padded
+from yopo.data.processing import padded, placed
 from yopo.data.prompts import load_processor
 from yopo.models.registry import family_of, resolve
 from yopo.serving.loading import load, load_dense, torch_device, torch_dtype
@@ -119,16 +119,12 @@ class PrunedForEvaluation(lmms):
         model, prompts = self._model, [request.prompt for request in batch]
         images = [[each.convert("RGB") for each in request.images] for request in batch]
         inputs = padded(self.processor, prompts, {"images": images} if images[0] else {})
-        placed = {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-            for name, tensor in inputs.items()
-        }
         found = cast(Any, model).generate(
-            **placed,
+            **placed(inputs, model.device, model.dtype),
             **_generation(batch[0].options),
             suppress_tokens=list(family_of(model.config).token_ids(model.config)),
         )
-        length = placed["input_ids"].shape[1]
+        length = inputs["input_ids"].shape[1]
         texts = self.tokenizer.batch_decode(found[:, length:], skip_special_tokens=True)
         for request, text in zip(batch, texts, strict=True):
             answer = _until(text, request.options.get("until"))
