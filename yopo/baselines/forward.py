@@ -12,7 +12,7 @@ from yopo.baselines.baseline import Baseline, Hooks
 from yopo.baselines.baseline_cache import BaselineLayer, Stretch
 from yopo.baselines.prefill import Between, Decoder, FinishedLayer, Prompt
 from yopo.baselines.token_stream import TokenStream, causal_mask, for_attention, spread
-from yopo.models.answer_tokens import forced_ends
+from yopo.models.answer_tokens import prompt_ends
 from yopo.models.family import Backbone
 from yopo.models.layout import LayoutProbe, TokenLayout
 from yopo.runtime.decoder import rotary_positions
@@ -135,7 +135,7 @@ class Run:
         (batch, length, _), axes = embeds.shape, self.state.names.position_axes
         visual = layout.visual.index
         features = [layout.visual.unflatten(each) for each in stack]
-        self.prompt = Prompt(layout, self._ends(places), self.real)
+        self.prompt = Prompt(layout, prompt_ends(places, self.real), self.real)
         self._refuse_image_at_the_end(self.prompt)
         self.record.visual = places.gather(1, visual)
         self.state.hooks.enter(visual, length)
@@ -184,13 +184,6 @@ class Run:
             prompt=self.prompt,
         )
         return for_attention(mask, stream.hidden, self.decoder.config._attn_implementation)
-
-    def _ends(self, places: torch.Tensor) -> torch.Tensor:
-        """(batch,) int64: the prompts' last tokens."""
-        forced = forced_ends(*places.shape)
-        if forced is not None:
-            return forced
-        return places[:, -1] if self.real is None else (places * self.real).amax(dim=1)
 
     def _refuse_image_at_the_end(self, prompt: Prompt) -> None:
         is_visual = (prompt.layout.visual.index == prompt.ends[:, None]).any()

@@ -34,19 +34,17 @@ class TokenReduction(Baseline):
 
     Attributes:
         share: The share kept of every image, at least one token.
-        switches: The method's parameters that differ from its defaults, by name.
         method: The method's name in the registry of reductions.
     """
 
     share: float = 1.0
-    switches: tuple[tuple[str, bool | float | int], ...] = ()
 
     method: ClassVar[str]
 
     @property
     def made(self) -> Method:
-        """The method with its parameters."""
-        return make_method(self.method, self.share, **dict(self.switches))
+        """The method."""
+        return make_method(self.method, self.share)
 
     @classmethod
     def choices(cls, shape: ModelShape, workload: Workload) -> Iterable[Self]:
@@ -64,9 +62,8 @@ class TokenReduction(Baseline):
         return flops_of_reduction(self.made, shape, workload)
 
     def describe(self, shape: ModelShape, workload: Workload) -> str:
-        """The share, and what is switched."""
-        switched = "".join(f", {name} {value}" for name, value in self.switches)
-        return f"R = {100 * self.share:.1f} %{switched}"
+        """The share."""
+        return f"R = {100 * self.share:.1f} %"
 
     def check_model(self, model: PreTrainedModel, family: Family) -> None:
         """Check that a regular grid meets no separators between rows.

@@ -85,8 +85,10 @@ class Fitter:
         Plans whose quality is known from before stay without weights (see :meth:`complete`).
         """
         self.tidy(plans)
-        new = iter(self._fit([plan for plan in plans if not self._is_known(plan)]))
-        return [plan if self._is_known(plan) else next(new) for plan in plans]
+        known = [self._is_known(plan) for plan in plans]
+        pairs = list(zip(plans, known, strict=True))
+        new = iter(self._fit([plan for plan, is_known in pairs if not is_known]))
+        return [plan if is_known else next(new) for plan, is_known in pairs]
 
     def complete(self, plan: PruningPlan) -> PruningPlan:
         """The plan with its weights, if it has been left without those that it needs."""
@@ -101,8 +103,9 @@ class Fitter:
 
     def judged(self, plan: PruningPlan, kl: float) -> None:
         """Say how good a plan is: of all that are judged, only the best one's layers are kept."""
-        if _fitted_layers(plan):
-            self._judged.append((kl, [stage_of(plan, number) for number in _fitted_layers(plan)]))
+        names = [stage_of(plan, number) for number in _fitted_layers(plan)]
+        if names:
+            self._judged.append((kl, names))
 
     def tidy(self, plans: Sequence[PruningPlan] = ()) -> None:
         """Forget the fitted layers of judged plans, except of the best one and of ``plans``."""

@@ -57,3 +57,16 @@ def forced_ends(batch: int, length: int) -> torch.Tensor | None:
             remedy="Run one forward of exactly these rows inside teacher_forced.",
         )
     return length - 1 - answers.sum(dim=1)
+
+
+def prompt_ends(places: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Where the prompts of a forward end, as announced or at their last tokens: (batch,) int64.
+
+    Args:
+        places: (batch, length) int64, positions of the forward's tokens.
+        real: (batch, length) bool, False on padding; None: no padding.
+    """
+    forced = forced_ends(*places.shape)
+    if forced is not None:
+        return forced.to(places.device)
+    return places[:, -1] if real is None else (places * real).amax(dim=1)

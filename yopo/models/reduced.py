@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from yopo.models.answer_tokens import forced_ends
+from yopo.models.answer_tokens import prompt_ends
 from yopo.models.layout import Stream, TokenLayout, build_layout
 from yopo.plans.grid import Grid
 from yopo.reduction.method import Images, Method, Question, Selection
@@ -97,7 +97,8 @@ def reduce(
     real = None
     if attention_mask is not None and attention_mask.dim() == 2:
         real = attention_mask[:, -length:].bool()
-    rows = choose(method, layout, embeds, _ends(embeds, real), real)
+    places = torch.arange(length, device=embeds.device).expand(batch, -1)
+    rows = choose(method, layout, embeds, prompt_ends(places, real), real)
     if rows is None:
         return None
     is_visual = layout.visual.marks(length)
@@ -109,16 +110,6 @@ def reduce(
     kept = build_layout(is_kept, grids).visual
     dropped = build_layout(is_visual & ~is_kept, grids).visual
     return Reduced(TokenLayout(layout.text, kept, tuple(grids)), layout.visual, dropped, rows)
-
-
-def _ends(embeds: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """(batch,) int64: the prompts' last tokens."""
-    batch, length, _ = embeds.shape
-    forced = forced_ends(batch, length)
-    if forced is not None:
-        return forced.to(embeds.device)
-    places = torch.arange(length, device=embeds.device).expand(batch, -1)
-    return places[:, -1] if real is None else (places * real).amax(dim=1)
 
 
 def choose(

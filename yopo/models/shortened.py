@@ -121,7 +121,7 @@ def _positions(positions: torch.Tensor | None, index: torch.Tensor, length: int)
 def _stack(
     names: Backbone, arguments: Mapping[str, Any], reduced: Reduced, is_visual: torch.Tensor
 ) -> dict[str, Any]:
-    """DeepStack's features of the tokens that stay, one layer's a time."""
+    """DeepStack's features of the tokens that stay, one layer's at a time."""
     layers = names.added_features(arguments)
     if not layers:
         return {}

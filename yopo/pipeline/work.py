@@ -104,7 +104,7 @@ def load_kept_statistics(work: Work) -> Statistics | None:
     """The statistics of a former run, without a hint to the model; None if there are none."""
     if not isinstance(work, WorkDir):
         return None
-    path = work.path / f"{STATISTICS}.safetensors"
+    path = work.file(STATISTICS)
     return load_statistics(path) if path.exists() else None
 
 

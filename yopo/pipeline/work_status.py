@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from yopo.calibration.measure import SNAPSHOT
+from yopo.pipeline.work import STATISTICS
 from yopo.support.work_dir import Stage, Work, WorkDir
 
 _TOTALS, _FINISHED, _PLANS = "totals", "finished", "totals-plans"
@@ -57,8 +59,8 @@ def _state(work: WorkDir) -> str:
 
 
 def _statistics(work: WorkDir, totals: dict[str, Any]) -> str:
-    done = bool(work.count("statistics."))
-    pairs = sum(each["pairs"] for each in work.about("statistics-part"))
+    done = bool(work.count(f"{STATISTICS}."))
+    pairs = sum(each["pairs"] for each in work.about(SNAPSHOT))
     return _of(pairs, totals.get("statistics"), "pairs", done)
 
 

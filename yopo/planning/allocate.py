@@ -75,6 +75,7 @@ class Allocator:
         has_neighbors = not self.levers.everywhere and builder.statistics.reduction is None
         self.radius = weighting.radius if has_neighbors else None
         self.shape, self.workload = builder.shape, builder.workload
+        self._dense = builder.dense_flops
         reading = builder.statistics.reading
         later = read_later(reading.sum(dim=1), profile.stream)
         self.later = (
@@ -163,10 +164,6 @@ class Allocator:
 
         room = int(self.builder.budget * self._dense) - sum(each.flops for each in chosen)
         return trim(_joined(spend_rest(tuple(chosen), options, room, fits)))
-
-    @property
-    def _dense(self) -> int:
-        return self.builder.dense_flops
 
     def _flops(self, layer: LayerPlan) -> int:
         return visual_flops_of_layer(layer, self.shape, self.workload)

@@ -58,7 +58,7 @@ def with_evaluation(plan: PruningPlan, path: str | Path) -> PruningPlan:
         model, budget = document["model"], float(document["visual_budget"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: holds no evaluation of a plan.", remedy=remedy) from error
-    if model != plan.model.name or abs(budget - plan.budget.reached) > 10**-BUDGET_DIGITS:
+    if not is_of(plan, model, budget):
         raise PlanError(
             f"{path}: evaluates a plan for {model} at {budget:.2%} of the visual FLOPs, but this "
             f"one is for {plan.model.name} at {plan.budget.reached:.2%}.",
@@ -66,6 +66,11 @@ def with_evaluation(plan: PruningPlan, path: str | Path) -> PruningPlan:
         )
     entry = {**vars(found), "of": marks(plan)}
     return replace(plan, provenance={**plan.provenance, "evaluated": entry})
+
+
+def is_of(plan: PruningPlan, model: str, budget: float) -> bool:
+    """Whether an evaluation of a model at a visual budget is of this plan."""
+    return model == plan.model.name and abs(budget - plan.budget.reached) <= 10**-BUDGET_DIGITS
 
 
 def evaluated_of(plan: PruningPlan) -> Evaluated | None:

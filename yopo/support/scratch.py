@@ -109,7 +109,7 @@ class Scratch:
             self._folder = folder
             try:
                 self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-                if _try_lock(self._lock) and _is_at(self._lock, folder / _LOCK):
+                if try_lock(self._lock) and _is_at(self._lock, folder / _LOCK):
                     return
             except FileNotFoundError:  # removed as a leftover by another process before the lock
                 pass
@@ -214,7 +214,8 @@ def _take_over(path: Path) -> int | None:
     return lock
 
 
-def _try_lock(lock: int) -> bool:
+def try_lock(lock: int) -> bool:
+    """Lock an open file for this process; false if another has, true where there are no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -6,7 +6,6 @@ file ``work.json`` says whose work it is; another command's is refused.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from safetensors.torch import save
 
 from yopo.support.errors import OutputError, printable
 from yopo.support.files import write_file
-from yopo.support.scratch import find_leftovers, remove_leftover
+from yopo.support.scratch import find_leftovers, remove_leftover, try_lock
 
 FORMAT = 1
 _HEAD, _LOCK, _ENDING = "work.json", "lock", ".safetensors"
@@ -102,7 +101,7 @@ class WorkDir:
         Raises:
             OutputError: Its file is damaged.
         """
-        path = self._file(name)
+        path = self.file(name)
         try:
             with _reading(path) as file:
                 about = json.loads((file.metadata() or {})["yopo"])
@@ -122,11 +121,11 @@ class WorkDir:
 
     def save_bytes(self, name: str, data: bytes) -> None:
         """Keep a stage that has its own form of safetensors; errors as for :meth:`save`."""
-        write_file(self._file(name), data)
+        write_file(self.file(name), data)
 
     def drop(self, name: str) -> None:
         """Forget a stage, if there is one."""
-        self._file(name).unlink(missing_ok=True)
+        self.file(name).unlink(missing_ok=True)
 
     def about(self, prefix: str) -> list[dict[str, Any]]:
         """The plain values of finished stages whose names begin with a prefix, in their order;
@@ -150,7 +149,7 @@ class WorkDir:
         except OSError:
             return False
         try:
-            return not _try_lock(lock)
+            return not try_lock(lock)
         finally:
             os.close(lock)
 
@@ -176,7 +175,8 @@ class WorkDir:
         with _reading(path) as file:
             return json.loads((file.metadata() or {})["yopo"])
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Where a stage is, or will be."""
         return self.path / f"{name}{_ENDING}"
 
 
@@ -221,7 +221,7 @@ def open_work(path: Path, key: Mapping[str, Any]) -> WorkDir:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from error
     work = WorkDir(path, lock)
     try:
-        if not _try_lock(lock):
+        if not try_lock(lock):
             raise OutputError(
                 f"{path}: another process is working in it.",
                 remedy="Wait for it, or name another directory.",
@@ -258,13 +258,3 @@ def _clean(path: Path) -> None:
     for leftover in find_leftovers(path):
         with suppress(OSError):
             remove_leftover(leftover)
-
-
-def _try_lock(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True

@@ -15,9 +15,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from yopo.plans.file import BUDGET_DIGITS
+from yopo.plans.evaluated import is_of
 from yopo.plans.flops import visual_budget
-from yopo.plans.schema import PruningPlan
 from yopo.report import units
 from yopo.report.compare import Named, check_comparable
 from yopo.report.page.bars import Bar, Group, bars_chart
@@ -118,7 +117,9 @@ def _assigned(plans: Named, evaluations: Sequence[tuple[str, Evaluation]]) -> di
     """Number of a plan -> its evaluation; of several, the last one."""
     found: dict[int, Evaluation] = {}
     for name, each in evaluations:
-        places = [place for place, (_, plan) in enumerate(plans) if _is_of(each, plan)]
+        places = [
+            place for place, (_, plan) in enumerate(plans) if is_of(plan, each.model, each.budget)
+        ]
         if not places:
             known = ", ".join(f"{visual_budget(plan):.2%}" for _, plan in plans[:8])
             raise PlanError(
@@ -128,11 +129,6 @@ def _assigned(plans: Named, evaluations: Sequence[tuple[str, Evaluation]]) -> di
             )
         found[places[0]] = each
     return found
-
-
-def _is_of(found: Evaluation, plan: PruningPlan) -> bool:
-    is_near = abs(found.budget - visual_budget(plan)) <= 10**-BUDGET_DIGITS
-    return found.model == plan.model.name and is_near
 
 
 def _check_bench(plans: Named, name: str, found: Bench) -> None:
