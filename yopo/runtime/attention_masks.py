@@ -8,6 +8,7 @@ here once per forward and shared by all layers.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ import torch
 
 from yopo.models.layout import Stream, TokenLayout
 from yopo.plans.grid import Block, row_blocks, shared_blocks
+from yopo.runtime.devices import moved
 from yopo.runtime.token_index import TokenIndex
 from yopo.support.errors import ModelError
 
@@ -69,12 +71,13 @@ class AttentionMasks:
         device: torch.device,
         segments: torch.Tensor | None = None,
     ):
+        layout = None if layout is None else layout.to(device)
         self.layout = layout
         self.past = index.length
         self.past_text = 0 if index.text is None else index.text.shape[1]
         self.past_visual = index.num_visual
         self._bidirectional = bidirectional
-        self._segments = segments
+        self._segments = moved(segments, device)
         self._blocks: dict[int | None, list[VisualBlock]] = {}
         if layout is None:
             everything = torch.arange(length, device=device).expand(batch, length)
@@ -83,12 +86,34 @@ class AttentionMasks:
             text, visual = layout.text, layout.visual
         self.text, self.visual = text, visual
         streams = (text,) if visual is None else (text, visual)
-        self._padding = _check_mask(attention_mask, batch, index.length + length)
+        self._padding = moved(_check_mask(attention_mask, batch, index.length + length), device)
         places = (self._absolute(stream) for stream in streams)
         self._text_keys = index.extend(*places, num_tokens=length)
         index.is_padded |= any(stream.mask is not None for stream in streams)
         self._is_padded = index.is_padded
         self._visual_keys = index.visual
+        self._elsewhere: dict[torch.device, AttentionMasks] = {}
+
+    def on(self, device: torch.device) -> AttentionMasks:
+        """The same masks on a device, where they are made when they are first used."""
+        if device == self.text.index.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self._moved(device)
+        return self._elsewhere[device]
+
+    def _moved(self, device: torch.device) -> AttentionMasks:
+        other = copy(self)
+        for name in [each for each in vars(self) if hasattr(type(self), each)]:
+            delattr(other, name)  # computed from the rest
+        other._blocks, other.layout = {}, moved(self.layout, device)
+        if other.layout is None:
+            other.text = moved(self.text, device)
+        else:
+            other.text, other.visual = other.layout.text, other.layout.visual
+        for name in ("_segments", "_padding", "_text_keys", "_visual_keys"):
+            setattr(other, name, moved(getattr(self, name), device))
+        return other
 
     def _absolute(self, stream: Stream) -> torch.Tensor:
         positions = stream.index + self.past

@@ -92,9 +92,10 @@ class Reading:
 
     @cached_property
     def _latents(self) -> _Latents:
-        rotary = self.cache.index.visual_rotary
+        latent = self.cache.latent
+        rotary = self.cache.index.rotary_on(latent.device)
         assert self._part is not None and rotary is not None, "latents come with both"
-        return _Latents(self.cache.latent, self._part, rotary, self._place)
+        return _Latents(latent, self._part, rotary, self._place)
 
 
 class _Latents:
