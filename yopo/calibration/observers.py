@@ -69,13 +69,13 @@ class Observer:
         self.inner_text: dict[tuple[Grid, ...], InnerText] = {}
         self._output = output
         self._rho_of_batch: list[torch.Tensor] = []
-        self._batch: BatchView | None = None
+        self._views: dict[torch.device, BatchView] = {}
         self._shortened: Shortened | None = None
 
     def begin(self, attention_mask: torch.Tensor) -> None:
         """Announce a batch: (batch, sequence) mask, 0 on padding."""
         self._rho_of_batch = []
-        self._batch = self._shortened = None
+        self._views, self._shortened = {}, None
         self._real = attention_mask.bool()
 
     def shorten(self, shortened: Shortened) -> None:
@@ -89,7 +89,7 @@ class Observer:
             DataError: They are not finite.
         """
         self.rho.append(torch.stack(self._rho_of_batch, dim=1))  # (batch, layers, heads)
-        view = self.view()
+        view = next(iter(self._views.values()))  # they differ only by their devices
         self.visual_tokens += view.num_visual
         self.text_queries += view.num_after
         self.text_tokens += int(self._real.sum()) - view.num_visual
@@ -122,15 +122,17 @@ class Observer:
             self.grids[prompt] = count
             self.inner_text[prompt] = InnerText(**inner | {"between": tuple(inner["between"])})
 
-    def view(self) -> BatchView:
-        """The batch in progress."""
-        if self._batch is None:
+    def view(self, device: torch.device) -> BatchView:
+        """The batch in progress, for a layer on a device."""
+        if device not in self._views:
             layout = self.probe.layout
             if layout is None:
                 raise ValueError("no forward with visual tokens is in progress")
-            cells = None if self._shortened is None else self._shortened.cells
-            self._batch = BatchView(layout, self._real, self.queries, cells)
-        return self._batch
+            cells = None if self._shortened is None else self._shortened.cells.to(device)
+            self._views[device] = BatchView(
+                layout.to(device), self._real.to(device), self.queries, cells
+            )
+        return self._views[device]
 
     def on_attention(
         self,
@@ -140,7 +142,7 @@ class Observer:
         values: torch.Tensor,
     ) -> None:
         """Score queries (batch, heads, sequence, head_dim) against keys of all KV heads."""
-        view, layer = self.view(), module.layer_idx
+        view, layer = self.view(queries.device), module.layer_idx
         masses = torch.zeros(queries.shape[0], self.shape.heads, 2, device=queries.device)
         cross_modal = torch.zeros((), device=queries.device)
         gram = self._gram(module)
@@ -169,7 +171,7 @@ class Observer:
 
     def on_input(self, layer: int, hidden: torch.Tensor) -> None:
         """Add squared norms of a layer's input (batch, sequence, hidden) at reading queries."""
-        for chunk in self.view().text_chunks:
+        for chunk in self.view(hidden.device).text_chunks:
             place = chunk.positions[..., None].expand(-1, -1, hidden.shape[-1])
             norms = hidden.gather(1, place).float().square().sum(dim=-1)
             self.sums["text_norm_sum"][layer] += (norms * chunk.after).sum().double().cpu()
@@ -188,7 +190,7 @@ class Observer:
 
     def on_heads(self, layer: int, outputs: torch.Tensor) -> None:
         """Add attention outputs (batch, sequence, heads * head_dim) of visual tokens."""
-        for row, positions in enumerate(self.view().visual_positions):
+        for row, positions in enumerate(self.view(outputs.device).visual_positions):
             picked = outputs[row].index_select(0, positions)
             total = picked.sum(dim=0, dtype=torch.float32).double().cpu()
             self.sums["head_sum"][layer] += total.unflatten(0, (self.shape.heads, -1))
@@ -196,7 +198,7 @@ class Observer:
     def on_neurons(self, layer: int, activations: torch.Tensor) -> None:
         """Add FFN activations (batch, sequence, neurons) of visual tokens."""
         few = max(1, _FLOAT_BYTES // (4 * activations.shape[-1]))
-        for row, positions in enumerate(self.view().visual_positions):
+        for row, positions in enumerate(self.view(activations.device).visual_positions):
             norms, sums = [], []
             for part in positions.split(few):
                 picked = activations[row].index_select(0, part)

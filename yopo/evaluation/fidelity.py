@@ -160,7 +160,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     with teacher_forced(mask):
         hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     # The token at position p is predicted from position p - 1.
-    chosen = hidden[:, :-1][mask[:, 1:]]
+    chosen = hidden[:, :-1][mask[:, 1:].to(hidden.device)]
     log_probs = model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
     if not is_finite(log_probs):
         raise ModelError(

@@ -25,6 +25,7 @@ from yopo.reduction.method import Method
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.decoder import rotary_positions
+from yopo.runtime.devices import device_of, moved
 from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.sliced_linear import SlicedLinear
 from yopo.runtime.token_index import Rotary, TokenIndex
@@ -51,6 +52,10 @@ class DenseBatch:
     positions: torch.Tensor | None
     mask: torch.Tensor | None
     stack: tuple[torch.Tensor, ...]
+
+    def move(self, device: torch.device) -> None:
+        """Go to the device of the next layer."""
+        self.hidden, self.layout = moved((self.hidden, self.layout), device)
 
     def visual(self, states: torch.Tensor) -> torch.Tensor:
         """(visual tokens of all rows, hidden) of (batch, sequence, hidden) states, no padding."""
@@ -107,6 +112,7 @@ class DenseWalk:
 
     def _step(self, number: int, batch: DenseBatch) -> DenseStates:
         layer, middle = self.decoder.layers[number], []
+        batch.move(device_of(layer))
         norm = getattr(layer, self.names.ffn_norm)
         handle = norm.register_forward_pre_hook(lambda module, args: middle.append(args[0]))
         try:
@@ -210,7 +216,7 @@ def _enter(model: PreTrainedModel, batch: Batch, reduction: Method | None) -> De
         handle.remove()
     return DenseBatch(
         hidden=seen[0][0],
-        layout=given["layout"],
+        layout=given["layout"].to(seen[0][0].device),
         arguments=[kwargs for _, kwargs in seen],
         positions=given.get("position_ids"),
         mask=given["mask"],
@@ -238,7 +244,15 @@ class PrunedBatch:
         index = TokenIndex()
         index.place(self.visual_rotary)
         cache = PrunedCacheLayer(part.split, index, is_first=False)
-        return LayerRun(walk.decoder.layers[number], walk.names, self.masks, cache, part)
+        masks = self.masks.on(self.text.device)
+        return LayerRun(walk.decoder.layers[number], walk.names, masks, cache, part)
+
+    def move(self, device: torch.device) -> None:
+        """Go to the device of the next layer."""
+        if self.text.device != device:
+            self.text, self.visual = moved((self.text, self.visual), device)
+            rotary = moved((self.text_rotary, self.visual_rotary), device)
+            self.text_rotary, self.visual_rotary = rotary
 
     def given(self, part: VisualLayer) -> VisualInput:
         """The visual tokens as input of a layer."""
@@ -270,8 +284,8 @@ def _split(walk: DenseWalk, plan: PruningPlan, batch: DenseBatch) -> PrunedBatch
     positions = batch.positions
     if positions is None:
         positions = torch.arange(length, device=hidden.device).expand(count, -1)
-    positions = rotary_positions(positions, walk.names.position_axes)
-    rotary = walk.decoder.rotary_emb(hidden, position_ids=positions)
+    positions = rotary_positions(positions.to(hidden.device), walk.names.position_axes)
+    rotary = moved(walk.decoder.rotary_emb(hidden, position_ids=positions), hidden.device)
     cosines, sines = (each.expand(count, -1, -1) for each in rotary)
     return PrunedBatch(
         text=layout.text.gather(hidden),

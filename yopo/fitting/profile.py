@@ -25,6 +25,7 @@ from yopo.fitting.least_squares import (
     ridge,
 )
 from yopo.plans.schema import ModelShape, full_layer
+from yopo.runtime.devices import device_of
 from yopo.runtime.weights import Extras, VisualLayer
 from yopo.support.work_dir import NoWork, Stage, Work
 
@@ -108,7 +109,7 @@ def _energy(walk: DenseWalk) -> float:
 def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[torch.Tensor, ...]:
     """The four energies of one layer, not yet relative to one; advances the walk past it."""
     layer, names = walk.decoder.layers[number], walk.names
-    device, width = next(layer.parameters()).device, shape.heads * shape.head_dim
+    device, width = device_of(layer), shape.heads * shape.head_dim
     heads = Moments(shape.hidden, width, device)
     outputs = Moments(width, 0, device)
     update = Moments(shape.hidden, shape.hidden, device)

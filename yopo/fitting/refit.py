@@ -45,6 +45,7 @@ from yopo.fitting.least_squares import (
 from yopo.models.family import Backbone
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import refit_sizes
+from yopo.runtime.devices import device_of
 from yopo.runtime.weights import Extras, VisualLayer
 from yopo.support.work_dir import NoWork, Stage, Work
 
@@ -170,6 +171,8 @@ class LayerFit:
             kept: The layer's weights, if they are known; empty: they are to be fitted.
         """
         self.weights = dict(kept)
+        for batch in batches:
+            batch.move(device_of(self.module))
         if "reduce" in self.missing:
             self.weights |= self.projections(batches)
         part = self.part()
@@ -271,8 +274,7 @@ class LayerFit:
         return neurons_and_map(moments.gram(), own, self.layer.map_rank)
 
     def _moments(self, targets: int, more: int = 0) -> Moments:
-        device = next(self.module.parameters()).device
-        return Moments(self.shape.hidden + more, targets, device)
+        return Moments(self.shape.hidden + more, targets, device_of(self.module))
 
 
 def neurons_and_map(gram: Gram, own: torch.Tensor, rank: int) -> Weights:

@@ -45,6 +45,11 @@ class Stream:
         """Tokens per row, padding included."""
         return self.index.shape[1]
 
+    def to(self, device: torch.device) -> Stream:
+        """This stream with its positions on a device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return Stream(self.index.to(device), mask, self.shared)
+
     def by_row(self) -> list[torch.Tensor]:
         """(tokens,) positions of every row, without padding."""
         if self.mask is None:
@@ -97,6 +102,12 @@ class TokenLayout:
     text: Stream
     visual: Stream
     grids: tuple[tuple[Grid, ...], ...]
+
+    def to(self, device: torch.device) -> TokenLayout:
+        """This layout with its positions on a device."""
+        if self.text.index.device == device:
+            return self
+        return TokenLayout(self.text.to(device), self.visual.to(device), self.grids)
 
     @property
     def has_uniform_grids(self) -> bool:

@@ -8,6 +8,7 @@ here once per forward and shared by all layers.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,8 @@ import torch
 
 from yopo.models.layout import Stream, TokenLayout
 from yopo.plans.grid import TOKENS_PER_LARGE_BLOCK, Block, row_blocks, shared_blocks
-from yopo.runtime import devices
+from yopo.runtime import few_calls
+from yopo.runtime.devices import moved
 from yopo.runtime.token_index import TokenIndex
 from yopo.support.errors import ModelError
 
@@ -73,13 +75,14 @@ class AttentionMasks:
         device: torch.device,
         segments: torch.Tensor | None = None,
     ):
+        layout = None if layout is None else layout.to(device)
         self.layout = layout
         self.past = index.length
         self.past_text = 0 if index.text is None else index.text.shape[1]
         self.past_visual = index.num_visual
         self._bidirectional = bidirectional
-        self._segments = segments
-        self._in_few_calls = devices.prefers_few_calls(device)
+        self._segments = moved(segments, device)
+        self._in_few_calls = few_calls.preferred_on(device)
         self._blocks: dict[int | None, list[VisualBlock]] = {}
         self._added: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if layout is None:
@@ -89,12 +92,35 @@ class AttentionMasks:
             text, visual = layout.text, layout.visual
         self.text, self.visual = text, visual
         streams = (text,) if visual is None else (text, visual)
-        self._padding = _check_mask(attention_mask, batch, index.length + length)
+        self._padding = moved(_check_mask(attention_mask, batch, index.length + length), device)
         places = (self._absolute(stream) for stream in streams)
         self._text_keys = index.extend(*places, num_tokens=length)
         index.is_padded |= any(stream.mask is not None for stream in streams)
         self._is_padded = index.is_padded
         self._visual_keys = index.visual
+        self._elsewhere: dict[torch.device, AttentionMasks] = {}
+
+    def on(self, device: torch.device) -> AttentionMasks:
+        """The same masks on a device, where they are made when they are first used."""
+        if device == self.text.index.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self._moved(device)
+        return self._elsewhere[device]
+
+    def _moved(self, device: torch.device) -> AttentionMasks:
+        other = copy(self)
+        for name in [each for each in vars(self) if hasattr(type(self), each)]:
+            delattr(other, name)  # computed from the rest
+        other._blocks, other._added, other.layout = {}, {}, moved(self.layout, device)
+        other._in_few_calls = few_calls.preferred_on(device)
+        if other.layout is None:
+            other.text = moved(self.text, device)
+        else:
+            other.text, other.visual = other.layout.text, other.layout.visual
+        for name in ("_segments", "_padding", "_text_keys", "_visual_keys"):
+            setattr(other, name, moved(getattr(self, name), device))
+        return other
 
     def _absolute(self, stream: Stream) -> torch.Tensor:
         positions = stream.index + self.past

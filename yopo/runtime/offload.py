@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -31,12 +34,30 @@ def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
     found = getattr(module, name, None)
     if found is None or not found.is_meta:
         return found
-    hook = getattr(module, "_hf_hook", None)
-    for each in () if hook is None else getattr(hook, "hooks", (hook,)):
-        stored = getattr(each, "weights_map", None)
-        if stored is not None:
-            return stored[name].to(each.execution_device)
+    hook = _fetching(module)
+    if hook is not None:
+        return hook.weights_map[name].to(hook.execution_device)
     raise ModelError(
         f"The {name} of a {type(module).__name__} is on the meta device, expected in memory.",
         remedy="Load with a device_map that keeps the decoder on real devices.",
     )
+
+
+def is_fetched(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere and fetches them when they are used."""
+    return _fetching(module) is not None
+
+
+class _Fetching(Protocol):
+    """What is used of accelerate's ``AlignDevicesHook`` with ``offload``."""
+
+    weights_map: Mapping[str, torch.Tensor]
+    execution_device: torch.device | str | int
+
+
+def _fetching(module: nn.Module) -> _Fetching | None:
+    hook = getattr(module, "_hf_hook", None)
+    for each in () if hook is None else getattr(hook, "hooks", (hook,)):
+        if getattr(each, "weights_map", None) is not None:
+            return each
+    return None
