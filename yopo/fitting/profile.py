@@ -24,6 +24,7 @@ from yopo.fitting.least_squares import (
     explained_in_all,
     ridge,
 )
+from yopo.models.offloaded import at_hand
 from yopo.plans.schema import ModelShape, full_layer
 from yopo.runtime.devices import device_of
 from yopo.runtime.weights import Extras, VisualLayer
@@ -82,7 +83,8 @@ def profile(
     for number in range(shape.layers):
         kept = work.load(f"profile-{number:03}")
         if kept is None:
-            parts = _profile_layer(walk, number, shape)
+            with at_hand(walk.decoder.layers[number]):
+                parts = _profile_layer(walk, number, shape)
             work.save(f"profile-{number:03}", Stage(dict(zip(_ENERGIES, parts, strict=True))))
         else:
             walk.step(number)
@@ -100,7 +102,8 @@ def _energy(walk: DenseWalk) -> float:
     """Geometric mean of the squared norms of the visual states before the next layer."""
     total, count = 0.0, 0
     for batch in walk.batches:
-        norms = batch.visual(batch.hidden).float().square().sum(dim=1).clamp(min=1e-30)
+        hidden = batch.on(batch.layout.visual.index.device)
+        norms = batch.visual(hidden).float().square().sum(dim=1).clamp(min=1e-30)
         total += float(norms.log().sum(dtype=torch.float64))
         count += len(norms)
     return exp(total / count)
@@ -119,20 +122,20 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
     handle = getattr(layer.self_attn, names.output).register_forward_pre_hook(
         lambda module, args: gathered.append(args[0])
     )
+    attention_norm, ffn_norm = getattr(layer, names.attention_norm), getattr(layer, names.ffn_norm)
     try:
-        states = walk.step(number)
+        for batch, each in zip(walk.batches, walk.steps(number), strict=True):
+            mixed = batch.visual(gathered.pop())
+            heads.add(attention_norm(each.before), mixed)
+            outputs.add(mixed)
+            update.add(ffn_norm(each.before), each.after - each.before)
+            ffn.add(ffn_norm(each.middle), each.after - each.middle)
+            change += float((each.after - each.before).float().square().sum(dtype=torch.float64))
+            update_of_ffn = (each.after - each.middle).float()
+            ffn_energy += float(update_of_ffn.square().sum(dtype=torch.float64))
+            count += len(each.before)
     finally:
         handle.remove()
-    attention_norm, ffn_norm = getattr(layer, names.attention_norm), getattr(layer, names.ffn_norm)
-    for batch, each, mixed in zip(walk.batches, states, gathered, strict=True):
-        mixed = batch.visual(mixed)
-        heads.add(attention_norm(each.before), mixed)
-        outputs.add(mixed)
-        update.add(ffn_norm(each.before), each.after - each.before)
-        ffn.add(ffn_norm(each.middle), each.after - each.middle)
-        change += float((each.after - each.before).float().square().sum(dtype=torch.float64))
-        ffn_energy += float((each.after - each.middle).float().square().sum(dtype=torch.float64))
-        count += len(each.before)
     change, ffn_energy = change / count, ffn_energy / count
     stock = VisualLayer(layer, full_layer(shape), shape, names, Extras())  # its own projections
     inputs, updated, fed = heads.gram(), update.gram(), ffn.gram()

@@ -108,6 +108,10 @@ class AttentionMasks:
             self._elsewhere[device] = self._moved(device)
         return self._elsewhere[device]
 
+    def only_here(self) -> None:
+        """Forget the masks that were made on other devices."""
+        self._elsewhere.clear()
+
     def _moved(self, device: torch.device) -> AttentionMasks:
         other = copy(self)
         for name in [each for each in vars(self) if hasattr(type(self), each)]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
-
 import torch
 from torch import nn
 
+from yopo.models.offloaded import fetching_hook
 from yopo.support.errors import ModelError
 
 
@@ -34,7 +32,7 @@ def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
     found = getattr(module, name, None)
     if found is None or not found.is_meta:
         return found
-    hook = _fetching(module)
+    hook = fetching_hook(module)
     if hook is not None:
         return hook.weights_map[name].to(hook.execution_device)
     raise ModelError(
@@ -45,19 +43,4 @@ def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
 
 def is_fetched(module: nn.Module) -> bool:
     """Whether accelerate keeps a module's weights elsewhere and fetches them when they are used."""
-    return _fetching(module) is not None
-
-
-class _Fetching(Protocol):
-    """What is used of accelerate's ``AlignDevicesHook`` with ``offload``."""
-
-    weights_map: Mapping[str, torch.Tensor]
-    execution_device: torch.device | str | int
-
-
-def _fetching(module: nn.Module) -> _Fetching | None:
-    hook = getattr(module, "_hf_hook", None)
-    for each in () if hook is None else getattr(hook, "hooks", (hook,)):
-        if getattr(each, "weights_map", None) is not None:
-            return each
-    return None
+    return fetching_hook(module) is not None
