@@ -256,9 +256,9 @@ def _check_layer(layer: StockLayer, index: int, names: Backbone) -> None:
             base, _ = parts_of(getattr(holder, getattr(names, name), None), where)
             if base.weight.is_meta and not is_fetched(base):
                 raise ModelError(
-                    f"{where} is on the meta device, expected in memory, or where accelerate "
-                    "fetches it from.",
-                    remedy="Load the weights: from_pretrained, with a device_map if you like.",
+                    f"{where} has no weights: they are on the meta device, and no hook of "
+                    "accelerate fetches them.",
+                    remedy="Load them: from_pretrained, with a device_map if they are large.",
                 )
 
 
