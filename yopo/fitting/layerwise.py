@@ -16,16 +16,17 @@ import torch
 from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
 from yopo.models.shortened import shorten
+from yopo.models.streams import TokenLayout
 from yopo.plans.schema import PruningPlan
 from yopo.reduction.method import Method
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.decoder import rotary_positions
-from yopo.runtime.devices import device_of, moved
 from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.sliced_linear import SlicedLinear
 from yopo.runtime.token_index import Rotary, TokenIndex

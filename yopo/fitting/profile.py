@@ -24,8 +24,8 @@ from yopo.fitting.least_squares import (
     explained_in_all,
     ridge,
 )
+from yopo.models.devices import device_of
 from yopo.plans.schema import ModelShape, full_layer
-from yopo.runtime.devices import device_of
 from yopo.runtime.weights import Extras, VisualLayer
 from yopo.support.work_dir import NoWork, Stage, Work
 

@@ -42,10 +42,10 @@ from yopo.fitting.least_squares import (
     reduced_rank,
     ridge,
 )
+from yopo.models.devices import device_of
 from yopo.models.family import Backbone
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import refit_sizes
-from yopo.runtime.devices import device_of
 from yopo.runtime.weights import Extras, VisualLayer
 from yopo.support.work_dir import NoWork, Stage, Work
 

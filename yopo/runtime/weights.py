@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
 from yopo.models.fingerprint import is_plain
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import Refit
 from yopo.runtime.adapters import parts_of
-from yopo.runtime.devices import device_of, moved
 from yopo.runtime.heads import split_heads
 from yopo.runtime.offload import bias_of, is_fetched, weight_of
 from yopo.runtime.sliced_linear import FittedLinear, SlicedLinear, like_that_of
