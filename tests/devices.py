@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
 
+_INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 _MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::set_", "aten::lift_fresh")
 
 
@@ -77,7 +78,11 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = _tensors((args, kwargs or {}))
-        places = {self._places[each] for each in given if each.dim() or self._places[each] != CPU}
+        checked = given
+        if func._schema.name in _INDEXED:  # by indices on the CPU or on the same device
+            at_home = [each for each in _tensors(args[1]) if self._places[each] == CPU]
+            checked = [each for each in given if not any(each is one for one in at_home)]
+        places = {self._places[each] for each in checked if each.dim() or self._places[each] != CPU}
         if len(places) > 1 and func._schema.name not in _MAY_MIX:
             raise MixedDevicesError(f"{func} on {sorted(map(str, places))}")
         found = func(*args, **(kwargs or {}))
@@ -170,12 +175,15 @@ def device_map(model: PreTrainedModel, *devices: Any) -> dict[str, Any]:
         name: devices[number * len(devices) // len(layers)] for number, name in enumerate(layers)
     }
     found[names[id(decoder.norm)]] = devices[-1]
+    head = model.get_output_embeddings()
+    is_tied = head.weight is model.get_input_embeddings().weight
     for name, module in model.named_modules():
         is_above = any(other.startswith(f"{name}.") or not name for other in found)
         if not is_above and not any(f"{name}.".startswith(f"{other}.") for other in found):
-            is_head = module is model.get_output_embeddings()
-            found[name] = devices[-1] if is_head else devices[0]
-    return found
+            found[name] = devices[-1] if module is head and not is_tied else devices[0]
+    covered = tuple(f"{name}." for name in found)
+    alone = [name for name, _ in model.named_parameters() if not name.startswith(covered)]
+    return found | dict.fromkeys(alone, devices[0])
 
 
 def spread(model: PreTrainedModel, *devices: Any) -> PreTrainedModel:

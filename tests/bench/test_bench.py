@@ -316,8 +316,8 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
         third = torch.empty(250, dtype=torch.float32)
         return torch.cat([second, third])
 
-    assert peak_bytes(call, "cpu") == pytest.approx(6000, abs=128)
-    assert peak_bytes(call, "meta") is None
+    assert peak_bytes(call, torch.device("cpu")) == pytest.approx(6000, abs=128)
+    assert peak_bytes(call, torch.device("meta")) is None
 
 
 def test_one_run_has_no_spread() -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from yopo.models.devices import device_of
 from yopo.models.registry import family_of
 from yopo.plans.schema import PruningPlan, Workload
 from yopo.support.errors import ModelError, PlanError
@@ -74,7 +75,7 @@ def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Pro
     workload = plan.workload
     generator = torch.Generator().manual_seed(0)
     ids, words = _token_ids(model, workload, workload.visual, batch)
-    place = torch.empty(0, device=model.device, dtype=model.dtype)
+    place = torch.empty(0, device=device_of(model), dtype=model.dtype)
     features = [
         torch.randn(grid.tokens, plan.model.shape.hidden, generator=generator).mul_(0.02).to(place)
         for _ in range(batch)
@@ -115,7 +116,7 @@ def noise_prompt(
         counts.append(count)
         images.append(image)
     about = {
-        name: torch.cat([each[name] for each in images] * batch).to(model.device)
+        name: torch.cat([each[name] for each in images] * batch).to(device_of(model))
         for name in images[0]
     }
     encode = cast(Encode, model.base_model.get_image_features)
@@ -159,4 +160,4 @@ def _token_ids(
     words = [word for word in drawn if word not in special][:count]
     before, after = words[: workload.text_before], words[workload.text_before : workload.text]
     row = [*before, *[config.image_token_id] * visual, *after]
-    return torch.tensor([row] * batch, device=model.device), words
+    return torch.tensor([row] * batch, device=device_of(model)), words

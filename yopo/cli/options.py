@@ -125,6 +125,13 @@ request_options = _chain(
 )
 """Options for the requested plan."""
 
+device_map_option = click.option(
+    "--device-map",
+    metavar="auto|FILE",
+    help="Instead of --device: the model over all GPUs, or as a YAML or JSON file of modules and "
+    "devices says.",
+)
+
 run_options = _chain(
     click.option(
         "--samples",
@@ -156,6 +163,7 @@ run_options = _chain(
         show_default=True,
         help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one.",
     ),
+    device_map_option,
     click.option(
         "--dtype",
         default="auto",
@@ -249,7 +257,6 @@ def check_settings(context: click.Context) -> None:
 def run_settings(context: click.Context) -> RunOptions:
     """The run options of a command with ``run_options``, its device checked."""
     from yopo.pipeline.options import RunOptions
-    from yopo.serving.loading import torch_device
 
     values = {
         each.name: context.params[each.name]
@@ -258,7 +265,27 @@ def run_settings(context: click.Context) -> RunOptions:
     }
     values["processor_options"] = processor_options(context)
     values["data"] = one_or_all(values["data"])
-    return RunOptions(**values | {"device": torch_device(values["device"])})
+    values |= device_settings(context)
+    return RunOptions(**values)
+
+
+def device_settings(context: click.Context) -> dict[str, Any]:
+    """``device`` and ``device_map`` of a command, checked.
+
+    Raises:
+        click.UsageError: Both are given.
+        YopoError: One is none.
+    """
+    from yopo.serving.loading import torch_device
+    from yopo.serving.places import read_device_map
+
+    given = click.core.ParameterSource.DEFAULT
+    device, places = context.params["device"], context.params["device_map"]
+    if places is None:
+        return {"device": torch_device(device), "device_map": None}
+    if context.get_parameter_source("device") != given:
+        raise click.UsageError("--device and --device-map exclude one another.")
+    return {"device": "cpu", "device_map": read_device_map(places)}
 
 
 def processor_options(context: click.Context) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
 from yopo.fitting.states import OnDevice, Room
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe
 from yopo.models.offloaded import at_hand
 from yopo.models.registry import family_of
 from yopo.models.shortened import shorten
+from yopo.models.streams import TokenLayout
 from yopo.reduction.method import Method
-from yopo.runtime.devices import device_of, moved
 from yopo.runtime.sliced_linear import SlicedLinear
 from yopo.runtime.weights import VisualLayer, check_plain
 from yopo.support.errors import DataError

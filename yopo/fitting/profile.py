@@ -24,9 +24,9 @@ from yopo.fitting.least_squares import (
     explained_in_all,
     ridge,
 )
+from yopo.models.devices import device_of
 from yopo.models.offloaded import at_hand
 from yopo.plans.schema import ModelShape, full_layer
-from yopo.runtime.devices import device_of
 from yopo.runtime.weights import Extras, VisualLayer
 from yopo.support.work_dir import NoWork, Stage, Work
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from yopo.fitting.layerwise import DenseBatch, DenseWalk, real_rows
+from yopo.models.devices import moved
 from yopo.plans.schema import PruningPlan
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.decoder import rotary_positions
-from yopo.runtime.devices import moved
 from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.token_index import Rotary, TokenIndex
 from yopo.runtime.weights import VisualLayer

@@ -41,11 +41,11 @@ from yopo.fitting.least_squares import (
     ridge,
 )
 from yopo.fitting.pruned_batch import PrunedBatch, pruned_batches
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
 from yopo.models.offloaded import at_hand
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import refit_sizes
-from yopo.runtime.devices import device_of, moved
 from yopo.runtime.weights import Extras, VisualLayer
 from yopo.support.work_dir import NoWork, Stage, Work
 

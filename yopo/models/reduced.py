@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from yopo.models.answer_tokens import prompt_ends
-from yopo.models.layout import Stream, TokenLayout, build_layout
+from yopo.models.streams import Stream, TokenLayout, build_layout
 from yopo.plans.grid import Grid
 from yopo.reduction.method import Images, Method, Question, Selection
 

@@ -26,6 +26,9 @@ class RunOptions:
         batch_size: Pairs per forward.
         device: Device of a model that is loaded (``cpu``, ``cuda``, ``cuda:1``, ``mps``); a model
             in memory is not moved.
+        device_map: In place of ``device``, as accelerate takes it: ``auto``, or the device of each
+            module by name, for a decoder spread over several devices; ``cpu`` and ``disk`` beside a
+            GPU hold weights that are fetched when they are needed. None: all is on ``device``.
         dtype: Dtype of a model that is loaded: ``auto`` (the checkpoint's), ``float32``,
             ``bfloat16`` (``bf16``), ``float16`` (``fp16``); a model in memory is not converted.
         max_new_tokens: Longest answer generated.
@@ -43,6 +46,7 @@ class RunOptions:
     seed: int = 0
     batch_size: int = 8
     device: str = "cpu"
+    device_map: str | Mapping[str, str | int] | None = None
     dtype: str = "auto"
     max_new_tokens: int = 32
     trust_remote_code: bool = False

@@ -14,10 +14,10 @@ from functools import cached_property
 
 import torch
 
-from yopo.models.layout import Stream, TokenLayout
+from yopo.models.devices import moved
+from yopo.models.streams import Stream, TokenLayout
 from yopo.plans.grid import TOKENS_PER_LARGE_BLOCK, Block, row_blocks, shared_blocks
 from yopo.runtime import few_calls
-from yopo.runtime.devices import moved
 from yopo.runtime.token_index import TokenIndex
 from yopo.support.errors import ModelError
 

@@ -18,15 +18,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, Stream, TokenLayout
+from yopo.models.layout import LayoutProbe
 from yopo.models.reduced import Reduced, reduce
+from yopo.models.streams import Stream, TokenLayout
 from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers, place_latents
 from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
-from yopo.runtime.devices import device_of, moved
 from yopo.runtime.extent_warning import warn_beyond
 from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import find_packed_sequence_indices
 
-from yopo.models.layout import TokenLayout
+from yopo.models.streams import TokenLayout
 from yopo.runtime.offload import weight_of
 from yopo.support.errors import ModelError
 

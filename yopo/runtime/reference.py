@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from yopo.models.family import Backbone, GridsOf
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe
 from yopo.models.reduced import Reduced, reduce
+from yopo.models.streams import TokenLayout
 from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, PruningPlan
 from yopo.plans.tensors import Refit

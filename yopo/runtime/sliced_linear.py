@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from yopo.models.devices import device_of
 from yopo.models.fingerprint import is_plain
 from yopo.runtime.adapters import Adapter, parts_of
-from yopo.runtime.devices import device_of
 from yopo.runtime.offload import bias_of, weight_of
 from yopo.runtime.packed import PackedPart
 from yopo.support import console

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
 from yopo.models.fingerprint import is_plain
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import Refit
 from yopo.runtime.adapters import parts_of
-from yopo.runtime.devices import device_of, moved
 from yopo.runtime.heads import split_heads
 from yopo.runtime.offload import bias_of, is_fetched, weight_of
 from yopo.runtime.sliced_linear import FittedLinear, SlicedLinear, like_that_of
@@ -256,9 +256,9 @@ def _check_layer(layer: StockLayer, index: int, names: Backbone) -> None:
             base, _ = parts_of(getattr(holder, getattr(names, name), None), where)
             if base.weight.is_meta and not is_fetched(base):
                 raise ModelError(
-                    f"{where} is on the meta device, expected in memory, or where accelerate "
-                    "fetches it from.",
-                    remedy="Load the weights: from_pretrained, with a device_map if you like.",
+                    f"{where} has no weights: they are on the meta device, and no hook of "
+                    "accelerate fetches them.",
+                    remedy="Load them: from_pretrained, with a device_map if they are large.",
                 )
 
 

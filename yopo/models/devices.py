@@ -44,3 +44,9 @@ def device_of(module: nn.Module) -> torch.device:
             if parameter is not None:
                 return parameter.device
     raise ValueError(f"a {type(module).__name__} has no weights")
+
+
+def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
+    """The devices that hold a model's weights, the meta device aside."""
+    found = dict.fromkeys(each.device for each in model.parameters() if not each.is_meta)
+    return tuple(found)
