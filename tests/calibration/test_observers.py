@@ -201,14 +201,14 @@ def test_no_full_attention_matrix_is_formed(mha: Subject, monkeypatch: pytest.Mo
     from yopo.calibration import observers
 
     seen = []
-    softmax = observers._softmax
+    softmax = observers.softmax
 
     def spy(*args):
         weights = softmax(*args)
         seen.append(weights.shape[2])
         return weights
 
-    monkeypatch.setattr(observers, "_softmax", spy)
+    monkeypatch.setattr(observers, "softmax", spy)
     watch(mha, tiny.batch([[1, *PICTURE * 8, 3, 4]]), "all")
     assert seen and max(seen) <= CHUNK < 8 * len(PICTURE)
 

@@ -23,6 +23,8 @@ class BaselineDecoder:
     Expects ``self.baseline``, a :class:`BaselineState`.
     """
 
+    runs_alone = True  # the method's hooks hold the state of one forward (see ``models.turns``)
+
     baseline: BaselineState
     config: PreTrainedConfig
     layers: nn.ModuleList

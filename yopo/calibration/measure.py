@@ -17,7 +17,9 @@ from yopo.data.prompts import batches, encode_for
 from yopo.data.sizes import by_size
 from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
+from yopo.models.offloaded import at_hand
 from yopo.models.registry import family_of
+from yopo.models.turns import in_turns
 from yopo.plans.extent import Extent
 from yopo.plans.schema import ModelIdentity
 from yopo.reduction.method import Method
@@ -80,13 +82,15 @@ def measure(
     identity = identify(model, name)
     family = family_of(model.config)
     groups = batches(by_size(pairs), batch_size)
-    groups = track(groups, label="calibrating", total=total, unit="pairs")
     with observing(model, identity.shape, family, queries, reduction) as observer:
         keeper = _Keeper(observer, work or NoWork())
-        for group in groups:
-            if keeper.has(group):
-                continue
-            _observe(model, processor, group, observer)
+
+        def observe(_: int, group: tuple[Pair, ...]) -> None:
+            if not keeper.has(group):
+                _observe(model, processor, group, observer)
+
+        finished = in_turns(model, observe, groups)
+        for _ in track(finished, label="calibrating", total=total, unit="pairs"):
             keeper.keep()
         if not observer.rho:
             raise DataError("There are no pairs to calibrate on.")
@@ -137,10 +141,11 @@ def _conclude(
 ) -> Statistics:
     rho = torch.cat(observer.rho)
     names = family_of(model.config).backbone(model.config)
-    norms = [
-        getattr(layer.mlp, names.down).weight.detach().double().square().sum(dim=0).cpu()
-        for layer in model.get_decoder().layers
-    ]
+    norms = []
+    for layer in model.get_decoder().layers:
+        with at_hand(layer):
+            weight = getattr(layer.mlp, names.down).weight.detach()
+            norms.append(weight.double().square().sum(dim=0).cpu())
     grids = max(observer.grids.items(), key=lambda entry: (entry[1], len(entry[0])))[0]
     samples = len(rho)
     text, before = round(observer.text_tokens / samples), round(observer.text_before / samples)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
 from yopo.calibration.inner_text import InnerText
+from yopo.calibration.reading import reading_effect, softmax
 from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
 from yopo.models.family import Backbone, Family
 from yopo.models.layout import LayoutProbe
@@ -27,6 +29,7 @@ from yopo.models.shortened import Shortened, shorten
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
 from yopo.reduction.method import Method
+from yopo.support.context import PerContext
 from yopo.support.work_dir import Stage
 
 if TYPE_CHECKING:
@@ -43,6 +46,26 @@ _FLOAT_BYTES = 8 << 20
 
 _COUNTS = ("visual_tokens", "text_queries", "text_tokens", "text_before")
 """Counts of an observer."""
+
+
+@dataclass
+class _Seen:
+    """What an observer has seen of one batch.
+
+    Attributes:
+        real: (batch, sequence) bool, False on padding.
+        rho: (batch, heads) head activity of the layers so far.
+        views: The batch in the form that sums need, by device.
+        shortened: How its visual tokens got fewer; None: all are there.
+    """
+
+    real: torch.Tensor
+    rho: list[torch.Tensor] = field(default_factory=list)
+    views: dict[torch.device, BatchView] = field(default_factory=dict)
+    shortened: Shortened | None = None
+
+
+_SEEN: PerContext[Observer, _Seen] = PerContext("yopo_seen")
 
 
 class Observer:
@@ -68,19 +91,22 @@ class Observer:
         self.grids: Counter[tuple[Grid, ...]] = Counter()
         self.inner_text: dict[tuple[Grid, ...], InnerText] = {}
         self._output = output
-        self._rho_of_batch: list[torch.Tensor] = []
-        self._views: dict[torch.device, BatchView] = {}
-        self._shortened: Shortened | None = None
 
     def begin(self, attention_mask: torch.Tensor) -> None:
-        """Announce a batch: (batch, sequence) mask, 0 on padding."""
-        self._rho_of_batch = []
-        self._views, self._shortened = {}, None
-        self._real = attention_mask.bool()
+        """Announce this call's batch: (batch, sequence) mask, 0 on padding."""
+        _SEEN.set(self, _Seen(attention_mask.bool()))
 
     def shorten(self, shortened: Shortened) -> None:
         """Announce that the layers of this batch get fewer visual tokens."""
-        self._shortened, self._real = shortened, shortened.mask.bool()
+        seen = self._seen
+        seen.shortened, seen.real = shortened, shortened.mask.bool()
+
+    @property
+    def _seen(self) -> _Seen:
+        """What this call has seen of its batch; others may be in progress."""
+        found = _SEEN.get(self)
+        assert found is not None, "begin() announces a batch"
+        return found
 
     def finish(self) -> None:
         """Add the batch's sums.
@@ -88,13 +114,14 @@ class Observer:
         Raises:
             DataError: They are not finite.
         """
-        self.rho.append(torch.stack(self._rho_of_batch, dim=1))  # (batch, layers, heads)
-        view = next(iter(self._views.values()))  # they differ only by their devices
+        seen = self._seen
+        self.rho.append(torch.stack(seen.rho, dim=1))  # (batch, layers, heads)
+        view = next(iter(seen.views.values()))  # they differ only by their devices
         self.visual_tokens += view.num_visual
         self.text_queries += view.num_after
-        self.text_tokens += int(self._real.sum()) - view.num_visual
+        self.text_tokens += int(seen.real.sum()) - view.num_visual
         self.text_before += view.num_before
-        whole = view.layout if self._shortened is None else self._shortened.whole
+        whole = view.layout if seen.shortened is None else seen.shortened.whole
         self.grids.update(whole.grids)
         for grids, positions in zip(whole.grids, whole.visual.by_row(), strict=True):
             known = self.inner_text.get(grids, InnerText.nowhere(grids))
@@ -123,16 +150,17 @@ class Observer:
             self.inner_text[prompt] = InnerText(**inner | {"between": tuple(inner["between"])})
 
     def view(self, device: torch.device) -> BatchView:
-        """The batch in progress, for a layer on a device."""
-        if device not in self._views:
+        """The batch in progress in this call, for a layer on a device."""
+        seen = self._seen
+        if device not in seen.views:
             layout = self.probe.layout
             if layout is None:
                 raise ValueError("no forward with visual tokens is in progress")
-            cells = None if self._shortened is None else self._shortened.cells.to(device)
-            self._views[device] = BatchView(
-                layout.to(device), self._real.to(device), self.queries, cells
+            cells = None if seen.shortened is None else seen.shortened.cells.to(device)
+            seen.views[device] = BatchView(
+                layout.to(device), seen.real.to(device), self.queries, cells
             )
-        return self._views[device]
+        return seen.views[device]
 
     def on_attention(
         self,
@@ -147,22 +175,22 @@ class Observer:
         cross_modal = torch.zeros((), device=queries.device)
         gram = self._gram(module)
         for chunk in view.text_chunks:
-            weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
+            weights = softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
             mass = weights @ view.kinds[:, None].to(weights.dtype)  # (batch, heads, queries, 2)
             masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             cross_modal += (mass[..., 0].mean(dim=1) * chunk.after).sum()
-            effect = _reading_effect(weights, mass, values, view.kinds, gram)
+            effect = reading_effect(weights, mass, values, view.kinds, gram)
             self.sums["head_effect_sum"][layer] += (
                 (effect * chunk.after[:, None]).sum((0, 2)).double().cpu()
             )
         locality = torch.zeros(MAX_DISTANCE + 2, device=queries.device)
         for chunk in view.visual_chunks:
-            weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
+            weights = softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
             if self.queries == "all":
                 mass = weights @ view.kinds[:, None].to(weights.dtype)
                 masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             locality += view.by_distance(chunk, weights.mean(dim=1))
-        self._rho_of_batch.append((masses[..., 0] / masses[..., 1]).cpu())
+        self._seen.rho.append((masses[..., 0] / masses[..., 1]).cpu())
         for row, positions in enumerate(view.visual_positions):
             some = keys[row].index_select(1, positions).float()
             self.sums["key_square_sum"][layer] += some.square().sum(dim=1).double().cpu()
@@ -209,55 +237,6 @@ class Observer:
                 torch.stack(norms).cpu().double().square().sum(dim=0)
             )
             self.sums["neuron_sum"][layer] += torch.stack(sums).cpu().double().sum(dim=0)
-
-
-def _softmax(
-    module: StockAttention,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    allowed: torch.Tensor,
-) -> torch.Tensor:
-    """Attention weights (batch, heads, chosen queries, keys), at least in float32."""
-    batch, heads, _, head_dim = queries.shape
-    place = positions[:, None, :, None].expand(-1, heads, -1, head_dim)
-    precise = torch.promote_types(queries.dtype, torch.float32)
-    chosen = queries.gather(2, place).to(precise) * module.scaling
-    grouped = chosen.reshape(batch, keys.shape[1], -1, head_dim)
-    scores = grouped @ keys.to(precise).transpose(-1, -2)
-    scores = scores.reshape(batch, heads, positions.shape[1], -1)
-    return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
-
-
-def _reading_effect(
-    weights: torch.Tensor,
-    mass: torch.Tensor,
-    values: torch.Tensor,
-    kinds: torch.Tensor,
-    gram: torch.Tensor,
-) -> torch.Tensor:
-    """Squared output change when a head's visual keys are hidden from it.
-
-    Args:
-        weights: (batch, heads, queries, keys) attention.
-        mass: (batch, heads, queries, 2) visual and text mass.
-        values: (batch, kv_heads, keys, head_dim).
-        kinds: (batch, keys, 2) one-hot of (visual, text).
-        gram: (heads, head_dim, head_dim) of the output projection.
-
-    Returns:
-        (batch, heads, queries) float32.
-    """
-    batch, heads, queries, _ = weights.shape
-    values, gram = values.to(weights.dtype), gram.to(weights.dtype)
-
-    def mix(chosen: torch.Tensor) -> torch.Tensor:
-        grouped = chosen.reshape(batch, values.shape[1], -1, chosen.shape[-1])
-        return (grouped @ values).reshape(batch, heads, queries, -1)
-
-    text_only = mix(weights * kinds[:, None, None, :, 1]) / mass[..., 1:].clamp(min=1e-12)
-    change = mix(weights) - text_only
-    return ((change @ gram) * change).sum(dim=-1)
 
 
 def _observing_attention(

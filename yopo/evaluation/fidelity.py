@@ -20,6 +20,7 @@ from yopo.data.sizes import by_size
 from yopo.evaluation.kinds import MIN_GROUP, kinds_of
 from yopo.models.answer_tokens import teacher_forced
 from yopo.models.registry import family_of
+from yopo.models.turns import in_turns
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
 from yopo.support.finite import is_finite
@@ -198,35 +199,57 @@ def record_dense(
     Raises:
         DataError: No pairs.
     """
-    records: list[Recorded] = []
-    work = work or NoWork()
-    for group in track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs"):
-        stage = f"{name}-{len(records):05}"
-        kept = work.load(stage)
-        if kept is not None:
-            answers = kept.about["answers"]
-            batch = encode_for(model, processor, group, answers)
-            records.append(Recorded(batch, answers, kept.tensors["log_probs"]))
-            continue
-        answers = generate_answers(model, processor, group, max_new_tokens)
-        batch = encode_for(model, processor, group, answers)
-        log_probs = answer_log_probs(model, batch).cpu()
-        work.save(stage, Stage({"log_probs": log_probs}, {"answers": answers}))
-        records.append(Recorded(batch, answers, log_probs))
+    kept = work or NoWork()
+
+    def record(number: int, group: tuple[Pair, ...]) -> Recorded:
+        return _record(model, processor, group, max_new_tokens, kept, f"{name}-{number:05}")
+
+    groups = batches(by_size(pairs), batch_size)
+    finished = in_turns(model, record, groups, new_tokens=max_new_tokens)
+    finished = track(finished, label=label, total=total, unit="pairs")
+    records = [each for some in finished for each in some.results]
     if not records:
         raise DataError("There are no pairs to evaluate on.")
     return records
 
 
+def _record(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    group: tuple[Pair, ...],
+    max_new_tokens: int,
+    work: Work,
+    stage: str,
+) -> Recorded:
+    """Record a batch, or take it from ``work``, which keeps it under ``stage``."""
+    kept = work.load(stage)
+    if kept is not None:
+        answers = kept.about["answers"]
+        batch = encode_for(model, processor, group, answers)
+        return Recorded(batch, answers, kept.tensors["log_probs"])
+    answers = generate_answers(model, processor, group, max_new_tokens)
+    batch = encode_for(model, processor, group, answers)
+    log_probs = answer_log_probs(model, batch).cpu()
+    work.save(stage, Stage({"log_probs": log_probs}, {"answers": answers}))
+    return Recorded(batch, answers, log_probs)
+
+
 def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
     """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one."""
-    found: list[PairFidelity] = []
-    for record in records:
-        ours, dense = answer_log_probs(model, record.batch).cpu(), record.log_probs
-        kl = (dense.exp() * (dense - ours)).sum(dim=-1, dtype=torch.float64)
-        agreed = dense.argmax(dim=-1) == ours.argmax(dim=-1)
-        assert record.batch.answer_mask is not None, "a record holds the dense model's answers"
-        tokens = record.batch.answer_mask.sum(dim=1).tolist()
-        parts = zip(kl.split(tokens), agreed.split(tokens), tokens, strict=True)
-        found += [PairFidelity(float(a.sum()), int(b.sum()), count) for a, b, count in parts]
-    return Fidelity(tuple(found))
+
+    def judge(_: int, record: Recorded) -> list[PairFidelity]:
+        return _fidelity_of(record, answer_log_probs(model, record.batch).cpu())
+
+    finished = in_turns(model, judge, records)
+    return Fidelity(tuple(one for some in finished for each in some.results for one in each))
+
+
+def _fidelity_of(record: Recorded, ours: torch.Tensor) -> list[PairFidelity]:
+    """Closeness of (answer tokens of the batch, vocabulary) log-probabilities, pair by pair."""
+    dense = record.log_probs
+    kl = (dense.exp() * (dense - ours)).sum(dim=-1, dtype=torch.float64)
+    agreed = dense.argmax(dim=-1) == ours.argmax(dim=-1)
+    assert record.batch.answer_mask is not None, "a record holds the dense model's answers"
+    tokens = record.batch.answer_mask.sum(dim=1).tolist()
+    parts = zip(kl.split(tokens), agreed.split(tokens), tokens, strict=True)
+    return [PairFidelity(float(a.sum()), int(b.sum()), count) for a, b, count in parts]

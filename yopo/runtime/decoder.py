@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from yopo.models.baton import each_layer
 from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
 from yopo.models.layout import LayoutProbe
@@ -246,7 +247,7 @@ def run_layers(
         )
         place_latents(cache, visual_rotary)
     with fast_gemm(decoder.layers, text):
-        for number, layer in enumerate(decoder.layers):
+        for number, layer in enumerate(each_layer(decoder.layers, embeds)):
             if number == state.plan.visual_depth:
                 visual = None
             place = device_of(layer)
