@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ MIN_READ = 1024
 """Minimum bytes of a row to be read individually; tensors with shorter rows are read whole."""
 
 WORKERS = 2
-"""Threads per shard. Writes to one file are serialized, so more would not help."""
+"""Most threads per shard. Writes to one file are serialized, so more would not help."""
 
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -104,8 +104,13 @@ def plan_steps(shard: Shard, reorders: Mapping[str, Reorder]) -> list[Step]:
 
 
 def write_shard(
-    source: Path, target: Path, shard: Shard, reorders: Mapping[str, Reorder]
-) -> Iterator[Step]:
+    source: Path,
+    target: Path,
+    shard: Shard,
+    reorders: Mapping[str, Reorder],
+    *,
+    workers: int = WORKERS,
+) -> Generator[Step, None, None]:
     """Write a shard's reordered copy, yielding each step when it is done, in any order.
 
     Args:
@@ -113,6 +118,7 @@ def write_shard(
         target: A file that does not exist yet.
         shard: The source's header.
         reorders: Tensor name -> its permutation; other tensors are copied.
+        workers: Number of threads.
 
     Raises:
         CheckpointError: The source became shorter, or a value is not finite.
@@ -124,7 +130,7 @@ def write_shard(
         write_to = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         files.callback(os.close, write_to)
         work = _Work(read_from, write_to, source)
-        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="yopo-bake")
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="yopo-bake")
         files.callback(pool.shutdown, cancel_futures=True)
         for done in as_completed(
             [pool.submit(work.do, step) for step in plan_steps(shard, reorders)]
