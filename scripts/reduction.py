@@ -38,6 +38,7 @@ from typing import Any
 import torch
 
 from yopo.calibration.measure import identify, measure
+from yopo.calibration.questions import questions_of
 from yopo.evaluation.fidelity import compare, kinds_of_records, record_dense, worst_kind
 from yopo.pipeline.model_handle import ModelHandle
 from yopo.pipeline.opening import open_for
@@ -61,6 +62,7 @@ TIGHT_KV = 0.03
 ABLATION: tuple[tuple[str, dict[str, bool]], ...] = (
     ("par", {}),
     ("par", {"prompt": False}),
+    ("par", {"words": False}),
     ("par", {"graph": False}),
     ("par", {"router": False}),
     ("par", {"merge": False}),
@@ -179,14 +181,23 @@ class Measuring:
     def method(self, name: str, share: float, **parameters: Any) -> Method:
         """A method with this job's seed, if it takes one."""
         seed = {"seed": self.job.seed} if name == "random" else {}
-        return make_method(name, share, **seed, **parameters)
+        return self._calibrated(make_method(name, share, **seed, **parameters))
+
+    def _calibrated(self, method: Method) -> Method:
+        return method.calibrated(self._questions) if method.needs_questions else method
+
+    @cached_property
+    def _questions(self) -> list[set[int]]:
+        handle, run = self._handle, self._run(self.options.samples)
+        pairs = open_for(handle, run, handle.name, "calibration")
+        return questions_of(handle.model, handle.processor, pairs, batch_size=32)
 
     def described(self, text: str, share: float) -> Method:
         """The method of a job, from its name and perhaps parameters."""
         name, *parameters = text.split(",")
         if not parameters:
             return self.method(name, share)
-        return parse_method(",".join([f"{name}:{share}", *parameters]))
+        return self._calibrated(parse_method(",".join([f"{name}:{share}", *parameters])))
 
 
 def alone(measuring: Measuring) -> Iterator[dict[str, Any]]:
@@ -313,7 +324,7 @@ def named(method: Method) -> str:
     changed = [
         f"{key} {value}"
         for key, value in method.to_dict().items()
-        if usual.get(key) != value and key != "seed"
+        if usual.get(key) != value and key not in ("seed", "common")
     ]
     return ", ".join([f"{method.name} {100 * method.keep:g} %", *changed])
 

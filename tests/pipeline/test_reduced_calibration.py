@@ -22,6 +22,7 @@ from yopo.plans.flops import prefill_flops, visual_budget, visual_kv_bytes
 from yopo.plans.quality import quality_of
 from yopo.plans.schema import PruningPlan, Workload
 from yopo.plans.storage import read_plan
+from yopo.reduction.methods.par import PAR
 from yopo.reduction.registry import make_method, parse_method
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense
@@ -60,7 +61,9 @@ def prompt(made: Made, count: int = 1) -> tuple[torch.nn.Module, dict[str, torch
 
 
 def test_the_plan_carries_the_reduction_within_its_budget(made: Made) -> None:
-    assert made.plan.reduction == make_method("par", 0.5)
+    found = made.plan.reduction
+    assert isinstance(found, PAR) and replace(found, common=()) == make_method("par", 0.5)
+    assert found.common  # the template's tokens, and words that most questions have
     assert made.plan.workload.visual == 64 and made.plan.seen.visual == 32
     assert 0.045 < visual_budget(made.plan) <= 0.05
     assert made.plan.compensation == "refit"

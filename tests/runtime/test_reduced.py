@@ -78,6 +78,18 @@ def test_on_any_grids(subject: Subject, name: str, case: str) -> None:
     check(subject, reducing(subject, 3, make_method(name, 0.3)), tiny.batch(rows), grids)
 
 
+def test_common_words_of_a_plan_count_less(subject: Subject) -> None:
+    """The words' ids reach the method of the runtime and of the specification."""
+    inputs, found = tiny.batch(PROMPTS["padded"]), []
+    for common in ((), (7, 8, 9)):
+        method = make_method("par", 0.2, common=common, merge=False)
+        plan = reducing(subject, 0, method)
+        check(subject, plan, inputs)
+        with pruned(subject.oracle, plan):
+            found.append(tiny.logits(subject.oracle, inputs))
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_keeping_all_tokens_changes_no_bit(subject: Subject, name: str) -> None:
     inputs = tiny.batch(PROMPTS["one and two images"])

@@ -7,9 +7,8 @@ from the family's data, and batch rows may differ.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 from itertools import groupby
 from types import MethodType
 from typing import Any, cast
@@ -17,9 +16,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from yopo.models.family import GridsOf, Run
+from yopo.models.image_info import ENCODERS, carried, image_info, known, watched
 from yopo.plans.grid import Grid
 from yopo.support.context import PerContext
 from yopo.support.errors import ModelError
@@ -92,11 +91,13 @@ class TokenLayout:
         text: Every token that is not visual, attention-mask padding included.
         visual: The visual tokens, image after image.
         grids: The image grids of every batch row, in prompt order.
+        ids: (batch, sequence) int64 token ids; None where the caller passed embeddings.
     """
 
     text: Stream
     visual: Stream
     grids: tuple[tuple[Grid, ...], ...]
+    ids: torch.Tensor | None = None
 
     @property
     def has_uniform_grids(self) -> bool:
@@ -118,18 +119,23 @@ class TokenLayout:
         return table.to(self.visual.index.device)
 
 
-def build_layout(is_visual: torch.Tensor, grids: Sequence[tuple[Grid, ...]]) -> TokenLayout:
+def build_layout(
+    is_visual: torch.Tensor,
+    grids: Sequence[tuple[Grid, ...]],
+    ids: torch.Tensor | None = None,
+) -> TokenLayout:
     """Split a batch into its text and visual streams.
 
     Args:
         is_visual: (batch, sequence) bool, True on visual tokens.
         grids: Image grids per batch row; their tokens add up to the row's visual tokens.
+        ids: (batch, sequence) int64 token ids, if they are known.
 
     Returns:
         The layout, on ``is_visual``'s device.
     """
     visual = _stream(is_visual)
-    return TokenLayout(_stream(~is_visual), visual, tuple(tuple(row) for row in grids))
+    return TokenLayout(_stream(~is_visual), visual, tuple(tuple(row) for row in grids), ids)
 
 
 def _stream(member: torch.Tensor) -> Stream:
@@ -189,9 +195,9 @@ class LayoutProbe:
         # Tells this probe's image information from another's. A class, not an object: copying the
         # model copies the probe, but not what its encoding methods hold.
         self._key = type("Key", (), {})
-        for name in _ENCODERS:
+        for name in ENCODERS:
             if hasattr(base_model, name):
-                encode = _watched(type(base_model), name, self._key)
+                encode = watched(type(base_model), name, self._key)
                 setattr(base_model, name, MethodType(encode, base_model))
 
     @property
@@ -215,7 +221,7 @@ class LayoutProbe:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for name in _ENCODERS:
+        for name in ENCODERS:
             self._base_model.__dict__.pop(name, None)
 
     def _enter(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
@@ -228,11 +234,12 @@ class LayoutProbe:
             for token, modality in zip(self._token_ids, _PIXELS, strict=False)
             if _brings(bound, modality)
         ]
-        found = self._find(module, bound.get("input_ids"), embeds, tokens) if tokens else None
+        ids = bound.get("input_ids")
+        found = self._find(module, ids, embeds, tokens) if tokens else None
         if found is not None and bool((found >= 0).any()):
-            info = _known(module, self._key) | _carried(bound) | _image_info(bound)
+            info = known(module, self._key) | carried(bound) | image_info(bound)
             grids = self._grids_of(self._config, _runs(found), info)
-            call.layout = build_layout(found >= 0, grids)
+            call.layout = build_layout(found >= 0, grids, ids)
 
     def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
         call = _CALLS.get(self)
@@ -271,63 +278,10 @@ class LayoutProbe:
         return found
 
 
-_ENCODERS = ("get_image_features", "get_video_features")
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Modality -> its argument of the forward; families name their placeholders in this order."""
 
 _CALLS: PerContext[LayoutProbe, Call] = PerContext("yopo_calls")
-
-_Info = dict[str, torch.Tensor]
-
-_IMAGE_INFO: PerContext[nn.Module, tuple[type, _Info]] = PerContext("yopo_image_info")
-"""Information passed to a base model's encoding methods about the images encoded last, and the
-key of the probe that recorded it."""
-
-_NOTE = "_yopo_image_info"
-"""Attribute of an encoding method's output with the same. Copies of the output (beams) lose it."""
-
-
-def _image_info(arguments: dict[str, Any]) -> _Info:
-    """The arguments about images other than their pixels."""
-    about = ("image_", "video_", "batch_num_images")
-    return {
-        name: value
-        for name, value in arguments.items()
-        if name.startswith(about) and isinstance(value, torch.Tensor)
-    }
-
-
-def _known(module: nn.Module, key: type) -> _Info:
-    """Information about the images encoded last, if this probe recorded it."""
-    of, info = _IMAGE_INFO.get(module) or (None, {})
-    return info if of is key else {}
-
-
-def _carried(arguments: dict[str, Any]) -> _Info:
-    """Information carried by the encoded images among a forward's arguments."""
-    info: _Info = {}
-    for output in (arguments.get("mm_encoder_outputs") or {}).values():
-        info |= getattr(output, _NOTE, {})
-    return info
-
-
-def _watched(owner: type[nn.Module], name: str, key: type) -> Callable[..., Any]:
-    """The owner's encoding method, wrapped to record the information about its images."""
-    original = getattr(owner, name)
-    signature = inspect.signature(original)
-
-    @wraps(original)
-    def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        passed = _image_info(signature.bind_partial(module, *args, **kwargs).arguments)
-        known = _known(module, key)
-        encoded = original(module, *args, **kwargs)
-        # After the call: Qwen3-VL encodes videos as images, which must not count as such.
-        _IMAGE_INFO.set(module, (key, known | passed))
-        if isinstance(encoded, ModelOutput):
-            setattr(encoded, _NOTE, passed)
-        return encoded
-
-    return encode
 
 
 def _runs(found: torch.Tensor) -> list[list[Run]]:

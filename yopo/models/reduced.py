@@ -208,4 +208,7 @@ def _question(
     after = is_word & (text.index > visual.amax(dim=1, keepdim=True))
     words = torch.where(after.any(dim=1, keepdim=True), after, is_word)
     used = words.any(dim=0).nonzero()[:, 0]
-    return Question(text.gather(embeds)[:, used], words[:, used].float())
+    ids = None
+    if layout.ids is not None:
+        ids = layout.ids.to(used.device).gather(1, text.index)[:, used]
+    return Question(text.gather(embeds)[:, used], words[:, used].float(), ids)
