@@ -85,7 +85,7 @@ class CalibrationSession:
     """A model, measured once on pairs.
 
     Args:
-        model: Alias, directory, hub id, or a dense model in memory.
+        model: Alias, directory, hub id, or a dense model in memory; or a handle on one.
         processor: Processor of a model in memory.
         options: The data and how to run it.
         fit_options: How plans are measured and fitted.
@@ -103,7 +103,7 @@ class CalibrationSession:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | ModelHandle,
         options: RunOptions,
         fit_options: FitOptions,
         *,
@@ -115,7 +115,9 @@ class CalibrationSession:
         self.options, self.fit_options = options, fit_options
         if options.data is None and isinstance(model, str | Path):
             check_named(str(model), "calibration")
-        handle = ModelHandle(model, processor, options)
+        if not isinstance(model, ModelHandle):
+            model = ModelHandle(model, processor, options)
+        handle = model
         self.processor = handle.processor
         pairs = open_for(handle, options, handle.name, "calibration")
         self._pairs = in_sizes(pairs, fit_options.grids)
