@@ -53,7 +53,7 @@ from yopo.reduction.registry import make_method, method_class, parse_method
 from yopo.runtime.install import pruned
 from yopo.support.errors import YopoError
 
-METHODS = ("par", "divprune", "cdpruner", "folder", "random", "grid")
+METHODS = ("par", "divprune", "cdpruner", "scope", "prumerge+", "folder", "random", "grid")
 SHARES = (0.5, 0.25, 0.11)
 BUDGETS = (0.05, 0.12)
 TIGHT_KV = 0.03

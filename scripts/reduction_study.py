@@ -25,11 +25,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import reduction as single
 from reduction import Job
+
+from yopo.models.registry import family_of
+from yopo.pipeline.model_handle import ModelHandle
+from yopo.pipeline.options import RunOptions
+from yopo.reduction.registry import method_class
 
 MODELS = ("llava-tiny", "qwen2-vl-tiny", "internvl-tiny")
 SEEDS = (0, 1, 2)
@@ -43,12 +49,12 @@ OTHER_BUDGETS = (0.11, 0.25, 0.5)
 """Pure plans at the FLOPs of the methods alone."""
 
 SECONDS = {
-    "alone": 25,
-    "ablation": 25,
-    "pure": 30,
-    "composed": 30,
-    "matched": 70,
-    "tight": 70,
+    "alone": 30,
+    "ablation": 35,
+    "pure": 35,
+    "composed": 35,
+    "matched": 55,
+    "tight": 55,
 }
 """What a job takes on one core, before any has ended."""
 
@@ -63,7 +69,7 @@ def jobs(models: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     each = [(model, seed) for seed in seeds for model in models]
     found = [Job(part, *one) for part in ("alone", "pure") for one in each]
     for method in COMPOSED:
-        found += [Job("composed", *one, method, 0.5) for one in each]
+        found += [Job("composed", *one, method, 0.5) for one in each if runs_on(method, one[0])]
     found += [Job("ablation", *one) for one in each]
     found += [Job("matched", *one, share=0.5) for one in each]
     for method in MAIN:
@@ -73,6 +79,15 @@ def jobs(models: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     found += [Job("matched", *one, share=0.25) for one in each]
     found += [Job("pure", *one, budgets=OTHER_BUDGETS) for one in each]
     return found
+
+
+@cache
+def runs_on(method: str, model: str) -> bool:
+    """Whether a model's vision tower has the attention that a method may need."""
+    if not method_class(method.partition(",")[0]).needs_attention:
+        return True
+    config = ModelHandle(model, None, RunOptions()).config
+    return family_of(config).class_attention(config) is not None
 
 
 def needs(job: Job, others: Iterable[Job]) -> list[Job]:

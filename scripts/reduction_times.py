@@ -157,8 +157,7 @@ def measure(timing: Timing, methods: list[Method], options: argparse.Namespace) 
         found = {"dense": timing.prefill(None), "free": timing.prefill(free)}
         for method in methods:
             found[method.name] = timing.alone(method)
-            if not method.needs_attention:
-                found[f"with {method.name}"] = timing.prefill(method)
+            found[f"with {method.name}"] = timing.prefill(method)
         for name, value in found.items() if number else ():
             times.setdefault(name, []).append(value)
     return times
@@ -183,11 +182,9 @@ def show(timing: Timing, methods: list[Method], times: Times, where: str) -> Non
     free = prefill_flops(replace(plan, reduction=First(methods[0].keep)))
     for method in methods:
         own, cost = median(times[method.name]), flops_of_reduction(method, shape, workload)
-        over = ""
-        if f"with {method.name}" in times:
-            pairs = zip(times[f"with {method.name}"], times["dense"], strict=True)
-            over = f"{median(a / b for a, b in pairs):.2f}"
-        cells = [f"{own:.2f}", f"{100 * own / saved:.1f} %" if saved > 0 else "", over]
+        pairs = zip(times[f"with {method.name}"], times["dense"], strict=True)
+        over = median(a / b for a, b in pairs)
+        cells = [f"{own:.2f}", f"{100 * own / saved:.1f} %" if saved > 0 else "", f"{over:.2f}"]
         cells += [f"{(free + cost) / whole:.3f}", f"{cost / whole:.4f}"]
         print(f"| {method.name} | {' | '.join(cells)} |", flush=True)
 

@@ -152,7 +152,6 @@ def test_front_and_statistics_carry_it(tmp_path: Path) -> None:
         ("pra:0.5", "Unknown reduction 'pra'"),
         ("par:", "NAME:SHARE"),
         ("par:2", "keep must lie in"),
-        ("scope:0.5", "vision tower's attention"),
     ],
 )
 def test_bad_reductions_are_refused_in_a_sentence(

@@ -29,6 +29,11 @@ _NOTE = "_yopo_image_info"
 """Attribute of an encoding method's output with the same. Copies of the output (beams) lose it."""
 
 
+def note(encoded: ModelOutput, info: Info) -> None:
+    """Let encoded images carry information to the forwards that they are passed to."""
+    setattr(encoded, _NOTE, getattr(encoded, _NOTE, {}) | info)
+
+
 def image_info(arguments: dict[str, Any]) -> Info:
     """The arguments about images other than their pixels."""
     about = ("image_", "video_", "batch_num_images")
@@ -53,8 +58,17 @@ def carried(arguments: dict[str, Any]) -> Info:
     return info
 
 
-def watched(owner: type[nn.Module], name: str, key: type) -> Callable[..., Any]:
-    """The owner's encoding method, wrapped to record the information about its images."""
+def watched(
+    owner: type[nn.Module], name: str, key: type, found: Callable[[], Info]
+) -> Callable[..., Any]:
+    """The owner's encoding method, wrapped to record the information about its images.
+
+    Args:
+        owner: The base model's class.
+        name: The method.
+        key: Of the probe that records.
+        found: What encoding found out about the images, once it is done.
+    """
     original = getattr(owner, name)
     signature = inspect.signature(original)
 
@@ -63,10 +77,11 @@ def watched(owner: type[nn.Module], name: str, key: type) -> Callable[..., Any]:
         passed = image_info(signature.bind_partial(module, *args, **kwargs).arguments)
         before = known(module, key)
         encoded = original(module, *args, **kwargs)
+        passed |= found()
         # After the call: Qwen3-VL encodes videos as images, which must not count as such.
         _IMAGE_INFO.set(module, (key, before | passed))
         if isinstance(encoded, ModelOutput):
-            setattr(encoded, _NOTE, passed)
+            note(encoded, passed)
         return encoded
 
     return encode

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from types import MethodType
 from typing import Any, cast
@@ -18,69 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from yopo.models.family import GridsOf, Run
-from yopo.models.image_info import ENCODERS, carried, image_info, known, watched
+from yopo.models.image_info import ENCODERS, Info, carried, image_info, known, watched
+from yopo.models.stream import Stream
+from yopo.models.tower_attention import ATTENTION, laid_out, record, recorded
 from yopo.plans.grid import Grid
 from yopo.support.context import PerContext
 from yopo.support.errors import ModelError
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The positions of one kind of token (text or visual) in a batch.
-
-    Attributes:
-        index: (batch, length) int64, positions in the forward's sequence, ascending; rows with
-            fewer tokens are padded with position 0.
-        mask: (batch, length) bool, False on padding; None without padding.
-        shared: Whether all rows have the same positions.
-    """
-
-    index: torch.Tensor
-    mask: torch.Tensor | None
-    shared: bool
-
-    @property
-    def length(self) -> int:
-        """Tokens per row, padding included."""
-        return self.index.shape[1]
-
-    def by_row(self) -> list[torch.Tensor]:
-        """(tokens,) positions of every row, without padding."""
-        if self.mask is None:
-            return list(self.index)
-        return [row[real] for row, real in zip(self.index, self.mask, strict=True)]
-
-    def unflatten(self, values: torch.Tensor) -> torch.Tensor:
-        """Arrange (tokens of all rows, width) values as (batch, length, width), 0 on padding."""
-        if self.mask is None:
-            return values.reshape(*self.index.shape, -1)
-        padded = values.new_zeros(*self.index.shape, values.shape[-1])
-        padded[self.mask] = values
-        return padded
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Pick this stream's rows of a (batch, sequence, width) tensor."""
-        if self.shared:
-            return tensor.index_select(1, self.index[0])
-        return tensor.gather(1, self.index.unsqueeze(-1).expand(-1, -1, tensor.shape[-1]))
-
-    def marks(self, length: int) -> torch.Tensor:
-        """(batch, length) bool, True on the sequence positions of this stream."""
-        table = self.index.new_zeros((*self.index.shape[:1], length, 1), dtype=torch.bool)
-        self.scatter(table, torch.ones_like(self.index, dtype=torch.bool)[..., None])
-        return table[..., 0]
-
-    def scatter(self, target: torch.Tensor, values: torch.Tensor) -> None:
-        """Write (batch, length, width) values back to their positions in ``target``."""
-        if self.shared:
-            target.index_copy_(1, self.index[0], values)
-            return
-        rows = torch.arange(target.shape[0], device=target.device).unsqueeze(1)
-        rows = rows.expand_as(self.index)
-        if self.mask is None:
-            target[rows, self.index] = values
-        else:
-            target[rows[self.mask], self.index[self.mask]] = values[self.mask]
 
 
 @dataclass(frozen=True)
@@ -92,12 +35,15 @@ class TokenLayout:
         visual: The visual tokens, image after image.
         grids: The image grids of every batch row, in prompt order.
         ids: (batch, sequence) int64 token ids; None where the caller passed embeddings.
+        attention: (batch, visual length) float32, the vision tower's attention on every visual
+            token, 1 in sum over an image; None unless it is recorded.
     """
 
     text: Stream
     visual: Stream
     grids: tuple[tuple[Grid, ...], ...]
     ids: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
 
     @property
     def has_uniform_grids(self) -> bool:
@@ -158,12 +104,14 @@ class Call:
         has_embeds: Whether the caller passed embeddings instead of token ids.
         must_be_read: Whether the layout has to be read before the forward ends.
         is_read: Whether it was read.
+        carried: Information carried by images that were encoded before.
     """
 
     layout: TokenLayout | None
     has_embeds: bool
     must_be_read: bool = False
     is_read: bool = False
+    carried: Info = field(default_factory=dict)
 
 
 class LayoutProbe:
@@ -177,7 +125,11 @@ class LayoutProbe:
     """
 
     def __init__(
-        self, base_model: nn.Module, grids_of: GridsOf, token_ids: Sequence[int] | None = None
+        self,
+        base_model: nn.Module,
+        grids_of: GridsOf,
+        token_ids: Sequence[int] | None = None,
+        attention: str | None = None,
     ):
         self.must_be_read = False
         """Whether a forward with visual tokens fails if its layout was not read with :meth:`read`:
@@ -195,9 +147,12 @@ class LayoutProbe:
         # Tells this probe's image information from another's. A class, not an object: copying the
         # model copies the probe, but not what its encoding methods hold.
         self._key = type("Key", (), {})
+        self._tower = None if attention is None else base_model.get_submodule(attention)
+        if self._tower is not None:
+            self._handles.append(record(self._tower))
         for name in ENCODERS:
             if hasattr(base_model, name):
-                encode = watched(type(base_model), name, self._key)
+                encode = watched(type(base_model), name, self._key, self._attention)
                 setattr(base_model, name, MethodType(encode, base_model))
 
     @property
@@ -207,13 +162,28 @@ class LayoutProbe:
         None outside of a forward, and for prompts and decode steps without visual tokens.
         """
         call = _CALLS.get(self)
-        return None if call is None else call.layout
+        return None if call is None else self._with_attention(call).layout
 
     def read(self) -> Call | None:
         """This thread's forward in progress; marks its layout as read."""
         call = _CALLS.get(self)
         if call is not None:
-            call.is_read = True
+            self._with_attention(call).is_read = True
+        return call
+
+    def _attention(self) -> Info:
+        """The tower's attention on the images that were just encoded, where it is recorded."""
+        found = None if self._tower is None else recorded(self._tower)
+        return {} if found is None else {ATTENTION: found}
+
+    def _with_attention(self, call: Call) -> Call:
+        """Add the tower's attention to a layout: a forward may encode its images itself."""
+        layout = call.layout
+        if self._tower is None or layout is None or layout.attention is not None:
+            return call
+        found = call.carried.get(ATTENTION, known(self._base_model, self._key).get(ATTENTION))
+        if found is not None:
+            call.layout = replace(layout, attention=laid_out(found, layout.visual))
         return call
 
     def remove(self) -> None:
@@ -237,7 +207,8 @@ class LayoutProbe:
         ids = bound.get("input_ids")
         found = self._find(module, ids, embeds, tokens) if tokens else None
         if found is not None and bool((found >= 0).any()):
-            info = known(module, self._key) | carried(bound) | image_info(bound)
+            call.carried = carried(bound)
+            info = known(module, self._key) | call.carried | image_info(bound)
             grids = self._grids_of(self._config, _runs(found), info)
             call.layout = build_layout(found >= 0, grids, ids)
 

@@ -13,7 +13,8 @@ from functools import cached_property
 
 import torch
 
-from yopo.models.layout import Stream, TokenLayout
+from yopo.models.layout import TokenLayout
+from yopo.models.stream import Stream
 from yopo.plans.grid import TOKENS_PER_LARGE_BLOCK, Block, row_blocks, shared_blocks
 from yopo.runtime import devices
 from yopo.runtime.token_index import TokenIndex

@@ -19,8 +19,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, Stream, TokenLayout
+from yopo.models.layout import LayoutProbe, TokenLayout
 from yopo.models.reduced import Reduced, reduce
+from yopo.models.stream import Stream
 from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
