@@ -20,6 +20,7 @@ from yopo.baselines.registry import BASELINES
 from yopo.baselines.vtw import TokenWithdrawal
 from yopo.bench.result import BenchOptions
 from yopo.bench.run import Sizes, bench_model
+from yopo.models.registry import family_of
 from yopo.plans.schema import LayerPlan, full_layer
 from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
