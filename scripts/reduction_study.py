@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -195,10 +196,14 @@ def _work(job: Job, folder: Path, options: argparse.Namespace) -> None:
     log = folder / f"{job.name}.log"
     options.output, options.results = folder / f"{job.name}.json", folder
     with log.open("w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            single.run(job, options, show=False)
+            try:
+                single.run(job, options, show=False)
+            except Exception as error:
+                traceback.print_exc(file=file)
+                raise SystemExit(1) from error
     log.unlink()
 
 
