@@ -296,6 +296,7 @@ def _tight_name(row: Row) -> str:
 def _table(heading: str, rows: Sequence[Row], name: Callable[[Row], str]) -> None:
     """Print rows, those of one name together: mean over seeds, least .. most."""
     groups: dict[str, list[Row]] = defaultdict(list)
+    missing: dict[str, list[str]] = {}
     for row in rows:
         groups[name(row)].append(row)
     if not groups:
@@ -307,7 +308,7 @@ def _table(heading: str, rows: Sequence[Row], name: Callable[[Row], str]) -> Non
     for label, found in groups.items():
         good = [row for row in found if "missing" not in row]
         if not good:
-            print(f"| {label} | {found[0]['missing']} |" + " |" * 5)
+            missing.setdefault(found[0]["missing"], []).append(label)
             continue
         methods = sorted({row["best"] for row in good if row.get("best")})
         if methods:
@@ -323,6 +324,8 @@ def _table(heading: str, rows: Sequence[Row], name: Callable[[Row], str]) -> Non
         ]
         some = "" if len(good) == len(seeds) else f" ({len(good)} of {len(seeds)} seeds)"
         print(f"| {label}{some} | {' | '.join(cells)} |")
+    for reason, labels in missing.items():
+        print(f"\nLeft out: {', '.join(labels)}: {reason}")
 
 
 def _spread(rows: Sequence[Row], key: str, factor: float, form: str) -> str:
