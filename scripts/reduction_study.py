@@ -303,7 +303,7 @@ def _table(heading: str, rows: Sequence[Row], name: Callable[[Row], str]) -> Non
         return
     seeds = {row["seed"] for row in rows}
     print(f"\n{heading} ({max(row.get('pairs', 0) for row in rows)} pairs, {len(seeds)} seeds)\n")
-    print("| | tokens | FLOPs | KV | whole answers | worst kind | KL |")
+    print("| | tokens | FLOPs, % | KV, % | whole answers, % | worst kind, % | KL |")
     print("|---|" + "---:|" * 6)
     for label, found in groups.items():
         good = [row for row in found if "missing" not in row]
