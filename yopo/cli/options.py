@@ -168,7 +168,8 @@ run_options = _chain(
         "--dtype",
         default="auto",
         show_default=True,
-        help="float32, bfloat16 or bf16, float16 or fp16; auto: the checkpoint's.",
+        help="float32, bfloat16 or bf16, float16 or fp16; auto: the checkpoint's, or in place of "
+        "float16 on a CPU what is faster there.",
     ),
     click.option(
         "--max-pixels",
