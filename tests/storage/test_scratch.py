@@ -86,7 +86,7 @@ def test_a_run_killed_before_locking_leaves_a_leftover(tmp_path: Path) -> None:
 
 def test_a_run_survives_losing_its_directory_before_locking(tmp_path: Path, monkeypatch) -> None:
     """A run that loses its directory before locking it makes another one."""
-    lock, taken = scratch._try_lock, []
+    lock, taken = scratch.try_lock, []
 
     def late(file: int) -> bool:
         if not taken:
@@ -94,7 +94,7 @@ def test_a_run_survives_losing_its_directory_before_locking(tmp_path: Path, monk
             remove_leftover(taken[0])
         return lock(file)
 
-    monkeypatch.setattr(scratch, "_try_lock", late)
+    monkeypatch.setattr(scratch, "try_lock", late)
     with Scratch(tmp_path / "out") as made:
         made.new.mkdir()
         (folder,) = tmp_path.iterdir()

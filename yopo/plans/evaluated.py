@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yopo.plans.file import BUDGET_DIGITS
+from yopo.plans.flops import visual_budget
 from yopo.plans.quality import marks
 from yopo.plans.schema import PruningPlan
 from yopo.support.errors import PlanError
@@ -61,7 +62,7 @@ def with_evaluation(plan: PruningPlan, path: str | Path) -> PruningPlan:
     if not is_of(plan, model, budget):
         raise PlanError(
             f"{path}: evaluates a plan for {model} at {budget:.2%} of the visual FLOPs, but this "
-            f"one is for {plan.model.name} at {plan.budget.reached:.2%}.",
+            f"one is for {plan.model.name} at {visual_budget(plan):.2%}.",
             remedy=remedy,
         )
     entry = {**vars(found), "of": marks(plan)}
@@ -70,7 +71,8 @@ def with_evaluation(plan: PruningPlan, path: str | Path) -> PruningPlan:
 
 def is_of(plan: PruningPlan, model: str, budget: float) -> bool:
     """Whether an evaluation of a model at a visual budget is of this plan."""
-    return model == plan.model.name and abs(budget - plan.budget.reached) <= 10**-BUDGET_DIGITS
+    is_near = abs(budget - visual_budget(plan)) <= 10**-BUDGET_DIGITS
+    return model == plan.model.name and is_near
 
 
 def evaluated_of(plan: PruningPlan) -> Evaluated | None:

@@ -34,6 +34,7 @@ from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features
 from yopo.runtime.labels import LabelProbe
 from yopo.runtime.layer import LayerRun, VisualInput
+from yopo.runtime.norms import norm_for
 from yopo.runtime.sliced_linear import warn_without_fitted
 from yopo.runtime.token_index import Rotary
 from yopo.support.errors import ModelError
@@ -273,15 +274,16 @@ def run_layers(
 
 
 def _joined(
-    norm: nn.Module,
+    module: nn.Module,
     text: torch.Tensor,
     visual: torch.Tensor | None,
     masks: AttentionMasks,
     embeds: torch.Tensor,
 ) -> torch.Tensor:
     """(batch, sequence, hidden) of both streams after the final norm, 0 at tokens that are gone."""
-    place = device_of(norm)
+    place = device_of(module)
     text, visual = moved((text, visual), place)
+    norm = norm_for(module, place)
     text, masks = norm(text), masks.on(place)
     if masks.visual is None:
         return text

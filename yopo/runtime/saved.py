@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a pruned model: a complete pruned checkpoint, or a plain dense one.
+r"""``save_pretrained`` of a pruned model: a complete pruned checkpoint, or a plain dense one.
 
 transformers would write the weights and a config.json that still says ``yopo``, without the plan,
 its tensors and the loader's code. So the outer class is swapped for one that saves the dense model
