@@ -84,7 +84,8 @@ def _count(name: str, text: str, **settings: Any) -> Any:
     "--dtype",
     default="auto",
     show_default=True,
-    help="float32, bfloat16, float16; auto: the checkpoint's, or float32.",
+    help="float32, bfloat16, float16; auto: the checkpoint's (but not float16 on a CPU), or "
+    "float32.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 @click.pass_context
@@ -172,7 +173,10 @@ def _measure(values: dict[str, Any], device: str, device_map: DeviceMap | None) 
     else:
         source = workflow.source_of_target(values["target"], plan, None)
     if device_map is None:
-        model = serving.load_dense(source, dtype=dtype).to(device)
+        reader, precision = load("yopo.checkpoint.reader"), load("yopo.serving.precision")
+        checkpoint = reader.Checkpoint.open(reader.fetch(source))
+        kind = precision.dtype_for(dtype, checkpoint, device)
+        model = serving.load_dense(source, checkpoint=checkpoint, dtype=kind).to(device)
     else:
         model = serving.load_dense(source, dtype=dtype, device_map=device_map)
     return bench.bench_model(model, plan, sizes, options)

@@ -168,7 +168,8 @@ run_options = _chain(
         "--dtype",
         default="auto",
         show_default=True,
-        help="float32, bfloat16 or bf16, float16 or fp16; auto: the checkpoint's.",
+        help="float32, bfloat16 or bf16, float16 or fp16; auto: the checkpoint's, or in place of "
+        "float16 on a CPU what is faster there.",
     ),
     click.option(
         "--max-pixels",
@@ -279,11 +280,12 @@ def device_settings(context: click.Context) -> dict[str, Any]:
     from yopo.serving.loading import torch_device
     from yopo.serving.places import read_device_map
 
-    given = click.core.ParameterSource.DEFAULT
+    is_default = context.get_parameter_source("device") == click.core.ParameterSource.DEFAULT
+    drop_overruled(context, ("device",), ("device_map",))
     device, places = context.params["device"], context.params["device_map"]
     if places is None:
         return {"device": torch_device(device), "device_map": None}
-    if context.get_parameter_source("device") != given:
+    if device is not None and not is_default:
         raise click.UsageError("--device and --device-map exclude one another.")
     return {"device": "cpu", "device_map": read_device_map(places)}
 

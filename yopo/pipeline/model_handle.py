@@ -16,6 +16,7 @@ from yopo.models.registry import ALIASES, ModelSource, family_of, resolve
 from yopo.pipeline.options import RunOptions
 from yopo.serving.loading import load_dense, torch_dtype
 from yopo.serving.places import read_device_map
+from yopo.serving.precision import dtype_for
 from yopo.support.errors import ModelError
 
 Model = str | Path | PreTrainedModel
@@ -85,6 +86,8 @@ class ModelHandle:
             return load_dense(
                 self._source, checkpoint=self._checkpoint, dtype=dtype, device_map=places
             )
+        assert self._checkpoint is not None, "a model in memory is not loaded"
+        dtype = dtype_for(dtype, self._checkpoint, self._options.device)
         model = load_dense(self._source, checkpoint=self._checkpoint, dtype=dtype)
         nn.Module.to(model, self._options.device)  # transformers' own `to` has no usable type
         return model

@@ -29,7 +29,8 @@ class RunOptions:
         device_map: In place of ``device``, as accelerate takes it: ``auto``, or the device of each
             module by name, for a decoder spread over several devices; ``cpu`` and ``disk`` beside a
             GPU hold weights that are fetched when they are needed. None: all is on ``device``.
-        dtype: Dtype of a model that is loaded: ``auto`` (the checkpoint's), ``float32``,
+        dtype: Dtype of a model that is loaded: ``auto`` (the checkpoint's; in place of float16 on a
+            CPU, where it is slow, bfloat16 or float32: see ``serving.precision``), ``float32``,
             ``bfloat16`` (``bf16``), ``float16`` (``fp16``); a model in memory is not converted.
         max_new_tokens: Longest answer generated.
         trust_remote_code: Whether the model's own processor or tokenizer code may run.

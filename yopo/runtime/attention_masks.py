@@ -17,9 +17,9 @@ import torch
 from yopo.models.devices import moved
 from yopo.models.streams import Stream, TokenLayout
 from yopo.plans.grid import TOKENS_PER_LARGE_BLOCK, Block, row_blocks, shared_blocks
+from yopo.runtime.inputs import checked_mask
 from yopo.runtime.kernel_masks import KernelMasks
 from yopo.runtime.token_index import TokenIndex
-from yopo.support.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class AttentionMasks:
             text, visual = layout.text, layout.visual
         self.text, self.visual = text, visual
         streams = (text,) if visual is None else (text, visual)
-        self._padding = moved(_check_mask(attention_mask, batch, index.length + length), device)
+        self._padding = moved(checked_mask(attention_mask, batch, index.length + length), device)
         places = (self._absolute(stream) for stream in streams)
         self._text_keys = index.extend(*places, num_tokens=length)
         index.is_padded |= any(stream.mask is not None for stream in streams)
@@ -329,20 +329,3 @@ class AttentionMasks:
             keys >= 0 if self.visual_keys_ok is None else self.visual_keys_ok[rows, : keys.shape[1]]
         )
         return real[:, None, :].expand(-1, num_queries, -1)
-
-
-def _check_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    if mask is None:
-        return None
-    found = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-    if found != "2-D":
-        raise ModelError(
-            f"A pruned model takes a 2-D attention mask, found {found}.",
-            remedy="Pass the padding mask that the processor returns. Packed rows need no mask, "
-            "only positions that restart.",
-        )
-    size = tuple(mask.shape)
-    if size != (batch, length):
-        raise ModelError(f"The attention mask has shape {size}, expected {(batch, length)}.")
-    mask = mask.bool()
-    return None if bool(mask.all()) else mask

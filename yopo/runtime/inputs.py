@@ -154,3 +154,25 @@ def refuse_window(config: object, length: int, who: str) -> None:
             f"{who} does not support.",
             remedy="Shorten the prompt or the answer, or use the dense model.",
         )
+
+
+def checked_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """A padding mask as (batch, length) bool; None if there is no padding.
+
+    Raises:
+        ModelError: It has other dimensions.
+    """
+    if mask is None:
+        return None
+    found = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+    if found != "2-D":
+        raise ModelError(
+            f"A pruned model takes a 2-D attention mask, found {found}.",
+            remedy="Pass the padding mask that the processor returns. Packed rows need no mask, "
+            "only positions that restart.",
+        )
+    size = tuple(mask.shape)
+    if size != (batch, length):
+        raise ModelError(f"The attention mask has shape {size}, expected {(batch, length)}.")
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask
