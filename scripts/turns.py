@@ -1,8 +1,8 @@
 """Time passes whose forwards pass the layers in turns over the plain loops, on a resident model.
 
 Alternating runs of the statistics, of recording the dense model's answers and of comparing a plan
-with it; prints each one's median time over that of the plain loop, and checks that the results are
-the same bit for bit.
+with it; prints each one's median time over that of the plain loop, by the clock and by the CPU time
+of the process, and checks that the results are the same bit for bit.
 
     python scripts/turns.py --model llava-tiny --pairs 32 --batch-size 4 --rounds 5
 """
@@ -47,10 +47,11 @@ def main() -> None:
     options = RunOptions(samples=arguments.pairs)
     handle = ModelHandle(arguments.model, None, options)
     pairs = list(open_for(handle, options, handle.name, "heldout"))
-    print("| pass | plain (s) | in turns (s) | ratio |\n|---|---:|---:|---:|")
+    print("| pass | plain (s) | in turns (s) | ratio | of CPU time |\n|---|---:|---:|---:|---:|")
     for name, call in passes(handle, pairs, arguments.batch_size, arguments.max_new_tokens).items():
-        plain, turns = times(call, arguments.rounds)
-        print(f"| {name} | {plain:.2f} | {turns:.2f} | {turns / plain:.3f} |", flush=True)
+        (plain, own), (turns, other) = times(call, arguments.rounds)
+        cells = f"{plain:.2f} | {turns:.2f} | {turns / plain:.2f} | {other / own:.2f}"
+        print(f"| {name} | {cells} |", flush=True)
 
 
 def passes(
@@ -77,18 +78,19 @@ def passes(
     return {"statistics": statistics, "dense answers": answers, "comparison": comparison}
 
 
-def times(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Median seconds of plain calls and of calls in turns, alternating; their results agree."""
-    spent: tuple[list[float], list[float]] = ([], [])
+def times(call: Callable[[], Any], rounds: int) -> list[tuple[float, float]]:
+    """Median (seconds, CPU seconds) of plain calls and of calls in turns, whose results agree."""
+    spent: tuple[list[tuple[float, float]], ...] = ([], [])
     found: list[Any] = [None, None]
     for _ in range(rounds):
         for number, switch in enumerate((nullcontext, lambda: window_of(MEMORY))):
             with switch():
-                start = time.perf_counter()
+                start = time.perf_counter(), time.process_time()
                 found[number] = call()
-                spent[number].append(time.perf_counter() - start)
+                now = time.perf_counter(), time.process_time()
+            spent[number].append((now[0] - start[0], now[1] - start[1]))
     assert is_same(*found), "in turns, the results differ"
-    return median(spent[0]), median(spent[1])
+    return [(median(each[0] for each in some), median(each[1] for each in some)) for some in spent]
 
 
 def is_same(one: Any, other: Any) -> bool:

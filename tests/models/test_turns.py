@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import nn
 from zoo import PROMPTS, Row, Specimen
 
@@ -17,8 +18,9 @@ from yopo.data.prompts import Batch
 from yopo.evaluation.fidelity import Recorded, answer_log_probs, compare
 from yopo.models import turns
 from yopo.models.turns import in_turns
-from yopo.models.window import window_of
+from yopo.models.window import Holding, window_of
 from yopo.runtime.install import pruned
+from yopo.support.work_dir import Stage
 
 ROWS: list[Row] = [
     *PROMPTS["padded, different images"],
@@ -117,3 +119,47 @@ def test_judgements_are_the_same(specimen: Specimen, fetched: list[nn.Module]) -
     assert found == usual
     assert usual.kl > 0
     assert fetched == list(specimen.model.get_decoder().layers)
+
+
+class Kept:
+    """Work that stays in memory."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Stage] = {}
+
+    def load(self, name: str) -> Stage | None:
+        return self.stages.get(name)
+
+    def save(self, name: str, stage: Stage) -> None:
+        tensors = {key: value.clone() for key, value in stage.tensors.items()}
+        self.stages[name] = Stage(tensors, stage.about)
+
+
+def test_statistics_go_on_after_the_last_whole_window(
+    monkeypatch: pytest.MonkeyPatch, fetched: list[nn.Module]
+) -> None:
+    specimen = zoo.build(next(zoo.all_entries()))
+    usual = measured(specimen, monkeypatch)
+    monkeypatch.setattr(run, "PERIOD", 0.0)
+    encode, rows, work = run.encode_for, [*ROWS, *ROWS], Kept()
+
+    def fail(model: Any, processor: Any, group: tuple[Row, ...]) -> Batch:
+        if len(fetched) >= specimen.identity.shape.layers:
+            raise KeyboardInterrupt
+        return encode(model, processor, group)
+
+    def again(pairs: list[Row]) -> Statistics:
+        return run.measure(specimen.model, None, pairs, name="tiny", batch_size=2, work=work)
+
+    whole = run.measure(specimen.model, None, rows, name="tiny", batch_size=2)
+    states = torch.zeros(2, specimen.inputs(ROWS[:2])["input_ids"].shape[1], 64)
+    with window_of(3 * Holding(specimen.identity.shape, None).of(states)):
+        monkeypatch.setattr(run, "encode_for", fail)
+        with pytest.raises(KeyboardInterrupt):
+            again(rows)
+        monkeypatch.setattr(run, "encode_for", encode)
+        assert 0 < work.stages[run.SNAPSHOT].about["pairs"] < len(rows)
+        found = again(rows)
+    for name in ("rho", "head_sum", "neuron_square", "head_effect_sum"):
+        assert torch.equal(getattr(found, name), getattr(whole, name)), name
+        assert not torch.equal(getattr(found, name), getattr(usual, name))
