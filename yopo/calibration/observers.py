@@ -7,7 +7,6 @@ the ``with`` block ends.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,14 +19,13 @@ from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
 from yopo.calibration.inner_text import InnerText
-from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
+from yopo.calibration.running import Running
+from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite
 from yopo.models.family import Backbone, Family
 from yopo.models.layout import LayoutProbe
 from yopo.models.shortened import Shortened, shorten
-from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
 from yopo.reduction.method import Method
-from yopo.support.work_dir import Stage
 
 if TYPE_CHECKING:
     from yopo.models.stock import StockAttention
@@ -41,12 +39,9 @@ QUERIES = ("text", "all", "last")
 _FLOAT_BYTES = 8 << 20
 """Bytes of weights or activations that are converted to float32 at a time."""
 
-_COUNTS = ("visual_tokens", "text_queries", "text_tokens", "text_before")
-"""Counts of an observer."""
 
-
-class Observer:
-    """Running sums of one calibration pass (see ``Statistics`` for what they mean).
+class Observer(Running):
+    """Adds what a forward shows to running sums.
 
     Args:
         shape: The decoder's dimensions.
@@ -56,17 +51,8 @@ class Observer:
     """
 
     def __init__(self, shape: ModelShape, queries: str, probe: LayoutProbe, output: str):
-        self.shape, self.queries, self.probe = shape, queries, probe
-        self.rho: list[torch.Tensor] = []
-        self.sums = {
-            name: torch.zeros(size, dtype=torch.float64) for name, size in sum_sizes(shape).items()
-        }
-        self.visual_tokens = 0
-        self.text_queries = 0
-        self.text_tokens = 0
-        self.text_before = 0
-        self.grids: Counter[tuple[Grid, ...]] = Counter()
-        self.inner_text: dict[tuple[Grid, ...], InnerText] = {}
+        super().__init__(shape)
+        self.queries, self.probe = queries, probe
         self._output = output
         self._rho_of_batch: list[torch.Tensor] = []
         self._batch: BatchView | None = None
@@ -101,26 +87,14 @@ class Observer:
             self.inner_text[grids] = known.plus(grids, positions)
         refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
 
-    def snapshot(self) -> Stage:
-        """The sums so far, between two batches."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        grids = [
-            [[vars(grid) for grid in prompt], count, vars(self.inner_text[prompt])]
-            for prompt, count in self.grids.items()
-        ]
-        about = {**counts, "grids": grids, "pairs": sum(map(len, self.rho))}
-        return Stage({**self.sums, "rho": torch.cat(self.rho)}, about)
-
-    def restore(self, kept: Stage) -> None:
-        """Go on from a snapshot."""
-        self.rho = [kept.tensors["rho"]]
-        self.sums = {name: kept.tensors[name] for name in self.sums}
-        for name in _COUNTS:
-            setattr(self, name, kept.about[name])
-        for sizes, count, inner in kept.about["grids"]:
-            prompt = tuple(Grid(**size) for size in sizes)
-            self.grids[prompt] = count
-            self.inner_text[prompt] = InnerText(**inner | {"between": tuple(inner["between"])})
+    def take(self) -> Running:
+        """The sums since the last time, which begin anew."""
+        taken = Running(self.shape)
+        empty = Running(self.shape)
+        for name in vars(empty):
+            setattr(taken, name, getattr(self, name))
+            setattr(self, name, getattr(empty, name))
+        return taken
 
     def view(self) -> BatchView:
         """The batch in progress."""

@@ -250,6 +250,7 @@ def run_settings(context: click.Context) -> RunOptions:
     """The run options of a command with ``run_options``, its device checked."""
     from yopo.pipeline.options import RunOptions
     from yopo.serving.loading import torch_device
+    from yopo.support.ranks import own_device
 
     values = {
         each.name: context.params[each.name]
@@ -258,7 +259,7 @@ def run_settings(context: click.Context) -> RunOptions:
     }
     values["processor_options"] = processor_options(context)
     values["data"] = one_or_all(values["data"])
-    return RunOptions(**values | {"device": torch_device(values["device"])})
+    return RunOptions(**values | {"device": torch_device(own_device(values["device"]))})
 
 
 def processor_options(context: click.Context) -> dict[str, Any]:

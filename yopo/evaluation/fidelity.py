@@ -8,7 +8,7 @@ most likely prediction. The end token counts: knowing when to stop is part of an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -23,6 +23,7 @@ from yopo.models.registry import family_of
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
 from yopo.support.finite import is_finite
+from yopo.support.ranks import gathered, mine
 from yopo.support.work_dir import NoWork, Stage, Work
 
 Generate = Callable[..., torch.Tensor]
@@ -114,8 +115,14 @@ def worst_kind(by_kind: Mapping[str, Fidelity]) -> str:
 
 def kinds_of_records(records: Sequence[Recorded]) -> list[str]:
     """The kind of each recorded pair, in order (see ``kinds_of``)."""
-    pairs = [pair for record in records for pair in record.batch.pairs]
-    return kinds_of(pairs, [len(ids) - 1 for record in records for ids in record.answers])
+    told = [[replace(pair, images=(), videos=()) for pair in each.batch.pairs] for each in records]
+    pairs = [pair for each in gathered(told) for pair in each]
+    return kinds_of(pairs, [len(ids) - 1 for ids in answers_of(records)])
+
+
+def answers_of(records: Sequence[Recorded]) -> list[list[int]]:
+    """The dense model's answers to all recorded pairs, in order."""
+    return [ids for each in gathered([record.answers for record in records]) for ids in each]
 
 
 @torch.no_grad()
@@ -195,13 +202,17 @@ def record_dense(
         work: Keeps finished batches.
         name: Of these pairs, among other stages.
 
+    Returns:
+        The batches of this process (see ``yopo.support.ranks``): all, if there is one.
+
     Raises:
         DataError: No pairs.
     """
     records: list[Recorded] = []
     work = work or NoWork()
-    for group in track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs"):
-        stage = f"{name}-{len(records):05}"
+    groups = track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs")
+    for number, group in mine(groups):
+        stage = f"{name}-{number:05}"
         kept = work.load(stage)
         if kept is not None:
             answers = kept.about["answers"]
@@ -213,14 +224,19 @@ def record_dense(
         log_probs = answer_log_probs(model, batch).cpu()
         work.save(stage, Stage({"log_probs": log_probs}, {"answers": answers}))
         records.append(Recorded(batch, answers, log_probs))
-    if not records:
+    if not any(gathered([bool(records)])):
         raise DataError("There are no pairs to evaluate on.")
     return records
 
 
 def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
-    """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one."""
-    found: list[PairFidelity] = []
+    """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one.
+
+    Args:
+        model: The model.
+        records: What :func:`record_dense` returned; all processes compare their own.
+    """
+    found: list[list[PairFidelity]] = []
     for record in records:
         ours, dense = answer_log_probs(model, record.batch).cpu(), record.log_probs
         kl = (dense.exp() * (dense - ours)).sum(dim=-1, dtype=torch.float64)
@@ -228,5 +244,5 @@ def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
         assert record.batch.answer_mask is not None, "a record holds the dense model's answers"
         tokens = record.batch.answer_mask.sum(dim=1).tolist()
         parts = zip(kl.split(tokens), agreed.split(tokens), tokens, strict=True)
-        found += [PairFidelity(float(a.sum()), int(b.sum()), count) for a, b, count in parts]
-    return Fidelity(tuple(found))
+        found.append([PairFidelity(float(a.sum()), int(b.sum()), count) for a, b, count in parts])
+    return Fidelity(tuple(pair for each in gathered(found) for pair in each))

@@ -23,6 +23,8 @@ from yopo.models.fingerprint import digest, is_plain, sample
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.request import LatencyRequest, PlanRequest
 from yopo.plans.schema import PruningPlan
+from yopo.support.errors import OutputError
+from yopo.support.ranks import is_together
 from yopo.support.version import __version__
 from yopo.support.work_dir import NoWork, Stage, Work, WorkDir, open_work
 
@@ -52,6 +54,11 @@ def open_for_calibration(
     """
     if fit_options.work_dir is None:
         return NoWork()
+    if is_together():
+        raise OutputError(
+            "--work-dir: several processes cannot share one.",
+            remedy="Leave it out, or start one process.",
+        )
     values = {**vars(options), **vars(fit_options)}
     for name in ("data", "strict", "work_dir", "trust_remote_code"):  # the pairs count
         del values[name]
