@@ -70,7 +70,7 @@ def run(arguments: Sequence[str] | None) -> int:
     except click.Abort as error:
         raise KeyboardInterrupt from error
     except click.ClickException as error:
-        if launched.is_first():  # all processes have the same command line
+        if launched.speaks():
             error.show()
         return error.exit_code
     except BrokenPipeError:  # the reader closed the pipe

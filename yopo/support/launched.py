@@ -7,12 +7,14 @@ fails first: the others only end because it did.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from yopo.support.durable import SIGNALS
 from yopo.support.errors import YopoError
 
 if TYPE_CHECKING:
@@ -65,11 +67,15 @@ def present() -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is to say why all end: the first that asks; true without others."""
+    """Whether this process is to say why all end: the first that asks; true without others.
+
+    It ignores signals from then on: ``torchrun`` sends some when the first process has ended.
+    """
     if processes() == 1:
         return True
-    if "torch" not in sys.modules and not is_first():
-        return False  # so early all see the same
+    with suppress(ValueError):  # not the main thread
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     try:
         return _store().add(f"{_prefix()}/ended", 1) == 1
     except Exception:  # torchrun itself is gone
@@ -91,7 +97,7 @@ def loss(*, is_sure: bool = False) -> str | None:
 
 def _ended(patience: float) -> int | None:
     """The number of a process on this machine that has ended, or None."""
-    if processes() == 1 or "torch" not in sys.modules:
+    if processes() == 1:
         return None
     until = time.monotonic() + patience
     with suppress(Exception):  # torchrun itself is gone
