@@ -58,7 +58,7 @@ from yopo.planning.request import (
     PlanRequest,
     ToleranceRequest,
 )
-from yopo.planning.weightings import Weighting, near
+from yopo.planning.weightings import Weighting, around
 from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
@@ -285,7 +285,7 @@ class CalibrationSession:
                 best, high, agreement = found, budget, reached
             else:
                 low = budget
-            tried = _around(found.candidates[0].weighting)
+            tried = around(found.candidates[0].weighting)
         if request.kv_budget is not None and best.plan.budget.reached >= 1.0:
             raise PlanError(
                 f"No plan within a KV budget of {request.kv_budget} agrees with the dense model "
@@ -347,7 +347,3 @@ class CalibrationSession:
         """The prompts that visual weights are fitted on."""
         pairs = pick(self._pairs, self.split.fit)
         return encoded(self.model, self.processor, pairs, self.options.batch_size)
-
-
-def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
-    return () if weighting is None else (weighting, *near(weighting))
