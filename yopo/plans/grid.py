@@ -20,6 +20,9 @@ TOKENS_PER_BLOCK = 64
 TOKENS_PER_SHARED_BLOCK = 128
 """Queries per call where the samples of a batch hold different grids."""
 
+TOKENS_PER_LARGE_BLOCK = 1024
+"""Queries per call where calls cost more than what they compute in vain (on a GPU)."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -53,7 +56,12 @@ class Block:
         return (self.stop - self.start) * (self.key_stop - self.key_start)
 
 
-def row_blocks(grids: Sequence[Grid], radius: int | None, bidirectional: bool) -> Iterator[Block]:
+def row_blocks(
+    grids: Sequence[Grid],
+    radius: int | None,
+    bidirectional: bool,
+    tokens: int | None = None,
+) -> Iterator[Block]:
     """Cut the visual self-attention of one sample into blocks of image rows.
 
     Args:
@@ -61,14 +69,16 @@ def row_blocks(grids: Sequence[Grid], radius: int | None, bidirectional: bool) -
         radius: Chebyshev radius of the neighborhood; None means every earlier visual token,
             those of earlier images included.
         bidirectional: Whether later neighbors in the same image count as well.
+        tokens: Minimum queries per block; None: ``TOKENS_PER_BLOCK``.
 
     Yields:
         Blocks that cover every query once, each with all keys that its queries may attend
         (a mask inside the block excludes the rest).
     """
+    least = TOKENS_PER_BLOCK if tokens is None else tokens
     offset = 0
     for image, grid in enumerate(grids):
-        step = max(ROWS_PER_BLOCK, -(-TOKENS_PER_BLOCK // grid.cols))
+        step = max(ROWS_PER_BLOCK, -(-least // grid.cols))
         for top in range(0, grid.rows, step):
             bottom = min(grid.rows, top + step)
             if radius is None:
@@ -83,7 +93,10 @@ def row_blocks(grids: Sequence[Grid], radius: int | None, bidirectional: bool) -
 
 
 def shared_blocks(
-    rows: Sequence[Sequence[Grid]], radius: int | None, bidirectional: bool
+    rows: Sequence[Sequence[Grid]],
+    radius: int | None,
+    bidirectional: bool,
+    tokens: int | None = None,
 ) -> Iterator[Block]:
     """Cut the visual self-attention of a batch whose samples hold different grids.
 
@@ -93,14 +106,16 @@ def shared_blocks(
         rows: The images of every sample.
         radius: As in ``row_blocks``.
         bidirectional: As in ``row_blocks``.
+        tokens: Queries per block; None: ``TOKENS_PER_SHARED_BLOCK``.
 
     Yields:
         Blocks that cover every position of the longest visual stream once.
     """
     cuts = [block for grids in rows for block in row_blocks(grids, radius, bidirectional)]
     longest = max(sum(grid.tokens for grid in grids) for grids in rows)
-    for start in range(0, longest, TOKENS_PER_SHARED_BLOCK):
-        stop = min(longest, start + TOKENS_PER_SHARED_BLOCK)
+    size = TOKENS_PER_SHARED_BLOCK if tokens is None else tokens
+    for start in range(0, longest, size):
+        stop = min(longest, start + size)
         met = [cut for cut in cuts if cut.start < stop and cut.stop > start]
         first = min(start, *(cut.key_start for cut in met))
         last = max(stop, *(cut.key_stop for cut in met))

@@ -14,9 +14,13 @@ from functools import cached_property
 import torch
 
 from yopo.models.layout import Stream, TokenLayout
-from yopo.plans.grid import Block, row_blocks, shared_blocks
+from yopo.plans.grid import TOKENS_PER_LARGE_BLOCK, Block, row_blocks, shared_blocks
+from yopo.runtime import devices
 from yopo.runtime.token_index import TokenIndex
 from yopo.support.errors import ModelError
+
+ALIGNMENT = 16
+"""Numbers to a multiple of which rows of a mask are spaced."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,9 @@ class AttentionMasks:
         self.past_visual = index.num_visual
         self._bidirectional = bidirectional
         self._segments = segments
+        self._in_few_calls = devices.prefers_few_calls(device)
         self._blocks: dict[int | None, list[VisualBlock]] = {}
+        self._added: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if layout is None:
             everything = torch.arange(length, device=device).expand(batch, length)
             text, visual = Stream(everything, None, shared=True), None
@@ -175,6 +181,21 @@ class AttentionMasks:
             allowed[:, diagonal, own + diagonal] = True
         return allowed[:, None]
 
+    def for_kernel(self, mask: torch.Tensor | None, queries: torch.Tensor) -> torch.Tensor | None:
+        """A bool mask in the form that the attention kernel takes for these queries.
+
+        Off the CPU that is numbers to be added, made once per forward: torch would make them in
+        every call, and copy them again where rows are not aligned.
+        """
+        if mask is None or not self._in_few_calls:
+            return mask
+        if id(mask) not in self._added:
+            *sizes, width = mask.shape
+            room = queries.new_zeros(*sizes, -(-width // ALIGNMENT) * ALIGNMENT)
+            added = room[..., :width].masked_fill_(~mask, float("-inf"))
+            self._added[id(mask)] = mask, added
+        return self._added[id(mask)][1]
+
     @cached_property
     def _seen(self) -> tuple[TokenLayout, torch.Tensor]:
         """The layout and the positions of all visual keys, for a forward with visual queries."""
@@ -222,9 +243,10 @@ class AttentionMasks:
 
     def _cuts(self, radius: int | None) -> list[Block]:
         layout, _ = self._seen
+        tokens = TOKENS_PER_LARGE_BLOCK if self._in_few_calls else None
         if layout.has_uniform_grids:
-            return list(row_blocks(layout.grids[0], radius, self._bidirectional))
-        return list(shared_blocks(layout.grids, radius, self._bidirectional))
+            return list(row_blocks(layout.grids[0], radius, self._bidirectional, tokens))
+        return list(shared_blocks(layout.grids, radius, self._bidirectional, tokens))
 
     @cached_property
     def _cells(self) -> torch.Tensor:

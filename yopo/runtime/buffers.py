@@ -51,7 +51,8 @@ class GrowingBuffer:
         """Insert ``count`` uninitialized entries before ``position`` and return them; one copy."""
         batch, heads, _, head_dim = self._data.shape
         grown = self._data.new_empty(batch, heads, self._length + count, head_dim)
-        grown[:, :, :position] = self.view[:, :, :position]
+        if position:
+            grown[:, :, :position] = self.view[:, :, :position]
         grown[:, :, position + count :] = self.view[:, :, position:]
         self.replace(grown)
         return grown.narrow(2, position, count)

@@ -32,6 +32,7 @@ from yopo.runtime.heads import HeadSplit, split_heads
 from yopo.runtime.inputs import packed_segments, warn_of_features
 from yopo.runtime.labels import LabelProbe
 from yopo.runtime.layer import LayerRun, VisualInput
+from yopo.runtime.norms import norm_for
 from yopo.runtime.sliced_linear import warn_without_fitted
 from yopo.runtime.token_index import Rotary
 from yopo.support.errors import ModelError
@@ -253,7 +254,8 @@ def run_layers(
                 text, visual = run(text, text_rotary, given)
             if stream is not None and visual is not None and number < len(stack):
                 visual = visual + _added(stack[number].to(visual), stream, reduced)
-    text = decoder.norm(text)
+    norm = norm_for(decoder.norm, text.device)
+    text = norm(text)
     if stream is None:
         return text
     if reduced is not None:
@@ -261,7 +263,7 @@ def run_layers(
     hidden = torch.zeros_like(embeds)
     masks.text.scatter(hidden, text)
     if visual is not None:
-        stream.scatter(hidden, row_blocks.replace(visual, decoder.norm))
+        stream.scatter(hidden, row_blocks.replace(visual, norm))
         return hidden
     _warn_of_dropped(state, stream, embeds.shape[1])
     return hidden

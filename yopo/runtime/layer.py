@@ -13,6 +13,7 @@ from yopo.runtime.attention import text_attention, visual_attention
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.buffers import Room
 from yopo.runtime.cache import PrunedCacheLayer
+from yopo.runtime.norms import Norm, norm_for
 from yopo.runtime.reading import Reading
 from yopo.runtime.token_index import Rotary
 from yopo.runtime.watching import watch
@@ -87,7 +88,7 @@ class LayerRun:
             Text states after attention, and the attention output of visual tokens, (batch, visual,
             attending heads * head_dim), before projection; None where they do not attend.
         """
-        norm = getattr(self.layer, self.names.attention_norm)
+        norm = self._norm(self.names.attention_norm, text)
         queries, keys, values = self._project_text(norm(text), rotary)
         self.cache.append(keys, values)
         visual_queries = None
@@ -118,18 +119,21 @@ class LayerRun:
 
     def feed_text(self, text: torch.Tensor) -> torch.Tensor:
         """Text states after the FFN."""
-        norm = getattr(self.layer, self.names.ffn_norm)
+        norm = self._norm(self.names.ffn_norm, text)
         return text + self._dropped(1)(self.layer.mlp(norm(text)))
 
     def feed_visual(self, visual: torch.Tensor, part: VisualLayer) -> torch.Tensor:
         """Visual states after the FFN."""
-        norm = getattr(self.layer, self.names.ffn_norm)
+        norm = self._norm(self.names.ffn_norm, visual)
         drop, bias = self._dropped(1), part.ffn_bias()
         if part.plan.has_ffn:
             return row_blocks.add(
                 visual, lambda block, _: drop(part.ffn(row_blocks.mapped(block, norm), bias))
             )
         return visual if bias is None else row_blocks.add(visual, lambda *_: drop(bias))
+
+    def _norm(self, name: str, states: torch.Tensor) -> Norm:
+        return norm_for(getattr(self.layer, name), states.device)
 
     def _dropped(self, number: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """The dropout after attention (0) or FFN (1), where the backbone has one (Phi-3)."""
@@ -172,7 +176,7 @@ class LayerRun:
             return self._project_latent(visual)
         states, rotary, part = visual
         head_dim = self.attention.head_dim
-        norm = getattr(self.layer, self.names.attention_norm)
+        norm = self._norm(self.names.attention_norm, states)
         batch, length, _ = states.shape
         all_keys, all_values = self.cache.make_room(length)
         all_queries = None
@@ -193,7 +197,7 @@ class LayerRun:
     def _project_latent(self, visual: VisualInput) -> torch.Tensor | None:
         """Fill the cache with latents; as ``_project_visual`` otherwise."""
         states, rotary, part = visual
-        norm = getattr(self.layer, self.names.attention_norm)
+        norm = self._norm(self.names.attention_norm, states)
         room, all_queries = self.cache.make_latent_room(states), None
         if part.plan.attend_heads:
             size = (len(states), len(part.plan.attend_heads), states.shape[1])

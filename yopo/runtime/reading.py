@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from yopo.runtime import devices
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.quantised import BLOCK_BYTES
 from yopo.runtime.token_index import Rotary
@@ -130,7 +131,7 @@ class _Latents:
         """Spans of tokens whose keys, ``width`` numbers each, stay in the cache of a core."""
         batch, length, _ = self.latent.shape
         size = length
-        if self.latent.device.type == "cpu":
+        if not devices.prefers_few_calls(self.latent.device):
             size = max(1, BLOCK_BYTES // (4 * batch * width))
         for start in range(0, length, size):
             yield slice(start, min(start + size, length))

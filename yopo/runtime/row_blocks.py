@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from yopo.runtime import devices
+
 BLOCK_BYTES = 16 << 20
 """Most bytes of full-width rows per block: 1024 tokens of 4096 float32 numbers."""
 
@@ -36,7 +38,7 @@ def blocks(states: torch.Tensor, most: int | None = None) -> Iterator[Place]:
     """
     batch, length, width = states.shape
     size = max(1, (BLOCK_BYTES if most is None else most) // (width * states.element_size()))
-    if batch * length <= size or states.device.type != "cpu" or torch.is_grad_enabled():
+    if batch * length <= size or _is_whole(states):
         yield slice(None), slice(None)
         return
     step = max(1, size // length)
@@ -45,6 +47,10 @@ def blocks(states: torch.Tensor, most: int | None = None) -> Iterator[Place]:
         for part in range(parts):
             place = slice(part * length // parts, (part + 1) * length // parts)
             yield slice(first, first + step), place
+
+
+def _is_whole(states: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() or devices.prefers_few_calls(states.device)
 
 
 def add(
