@@ -339,7 +339,7 @@ class CalibrationSession:
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
             total=len(numbers),
-            work=self._work,
+            work=self._work.own,
             name=name,
         )
 

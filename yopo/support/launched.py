@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PATIENCE = 3.0
 """Seconds to look for the process that ended, after a connection to it broke."""
 
-_own_store: Store | None = None
+_store: Store | None = None
 
 
 class ProcessLost(YopoError):
@@ -63,7 +63,7 @@ def hush() -> None:
 
 def present() -> None:
     """Tell the other processes where this one runs, so that they can see if it ends."""
-    _store().set(f"{_prefix()}/{rank()}", f"{os.getpid()} {socket.gethostname()}")
+    store().set(f"{prefix()}/{rank()}", f"{os.getpid()} {socket.gethostname()}")
 
 
 def speaks() -> bool:
@@ -77,7 +77,7 @@ def speaks() -> bool:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
     try:
-        return _store().add(f"{_prefix()}/ended", 1) == 1
+        return store().add(f"{prefix()}/ended", 1) == 1
     except Exception:  # torchrun itself is gone
         return is_first()
 
@@ -112,11 +112,11 @@ def _ended(patience: float) -> int | None:
 
 def _peers() -> dict[int, int]:
     """Process ids of the other processes on this machine, as far as they are known."""
-    found, store = {}, _store()
+    found, known = {}, store()
     for number in range(processes()):
-        key = f"{_prefix()}/{number}"
-        if number != rank() and store.check([key]):
-            pid, _, host = store.get(key).decode().partition(" ")
+        key = f"{prefix()}/{number}"
+        if number != rank() and known.check([key]):
+            pid, _, host = known.get(key).decode().partition(" ")
             if host == socket.gethostname():
                 found[number] = int(pid)
     return found
@@ -137,18 +137,19 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _prefix() -> str:
+def prefix() -> str:
+    """Of this run's keys in the store."""
     return f"yopo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def _store() -> Store:
+def store() -> Store:
     """The key-value store that ``torchrun`` serves to its processes."""
-    global _own_store
-    if _own_store is None:
+    global _store
+    if _store is None:
         from datetime import timedelta
 
         from torch.distributed import TCPStore
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        _own_store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
-    return _own_store
+        _store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+    return _store

@@ -28,6 +28,7 @@ PATIENCE = timedelta(days=1)
 be longer than what one does alone."""
 
 _is_together = False
+_groups = 0
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def together(device: str) -> Iterator[None]:
     Raises:
         ProcessLost: Another process has ended.
     """
-    global _is_together
+    global _is_together, _groups
     if not launched.is_launched():
         yield
         return
@@ -49,7 +50,16 @@ def together(device: str) -> Iterator[None]:
         if is_cuda:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        _groups += 1
+        store = launched.store()
+        store.set_timeout(PATIENCE)
+        distributed.init_process_group(
+            backend,
+            store=distributed.PrefixStore(f"{launched.prefix()}/{_groups}", store),
+            rank=launched.rank(),
+            world_size=launched.processes(),
+            timeout=PATIENCE,
+        )
         launched.present()
         distributed.barrier()
     _is_together = True
@@ -65,6 +75,11 @@ def together(device: str) -> Iterator[None]:
 def is_together() -> bool:
     """Whether work is shared."""
     return _is_together
+
+
+def leads() -> bool:
+    """Whether this process does what only one may do: the first, or the only one."""
+    return _size_and_rank()[1] == 0
 
 
 def own_device(name: str) -> str:
@@ -137,6 +152,16 @@ def of_first(tensor: torch.Tensor) -> torch.Tensor:
         with _exchanging():
             distributed.broadcast(tensor, 0)
     return tensor
+
+
+def of_first_object(value: Item) -> Item:
+    """The first process's value."""
+    if _is_together:
+        values = [value]
+        with _exchanging():
+            distributed.broadcast_object_list(values, 0)
+        return values[0]
+    return value
 
 
 def added(tensor: torch.Tensor) -> torch.Tensor:
