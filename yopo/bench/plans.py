@@ -92,16 +92,17 @@ def fitted_plan(model: ModelIdentity, workload: Workload) -> PruningPlan:
         )
         return replace(plan, budget=Budget(None, visual_budget(plan)))
 
-    low, high = 0, shape.hidden
+    step = max(1, shape.hidden // 128)  # odd widths keep a GPU's matrix units from running
+    low, high = 0, shape.hidden // step
     while low < high:
         middle = (low + high + 1) // 2
-        if plan_of(middle).budget.reached <= FITTED_BUDGET:
+        if plan_of(middle * step).budget.reached <= FITTED_BUDGET:
             low = middle
         else:
             high = middle - 1
     if low == 0:
         raise PlanError(f"The preset {FITTED} does not fit the shape of {model.name}.")
-    return plan_of(low)
+    return plan_of(low * step)
 
 
 def made_up_refit(plan: PruningPlan) -> PlanTensors:
