@@ -124,7 +124,7 @@ def test_a_killed_process_ends_all_and_any_number_go_on(
     tmp_path: Path, alone: dict[str, bytes]
 ) -> None:
     folder = tmp_path / "together"
-    call = (*calibrate("llava-tiny"), "--work-dir", "work")
+    call = (*calibrate("llava-tiny"), "--work-dir", "work", "--force")
     done = torchrun(folder, 2, [call], "kill", at=20)
     assert done.returncode == 1
     sentence = "error: process 1 of 2 ended unexpectedly, and so does the command.\n"
