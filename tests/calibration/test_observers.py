@@ -52,8 +52,7 @@ def watch(
         observer.begin(inputs["attention_mask"])
         with torch.no_grad():
             model.base_model(**inputs, use_cache=False)
-        observer.finish()
-    return observer
+        return observer.finish()
 
 
 def brute_force(subject: Subject, rows: list[list[int]], queries: str) -> Sums:

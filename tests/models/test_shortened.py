@@ -81,8 +81,7 @@ def observed(specimen: Specimen, inputs: dict[str, Any], method: Method | None) 
         observer.begin(inputs["attention_mask"])
         with torch.no_grad():
             model.base_model(**tiny.as_dtype(inputs, torch.float64), use_cache=False)
-        observer.finish()
-    return observer
+        return observer.finish()
 
 
 def test_measures_are_those_of_the_tokens_that_are_left(specimen: Specimen) -> None:

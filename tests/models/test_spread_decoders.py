@@ -61,8 +61,8 @@ def measured(specimen: Specimen, model: Any) -> list[torch.Tensor]:
         for batch in batches:
             observer.begin(batch.inputs["attention_mask"])
             model.base_model(**batch.inputs, use_cache=False)
-            observer.finish()
-        found += [*observer.sums.values(), *observer.rho]
+            part = observer.finish()
+            found += [*part.sums.values(), *part.rho]
     entered = enter(model, batches)
     found += vars(profile(model, entered, specimen.identity.shape)).values()
     plan = specimen.plan(3, baked=False, compensation="refit", bidirectional=False)

@@ -7,7 +7,6 @@ the ``with`` block ends.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,16 +21,15 @@ from transformers.masking_utils import sdpa_mask
 from yopo.calibration.batch_view import BatchView
 from yopo.calibration.inner_text import InnerText
 from yopo.calibration.reading import reading_effect, softmax
-from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
+from yopo.calibration.running import Running
+from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite
 from yopo.models.family import Backbone, Family
 from yopo.models.layout import LayoutProbe
 from yopo.models.shortened import Shortened, shorten
 from yopo.models.tower_attention import attention_path
-from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
 from yopo.reduction.method import Method
 from yopo.support.context import PerContext
-from yopo.support.work_dir import Stage
 
 if TYPE_CHECKING:
     from yopo.models.stock import StockAttention
@@ -45,9 +43,6 @@ QUERIES = ("text", "all", "last")
 _FLOAT_BYTES = 8 << 20
 """Bytes of weights or activations that are converted to float32 at a time."""
 
-_COUNTS = ("visual_tokens", "text_queries", "text_tokens", "text_before")
-"""Counts of an observer."""
-
 
 @dataclass
 class _Seen:
@@ -55,12 +50,14 @@ class _Seen:
 
     Attributes:
         real: (batch, sequence) bool, False on padding.
+        part: Its sums.
         rho: (batch, heads) head activity of the layers so far.
         views: The batch in the form that sums need, by device.
         shortened: How its visual tokens got fewer; None: all are there.
     """
 
     real: torch.Tensor
+    part: Running
     rho: list[torch.Tensor] = field(default_factory=list)
     views: dict[torch.device, BatchView] = field(default_factory=dict)
     shortened: Shortened | None = None
@@ -70,7 +67,7 @@ _SEEN: PerContext[Observer, _Seen] = PerContext("yopo_seen")
 
 
 class Observer:
-    """Running sums of one calibration pass (see ``Statistics`` for what they mean).
+    """Adds up what forwards show (see ``Statistics`` for what sums mean), each call on its own.
 
     Args:
         shape: The decoder's dimensions.
@@ -81,21 +78,11 @@ class Observer:
 
     def __init__(self, shape: ModelShape, queries: str, probe: LayoutProbe, output: str):
         self.shape, self.queries, self.probe = shape, queries, probe
-        self.rho: list[torch.Tensor] = []
-        self.sums = {
-            name: torch.zeros(size, dtype=torch.float64) for name, size in sum_sizes(shape).items()
-        }
-        self.visual_tokens = 0
-        self.text_queries = 0
-        self.text_tokens = 0
-        self.text_before = 0
-        self.grids: Counter[tuple[Grid, ...]] = Counter()
-        self.inner_text: dict[tuple[Grid, ...], InnerText] = {}
         self._output = output
 
     def begin(self, attention_mask: torch.Tensor) -> None:
         """Announce this call's batch: (batch, sequence) mask, 0 on padding."""
-        _SEEN.set(self, _Seen(attention_mask.bool()))
+        _SEEN.set(self, _Seen(attention_mask.bool(), Running(self.shape)))
 
     def shorten(self, shortened: Shortened) -> None:
         """Announce that the layers of this batch get fewer visual tokens."""
@@ -109,46 +96,30 @@ class Observer:
         assert found is not None, "begin() announces a batch"
         return found
 
-    def finish(self) -> None:
-        """Add the batch's sums.
+    @property
+    def _sums(self) -> dict[str, torch.Tensor]:
+        return self._seen.part.sums
+
+    def finish(self) -> Running:
+        """The batch's sums.
 
         Raises:
             DataError: They are not finite.
         """
-        seen = self._seen
-        self.rho.append(torch.stack(seen.rho, dim=1))  # (batch, layers, heads)
-        view = next(iter(seen.views.values()))  # they differ only by their devices
-        self.visual_tokens += view.num_visual
-        self.text_queries += view.num_after
-        self.text_tokens += int(seen.real.sum()) - view.num_visual
-        self.text_before += view.num_before
+        seen, view = self._seen, next(iter(self._seen.views.values()))  # of any device
+        part = seen.part
+        part.rho.append(torch.stack(seen.rho, dim=1))  # (batch, layers, heads)
+        part.visual_tokens += view.num_visual
+        part.text_queries += view.num_after
+        part.text_tokens += int(seen.real.sum()) - view.num_visual
+        part.text_before += view.num_before
         whole = view.layout if seen.shortened is None else seen.shortened.whole
-        self.grids.update(whole.grids)
+        part.grids.update(whole.grids)
         for grids, positions in zip(whole.grids, whole.visual.by_row(), strict=True):
-            known = self.inner_text.get(grids, InnerText.nowhere(grids))
-            self.inner_text[grids] = known.plus(grids, positions)
-        refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
-
-    def snapshot(self) -> Stage:
-        """The sums so far, between two batches."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        grids = [
-            [[vars(grid) for grid in prompt], count, vars(self.inner_text[prompt])]
-            for prompt, count in self.grids.items()
-        ]
-        about = {**counts, "grids": grids, "pairs": sum(map(len, self.rho))}
-        return Stage({**self.sums, "rho": torch.cat(self.rho)}, about)
-
-    def restore(self, kept: Stage) -> None:
-        """Go on from a snapshot."""
-        self.rho = [kept.tensors["rho"]]
-        self.sums = {name: kept.tensors[name] for name in self.sums}
-        for name in _COUNTS:
-            setattr(self, name, kept.about[name])
-        for sizes, count, inner in kept.about["grids"]:
-            prompt = tuple(Grid(**size) for size in sizes)
-            self.grids[prompt] = count
-            self.inner_text[prompt] = InnerText(**inner | {"between": tuple(inner["between"])})
+            known = part.inner_text.get(grids, InnerText.nowhere(grids))
+            part.inner_text[grids] = known.plus(grids, positions)
+        refuse_not_finite([*part.sums.values(), part.rho[-1].transpose(0, 1)])
+        return part
 
     def view(self, device: torch.device) -> BatchView:
         """The batch in progress in this call, for a layer on a device."""
@@ -181,7 +152,7 @@ class Observer:
             masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             cross_modal += (mass[..., 0].mean(dim=1) * chunk.after).sum()
             effect = reading_effect(weights, mass, values, view.kinds, gram)
-            self.sums["head_effect_sum"][layer] += (
+            self._sums["head_effect_sum"][layer] += (
                 (effect * chunk.after[:, None]).sum((0, 2)).double().cpu()
             )
         locality = torch.zeros(MAX_DISTANCE + 2, device=queries.device)
@@ -194,16 +165,16 @@ class Observer:
         self._seen.rho.append((masses[..., 0] / masses[..., 1]).cpu())
         for row, positions in enumerate(view.visual_positions):
             some = keys[row].index_select(1, positions).float()
-            self.sums["key_square_sum"][layer] += some.square().sum(dim=1).double().cpu()
-        self.sums["cross_modal_sum"][layer] += cross_modal.double().cpu()
-        self.sums["locality_sum"][layer] += locality.double().cpu()
+            self._sums["key_square_sum"][layer] += some.square().sum(dim=1).double().cpu()
+        self._sums["cross_modal_sum"][layer] += cross_modal.double().cpu()
+        self._sums["locality_sum"][layer] += locality.double().cpu()
 
     def on_input(self, layer: int, hidden: torch.Tensor) -> None:
         """Add squared norms of a layer's input (batch, sequence, hidden) at reading queries."""
         for chunk in self.view(hidden.device).text_chunks:
             place = chunk.positions[..., None].expand(-1, -1, hidden.shape[-1])
             norms = hidden.gather(1, place).float().square().sum(dim=-1)
-            self.sums["text_norm_sum"][layer] += (norms * chunk.after).sum().double().cpu()
+            self._sums["text_norm_sum"][layer] += (norms * chunk.after).sum().double().cpu()
 
     def _gram(self, module: StockAttention) -> torch.Tensor:
         """(heads, head_dim, head_dim) float32: W_o^T W_o of every head.
@@ -222,7 +193,7 @@ class Observer:
         for row, positions in enumerate(self.view(outputs.device).visual_positions):
             picked = outputs[row].index_select(0, positions)
             total = picked.sum(dim=0, dtype=torch.float32).double().cpu()
-            self.sums["head_sum"][layer] += total.unflatten(0, (self.shape.heads, -1))
+            self._sums["head_sum"][layer] += total.unflatten(0, (self.shape.heads, -1))
 
     def on_neurons(self, layer: int, activations: torch.Tensor) -> None:
         """Add FFN activations (batch, sequence, neurons) of visual tokens."""
@@ -234,10 +205,10 @@ class Observer:
                 precise = torch.promote_types(picked.dtype, torch.float32)
                 norms.append(torch.linalg.vector_norm(picked, dim=0, dtype=precise))
                 sums.append(picked.sum(dim=0, dtype=torch.float32))
-            self.sums["neuron_square"][layer] += (
+            self._sums["neuron_square"][layer] += (
                 torch.stack(norms).cpu().double().square().sum(dim=0)
             )
-            self.sums["neuron_sum"][layer] += torch.stack(sums).cpu().double().sum(dim=0)
+            self._sums["neuron_sum"][layer] += torch.stack(sums).cpu().double().sum(dim=0)
 
 
 def _observing_attention(

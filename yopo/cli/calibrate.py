@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from yopo.cli.command import Command, load
+from yopo.cli.command import SharedCommand, load
 from yopo.cli.config import config_option
 from yopo.cli.next_step import suggest_next
 from yopo.cli.options import (
@@ -46,7 +46,7 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     context.exit()
 
 
-@click.command(cls=Command)
+@click.command(cls=SharedCommand)
 @click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
 @data_option("demo:calibration, or their task's")
 @run_options
@@ -153,7 +153,8 @@ def command(context: click.Context, **values: Any) -> None:
         "fit_options": fit_options,
         "keep": keeper.keep,
     }
-    with keeper.guarding():
+    ranks = load("yopo.support.ranks")
+    with ranks.together(how["options"].device), keeper.guarding():
         if not values["budgets"]:
             made: Calibrated = commands.calibrate(values["model"], requests[0], **how)
             save(made, output, force=force)

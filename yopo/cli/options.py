@@ -279,12 +279,16 @@ def device_settings(context: click.Context) -> dict[str, Any]:
     """
     from yopo.serving.loading import torch_device
     from yopo.serving.places import read_device_map
+    from yopo.support.launched import processes
+    from yopo.support.ranks import own_device
 
     is_default = context.get_parameter_source("device") == click.core.ParameterSource.DEFAULT
     drop_overruled(context, ("device",), ("device_map",))
     device, places = context.params["device"], context.params["device_map"]
     if places is None:
-        return {"device": torch_device(device), "device_map": None}
+        return {"device": torch_device(own_device(device)), "device_map": None}
+    if processes() > 1:
+        raise click.UsageError("--device-map is for a single process.")
     if device is not None and not is_default:
         raise click.UsageError("--device and --device-map exclude one another.")
     return {"device": "cpu", "device_map": read_device_map(places)}

@@ -8,7 +8,7 @@ most likely prediction. The end token counts: knowing when to stop is part of an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -24,6 +24,7 @@ from yopo.models.turns import in_turns
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
 from yopo.support.finite import is_finite
+from yopo.support.ranks import gathered, mine
 from yopo.support.work_dir import NoWork, Stage, Work
 
 Generate = Callable[..., torch.Tensor]
@@ -115,8 +116,14 @@ def worst_kind(by_kind: Mapping[str, Fidelity]) -> str:
 
 def kinds_of_records(records: Sequence[Recorded]) -> list[str]:
     """The kind of each recorded pair, in order (see ``kinds_of``)."""
-    pairs = [pair for record in records for pair in record.batch.pairs]
-    return kinds_of(pairs, [len(ids) - 1 for record in records for ids in record.answers])
+    told = [[replace(pair, images=(), videos=()) for pair in each.batch.pairs] for each in records]
+    pairs = [pair for each in gathered(told) for pair in each]
+    return kinds_of(pairs, [len(ids) - 1 for ids in answers_of(records)])
+
+
+def answers_of(records: Sequence[Recorded]) -> list[list[int]]:
+    """The dense model's answers to all recorded pairs, in order."""
+    return [ids for each in gathered([record.answers for record in records]) for ids in each]
 
 
 @torch.no_grad()
@@ -196,19 +203,22 @@ def record_dense(
         work: Keeps finished batches.
         name: Of these pairs, among other stages.
 
+    Returns:
+        The batches of this process (see ``yopo.support.ranks``): all, if there is one.
+
     Raises:
         DataError: No pairs.
     """
     kept = work or NoWork()
 
-    def record(number: int, group: tuple[Pair, ...]) -> Recorded:
+    def record(_: int, numbered: tuple[int, tuple[Pair, ...]]) -> Recorded:
+        number, group = numbered
         return _record(model, processor, group, max_new_tokens, kept, f"{name}-{number:05}")
 
-    groups = batches(by_size(pairs), batch_size)
-    finished = in_turns(model, record, groups, new_tokens=max_new_tokens)
-    finished = track(finished, label=label, total=total, unit="pairs")
+    groups = track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs")
+    finished = in_turns(model, record, mine(groups), new_tokens=max_new_tokens)
     records = [each for some in finished for each in some.results]
-    if not records:
+    if not any(gathered([bool(records)])):
         raise DataError("There are no pairs to evaluate on.")
     return records
 
@@ -235,13 +245,18 @@ def _record(
 
 
 def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
-    """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one."""
+    """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one.
+
+    Args:
+        model: The model.
+        records: What :func:`record_dense` returned; all processes compare their own.
+    """
 
     def judge(_: int, record: Recorded) -> list[PairFidelity]:
         return _fidelity_of(record, answer_log_probs(model, record.batch).cpu())
 
-    finished = in_turns(model, judge, records)
-    return Fidelity(tuple(one for some in finished for each in some.results for one in each))
+    found = [each for some in in_turns(model, judge, records) for each in some.results]
+    return Fidelity(tuple(pair for each in gathered(found) for pair in each))
 
 
 def _fidelity_of(record: Recorded, ours: torch.Tensor) -> list[PairFidelity]:

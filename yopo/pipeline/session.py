@@ -16,17 +16,19 @@ from transformers import ProcessorMixin
 from yopo.calibration.measure import measure
 from yopo.calibration.questions import with_constants
 from yopo.calibration.statistics import Statistics
-from yopo.data.prompts import Batch, batches, encode_for
-from yopo.data.sizes import by_size, in_sizes
+from yopo.data.prompts import Batch
+from yopo.data.sizes import in_sizes
 from yopo.data.split import MIN_SIDE, describe, pick, split_pairs, too_few, warn_if_few
 from yopo.evaluation.fidelity import (
     Fidelity,
     Recorded,
+    answers_of,
     compare,
     kinds_of_records,
     record_dense,
 )
 from yopo.fitting.fitter import Fitter
+from yopo.pipeline.encoded import encoded
 from yopo.pipeline.latency import in_flops
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.opening import check_named, open_for
@@ -58,7 +60,7 @@ from yopo.planning.request import (
     PlanRequest,
     ToleranceRequest,
 )
-from yopo.planning.weightings import Weighting, near
+from yopo.planning.weightings import Weighting, around
 from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
@@ -264,8 +266,9 @@ class CalibrationSession:
             PlanError: The request cannot be met.
         """
         tolerance, low, high = request.tolerance, SMALLEST, 1.0
-        best, agreement = self._unpruned(), all_of(self._holdout, request.tolerance_on)
-        pairs = sum(len(record.answers) for record in self._holdout)
+        answers = answers_of(self._holdout)
+        best, pairs = self._unpruned(), len(answers)
+        agreement = all_of(answers, request.tolerance_on)
         warn_if_unsupported(request, agreement, pairs)
         tried: tuple[Weighting, ...] = ()
         while high / low > PRECISION:
@@ -281,7 +284,7 @@ class CalibrationSession:
                 best, high, agreement = found, budget, reached
             else:
                 low = budget
-            tried = _around(found.candidates[0].weighting)
+            tried = around(found.candidates[0].weighting)
         if request.kv_budget is not None and best.plan.budget.reached >= 1.0:
             raise PlanError(
                 f"No plan within a KV budget of {request.kv_budget} agrees with the dense model "
@@ -335,15 +338,11 @@ class CalibrationSession:
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
             total=len(numbers),
-            work=self._work,
+            work=self._work.own,
             name=name,
         )
 
     def _encoded(self) -> list[Batch]:
         """The prompts that visual weights are fitted on."""
-        groups = batches(by_size(pick(self._pairs, self.split.fit)), self.options.batch_size)
-        return [encode_for(self.model, self.processor, group) for group in groups]
-
-
-def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
-    return () if weighting is None else (weighting, *near(weighting))
+        pairs = pick(self._pairs, self.split.fit)
+        return encoded(self.model, self.processor, pairs, self.options.batch_size)

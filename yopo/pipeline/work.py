@@ -23,6 +23,8 @@ from yopo.models.fingerprint import digest, is_plain, sample
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.request import LatencyRequest, PlanRequest
 from yopo.plans.schema import PruningPlan
+from yopo.support.ranks import is_together, leads, of_first_object
+from yopo.support.shared_work import SharedWork
 from yopo.support.version import __version__
 from yopo.support.work_dir import NoWork, Stage, Work, WorkDir, open_work
 
@@ -52,10 +54,30 @@ def open_for_calibration(
     """
     if fit_options.work_dir is None:
         return NoWork()
+    path = Path(fit_options.work_dir)
+
+    def opened() -> WorkDir:
+        key = _key(model, processor, pairs, options, fit_options, requests)
+        return open_work(path, key)
+
+    return SharedWork(path, opened) if is_together() else opened()
+
+
+def _key(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pairs: Iterable[Pair],
+    options: RunOptions,
+    fit_options: FitOptions,
+    requests: Sequence[PlanRequest],
+) -> dict[str, Any]:
+    """What the bytes of the results depend on; the number of processes is not among it."""
     values = {**vars(options), **vars(fit_options)}
     for name in ("data", "strict", "work_dir", "shares", "trust_remote_code"):  # the pairs count
         del values[name]
-    key = {
+    if is_together():  # moments are added exactly
+        values["processes"] = "any number under torchrun"
+    return {
         "yopo": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -65,7 +87,6 @@ def open_for_calibration(
         "request": [_request(each) for each in requests],
         **{name: str(value) for name, value in values.items()},
     }
-    return open_work(Path(fit_options.work_dir), key)
 
 
 def about(pairs: Pairs, options: RunOptions, fit_options: FitOptions) -> dict[str, object]:
@@ -114,10 +135,10 @@ def _scale(image: object) -> float:
 
 def load_kept_statistics(work: Work) -> Statistics | None:
     """The statistics of a former run, without a hint to the model; None if there are none."""
-    if not isinstance(work, WorkDir):
+    if not isinstance(work.own, WorkDir):
         return None
-    path = work.file(STATISTICS)
-    return load_statistics(path) if path.exists() else None
+    path = work.own.file(STATISTICS)
+    return of_first_object(load_statistics(path) if leads() and path.exists() else None)
 
 
 class Judgements:
