@@ -112,6 +112,14 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     help="Keep finished stages here: if it is killed, the same command goes on where it was.",
 )
 @click.option(
+    "--offload",
+    type=click.Choice(("auto", "never", "always")),
+    default="auto",
+    show_default=True,
+    help="Read decoder layers from disk one at a time; auto: where the weights do not fit. States "
+    "of pairs then wait in host memory, or in files in --work-dir.",
+)
+@click.option(
     "--status",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",

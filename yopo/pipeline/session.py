@@ -26,6 +26,7 @@ from yopo.evaluation.fidelity import (
     record_dense,
 )
 from yopo.fitting.fitter import Fitter
+from yopo.fitting.states import room_for
 from yopo.pipeline.latency import in_flops
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.opening import check_named, open_for
@@ -150,7 +151,8 @@ class CalibrationSession:
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self._kept = Judgements(self._work)
         kept = (self._work, self._is_judged)
-        self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept)
+        room = room_for(self.model.get_decoder(), fit_options.work_dir)
+        self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept, room)
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 

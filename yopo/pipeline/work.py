@@ -53,7 +53,7 @@ def open_for_calibration(
     if fit_options.work_dir is None:
         return NoWork()
     values = {**vars(options), **vars(fit_options)}
-    for name in ("data", "strict", "work_dir", "trust_remote_code"):  # the pairs count
+    for name in ("data", "strict", "work_dir", "trust_remote_code", "offload"):  # the pairs count
         del values[name]
     key = {
         "yopo": __version__,
