@@ -146,6 +146,8 @@ def command(context: click.Context, **values: Any) -> None:
     requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
     if not values["data"]:
         check_named(values["model"], "calibration")
+    if values["offload"] != "auto" and values["device_map"] is not None:
+        raise click.UsageError("--offload and --device-map exclude one another.")
     check_settings(context)
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])

@@ -40,8 +40,9 @@ def map_for(
     config = copy.deepcopy(checkpoint.config)
     with torch.device("meta"):
         model = getattr(transformers, family_of(config).architecture)(config)
-    kind = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
-    needed = sum(each.numel() for each in model.parameters()) * kind.itemsize
+    kind = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
+    size = kind.itemsize if isinstance(kind, torch.dtype) else torch.float32.itemsize
+    needed = sum(each.numel() for each in model.parameters()) * size
     free = free_memory(torch.device(device))
     if offload == "auto" and needed <= free * SHARE:
         return None
