@@ -140,7 +140,7 @@ class Fitter:
         except torch.OutOfMemoryError as error:
             raise YopoError(
                 f"Out of memory: the states of {self._pairs} pairs are in memory during the fit.",
-                remedy="Use --offload always, with --work-dir if the host's memory is full; or fewer "
+                remedy="Use --offload always, with --work-dir if host memory is full; or fewer "
                 "--fit-pairs, --dtype bfloat16, or --compensation none.",
             ) from error
 
