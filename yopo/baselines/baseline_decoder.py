@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import capture_outputs
 from yopo.baselines.baseline_cache import Record, adopt
 from yopo.baselines.forward import BaselineState, Run
 from yopo.models.streams import TokenLayout
-from yopo.runtime.decoder import refuse_captures, refuse_window
+from yopo.runtime.inputs import refuse_captures, refuse_window
 from yopo.support.errors import ModelError
 
 

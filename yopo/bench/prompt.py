@@ -8,7 +8,8 @@ merging image features, (pruned) finding the layout, the text decoder.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from yopo.models.devices import device_of
+from yopo.models.image_info import Info, note
 from yopo.models.registry import family_of
+from yopo.models.tower_attention import ATTENTION, record, recorded
 from yopo.plans.schema import PruningPlan, Workload
 from yopo.support.errors import ModelError, PlanError
 
@@ -85,6 +88,8 @@ def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Pro
     encoded = BaseModelOutputWithPooling(
         pooler_output=features  # type: ignore[arg-type]  # the models put one tensor per image there
     )
+    attention = torch.rand(batch, workload.visual, generator=generator).to(model.device)
+    note(encoded, {ATTENTION: attention / workload.visual})
     return Prompt(inputs, encoded, batch, words[0])
 
 
@@ -126,7 +131,9 @@ def noise_prompt(
         for name, value in about.items()
         if name in accepted
     }
-    encoded = encode(**arguments, return_dict=True)
+    with _recording(model) as attention:
+        encoded = encode(**arguments, return_dict=True)
+    note(encoded, attention)
     assert encoded.pooler_output is not None, "every family's encoder gives features"
     found = sum(each.numel() for each in encoded.pooler_output)
     found //= batch * plan.model.shape.hidden
@@ -146,6 +153,25 @@ def noise_prompt(
     grids = family.grids_of(config, runs, once)[0]
     moved = replace(plan, workload=workload.moved(grids=grids))
     return Prompt(inputs, encoded, batch, words[0]), moved
+
+
+@contextmanager
+def _recording(model: PreTrainedModel) -> Iterator[Info]:
+    """Collect the tower's attention on images encoded in the block, where it can be recorded."""
+    path = family_of(model.config).class_attention(model.config)
+    found: Info = {}
+    if path is None:
+        yield found
+        return
+    tower = model.base_model.get_submodule(path)
+    handle = record(tower)
+    try:
+        yield found
+        attention = recorded(tower)
+        if attention is not None:
+            found[ATTENTION] = attention
+    finally:
+        handle.remove()
 
 
 def _token_ids(

@@ -26,6 +26,7 @@ from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_siz
 from yopo.models.family import Backbone, Family
 from yopo.models.layout import LayoutProbe
 from yopo.models.shortened import Shortened, shorten
+from yopo.models.tower_attention import attention_path
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape
 from yopo.reduction.method import Method
@@ -278,7 +279,9 @@ def observing(
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     with ExitStack() as stack:
         names = family.backbone(model.config)
-        probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
+        attention = attention_path(reduction, family, model.config)
+        tokens = family.token_ids(model.config)
+        probe = LayoutProbe(model.base_model, family.grids_of, tokens, attention)
         stack.callback(probe.remove)
         observer = Observer(shape, queries, probe, names.output)
         before = decoder.config._attn_implementation

@@ -22,7 +22,7 @@ from yopo.cli.options import (
 from yopo.cli.results import Keeper, check_outputs, save
 from yopo.cli.values import Listed, Number, Share
 from yopo.pipeline.opening import check_named
-from yopo.reduction.registry import parse_method
+from yopo.reduction.registry import parse_choice
 
 if TYPE_CHECKING:
     from yopo.pipeline.session import Calibrated
@@ -85,7 +85,8 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     "--reduce",
     metavar="NAME:SHARE",
     help="Keep this share of every image's tokens before the first layer, chosen by a method "
-    "(par, divprune, ...), and plan what is left, e.g. par:0.5.",
+    "(par, divprune, ...), and plan what is left, e.g. par:0.5. Without a share: the best of "
+    "several, no reduction among them.",
 )
 @click.option(
     "-o",
@@ -152,9 +153,9 @@ def command(context: click.Context, **values: Any) -> None:
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])
     grids = tuple(values["grids"] or (1.0,))
-    reduction = values["reduce"] and parse_method(values["reduce"])
+    reduction, shares = parse_choice(values["reduce"]) if values["reduce"] else (None, ())
     fit_options = pipeline.FitOptions(
-        values["queries"], *counts, grids, reduction or None, values["work_dir"]
+        values["queries"], *counts, grids, reduction, shares, values["work_dir"]
     )
     keeper = Keeper(stats, force=force)
     how = {

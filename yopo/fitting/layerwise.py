@@ -24,6 +24,7 @@ from yopo.models.offloaded import at_hand
 from yopo.models.registry import family_of
 from yopo.models.shortened import shorten
 from yopo.models.streams import TokenLayout
+from yopo.models.tower_attention import attention_path
 from yopo.reduction.method import Method
 from yopo.runtime.sliced_linear import SlicedLinear
 from yopo.runtime.weights import VisualLayer, check_plain
@@ -235,7 +236,9 @@ def _skipping(layers: Iterable[torch.nn.Module]) -> Iterator[list[tuple[torch.Te
 def _enter(model: PreTrainedModel, batch: Batch, reduction: Method | None) -> DenseBatch | None:
     """Run a prompt up to the decoder and note what it and its layers are given."""
     family, decoder = family_of(model.config), model.get_decoder()
-    probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
+    tokens = family.token_ids(model.config)
+    attention = attention_path(reduction, family, model.config)
+    probe = LayoutProbe(model.base_model, family.grids_of, tokens, attention)
     given: dict[str, Any] = {}
 
     names = family.backbone(model.config)

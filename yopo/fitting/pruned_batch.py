@@ -48,7 +48,7 @@ class PrunedBatch:
             self.text = put(text, self.text)
         if visual is not None:
             self.visual = put(visual, self.visual)
-        self.masks.only_here()
+        self.masks.elsewhere.clear()
 
     def run(self, walk: DenseWalk, number: int, part: VisualLayer) -> LayerRun:
         """One layer on this batch, with a private cache."""

@@ -81,14 +81,14 @@ class InFiles:
         return made.view(states.shape)
 
 
-def room_for(decoder: nn.Module, folder: str | Path | None) -> Room:
-    """Where states wait beside a decoder: on its device, unless its layers are kept elsewhere.
+def room_for(model: nn.Module, folder: str | Path | None) -> Room:
+    """Where the states of a model wait: on its device, unless weights are kept elsewhere.
 
     Args:
-        decoder: A decoder, in memory or with offloaded layers.
+        model: A model, or its decoder; in memory or with offloaded layers.
         folder: For files; None: states wait in host memory.
     """
-    if not is_offloaded(decoder):
+    if not is_offloaded(model):
         return OnDevice()
     return InHostMemory() if folder is None else InFiles(folder)
 

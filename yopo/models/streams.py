@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from yopo.models.devices import moved
 from yopo.plans.grid import Grid
 
 
@@ -82,17 +83,23 @@ class TokenLayout:
         text: Every token that is not visual, attention-mask padding included.
         visual: The visual tokens, image after image.
         grids: The image grids of every batch row, in prompt order.
+        ids: (batch, sequence) int64 token ids; None where the caller passed embeddings.
+        attention: (batch, visual length) float32, the vision tower's attention on every visual
+            token, 1 in sum over an image; None unless it is recorded.
     """
 
     text: Stream
     visual: Stream
     grids: tuple[tuple[Grid, ...], ...]
+    ids: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> TokenLayout:
         """This layout with its positions on a device."""
         if self.text.index.device == device:
             return self
-        return TokenLayout(self.text.to(device), self.visual.to(device), self.grids)
+        ids, attention = moved((self.ids, self.attention), device)
+        return TokenLayout(self.text.to(device), self.visual.to(device), self.grids, ids, attention)
 
     @property
     def has_uniform_grids(self) -> bool:
@@ -114,18 +121,23 @@ class TokenLayout:
         return table.to(self.visual.index.device)
 
 
-def build_layout(is_visual: torch.Tensor, grids: Sequence[tuple[Grid, ...]]) -> TokenLayout:
+def build_layout(
+    is_visual: torch.Tensor,
+    grids: Sequence[tuple[Grid, ...]],
+    ids: torch.Tensor | None = None,
+) -> TokenLayout:
     """Split a batch into its text and visual streams.
 
     Args:
         is_visual: (batch, sequence) bool, True on visual tokens.
         grids: Image grids per batch row; their tokens add up to the row's visual tokens.
+        ids: (batch, sequence) int64 token ids, if they are known.
 
     Returns:
         The layout, on ``is_visual``'s device.
     """
     visual = _stream(is_visual)
-    return TokenLayout(_stream(~is_visual), visual, tuple(tuple(row) for row in grids))
+    return TokenLayout(_stream(~is_visual), visual, tuple(tuple(row) for row in grids), ids)
 
 
 def _stream(member: torch.Tensor) -> Stream:

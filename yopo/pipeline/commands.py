@@ -22,6 +22,7 @@ from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import Calibrated, CalibrationSession
+from yopo.pipeline.shares import check_shares, choose_share
 from yopo.pipeline.tolerance import holdout_pairs
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
@@ -90,11 +91,15 @@ def calibrate(
         YopoError: Unknown model, unreadable data, a request that cannot be met, ...
     """
     request = _as_request(request)
-    fit_options = fit_options or FitOptions()
+    options, fit_options = options or RunOptions(), fit_options or FitOptions()
     check_reduction(fit_options.reduction, request)
+    if fit_options.shares:
+        check_shares(request)
+        handle = ModelHandle(model, processor, options)
+        return choose_share(handle, request, options, fit_options, keep=keep)
     session = CalibrationSession(
         model,
-        options or RunOptions(),
+        options,
         fit_options,
         processor=processor,
         holdout=holdout_pairs(request) if isinstance(request, ToleranceRequest) else 0,
@@ -126,6 +131,8 @@ def calibrate_front(
         YopoError: As for ``calibrate``.
     """
     fit_options = fit_options or FitOptions()
+    if fit_options.shares:
+        check_shares(*requests)
     for each in requests:
         check_reduction(fit_options.reduction, each)
     session = CalibrationSession(

@@ -80,6 +80,8 @@ class FitOptions:
             on more than one size; (1,): images as they are.
         reduction: Drops visual tokens before the first layer, in what is measured and fitted and in
             the plan (see ``yopo.reduction.registry.parse_method``); None: all enter it.
+        shares: Shares of the tokens to compare, 1 for no reduction: the reduction's method keeps
+            the best of them by measured KL; empty: its own.
         work_dir: Directory that keeps finished stages, so that a killed calibration goes on where
             it was; None: nothing is kept.
     """
@@ -89,4 +91,5 @@ class FitOptions:
     fit_pairs: int = 256
     grids: tuple[float, ...] = (1.0,)
     reduction: Method | None = None
+    shares: tuple[float, ...] = ()
     work_dir: str | Path | None = None

@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import ProcessorMixin
 
 from yopo.calibration.measure import measure
+from yopo.calibration.questions import with_constants
 from yopo.calibration.statistics import Statistics
 from yopo.data.prompts import Batch, batches, encode_for
 from yopo.data.sizes import by_size, in_sizes
@@ -45,6 +46,7 @@ from yopo.pipeline.tolerance import (
 from yopo.pipeline.work import (
     STATISTICS,
     Judgements,
+    about,
     load_kept_statistics,
     open_for_calibration,
 )
@@ -84,7 +86,7 @@ class CalibrationSession:
     """A model, measured once on pairs.
 
     Args:
-        model: Alias, directory, hub id, or a dense model in memory.
+        model: Alias, directory, hub id, or a dense model in memory; or a handle on one.
         processor: Processor of a model in memory.
         options: The data and how to run it.
         fit_options: How plans are measured and fitted.
@@ -102,7 +104,7 @@ class CalibrationSession:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | ModelHandle,
         options: RunOptions,
         fit_options: FitOptions,
         *,
@@ -114,7 +116,9 @@ class CalibrationSession:
         self.options, self.fit_options = options, fit_options
         if options.data is None and isinstance(model, str | Path):
             check_named(str(model), "calibration")
-        handle = ModelHandle(model, processor, options)
+        if not isinstance(model, ModelHandle):
+            model = ModelHandle(model, processor, options)
+        handle = model
         self.processor = handle.processor
         pairs = open_for(handle, options, handle.name, "calibration")
         self._pairs = in_sizes(pairs, fit_options.grids)
@@ -129,30 +133,24 @@ class CalibrationSession:
             raise too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
         self.model = handle.model
-        about: dict[str, object] = {"yopo": __version__, "pairs": self._pairs.name}
-        about["seed"] = options.seed
-        if set(fit_options.grids) != {1}:
-            about["grids"] = list(fit_options.grids)
-        if options.image_options:
-            about["processor"] = options.image_options
-        if self._pairs.digest:
-            about["pairs_digest"] = self._pairs.digest
+        measured = pick(self._pairs, self.split.statistics)
+        reduction = with_constants(fit_options.reduction, self.model, self.processor, measured)
+        fit_options = self.fit_options = replace(fit_options, reduction=reduction)
         self._work = open_for_calibration(
             self.model, self.processor, self._pairs, options, fit_options, requests
         )
         try:
             layers = len(self.model.get_decoder().layers)
             note_totals(self._work, {**self.split.summary, "layers": layers})
-            found = load_kept_statistics(self._work) or self._measure(handle.name, about)
+            found = load_kept_statistics(self._work) or self._measure(handle.name)
         except BaseException:
             self.close()
             raise
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self._kept = Judgements(self._work)
-        kept = (self._work, self._is_judged)
-        room = room_for(self.model.get_decoder(), fit_options.work_dir)
-        self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept, room)
+        kept = (self._work, self._is_judged, room_for(self.model, fit_options.work_dir))
+        self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept)
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
 
@@ -165,7 +163,7 @@ class CalibrationSession:
         """Let other processes use the work directory, if there is one."""
         self._work.close()
 
-    def _measure(self, name: str, about: dict[str, object]) -> Statistics:
+    def _measure(self, name: str) -> Statistics:
         found = measure(
             self.model,
             self.processor,
@@ -175,7 +173,7 @@ class CalibrationSession:
             batch_size=self.options.batch_size,
             queries=self.fit_options.queries,
             reduction=self.fit_options.reduction,
-            provenance=about,
+            provenance=about(self._pairs, self.options, self.fit_options),
             work=self._work,
         )
         self._work.save_bytes(STATISTICS, found.to_bytes())
@@ -291,8 +289,8 @@ class CalibrationSession:
                 f"within {tolerance:.1%}.",
                 remedy="Use a larger KV budget or tolerance.",
             )
-        about = provenance_of(request, agreement, pairs)
-        plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": about})
+        met = provenance_of(request, agreement, pairs)
+        plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": met})
         note_result(plan, request, agreement, pairs)
         return replace(best, plan=plan)
 

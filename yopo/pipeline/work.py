@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from yopo.calibration.measure import identify
 from yopo.calibration.statistics import Statistics
 from yopo.calibration.statistics_file import load_statistics
-from yopo.data.pairs import ImageRef, Pair, ResizedRef
+from yopo.data.pairs import ImageRef, Pair, Pairs, ResizedRef
 from yopo.data.split import image_digest
 from yopo.data.videos import VideoRef
 from yopo.evaluation.fidelity import Fidelity, PairFidelity
@@ -53,7 +53,9 @@ def open_for_calibration(
     if fit_options.work_dir is None:
         return NoWork()
     values = {**vars(options), **vars(fit_options)}
-    for name in ("data", "strict", "work_dir", "trust_remote_code", "offload"):  # the pairs count
+    for name in ("data", "strict", "trust_remote_code"):  # the pairs count
+        del values[name]
+    for name in ("work_dir", "shares", "offload"):  # of no effect on one plan
         del values[name]
     key = {
         "yopo": __version__,
@@ -66,6 +68,18 @@ def open_for_calibration(
         **{name: str(value) for name, value in values.items()},
     }
     return open_work(Path(fit_options.work_dir), key)
+
+
+def about(pairs: Pairs, options: RunOptions, fit_options: FitOptions) -> dict[str, object]:
+    """What a plan's provenance says of the pairs that were measured, and how they were."""
+    found: dict[str, object] = {"yopo": __version__, "pairs": pairs.name, "seed": options.seed}
+    if set(fit_options.grids) != {1}:
+        found["grids"] = list(fit_options.grids)
+    if options.image_options:
+        found["processor"] = options.image_options
+    if pairs.digest:
+        found["pairs_digest"] = pairs.digest
+    return found
 
 
 def _request(request: PlanRequest) -> str:

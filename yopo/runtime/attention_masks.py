@@ -17,12 +17,9 @@ import torch
 from yopo.models.devices import moved
 from yopo.models.streams import Stream, TokenLayout
 from yopo.plans.grid import TOKENS_PER_LARGE_BLOCK, Block, row_blocks, shared_blocks
-from yopo.runtime import few_calls
+from yopo.runtime.kernel_masks import KernelMasks
 from yopo.runtime.token_index import TokenIndex
 from yopo.support.errors import ModelError
-
-ALIGNMENT = 16
-"""Numbers to a multiple of which rows of a mask are spaced."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,8 @@ class AttentionMasks:
         self.past_visual = index.num_visual
         self._bidirectional = bidirectional
         self._segments = moved(segments, device)
-        self._in_few_calls = few_calls.preferred_on(device)
+        self.kernel = KernelMasks(device)
         self._blocks: dict[int | None, list[VisualBlock]] = {}
-        self._added: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if layout is None:
             everything = torch.arange(length, device=device).expand(batch, length)
             text, visual = Stream(everything, None, shared=True), None
@@ -98,26 +94,22 @@ class AttentionMasks:
         index.is_padded |= any(stream.mask is not None for stream in streams)
         self._is_padded = index.is_padded
         self._visual_keys = index.visual
-        self._elsewhere: dict[torch.device, AttentionMasks] = {}
+        self.elsewhere: dict[torch.device, AttentionMasks] = {}
 
     def on(self, device: torch.device) -> AttentionMasks:
         """The same masks on a device, where they are made when they are first used."""
         if device == self.text.index.device:
             return self
-        if device not in self._elsewhere:
-            self._elsewhere[device] = self._moved(device)
-        return self._elsewhere[device]
-
-    def only_here(self) -> None:
-        """Forget the masks that were made on other devices."""
-        self._elsewhere.clear()
+        if device not in self.elsewhere:
+            self.elsewhere[device] = self._moved(device)
+        return self.elsewhere[device]
 
     def _moved(self, device: torch.device) -> AttentionMasks:
         other = copy(self)
         for name in [each for each in vars(self) if hasattr(type(self), each)]:
             delattr(other, name)  # computed from the rest
-        other._blocks, other._added, other.layout = {}, {}, moved(self.layout, device)
-        other._in_few_calls = few_calls.preferred_on(device)
+        other._blocks, other.layout = {}, moved(self.layout, device)
+        other.kernel = KernelMasks(device)
         if other.layout is None:
             other.text = moved(self.text, device)
         else:
@@ -211,21 +203,6 @@ class AttentionMasks:
             allowed[:, diagonal, own + diagonal] = True
         return allowed[:, None]
 
-    def for_kernel(self, mask: torch.Tensor | None, queries: torch.Tensor) -> torch.Tensor | None:
-        """A bool mask in the form that the attention kernel takes for these queries.
-
-        Off the CPU that is numbers to be added, made once per forward: torch would make them in
-        every call, and copy them again where rows are not aligned.
-        """
-        if mask is None or not self._in_few_calls:
-            return mask
-        if id(mask) not in self._added:
-            *sizes, width = mask.shape
-            room = queries.new_zeros(*sizes, -(-width // ALIGNMENT) * ALIGNMENT)
-            added = room[..., :width].masked_fill_(~mask, float("-inf"))
-            self._added[id(mask)] = mask, added
-        return self._added[id(mask)][1]
-
     @cached_property
     def _seen(self) -> tuple[TokenLayout, torch.Tensor]:
         """The layout and the positions of all visual keys, for a forward with visual queries."""
@@ -273,7 +250,7 @@ class AttentionMasks:
 
     def _cuts(self, radius: int | None) -> list[Block]:
         layout, _ = self._seen
-        tokens = TOKENS_PER_LARGE_BLOCK if self._in_few_calls else None
+        tokens = TOKENS_PER_LARGE_BLOCK if self.kernel.in_few_calls else None
         if layout.has_uniform_grids:
             return list(row_blocks(layout.grids[0], radius, self._bidirectional, tokens))
         return list(shared_blocks(layout.grids, radius, self._bidirectional, tokens))

@@ -32,13 +32,17 @@ from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_fil
 from yopo.runtime.extent_warning import warn_beyond
 from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads
-from yopo.runtime.inputs import packed_segments, warn_of_features
+from yopo.runtime.inputs import (
+    packed_segments,
+    refuse_captures,
+    refuse_window,
+    warn_of_features,
+)
 from yopo.runtime.labels import LabelProbe
 from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.norms import norm_for
 from yopo.runtime.sliced_linear import warn_without_fitted
 from yopo.runtime.token_index import Rotary
-from yopo.support.errors import ModelError
 
 if TYPE_CHECKING:
     from yopo.models.stock import ModuleListOf, StockDecoder
@@ -327,25 +331,3 @@ def _gathered(stream: Stream, rotary: Rotary, batch: int) -> Rotary:
         stream.gather(cosines.expand(batch, -1, -1)),
         stream.gather(sines.expand(batch, -1, -1)),
     )
-
-
-def refuse_captures(config: object, kwargs: dict[str, object], who: str) -> None:
-    """Raise ModelError if all layers' hidden states or attentions are requested from ``who``."""
-    for what in ("hidden_states", "attentions"):
-        flag = f"output_{what}"
-        if kwargs.get(flag) or getattr(config, flag, False):
-            raise ModelError(
-                f"{who} has no {what} of all tokens in all layers.",
-                remedy=f"Drop {flag}, or use the dense model.",
-            )
-
-
-def refuse_window(config: object, length: int, who: str) -> None:
-    """Raise ModelError if ``length`` exceeds a sliding window, which ``who`` does not support."""
-    window = getattr(config, "sliding_window", None)
-    if window is not None and length > window:
-        raise ModelError(
-            f"{length} tokens exceed the model's sliding attention window of {window}, which "
-            f"{who} does not support.",
-            remedy="Shorten the prompt or the answer, or use the dense model.",
-        )

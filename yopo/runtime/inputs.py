@@ -132,3 +132,25 @@ def _hashes(rows: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(1 << 62, (rows.shape[-1],), generator=generator) | 1
     return (bits * factors.to(bits.device)).sum(dim=-1)
+
+
+def refuse_captures(config: object, kwargs: dict[str, object], who: str) -> None:
+    """Raise ModelError if all layers' hidden states or attentions are requested from ``who``."""
+    for what in ("hidden_states", "attentions"):
+        flag = f"output_{what}"
+        if kwargs.get(flag) or getattr(config, flag, False):
+            raise ModelError(
+                f"{who} has no {what} of all tokens in all layers.",
+                remedy=f"Drop {flag}, or use the dense model.",
+            )
+
+
+def refuse_window(config: object, length: int, who: str) -> None:
+    """Raise ModelError if ``length`` exceeds a sliding window, which ``who`` does not support."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and length > window:
+        raise ModelError(
+            f"{length} tokens exceed the model's sliding attention window of {window}, which "
+            f"{who} does not support.",
+            remedy="Shorten the prompt or the answer, or use the dense model.",
+        )

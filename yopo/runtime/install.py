@@ -16,6 +16,7 @@ from yopo.models.family import Backbone, Family, GridsOf, shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder, is_same
 from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
+from yopo.models.tower_attention import attention_path
 from yopo.plans.checks import check_tensors
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
@@ -102,7 +103,8 @@ def install(
     layers = visual_layers(decoder, plan, names, trainable=trainable)
     tokens = family.token_ids(model.config)
     # Other threads may be using the model: set up what the pruned forward needs, then swap it in.
-    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
+    attention = attention_path(plan.reduction, family, model.config)
+    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens, attention)
     # Orders and fitted weights are in the layers now; do not keep them in memory twice.
     decoder.yopo = PrunedState(_with_only_means(plan), layers, names, probe, LabelProbe(model))
     try:
