@@ -113,6 +113,14 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     help="Keep finished stages here: if it is killed, the same command goes on where it was.",
 )
 @click.option(
+    "--offload",
+    type=click.Choice(("auto", "never", "always")),
+    default="auto",
+    show_default=True,
+    help="Read decoder layers from disk one at a time; auto: where the weights do not fit. States "
+    "of pairs then wait in host memory, or in files in --work-dir.",
+)
+@click.option(
     "--status",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
@@ -139,6 +147,8 @@ def command(context: click.Context, **values: Any) -> None:
     requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
     if not values["data"]:
         check_named(values["model"], "calibration")
+    if values["offload"] != "auto" and values["device_map"] is not None:
+        raise click.UsageError("--offload and --device-map exclude one another.")
     check_settings(context)
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
+
+from yopo.models.offloaded import is_offloaded
 
 
 class Room(Protocol):
@@ -76,6 +79,18 @@ class InFiles:
         made = torch.frombuffer(mapped, dtype=states.dtype, count=states.numel())
         self._maps[made.data_ptr()] = mapped
         return made.view(states.shape)
+
+
+def room_for(model: nn.Module, folder: str | Path | None) -> Room:
+    """Where the states of a model wait: on its device, unless weights are kept elsewhere.
+
+    Args:
+        model: A model, or its decoder; in memory or with offloaded layers.
+        folder: For files; None: states wait in host memory.
+    """
+    if not is_offloaded(model):
+        return OnDevice()
+    return InHostMemory() if folder is None else InFiles(folder)
 
 
 def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from yopo.data.drawing import DEFAULT_SAMPLES
 from yopo.data.pairs import Data
@@ -29,6 +29,9 @@ class RunOptions:
         device_map: In place of ``device``, as accelerate takes it: ``auto``, or the device of each
             module by name, for a decoder spread over several devices; ``cpu`` and ``disk`` beside a
             GPU hold weights that are fetched when they are needed. None: all is on ``device``.
+        offload: Whether decoder layers of a model that is loaded stay in its files and are read one
+            at a time: ``auto`` (where the weights do not fit the device's free memory), ``never``
+            or ``always``; not together with ``device_map``.
         dtype: Dtype of a model that is loaded: ``auto`` (the checkpoint's; in place of float16 on a
             CPU, where it is slow, bfloat16 or float32: see ``serving.precision``), ``float32``,
             ``bfloat16`` (``bf16``), ``float16`` (``fp16``); a model in memory is not converted.
@@ -55,6 +58,7 @@ class RunOptions:
     max_pixels: int | None = None
     min_pixels: int | None = None
     processor_options: Mapping[str, Any] = field(default_factory=dict)
+    offload: Literal["auto", "never", "always"] = "never"
 
     @property
     def image_options(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from yopo.evaluation.fidelity import (
     record_dense,
 )
 from yopo.fitting.fitter import Fitter
+from yopo.fitting.states import room_for
 from yopo.pipeline.encoded import encoded
 from yopo.pipeline.latency import in_flops
 from yopo.pipeline.model_handle import Model, ModelHandle
@@ -150,7 +151,7 @@ class CalibrationSession:
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self._kept = Judgements(self._work)
-        kept = (self._work, self._is_judged)
+        kept = (self._work, self._is_judged, room_for(self.model, fit_options.work_dir))
         self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept)
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}

@@ -73,7 +73,9 @@ def _key(
 ) -> dict[str, Any]:
     """What the bytes of the results depend on; the number of processes is not among it."""
     values = {**vars(options), **vars(fit_options)}
-    for name in ("data", "strict", "work_dir", "shares", "trust_remote_code"):  # the pairs count
+    for name in ("data", "strict", "trust_remote_code"):  # the pairs count
+        del values[name]
+    for name in ("work_dir", "shares", "offload"):  # of no effect on one plan
         del values[name]
     if is_together():  # moments are added exactly
         values["processes"] = "any number under torchrun"
