@@ -118,7 +118,9 @@ class Bench:
     @torch.no_grad()
     def prefill(self) -> Cache:
         """Prefill with the model in its current state; returns the cache."""
-        return self.prompt.prefill(self.model, use_cache=True).past_key_values
+        cache = self.prompt.prefill(self.model, use_cache=True).past_key_values
+        assert cache is not None, "one was requested"
+        return cache
 
     def measure(self, name: str, decode_steps: int) -> Sample:
         """One prefill and its decode steps with one of the ``names``."""
@@ -229,7 +231,8 @@ def bench_model(
 
     Raises:
         ModelError: The plan was made for another model, the visual tokens do not form whole images
-            of it, or the pruned model's cache does not hold the visual bytes that the plan predicts.
+            of it, or the pruned model's cache does not hold the visual bytes that the plan
+            predicts.
     """
     check_model(model, plan, check=True)
     moved = with_prompt(plan, text=sizes.text)
