@@ -117,6 +117,8 @@ def specified(
 @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
 def test_generate_matches_the_reference(specimen: Specimen, beams: int, stored: str) -> None:
     for seed, (name, inputs) in enumerate(prompts_of(specimen).items()):
+        if beams > 1 and not tiny.beams_get_their_images(specimen.oracle, inputs):
+            continue
         plan = drawn(specimen, seed, stored)
         expected = specified(specimen, plan, inputs, num_beams=beams)
         with pruned(specimen.oracle, plan):
