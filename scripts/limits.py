@@ -203,7 +203,7 @@ class Calibration:
     @torch.no_grad()
     def forward(self, **more: object) -> object:
         """Run a forward without a cache."""
-        return self.model.base_model(**self.prompt.arguments(), use_cache=False, **more)
+        return self.prompt.prefill(self.model, use_cache=False, **more)
 
     def calibrate(self) -> None:
         """Run one pass, including everything that is computed once."""

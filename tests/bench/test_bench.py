@@ -30,7 +30,7 @@ from yopo.bench.plans import (
     with_layers,
     with_prompt,
 )
-from yopo.bench.prompt import made_up_prompt
+from yopo.bench.prompt import Prompt, made_up_prompt
 from yopo.bench.random_model import (
     WORKLOAD,
     fitted,
@@ -190,13 +190,40 @@ def test_made_up_images_reach_the_decoder() -> None:
     )
     subject = subject_of(whole)
     with torch.no_grad():
-        dense = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
+        dense = subject.prompt.prefill(subject.model).last_hidden_state
         with subject.switch(PRUNED):
-            same = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
+            same = subject.prompt.prefill(subject.model).last_hidden_state
         with pruned(subject.model, plan, grids_of=subject.grids_of, check=False):
-            other = subject.model.base_model(**subject.prompt.arguments()).last_hidden_state
+            other = subject.prompt.prefill(subject.model).last_hidden_state
     assert torch.allclose(dense, same, atol=1e-5)
     assert not torch.allclose(dense[:, -1], other[:, -1], atol=1e-5)
+
+
+def test_a_pruned_model_without_the_planned_visual_tokens_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with a model whose forward ignores the argument by which it gets its images."""
+
+    def without_images(prompt: Prompt, model: Any, **more: Any) -> Any:
+        return model.base_model(**prompt.inputs, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompt, "prefill", without_images)
+        with pytest.raises(ModelError, match="holds 0 bytes .* where the plan predicts [1-9]"):
+            bench_random(plan_for(), Sizes(), QUICK)
+
+
+def test_the_prompts_images_are_the_models_only_during_a_prefill() -> None:
+    subject = subject_of(plan_for())
+    base = subject.model.base_model
+    before = dict(vars(base))
+    subject.prefill()
+    assert vars(base) == before
+    with subject.switch(PRUNED):
+        watched = base.get_image_features
+        subject.prefill()
+        assert base.get_image_features == watched
+    assert vars(base) == before
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -126,7 +126,12 @@ def test_a_calibrated_plan_can_be_applied_and_loaded(
         pytest.skip("SmolVLM's processor needs num2words")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("YOPO_CACHE", str(tmp_path / "cache"))
-    made = MAKERS[name]()
+    try:
+        made = MAKERS[name]()
+    except ImportError as error:  # before transformers 5.18, its Pillow half wanted it as well
+        if "Torchvision" not in str(error):
+            raise
+        pytest.skip("this transformers builds the processor only with torchvision")
     save_model(name, made.tokenizer, tmp_path / "tiny")
     made.save_pretrained(tmp_path / "tiny")
     run("calibrate", "--model", "tiny", "--data", "demo:calibration", *FAST, "--budget", 0.5)

@@ -117,6 +117,8 @@ def specified(
 @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
 def test_generate_matches_the_reference(specimen: Specimen, beams: int, stored: str) -> None:
     for seed, (name, inputs) in enumerate(prompts_of(specimen).items()):
+        if beams > 1 and not tiny.beams_get_their_images(specimen.oracle, inputs):
+            continue
         plan = drawn(specimen, seed, stored)
         expected = specified(specimen, plan, inputs, num_beams=beams)
         with pruned(specimen.oracle, plan):
@@ -233,15 +235,20 @@ def test_verify_compares_both_checkpoints(baked: tuple) -> None:
 
 
 def executed(specimen: Specimen, inputs: dict[str, Any]) -> int:
-    """Return the matrix-product FLOPs of the text decoder in one forward."""
+    """Return the matrix-product FLOPs of the text decoder in one forward.
+
+    Without the table of cosines and sines, which older transformers make by a product.
+    """
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         tiny.logits(specimen.model, inputs)
     modules = dict(specimen.model.named_modules())
     decoder = specimen.model.get_decoder()
     (name,) = (name for name, module in modules.items() if module is decoder)
-    (counts,) = (each for key, each in counter.get_flop_counts().items() if key.endswith(name))
-    return sum(counts.values())
+    found = counter.get_flop_counts()
+    (counts,) = (each for key, each in found.items() if key.endswith(name))
+    tables = (each for key, each in found.items() if key.endswith(f"{name}.rotary_emb"))
+    return sum(counts.values()) - sum(sum(each.values()) for each in tables)
 
 
 def test_flops_of_the_dense_model_are_the_predicted_ones(specimen: Specimen) -> None:

@@ -53,6 +53,8 @@ def test_generate_gives_the_same_tokens(
     subject: Subject, plan: PruningPlan, rows: list, mode: str
 ) -> None:
     inputs, options = tiny.batch(rows), MODES[mode]
+    if mode == "beams":
+        tiny.skip_unless_beams_get_their_images(subject.oracle, inputs)
     expected = specified(subject, plan, inputs, **options)
     with pruned(subject.oracle, plan):
         found = generate(subject.oracle, inputs, **options)
@@ -137,6 +139,8 @@ def test_a_second_turn_may_use_beams(subject: Subject, plan: PruningPlan) -> Non
 def test_prefill_in_chunks_that_split_an_image_is_refused(
     subject: Subject, plan: PruningPlan
 ) -> None:
+    if not tiny.takes_encoded(subject.oracle):
+        pytest.skip("this transformers' chunks come without images")
     inputs = tiny.batch(ONE)
     with pruned(subject.oracle, plan), pytest.raises(ModelError, match="whole number of images"):
         generate(subject.oracle, inputs, prefill_chunk_size=10)

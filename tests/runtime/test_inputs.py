@@ -18,6 +18,7 @@ from yopo.support.errors import ModelError
 
 ROWS = [[1, 5, 6, *PICTURE, 7, 8]]
 NO_TOKEN = "embeddings that match no token"
+WITHOUT_IMAGES = "image placeholders, but no images"
 CONSTANT = "part of the loss is a constant"
 
 
@@ -84,9 +85,15 @@ def test_token_embeddings_are_not_mistaken_for_features(
 
 
 def test_the_suggested_remedy_works(mha: Subject) -> None:
-    """Already encoded images can be passed as encoder outputs."""
+    """Already encoded images can be passed as encoder outputs, where the warning says so."""
     plan = mha.random_plan(3)
     inputs = tiny.batch(ROWS)
+    with pruned(mha.model, plan), pytest.warns(UserWarning, match=NO_TOKEN) as warned:
+        mha.model(inputs_embeds=merged(mha, inputs))
+    names_it = "mm_encoder_outputs" in str(warned[0].message)
+    assert names_it == tiny.takes_encoded(mha.model)
+    if not names_it:
+        pytest.skip("this transformers takes no encoded images")
     with pruned(mha.model, plan), warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = tiny.logits(mha.model, inputs)
@@ -150,10 +157,40 @@ def test_shifted_labels_and_padded_rows_are_checked_too(mha: Subject) -> None:
 # Other ways to prefill and to continue.
 
 
+def test_placeholders_without_images_cause_a_warning_once(mha: Subject) -> None:
+    """Not if they follow images, as those that prompt lookup copies do."""
+    plan, model = mha.random_plan(3), copy.deepcopy(mha.model)
+    inputs = tiny.batch(ROWS)
+    without = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    dense = tiny.logits(model, without)
+    with pruned(model, plan), torch.no_grad(), warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        cache = model(**inputs).past_key_values
+        model(input_ids=torch.tensor([[9, IMAGE, IMAGE]]), past_key_values=cache)
+        model.generate(**inputs, max_new_tokens=2)
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+        assert not said(found, WITHOUT_IMAGES)
+        assert torch.allclose(tiny.logits(model, without), dense, atol=1e-4)
+        assert said(found, f"16 {WITHOUT_IMAGES}")
+        count = len(found)
+        model(**without)
+        assert len(found) == count
+
+
+def test_images_in_an_argument_that_is_not_read_cause_the_warning(mha: Subject) -> None:
+    """As ``mm_encoder_outputs`` does where a model's forward does not know it yet."""
+    model, inputs = copy.deepcopy(mha.model), tiny.batch(ROWS)
+    inputs["not_an_argument"] = inputs.pop("pixel_values")
+    with pruned(model, mha.random_plan(3)), pytest.warns(UserWarning, match=WITHOUT_IMAGES):
+        tiny.logits(model, inputs)
+
+
 @pytest.mark.parametrize("size", [1, 2, 10, 18])
 def test_chunks_that_cut_an_image_are_refused(mha: Subject, size: int) -> None:
     plan = mha.random_plan(3)
     two = tiny.batch([[1, 5, *PICTURE, *PICTURE, 7, 8]])
+    if not tiny.takes_encoded(mha.model):
+        pytest.skip("this transformers' chunks come without images")
     with pruned(mha.model, plan):
         if size == 18:  # between the images: nothing is cut
             options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
@@ -163,6 +200,16 @@ def test_chunks_that_cut_an_image_are_refused(mha: Subject, size: int) -> None:
             return
         with pytest.raises(ModelError, match="whole number of images"):
             mha.model.generate(**two, max_new_tokens=2, prefill_chunk_size=size)
+
+
+@pytest.mark.parametrize("size", [2, 10, 18])
+def test_chunks_without_their_images_cause_a_warning(mha: Subject, size: int) -> None:
+    """Stock transformers before 5.18 cuts prompts into chunks but drops their images."""
+    if tiny.takes_encoded(mha.model):
+        pytest.skip("this transformers' chunks come with their images")
+    model, two = copy.deepcopy(mha.model), tiny.batch([[1, 5, *PICTURE, *PICTURE, 7, 8]])
+    with pruned(model, mha.random_plan(3)), pytest.warns(UserWarning, match=WITHOUT_IMAGES):
+        model.generate(**two, max_new_tokens=2, prefill_chunk_size=size)
 
 
 def test_continuous_batching_is_refused_only_while_pruned(mha: Subject) -> None:

@@ -1,8 +1,10 @@
-"""The prompt that is timed: already encoded images between text tokens, as in ``generate``.
+"""The prompt that is timed: already encoded images between text tokens.
 
 Images are encoded before anything is timed: the vision encoder is the same in both models and would
 only dilute the ratio. The rest is what the model's own forward does with a prompt: embedding,
-merging image features, (pruned) finding the layout, the text decoder.
+merging image features, (pruned) finding the layout, the text decoder. Every version of transformers
+takes features from the model's own encoding method, but not every one takes them as an argument, so
+for the time of a forward that method returns them.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from yopo.models.devices import device_of
 from yopo.models.image_info import Info, note
@@ -33,8 +36,8 @@ class Prompt:
     """A batch of equal prompts.
 
     Attributes:
-        inputs: Arguments of the base model's forward.
-        encoded: Encoded images, in the form of ``mm_encoder_outputs``.
+        inputs: Arguments of the base model's forward, without pixels.
+        encoded: Encoded images, as the model's ``get_image_features`` returns them.
         batch: Number of prompts.
         next_token: An ordinary text token for decode steps.
     """
@@ -49,9 +52,12 @@ class Prompt:
         """Tokens of one prompt."""
         return self.inputs["input_ids"].shape[1]
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of one forward, which may modify them."""
-        return {**self.inputs, "mm_encoder_outputs": {"image": self.encoded}}
+    def prefill(self, model: PreTrainedModel, **more: Any) -> BaseModelOutputWithPast:
+        """Run the base model's forward, dense or pruned; ``more`` are further arguments of it."""
+        base = model.base_model
+        pixels = torch.empty(1, device=model.device)  # says that there are images; nobody looks
+        with _encoded_as(base, self.encoded):
+            return base(**self.inputs, pixel_values=pixels, **more)
 
     def lengthened(self, length: int) -> Prompt:
         """The prompt followed by ordinary text, up to a length.
@@ -71,6 +77,21 @@ class Prompt:
             if name in fill
         }
         return replace(self, inputs={**self.inputs, **grown})
+
+
+@contextmanager
+def _encoded_as(base: nn.Module, encoded: BaseModelOutputWithPooling) -> Iterator[None]:
+    """Let a base model's encoding method return what is given, for the time of the block."""
+    name = "get_image_features"
+    before = vars(base).get(name)  # a pruned model's own, or none: the class's
+    setattr(base, name, lambda *args, **kwargs: encoded)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(base, name)
+        else:
+            setattr(base, name, before)
 
 
 def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Prompt:

@@ -17,11 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from yopo.baselines.baseline import Baseline
 from yopo.baselines.install import baseline
@@ -42,6 +41,7 @@ from yopo.bench.result import (
     Layers,
 )
 from yopo.bench.rounds import Rounds, Sample
+from yopo.bench.visual_kv import all_bytes, refuse_unplanned, visual_bytes
 from yopo.evaluation.timing import now
 from yopo.models.devices import device_of, devices_of
 from yopo.models.family import GridsOf
@@ -51,14 +51,6 @@ from yopo.runtime.gemm import fast_gemm, same_gemm
 from yopo.runtime.install import check_model, pruned
 from yopo.support.console import track
 from yopo.support.errors import YopoError
-
-
-@runtime_checkable
-class _CountsVisual(Protocol):
-    """A cache layer that can tell which of its keys and values are visual."""
-
-    def visual_bytes(self) -> int:
-        """Bytes of visual keys and values that the layer holds."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,9 @@ class Bench:
     @torch.no_grad()
     def prefill(self) -> Cache:
         """Prefill with the model in its current state; returns the cache."""
-        return self.model.base_model(**self.prompt.arguments(), use_cache=True).past_key_values
+        cache = self.prompt.prefill(self.model, use_cache=True).past_key_values
+        assert cache is not None, "one was requested"
+        return cache
 
     def measure(self, name: str, decode_steps: int) -> Sample:
         """One prefill and its decode steps with one of the ``names``."""
@@ -160,8 +154,8 @@ class Bench:
         with self.switch(name):
             layers = self.prefill().layers
         if name != DENSE:
-            return sum(_visual_bytes(layer) for layer in layers)
-        held = sum(_all_bytes(layer) for layer in layers)
+            return sum(visual_bytes(layer) for layer in layers)
+        held = sum(all_bytes(layer) for layer in layers)
         return held * self.plan.workload.visual // self.prompt.length
 
     def lengthened(self, context: int) -> Bench:
@@ -174,17 +168,6 @@ class Bench:
         plan = with_prompt(self.plan, text=context - self.plan.workload.visual)
         methods = {name: each for name, each in self.baselines.items() if not each.needs_plan}
         return replace(self, plan=plan, prompt=prompt, baselines=methods)
-
-
-def _visual_bytes(layer: object) -> int:
-    assert isinstance(layer, _CountsVisual), "not a cache of a changed model"
-    return layer.visual_bytes()
-
-
-def _all_bytes(layer: object) -> int:
-    assert isinstance(layer, CacheLayerMixin), "not a cache of keys and values"
-    assert layer.keys is not None and layer.values is not None, "nothing was prefilled"
-    return layer.keys.nbytes + layer.values.nbytes
 
 
 def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") -> Rounds:
@@ -222,7 +205,8 @@ def bench_random(
 
     Raises:
         PlanError: The prompt does not form whole images, or the plan has fewer layers.
-        ModelError: The weights would not fit into memory.
+        ModelError: The weights would not fit into memory, or the pruned model's cache does not
+            hold the visual bytes that the plan predicts.
     """
     moved = with_prompt(plan, visual=sizes.visual, text=sizes.text)
     used = sampled_layers(moved, num_layers or len(moved.layers))
@@ -249,8 +233,9 @@ def bench_model(
     """Time a plan on the model that it was made for; the model is restored afterwards.
 
     Raises:
-        ModelError: The plan was made for another model, or the visual tokens do not form whole
-            images of it.
+        ModelError: The plan was made for another model, the visual tokens do not form whole images
+            of it, or the pruned model's cache does not hold the visual bytes that the plan
+            predicts.
     """
     check_model(model, plan, check=True)
     moved = with_prompt(plan, text=sizes.text)
@@ -278,6 +263,8 @@ def _bench(
     subject, left_out = _with_baselines(subject, options, requested, layers.used)
     model, devices = subject.model, devices_of(subject.model)
     with _threads(options.threads):
+        held = subject.visual_kv(PRUNED)
+        refuse_unplanned(held, subject.plan, subject.prompt.batch, model.dtype.itemsize)
         rounds = run_rounds(subject, options)
         measured = {
             name: Contender(

@@ -31,14 +31,14 @@ class Call:
 
     Attributes:
         layout: Where its visual tokens are; None if it has none.
-        has_embeds: Whether the caller passed embeddings instead of token ids.
+        input_ids: (batch, sequence) of the caller; None: embeddings were passed instead.
         must_be_read: Whether the layout has to be read before the forward ends.
         is_read: Whether it was read.
         carried: Information carried by images that were encoded before.
     """
 
     layout: TokenLayout | None
-    has_embeds: bool
+    input_ids: torch.Tensor | None
     must_be_read: bool = False
     is_read: bool = False
     carried: Info = field(default_factory=dict)
@@ -64,12 +64,12 @@ class LayoutProbe:
         self.must_be_read = False
         """Whether a forward with visual tokens fails if its layout was not read with :meth:`read`:
         then something kept the decoder from being reached."""
-        # transformers types ``base_model`` only as a module.
         self._config = cast("PreTrainedModel", base_model).config
         self._grids_of = grids_of
-        self._token_ids = tuple(token_ids or (self._config.image_token_id,))
+        self.token_ids = tuple(token_ids or (self._config.image_token_id,))
         self._base_model = base_model
         self._signature = inspect.signature(type(base_model).forward)
+        self.takes_encoded = "mm_encoder_outputs" in self._signature.parameters  # newer ones do
         self._handles = [
             base_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             base_model.register_forward_hook(self._leave, always_call=True),
@@ -127,20 +127,19 @@ class LayoutProbe:
     def _enter(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
         bound = self._signature.bind_partial(module, *args, **kwargs).arguments
         embeds = bound.get("inputs_embeds")
-        call = Call(None, embeds is not None, self.must_be_read)
+        call = Call(None, bound.get("input_ids"), self.must_be_read)
         _CALLS.set(self, call)
         tokens = [
             token
-            for token, modality in zip(self._token_ids, _PIXELS, strict=False)
+            for token, modality in zip(self.token_ids, _PIXELS, strict=False)
             if _brings(bound, modality)
         ]
-        ids = bound.get("input_ids")
-        found = self._find(module, ids, embeds, tokens) if tokens else None
+        found = self._find(module, call.input_ids, embeds, tokens) if tokens else None
         if found is not None and bool((found >= 0).any()):
             call.carried = carried(bound)
             info = known(module, self._key) | call.carried | image_info(bound)
             grids = self._grids_of(self._config, _runs(found), info)
-            call.layout = build_layout(found >= 0, grids, ids)
+            call.layout = build_layout(found >= 0, grids, call.input_ids)
 
     def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
         call = _CALLS.get(self)

@@ -184,7 +184,7 @@ class PrunedCacheLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}): a cache is cropped by a negative number of tokens.",
                 remedy=f"Remove {tokens_to_remove} tokens by crop(-{tokens_to_remove}).",
             )
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # prompt lookup may count in tensors
         if not count or not self.is_initialized:
             return
         if self._is_first:

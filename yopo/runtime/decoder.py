@@ -37,6 +37,7 @@ from yopo.runtime.inputs import (
     refuse_captures,
     refuse_window,
     warn_of_features,
+    warn_without_images,
 )
 from yopo.runtime.labels import LabelProbe
 from yopo.runtime.layer import LayerRun, VisualInput
@@ -155,6 +156,8 @@ class PrunedDecoder(_Stock):
         cache = new_layers(splits) if kept is None else adopt(kept, splits)
         batch, length, _ = embeds.shape
         index = cache[0].index
+        if not index.num_visual:
+            warn_without_images(self, state.probe)
         refuse_window(self.config, index.length + length, "a pruned model")
         past, size = None if kept is None else index.length, (batch, length)
         segments = packed_segments(position_ids, attention_mask, size, kwargs, cached=past)
@@ -196,8 +199,9 @@ def _layout(
     call = state.probe.read()
     layout = None if call is None else call.layout
     warn_beyond(decoder, state.plan.extent, layout)
-    if inputs_embeds is not None and (call is None or call.has_embeds):
-        warn_of_features(inputs_embeds, decoder.embed_tokens, layout)
+    if inputs_embeds is not None and (call is None or call.input_ids is None):
+        takes_encoded = state.probe.takes_encoded
+        warn_of_features(inputs_embeds, decoder.embed_tokens, layout, takes_encoded=takes_encoded)
     return layout
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from transformers.masking_utils import find_packed_sequence_indices
 
+from yopo.models.layout import LayoutProbe
 from yopo.models.streams import TokenLayout
 from yopo.runtime.offload import weight_of
-from yopo.support.errors import ModelError
+from yopo.support.errors import ModelError, YopoWarning
+
+_WARNED: WeakSet[nn.Module] = WeakSet()
+"""Decoders about which was warned that their images are missing."""
 
 _PAGED = ("block_table", "read_index", "write_index")
 """Arguments of transformers' continuous batching."""
@@ -95,7 +100,40 @@ def _between(starts: object, shape: tuple[int, int]) -> torch.Tensor | None:
     return torch.bucketize(place, starts[1:].long(), right=True)[None]
 
 
-def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout | None) -> None:
+def warn_without_images(decoder: nn.Module, probe: LayoutProbe) -> None:
+    """Warn, once per model, if a forward has placeholders of images but no images.
+
+    The stock model reads them as text. So does the pruned one, which a user may take for a pruned
+    answer about an image. Not meant for a cache with visual tokens: there, prompt lookup proposes
+    placeholders of images that were seen. A single token is not looked at: it would be a decode
+    step, which must not wait for the device.
+
+    Args:
+        decoder: The pruned decoder.
+        probe: Watches its model, whose forward is in progress.
+    """
+    call = probe.read()
+    if call is None or call.layout is not None or call.input_ids is None or decoder in _WARNED:
+        return
+    ids = call.input_ids
+    if ids.shape[1] < 2:
+        return
+    count = int(torch.isin(ids, torch.tensor(probe.token_ids, device=ids.device)).sum())
+    if count:
+        _WARNED.add(decoder)
+        given = "pixel_values or mm_encoder_outputs" if probe.takes_encoded else "pixel_values"
+        warnings.warn(
+            f"input_ids contain {count} image placeholders, but no images came with them in an "
+            f"argument that this model reads ({given}): the placeholders are computed as text, and "
+            "nothing is pruned. This is said once.",
+            YopoWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_features(
+    embeds: torch.Tensor, table: nn.Module, layout: TokenLayout | None, *, takes_encoded: bool
+) -> None:
     """Warn if embeddings passed by a caller are not all embeddings of tokens.
 
     Image features merged in beforehand look like any embedding: where an image begins and what its
@@ -105,6 +143,7 @@ def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout
         embeds: (batch, sequence, hidden).
         table: The embedding module.
         layout: Known visual tokens, or None.
+        takes_encoded: Whether the model's forward takes encoded images.
     """
     if embeds.shape[1] == 1 or type(table) is not nn.Embedding:
         return  # a decode step, or embeddings that are not plain table rows
@@ -116,11 +155,14 @@ def warn_of_features(embeds: torch.Tensor, table: nn.Module, layout: TokenLayout
         known = known | layout.visual.marks(embeds.shape[1])
     unknown = int((~known).sum())
     if unknown:
+        encoded = (
+            ", or with mm_encoder_outputs={'image': model.get_image_features(...)} if images are "
+            "encoded already"
+        )
         warnings.warn(
             f"inputs_embeds contain {unknown} embeddings that match no token. If they are image "
             "features, they are not pruned: the plan needs to know where images are. Pass "
-            "input_ids with pixel_values, or with mm_encoder_outputs={'image': "
-            "model.get_image_features(...)} if images are encoded already.",
+            f"input_ids with pixel_values{encoded if takes_encoded else ''}.",
             stacklevel=2,
         )
 
