@@ -104,7 +104,7 @@ class _Keeper:
     def __init__(self, observer: Observer, work: Work):
         self._observer, self._work, self._kept = observer, work, time.monotonic()
         found = work.load(SNAPSHOT)
-        self._done = 0
+        self._done, self._is_new = 0, False
         if found is not None:
             observer.restore(found)
             self._done = found.about["pairs"]
@@ -112,11 +112,12 @@ class _Keeper:
     def has(self, group: tuple[Pair, ...]) -> bool:
         """Whether the next pairs are in the sums."""
         self._done -= len(group)
-        return self._done >= 0
+        self._is_new = self._done < 0
+        return not self._is_new
 
     def keep(self) -> None:
-        """Keep the sums, if the last ones are old."""
-        if time.monotonic() - self._kept >= PERIOD:
+        """Keep the sums, if there are new ones and the last are old."""
+        if self._is_new and time.monotonic() - self._kept >= PERIOD:
             self._work.save(SNAPSHOT, self._observer.snapshot())
             self._kept = time.monotonic()
 
