@@ -22,7 +22,6 @@ from yopo.bench import run as benching
 from yopo.bench.document import document
 from yopo.bench.memory import peak_bytes
 from yopo.bench.plans import (
-    MADE_UP,
     PRESETS,
     grids_for,
     preset_plan,
@@ -59,6 +58,7 @@ from yopo.plans.flops import (
     visual_kv_bytes,
 )
 from yopo.plans.grid import Grid
+from yopo.plans.made_up import MADE_UP
 from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan, Workload
 from yopo.report.bench_tables import bench_report
 from yopo.runtime import gemm

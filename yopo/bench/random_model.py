@@ -21,9 +21,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from yopo.bench.plans import MADE_UP, made_up_refit
+from yopo.bench.plans import made_up_refit, preset_plan
 from yopo.models.family import GridsOf
 from yopo.plans.grid import Grid
+from yopo.plans.made_up import MADE_UP
 from yopo.plans.schema import ModelIdentity, ModelShape, PruningPlan, Workload
 from yopo.support.errors import ModelError, suggest
 from yopo.support.memory import available_bytes
@@ -59,6 +60,15 @@ def published_model(name: str) -> ModelIdentity:
     if name not in SHAPES:
         raise ModelError(f"No published shape named '{name}'.", remedy=suggest(name, SHAPES))
     return ModelIdentity(name, FAMILY, SHAPES[name], MADE_UP)
+
+
+def published_plan(preset: str, name: str) -> PruningPlan:
+    """A preset for a published shape: to be timed, as its heads and neurons were not measured.
+
+    Raises:
+        YopoError: There is no such preset, or no such shape.
+    """
+    return preset_plan(preset, published_model(name), WORKLOAD)
 
 
 def random_model(

@@ -189,6 +189,4 @@ def _baselines(values: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _preset(name: str, shape_of: str | None) -> PruningPlan:
-    random_model = load("yopo.bench.random_model")
-    model = random_model.published_model(shape_of or DEFAULT_SHAPE)
-    return load("yopo.bench.plans").preset_plan(name, model, random_model.WORKLOAD)
+    return load("yopo.bench.random_model").published_plan(name, shape_of or DEFAULT_SHAPE)

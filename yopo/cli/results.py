@@ -112,7 +112,7 @@ def save(made: Calibrated, output: str, *, force: bool) -> None:
     if made.candidates:
         _show_candidates(made.plan)
     write_plan(made.plan, output, force=force)
-    note(_written(made.plan, output))
+    note(written(made.plan, output))
 
 
 def _show_candidates(plan: PruningPlan) -> None:
@@ -125,7 +125,8 @@ def _show_candidates(plan: PruningPlan) -> None:
         note(f"   and {len(found) - len(shown)} more, which -v and the plan list")
 
 
-def _written(plan: PruningPlan, output: str) -> str:
+def written(plan: PruningPlan, output: str) -> str:
+    """What is said of a plan that was written."""
     from yopo.plans.flops import dense_prefill_flops, prefill_flops
     from yopo.report import units
 

@@ -35,6 +35,7 @@ from yopo.planning.request import (
     ToleranceRequest,
 )
 from yopo.plans.evaluated import with_evaluation
+from yopo.plans.made_up import refuse_made_up
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.serving.loading import open_baked
@@ -213,6 +214,7 @@ def evaluate(
     """
     options = options or RunOptions()
     found = target if isinstance(target, PruningPlan) else read_target(target, budget)
+    refuse_made_up(found)
     if options.data is None:
         typed = None if isinstance(target, PruningPlan) else f"yopo eval {shlex.quote(str(target))}"
         check_named(found.model.name, "heldout", typed=typed, family=found.model.family)
@@ -334,6 +336,7 @@ def _source_of(plan: PruningPlan, model: str | Path | None) -> ModelSource:
     hint = plan.model.path
     if model is None and hint is not None and (hint / "config.json").is_file():
         return replace(resolve(os.path.relpath(hint)), name=plan.model.name)
+    refuse_made_up(plan)
     try:
         return resolve(str(model or plan.model.name))
     except ModelError as error:

@@ -18,6 +18,7 @@ from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
 from yopo.models.tower_attention import attention_path
 from yopo.plans.checks import check_tensors
+from yopo.plans.made_up import refuse_made_up
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.plans.tensors import PlanTensors
@@ -192,6 +193,8 @@ def check_model(
         ModelError: The family, shape or fingerprint differs, or weights are not plain or not in
             memory.
     """
+    if check:
+        refuse_made_up(plan)
     family = family_of(model.config)
     shape = shape_of(model.config)
     if family.name != plan.model.family or shape != plan.model.shape:
