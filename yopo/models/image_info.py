@@ -81,7 +81,7 @@ def watched(
         # After the call: Qwen3-VL encodes videos as images, which must not count as such.
         _IMAGE_INFO.set(module, (key, before | passed))
         if isinstance(encoded, ModelOutput):
-            note(encoded, passed)
+            setattr(encoded, _NOTE, passed)  # instead of what an inner encoding noted
         return encoded
 
     return encode
