@@ -316,6 +316,12 @@ def takes_encoded(model: PreTrainedModel) -> bool:
     return "mm_encoder_outputs" in inspect.signature(type(model.base_model).forward).parameters
 
 
+def skip_unless_takes_encoded(model: PreTrainedModel) -> None:
+    """Skip a test of encoded images, or of prefill chunks, which come with images only so."""
+    if not takes_encoded(model):
+        pytest.skip("this transformers takes no encoded images")
+
+
 def beams_get_their_images(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     """Return whether stock ``generate`` hands every beam the images of its own row.
 

@@ -143,12 +143,14 @@ def test_inputs_that_do_not_fit_are_refused(rows: list, message: str) -> None:
 
 
 def test_chunks_that_split_an_image_are_refused(qwen: Specimen) -> None:
+    tiny.skip_unless_takes_encoded(qwen.model)
     inputs = qwen.inputs([[1, 5, 6, "C", 7, 8]])
     with pruned(qwen.model, qwen.plan(0)), pytest.raises(ModelError, match="in one piece"):
         qwen.generate(qwen.model, inputs, prefill_chunk_size=8)
 
 
 def test_images_encoded_by_hand_before_pruning_are_refused_not_guessed(qwen: Specimen) -> None:
+    tiny.skip_unless_takes_encoded(qwen.model)
     inputs = qwen.inputs([[1, 5, "A", 7]])
     features = qwen.model.base_model.get_image_features(
         inputs.pop("pixel_values"), inputs["image_grid_thw"], return_dict=True
@@ -163,6 +165,7 @@ def test_images_encoded_by_hand_before_pruning_are_refused_not_guessed(qwen: Spe
 
 def test_images_encoded_before_others_are_not_taken_for_those(qwen: Specimen) -> None:
     """Two images have equally many tokens on different grids; each keeps its own grid."""
+    tiny.skip_unless_takes_encoded(qwen.model)
     pixels = {name: qwen.inputs([[1, 5, name, 7]]) for name in "AB"}
     pixels["B"]["image_grid_thw"] = pixels["A"]["image_grid_thw"][:, [0, 2, 1]]
     pixels["B"]["pixel_values"] = pixels["A"]["pixel_values"].flip(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tiny
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -82,6 +83,7 @@ class QwenVL(Entry):
         self, model: PreTrainedModel, whole: dict[str, Any], new: dict[str, Any]
     ) -> dict[str, Any]:
         """Positions follow from all images, features are needed only for the new ones."""
+        tiny.skip_unless_takes_encoded(model)
         features = model.base_model.get_image_features(
             new["pixel_values"].to(model.dtype), new["image_grid_thw"], return_dict=True
         )

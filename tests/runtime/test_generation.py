@@ -139,8 +139,7 @@ def test_a_second_turn_may_use_beams(subject: Subject, plan: PruningPlan) -> Non
 def test_prefill_in_chunks_that_split_an_image_is_refused(
     subject: Subject, plan: PruningPlan
 ) -> None:
-    if not tiny.takes_encoded(subject.oracle):
-        pytest.skip("this transformers' chunks come without images")
+    tiny.skip_unless_takes_encoded(subject.oracle)
     inputs = tiny.batch(ONE)
     with pruned(subject.oracle, plan), pytest.raises(ModelError, match="whole number of images"):
         generate(subject.oracle, inputs, prefill_chunk_size=10)

@@ -92,8 +92,7 @@ def test_the_suggested_remedy_works(mha: Subject) -> None:
         mha.model(inputs_embeds=merged(mha, inputs))
     names_it = "mm_encoder_outputs" in str(warned[0].message)
     assert names_it == tiny.takes_encoded(mha.model)
-    if not names_it:
-        pytest.skip("this transformers takes no encoded images")
+    tiny.skip_unless_takes_encoded(mha.model)
     with pruned(mha.model, plan), warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = tiny.logits(mha.model, inputs)
@@ -189,8 +188,7 @@ def test_images_in_an_argument_that_is_not_read_cause_the_warning(mha: Subject) 
 def test_chunks_that_cut_an_image_are_refused(mha: Subject, size: int) -> None:
     plan = mha.random_plan(3)
     two = tiny.batch([[1, 5, *PICTURE, *PICTURE, 7, 8]])
-    if not tiny.takes_encoded(mha.model):
-        pytest.skip("this transformers' chunks come without images")
+    tiny.skip_unless_takes_encoded(mha.model)
     with pruned(mha.model, plan):
         if size == 18:  # between the images: nothing is cut
             options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
