@@ -229,7 +229,8 @@ class Calibration:
     def memory_rows(self) -> Iterator[Row]:
         """Yield rows that compare peak memory with both."""
         used, plain, shown = (
-            peak_bytes(call, "cpu") for call in (self.calibrate, self.forward, self.show_attention)
+            peak_bytes(call, torch.device("cpu"))
+            for call in (self.calibrate, self.forward, self.show_attention)
         )
         name = "calibration pass over plain forward, peak memory"
         yield Row(name, size(used), size(plain), used / plain, "<= 1.10")
@@ -274,12 +275,12 @@ class Fit:
     def rows(self) -> Iterator[Row]:
         """Yield rows for the time and memory of both."""
         prompts = f"{self.options.batch} prompts, {self.shape.layers} layers"
-        plain = peak_bytes(self.forward, "cpu")
+        plain = peak_bytes(self.forward, torch.device("cpu"))
         for name, call in (("profile", self.profile), (f"fit of {FITTED}", self.fit)):
             name = f"{name} over plain forward, {prompts}"
             mine, floor, ratio = take_turns(call, self.forward, self.options.runs)
             yield Row(f"{name}, time", seconds(mine), seconds(floor), ratio, "-")
-            used = peak_bytes(call, "cpu")
+            used = peak_bytes(call, torch.device("cpu"))
             yield Row(f"{name}, peak memory", size(used), size(plain), used / plain, "-")
 
 

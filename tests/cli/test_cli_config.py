@@ -42,7 +42,7 @@ def called(yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_defaults_reach_the_library_call(called) -> None:
     got, _ = called(None, "--model", "m", "--device", "cpu")
     assert got["request"] == plan_request(budget=0.25)
-    assert got["options"] == RunOptions(device="cpu")
+    assert got["options"] == RunOptions(device="cpu", offload="auto")
     assert got["fit_options"] == FitOptions("text", measure_pairs=64, fit_pairs=256)
 
 

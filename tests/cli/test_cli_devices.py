@@ -31,7 +31,7 @@ def one_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
     monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
     monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
-    monkeypatch.setattr("yopo.pipeline.session.near", lambda weighting: ())
+    monkeypatch.setattr("yopo.planning.weightings.near", lambda weighting: ())
 
 
 def made(model: Any, path: Path) -> tuple[Calibrated, Evaluation]:

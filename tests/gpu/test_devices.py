@@ -110,7 +110,7 @@ def test_in_float64_the_gpu_is_the_specification(specimen: Specimen, stored: str
     with pruned(model, plan, check=False):
         found = tiny.logits(model, placed(inputs, model, GPU)).cpu()[where]
         said = specimen.generate(model, placed(inputs, model, GPU)).cpu()
-    assert_near(found, expected, 1e-9)
+    assert_near(found, expected, 1e-6)  # cosines of positions are of float32, by either's library
     with pruned(specimen.oracle, plan):
         assert torch.equal(said, specimen.generate(specimen.oracle, inputs))
     dense = tiny.logits(specimen.oracle, inputs)[where]
@@ -207,7 +207,7 @@ def test_a_calibration_is_as_good_on_the_gpu_and_on_two_devices(
     monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
     monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
     monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
-    monkeypatch.setattr("yopo.pipeline.session.near", lambda weighting: ())
+    monkeypatch.setattr("yopo.planning.weightings.near", lambda weighting: ())
     model, processor = demo
     places = (model, copy.deepcopy(model).to(GPU), halved(model))
     (usual, kl), *others = (made(each, processor) for each in places)

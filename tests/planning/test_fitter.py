@@ -20,7 +20,7 @@ def test_out_of_memory_names_the_pairs_and_the_lever(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(module, "enter", lambda model, batches, reduction: batches)
+    monkeypatch.setattr(module, "enter", lambda model, batches, reduction, room: batches)
     monkeypatch.setattr(module, what, fail)
     monkeypatch.setattr(module, "shape_of", lambda config: None)
     batches = [Batch({}, None, (None,) * size) for size in (8, 3)]

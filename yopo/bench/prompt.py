@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from yopo.models.devices import device_of
-from yopo.models.image_info import Info, note
+from yopo.models.image_info import Info, note, noted
 from yopo.models.registry import family_of
 from yopo.models.tower_attention import ATTENTION, record, recorded
 from yopo.plans.schema import PruningPlan, Workload
@@ -84,7 +84,12 @@ def _encoded_as(base: nn.Module, encoded: BaseModelOutputWithPooling) -> Iterato
     """Let a base model's encoding method return what is given, for the time of the block."""
     name = "get_image_features"
     before = vars(base).get(name)  # a pruned model's own, or none: the class's
-    setattr(base, name, lambda *args, **kwargs: encoded)
+
+    def hand_over(*args: object, **kwargs: object) -> BaseModelOutputWithPooling:
+        return encoded
+
+    note(hand_over, noted(encoded))
+    setattr(base, name, hand_over)
     try:
         yield
     finally:

@@ -29,9 +29,9 @@ _NOTE = "_yopo_image_info"
 """Attribute of an encoding method's output with the same. Copies of the output (beams) lose it."""
 
 
-def note(encoded: ModelOutput, info: Info) -> None:
+def note(encoded: object, info: Info) -> None:
     """Let encoded images carry information to the forwards that they are passed to."""
-    setattr(encoded, _NOTE, getattr(encoded, _NOTE, {}) | info)
+    setattr(encoded, _NOTE, noted(encoded) | info)
 
 
 def image_info(arguments: dict[str, Any]) -> Info:
@@ -50,11 +50,20 @@ def known(module: nn.Module, key: type) -> Info:
     return info if of is key else {}
 
 
-def carried(arguments: dict[str, Any]) -> Info:
-    """Information carried by the encoded images among a forward's arguments."""
-    info: Info = {}
+def noted(encoded: object) -> Info:
+    """The information that encoded images, or what hands them over, carry."""
+    info: Info = getattr(encoded, _NOTE, {})
+    return info
+
+
+def carried(module: nn.Module, arguments: dict[str, Any]) -> Info:
+    """Information carried by the encoded images that a forward of a base model gets.
+
+    They are among its arguments, or handed over by what stands in for its encoding method.
+    """
+    info = dict(noted(vars(module).get(ENCODERS[0])))
     for output in (arguments.get("mm_encoder_outputs") or {}).values():
-        info |= getattr(output, _NOTE, {})
+        info |= noted(output)
     return info
 
 

@@ -55,7 +55,8 @@ def reference(
     ) -> BaseModelOutputWithPast:
         embeds = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(embeds.shape[1]).expand(embeds.shape[0], -1)
+            position_ids = torch.arange(embeds.shape[1], device=embeds.device)
+            position_ids = position_ids.expand(embeds.shape[0], -1)
         if position_ids.dim() == 3:  # M-RoPE, possibly with a leading row of text positions
             position_ids = position_ids[-names.position_axes :]
         elif names.position_axes > 1:
