@@ -29,7 +29,8 @@ import torch
 from yopo.data.sources import open_pairs
 from yopo.demo import demo_data
 from yopo.evaluation.fidelity import Recorded, compare, record_dense
-from yopo.fitting.layerwise import DenseWalk, PrunedBatch, enter, pruned_batches
+from yopo.fitting.layerwise import DenseWalk, enter
+from yopo.fitting.pruned_batch import PrunedBatch, pruned_batches
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import CalibrationSession
 from yopo.planning.allocate import Allocator

@@ -2,8 +2,8 @@
 
 Calibration is compared with a plain forward of the same batch and with the usual way to get
 attention weights (eager, ``output_attentions=True``, every layer's matrix kept), `apply` with
-`cp -r` of the same files on the same disk, and loading a baked checkpoint with loading the
-original. Everything runs offline, on random weights at the widths of a published model. Prints
+`cp -r` of the same files on the same disk and a sync, and loading a baked checkpoint with loading
+the original. Everything runs offline, on random weights at the widths of a published model. Prints
 markdown rows:
 
     python scripts/limits.py --layers 4 --threads 1
@@ -14,7 +14,8 @@ markdown rows:
     python scripts/limits.py --parts budget --model qwen2-vl-tiny
 
 Ratios are medians over runs in one process. The two sides take turns, and so does which of them
-goes first. File caches are left as the runs leave them: both sides read from memory what fits.
+goes first. File caches are left as the runs leave them: both sides read from memory what fits,
+unless `--cold` empties the cache of the original before each.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ from yopo.planning.request import BudgetRequest
 from yopo.plans.grid import Grid
 from yopo.plans.storage import write_plan
 from yopo.serving.loading import load
+from yopo.support.durable import sync_tree
 
 PARTS = ("calibration", "memory", "apply", "load", "fit", "budget")
 ROOM = 300e6
@@ -133,19 +135,26 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shard-size", default="2GB")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="`apply` and `cp` read from the disk")
     parser.add_argument("--folder", type=Path, help="where temporary checkpoints are written")
     return parser.parse_args(words)
 
 
 def take_turns(
-    first: Callable[[], object], second: Callable[[], object], runs: int
+    first: Callable[[], object],
+    second: Callable[[], object],
+    runs: int,
+    *,
+    before: Callable[[], None] = lambda: None,
 ) -> tuple[float, float, float]:
     """Return the median seconds of both, and the median of the pairs' ratios, first over second.
 
-    The first pair is a warm-up and not counted; which of the two goes first alternates.
+    The first pair is a warm-up and not counted; which of the two goes first alternates. ``before``
+    is called before each, and not counted.
     """
 
     def seconds(call: Callable[[], object]) -> float:
+        before()
         gc.collect()
         os.sync()  # neither side pays for writes that the other left pending
         started = time.perf_counter()
@@ -332,13 +341,22 @@ class Checkpoints:
 
     def apply(self) -> None:
         """Bake the plan in this process, so that Python's startup time is not counted."""
-        shutil.rmtree(self.baked, ignore_errors=True)
         bake(self.plan, self.original, self.baked)
 
     def copy_files(self) -> None:
-        """Copy the original with the system's `cp`."""
-        shutil.rmtree(self.copy, ignore_errors=True)
+        """Copy the original with the system's `cp`, and wait for the disk, as `apply` does."""
         subprocess.run(["cp", "-r", self.original, self.copy], check=True)
+        sync_tree(self.copy)
+
+    def reset(self) -> None:
+        """Remove both results and, with --cold, the original from the file cache."""
+        for folder in (self.baked, self.copy):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in self.original.iterdir() if self.options.cold else ():
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)  # pages that wait to be written would stay
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
 
     def peak_of_apply(self) -> int:
         """Return the peak resident bytes of `yopo apply` in its own process."""
@@ -348,8 +366,11 @@ class Checkpoints:
 
     def apply_rows(self) -> Iterator[Row]:
         """Yield rows that compare time with a copy, and memory with its bound."""
-        mine, copied, ratio = take_turns(self.apply, self.copy_files, self.options.runs)
-        yield Row("`apply` over `cp -r`, time", seconds(mine), seconds(copied), ratio, "<= 1.5")
+        mine, copied, ratio = take_turns(
+            self.apply, self.copy_files, self.options.runs, before=self.reset
+        )
+        name = "`apply` over `cp -r` and a sync, time"
+        yield Row(name, seconds(mine), seconds(copied), ratio, "<= 1.5")
         if Path("/proc/self/status").is_file():
             peak, bound = self.peak_of_apply(), 2 * self.largest + ROOM
             name = "`apply`, peak resident memory over two of the largest tensors + 300 MB"

@@ -21,7 +21,7 @@ All methods use the same visual FLOPs, or the nearest amount below that they can
   vote, the first neurons, radius 2.
 * ``paper``: the same shape with heads by mean activity and neurons by importance.
 * ``paper+refit``: the same with output and down projections fitted for visual tokens.
-* ``search``: the best of ten templates, improved layer by layer by measured KL; no fitted weights.
+* ``search``: the best template, improved layer by layer by measured KL; no fitted weights.
 * ``allocated``: the default of `yopo calibrate --budget`: measured scores, fitted weights.
 * ``allocated+search``: that plan improved as by `yopo search` (study ``deeper``).
 * ``vtw``, ``fastv``, ...: baselines (``yopo.baselines.registry``), which need no calibration.

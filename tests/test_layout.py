@@ -7,8 +7,9 @@ import tiny
 import torch
 from tiny import IMAGE, PICTURE, Subject
 
-from yopo.models.layout import LayoutProbe, TokenLayout, build_layout
+from yopo.models.layout import LayoutProbe
 from yopo.models.llava import LLAVA
+from yopo.models.streams import TokenLayout, build_layout
 from yopo.plans.grid import Grid
 from yopo.support.errors import ModelError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from yopo.baselines.reduction import Reduction
-from yopo.models.layout import build_layout
+from yopo.models.streams import build_layout
 from yopo.plans.grid import Grid
 
 GRIDS = (Grid(1, 3), Grid(2, 2))

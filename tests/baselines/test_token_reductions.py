@@ -12,8 +12,8 @@ from yopo.baselines.install import baseline
 from yopo.baselines.registry import baseline_class
 from yopo.models.answer_tokens import teacher_forced
 from yopo.models.family import shape_of
-from yopo.models.layout import build_layout
 from yopo.models.reduced import choose
+from yopo.models.streams import build_layout
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape, Workload
 from yopo.reduction.registry import make_method

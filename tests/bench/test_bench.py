@@ -22,7 +22,6 @@ from yopo.bench import run as benching
 from yopo.bench.document import document
 from yopo.bench.memory import peak_bytes
 from yopo.bench.plans import (
-    MADE_UP,
     PRESETS,
     grids_for,
     preset_plan,
@@ -59,6 +58,7 @@ from yopo.plans.flops import (
     visual_kv_bytes,
 )
 from yopo.plans.grid import Grid
+from yopo.plans.made_up import MADE_UP
 from yopo.plans.schema import LayerPlan, ModelIdentity, ModelShape, PruningPlan, Workload
 from yopo.report.bench_tables import bench_report
 from yopo.runtime import gemm
@@ -343,8 +343,8 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
         third = torch.empty(250, dtype=torch.float32)
         return torch.cat([second, third])
 
-    assert peak_bytes(call, "cpu") == pytest.approx(6000, abs=128)
-    assert peak_bytes(call, "meta") is None
+    assert peak_bytes(call, torch.device("cpu")) == pytest.approx(6000, abs=128)
+    assert peak_bytes(call, torch.device("meta")) is None
 
 
 def test_one_run_has_no_spread() -> None:

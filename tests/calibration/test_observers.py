@@ -52,8 +52,7 @@ def watch(
         observer.begin(inputs["attention_mask"])
         with torch.no_grad():
             model.base_model(**inputs, use_cache=False)
-        observer.finish()
-    return observer
+        return observer.finish()
 
 
 def brute_force(subject: Subject, rows: list[list[int]], queries: str) -> Sums:
@@ -201,14 +200,14 @@ def test_no_full_attention_matrix_is_formed(mha: Subject, monkeypatch: pytest.Mo
     from yopo.calibration import observers
 
     seen = []
-    softmax = observers._softmax
+    softmax = observers.softmax
 
     def spy(*args):
         weights = softmax(*args)
         seen.append(weights.shape[2])
         return weights
 
-    monkeypatch.setattr(observers, "_softmax", spy)
+    monkeypatch.setattr(observers, "softmax", spy)
     watch(mha, tiny.batch([[1, *PICTURE * 8, 3, 4]]), "all")
     assert seen and max(seen) <= CHUNK < 8 * len(PICTURE)
 

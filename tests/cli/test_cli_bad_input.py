@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -325,18 +325,18 @@ def test_an_existing_output_directory_is_refused(yopo: Yopo, plan: Path, model: 
 def test_a_full_disk_while_baking_is_reported(
     yopo: Yopo, plan: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from yopo.checkpoint import bake
+    from yopo.checkpoint import weights
 
     written = []
 
-    def write(source: Path, target: Path, *rest: object) -> None:
+    def write(source: Path, target: Path, *rest: object, **options: object) -> Iterator[None]:
         if written:
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         written.append(target)
         target.write_bytes(b"some")
         yield from ()
 
-    monkeypatch.setattr(bake, "write_shard", write)
+    monkeypatch.setattr(weights, "write_shard", write)
     done = yopo("apply", plan, "--model", sharded)
     assert done.is_sentence and "disk full" in done.err
     assert written and not os.listdir()

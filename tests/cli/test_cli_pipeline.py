@@ -57,8 +57,8 @@ def test_commands_work_in_a_shell_pipeline(model: Path, tmp_path: Path) -> None:
     assert 0.2 < document["visual_flops"]["ratio"] <= 0.25
     assert "logit KL" in done.stderr and "Plan: visual budget" in done.stderr
     lines = done.stderr.splitlines()
-    steps = [line for line in lines if re.match(r"plan \d+ of at most 38: \w+, visual", line)]
-    assert len(steps) > 10 and steps[0].startswith("plan 1 of at most 38: ")
+    steps = [line for line in lines if re.match(r"plan \d+ of at most 40: \w+, visual", line)]
+    assert len(steps) > 10 and steps[0].startswith("plan 1 of at most 40: ")
     more = re.search(r"and (\d+) more, which -v and the plan list", done.stderr)
     assert more is not None and int(more[1]) == len(steps) - SHOWN
     for chatter in ("\x1b", "warning", "loading", "it/s"):

@@ -15,7 +15,8 @@ from zoo import PROMPTS, Row, Specimen
 
 import yopo
 from yopo.calibration import measure as run
-from yopo.calibration.observers import Observer, observing
+from yopo.calibration.observers import observing
+from yopo.calibration.running import Running
 from yopo.calibration.statistics import MAX_DISTANCE, Statistics
 from yopo.checkpoint.bake import bake
 from yopo.data.prompts import Batch
@@ -28,13 +29,12 @@ from yopo.runtime.install import pruned
 ROWS = PROMPTS["padded, different images"]
 
 
-def watch(specimen: Specimen, inputs: dict[str, Any]) -> Observer:
+def watch(specimen: Specimen, inputs: dict[str, Any]) -> Running:
     model = specimen.model
     with observing(model, specimen.identity.shape, specimen.family) as observer, torch.no_grad():
         observer.begin(inputs["attention_mask"])
         model.base_model(**inputs, use_cache=False)
-        observer.finish()
-    return observer
+        return observer.finish()
 
 
 @torch.no_grad()

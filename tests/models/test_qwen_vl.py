@@ -13,8 +13,9 @@ import zoo_qwen
 from transformers import DynamicCache
 from zoo import IMAGE, VIDEO, Specimen
 
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe
 from yopo.models.qwen_vl import QWEN2_VL, grids_of
+from yopo.models.streams import TokenLayout
 from yopo.plans.grid import Grid
 from yopo.plans.schema import full_plan
 from yopo.runtime.install import pruned

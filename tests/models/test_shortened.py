@@ -18,11 +18,12 @@ from yopo.plans.schema import full_plan
 from yopo.reduction.method import Method
 from yopo.reduction.registry import make_method
 from yopo.runtime.install import pruned
-from yopo.support.errors import DataError
+from yopo.support.errors import DataError, ModelError
 
 LARGE = (1, 5, 6, "L", 7, 8, 9, 10, 11, 12)
-METHODS = ("divprune", "par", "folder")
-"""One that keeps features, one that reads the prompt and merges, and one that merges alone."""
+METHODS = ("divprune", "par", "folder", "prumerge")
+"""One that keeps features, one that reads the prompt and merges, one that merges alone, and one
+that needs the tower's attention."""
 
 
 def walked(specimen: Specimen, inputs: dict[str, Any], method: Method | None) -> DenseBatch:
@@ -47,6 +48,11 @@ def real_text(batch: DenseBatch, states: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_walk_ends_where_the_pruned_decoder_does(specimen: Specimen, name: str) -> None:
     method, decoder = make_method(name, 0.4), specimen.oracle.get_decoder()
+    config = specimen.oracle.config
+    if method.needs_attention and specimen.family.class_attention(config) is None:
+        with pytest.raises(ModelError, match="needs the attention of a class token"):
+            walked(specimen, specimen.inputs([list(LARGE)]), method)
+        return
     plan = replace(full_plan(specimen.identity, specimen.workload(LARGE)), reduction=method)
     seen = 0
     for prompt, rows in PROMPTS.items():
@@ -75,8 +81,7 @@ def observed(specimen: Specimen, inputs: dict[str, Any], method: Method | None) 
         observer.begin(inputs["attention_mask"])
         with torch.no_grad():
             model.base_model(**tiny.as_dtype(inputs, torch.float64), use_cache=False)
-        observer.finish()
-    return observer
+        return observer.finish()
 
 
 def test_measures_are_those_of_the_tokens_that_are_left(specimen: Specimen) -> None:

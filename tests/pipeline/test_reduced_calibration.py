@@ -22,6 +22,7 @@ from yopo.plans.flops import prefill_flops, visual_budget, visual_kv_bytes
 from yopo.plans.quality import quality_of
 from yopo.plans.schema import PruningPlan, Workload
 from yopo.plans.storage import read_plan
+from yopo.reduction.methods.par import PAR
 from yopo.reduction.registry import make_method, parse_method
 from yopo.runtime.install import pruned
 from yopo.serving.loading import load_dense
@@ -60,7 +61,9 @@ def prompt(made: Made, count: int = 1) -> tuple[torch.nn.Module, dict[str, torch
 
 
 def test_the_plan_carries_the_reduction_within_its_budget(made: Made) -> None:
-    assert made.plan.reduction == make_method("par", 0.5)
+    found = made.plan.reduction
+    assert isinstance(found, PAR) and replace(found, common=()) == make_method("par", 0.5)
+    assert found.common  # the template's tokens, and words that most questions have
     assert made.plan.workload.visual == 64 and made.plan.seen.visual == 32
     assert 0.045 < visual_budget(made.plan) <= 0.05
     assert made.plan.compensation == "refit"
@@ -147,9 +150,8 @@ def test_front_and_statistics_carry_it(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         ("pra:0.5", "Unknown reduction 'pra'"),
-        ("par", "NAME:SHARE"),
+        ("par:", "NAME:SHARE"),
         ("par:2", "keep must lie in"),
-        ("scope:0.5", "vision tower's attention"),
     ],
 )
 def test_bad_reductions_are_refused_in_a_sentence(
@@ -169,3 +171,79 @@ def test_a_tolerance_is_met_with_reduced_tokens() -> None:
     options = RunOptions(samples=40, max_new_tokens=12)
     found = yopo.calibrate("llava-tiny", request, options=options, fit_options=fit).plan
     assert found.reduction == fit.reduction and found.budget.reached < 0.5
+
+
+FEW = ["--samples", "24", "--max-new-tokens", "8", "--compensation", "none"]
+
+
+def test_the_share_of_tokens_is_chosen_by_measured_kl(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One plan per share, all on the same pairs against the same answers; the best is kept."""
+    output, stats = tmp_path / "p.yaml", tmp_path / "s.safetensors"
+    asked = ["--model", "llava-tiny", "--reduce", "random", "--budget", "0.2", "-o", str(output)]
+    more = ["--stats", str(stats), "--template", "reader-heads", *FEW]
+    assert main(["calibrate", *asked, *more]) == 0
+    found = read_plan(output)
+    tried = found.provenance["shares"]
+    assert sorted(each["keep"] for each in tried) == [0.25, 0.5, 0.75, 1.0]
+    assert [each["kl"] for each in tried] == sorted(each["kl"] for each in tried)
+    chosen = tried[0]["keep"]
+    expected = None if chosen == 1 else make_method("random", chosen)
+    assert found.reduction == expected
+    assert found.provenance["candidates"][0]["kl"] == tried[0]["kl"]
+    assert "Best of 100% (KL" in " ".join(capsys.readouterr().err.split())
+    for each in tried:  # as if each had been calibrated by itself
+        own = tmp_path / "own.yaml"
+        reduce = [] if each["keep"] == 1 else ["--reduce", f"random:{each['keep']}"]
+        one = ["--model", "llava-tiny", *reduce, "--budget", "0.2", "-o", str(own), "--force"]
+        assert main(["calibrate", *one, "--template", "reader-heads", *FEW]) == 0
+        assert read_plan(own).provenance["candidates"][0]["kl"] == each["kl"]
+    assert main(["plan", str(stats), "--budget", "0.1", "-o", str(tmp_path / "q.yaml")]) == 0
+    assert read_plan(tmp_path / "q.yaml").reduction == found.reduction
+
+
+def test_a_share_without_a_plan_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A single reader of all tokens costs more than the budget, but not of a quarter of them."""
+    asked = ["--model", "llava-tiny", "--reduce", "random:auto", "--template", "reader"]
+    output = tmp_path / "p.yaml"
+    assert main(["calibrate", *asked, "--budget", "0.008", *FEW, "-o", str(output)]) == 0
+    found = read_plan(output)
+    assert found.reduction is not None and found.reduction.keep < 1
+    assert any(each["kl"] is None for each in found.provenance["shares"])
+    assert "100% of the tokens: No plan" in " ".join(capsys.readouterr().err.split())
+    assert main(["calibrate", *asked, "--budget", "0.0001", *FEW, "-o", f"{output}2"]) == 1
+    assert "No share of the tokens has a plan" in " ".join(capsys.readouterr().err.split())
+
+
+def test_work_on_every_share_goes_on(tmp_path: Path) -> None:
+    asked = ["--model", "llava-tiny", "--reduce", "grid", "--budget", "0.2", "--work-dir"]
+    more = ["--template", "reader-heads", *FEW]
+    plan, written = tmp_path / "p.yaml", []
+    for _ in range(2):
+        where = [str(tmp_path / "work"), "-o", str(plan), "--force"]
+        assert main(["calibrate", *asked, *where, *more]) == 0
+        written.append(plan.read_bytes())
+    names = sorted(each.name for each in (tmp_path / "work").iterdir())
+    assert names == ["share-0.25", "share-0.5", "share-0.75", "share-1"]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["--budgets", "0.1,0.2"], "keep the same tokens"),
+        (["--tolerance", "0.1"], "compared at one budget"),
+        (["--visual-layers", "4"], "compared at one budget"),
+        (["--budget", "0.2", "--samples", "8"], "to compare shares of the tokens"),
+    ],
+)
+def test_shares_need_one_budget_and_pairs(
+    more: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "p.yaml"
+    assert main(["calibrate", "--model", "llava-tiny", "--reduce", "par", *more, "-o", str(output)])
+    said = " ".join(capsys.readouterr().err.split())
+    assert problem in said and "Traceback" not in said

@@ -34,7 +34,7 @@ def one_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
     monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
     monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
-    monkeypatch.setattr("yopo.pipeline.session.near", lambda weighting: ())
+    monkeypatch.setattr("yopo.planning.weightings.near", lambda weighting: ())
 
 
 def make(samples: int, request: PlanRequest) -> Calibrated:
@@ -53,7 +53,7 @@ def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -
         return call
 
     monkeypatch.setattr(module, "measure", spy("measured", module.measure))
-    monkeypatch.setattr(module, "encode_for", spy("encoded", module.encode_for))
+    monkeypatch.setattr(module, "encoded", spy("encoded", module.encoded))
     monkeypatch.setattr(module, "record_dense", spy("answered", module.record_dense))
     session = CalibrationSession(MODEL, options(40), FitOptions(fit_pairs=8), holdout=MAX_HOLDOUT)
     assert not seen["answered"]

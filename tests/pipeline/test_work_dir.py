@@ -109,7 +109,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0, 10.0))
     monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
     monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
-    monkeypatch.setattr("yopo.pipeline.session.near", lambda weighting: ())
+    monkeypatch.setattr("yopo.planning.weightings.near", lambda weighting: ())
     monkeypatch.setattr("yopo.calibration.measure.PERIOD", 0.0)
 
 

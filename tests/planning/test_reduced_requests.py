@@ -11,13 +11,13 @@ import statistics_maker
 from yopo.calibration.statistics import Statistics
 from yopo.calibration.statistics_file import load_statistics
 from yopo.pipeline.commands import calibrate, calibrate_front, plan
-from yopo.pipeline.options import FitOptions
+from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.planner import make_plan
 from yopo.planning.request import BudgetRequest, LatencyRequest, PaperRequest, PlanRequest
 from yopo.planning.templates import NEARBY, TEMPLATES, TemplateBuilder
 from yopo.plans.flops import visual_budget, visual_kv_bytes
 from yopo.reduction.registry import make_method
-from yopo.support.errors import DataError, PlanError
+from yopo.support.errors import DataError, ModelError, PlanError
 
 HALF = make_method("par", 0.5)
 
@@ -89,8 +89,8 @@ def test_it_is_refused_for_each_of_several_budgets_and_without_a_model(
 
 def test_methods_without_their_input_are_refused() -> None:
     options = FitOptions(reduction=make_method("scope", 0.5))
-    with pytest.raises(PlanError, match="needs the vision tower's attention"):
-        calibrate("no-such-model", 0.3, fit_options=options)
+    with pytest.raises(ModelError, match="qwen2_vl with the tower 'qwen2_vl_vision' has none"):
+        calibrate("qwen2-vl-tiny", 0.3, options=RunOptions(samples=8), fit_options=options)
 
 
 def test_a_reduction_that_costs_the_budget_says_so(reduced: Statistics) -> None:

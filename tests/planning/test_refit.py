@@ -16,8 +16,9 @@ from zoo import PROMPTS, Specimen
 
 from yopo.data.prompts import Batch
 from yopo.fitting import least_squares, refit
-from yopo.fitting.layerwise import PrunedBatch, enter, pruned_batches, real_rows
+from yopo.fitting.layerwise import enter, real_rows
 from yopo.fitting.least_squares import Moments
+from yopo.fitting.pruned_batch import PrunedBatch, pruned_batches
 from yopo.fitting.refit import neurons_and_map
 from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan

@@ -193,6 +193,17 @@ def test_common_words_hardly_count() -> None:
     found = [PAR(0.1, common=(7, 9)).select(both), PAR(0.1).select(weighted)]
     assert torch.equal(found[0].kept, found[1].kept)
     assert not torch.equal(found[0].kept, PAR(0.1).select(both).kept)
+    alike = PAR(0.1, words=False, common=(7, 9)).select(both)
+    assert torch.equal(alike.kept, PAR(0.1).select(both).kept)
+
+
+def test_common_words_are_those_of_most_questions() -> None:
+    questions = [[7, 8, 9, 9], [7, 9], [7, 4, 4, 4], [5, 9]]
+    found = PAR(0.5, merge=False).calibrated(questions)
+    assert found == PAR(0.5, merge=False, common=(7, 9)) and not found.needs_questions
+    for method in (PAR(0.5, words=False), PAR(0.5, prompt=False), PAR(0.5, common=(3,))):
+        assert method.calibrated(questions) == method
+    assert make_method("divprune", 0.5).calibrated(questions) == make_method("divprune", 0.5)
 
 
 @pytest.mark.parametrize(

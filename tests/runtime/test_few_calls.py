@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from yopo.plans import grid
-from yopo.runtime import devices
+from yopo.runtime import few_calls
 from yopo.runtime.install import pruned
 from yopo.runtime.norms import is_rms, norm_for
 
@@ -43,7 +43,7 @@ class Calls(TorchDispatchMode):
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU behaves as devices do that prefer few calls, with two blocks per image or so."""
-    monkeypatch.setattr(devices, "prefers_few_calls", lambda device: True)
+    monkeypatch.setattr(few_calls, "preferred_on", lambda device: True)
     monkeypatch.setattr("yopo.runtime.attention_masks.TOKENS_PER_LARGE_BLOCK", 8)
     yield
 
@@ -76,7 +76,7 @@ def test_it_takes_fewer_calls(mha: Subject, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(grid, "TOKENS_PER_BLOCK", 1)
     counts = {}
     for is_few in (False, True):
-        monkeypatch.setattr(devices, "prefers_few_calls", lambda device, found=is_few: found)
+        monkeypatch.setattr(few_calls, "preferred_on", lambda device, found=is_few: found)
         with pruned(mha.model, plan), torch.no_grad(), Calls() as calls:
             tiny.logits(mha.model, inputs)
         counts[is_few] = calls.count

@@ -24,8 +24,11 @@ from yopo.runtime.install import pruned
 from yopo.runtime.reference import reference
 from yopo.support.errors import PlanError
 
-METHODS = ("par", "divprune", "cdpruner", "folder", "random", "grid")
-BLIND = ("divprune", "folder", "grid")
+TOWER = ("scope", "prumerge", "prumerge+")
+"""Methods that rank tokens by the vision tower's attention."""
+
+METHODS = ("par", "divprune", "cdpruner", *TOWER, "folder", "random", "grid")
+BLIND = ("divprune", *TOWER, "folder", "grid")
 """Methods that choose alike whatever text follows and wherever the image is."""
 
 PROMPTS = {
@@ -78,6 +81,18 @@ def test_on_any_grids(subject: Subject, name: str, case: str) -> None:
     check(subject, reducing(subject, 3, make_method(name, 0.3)), tiny.batch(rows), grids)
 
 
+def test_common_words_of_a_plan_count_less(subject: Subject) -> None:
+    """The words' ids reach the method of the runtime and of the specification."""
+    inputs, found = tiny.batch(PROMPTS["padded"]), []
+    for common in ((), (7, 8, 9)):
+        method = make_method("par", 0.2, common=common, merge=False)
+        plan = reducing(subject, 0, method)
+        check(subject, plan, inputs)
+        with pruned(subject.oracle, plan):
+            found.append(tiny.logits(subject.oracle, inputs))
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_keeping_all_tokens_changes_no_bit(subject: Subject, name: str) -> None:
     inputs = tiny.batch(PROMPTS["one and two images"])
@@ -90,7 +105,7 @@ def test_keeping_all_tokens_changes_no_bit(subject: Subject, name: str) -> None:
     assert visual_budget(plan) == visual_budget(replace(plan, reduction=None))
 
 
-@pytest.mark.parametrize("name", ["par", "divprune", "cdpruner", "folder", "grid"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random"])
 def test_without_pruning_it_is_the_baseline_of_that_name(subject: Subject, name: str) -> None:
     """Two implementations: fewer rows in the visual stream, and a shorter prompt."""
     inputs = tiny.batch(PROMPTS["two images"])
@@ -214,8 +229,6 @@ def test_what_does_not_go_together_is_refused(subject: Subject) -> None:
     method = make_method("divprune", 0.5)
     with pytest.raises(InvalidPlan, match=r"layers\[0\].radius must be null: a reduction"):
         replace(plan.with_layers([near, *plan.layers[1:]]), reduction=method)
-    with pytest.raises(InvalidPlan, match="vision tower's attention"):
-        replace(plan, reduction=make_method("scope", 0.5))
     problem = engine_problem(replace(plan, reduction=method))
     assert problem is not None and "reduces visual tokens (divprune)" in problem
     with pytest.raises(PlanError, match="the plan reduces visual tokens"):

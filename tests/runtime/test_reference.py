@@ -9,7 +9,7 @@ import tiny
 import torch
 from tiny import IMAGE, PICTURE, Subject
 
-from yopo.models.layout import build_layout
+from yopo.models.streams import build_layout
 from yopo.plans.grid import Grid
 from yopo.plans.schema import LayerPlan
 from yopo.runtime.install import pruned

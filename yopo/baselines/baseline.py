@@ -19,7 +19,7 @@ from yopo.support.errors import PlanError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from yopo.baselines.prefill import Between, Decoder, Prompt
     from yopo.baselines.reduction import Reduction
@@ -147,6 +147,14 @@ class Baseline(ABC):
 
         Raises:
             ModelError: It does not.
+        """
+        return None
+
+    def tower_attention(self, family: Family, config: PreTrainedConfig) -> str | None:
+        """The vision tower's attention module to record; None: the method does not need it.
+
+        Raises:
+            ModelError: It does, and the tower has none that can be recorded.
         """
         return None
 

@@ -12,8 +12,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from yopo.baselines.baseline_cache import Record, adopt
 from yopo.baselines.forward import BaselineState, Run
-from yopo.models.layout import TokenLayout
-from yopo.runtime.decoder import refuse_captures, refuse_window
+from yopo.models.streams import TokenLayout
+from yopo.runtime.inputs import refuse_captures, refuse_window
 from yopo.support.errors import ModelError
 
 
@@ -22,6 +22,8 @@ class BaselineDecoder:
 
     Expects ``self.baseline``, a :class:`BaselineState`.
     """
+
+    runs_alone = True  # the method's hooks hold the state of one forward (see ``models.turns``)
 
     baseline: BaselineState
     config: PreTrainedConfig

@@ -14,7 +14,8 @@ from yopo.baselines.prefill import Between, Decoder, FinishedLayer, Prompt
 from yopo.baselines.token_stream import TokenStream, causal_mask, for_attention, spread
 from yopo.models.answer_tokens import prompt_ends
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe
+from yopo.models.streams import TokenLayout
 from yopo.runtime.decoder import rotary_positions
 from yopo.support.errors import ModelError
 

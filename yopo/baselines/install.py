@@ -64,9 +64,9 @@ def baseline(
     if plan is not None:
         check_model(model, plan, check=False)
     method.check_model(model, family)
-    probe = LayoutProbe(
-        model.base_model, grids_of or family.grids_of, family.token_ids(model.config)
-    )
+    attention = method.tower_attention(family, model.config)
+    tokens = family.token_ids(model.config)
+    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens, attention)
     state = BaselineState(method, names, probe, Hooks())
     stock: type[nn.Module] = type(decoder)
     decoder.baseline = state

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from yopo.baselines.baseline import Baseline, Hooks
 from yopo.baselines.prefill import Decoder, Prompt
 from yopo.models.family import Backbone
-from yopo.models.layout import TokenLayout
+from yopo.models.streams import TokenLayout
 from yopo.plans.checks import check_tensors
 from yopo.plans.schema import ModelShape, PruningPlan, Workload
 from yopo.runtime.reference import LayerSpec

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from yopo.baselines.token_stream import TokenStream
 from yopo.models.family import Backbone
-from yopo.models.layout import TokenLayout
+from yopo.models.streams import TokenLayout
 
 
 class Decoder(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from yopo.baselines.token_stream import pick
-from yopo.models.layout import TokenLayout
+from yopo.models.streams import TokenLayout
 from yopo.plans.grid import Grid
 
 Merge = Callable[[torch.Tensor], torch.Tensor]

@@ -17,6 +17,7 @@ from yopo.baselines.prefill import Prompt
 from yopo.baselines.reduction import Reduction
 from yopo.models.family import Family
 from yopo.models.reduced import Chosen, choose
+from yopo.models.tower_attention import attention_path
 from yopo.plans.flops import flops_of_reduction
 from yopo.plans.grid import Grid
 from yopo.plans.schema import ModelShape, Workload
@@ -25,7 +26,7 @@ from yopo.reduction.registry import make_method
 from yopo.support.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ class TokenReduction(Baseline):
                 "place.",
                 remedy="Compare with methods that choose single tokens, such as divprune.",
             )
+
+    def tower_attention(self, family: Family, config: PreTrainedConfig) -> str | None:
+        """That of the class token, if the method ranks tokens by it."""
+        return attention_path(self.made, family, config)
 
     def reduce(
         self, prompt: Prompt, embeds: torch.Tensor, positions: torch.Tensor
@@ -137,6 +142,30 @@ class CDPrunerTokens(TokenReduction):
     name = method = "cdpruner"
     label = "CDPruner"
     source = "arXiv 2506.10967"
+
+
+class ScopeTokens(TokenReduction):
+    """Tokens that cover the others and that the tower attends to."""
+
+    name = method = "scope"
+    label = "SCOPE"
+    source = "arXiv 2510.24214"
+
+
+class PruMergeTokens(TokenReduction):
+    """The tower's most attended tokens, which take in their neighbors."""
+
+    name = method = "prumerge"
+    label = "PruMerge"
+    source = "arXiv 2403.15388"
+
+
+class PruMergePlusTokens(TokenReduction):
+    """The same, half of them spread evenly over the image."""
+
+    name = method = "prumerge+"
+    label = "PruMerge+"
+    source = "arXiv 2403.15388"
 
 
 class FolderTokens(TokenReduction):

@@ -18,27 +18,30 @@ import torch
 CPU, CUDA = "sum of torch's CPU allocations (profiler)", "torch.cuda.max_memory_allocated"
 
 
-def measured_by(device: str) -> str | None:
-    """How memory is measured on a device; None if it is not."""
-    kind = torch.device(device).type
-    return {"cpu": CPU, "cuda": CUDA}.get(kind)
+def measured_by(*devices: torch.device) -> str | None:
+    """How memory is measured on devices; None if it is not."""
+    kinds = {device.type for device in devices}
+    return {"cpu": CPU, "cuda": CUDA}.get(kinds.pop()) if len(kinds) == 1 else None
 
 
-def peak_bytes(call: Callable[[], object], device: str) -> int | None:
+def peak_bytes(call: Callable[[], object], *devices: torch.device) -> int | None:
     """Most bytes that ``call`` holds at a time, including its return value.
 
     Returns:
-        Bytes; None where they cannot be measured on the device.
+        Bytes, the sum of each device's most; None where they cannot be measured on the devices.
     """
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    how = measured_by(*devices)
+    if how == CUDA:
+        before = 0
+        for device in devices:
+            torch.cuda.synchronize(device)
+            before += torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
         call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if kind != "cpu":
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return sum(map(torch.cuda.max_memory_allocated, devices)) - before
+    if how != CPU:
         return None
     with _silent_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
         kept = call()

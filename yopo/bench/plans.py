@@ -33,9 +33,6 @@ PRESETS: dict[str, BudgetRequest | PaperRequest] = {
 FITTED, FITTED_BUDGET = "fitted-12", 0.12
 """A uniform plan with fitted weights, at the budget in its name: see :func:`fitted_plan`."""
 
-MADE_UP = "0" * 64
-"""Fingerprint of models without a checkpoint."""
-
 
 def preset_plan(
     name: str, model: ModelIdentity, workload: Workload, *, seed: int = 0

@@ -20,7 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
+from yopo.models.devices import device_of
+from yopo.models.image_info import Info, note
 from yopo.models.registry import family_of
+from yopo.models.tower_attention import ATTENTION, record, recorded
 from yopo.plans.schema import PruningPlan, Workload
 from yopo.support.errors import ModelError, PlanError
 
@@ -96,7 +99,7 @@ def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Pro
     workload = plan.workload
     generator = torch.Generator().manual_seed(0)
     ids, words = _token_ids(model, workload, workload.visual, batch)
-    place = torch.empty(0, device=model.device, dtype=model.dtype)
+    place = torch.empty(0, device=device_of(model), dtype=model.dtype)
     features = [
         torch.randn(grid.tokens, plan.model.shape.hidden, generator=generator).mul_(0.02).to(place)
         for _ in range(batch)
@@ -106,6 +109,8 @@ def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Pro
     encoded = BaseModelOutputWithPooling(
         pooler_output=features  # type: ignore[arg-type]  # the models put one tensor per image there
     )
+    attention = torch.rand(batch, workload.visual, generator=generator).to(model.device)
+    note(encoded, {ATTENTION: attention / workload.visual})
     return Prompt(inputs, encoded, batch, words[0])
 
 
@@ -137,7 +142,7 @@ def noise_prompt(
         counts.append(count)
         images.append(image)
     about = {
-        name: torch.cat([each[name] for each in images] * batch).to(model.device)
+        name: torch.cat([each[name] for each in images] * batch).to(device_of(model))
         for name in images[0]
     }
     encode = cast(Encode, model.base_model.get_image_features)
@@ -147,7 +152,9 @@ def noise_prompt(
         for name, value in about.items()
         if name in accepted
     }
-    encoded = encode(**arguments, return_dict=True)
+    with _recording(model) as attention:
+        encoded = encode(**arguments, return_dict=True)
+    note(encoded, attention)
     assert encoded.pooler_output is not None, "every family's encoder gives features"
     found = sum(each.numel() for each in encoded.pooler_output)
     found //= batch * plan.model.shape.hidden
@@ -169,6 +176,25 @@ def noise_prompt(
     return Prompt(inputs, encoded, batch, words[0]), moved
 
 
+@contextmanager
+def _recording(model: PreTrainedModel) -> Iterator[Info]:
+    """Collect the tower's attention on images encoded in the block, where it can be recorded."""
+    path = family_of(model.config).class_attention(model.config)
+    found: Info = {}
+    if path is None:
+        yield found
+        return
+    tower = model.base_model.get_submodule(path)
+    handle = record(tower)
+    try:
+        yield found
+        attention = recorded(tower)
+        if attention is not None:
+            found[ATTENTION] = attention
+    finally:
+        handle.remove()
+
+
 def _token_ids(
     model: PreTrainedModel, workload: Workload, visual: int, batch: int
 ) -> tuple[torch.Tensor, list[int]]:
@@ -181,4 +207,4 @@ def _token_ids(
     words = [word for word in drawn if word not in special][:count]
     before, after = words[: workload.text_before], words[workload.text_before : workload.text]
     row = [*before, *[config.image_token_id] * visual, *after]
-    return torch.tensor([row] * batch, device=model.device), words
+    return torch.tensor([row] * batch, device=device_of(model)), words

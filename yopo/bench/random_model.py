@@ -8,7 +8,6 @@ has separate weights in memory: shared ones would stay in CPU caches.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import torch
@@ -22,11 +21,13 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from yopo.bench.plans import MADE_UP, made_up_refit
+from yopo.bench.plans import made_up_refit, preset_plan
 from yopo.models.family import GridsOf
 from yopo.plans.grid import Grid
+from yopo.plans.made_up import MADE_UP
 from yopo.plans.schema import ModelIdentity, ModelShape, PruningPlan, Workload
 from yopo.support.errors import ModelError, suggest
+from yopo.support.memory import available_bytes
 
 SHAPES: dict[str, ModelShape] = {
     "llava-1.5-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
@@ -59,6 +60,15 @@ def published_model(name: str) -> ModelIdentity:
     if name not in SHAPES:
         raise ModelError(f"No published shape named '{name}'.", remedy=suggest(name, SHAPES))
     return ModelIdentity(name, FAMILY, SHAPES[name], MADE_UP)
+
+
+def published_plan(preset: str, name: str) -> PruningPlan:
+    """A preset for a published shape: to be timed, as its heads and neurons were not measured.
+
+    Raises:
+        YopoError: There is no such preset, or no such shape.
+    """
+    return preset_plan(preset, published_model(name), WORKLOAD)
 
 
 def random_model(
@@ -161,23 +171,14 @@ def _check_memory(shape: ModelShape, dtype: torch.dtype, device: str) -> None:
     needed = shape.layers * (width + 3 * shape.hidden * shape.ffn) * dtype.itemsize
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = _available_bytes()
     else:
-        return
+        found = available_bytes()
+        if found is None:
+            return
+        free = found
     if needed * _MARGIN > free:
         raise ModelError(
             f"{shape.layers} random layers need {needed / 1e9:.1f} GB, but only "
             f"{free / 1e9:.1f} GB of {device} memory are free.",
             remedy="Time fewer of them (--layers 4), or use --dtype bfloat16.",
         )
-
-
-def _available_bytes() -> int:
-    """Available main memory: file caches count as free where the system reports it."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

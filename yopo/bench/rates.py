@@ -16,14 +16,28 @@ from torch.nn.functional import linear
 from yopo.bench.result import Rates
 from yopo.evaluation.timing import now
 from yopo.runtime.gemm import fast_gemm
+from yopo.support.errors import ModelError
 
 REPEATS = 2
 
 
 @torch.no_grad()
 def measure_rates(layers: nn.ModuleList, batch: int, length: int) -> Rates:
-    """Time products of ``batch`` times ``length`` rows, and of ``batch`` rows in every layer."""
-    weights = [max(layer.parameters(), key=torch.Tensor.numel) for layer in layers]
+    """Time products of ``batch`` times ``length`` rows, and of ``batch`` rows in every layer.
+
+    Of layers on several devices, those on the first one count.
+
+    Raises:
+        ModelError: No layer is on a device.
+    """
+    largest = [max(layer.parameters(), key=torch.Tensor.numel) for layer in layers]
+    places = [each.device for each in largest if not each.is_meta]
+    if not places:
+        raise ModelError(
+            "No layer of the decoder is on a device, so the device's speed cannot be measured.",
+            remedy="Use a device map that keeps some layers in memory.",
+        )
+    weights = [each for each in largest if each.device == places[0]]
     work = 2 * batch * length * weights[0].numel()
     size = sum(weight.nbytes for weight in weights)
     return Rates(

@@ -43,6 +43,7 @@ from yopo.bench.result import (
 from yopo.bench.rounds import Rounds, Sample
 from yopo.bench.visual_kv import all_bytes, refuse_unplanned, visual_bytes
 from yopo.evaluation.timing import now
+from yopo.models.devices import device_of, devices_of
 from yopo.models.family import GridsOf
 from yopo.plans.flops import dense_prefill_flops, prefill_flops
 from yopo.plans.schema import PruningPlan
@@ -125,26 +126,28 @@ class Bench:
     def measure(self, name: str, decode_steps: int) -> Sample:
         """One prefill and its decode steps with one of the ``names``."""
         with self.switch(name):
-            started = now(self.model.device)
+            devices = devices_of(self.model)
+            started = now(*devices)
             cache = self.prefill()
-            prefill_ms = now(self.model.device) - started
+            prefill_ms = now(*devices) - started
             return Sample(prefill_ms, self._decode(cache, decode_steps))
 
     @torch.no_grad()
     def _decode(self, cache: Cache, steps: int) -> float | None:
         """Median ms per step, or None without steps."""
-        prompt, times = self.prompt, []
-        ids = torch.full((prompt.batch, 1), prompt.next_token, device=self.model.device)
+        prompt, times, devices = self.prompt, [], devices_of(self.model)
+        place = device_of(self.model)
+        ids = torch.full((prompt.batch, 1), prompt.next_token, device=place)
         for _ in range(steps):
-            started = now(self.model.device)
+            started = now(*devices)
             self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-            times.append(now(self.model.device) - started)
+            times.append(now(*devices) - started)
         return median(times) if times else None
 
     def peak(self, name: str) -> int | None:
         """Peak bytes of a prefill above what was allocated before."""
         with self.switch(name):
-            return peak_bytes(self.prefill, str(self.model.device))
+            return peak_bytes(self.prefill, *devices_of(self.model))
 
     def visual_kv(self, name: str) -> int:
         """Bytes of visual keys and values in the cache of a prefill."""
@@ -258,7 +261,7 @@ def _bench(
     stand_in: bool,
 ) -> Benchmark:
     subject, left_out = _with_baselines(subject, options, requested, layers.used)
-    model, device = subject.model, str(subject.model.device)
+    model, devices = subject.model, devices_of(subject.model)
     with _threads(options.threads):
         held = subject.visual_kv(PRUNED)
         refuse_unplanned(held, subject.plan, subject.prompt.batch, model.dtype.itemsize)
@@ -280,14 +283,14 @@ def _bench(
             stand_in=stand_in,
             options=options,
             batch=subject.prompt.batch,
-            device=device,
+            device=", ".join(map(str, devices)),
             dtype=str(model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
             measured=measured,
             baselines=dict(subject.baselines),
             left_out=left_out,
             contexts=tuple(_at_context(subject, options, each) for each in options.contexts),
-            memory_by=measured_by(device),
+            memory_by=measured_by(*devices),
             rates=best(rounds.rates),
             shipped=rounds.shipped(),
         )

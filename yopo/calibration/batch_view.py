@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from yopo.calibration.statistics import MAX_DISTANCE
-from yopo.models.layout import TokenLayout
+from yopo.models.streams import TokenLayout
 from yopo.support.errors import DataError
 
 CHUNK = 64

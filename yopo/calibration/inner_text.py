@@ -38,6 +38,12 @@ class InnerText:
         inside = self.inside + int(gaps.sum()) - sum(between)
         return InnerText(self.prompts + 1, tuple(one + more for one, more in pairs), inside)
 
+    def merge(self, other: InnerText) -> InnerText:
+        """With the prompts of another sum, whose images have the same grids."""
+        pairs = zip(self.between, other.between, strict=True)
+        between = tuple(one + more for one, more in pairs)
+        return InnerText(self.prompts + other.prompts, between, self.inside + other.inside)
+
     def within(self, grids: tuple[Grid, ...], text: int, before: int) -> Workload:
         """The mean prompt: of these images, with this text and as much of it before them.
 

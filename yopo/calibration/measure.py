@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.calibration.observers import Observer, observing
+from yopo.calibration.running import Running
 from yopo.calibration.statistics import Statistics
 from yopo.data.pairs import Pair
 from yopo.data.prompts import batches, encode_for
 from yopo.data.sizes import by_size
 from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
+from yopo.models.offloaded import at_hand
 from yopo.models.registry import family_of
+from yopo.models.turns import in_turns
 from yopo.plans.extent import Extent
-from yopo.plans.schema import ModelIdentity
+from yopo.plans.schema import ModelIdentity, ModelShape
 from yopo.reduction.method import Method
 from yopo.support.console import track
 from yopo.support.errors import DataError, YopoError
+from yopo.support.ranks import is_together, shared
 from yopo.support.work_dir import NoWork, Work
 
 SNAPSHOT = "statistics-part"
@@ -81,28 +86,39 @@ def measure(
     family = family_of(model.config)
     groups = batches(by_size(pairs), batch_size)
     groups = track(groups, label="calibrating", total=total, unit="pairs")
+    keeper = _Keeper(identity.shape, work or NoWork())
+    rest = (group for group in groups if not keeper.has(group))
     with observing(model, identity.shape, family, queries, reduction) as observer:
-        keeper = _Keeper(observer, work or NoWork())
-        for group in groups:
-            if keeper.has(group):
-                continue
-            _observe(model, processor, group, observer)
-            keeper.keep()
-        if not observer.rho:
+        for part in _parts(model, rest, partial(_observe, model, processor, observer)):
+            keeper.add(part)
+        if not keeper.total.rho:
             raise DataError("There are no pairs to calibrate on.")
         about = {"queries": queries, **(provenance or {})}
-        return replace(_conclude(model, identity, observer, about), reduction=reduction)
+        return replace(_conclude(model, identity, keeper.total, about), reduction=reduction)
+
+
+def _parts(
+    model: PreTrainedModel,
+    groups: Iterable[tuple[Pair, ...]],
+    observe: Callable[[tuple[Pair, ...]], Running],
+) -> Iterator[Running]:
+    """The sums of each batch, in order: of several at a time, by several processes or in turns."""
+    if is_together():
+        yield from shared(groups, observe)
+        return
+    for finished in in_turns(model, lambda _, group: observe(group), groups):
+        yield from finished.results
 
 
 class _Keeper:
-    """Keeps an observer's sums now and then; the first pairs may already be in them."""
+    """The sums over all pairs, kept now and then; the first pairs may already be in them."""
 
-    def __init__(self, observer: Observer, work: Work):
-        self._observer, self._work, self._kept = observer, work, time.monotonic()
+    def __init__(self, shape: ModelShape, work: Work):
+        self.total, self._work, self._kept = Running(shape), work, time.monotonic()
         found = work.load(SNAPSHOT)
         self._done = 0
         if found is not None:
-            observer.restore(found)
+            self.total.restore(found)
             self._done = found.about["pairs"]
 
     def has(self, group: tuple[Pair, ...]) -> bool:
@@ -110,16 +126,18 @@ class _Keeper:
         self._done -= len(group)
         return self._done >= 0
 
-    def keep(self) -> None:
-        """Keep the sums, if the last ones are old."""
+    def add(self, part: Running) -> None:
+        """Add the sums over a batch; keep those over all, if the last ones are old."""
+        self.total.add(part)
         if time.monotonic() - self._kept >= PERIOD:
-            self._work.save(SNAPSHOT, self._observer.snapshot())
+            self._work.save(SNAPSHOT, self.total.snapshot())
             self._kept = time.monotonic()
 
 
 def _observe(
-    model: PreTrainedModel, processor: ProcessorMixin, group: tuple[Pair, ...], observer: Observer
-) -> None:
+    model: PreTrainedModel, processor: ProcessorMixin, observer: Observer, group: tuple[Pair, ...]
+) -> Running:
+    """The sums over a batch."""
     batch = encode_for(model, processor, group)
     observer.begin(batch.inputs["attention_mask"])
     try:
@@ -129,31 +147,32 @@ def _observe(
             f"Out of memory at {len(group)} pairs per batch.",
             remedy="Use a smaller --batch-size, or --dtype bfloat16.",
         ) from error
-    observer.finish()
+    return observer.finish()
 
 
 def _conclude(
-    model: PreTrainedModel, identity: ModelIdentity, observer: Observer, provenance: dict[str, Any]
+    model: PreTrainedModel, identity: ModelIdentity, total: Running, provenance: dict[str, Any]
 ) -> Statistics:
-    rho = torch.cat(observer.rho)
+    rho = torch.cat(total.rho)
     names = family_of(model.config).backbone(model.config)
-    norms = [
-        getattr(layer.mlp, names.down).weight.detach().double().square().sum(dim=0).cpu()
-        for layer in model.get_decoder().layers
-    ]
-    grids = max(observer.grids.items(), key=lambda entry: (entry[1], len(entry[0])))[0]
+    norms = []
+    for layer in model.get_decoder().layers:
+        with at_hand(layer):
+            weight = getattr(layer.mlp, names.down).weight.detach()
+            norms.append(weight.double().square().sum(dim=0).cpu())
+    grids = max(total.grids.items(), key=lambda entry: (entry[1], len(entry[0])))[0]
     samples = len(rho)
-    text, before = round(observer.text_tokens / samples), round(observer.text_before / samples)
-    workload = observer.inner_text[grids].within(grids, text, before)
-    sums: dict[str, Any] = observer.sums
+    text, before = round(total.text_tokens / samples), round(total.text_before / samples)
+    workload = total.inner_text[grids].within(grids, text, before)
+    sums: dict[str, Any] = total.sums
     return Statistics(
         model=identity,
         workload=workload,
         rho=rho,
         down_norm=torch.stack(norms),
-        visual_tokens=observer.visual_tokens,
-        text_queries=observer.text_queries,
+        visual_tokens=total.visual_tokens,
+        text_queries=total.text_queries,
         provenance={"samples": samples, **provenance},
-        extent=Extent.of(observer.grids),
+        extent=Extent.of(total.grids),
         **sums,
     )

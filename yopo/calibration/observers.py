@@ -7,9 +7,9 @@ the ``with`` block ends.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +20,16 @@ from transformers.masking_utils import sdpa_mask
 
 from yopo.calibration.batch_view import BatchView
 from yopo.calibration.inner_text import InnerText
-from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite, sum_sizes
+from yopo.calibration.reading import reading_effect, softmax
+from yopo.calibration.running import Running
+from yopo.calibration.statistics import MAX_DISTANCE, refuse_not_finite
 from yopo.models.family import Backbone, Family
 from yopo.models.layout import LayoutProbe
 from yopo.models.shortened import Shortened, shorten
-from yopo.plans.grid import Grid
+from yopo.models.tower_attention import attention_path
 from yopo.plans.schema import ModelShape
 from yopo.reduction.method import Method
-from yopo.support.work_dir import Stage
+from yopo.support.context import PerContext
 
 if TYPE_CHECKING:
     from yopo.models.stock import StockAttention
@@ -41,12 +43,31 @@ QUERIES = ("text", "all", "last")
 _FLOAT_BYTES = 8 << 20
 """Bytes of weights or activations that are converted to float32 at a time."""
 
-_COUNTS = ("visual_tokens", "text_queries", "text_tokens", "text_before")
-"""Counts of an observer."""
+
+@dataclass
+class _Seen:
+    """What an observer has seen of one batch.
+
+    Attributes:
+        real: (batch, sequence) bool, False on padding.
+        part: Its sums.
+        rho: (batch, heads) head activity of the layers so far.
+        views: The batch in the form that sums need, by device.
+        shortened: How its visual tokens got fewer; None: all are there.
+    """
+
+    real: torch.Tensor
+    part: Running
+    rho: list[torch.Tensor] = field(default_factory=list)
+    views: dict[torch.device, BatchView] = field(default_factory=dict)
+    shortened: Shortened | None = None
+
+
+_SEEN: PerContext[Observer, _Seen] = PerContext("yopo_seen")
 
 
 class Observer:
-    """Running sums of one calibration pass (see ``Statistics`` for what they mean).
+    """Adds up what forwards show (see ``Statistics`` for what sums mean), each call on its own.
 
     Args:
         shape: The decoder's dimensions.
@@ -57,80 +78,61 @@ class Observer:
 
     def __init__(self, shape: ModelShape, queries: str, probe: LayoutProbe, output: str):
         self.shape, self.queries, self.probe = shape, queries, probe
-        self.rho: list[torch.Tensor] = []
-        self.sums = {
-            name: torch.zeros(size, dtype=torch.float64) for name, size in sum_sizes(shape).items()
-        }
-        self.visual_tokens = 0
-        self.text_queries = 0
-        self.text_tokens = 0
-        self.text_before = 0
-        self.grids: Counter[tuple[Grid, ...]] = Counter()
-        self.inner_text: dict[tuple[Grid, ...], InnerText] = {}
         self._output = output
-        self._rho_of_batch: list[torch.Tensor] = []
-        self._batch: BatchView | None = None
-        self._shortened: Shortened | None = None
 
     def begin(self, attention_mask: torch.Tensor) -> None:
-        """Announce a batch: (batch, sequence) mask, 0 on padding."""
-        self._rho_of_batch = []
-        self._batch = self._shortened = None
-        self._real = attention_mask.bool()
+        """Announce this call's batch: (batch, sequence) mask, 0 on padding."""
+        _SEEN.set(self, _Seen(attention_mask.bool(), Running(self.shape)))
 
     def shorten(self, shortened: Shortened) -> None:
         """Announce that the layers of this batch get fewer visual tokens."""
-        self._shortened, self._real = shortened, shortened.mask.bool()
+        seen = self._seen
+        seen.shortened, seen.real = shortened, shortened.mask.bool()
 
-    def finish(self) -> None:
-        """Add the batch's sums.
+    @property
+    def _seen(self) -> _Seen:
+        """What this call has seen of its batch; others may be in progress."""
+        found = _SEEN.get(self)
+        assert found is not None, "begin() announces a batch"
+        return found
+
+    @property
+    def _sums(self) -> dict[str, torch.Tensor]:
+        return self._seen.part.sums
+
+    def finish(self) -> Running:
+        """The batch's sums.
 
         Raises:
             DataError: They are not finite.
         """
-        self.rho.append(torch.stack(self._rho_of_batch, dim=1))  # (batch, layers, heads)
-        view = self.view()
-        self.visual_tokens += view.num_visual
-        self.text_queries += view.num_after
-        self.text_tokens += int(self._real.sum()) - view.num_visual
-        self.text_before += view.num_before
-        whole = view.layout if self._shortened is None else self._shortened.whole
-        self.grids.update(whole.grids)
+        seen, view = self._seen, next(iter(self._seen.views.values()))  # of any device
+        part = seen.part
+        part.rho.append(torch.stack(seen.rho, dim=1))  # (batch, layers, heads)
+        part.visual_tokens += view.num_visual
+        part.text_queries += view.num_after
+        part.text_tokens += int(seen.real.sum()) - view.num_visual
+        part.text_before += view.num_before
+        whole = view.layout if seen.shortened is None else seen.shortened.whole
+        part.grids.update(whole.grids)
         for grids, positions in zip(whole.grids, whole.visual.by_row(), strict=True):
-            known = self.inner_text.get(grids, InnerText.nowhere(grids))
-            self.inner_text[grids] = known.plus(grids, positions)
-        refuse_not_finite([*self.sums.values(), self.rho[-1].transpose(0, 1)])
+            known = part.inner_text.get(grids, InnerText.nowhere(grids))
+            part.inner_text[grids] = known.plus(grids, positions)
+        refuse_not_finite([*part.sums.values(), part.rho[-1].transpose(0, 1)])
+        return part
 
-    def snapshot(self) -> Stage:
-        """The sums so far, between two batches."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        grids = [
-            [[vars(grid) for grid in prompt], count, vars(self.inner_text[prompt])]
-            for prompt, count in self.grids.items()
-        ]
-        about = {**counts, "grids": grids, "pairs": sum(map(len, self.rho))}
-        return Stage({**self.sums, "rho": torch.cat(self.rho)}, about)
-
-    def restore(self, kept: Stage) -> None:
-        """Go on from a snapshot."""
-        self.rho = [kept.tensors["rho"]]
-        self.sums = {name: kept.tensors[name] for name in self.sums}
-        for name in _COUNTS:
-            setattr(self, name, kept.about[name])
-        for sizes, count, inner in kept.about["grids"]:
-            prompt = tuple(Grid(**size) for size in sizes)
-            self.grids[prompt] = count
-            self.inner_text[prompt] = InnerText(**inner | {"between": tuple(inner["between"])})
-
-    def view(self) -> BatchView:
-        """The batch in progress."""
-        if self._batch is None:
+    def view(self, device: torch.device) -> BatchView:
+        """The batch in progress in this call, for a layer on a device."""
+        seen = self._seen
+        if device not in seen.views:
             layout = self.probe.layout
             if layout is None:
                 raise ValueError("no forward with visual tokens is in progress")
-            cells = None if self._shortened is None else self._shortened.cells
-            self._batch = BatchView(layout, self._real, self.queries, cells)
-        return self._batch
+            cells = None if seen.shortened is None else seen.shortened.cells.to(device)
+            seen.views[device] = BatchView(
+                layout.to(device), seen.real.to(device), self.queries, cells
+            )
+        return seen.views[device]
 
     def on_attention(
         self,
@@ -140,39 +142,39 @@ class Observer:
         values: torch.Tensor,
     ) -> None:
         """Score queries (batch, heads, sequence, head_dim) against keys of all KV heads."""
-        view, layer = self.view(), module.layer_idx
+        view, layer = self.view(queries.device), module.layer_idx
         masses = torch.zeros(queries.shape[0], self.shape.heads, 2, device=queries.device)
         cross_modal = torch.zeros((), device=queries.device)
         gram = self._gram(module)
         for chunk in view.text_chunks:
-            weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
+            weights = softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
             mass = weights @ view.kinds[:, None].to(weights.dtype)  # (batch, heads, queries, 2)
             masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             cross_modal += (mass[..., 0].mean(dim=1) * chunk.after).sum()
-            effect = _reading_effect(weights, mass, values, view.kinds, gram)
-            self.sums["head_effect_sum"][layer] += (
+            effect = reading_effect(weights, mass, values, view.kinds, gram)
+            self._sums["head_effect_sum"][layer] += (
                 (effect * chunk.after[:, None]).sum((0, 2)).double().cpu()
             )
         locality = torch.zeros(MAX_DISTANCE + 2, device=queries.device)
         for chunk in view.visual_chunks:
-            weights = _softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
+            weights = softmax(module, queries, keys, chunk.positions, view.allowed(chunk))
             if self.queries == "all":
                 mass = weights @ view.kinds[:, None].to(weights.dtype)
                 masses += (mass * chunk.counted[:, None, :, None]).sum(dim=2)
             locality += view.by_distance(chunk, weights.mean(dim=1))
-        self._rho_of_batch.append((masses[..., 0] / masses[..., 1]).cpu())
+        self._seen.rho.append((masses[..., 0] / masses[..., 1]).cpu())
         for row, positions in enumerate(view.visual_positions):
             some = keys[row].index_select(1, positions).float()
-            self.sums["key_square_sum"][layer] += some.square().sum(dim=1).double().cpu()
-        self.sums["cross_modal_sum"][layer] += cross_modal.double().cpu()
-        self.sums["locality_sum"][layer] += locality.double().cpu()
+            self._sums["key_square_sum"][layer] += some.square().sum(dim=1).double().cpu()
+        self._sums["cross_modal_sum"][layer] += cross_modal.double().cpu()
+        self._sums["locality_sum"][layer] += locality.double().cpu()
 
     def on_input(self, layer: int, hidden: torch.Tensor) -> None:
         """Add squared norms of a layer's input (batch, sequence, hidden) at reading queries."""
-        for chunk in self.view().text_chunks:
+        for chunk in self.view(hidden.device).text_chunks:
             place = chunk.positions[..., None].expand(-1, -1, hidden.shape[-1])
             norms = hidden.gather(1, place).float().square().sum(dim=-1)
-            self.sums["text_norm_sum"][layer] += (norms * chunk.after).sum().double().cpu()
+            self._sums["text_norm_sum"][layer] += (norms * chunk.after).sum().double().cpu()
 
     def _gram(self, module: StockAttention) -> torch.Tensor:
         """(heads, head_dim, head_dim) float32: W_o^T W_o of every head.
@@ -188,74 +190,25 @@ class Observer:
 
     def on_heads(self, layer: int, outputs: torch.Tensor) -> None:
         """Add attention outputs (batch, sequence, heads * head_dim) of visual tokens."""
-        for row, positions in enumerate(self.view().visual_positions):
+        for row, positions in enumerate(self.view(outputs.device).visual_positions):
             picked = outputs[row].index_select(0, positions)
             total = picked.sum(dim=0, dtype=torch.float32).double().cpu()
-            self.sums["head_sum"][layer] += total.unflatten(0, (self.shape.heads, -1))
+            self._sums["head_sum"][layer] += total.unflatten(0, (self.shape.heads, -1))
 
     def on_neurons(self, layer: int, activations: torch.Tensor) -> None:
         """Add FFN activations (batch, sequence, neurons) of visual tokens."""
         few = max(1, _FLOAT_BYTES // (4 * activations.shape[-1]))
-        for row, positions in enumerate(self.view().visual_positions):
+        for row, positions in enumerate(self.view(activations.device).visual_positions):
             norms, sums = [], []
             for part in positions.split(few):
                 picked = activations[row].index_select(0, part)
                 precise = torch.promote_types(picked.dtype, torch.float32)
                 norms.append(torch.linalg.vector_norm(picked, dim=0, dtype=precise))
                 sums.append(picked.sum(dim=0, dtype=torch.float32))
-            self.sums["neuron_square"][layer] += (
+            self._sums["neuron_square"][layer] += (
                 torch.stack(norms).cpu().double().square().sum(dim=0)
             )
-            self.sums["neuron_sum"][layer] += torch.stack(sums).cpu().double().sum(dim=0)
-
-
-def _softmax(
-    module: StockAttention,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    positions: torch.Tensor,
-    allowed: torch.Tensor,
-) -> torch.Tensor:
-    """Attention weights (batch, heads, chosen queries, keys), at least in float32."""
-    batch, heads, _, head_dim = queries.shape
-    place = positions[:, None, :, None].expand(-1, heads, -1, head_dim)
-    precise = torch.promote_types(queries.dtype, torch.float32)
-    chosen = queries.gather(2, place).to(precise) * module.scaling
-    grouped = chosen.reshape(batch, keys.shape[1], -1, head_dim)
-    scores = grouped @ keys.to(precise).transpose(-1, -2)
-    scores = scores.reshape(batch, heads, positions.shape[1], -1)
-    return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1)
-
-
-def _reading_effect(
-    weights: torch.Tensor,
-    mass: torch.Tensor,
-    values: torch.Tensor,
-    kinds: torch.Tensor,
-    gram: torch.Tensor,
-) -> torch.Tensor:
-    """Squared output change when a head's visual keys are hidden from it.
-
-    Args:
-        weights: (batch, heads, queries, keys) attention.
-        mass: (batch, heads, queries, 2) visual and text mass.
-        values: (batch, kv_heads, keys, head_dim).
-        kinds: (batch, keys, 2) one-hot of (visual, text).
-        gram: (heads, head_dim, head_dim) of the output projection.
-
-    Returns:
-        (batch, heads, queries) float32.
-    """
-    batch, heads, queries, _ = weights.shape
-    values, gram = values.to(weights.dtype), gram.to(weights.dtype)
-
-    def mix(chosen: torch.Tensor) -> torch.Tensor:
-        grouped = chosen.reshape(batch, values.shape[1], -1, chosen.shape[-1])
-        return (grouped @ values).reshape(batch, heads, queries, -1)
-
-    text_only = mix(weights * kinds[:, None, None, :, 1]) / mass[..., 1:].clamp(min=1e-12)
-    change = mix(weights) - text_only
-    return ((change @ gram) * change).sum(dim=-1)
+            self._sums["neuron_sum"][layer] += torch.stack(sums).cpu().double().sum(dim=0)
 
 
 def _observing_attention(
@@ -297,7 +250,9 @@ def observing(
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     with ExitStack() as stack:
         names = family.backbone(model.config)
-        probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
+        attention = attention_path(reduction, family, model.config)
+        tokens = family.token_ids(model.config)
+        probe = LayoutProbe(model.base_model, family.grids_of, tokens, attention)
         stack.callback(probe.remove)
         observer = Observer(shape, queries, probe, names.output)
         before = decoder.config._attn_implementation

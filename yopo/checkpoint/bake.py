@@ -7,8 +7,7 @@ Everything is validated first; then shards, companions and, finally, config.json
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from yopo.checkpoint.decoder_tensors import HEADS, KV_HEADS, NEURONS, UNITS, axe
 from yopo.checkpoint.order import BakedLayer, baked_plan, order_layers
 from yopo.checkpoint.readback import check_unchanged, compare_shard, source_state
 from yopo.checkpoint.reader import INDEX_FILE, Checkpoint, fingerprint
-from yopo.checkpoint.shards import Reorder, Step, write_shard
+from yopo.checkpoint.shards import Reorder
 from yopo.checkpoint.sidecar_files import (
     CARD_FILE,
     CODE_FILE,
@@ -35,8 +34,8 @@ from yopo.checkpoint.sidecar_files import (
     index_json,
     numbered,
 )
-from yopo.checkpoint.values import FiniteCheck
-from yopo.checkpoint.writer import OutputDirectory
+from yopo.checkpoint.weights import finished_shards, key_of, write_weights
+from yopo.checkpoint.writer import OutputDirectory, Resume
 from yopo.models.fingerprint import is_same
 from yopo.plans.checks import check_tensors
 from yopo.plans.places import PLAN_FILE
@@ -115,6 +114,10 @@ def bake(
         source=source_dir,
         num_bytes=num_bytes + sum(each.tensors.num_bytes for each in moved) + _ROOM,
         force=force,
+        resume=Resume(
+            key_of(checkpoint, reorders),
+            lambda folder: sum(each.size for each in finished_shards(folder, checkpoint.shards)),
+        ),
     )
     target.check()
     baked = None
@@ -183,30 +186,6 @@ def _concatenate(orders: Sequence[np.ndarray]) -> np.ndarray:
     """The order of an axis whose consecutive segments have these orders."""
     starts = np.cumsum([0, *(len(order) for order in orders[:-1])])
     return np.concatenate([order + start for order, start in zip(orders, starts, strict=True)])
-
-
-def write_weights(checkpoint: Checkpoint, reorders: Mapping[str, Reorder], folder: Path) -> None:
-    """Write all shards to ``folder``, with progress.
-
-    Raises:
-        CheckpointError: A tensor is not finite, or the source became shorter.
-    """
-
-    def steps() -> Generator[Step, None, None]:
-        for shard in checkpoint.shards:
-            source = checkpoint.path / shard.file
-            values = FiniteCheck(source)
-            for step in write_shard(source, folder / shard.file, shard, reorders):
-                # Here, while the workers keep writing: the bytes just copied are still in memory.
-                values.check(
-                    entry for entry in shard.tensors if step.start <= entry.start < step.stop
-                )
-                yield step
-
-    total = len(checkpoint.tensors)
-    with closing(steps()) as work:  # in any case: no worker writes on afterwards
-        for _ in console.track(work, label="baking", total=total, unit="tensors"):
-            pass
 
 
 def _check_plan(plan: PruningPlan, first: PruningPlan) -> None:

@@ -9,38 +9,63 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from yopo.checkpoint.manifest import MANIFEST_FILE, find_strangers, write_manifest
 from yopo.support.errors import OutputError
-from yopo.support.scratch import Scratch, report_leftovers
+from yopo.support.scratch import Scratch, find_resumable, report_leftovers
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What lets a run continue a killed one.
+
+    Attributes:
+        key: Digest of all that the result depends on.
+        num_bytes: Directory -> bytes in it that need not be written again.
+    """
+
+    key: str
+    num_bytes: Callable[[Path], int]
 
 
 class OutputDirectory:
     """Context manager that yields a fresh directory and turns it into the target on success.
 
     On any exception, KeyboardInterrupt included, the fresh directory is removed and the target is
-    as it was.
+    as it was. With ``resume``, the directory may be that of a killed run with the same key, with
+    what that had written.
 
     Args:
         target: The directory to create; its parent must exist.
         source: A directory that is only read; the target must not overlap with it.
         num_bytes: Expected size of the output, to check the free space.
         force: Whether a target that yopo wrote, unchanged since, may be replaced.
+        resume: What lets it continue a killed run.
     """
 
-    def __init__(self, target: str | Path, *, source: str | Path, num_bytes: int, force: bool):
+    def __init__(
+        self,
+        target: str | Path,
+        *,
+        source: str | Path,
+        num_bytes: int,
+        force: bool,
+        resume: Resume | None = None,
+    ):
         self.name = str(target)
         # If the target is a link, write next to the directory that it leads to.
         self.target = Path(target).expanduser().resolve()
         self.source = Path(source).expanduser().resolve()
         self.num_bytes = num_bytes
         self.force = force
+        self.resume = resume
         self._is_checked = False
         self._work: AbstractContextManager[Path]
 
@@ -58,15 +83,27 @@ class OutputDirectory:
             raise OutputError(f"{self.name}: its folder is not writable.")
         self._check_existing()
         if not self._is_checked:
-            report_leftovers(target)
+            report_leftovers(target, self._key)
         self._is_checked = True
         free = shutil.disk_usage(target.parent).free
-        if free < self.num_bytes:
+        needed = self.num_bytes - self._num_bytes_there()
+        if free < needed:
             raise OutputError(
-                f"{self.name}: needs {format_bytes(self.num_bytes)}, but its file system has "
+                f"{self.name}: needs {format_bytes(needed)}, but its file system has "
                 f"{format_bytes(free)} left.",
                 remedy="Free some space, or write to another file system.",
             )
+
+    @property
+    def _key(self) -> str | None:
+        return self.resume.key if self.resume else None
+
+    def _num_bytes_there(self) -> int:
+        """Bytes that a killed run wrote and this one continues with."""
+        if self.resume is None:
+            return 0
+        found = find_resumable(self.target, self.resume.key)
+        return self.resume.num_bytes(found) if found else 0
 
     def _check_existing(self) -> bool:
         """Whether there is something to replace; raises if it may not be replaced."""
@@ -107,9 +144,9 @@ class OutputDirectory:
     def _writing(self) -> Iterator[Path]:
         self.check()
         try:
-            with Scratch(self.target) as scratch:
+            with Scratch(self.target, key=self._key) as scratch:
                 # mkdtemp would make it private to the user; mkdir follows the umask.
-                scratch.new.mkdir()
+                scratch.new.mkdir(exist_ok=True)
                 yield scratch.new
                 write_manifest(scratch.new)
                 scratch.place_directory(check=self._check_existing)

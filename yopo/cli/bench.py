@@ -10,11 +10,13 @@ import click
 from yopo.baselines.registry import BASELINES
 from yopo.cli.command import Command, load
 from yopo.cli.next_step import YOURS, suggest_loading, suggest_next
+from yopo.cli.options import device_map_option, device_settings
 from yopo.support.dtypes import check_dtype
 
 if TYPE_CHECKING:
     from yopo.bench.result import Benchmark
     from yopo.plans.schema import PruningPlan
+    from yopo.serving.places import DeviceMap
 
 DEFAULT_SHAPE = "llava-1.5-7b"
 
@@ -77,14 +79,17 @@ def _count(name: str, text: str, **settings: Any) -> Any:
     show_default=True,
     help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one.",
 )
+@device_map_option
 @click.option(
     "--dtype",
     default="auto",
     show_default=True,
-    help="float32, bfloat16, float16; auto: the checkpoint's, or float32.",
+    help="float32, bfloat16, float16; auto: the checkpoint's (but not float16 on a CPU), or "
+    "float32.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
-def command(as_json: bool, **values: Any) -> None:
+@click.pass_context
+def command(context: click.Context, as_json: bool, **values: Any) -> None:
     """Time the pruned model of TARGET against the dense one: prefill, decode, memory, KV cache.
 
     TARGET is what `yopo apply` wrote (a directory or hub id), a plan, or - for a plan on stdin.
@@ -98,7 +103,7 @@ def command(as_json: bool, **values: Any) -> None:
     from yopo.cli.output import print_json, print_report
 
     _check_usage(values)
-    found = _measure(values)
+    found = _measure(values, **device_settings(context))
     if as_json:
         print_json(load("yopo.bench.document").document(found))
     else:
@@ -127,13 +132,15 @@ def _check_usage(values: dict[str, Any]) -> None:
     is_random = values["random_weights"] or values["preset"] is not None
     if values["model"] and is_random:
         raise click.UsageError("--model and random weights exclude one another.")
+    if values["device_map"] and is_random:
+        raise click.UsageError("--device-map needs a checkpoint; random weights take --device.")
     if values["layers"] and not is_random:
         raise click.UsageError("--layers needs --random-weights.")
     if values["contexts"] and not values["decode_steps"]:
         raise click.UsageError("--context times decode steps: --decode-steps must not be 0.")
 
 
-def _measure(values: dict[str, Any]) -> Benchmark:
+def _measure(values: dict[str, Any], device: str, device_map: DeviceMap | None) -> Benchmark:
     bench, serving = load("yopo.bench.run"), load("yopo.serving.loading")
     workflow = load("yopo.pipeline.commands")
     sizes = bench.Sizes(values["batch"], values["visual_tokens"], values["text_tokens"])
@@ -146,7 +153,7 @@ def _measure(values: dict[str, Any]) -> Benchmark:
         may_leave_out=is_all,
         contexts=values["contexts"],
     )
-    device, dtype = serving.torch_device(values["device"]), serving.torch_dtype(values["dtype"])
+    dtype = serving.torch_dtype(values["dtype"])
     if values["preset"]:
         plan = _preset(values["preset"], values["shape_of"])
     else:
@@ -165,7 +172,13 @@ def _measure(values: dict[str, Any]) -> Benchmark:
         source = load("yopo.models.registry").resolve(values["model"])
     else:
         source = workflow.source_of_target(values["target"], plan, None)
-    model = serving.load_dense(source, dtype=dtype).to(device)
+    if device_map is None:
+        reader, precision = load("yopo.checkpoint.reader"), load("yopo.serving.precision")
+        checkpoint = reader.Checkpoint.open(reader.fetch(source))
+        kind = precision.dtype_for(dtype, checkpoint, device)
+        model = serving.load_dense(source, checkpoint=checkpoint, dtype=kind).to(device)
+    else:
+        model = serving.load_dense(source, dtype=dtype, device_map=device_map)
     return bench.bench_model(model, plan, sizes, options)
 
 
@@ -176,6 +189,4 @@ def _baselines(values: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _preset(name: str, shape_of: str | None) -> PruningPlan:
-    random_model = load("yopo.bench.random_model")
-    model = random_model.published_model(shape_of or DEFAULT_SHAPE)
-    return load("yopo.bench.plans").preset_plan(name, model, random_model.WORKLOAD)
+    return load("yopo.bench.random_model").published_plan(name, shape_of or DEFAULT_SHAPE)

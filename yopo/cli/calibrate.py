@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from yopo.cli.command import Command, load
+from yopo.cli.command import SharedCommand, load
 from yopo.cli.config import config_option
 from yopo.cli.next_step import suggest_next
 from yopo.cli.options import (
@@ -22,7 +22,7 @@ from yopo.cli.options import (
 from yopo.cli.results import Keeper, check_outputs, save
 from yopo.cli.values import Listed, Number, Share
 from yopo.pipeline.opening import check_named
-from yopo.reduction.registry import parse_method
+from yopo.reduction.registry import parse_choice
 
 if TYPE_CHECKING:
     from yopo.pipeline.session import Calibrated
@@ -46,7 +46,7 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     context.exit()
 
 
-@click.command(cls=Command)
+@click.command(cls=SharedCommand)
 @click.option("--model", required=True, help="Alias, hub id org/name[@revision], or directory.")
 @data_option("demo:calibration, or their task's")
 @run_options
@@ -85,7 +85,8 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     "--reduce",
     metavar="NAME:SHARE",
     help="Keep this share of every image's tokens before the first layer, chosen by a method "
-    "(par, divprune, ...), and plan what is left, e.g. par:0.5.",
+    "(par, divprune, ...), and plan what is left, e.g. par:0.5. Without a share: the best of "
+    "several, no reduction among them.",
 )
 @click.option(
     "-o",
@@ -110,6 +111,14 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
     help="Keep finished stages here: if it is killed, the same command goes on where it was.",
+)
+@click.option(
+    "--offload",
+    type=click.Choice(("auto", "never", "always")),
+    default="auto",
+    show_default=True,
+    help="Read decoder layers from disk one at a time; auto: where the weights do not fit. States "
+    "of pairs then wait in host memory, or in files in --work-dir.",
 )
 @click.option(
     "--status",
@@ -138,13 +147,15 @@ def command(context: click.Context, **values: Any) -> None:
     requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
     if not values["data"]:
         check_named(values["model"], "calibration")
+    if values["offload"] != "auto" and values["device_map"] is not None:
+        raise click.UsageError("--offload and --device-map exclude one another.")
     check_settings(context)
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])
     grids = tuple(values["grids"] or (1.0,))
-    reduction = values["reduce"] and parse_method(values["reduce"])
+    reduction, shares = parse_choice(values["reduce"]) if values["reduce"] else (None, ())
     fit_options = pipeline.FitOptions(
-        values["queries"], *counts, grids, reduction or None, values["work_dir"]
+        values["queries"], *counts, grids, reduction, shares, values["work_dir"]
     )
     keeper = Keeper(stats, force=force)
     how = {
@@ -152,7 +163,8 @@ def command(context: click.Context, **values: Any) -> None:
         "fit_options": fit_options,
         "keep": keeper.keep,
     }
-    with keeper.guarding():
+    ranks = load("yopo.support.ranks")
+    with ranks.together(how["options"].device), keeper.guarding():
         if not values["budgets"]:
             made: Calibrated = commands.calibrate(values["model"], requests[0], **how)
             save(made, output, force=force)

@@ -11,6 +11,7 @@ import click
 from yopo.cli import interrupts
 from yopo.cli.help_groups import write_options
 from yopo.cli.verbosity import Verbosity, applied
+from yopo.support import launched
 from yopo.support.errors import suggest
 
 
@@ -55,6 +56,9 @@ def load(module: str) -> ModuleType:
 class Command(click.Command):
     """A command that takes ``-v`` and ``-q`` and keeps the libraries quiet while it runs."""
 
+    is_shared = False
+    """Whether several processes, started by ``torchrun``, can share its work."""
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.params += _verbosity_options()
@@ -65,9 +69,25 @@ class Command(click.Command):
             super().format_options(ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command.
+
+        Raises:
+            UsageError: Several processes are to run it, and it runs in one.
+        """
+        if launched.processes() > 1 and not self.is_shared:
+            raise click.UsageError(
+                f"`yopo {ctx.info_name}` runs in one process, not in {launched.processes()}: start "
+                "it without torchrun. Only `calibrate` and `search` share their work.",
+                ctx,
+            )
         with applied(ctx.ensure_object(Verbosity)):
             return super().invoke(ctx)
+
+
+class SharedCommand(Command):
+    """A command whose work several processes can share."""
+
+    is_shared = True
 
 
 class LazyGroup(click.Group):

@@ -13,6 +13,7 @@ import click
 from yopo.cli import interrupts
 from yopo.cli.command import LazyGroup
 from yopo.cli.verbosity import Verbosity
+from yopo.support import launched
 from yopo.support.errors import YopoError, printable
 from yopo.support.version import __version__
 
@@ -60,6 +61,7 @@ def run(arguments: Sequence[str] | None) -> int:
         KeyboardInterrupt: A signal arrived, in whatever form a library passed it on.
     """
     verbosity = Verbosity()
+    launched.hush()
     _never_fail_to_encode()
     try:
         code = cli.main(arguments, prog_name="yopo", standalone_mode=False, obj=verbosity)
@@ -68,7 +70,8 @@ def run(arguments: Sequence[str] | None) -> int:
     except click.Abort as error:
         raise KeyboardInterrupt from error
     except click.ClickException as error:
-        error.show()
+        if launched.speaks():
+            error.show()
         return error.exit_code
     except BrokenPipeError:  # the reader closed the pipe
         sys.stdout = open(os.devnull, "w")
@@ -82,6 +85,10 @@ def run(arguments: Sequence[str] | None) -> int:
 
 def _explain(error: Exception) -> int:
     message, remedy, code = _sentence(error)
+    if not launched.speaks():
+        return code
+    if isinstance(error, launched.ProcessLost):
+        message, remedy = launched.loss(is_sure=True) or message, None
     click.echo(click.style("error: ", fg="red", bold=True) + printable(message), err=True)
     if remedy:
         click.echo(f"  {remedy}", err=True)

@@ -19,7 +19,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("queries", "bidirectional"),
     ),
     "Effort": ("search", "measure_pairs", "fit_pairs", "max_new_tokens", "batch_size"),
-    "Machine": ("device", "dtype", "work_dir", "status", "trust_remote_code"),
+    "Machine": (
+        "device",
+        "device_map",
+        "offload",
+        "dtype",
+        "work_dir",
+        "status",
+        "trust_remote_code",
+    ),
 }
 """Title -> options by name, in the order of the help. Others follow under "Other options"."""
 

@@ -29,10 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return run(arguments)
         except KeyboardInterrupt:
-            word, code = outcome()
-            with suppress(OSError):  # the terminal is gone
-                print(word, file=sys.stderr, flush=True)
-            return code
+            return _interrupted()
+
+
+def _interrupted() -> int:
+    """Print one word, or what another process did that ``torchrun`` ends this one for."""
+    from yopo.support import launched
+
+    word, code = outcome()
+    if not launched.speaks():
+        return code
+    loss = launched.loss()
+    with suppress(OSError):  # the terminal is gone
+        print(word if loss is None else f"error: {loss}", file=sys.stderr, flush=True)
+    return code if loss is None else 1
 
 
 if __name__ == "__main__":

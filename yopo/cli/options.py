@@ -125,6 +125,13 @@ request_options = _chain(
 )
 """Options for the requested plan."""
 
+device_map_option = click.option(
+    "--device-map",
+    metavar="auto|FILE",
+    help="Instead of --device: the model over all GPUs, or as a YAML or JSON file of modules and "
+    "devices says.",
+)
+
 run_options = _chain(
     click.option(
         "--samples",
@@ -156,11 +163,13 @@ run_options = _chain(
         show_default=True,
         help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one.",
     ),
+    device_map_option,
     click.option(
         "--dtype",
         default="auto",
         show_default=True,
-        help="float32, bfloat16 or bf16, float16 or fp16; auto: the checkpoint's.",
+        help="float32, bfloat16 or bf16, float16 or fp16; auto: the checkpoint's, or in place of "
+        "float16 on a CPU what is faster there.",
     ),
     click.option(
         "--max-pixels",
@@ -249,7 +258,6 @@ def check_settings(context: click.Context) -> None:
 def run_settings(context: click.Context) -> RunOptions:
     """The run options of a command with ``run_options``, its device checked."""
     from yopo.pipeline.options import RunOptions
-    from yopo.serving.loading import torch_device
 
     values = {
         each.name: context.params[each.name]
@@ -258,7 +266,32 @@ def run_settings(context: click.Context) -> RunOptions:
     }
     values["processor_options"] = processor_options(context)
     values["data"] = one_or_all(values["data"])
-    return RunOptions(**values | {"device": torch_device(values["device"])})
+    values |= device_settings(context)
+    return RunOptions(**values)
+
+
+def device_settings(context: click.Context) -> dict[str, Any]:
+    """``device`` and ``device_map`` of a command, checked.
+
+    Raises:
+        click.UsageError: Both are given.
+        YopoError: One is none.
+    """
+    from yopo.serving.loading import torch_device
+    from yopo.serving.places import read_device_map
+    from yopo.support.launched import processes
+    from yopo.support.ranks import own_device
+
+    is_default = context.get_parameter_source("device") == click.core.ParameterSource.DEFAULT
+    drop_overruled(context, ("device",), ("device_map",))
+    device, places = context.params["device"], context.params["device_map"]
+    if places is None:
+        return {"device": torch_device(own_device(device)), "device_map": None}
+    if processes() > 1:
+        raise click.UsageError("--device-map is for a single process.")
+    if device is not None and not is_default:
+        raise click.UsageError("--device and --device-map exclude one another.")
+    return {"device": "cpu", "device_map": read_device_map(places)}
 
 
 def processor_options(context: click.Context) -> dict[str, Any]:

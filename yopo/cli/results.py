@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from yopo.support.console import is_verbose, note, show, warn
 from yopo.support.errors import OutputError, YopoError
 from yopo.support.files import STATISTICS, check_writable, write_file
+from yopo.support.launched import is_first
 
 if TYPE_CHECKING:
     from yopo.calibration.statistics import Statistics
@@ -63,7 +64,7 @@ class Keeper:
     def keep(self, statistics: Statistics) -> None:
         """Keep statistics that were just made."""
         self._statistics = statistics
-        if self._path is not None:
+        if self._path is not None and is_first():
             check_writable(self._path, STATISTICS, force=self._force)  # an hour may have passed
             folder = self._path.absolute().parent
             write_file(self._path, statistics.to_bytes(folder))
@@ -80,7 +81,7 @@ class Keeper:
             raise
 
     def _report(self, statistics: Statistics, error: Exception) -> None:
-        path = self._path or self._rescue(statistics)
+        path = self._path or (self._rescue(statistics) if is_first() else None)
         if path is None:
             return
         sentence = f"The statistics are not lost: `yopo plan {path}` makes plans from them."
@@ -103,13 +104,15 @@ class Keeper:
 
 
 def save(made: Calibrated, output: str, *, force: bool) -> None:
-    """Write a plan and report it in one line."""
+    """Write a plan and report it in one line; of several processes, the first does."""
     from yopo.plans.storage import write_plan
 
+    if not is_first():
+        return
     if made.candidates:
         _show_candidates(made.plan)
     write_plan(made.plan, output, force=force)
-    note(_written(made.plan, output))
+    note(written(made.plan, output))
 
 
 def _show_candidates(plan: PruningPlan) -> None:
@@ -122,7 +125,8 @@ def _show_candidates(plan: PruningPlan) -> None:
         note(f"   and {len(found) - len(shown)} more, which -v and the plan list")
 
 
-def _written(plan: PruningPlan, output: str) -> str:
+def written(plan: PruningPlan, output: str) -> str:
+    """What is said of a plan that was written."""
     from yopo.plans.flops import dense_prefill_flops, prefill_flops
     from yopo.report import units
 

@@ -185,12 +185,14 @@ def encode_for(
     Raises:
         DataError: As for :func:`encode`, or a prompt is longer than the model's context.
     """
+    from yopo.models.devices import device_of
+
     batch = encode(
         processor,
         pairs,
         image_token_id=model.config.image_token_id,
         video_token_id=getattr(model.config, "video_token_id", None),
-        device=model.device,
+        device=device_of(model),
         dtype=model.dtype,
         answers=answers,
     )

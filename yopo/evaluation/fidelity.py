@@ -8,7 +8,7 @@ most likely prediction. The end token counts: knowing when to stop is part of an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -20,9 +20,11 @@ from yopo.data.sizes import by_size
 from yopo.evaluation.kinds import MIN_GROUP, kinds_of
 from yopo.models.answer_tokens import teacher_forced
 from yopo.models.registry import family_of
+from yopo.models.turns import in_turns
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
 from yopo.support.finite import is_finite
+from yopo.support.ranks import gathered, mine
 from yopo.support.work_dir import NoWork, Stage, Work
 
 Generate = Callable[..., torch.Tensor]
@@ -114,8 +116,14 @@ def worst_kind(by_kind: Mapping[str, Fidelity]) -> str:
 
 def kinds_of_records(records: Sequence[Recorded]) -> list[str]:
     """The kind of each recorded pair, in order (see ``kinds_of``)."""
-    pairs = [pair for record in records for pair in record.batch.pairs]
-    return kinds_of(pairs, [len(ids) - 1 for record in records for ids in record.answers])
+    told = [[replace(pair, images=(), videos=()) for pair in each.batch.pairs] for each in records]
+    pairs = [pair for each in gathered(told) for pair in each]
+    return kinds_of(pairs, [len(ids) - 1 for ids in answers_of(records)])
+
+
+def answers_of(records: Sequence[Recorded]) -> list[list[int]]:
+    """The dense model's answers to all recorded pairs, in order."""
+    return [ids for each in gathered([record.answers for record in records]) for ids in each]
 
 
 @torch.no_grad()
@@ -160,7 +168,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     with teacher_forced(mask):
         hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     # The token at position p is predicted from position p - 1.
-    chosen = hidden[:, :-1][mask[:, 1:]]
+    chosen = hidden[:, :-1][mask[:, 1:].to(hidden.device)]
     log_probs = model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
     if not is_finite(log_probs):
         raise ModelError(
@@ -195,38 +203,68 @@ def record_dense(
         work: Keeps finished batches.
         name: Of these pairs, among other stages.
 
+    Returns:
+        The batches of this process (see ``yopo.support.ranks``): all, if there is one.
+
     Raises:
         DataError: No pairs.
     """
-    records: list[Recorded] = []
-    work = work or NoWork()
-    for group in track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs"):
-        stage = f"{name}-{len(records):05}"
-        kept = work.load(stage)
-        if kept is not None:
-            answers = kept.about["answers"]
-            batch = encode_for(model, processor, group, answers)
-            records.append(Recorded(batch, answers, kept.tensors["log_probs"]))
-            continue
-        answers = generate_answers(model, processor, group, max_new_tokens)
-        batch = encode_for(model, processor, group, answers)
-        log_probs = answer_log_probs(model, batch).cpu()
-        work.save(stage, Stage({"log_probs": log_probs}, {"answers": answers}))
-        records.append(Recorded(batch, answers, log_probs))
-    if not records:
+    kept = work or NoWork()
+
+    def record(_: int, numbered: tuple[int, tuple[Pair, ...]]) -> Recorded:
+        number, group = numbered
+        return _record(model, processor, group, max_new_tokens, kept, f"{name}-{number:05}")
+
+    groups = track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs")
+    finished = in_turns(model, record, mine(groups), new_tokens=max_new_tokens)
+    records = [each for some in finished for each in some.results]
+    if not any(gathered([bool(records)])):
         raise DataError("There are no pairs to evaluate on.")
     return records
 
 
+def _record(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    group: tuple[Pair, ...],
+    max_new_tokens: int,
+    work: Work,
+    stage: str,
+) -> Recorded:
+    """Record a batch, or take it from ``work``, which keeps it under ``stage``."""
+    kept = work.load(stage)
+    if kept is not None:
+        answers = kept.about["answers"]
+        batch = encode_for(model, processor, group, answers)
+        return Recorded(batch, answers, kept.tensors["log_probs"])
+    answers = generate_answers(model, processor, group, max_new_tokens)
+    batch = encode_for(model, processor, group, answers)
+    log_probs = answer_log_probs(model, batch).cpu()
+    work.save(stage, Stage({"log_probs": log_probs}, {"answers": answers}))
+    return Recorded(batch, answers, log_probs)
+
+
 def compare(model: PreTrainedModel, records: list[Recorded]) -> Fidelity:
-    """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one."""
-    found: list[PairFidelity] = []
-    for record in records:
-        ours, dense = answer_log_probs(model, record.batch).cpu(), record.log_probs
-        kl = (dense.exp() * (dense - ours)).sum(dim=-1, dtype=torch.float64)
-        agreed = dense.argmax(dim=-1) == ours.argmax(dim=-1)
-        assert record.batch.answer_mask is not None, "a record holds the dense model's answers"
-        tokens = record.batch.answer_mask.sum(dim=1).tolist()
-        parts = zip(kl.split(tokens), agreed.split(tokens), tokens, strict=True)
-        found += [PairFidelity(float(a.sum()), int(b.sum()), count) for a, b, count in parts]
-    return Fidelity(tuple(found))
+    """Compare a model inside a ``pruned`` or ``baseline`` block with the recorded dense one.
+
+    Args:
+        model: The model.
+        records: What :func:`record_dense` returned; all processes compare their own.
+    """
+
+    def judge(_: int, record: Recorded) -> list[PairFidelity]:
+        return _fidelity_of(record, answer_log_probs(model, record.batch).cpu())
+
+    found = [each for some in in_turns(model, judge, records) for each in some.results]
+    return Fidelity(tuple(pair for each in gathered(found) for pair in each))
+
+
+def _fidelity_of(record: Recorded, ours: torch.Tensor) -> list[PairFidelity]:
+    """Closeness of (answer tokens of the batch, vocabulary) log-probabilities, pair by pair."""
+    dense = record.log_probs
+    kl = (dense.exp() * (dense - ours)).sum(dim=-1, dtype=torch.float64)
+    agreed = dense.argmax(dim=-1) == ours.argmax(dim=-1)
+    assert record.batch.answer_mask is not None, "a record holds the dense model's answers"
+    tokens = record.batch.answer_mask.sum(dim=1).tolist()
+    parts = zip(kl.split(tokens), agreed.split(tokens), tokens, strict=True)
+    return [PairFidelity(float(a.sum()), int(b.sum()), count) for a, b, count in parts]

@@ -67,7 +67,7 @@ class _Watcher:
         if not heads or masks.layout is None:
             return
         layout = masks.layout
-        self.grids, self.places = layout.grids[0], layout.visual.index[0]
+        self.grids, self.places = layout.grids[0], layout.visual.index[0].cpu()
         after = layout.text.index[0] > self._whole.places[0]
         kept = self._running.layers[layer].kept_kv(shape)
         places = [kept.index(head // shape.group) for head in heads]
@@ -75,7 +75,7 @@ class _Watcher:
         scores = queries[0, list(heads)][:, after].float() @ keys.transpose(1, 2) * scale
         if masks.reading_mask is not None:
             scores = scores.masked_fill(~masks.reading_mask[0, 0][after], float("-inf"))
-        shares = scores.softmax(dim=-1)[..., : reading.num_visual].mean(dim=1).sum(dim=0)
+        shares = scores.softmax(dim=-1)[..., : reading.num_visual].mean(dim=1).sum(dim=0).cpu()
         self._sum = shares if self._sum is None else self._sum + shares
         self._heads += len(heads)
 

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
+from yopo.models.devices import devices_of
 
 Switch = AbstractContextManager[object]
 
@@ -38,10 +39,11 @@ class PrefillTime:
     batch_size: int
 
 
-def now(device: torch.device) -> float:
-    """The time in milliseconds, once all work queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def now(*devices: torch.device) -> float:
+    """The time in milliseconds, once all work queued on the devices is done."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return 1e3 * time.perf_counter()
 
 
@@ -49,10 +51,11 @@ def now(device: torch.device) -> float:
 def _stopwatch(model: PreTrainedModel) -> Iterator[list[float]]:
     """Collect the decoder's milliseconds of every forward inside the block."""
     decoder, times, started = model.get_decoder(), [], []
+    devices = devices_of(model)
     handles = (
-        decoder.register_forward_pre_hook(lambda module, args: started.append(now(model.device))),
+        decoder.register_forward_pre_hook(lambda module, args: started.append(now(*devices))),
         decoder.register_forward_hook(
-            lambda module, args, output: times.append(now(model.device) - started.pop())
+            lambda module, args, output: times.append(now(*devices) - started.pop())
         ),
     )
     try:

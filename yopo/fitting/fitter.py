@@ -15,6 +15,7 @@ from yopo.data.prompts import Batch
 from yopo.fitting.layerwise import DenseBatch, enter
 from yopo.fitting.profile import Profile, profile
 from yopo.fitting.refit import refit, stage_of
+from yopo.fitting.states import Room
 from yopo.models.family import shape_of
 from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import refit_sizes
@@ -39,6 +40,7 @@ class Fitter:
         work: Keeps finished layers of the profile and of fits.
         is_known: Whether a plan has been judged in former runs, so that its weights are needed
             only if it is the best.
+        room: Where the states of pairs wait; None: on the decoder's device.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class Fitter:
         reduction: Method | None = None,
         work: Work | None = None,
         is_known: Callable[[PruningPlan], bool] = lambda plan: False,
+        room: Room | None = None,
     ):
         self._model, self._encode, self._pairs = model, encode, 0
         self.reduction = reduction
         self._work = work or NoWork()
-        self._is_known = is_known
+        self._is_known, self._room = is_known, room
         self._judged: list[tuple[float, list[str]]] = []
 
     @cached_property
@@ -60,7 +63,7 @@ class Fitter:
         """The prompts at the decoder: the vision tower sees them once for all walks."""
         encoded = self._encode()
         self._pairs = sum(len(batch) for batch in encoded)
-        return enter(self._model, encoded, self.reduction)
+        return enter(self._model, encoded, self.reduction, self._room)
 
     @cached_property
     def profile(self) -> Profile:
@@ -137,7 +140,8 @@ class Fitter:
         except torch.OutOfMemoryError as error:
             raise YopoError(
                 f"Out of memory: the states of {self._pairs} pairs are in memory during the fit.",
-                remedy="Use fewer --fit-pairs, --dtype bfloat16, or --compensation none.",
+                remedy="Use --offload always, with --work-dir if host memory is full; or fewer "
+                "--fit-pairs, --dtype bfloat16, or --compensation none.",
             ) from error
 
 

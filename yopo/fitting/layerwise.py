@@ -9,25 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
+from yopo.fitting.states import OnDevice, Room
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe
+from yopo.models.offloaded import at_hand
 from yopo.models.registry import family_of
 from yopo.models.shortened import shorten
-from yopo.plans.schema import PruningPlan
+from yopo.models.streams import TokenLayout
+from yopo.models.tower_attention import attention_path
 from yopo.reduction.method import Method
-from yopo.runtime.attention_masks import AttentionMasks
-from yopo.runtime.cache import PrunedCacheLayer
-from yopo.runtime.decoder import rotary_positions
-from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.sliced_linear import SlicedLinear
-from yopo.runtime.token_index import Rotary, TokenIndex
 from yopo.runtime.weights import VisualLayer, check_plain
 from yopo.support.errors import DataError
 
@@ -43,6 +42,8 @@ class DenseBatch:
         positions: Position ids of the forward, or None.
         mask: (batch, sequence) attention mask.
         stack: DeepStack features, (visual tokens, hidden) each, added after the first layers.
+        room: Where ``hidden`` and ``arguments`` wait.
+        is_shared: Whether other walks start from ``hidden`` as well.
     """
 
     hidden: torch.Tensor
@@ -51,6 +52,24 @@ class DenseBatch:
     positions: torch.Tensor | None
     mask: torch.Tensor | None
     stack: tuple[torch.Tensor, ...]
+    room: Room = field(default_factory=OnDevice)
+    is_shared: bool = True
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """``hidden`` on the device of the next layer; the layout goes there, too."""
+        self.layout = moved(self.layout, device)
+        return self.hidden.to(device)
+
+    def settle(self, hidden: torch.Tensor) -> None:
+        """Let the input of the next layer wait."""
+        self.hidden = self.room.put(hidden, None if self.is_shared else self.hidden)
+        self.is_shared = False
+
+    def put(self, states: DenseStates, over: DenseStates | None) -> DenseStates:
+        """Let the states of a layer wait, in the place of those of another."""
+        old = [None] * 3 if over is None else [over.before, over.middle, over.after]
+        new = (states.before, states.middle, states.after)
+        return DenseStates(*(self.room.put(*each) for each in zip(new, old, strict=True)))
 
     def visual(self, states: torch.Tensor) -> torch.Tensor:
         """(visual tokens of all rows, hidden) of (batch, sequence, hidden) states, no padding."""
@@ -99,25 +118,39 @@ class DenseWalk:
         self.names: Backbone = family_of(model.config).backbone(model.config)
         check_plain(self.decoder, len(self.decoder.layers), self.names)
         self.batches = [replace(batch) for batch in batches]
+        self._held: list[DenseStates | None] = [None] * len(self.batches)
 
-    @torch.no_grad()
     def step(self, number: int) -> list[DenseStates]:
         """Run layer ``number`` on all batches."""
-        return [self._step(number, batch) for batch in self.batches]
+        self._held = [
+            batch.put(states, held)
+            for batch, states, held in zip(
+                self.batches, self.steps(number), self._held, strict=True
+            )
+        ]
+        return [each for each in self._held if each is not None]
+
+    @torch.no_grad()
+    def steps(self, number: int) -> Iterator[DenseStates]:
+        """Run layer ``number`` on one batch after the other; their states are on its device."""
+        with at_hand(self.decoder.layers[number]):
+            for batch in self.batches:
+                yield self._step(number, batch)
 
     def _step(self, number: int, batch: DenseBatch) -> DenseStates:
         layer, middle = self.decoder.layers[number], []
+        place = device_of(layer)
+        hidden = batch.on(place)
+        arguments = {name: moved(each, place) for name, each in batch.arguments[number].items()}
         norm = getattr(layer, self.names.ffn_norm)
         handle = norm.register_forward_pre_hook(lambda module, args: middle.append(args[0]))
         try:
-            output = layer(batch.hidden, **batch.arguments[number])
+            output = layer(hidden, **arguments)
         finally:
             handle.remove()
         output = output[0] if isinstance(output, tuple) else output
-        states = DenseStates(
-            batch.visual(batch.hidden), batch.visual(middle[0]), batch.visual(output)
-        )
-        batch.hidden = add_stack(output, batch, number)
+        states = DenseStates(batch.visual(hidden), batch.visual(middle[0]), batch.visual(output))
+        batch.settle(add_stack(output, batch, number))
         return states
 
 
@@ -132,7 +165,10 @@ def add_stack(hidden: torch.Tensor, batch: DenseBatch, number: int) -> torch.Ten
 
 
 def enter(
-    model: PreTrainedModel, batches: Iterable[Batch], reduction: Method | None = None
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    reduction: Method | None = None,
+    room: Room | None = None,
 ) -> list[DenseBatch]:
     """Run prompts through everything before the decoder's first layer: tower, projector, masks.
 
@@ -140,15 +176,34 @@ def enter(
         model: A dense multimodal model in memory.
         batches: Encoded prompts; those without an image are left out.
         reduction: Drops visual tokens before the first layer; the rest is what the walks see.
+        room: Where the states of batches wait; None: on the decoder's device.
 
     Raises:
         DataError: No batch holds an image.
     """
     entered = (_enter(model, each, reduction) for each in batches)
-    found = [batch for batch in entered if batch is not None]
+    place = OnDevice() if room is None else room
+    found = [_settled(batch, place) for batch in entered if batch is not None]
     if not found:
         raise DataError("No calibration pair holds an image to fit visual weights on.")
     return found
+
+
+def _settled(batch: DenseBatch, room: Room) -> DenseBatch:
+    """The batch with its states, and what its layers are given, in a room."""
+    put: dict[int, torch.Tensor] = {}  # layers share tensors
+
+    def stored(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(stored, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in put:
+            put[id(value)] = room.put(value)
+        return put[id(value)]
+
+    arguments = [{name: stored(value) for name, value in each.items()} for each in batch.arguments]
+    return replace(batch, hidden=stored(batch.hidden), arguments=arguments, room=room)
 
 
 class _Entered(Exception):
@@ -181,7 +236,9 @@ def _skipping(layers: Iterable[torch.nn.Module]) -> Iterator[list[tuple[torch.Te
 def _enter(model: PreTrainedModel, batch: Batch, reduction: Method | None) -> DenseBatch | None:
     """Run a prompt up to the decoder and note what it and its layers are given."""
     family, decoder = family_of(model.config), model.get_decoder()
-    probe = LayoutProbe(model.base_model, family.grids_of, family.token_ids(model.config))
+    tokens = family.token_ids(model.config)
+    attention = attention_path(reduction, family, model.config)
+    probe = LayoutProbe(model.base_model, family.grids_of, tokens, attention)
     given: dict[str, Any] = {}
 
     names = family.backbone(model.config)
@@ -210,74 +267,9 @@ def _enter(model: PreTrainedModel, batch: Batch, reduction: Method | None) -> De
         handle.remove()
     return DenseBatch(
         hidden=seen[0][0],
-        layout=given["layout"],
+        layout=given["layout"].to(seen[0][0].device),
         arguments=[kwargs for _, kwargs in seen],
         positions=given.get("position_ids"),
         mask=given["mask"],
         stack=names.added_features(given),
-    )
-
-
-@dataclass
-class PrunedBatch:
-    """One batch on its way through the pruned decoder: both streams, their positions and masks."""
-
-    text: torch.Tensor
-    visual: torch.Tensor
-    text_rotary: Rotary
-    visual_rotary: Rotary
-    masks: AttentionMasks
-    dense: DenseBatch
-
-    def copy(self) -> PrunedBatch:
-        """One that goes its own way: layers add to their states in place."""
-        return replace(self, text=self.text.clone(), visual=self.visual.clone())
-
-    def run(self, walk: DenseWalk, number: int, part: VisualLayer) -> LayerRun:
-        """One layer on this batch, with a private cache."""
-        index = TokenIndex()
-        index.place(self.visual_rotary)
-        cache = PrunedCacheLayer(part.split, index, is_first=False)
-        return LayerRun(walk.decoder.layers[number], walk.names, self.masks, cache, part)
-
-    def given(self, part: VisualLayer) -> VisualInput:
-        """The visual tokens as input of a layer."""
-        return VisualInput(self.visual, self.visual_rotary, part)
-
-    def real(self, states: torch.Tensor) -> torch.Tensor:
-        """(visual tokens, width) of (batch, visual, width) states."""
-        return real_rows(self.dense.layout, states)
-
-
-def pruned_batches(walk: DenseWalk, plan: PruningPlan) -> list[PrunedBatch]:
-    """Split every batch of a walk that has not started into its two streams."""
-    return [_split(walk, plan, batch) for batch in walk.batches]
-
-
-@torch.no_grad()
-def _split(walk: DenseWalk, plan: PruningPlan, batch: DenseBatch) -> PrunedBatch:
-    hidden, layout = batch.hidden, batch.layout
-    count, length, _ = hidden.shape
-    masks = AttentionMasks(
-        layout,
-        count,
-        length,
-        batch.mask,
-        TokenIndex(),
-        bidirectional=plan.bidirectional,
-        device=hidden.device,
-    )
-    positions = batch.positions
-    if positions is None:
-        positions = torch.arange(length, device=hidden.device).expand(count, -1)
-    positions = rotary_positions(positions, walk.names.position_axes)
-    rotary = walk.decoder.rotary_emb(hidden, position_ids=positions)
-    cosines, sines = (each.expand(count, -1, -1) for each in rotary)
-    return PrunedBatch(
-        text=layout.text.gather(hidden),
-        visual=layout.visual.gather(hidden),
-        text_rotary=(layout.text.gather(cosines), layout.text.gather(sines)),
-        visual_rotary=(layout.visual.gather(cosines), layout.visual.gather(sines)),
-        masks=masks,
-        dense=batch,
     )

@@ -13,6 +13,9 @@ from functools import cached_property
 
 import torch
 
+from yopo.fitting.products import products
+from yopo.support.ranks import of_first
+
 DAMPING = 1e-3
 """Ridge term over the mean diagonal of the covariance."""
 
@@ -81,31 +84,27 @@ class Moments:
     """
 
     def __init__(self, inputs: int, targets: int = 0, device: torch.device | str = "cpu"):
-        precise = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        self.count, self._inputs = 0, inputs
-        self._origin = torch.zeros(inputs + targets, device=device)
-        self._sum = torch.zeros(inputs + targets, dtype=precise, device=device)
-        self._products = torch.zeros(inputs, inputs + targets, dtype=precise, device=device)
+        self.count = 0
+        self._origin: torch.Tensor | None = None
+        self._sums = products(inputs, inputs + targets, device)
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor | None = None) -> None:
         """Add rows: (rows, inputs) and (rows, targets)."""
         inputs = inputs.float()
         both = inputs if targets is None else torch.cat([inputs, targets.float()], dim=1)
-        if not self.count:
-            self._origin = both.mean(dim=0)
-        both = both - self._origin
+        if self._origin is None:
+            self._origin = of_first(both.mean(dim=0))
         self.count += len(both)
-        self._sum += both.sum(dim=0, dtype=self._sum.dtype)
-        self._products += both[:, : self._inputs].T @ both
+        self._sums.add(both - self._origin)
 
     def gram(self) -> Gram:
         """The centred moments."""
-        home = "cpu" if self._sum.device.type == "mps" else self._sum.device  # has no float64
-        shift, products, origin = (
-            each.to(home).double() for each in (self._sum, self._products, self._origin)
-        )
-        shift, width = shift / self.count, self._inputs
-        centred = products / self.count - shift[:width, None] * shift[None]
+        count, *sums = self._sums.totals()
+        assert self._origin is not None, "no rows were added"
+        home = "cpu" if sums[0].device.type == "mps" else sums[0].device  # has no float64
+        shift, crossed, origin = (each.to(home).double() for each in (*sums, self._origin))
+        shift, width = shift / count, self._sums.inputs
+        centred = crossed / count - shift[:width, None] * shift[None]
         mean = origin + shift
         return Gram(centred[:, :width], centred[:, width:], mean[:width], mean[width:])
 

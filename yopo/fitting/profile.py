@@ -24,8 +24,11 @@ from yopo.fitting.least_squares import (
     explained_in_all,
     ridge,
 )
+from yopo.models.devices import device_of
+from yopo.models.offloaded import at_hand
 from yopo.plans.schema import ModelShape, full_layer
 from yopo.runtime.weights import Extras, VisualLayer
+from yopo.support.ranks import gathered
 from yopo.support.work_dir import NoWork, Stage, Work
 
 
@@ -81,7 +84,8 @@ def profile(
     for number in range(shape.layers):
         kept = work.load(f"profile-{number:03}")
         if kept is None:
-            parts = _profile_layer(walk, number, shape)
+            with at_hand(walk.decoder.layers[number]):
+                parts = _profile_layer(walk, number, shape)
             work.save(f"profile-{number:03}", Stage(dict(zip(_ENERGIES, parts, strict=True))))
         else:
             walk.step(number)
@@ -97,41 +101,45 @@ def profile(
 
 def _energy(walk: DenseWalk) -> float:
     """Geometric mean of the squared norms of the visual states before the next layer."""
-    total, count = 0.0, 0
+    found = []
     for batch in walk.batches:
-        norms = batch.visual(batch.hidden).float().square().sum(dim=1).clamp(min=1e-30)
-        total += float(norms.log().sum(dtype=torch.float64))
-        count += len(norms)
+        hidden = batch.on(batch.layout.visual.index.device)
+        norms = batch.visual(hidden).float().square().sum(dim=1).clamp(min=1e-30)
+        found.append((float(norms.log().sum(dtype=torch.float64)), len(norms)))
+    total, count = 0.0, 0
+    for logarithms, tokens in gathered(found):
+        total, count = total + logarithms, count + tokens
     return exp(total / count)
 
 
 def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[torch.Tensor, ...]:
     """The four energies of one layer, not yet relative to one; advances the walk past it."""
     layer, names = walk.decoder.layers[number], walk.names
-    device, width = next(layer.parameters()).device, shape.heads * shape.head_dim
+    device, width = device_of(layer), shape.heads * shape.head_dim
     heads = Moments(shape.hidden, width, device)
     outputs = Moments(width, 0, device)
     update = Moments(shape.hidden, shape.hidden, device)
     ffn = Moments(shape.hidden, shape.hidden, device)
-    change, ffn_energy, count = 0.0, 0.0, 0
-    gathered: list[torch.Tensor] = []
+    energies: list[tuple[float, float, int]] = []
+    attended: list[torch.Tensor] = []
     handle = getattr(layer.self_attn, names.output).register_forward_pre_hook(
-        lambda module, args: gathered.append(args[0])
+        lambda module, args: attended.append(args[0])
     )
+    attention_norm, ffn_norm = getattr(layer, names.attention_norm), getattr(layer, names.ffn_norm)
     try:
-        states = walk.step(number)
+        for batch, each in zip(walk.batches, walk.steps(number), strict=True):
+            mixed = batch.visual(attended.pop())
+            heads.add(attention_norm(each.before), mixed)
+            outputs.add(mixed)
+            update.add(ffn_norm(each.before), each.after - each.before)
+            ffn.add(ffn_norm(each.middle), each.after - each.middle)
+            changed, added = _squared(each.after - each.before), _squared(each.after - each.middle)
+            energies.append((changed, added, len(mixed)))
     finally:
         handle.remove()
-    attention_norm, ffn_norm = getattr(layer, names.attention_norm), getattr(layer, names.ffn_norm)
-    for batch, each, mixed in zip(walk.batches, states, gathered, strict=True):
-        mixed = batch.visual(mixed)
-        heads.add(attention_norm(each.before), mixed)
-        outputs.add(mixed)
-        update.add(ffn_norm(each.before), each.after - each.before)
-        ffn.add(ffn_norm(each.middle), each.after - each.middle)
-        change += float((each.after - each.before).float().square().sum(dtype=torch.float64))
-        ffn_energy += float((each.after - each.middle).float().square().sum(dtype=torch.float64))
-        count += len(each.before)
+    change, ffn_energy, count = 0.0, 0.0, 0
+    for changed, added, tokens in gathered(energies):
+        change, ffn_energy, count = change + changed, ffn_energy + added, count + tokens
     change, ffn_energy = change / count, ffn_energy / count
     stock = VisualLayer(layer, full_layer(shape), shape, names, Extras())  # its own projections
     inputs, updated, fed = heads.gram(), update.gram(), ffn.gram()
@@ -142,6 +150,10 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
     straight = float(fed.target_mean.square().sum()) + explained_in_all(fed)
     nonlinear = torch.tensor(max(ffn_energy - straight, 0.0), dtype=torch.float64)
     return mixing, bottleneck, mapped, nonlinear
+
+
+def _squared(states: torch.Tensor) -> float:
+    return float(states.float().square().sum(dtype=torch.float64))
 
 
 def _bottleneck_residual(inputs: Gram, stock: VisualLayer) -> torch.Tensor:

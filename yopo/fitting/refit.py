@@ -30,9 +30,7 @@ from yopo.fitting.layerwise import (
     DenseBatch,
     DenseStates,
     DenseWalk,
-    PrunedBatch,
     own_matrix,
-    pruned_batches,
 )
 from yopo.fitting.least_squares import (
     Gram,
@@ -42,7 +40,10 @@ from yopo.fitting.least_squares import (
     reduced_rank,
     ridge,
 )
+from yopo.fitting.pruned_batch import PrunedBatch, pruned_batches
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
+from yopo.models.offloaded import at_hand
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import refit_sizes
 from yopo.runtime.weights import Extras, VisualLayer
@@ -84,22 +85,33 @@ def refit(
     fitted: list[dict[int, Weights]] = [{} for _ in plans]
     branches = [_Branch(tuple(range(len(plans))), pruned_batches(walk, first))]
     for number in range(depth):
-        dense = walk.step(number)
         branches = [part for each in branches for part in each.parted(plans, number)]
-        kind = next(walk.decoder.layers[number].parameters()).dtype
-        for branch in branches:
-            plan = plans[branch.members[0]]
-            fit = LayerFit(
-                walk, plan.layers[number], plan.model.shape, number, _extras(plan, number)
-            )
-            kept = work.load(stage_of(plan, number)) if fit.sizes else None
-            weights = fit.run(branch.states, dense, {} if kept is None else kept.tensors)
-            weights = {name: each.to("cpu", kind) for name, each in weights.items()}
-            if weights and kept is None:
-                work.save(stage_of(plan, number), Stage(weights))
-            for member in branch.members if weights else ():
-                fitted[member][number] = weights
+        with at_hand(walk.decoder.layers[number]):
+            dense = walk.step(number)
+            for branch in branches:
+                weights = _fit_layer(walk, plans[branch.members[0]], number, branch, dense, work)
+                for member in branch.members if weights else ():
+                    fitted[member][number] = weights
     return fitted
+
+
+def _fit_layer(
+    walk: DenseWalk,
+    plan: PruningPlan,
+    number: int,
+    branch: _Branch,
+    dense: list[DenseStates],
+    work: Work,
+) -> Weights:
+    """Fit one layer of the plans of a branch, which pass it; its weights, on the CPU."""
+    fit = LayerFit(walk, plan.layers[number], plan.model.shape, number, _extras(plan, number))
+    kept = work.load(stage_of(plan, number)) if fit.sizes else None
+    weights = fit.run(branch.states, dense, {} if kept is None else kept.tensors)
+    kind = next(walk.decoder.layers[number].parameters()).dtype
+    weights = {name: each.to("cpu", kind) for name, each in weights.items()}
+    if weights and kept is None:
+        work.save(stage_of(plan, number), Stage(weights))
+    return weights
 
 
 def stage_of(plan: PruningPlan, number: int) -> str:
@@ -169,31 +181,44 @@ class LayerFit:
             dense: Those in the dense model.
             kept: The layer's weights, if they are known; empty: they are to be fitted.
         """
-        self.weights = dict(kept)
+        self.weights, place = dict(kept), self.place
         if "reduce" in self.missing:
             self.weights |= self.projections(batches)
-        part = self.part()
-        runs = [batch.run(self.walk, self.number, part) for batch in batches]
-        mixed = []
-        for batch, run in zip(batches, runs, strict=True):
-            batch.text, gathered = run.attend(batch.text, batch.text_rotary, batch.given(part))
-            mixed.append(gathered)
+        part, mixed = self.part(), []
+        for batch in batches:
+            here = batch.on(place)
+            run = here.run(self.walk, self.number, part)
+            text, gathered = run.attend(here.text, here.text_rotary, here.given(part))
+            batch.settle(text, None)
+            mixed.append(None if gathered is None else batch.dense.room.put(gathered))
         if "output" in self.missing:
             self.weights |= self.output(batches, mixed, dense)
             part = self.part()
-        for batch, run, gathered in zip(batches, runs, mixed, strict=True):
-            batch.visual = run.add_attention(batch.visual, part, gathered)
+        for batch, gathered in zip(batches, mixed, strict=True):
+            here = batch.on(place)
+            run = here.run(self.walk, self.number, part)
+            batch.settle(None, run.add_attention(here.visual, part, moved(gathered, place)))
         if "ffn_bias" in self.missing:
             self.weights |= self.ffn(batches, dense, part)
             part = self.part()
-        for batch, run in zip(batches, runs, strict=True):
-            batch.text = run.feed_text(batch.text)
-            visual = run.feed_visual(batch.visual, part)
-            if self.number < len(batch.dense.stack):
-                stream = batch.dense.layout.visual
-                visual = visual + stream.unflatten(batch.dense.stack[self.number].to(visual))
-            batch.visual = visual
+        for batch in batches:
+            self._feed(batch, part)
         return self.weights
+
+    def _feed(self, batch: PrunedBatch, part: VisualLayer) -> None:
+        """Advance a batch past the FFN and what is added after it."""
+        here = batch.on(self.place)
+        run = here.run(self.walk, self.number, part)
+        text, visual = run.feed_text(here.text), run.feed_visual(here.visual, part)
+        if self.number < len(batch.dense.stack):
+            stream = moved(batch.dense.layout, self.place).visual
+            visual = visual + stream.unflatten(batch.dense.stack[self.number].to(visual))
+        batch.settle(text, visual)
+
+    @property
+    def place(self) -> torch.device:
+        """The layer's device."""
+        return device_of(self.module)
 
     @property
     def missing(self) -> set[str]:
@@ -217,7 +242,7 @@ class LayerFit:
         norm = getattr(self.module, self.names.attention_norm)
         moments = self._moments(0)
         for batch in batches:
-            moments.add(batch.real(norm(batch.visual)))
+            moments.add(batch.real(norm(batch.visual.to(self.place))))
         names = [name for name in ("query", "key", "value") if name in self.sizes]
         parts = [own_matrix(stock, name) for name in names]
         projections = Projections(moments.gram(), [weight for weight, _ in parts])
@@ -243,7 +268,8 @@ class LayerFit:
         moments = Moments(own.shape[1], self.shape.hidden, own.device)
         for batch, gathered, states in zip(batches, mixed, dense, strict=True):
             assert gathered is not None, "in a layer without attending heads no output is fitted"
-            moments.add(batch.real(gathered), states.middle - batch.real(batch.visual))
+            inputs, visual, middle = moved((gathered, batch.visual, states.middle), self.place)
+            moments.add(batch.real(inputs), middle - batch.real(visual))
         weight, bias = ridge(moments.gram(), toward=own)
         return {"output": weight, "output_bias": bias}
 
@@ -259,11 +285,12 @@ class LayerFit:
         moments = self._moments(self.shape.hidden, neurons)
         norm = getattr(self.module, self.names.ffn_norm)
         for batch, states in zip(batches, dense, strict=True):
-            normed = norm(batch.visual)
+            visual, after = moved((batch.visual, states.after), self.place)
+            normed = norm(visual)
             inputs = batch.real(normed)
             if neurons:
                 inputs = torch.cat([batch.real(part.activations(normed)), inputs], dim=1)
-            moments.add(inputs, states.after - batch.real(batch.visual))
+            moments.add(inputs, after - batch.real(visual))
         if not neurons:
             out, inner, bias = reduced_rank(moments.gram(), self.layer.map_rank)
             return {"map_out": out, "map_in": inner, "ffn_bias": bias}
@@ -271,8 +298,7 @@ class LayerFit:
         return neurons_and_map(moments.gram(), own, self.layer.map_rank)
 
     def _moments(self, targets: int, more: int = 0) -> Moments:
-        device = next(self.module.parameters()).device
-        return Moments(self.shape.hidden + more, targets, device)
+        return Moments(self.shape.hidden + more, targets, self.place)
 
 
 def neurons_and_map(gram: Gram, own: torch.Tensor, rank: int) -> Weights:

@@ -148,6 +148,11 @@ def never(config: PreTrainedConfig) -> bool:
     return False
 
 
+def no_class_attention(config: PreTrainedConfig) -> str | None:
+    """The attention of the tower's class token is not recorded, or it has none."""
+    return None
+
+
 def no_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """For processors that need no settings from the model."""
     return {}
@@ -171,6 +176,8 @@ class Family:
             located.
         ends_rows: Whether each row of an image ends with a separator token.
         processor_settings: The model's values for the processor, by attribute name.
+        class_attention: Path under the base model of the tower's attention module whose class
+            token ranks patches (see ``models.tower_attention``); None: there is none.
         public_pairs: Pairs to try a model on, for those without their own.
         takes_videos: Whether pairs about videos can be used.
     """
@@ -187,6 +194,7 @@ class Family:
     check_vision: Callable[[PreTrainedConfig], None] = accept
     ends_rows: Callable[[PreTrainedConfig], bool] = never
     processor_settings: Callable[[PreTrainedConfig], dict[str, Any]] = no_settings
+    class_attention: Callable[[PreTrainedConfig], str | None] = no_class_attention
     public_pairs: PublicPairs = PHOTOS
     takes_videos: bool = False
 

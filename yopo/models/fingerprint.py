@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from yopo.models.offloaded import at_hand
 from yopo.support.errors import ModelError
 
 SAMPLE = 16
@@ -124,9 +125,23 @@ def fingerprint_of_decoder(decoder: nn.Module) -> str:
     Raises:
         ModelError: A weight is packed by a quantizer, so that its values changed.
     """
+    layers = decoder.layers
+    assert isinstance(layers, nn.ModuleList), "decoders have a list of layers"
     samples: Samples = []
-    for name, parameter in decoder.named_parameters():
-        if not name.startswith("layers.") or ".lora_" in name:
+    for number, layer in enumerate(layers):
+        with at_hand(layer):
+            samples += _samples_of(layer, f"layers.{number}.")
+    found = digest(samples)
+    source: Source | None = getattr(decoder, _SOURCE, None)
+    return source.fingerprint if source is not None and found in source.loaded else found
+
+
+def _samples_of(layer: nn.Module, prefix: str) -> Samples:
+    """Samples of a layer's tensors; raises as ``fingerprint_of_decoder``."""
+    samples: Samples = []
+    for own, parameter in layer.named_parameters():
+        name = prefix + own
+        if ".lora_" in name:
             continue
         if not is_plain(parameter):
             raise ModelError(
@@ -134,9 +149,7 @@ def fingerprint_of_decoder(decoder: nn.Module) -> str:
                 remedy="Quantize after pruning: yopo.load(..., quantization_config=...).",
             )
         samples.append((name.replace(".base_layer.", "."), parameter.shape, sample(parameter)))
-    found = digest(samples)
-    source: Source | None = getattr(decoder, _SOURCE, None)
-    return source.fingerprint if source is not None and found in source.loaded else found
+    return samples
 
 
 def is_plain(weight: torch.Tensor) -> bool:

@@ -24,6 +24,7 @@ from yopo.models.family import (
 )
 from yopo.models.towers import (
     check_tower,
+    class_attention,
     class_tokens,
     ends_rows,
     patch_grid,
@@ -79,4 +80,5 @@ LLAVA = Family(
     check_vision=check_tower,
     ends_rows=ends_rows,
     processor_settings=processor_settings,
+    class_attention=class_attention,
 )

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from yopo.models.answer_tokens import prompt_ends
-from yopo.models.layout import Stream, TokenLayout, build_layout
+from yopo.models.streams import Stream, TokenLayout, build_layout
 from yopo.plans.grid import Grid
 from yopo.reduction.method import Images, Method, Question, Selection
+from yopo.support.errors import ModelError
 
 _Place = tuple[int, int, int]
 """A batch row, an image's place among those of the row, its first token in the visual stream."""
@@ -130,14 +131,24 @@ def choose(
 
     Returns:
         The images of every row; None if nothing is dropped.
+
+    Raises:
+        ModelError: The method needs the tower's attention, which is not there.
     """
     if all(_is_whole(method, grid) for grids in layout.grids for grid in grids):
         return None
+    if method.needs_attention and layout.attention is None:
+        raise ModelError(
+            f"{method.name} needs the vision tower's attention on these images, and they were not "
+            "encoded by this model while it could be recorded.",
+            remedy="Pass pixels, or encode and prefill the images one after the other.",
+        )
     visual = layout.visual.gather(embeds)
     question = _question(layout, embeds, ends, real) if method.uses_prompt else None
     found: dict[tuple[int, int], Chosen] = {}
     for grid, places in _by_grid(layout.grids).items():
-        for place, each in zip(places, _of(method, visual, question, grid, places), strict=True):
+        chosen = _of(method, visual, question, layout.attention, grid, places)
+        for place, each in zip(places, chosen, strict=True):
             found[place[:2]] = each
     return [[found[row, at] for at in range(len(grids))] for row, grids in enumerate(layout.grids)]
 
@@ -161,6 +172,7 @@ def _of(
     method: Method,
     visual: torch.Tensor,
     question: Question | None,
+    attention: torch.Tensor | None,
     grid: Grid,
     places: Sequence[_Place],
 ) -> list[Chosen]:
@@ -168,12 +180,16 @@ def _of(
     if _is_whole(method, grid):
         everything = torch.arange(grid.tokens, device=visual.device)
         return [Chosen(start, grid.tokens, everything, None) for _, _, start in places]
-    features = torch.stack([visual[row, start : start + grid.tokens] for row, _, start in places])
+    where = [(row, slice(start, start + grid.tokens)) for row, _, start in places]
+    features = torch.stack([visual[each] for each in where])
+    if attention is not None:
+        attention = torch.stack([attention[each] for each in where]).to(features.device)
     rows = torch.tensor([row for row, _, _ in places], device=visual.device)
     images = Images(
         features,
         (grid.rows, grid.cols),
         None if question is None else _at(question, rows),
+        attention,
         numbers=[number for _, number, _ in places],
     )
     return _split(method.select(images), [start for _, _, start in places], grid.tokens)
@@ -208,4 +224,7 @@ def _question(
     after = is_word & (text.index > visual.amax(dim=1, keepdim=True))
     words = torch.where(after.any(dim=1, keepdim=True), after, is_word)
     used = words.any(dim=0).nonzero()[:, 0]
-    return Question(text.gather(embeds)[:, used], words[:, used].float())
+    ids = None
+    if layout.ids is not None:
+        ids = layout.ids.to(used.device).gather(1, text.index)[:, used]
+    return Question(text.gather(embeds)[:, used], words[:, used].float(), ids)

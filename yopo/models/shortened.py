@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, TokenLayout, build_layout
+from yopo.models.layout import LayoutProbe
 from yopo.models.reduced import Reduced, reduce
+from yopo.models.streams import TokenLayout, build_layout
 from yopo.reduction.method import Method
 from yopo.support.errors import ModelError
 

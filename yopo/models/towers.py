@@ -81,6 +81,19 @@ def class_tokens(config: PreTrainedConfig) -> int:
     return max(tower_of(config).class_tokens - is_cut, 0)
 
 
+def class_attention(config: PreTrainedConfig) -> str | None:
+    """The attention module of the layer whose output the projector gets, of several the last.
+
+    None without a class token, and where it is itself among the visual tokens.
+    """
+    if not tower_of(config).class_tokens or class_tokens(config):
+        return None
+    chosen = config.vision_feature_layer
+    state = chosen if isinstance(chosen, int) else chosen[-1]
+    layer = state - 1 if state >= 0 else config.vision_config.num_hidden_layers + state
+    return f"vision_tower.encoder.layers.{layer}.self_attn" if layer >= 0 else None
+
+
 def patch_sides(config: PreTrainedConfig) -> tuple[int, int]:
     """Height and width of a patch in pixels."""
     return _both(config.vision_config.patch_size)

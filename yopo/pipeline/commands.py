@@ -22,6 +22,7 @@ from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import Calibrated, CalibrationSession
+from yopo.pipeline.shares import check_shares, choose_share
 from yopo.pipeline.tolerance import holdout_pairs
 from yopo.pipeline.verification import Verification, verify
 from yopo.planning.planner import make_plan
@@ -34,6 +35,7 @@ from yopo.planning.request import (
     ToleranceRequest,
 )
 from yopo.plans.evaluated import with_evaluation
+from yopo.plans.made_up import refuse_made_up
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.serving.loading import open_baked
@@ -90,11 +92,15 @@ def calibrate(
         YopoError: Unknown model, unreadable data, a request that cannot be met, ...
     """
     request = _as_request(request)
-    fit_options = fit_options or FitOptions()
+    options, fit_options = options or RunOptions(), fit_options or FitOptions()
     check_reduction(fit_options.reduction, request)
+    if fit_options.shares:
+        check_shares(request)
+        handle = ModelHandle(model, processor, options)
+        return choose_share(handle, request, options, fit_options, keep=keep)
     session = CalibrationSession(
         model,
-        options or RunOptions(),
+        options,
         fit_options,
         processor=processor,
         holdout=holdout_pairs(request) if isinstance(request, ToleranceRequest) else 0,
@@ -126,6 +132,8 @@ def calibrate_front(
         YopoError: As for ``calibrate``.
     """
     fit_options = fit_options or FitOptions()
+    if fit_options.shares:
+        check_shares(*requests)
     for each in requests:
         check_reduction(fit_options.reduction, each)
     session = CalibrationSession(
@@ -206,6 +214,7 @@ def evaluate(
     """
     options = options or RunOptions()
     found = target if isinstance(target, PruningPlan) else read_target(target, budget)
+    refuse_made_up(found)
     if options.data is None:
         typed = None if isinstance(target, PruningPlan) else f"yopo eval {shlex.quote(str(target))}"
         check_named(found.model.name, "heldout", typed=typed, family=found.model.family)
@@ -327,6 +336,7 @@ def _source_of(plan: PruningPlan, model: str | Path | None) -> ModelSource:
     hint = plan.model.path
     if model is None and hint is not None and (hint / "config.json").is_file():
         return replace(resolve(os.path.relpath(hint)), name=plan.model.name)
+    refuse_made_up(plan)
     try:
         return resolve(str(model or plan.model.name))
     except ModelError as error:

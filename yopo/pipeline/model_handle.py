@@ -14,7 +14,10 @@ from yopo.data.processor_settings import settled
 from yopo.data.prompts import load_processor
 from yopo.models.registry import ALIASES, ModelSource, family_of, resolve
 from yopo.pipeline.options import RunOptions
+from yopo.serving.layers_on_disk import map_for
 from yopo.serving.loading import load_dense, torch_dtype
+from yopo.serving.places import read_device_map
+from yopo.serving.precision import dtype_for
 from yopo.support.errors import ModelError
 
 Model = str | Path | PreTrainedModel
@@ -78,7 +81,19 @@ class ModelHandle:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model, in eval mode; loaded at the first use."""
-        dtype = torch_dtype(self._options.dtype)
+        dtype, places = torch_dtype(self._options.dtype), self._options.device_map
+        if places is not None:
+            places = read_device_map(places)
+            return load_dense(
+                self._source, checkpoint=self._checkpoint, dtype=dtype, device_map=places
+            )
+        assert self._checkpoint is not None, "a model in memory is not loaded"
+        dtype = dtype_for(dtype, self._checkpoint, self._options.device)
+        on_disk = map_for(self._checkpoint, dtype, self._options.device, self._options.offload)
+        if on_disk is not None:
+            return load_dense(
+                self._source, checkpoint=self._checkpoint, dtype=dtype, device_map=on_disk
+            )
         model = load_dense(self._source, checkpoint=self._checkpoint, dtype=dtype)
         nn.Module.to(model, self._options.device)  # transformers' own `to` has no usable type
         return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from yopo.data.drawing import DEFAULT_SAMPLES
 from yopo.data.pairs import Data
@@ -26,7 +26,14 @@ class RunOptions:
         batch_size: Pairs per forward.
         device: Device of a model that is loaded (``cpu``, ``cuda``, ``cuda:1``, ``mps``); a model
             in memory is not moved.
-        dtype: Dtype of a model that is loaded: ``auto`` (the checkpoint's), ``float32``,
+        device_map: In place of ``device``, as accelerate takes it: ``auto``, or the device of each
+            module by name, for a decoder spread over several devices; ``cpu`` and ``disk`` beside a
+            GPU hold weights that are fetched when they are needed. None: all is on ``device``.
+        offload: Whether decoder layers of a model that is loaded stay in its files and are read one
+            at a time: ``auto`` (where the weights do not fit the device's free memory), ``never``
+            or ``always``; not together with ``device_map``.
+        dtype: Dtype of a model that is loaded: ``auto`` (the checkpoint's; in place of float16 on a
+            CPU, where it is slow, bfloat16 or float32: see ``serving.precision``), ``float32``,
             ``bfloat16`` (``bf16``), ``float16`` (``fp16``); a model in memory is not converted.
         max_new_tokens: Longest answer generated.
         trust_remote_code: Whether the model's own processor or tokenizer code may run.
@@ -43,6 +50,7 @@ class RunOptions:
     seed: int = 0
     batch_size: int = 8
     device: str = "cpu"
+    device_map: str | Mapping[str, str | int] | None = None
     dtype: str = "auto"
     max_new_tokens: int = 32
     trust_remote_code: bool = False
@@ -50,6 +58,7 @@ class RunOptions:
     max_pixels: int | None = None
     min_pixels: int | None = None
     processor_options: Mapping[str, Any] = field(default_factory=dict)
+    offload: Literal["auto", "never", "always"] = "never"
 
     @property
     def image_options(self) -> dict[str, Any]:
@@ -72,6 +81,8 @@ class FitOptions:
             on more than one size; (1,): images as they are.
         reduction: Drops visual tokens before the first layer, in what is measured and fitted and in
             the plan (see ``yopo.reduction.registry.parse_method``); None: all enter it.
+        shares: Shares of the tokens to compare, 1 for no reduction: the reduction's method keeps
+            the best of them by measured KL; empty: its own.
         work_dir: Directory that keeps finished stages, so that a killed calibration goes on where
             it was; None: nothing is kept.
     """
@@ -81,4 +92,5 @@ class FitOptions:
     fit_pairs: int = 256
     grids: tuple[float, ...] = (1.0,)
     reduction: Method | None = None
+    shares: tuple[float, ...] = ()
     work_dir: str | Path | None = None

@@ -14,18 +14,22 @@ from pathlib import Path
 from transformers import ProcessorMixin
 
 from yopo.calibration.measure import measure
+from yopo.calibration.questions import with_constants
 from yopo.calibration.statistics import Statistics
-from yopo.data.prompts import Batch, batches, encode_for
-from yopo.data.sizes import by_size, in_sizes
+from yopo.data.prompts import Batch
+from yopo.data.sizes import in_sizes
 from yopo.data.split import MIN_SIDE, describe, pick, split_pairs, too_few, warn_if_few
 from yopo.evaluation.fidelity import (
     Fidelity,
     Recorded,
+    answers_of,
     compare,
     kinds_of_records,
     record_dense,
 )
 from yopo.fitting.fitter import Fitter
+from yopo.fitting.states import room_for
+from yopo.pipeline.encoded import encoded
 from yopo.pipeline.latency import in_flops
 from yopo.pipeline.model_handle import Model, ModelHandle
 from yopo.pipeline.opening import check_named, open_for
@@ -44,6 +48,7 @@ from yopo.pipeline.tolerance import (
 from yopo.pipeline.work import (
     STATISTICS,
     Judgements,
+    about,
     load_kept_statistics,
     open_for_calibration,
 )
@@ -56,7 +61,7 @@ from yopo.planning.request import (
     PlanRequest,
     ToleranceRequest,
 )
-from yopo.planning.weightings import Weighting, near
+from yopo.planning.weightings import Weighting, around
 from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
 from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
@@ -83,7 +88,7 @@ class CalibrationSession:
     """A model, measured once on pairs.
 
     Args:
-        model: Alias, directory, hub id, or a dense model in memory.
+        model: Alias, directory, hub id, or a dense model in memory; or a handle on one.
         processor: Processor of a model in memory.
         options: The data and how to run it.
         fit_options: How plans are measured and fitted.
@@ -101,7 +106,7 @@ class CalibrationSession:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | ModelHandle,
         options: RunOptions,
         fit_options: FitOptions,
         *,
@@ -113,7 +118,9 @@ class CalibrationSession:
         self.options, self.fit_options = options, fit_options
         if options.data is None and isinstance(model, str | Path):
             check_named(str(model), "calibration")
-        handle = ModelHandle(model, processor, options)
+        if not isinstance(model, ModelHandle):
+            model = ModelHandle(model, processor, options)
+        handle = model
         self.processor = handle.processor
         pairs = open_for(handle, options, handle.name, "calibration")
         self._pairs = in_sizes(pairs, fit_options.grids)
@@ -128,28 +135,23 @@ class CalibrationSession:
             raise too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
         self.model = handle.model
-        about: dict[str, object] = {"yopo": __version__, "pairs": self._pairs.name}
-        about["seed"] = options.seed
-        if set(fit_options.grids) != {1}:
-            about["grids"] = list(fit_options.grids)
-        if options.image_options:
-            about["processor"] = options.image_options
-        if self._pairs.digest:
-            about["pairs_digest"] = self._pairs.digest
+        measured = pick(self._pairs, self.split.statistics)
+        reduction = with_constants(fit_options.reduction, self.model, self.processor, measured)
+        fit_options = self.fit_options = replace(fit_options, reduction=reduction)
         self._work = open_for_calibration(
             self.model, self.processor, self._pairs, options, fit_options, requests
         )
         try:
             layers = len(self.model.get_decoder().layers)
             note_totals(self._work, {**self.split.summary, "layers": layers})
-            found = load_kept_statistics(self._work) or self._measure(handle.name, about)
+            found = load_kept_statistics(self._work) or self._measure(handle.name)
         except BaseException:
             self.close()
             raise
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self._kept = Judgements(self._work)
-        kept = (self._work, self._is_judged)
+        kept = (self._work, self._is_judged, room_for(self.model, fit_options.work_dir))
         self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept)
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
@@ -163,7 +165,7 @@ class CalibrationSession:
         """Let other processes use the work directory, if there is one."""
         self._work.close()
 
-    def _measure(self, name: str, about: dict[str, object]) -> Statistics:
+    def _measure(self, name: str) -> Statistics:
         found = measure(
             self.model,
             self.processor,
@@ -173,7 +175,7 @@ class CalibrationSession:
             batch_size=self.options.batch_size,
             queries=self.fit_options.queries,
             reduction=self.fit_options.reduction,
-            provenance=about,
+            provenance=about(self._pairs, self.options, self.fit_options),
             work=self._work,
         )
         self._work.save_bytes(STATISTICS, found.to_bytes())
@@ -265,8 +267,9 @@ class CalibrationSession:
             PlanError: The request cannot be met.
         """
         tolerance, low, high = request.tolerance, SMALLEST, 1.0
-        best, agreement = self._unpruned(), all_of(self._holdout, request.tolerance_on)
-        pairs = sum(len(record.answers) for record in self._holdout)
+        answers = answers_of(self._holdout)
+        best, pairs = self._unpruned(), len(answers)
+        agreement = all_of(answers, request.tolerance_on)
         warn_if_unsupported(request, agreement, pairs)
         tried: tuple[Weighting, ...] = ()
         while high / low > PRECISION:
@@ -282,15 +285,15 @@ class CalibrationSession:
                 best, high, agreement = found, budget, reached
             else:
                 low = budget
-            tried = _around(found.candidates[0].weighting)
+            tried = around(found.candidates[0].weighting)
         if request.kv_budget is not None and best.plan.budget.reached >= 1.0:
             raise PlanError(
                 f"No plan within a KV budget of {request.kv_budget} agrees with the dense model "
                 f"within {tolerance:.1%}.",
                 remedy="Use a larger KV budget or tolerance.",
             )
-        about = provenance_of(request, agreement, pairs)
-        plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": about})
+        met = provenance_of(request, agreement, pairs)
+        plan = replace(best.plan, provenance={**best.plan.provenance, "tolerance": met})
         note_result(plan, request, agreement, pairs)
         return replace(best, plan=plan)
 
@@ -336,15 +339,11 @@ class CalibrationSession:
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
             total=len(numbers),
-            work=self._work,
+            work=self._work.own,
             name=name,
         )
 
     def _encoded(self) -> list[Batch]:
         """The prompts that visual weights are fitted on."""
-        groups = batches(by_size(pick(self._pairs, self.split.fit)), self.options.batch_size)
-        return [encode_for(self.model, self.processor, group) for group in groups]
-
-
-def _around(weighting: Weighting | None) -> tuple[Weighting, ...]:
-    return () if weighting is None else (weighting, *near(weighting))
+        pairs = pick(self._pairs, self.split.fit)
+        return encoded(self.model, self.processor, pairs, self.options.batch_size)

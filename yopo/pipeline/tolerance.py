@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from yopo.evaluation.fidelity import Fidelity, Recorded
+from yopo.evaluation.fidelity import Fidelity
 from yopo.planning.request import ToleranceRequest
 from yopo.plans.schema import PruningPlan
 from yopo.support.binomial import CONFIDENCE, trials_needed, upper_bound
@@ -49,9 +50,8 @@ def agreement_on(fidelity: Fidelity, measure: str) -> Agreement:
     return Agreement(fidelity.agreed, fidelity.tokens)
 
 
-def all_of(records: list[Recorded], measure: str) -> Agreement:
-    """The agreement of a plan that prunes nothing."""
-    answers = [ids for record in records for ids in record.answers]
+def all_of(answers: Sequence[list[int]], measure: str) -> Agreement:
+    """The agreement of a plan that prunes nothing with the dense model's answers."""
     trials = len(answers) if measure == "answers" else sum(map(len, answers))
     return Agreement(trials, trials)
 

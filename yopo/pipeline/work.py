@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from yopo.calibration.measure import identify
 from yopo.calibration.statistics import Statistics
 from yopo.calibration.statistics_file import load_statistics
-from yopo.data.pairs import ImageRef, Pair, ResizedRef
+from yopo.data.pairs import ImageRef, Pair, Pairs, ResizedRef
 from yopo.data.split import image_digest
 from yopo.data.videos import VideoRef
 from yopo.evaluation.fidelity import Fidelity, PairFidelity
@@ -23,6 +23,8 @@ from yopo.models.fingerprint import digest, is_plain, sample
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.request import LatencyRequest, PlanRequest
 from yopo.plans.schema import PruningPlan
+from yopo.support.ranks import is_together, leads, of_first_object
+from yopo.support.shared_work import SharedWork
 from yopo.support.version import __version__
 from yopo.support.work_dir import NoWork, Stage, Work, WorkDir, open_work
 
@@ -52,10 +54,32 @@ def open_for_calibration(
     """
     if fit_options.work_dir is None:
         return NoWork()
+    path = Path(fit_options.work_dir)
+
+    def opened() -> WorkDir:
+        key = _key(model, processor, pairs, options, fit_options, requests)
+        return open_work(path, key)
+
+    return SharedWork(path, opened) if is_together() else opened()
+
+
+def _key(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pairs: Iterable[Pair],
+    options: RunOptions,
+    fit_options: FitOptions,
+    requests: Sequence[PlanRequest],
+) -> dict[str, Any]:
+    """What the bytes of the results depend on; the number of processes is not among it."""
     values = {**vars(options), **vars(fit_options)}
-    for name in ("data", "strict", "work_dir", "trust_remote_code"):  # the pairs count
+    for name in ("data", "strict", "trust_remote_code"):  # the pairs count
         del values[name]
-    key = {
+    for name in ("work_dir", "shares", "offload"):  # of no effect on one plan
+        del values[name]
+    if is_together():  # moments are added exactly
+        values["processes"] = "any number under torchrun"
+    return {
         "yopo": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -65,7 +89,18 @@ def open_for_calibration(
         "request": [_request(each) for each in requests],
         **{name: str(value) for name, value in values.items()},
     }
-    return open_work(Path(fit_options.work_dir), key)
+
+
+def about(pairs: Pairs, options: RunOptions, fit_options: FitOptions) -> dict[str, object]:
+    """What a plan's provenance says of the pairs that were measured, and how they were."""
+    found: dict[str, object] = {"yopo": __version__, "pairs": pairs.name, "seed": options.seed}
+    if set(fit_options.grids) != {1}:
+        found["grids"] = list(fit_options.grids)
+    if options.image_options:
+        found["processor"] = options.image_options
+    if pairs.digest:
+        found["pairs_digest"] = pairs.digest
+    return found
 
 
 def _request(request: PlanRequest) -> str:
@@ -102,10 +137,10 @@ def _scale(image: object) -> float:
 
 def load_kept_statistics(work: Work) -> Statistics | None:
     """The statistics of a former run, without a hint to the model; None if there are none."""
-    if not isinstance(work, WorkDir):
+    if not isinstance(work.own, WorkDir):
         return None
-    path = work.file(STATISTICS)
-    return load_statistics(path) if path.exists() else None
+    path = work.own.file(STATISTICS)
+    return of_first_object(load_statistics(path) if leads() and path.exists() else None)
 
 
 class Judgements:

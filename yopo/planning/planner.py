@@ -14,10 +14,11 @@ from yopo.planning.allocations import Allocations, Measure, without_weights
 from yopo.planning.candidate import Candidate, kl_of
 from yopo.planning.kv_budget import Build, KVBudget, Storage
 from yopo.planning.levers import Levers
+from yopo.planning.op_skip import OP_SKIP, Policy, swaps
 from yopo.planning.paper import requested_layers
 from yopo.planning.reduced import check_request
 from yopo.planning.request import BudgetRequest, PaperRequest
-from yopo.planning.search import Resolved, Search, State, moves, resolve, state_of
+from yopo.planning.search import Resolved, Search, State, moves, state_of
 from yopo.planning.templates import TEMPLATES, Layers, TemplateBuilder
 from yopo.planning.weightings import Weighting
 from yopo.plans.flops import visual_budget
@@ -257,27 +258,23 @@ class Planner(Assembler):
                 allocations.found.append(start)
             best = allocations.vary(max_runs)
             return start if best is start else replace(best, template=f"search, {best.template}")
-        first, first_kl = (start.plan.layers, start.compensation), kl_of(start)
-        builder = self._builder
-        states = Search[State](
-            lambda state: moves(state, builder),
-            lambda state: self._resolve(state, start.storage),
-            self._kl,
-            max_runs,
-            {(each.plan.layers, each.compensation): kl_of(each) for each in found},
-        )
-        (layers, kind), kl = states.run(state_of(*first), first, first_kl)
+        first = start.plan.layers, start.compensation
+        known = {(each.plan.layers, each.compensation): kl_of(each) for each in found}
+        how = (partial(self._resolve, start.storage), self._kl, max_runs, known)
+        if start.template == OP_SKIP:
+            policy = Policy.early(len(first[0]), first[1])
+            (layers, kind), kl = Search[Policy](swaps, *how).run(policy, first, kl_of(start))
+        else:
+            steps = partial(moves, builder=self._builder)
+            states = Search[State](steps, *how)
+            (layers, kind), kl = states.run(state_of(*first), first, kl_of(start))
         if layers == start.plan.layers and kind == start.compensation:
             return start
         plan = self.assemble(layers, kind)
         return Candidate(f"search from {start.template}", kind, plan, kl)
 
-    def _resolve(self, state: State, storage: Storage | None) -> Resolved | None:
-        def build(builder: TemplateBuilder) -> Layers | None:
-            found = resolve(state, builder)
-            return None if found is None else found[0]
-
-        layers = self._kv().store(build, storage)
+    def _resolve(self, storage: Storage | None, state: State | Policy) -> Resolved | None:
+        layers = self._kv().store(state.layers, storage)
         if layers is None or not self._is_servable(layers):
             return None
         return layers, state.compensation

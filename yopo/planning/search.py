@@ -56,6 +56,11 @@ class State:
         """The state with one layer's work replaced."""
         return replace(self, work=(*self.work[:layer], work, *self.work[layer + 1 :]))
 
+    def layers(self, builder: TemplateBuilder) -> Layers | None:
+        """Its layers at a budget; see :func:`resolve`."""
+        found = resolve(self, builder)
+        return None if found is None else found[0]
+
 
 def state_of(layers: Layers, compensation: str) -> State:
     """The work of a plan's layers."""

@@ -14,9 +14,10 @@ measures these few, which differ in kind:
 * ``withdraw``: the first layers are complete, then visual tokens are gone (VTW).
 * ``light``: three quarters of the layers read and attend nearby, with few neurons.
 * ``thin``: every layer reads and attends nearby, with few neurons.
+* ``op-skip``: every layer reads; the first ones attend and run their FFN, whole or not at all.
 
-The rest of the budget goes to FFN neurons by importance. The last reading layer never computes
-queries or an FFN for visual tokens, as no layer would read the result.
+The rest of the budget goes to FFN neurons by importance, but for ``op-skip``. The last reading
+layer never computes queries or an FFN for visual tokens, as no layer would read the result.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import replace
 import torch
 
 from yopo.calibration.statistics import Statistics
+from yopo.planning.op_skip import OP_SKIP, Policy
 from yopo.planning.paper import EMPTY, kept_heads, paper_layers
 from yopo.plans.flops import (
     dense_visual_flops,
@@ -240,6 +242,10 @@ class TemplateBuilder:
         """All layers attend nearby."""
         return self._attending(self.shape.layers)
 
+    def op_skip(self) -> Layers | None:
+        """Whole operators of visual tokens, the first layers' first (see ``planning.op_skip``)."""
+        return Policy.early(self.shape.layers, "none").layers(self)
+
     def _affordable_readers(self) -> int:
         by_flops = int(self.budget / self.cost((self.reader_layer,)) + 1e-9)
         by_kv = int(self.kv_budget / self.kv_share((self.reader_layer,)) + 1e-9)
@@ -282,6 +288,7 @@ TEMPLATES: dict[str, Callable[[TemplateBuilder], Layers | None]] = {
     "withdraw": TemplateBuilder.withdraw,
     "light": TemplateBuilder.light,
     "thin": TemplateBuilder.thin,
+    OP_SKIP: TemplateBuilder.op_skip,
 }
 
 NEARBY = ("paper", "attend", "light", "thin")

@@ -79,3 +79,8 @@ def near(weighting: Weighting) -> tuple[Weighting, ...]:
     """Those to try next: with the paper's radius or without one, and with neighboring weights."""
     other = PAPER_RADIUS if weighting.radius is None else None
     return replace(weighting, radius=other), *weighting.scaled((NEAR, 1 / NEAR))
+
+
+def around(weighting: Weighting | None) -> tuple[Weighting, ...]:
+    """A weighting and those near it; none for None."""
+    return () if weighting is None else (weighting, *near(weighting))

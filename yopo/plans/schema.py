@@ -274,9 +274,6 @@ def reduction_problem(reduction: Method | None) -> tuple[tuple[str, ...], str] |
     """The first problem of a reduction, as for :func:`first_problem`."""
     if reduction is None:
         return None
-    if reduction.needs_attention:
-        what = f"{reduction.name} needs the vision tower's attention, which is not recorded"
-        return ("reduction", "method"), f"names a method that cannot run here: {what}"
     wrong = reduction.problem()
     return None if wrong is None else (("reduction", wrong[0]), wrong[1])
 

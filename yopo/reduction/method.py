@@ -9,9 +9,9 @@ methods import it where they compute.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +110,19 @@ class Method(ABC):
     def uses_prompt(self) -> bool:
         """Whether the choice depends on the question under these parameters."""
         return self.reads_prompt
+
+    @property
+    def needs_questions(self) -> bool:
+        """Whether constants are missing that ``calibrated`` would find."""
+        return False
+
+    def calibrated(self, questions: Sequence[Collection[int]]) -> Self:
+        """The method with its constants, as far as none are given.
+
+        Args:
+            questions: The token ids of each calibration pair's question.
+        """
+        return self
 
     def count(self, sides: Sides) -> int:
         """The number of tokens kept of an image."""

@@ -114,6 +114,31 @@ def parse_method(text: str) -> Method:
     return make_method(name, keep, **dict(_parameter(name, each) for each in pairs))
 
 
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Shares of the tokens that are compared where none is given; 1: no reduction."""
+
+AUTO = "auto"
+
+
+def parse_choice(text: str) -> tuple[Method, tuple[float, ...]]:
+    """A method as on command lines, and the shares to choose from.
+
+    The share may be left out, or be ``auto``: then the best of ``SHARES`` is chosen.
+
+    Example:
+        >>> parse_choice("par:0.5")[1], parse_choice("par")[1]
+        ((), (1.0, 0.75, 0.5, 0.25))
+
+    Raises:
+        PlanError: As for ``parse_method``.
+    """
+    name, colon, rest = text.partition(":")
+    share, comma, parameters = rest.partition(",")
+    if (colon and share != AUTO) or name not in METHODS:
+        return parse_method(text), ()
+    return parse_method(f"{name}:1{comma}{parameters}"), SHARES
+
+
 def _parameter(method: str, text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
     kinds = {each.name: each.type for each in fields(method_class(method))}

@@ -38,7 +38,7 @@ def text_attention(
     """
     split, outputs = reading.split, []
     attend = partial(_attend, scale=scale, dropout=dropout)
-    text_mask, causal = masks.for_kernel(masks.text_mask, queries), masks.text_is_causal
+    text_mask, causal = masks.kernel.of(masks.text_mask, queries), masks.text_is_causal
     if split.reading_width:
         few, width = take(queries, split.reading), split.reading_width
         packed = None if dropout or few.shape[2] > FEW else reading.packed
@@ -46,7 +46,7 @@ def text_attention(
             outputs.append(_read_packed(few, packed, masks.reading_mask, width, scale))
         else:
             keys, values = reading.kept
-            mask = masks.for_kernel(masks.reading_mask, queries)
+            mask = masks.kernel.of(masks.reading_mask, queries)
             outputs.append(attend(few, keys, values, mask, width=width))
     if split.dropped_width:
         keys, values = reading.kept_text
@@ -128,7 +128,7 @@ def visual_attention(
             padded[:, :, block.start : block.stop],
             _pick(keys, *span),
             _pick(values, *span),
-            masks.for_kernel(block.mask, queries),
+            masks.kernel.of(block.mask, queries),
             width=split.attending_width,
             scale=scale,
             dropout=dropout,

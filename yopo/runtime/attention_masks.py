@@ -8,19 +8,18 @@ here once per forward and shared by all layers.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from yopo.models.layout import Stream, TokenLayout
+from yopo.models.devices import moved
+from yopo.models.streams import Stream, TokenLayout
 from yopo.plans.grid import TOKENS_PER_LARGE_BLOCK, Block, row_blocks, shared_blocks
-from yopo.runtime import devices
+from yopo.runtime.inputs import checked_mask
+from yopo.runtime.kernel_masks import KernelMasks
 from yopo.runtime.token_index import TokenIndex
-from yopo.support.errors import ModelError
-
-ALIGNMENT = 16
-"""Numbers to a multiple of which rows of a mask are spaced."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,15 @@ class AttentionMasks:
         device: torch.device,
         segments: torch.Tensor | None = None,
     ):
+        layout = None if layout is None else layout.to(device)
         self.layout = layout
         self.past = index.length
         self.past_text = 0 if index.text is None else index.text.shape[1]
         self.past_visual = index.num_visual
         self._bidirectional = bidirectional
-        self._segments = segments
-        self._in_few_calls = devices.prefers_few_calls(device)
+        self._segments = moved(segments, device)
+        self.kernel = KernelMasks(device)
         self._blocks: dict[int | None, list[VisualBlock]] = {}
-        self._added: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if layout is None:
             everything = torch.arange(length, device=device).expand(batch, length)
             text, visual = Stream(everything, None, shared=True), None
@@ -89,12 +88,35 @@ class AttentionMasks:
             text, visual = layout.text, layout.visual
         self.text, self.visual = text, visual
         streams = (text,) if visual is None else (text, visual)
-        self._padding = _check_mask(attention_mask, batch, index.length + length)
+        self._padding = moved(checked_mask(attention_mask, batch, index.length + length), device)
         places = (self._absolute(stream) for stream in streams)
         self._text_keys = index.extend(*places, num_tokens=length)
         index.is_padded |= any(stream.mask is not None for stream in streams)
         self._is_padded = index.is_padded
         self._visual_keys = index.visual
+        self.elsewhere: dict[torch.device, AttentionMasks] = {}
+
+    def on(self, device: torch.device) -> AttentionMasks:
+        """The same masks on a device, where they are made when they are first used."""
+        if device == self.text.index.device:
+            return self
+        if device not in self.elsewhere:
+            self.elsewhere[device] = self._moved(device)
+        return self.elsewhere[device]
+
+    def _moved(self, device: torch.device) -> AttentionMasks:
+        other = copy(self)
+        for name in [each for each in vars(self) if hasattr(type(self), each)]:
+            delattr(other, name)  # computed from the rest
+        other._blocks, other.layout = {}, moved(self.layout, device)
+        other.kernel = KernelMasks(device)
+        if other.layout is None:
+            other.text = moved(self.text, device)
+        else:
+            other.text, other.visual = other.layout.text, other.layout.visual
+        for name in ("_segments", "_padding", "_text_keys", "_visual_keys"):
+            setattr(other, name, moved(getattr(self, name), device))
+        return other
 
     def _absolute(self, stream: Stream) -> torch.Tensor:
         positions = stream.index + self.past
@@ -181,21 +203,6 @@ class AttentionMasks:
             allowed[:, diagonal, own + diagonal] = True
         return allowed[:, None]
 
-    def for_kernel(self, mask: torch.Tensor | None, queries: torch.Tensor) -> torch.Tensor | None:
-        """A bool mask in the form that the attention kernel takes for these queries.
-
-        Off the CPU that is numbers to be added, made once per forward: torch would make them in
-        every call, and copy them again where rows are not aligned.
-        """
-        if mask is None or not self._in_few_calls:
-            return mask
-        if id(mask) not in self._added:
-            *sizes, width = mask.shape
-            room = queries.new_zeros(*sizes, -(-width // ALIGNMENT) * ALIGNMENT)
-            added = room[..., :width].masked_fill_(~mask, float("-inf"))
-            self._added[id(mask)] = mask, added
-        return self._added[id(mask)][1]
-
     @cached_property
     def _seen(self) -> tuple[TokenLayout, torch.Tensor]:
         """The layout and the positions of all visual keys, for a forward with visual queries."""
@@ -243,7 +250,7 @@ class AttentionMasks:
 
     def _cuts(self, radius: int | None) -> list[Block]:
         layout, _ = self._seen
-        tokens = TOKENS_PER_LARGE_BLOCK if self._in_few_calls else None
+        tokens = TOKENS_PER_LARGE_BLOCK if self.kernel.in_few_calls else None
         if layout.has_uniform_grids:
             return list(row_blocks(layout.grids[0], radius, self._bidirectional, tokens))
         return list(shared_blocks(layout.grids, radius, self._bidirectional, tokens))
@@ -322,20 +329,3 @@ class AttentionMasks:
             keys >= 0 if self.visual_keys_ok is None else self.visual_keys_ok[rows, : keys.shape[1]]
         )
         return real[:, None, :].expand(-1, num_queries, -1)
-
-
-def _check_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    if mask is None:
-        return None
-    found = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-    if found != "2-D":
-        raise ModelError(
-            f"A pruned model takes a 2-D attention mask, found {found}.",
-            remedy="Pass the padding mask that the processor returns. Packed rows need no mask, "
-            "only positions that restart.",
-        )
-    size = tuple(mask.shape)
-    if size != (batch, length):
-        raise ModelError(f"The attention mask has shape {size}, expected {(batch, length)}.")
-    mask = mask.bool()
-    return None if bool(mask.all()) else mask

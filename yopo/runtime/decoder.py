@@ -18,9 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from yopo.models.baton import each_layer
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
-from yopo.models.layout import LayoutProbe, Stream, TokenLayout
+from yopo.models.layout import LayoutProbe
 from yopo.models.reduced import Reduced, reduce
+from yopo.models.streams import Stream, TokenLayout
 from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
@@ -29,13 +32,18 @@ from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_fil
 from yopo.runtime.extent_warning import warn_beyond
 from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads
-from yopo.runtime.inputs import packed_segments, warn_of_features, warn_without_images
+from yopo.runtime.inputs import (
+    packed_segments,
+    refuse_captures,
+    refuse_window,
+    warn_of_features,
+    warn_without_images,
+)
 from yopo.runtime.labels import LabelProbe
 from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.norms import norm_for
 from yopo.runtime.sliced_linear import warn_without_fitted
 from yopo.runtime.token_index import Rotary
-from yopo.support.errors import ModelError
 
 if TYPE_CHECKING:
     from yopo.models.stock import ModuleListOf, StockDecoder
@@ -73,14 +81,17 @@ class PrunedState(nn.Module):
         self._splits = [
             split_heads(layer, shape, each) for layer, each in zip(plan.layers, scales, strict=True)
         ]
-        self._splits_on: dict[torch.device, list[HeadSplit]] = {}
+        self._splits_on: dict[tuple[torch.device, ...], list[HeadSplit]] = {}
         self.register_load_state_dict_pre_hook(warn_without_fitted)
 
-    def splits(self, device: torch.device) -> list[HeadSplit]:
-        """The head groups of all layers, their positions on a device."""
-        if device not in self._splits_on:
-            self._splits_on[device] = [split.to(device) for split in self._splits]
-        return self._splits_on[device]
+    def splits(self, *devices: torch.device) -> list[HeadSplit]:
+        """The head groups of all layers, their positions on the layers' devices (or on one)."""
+        if devices not in self._splits_on:
+            each = devices * len(self._splits) if len(devices) == 1 else devices
+            self._splits_on[devices] = [
+                split.to(device) for split, device in zip(self._splits, each, strict=True)
+            ]
+        return self._splits_on[devices]
 
     def store_whole(self) -> None:
         """From now on, keep visual keys, values and latents in the model's own numbers."""
@@ -136,11 +147,12 @@ class PrunedDecoder(_Stock):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        layout = _layout(self, state, inputs_embeds)
+        layout = moved(_layout(self, state, inputs_embeds), embeds.device)
+        attention_mask = moved(attention_mask, embeds.device)
         reduced = reduce(state.plan.reduction, layout, embeds, attention_mask)
         layout = layout if reduced is None else reduced.layout
         kept = _cache(self.layers, past_key_values, use_cache=use_cache)
-        splits = state.splits(embeds.device)
+        splits = state.splits(*map(device_of, self.layers))
         cache = new_layers(splits) if kept is None else adopt(kept, splits)
         batch, length, _ = embeds.shape
         index = cache[0].index
@@ -149,7 +161,7 @@ class PrunedDecoder(_Stock):
         refuse_window(self.config, index.length + length, "a pruned model")
         past, size = None if kept is None else index.length, (batch, length)
         segments = packed_segments(position_ids, attention_mask, size, kwargs, cached=past)
-        positions: torch.Tensor | None = position_ids
+        positions: torch.Tensor | None = moved(position_ids, embeds.device)
         if positions is None:
             place = torch.arange(length, device=embeds.device) + index.length
             positions = place.expand(batch, -1)
@@ -164,7 +176,7 @@ class PrunedDecoder(_Stock):
             segments=segments,
         )
         positions = rotary_positions(positions, state.names.position_axes)
-        rotary = self.rotary_emb(embeds, position_ids=positions)
+        rotary = moved(self.rotary_emb(embeds, position_ids=positions), embeds.device)
         stack = state.names.added_features(kwargs)
         hidden = run_layers(self, state, embeds, rotary, masks, cache, stack, reduced)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
@@ -243,32 +255,51 @@ def run_layers(
         )
         place_latents(cache, visual_rotary)
     with fast_gemm(decoder.layers, text):
-        for number, layer in enumerate(decoder.layers):
+        for number, layer in enumerate(each_layer(decoder.layers, embeds)):
             if number == state.plan.visual_depth:
                 visual = None
+            place = device_of(layer)
+            if place != text.device:
+                text, visual, text_rotary, visual_rotary = moved(
+                    (text, visual, text_rotary, visual_rotary), place
+                )
             given = None
             if visual is not None:
                 given = VisualInput(visual, visual_rotary, state.visual[number])
             part = state.visual[number] if number < state.plan.visual_depth else None
-            run = LayerRun(layer, state.names, masks, cache[number], part)
+            run = LayerRun(layer, state.names, masks.on(place), cache[number], part)
             if is_checkpointed(layer):
                 text, visual = checkpointed(run, text, text_rotary, given)
             else:
                 text, visual = run(text, text_rotary, given)
             if stream is not None and visual is not None and number < len(stack):
-                visual = visual + _added(stack[number].to(visual), stream, reduced)
-    norm = norm_for(decoder.norm, text.device)
-    text = norm(text)
-    if stream is None:
+                values = stack[number].to(embeds.device, visual.dtype)
+                visual = visual + _added(values, stream, reduced).to(visual.device)
+    if stream is not None:
+        dropped = [] if reduced is None else [reduced.dropped]
+        for each in [*dropped, stream] if visual is None else dropped:
+            _warn_of_dropped(state, each, embeds.shape[1])
+    return _joined(decoder.norm, text, visual, masks, embeds)
+
+
+def _joined(
+    module: nn.Module,
+    text: torch.Tensor,
+    visual: torch.Tensor | None,
+    masks: AttentionMasks,
+    embeds: torch.Tensor,
+) -> torch.Tensor:
+    """(batch, sequence, hidden) of both streams after the final norm, 0 at tokens that are gone."""
+    place = device_of(module)
+    text, visual = moved((text, visual), place)
+    norm = norm_for(module, place)
+    text, masks = norm(text), masks.on(place)
+    if masks.visual is None:
         return text
-    if reduced is not None:
-        _warn_of_dropped(state, reduced.dropped, embeds.shape[1])
-    hidden = torch.zeros_like(embeds)
+    hidden = torch.zeros_like(embeds, device=place)
     masks.text.scatter(hidden, text)
     if visual is not None:
-        stream.scatter(hidden, row_blocks.replace(visual, norm))
-        return hidden
-    _warn_of_dropped(state, stream, embeds.shape[1])
+        masks.visual.scatter(hidden, row_blocks.replace(visual, norm))
     return hidden
 
 
@@ -304,25 +335,3 @@ def _gathered(stream: Stream, rotary: Rotary, batch: int) -> Rotary:
         stream.gather(cosines.expand(batch, -1, -1)),
         stream.gather(sines.expand(batch, -1, -1)),
     )
-
-
-def refuse_captures(config: object, kwargs: dict[str, object], who: str) -> None:
-    """Raise ModelError if all layers' hidden states or attentions are requested from ``who``."""
-    for what in ("hidden_states", "attentions"):
-        flag = f"output_{what}"
-        if kwargs.get(flag) or getattr(config, flag, False):
-            raise ModelError(
-                f"{who} has no {what} of all tokens in all layers.",
-                remedy=f"Drop {flag}, or use the dense model.",
-            )
-
-
-def refuse_window(config: object, length: int, who: str) -> None:
-    """Raise ModelError if ``length`` exceeds a sliding window, which ``who`` does not support."""
-    window = getattr(config, "sliding_window", None)
-    if window is not None and length > window:
-        raise ModelError(
-            f"{length} tokens exceed the model's sliding attention window of {window}, which "
-            f"{who} does not support.",
-            remedy="Shorten the prompt or the answer, or use the dense model.",
-        )

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from yopo.models.layout import TokenLayout
+from yopo.models.streams import TokenLayout
 from yopo.plans.extent import Extent
 from yopo.support.errors import YopoWarning
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.masking_utils import find_packed_sequence_indices
 
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe
+from yopo.models.streams import TokenLayout
 from yopo.runtime.offload import weight_of
 from yopo.support.errors import ModelError, YopoWarning
 
@@ -173,3 +174,47 @@ def _hashes(rows: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(1 << 62, (rows.shape[-1],), generator=generator) | 1
     return (bits * factors.to(bits.device)).sum(dim=-1)
+
+
+def refuse_captures(config: object, kwargs: dict[str, object], who: str) -> None:
+    """Raise ModelError if all layers' hidden states or attentions are requested from ``who``."""
+    for what in ("hidden_states", "attentions"):
+        flag = f"output_{what}"
+        if kwargs.get(flag) or getattr(config, flag, False):
+            raise ModelError(
+                f"{who} has no {what} of all tokens in all layers.",
+                remedy=f"Drop {flag}, or use the dense model.",
+            )
+
+
+def refuse_window(config: object, length: int, who: str) -> None:
+    """Raise ModelError if ``length`` exceeds a sliding window, which ``who`` does not support."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and length > window:
+        raise ModelError(
+            f"{length} tokens exceed the model's sliding attention window of {window}, which "
+            f"{who} does not support.",
+            remedy="Shorten the prompt or the answer, or use the dense model.",
+        )
+
+
+def checked_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """A padding mask as (batch, length) bool; None if there is no padding.
+
+    Raises:
+        ModelError: It has other dimensions.
+    """
+    if mask is None:
+        return None
+    found = f"{mask.dim()}-D" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+    if found != "2-D":
+        raise ModelError(
+            f"A pruned model takes a 2-D attention mask, found {found}.",
+            remedy="Pass the padding mask that the processor returns. Packed rows need no mask, "
+            "only positions that restart.",
+        )
+    size = tuple(mask.shape)
+    if size != (batch, length):
+        raise ModelError(f"The attention mask has shape {size}, expected {(batch, length)}.")
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask

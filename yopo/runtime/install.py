@@ -16,7 +16,9 @@ from yopo.models.family import Backbone, Family, GridsOf, shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder, is_same
 from yopo.models.layout import LayoutProbe
 from yopo.models.registry import family_of
+from yopo.models.tower_attention import attention_path
 from yopo.plans.checks import check_tensors
+from yopo.plans.made_up import refuse_made_up
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.plans.tensors import PlanTensors
@@ -102,7 +104,8 @@ def install(
     layers = visual_layers(decoder, plan, names, trainable=trainable)
     tokens = family.token_ids(model.config)
     # Other threads may be using the model: set up what the pruned forward needs, then swap it in.
-    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
+    attention = attention_path(plan.reduction, family, model.config)
+    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens, attention)
     # Orders and fitted weights are in the layers now; do not keep them in memory twice.
     decoder.yopo = PrunedState(_with_only_means(plan), layers, names, probe, LabelProbe(model))
     try:
@@ -190,6 +193,8 @@ def check_model(
         ModelError: The family, shape or fingerprint differs, or weights are not plain or not in
             memory.
     """
+    if check:
+        refuse_made_up(plan)
     family = family_of(model.config)
     shape = shape_of(model.config)
     if family.name != plan.model.family or shape != plan.model.shape:

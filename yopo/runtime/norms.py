@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
-from yopo.runtime import devices
+from yopo.runtime import few_calls
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 """Maps (..., width) states to normed ones."""
@@ -30,7 +30,7 @@ def norm_for(module: nn.Module, device: torch.device) -> Norm:
 
     The module runs where it is more than a plain RMS norm: adapted, hooked, offloaded.
     """
-    if not devices.prefers_few_calls(device) or not _is_bare(module) or not is_rms(type(module)):  # type: ignore[arg-type]  # classes are hashable
+    if not few_calls.preferred_on(device) or not _is_bare(module) or not is_rms(type(module)):  # type: ignore[arg-type]  # classes are hashable
         return module
     weight = module.weight
     assert isinstance(weight, torch.Tensor), "bare RMS norms have a weight"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from yopo.models.offloaded import fetching_hook
 from yopo.support.errors import ModelError
 
 
@@ -31,12 +32,15 @@ def _parameter(module: nn.Module, name: str) -> torch.Tensor | None:
     found = getattr(module, name, None)
     if found is None or not found.is_meta:
         return found
-    hook = getattr(module, "_hf_hook", None)
-    for each in () if hook is None else getattr(hook, "hooks", (hook,)):
-        stored = getattr(each, "weights_map", None)
-        if stored is not None:
-            return stored[name].to(each.execution_device)
+    hook = fetching_hook(module)
+    if hook is not None:
+        return hook.weights_map[name].to(hook.execution_device)
     raise ModelError(
         f"The {name} of a {type(module).__name__} is on the meta device, expected in memory.",
         remedy="Load with a device_map that keeps the decoder on real devices.",
     )
+
+
+def is_fetched(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere and fetches them when they are used."""
+    return fetching_hook(module) is not None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from yopo.runtime import devices
+from yopo.runtime import few_calls
 from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.quantised import BLOCK_BYTES
 from yopo.runtime.token_index import Rotary
@@ -93,9 +93,10 @@ class Reading:
 
     @cached_property
     def _latents(self) -> _Latents:
-        rotary = self.cache.index.visual_rotary
+        latent = self.cache.latent
+        rotary = self.cache.index.rotary_on(latent.device)
         assert self._part is not None and rotary is not None, "latents come with both"
-        return _Latents(self.cache.latent, self._part, rotary, self._place)
+        return _Latents(latent, self._part, rotary, self._place)
 
 
 class _Latents:
@@ -131,7 +132,7 @@ class _Latents:
         """Spans of tokens whose keys, ``width`` numbers each, stay in the cache of a core."""
         batch, length, _ = self.latent.shape
         size = length
-        if not devices.prefers_few_calls(self.latent.device):
+        if not few_calls.preferred_on(self.latent.device):
             size = max(1, BLOCK_BYTES // (4 * batch * width))
         for start in range(0, length, size):
             yield slice(start, min(start + size, length))

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from yopo.models.family import Backbone, GridsOf
-from yopo.models.layout import LayoutProbe, TokenLayout
+from yopo.models.layout import LayoutProbe
 from yopo.models.reduced import Reduced, reduce
+from yopo.models.streams import TokenLayout
+from yopo.models.tower_attention import attention_path
 from yopo.plans.checks import check_tensors
 from yopo.plans.schema import LayerPlan, PruningPlan
 from yopo.plans.tensors import Refit
@@ -39,7 +41,8 @@ def reference(
     check_tensors(plan)
     decoder: StockDecoder = model.get_decoder()
     tokens = family.token_ids(model.config)
-    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens)
+    attention = attention_path(plan.reduction, family, model.config)
+    probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens, attention)
 
     def forward(
         input_ids: torch.Tensor | None = None,

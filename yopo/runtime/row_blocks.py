@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from yopo.runtime import devices
+from yopo.runtime import few_calls
 
 BLOCK_BYTES = 16 << 20
 """Most bytes of full-width rows per block: 1024 tokens of 4096 float32 numbers."""
@@ -50,7 +50,7 @@ def blocks(states: torch.Tensor, most: int | None = None) -> Iterator[Place]:
 
 
 def _is_whole(states: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() or devices.prefers_few_calls(states.device)
+    return torch.is_grad_enabled() or few_calls.preferred_on(states.device)
 
 
 def add(

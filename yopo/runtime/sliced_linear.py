@@ -9,12 +9,13 @@ merge, another dtype - applies to visual tokens as well.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from yopo.models.devices import device_of
 from yopo.models.fingerprint import is_plain
 from yopo.runtime.adapters import Adapter, parts_of
 from yopo.runtime.offload import bias_of, weight_of
@@ -61,7 +62,7 @@ class SlicedLinear(nn.Module):
         self._is_all = is_span and len(keep) == full
         self._gathered: torch.Tensor | None = None
         self._packed = PackedPart(keep, columns=columns)
-        place = keep.to(source.weight.device)
+        place = keep.to(device_of(source))
         self.register_buffer("keep", None if is_span else place, persistent=False)
         runs = None if is_span or not columns else place[::block] // block
         self.register_buffer("runs", runs, persistent=False)
@@ -142,13 +143,18 @@ def _is_like(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device
 
 
+def like_that_of(layer: nn.Module) -> torch.Tensor:
+    """An empty tensor of the dtype of a linear layer's weight, on the device it computes on."""
+    return torch.empty(0, dtype=cast("Projection", layer).weight.dtype, device=device_of(layer))
+
+
 class FittedLinear(nn.Module):
     """A fitted linear layer, with the dtype and device of the layer that it replaces.
 
     Args:
         weight: (outputs, inputs).
         bias: (outputs,), or None.
-        like: A weight of that layer.
+        like: A tensor of that dtype on that device.
         trainable: Whether weight and bias are parameters rather than buffers that are not in the
             state dict.
     """

@@ -18,8 +18,6 @@ class TokenIndex:
         text: (batch, text tokens) int64, logical positions; -1 on stream padding.
         visual: (batch, visual tokens) int64, logical positions; -1 on stream padding.
         is_padded: Whether any position is -1.
-        visual_rotary: Cosines and sines of the cached visual tokens, (batch, visual tokens,
-            head_dim) each; None unless some layer rebuilds their keys.
     """
 
     def __init__(self) -> None:
@@ -31,15 +29,25 @@ class TokenIndex:
         self.text: torch.Tensor | None = None
         self.visual: torch.Tensor | None = None
         self.is_padded = False
-        self.visual_rotary: Rotary | None = None
+        self._visual_rotary: dict[torch.device, Rotary] = {}
+
+    def rotary_on(self, device: torch.device) -> Rotary | None:
+        """Cosines and sines of the cached visual tokens on a device, (batch, visual tokens,
+        head_dim) each; None unless some layer rebuilds their keys."""
+        held = self._visual_rotary
+        if held and device not in held:
+            cosines, sines = next(iter(held.values()))
+            held[device] = cosines.to(device), sines.to(device)
+        return held.get(device)
 
     def place(self, rotary: Rotary) -> None:
         """Add cosines and sines of a forward's visual tokens."""
-        held = self.visual_rotary
+        device = rotary[0].device
+        held = self.rotary_on(device)
         if held is not None:
             cosines, sines = (torch.cat(each, dim=1) for each in zip(held, rotary, strict=True))
             rotary = cosines, sines
-        self.visual_rotary = rotary
+        self._visual_rotary = {device: rotary}
 
     def extend(
         self, text: torch.Tensor, visual: torch.Tensor | None = None, *, num_tokens: int
@@ -68,9 +76,9 @@ class TokenIndex:
             self.text = self.text[rows.to(self.text.device)]
         if self.visual is not None:
             self.visual = self.visual[rows.to(self.visual.device)]
-        if self.visual_rotary is not None:
-            cosines, sines = (each[rows.to(each.device)] for each in self.visual_rotary)
-            self.visual_rotary = cosines, sines
+        for device, (cosines, sines) in self._visual_rotary.items():
+            own = rows.to(device)
+            self._visual_rotary[device] = cosines[own], sines[own]
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` logical tokens, all of which must be text."""

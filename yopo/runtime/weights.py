@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from yopo.models.devices import device_of, moved
 from yopo.models.family import Backbone
 from yopo.models.fingerprint import is_plain
 from yopo.plans.schema import LayerPlan, ModelShape, PruningPlan
 from yopo.plans.tensors import Refit
 from yopo.runtime.adapters import parts_of
 from yopo.runtime.heads import split_heads
-from yopo.runtime.offload import bias_of, weight_of
-from yopo.runtime.sliced_linear import FittedLinear, SlicedLinear
+from yopo.runtime.offload import bias_of, is_fetched, weight_of
+from yopo.runtime.sliced_linear import FittedLinear, SlicedLinear, like_that_of
 from yopo.support.errors import ModelError
 
 if TYPE_CHECKING:
@@ -70,10 +71,10 @@ class VisualLayer(nn.Module):
         self._build_projections(shape, extras)
         self._build_output(shape, extras)
         self._build_ffn(shape, extras)
-        means = extras.head_mean, extras.neuron_mean
-        self.register_buffer("head_mean", _silent_heads(means[0], plan, shape), persistent=False)
-        unused = _unused_neurons(means[1], plan, shape, extras.order)
-        self.register_buffer("neuron_mean", unused, persistent=False)
+        silent = _silent_heads(extras.head_mean, plan, shape)
+        unused = _unused_neurons(extras.neuron_mean, plan, shape, extras.order)
+        for name, mean in (("head_mean", silent), ("neuron_mean", unused)):
+            self.register_buffer(name, moved(mean, device_of(layer)), persistent=False)
 
     def _source(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds a projection, and the projection's name in it."""
@@ -83,7 +84,7 @@ class VisualLayer(nn.Module):
         refit = extras.refit
         rows = {"query": _rows(self.split.attending, shape.head_dim)}
         rows["key"] = rows["value"] = _rows(self.plan.kept_kv(shape), shape.head_dim)
-        like = getattr(*self._source("key")).weight
+        like = like_that_of(getattr(*self._source("key")))
         self.reduce = None
         if "reduce" in refit:
             centred = "reduce_bias" if "reduce_bias" in refit else None
@@ -100,7 +101,7 @@ class VisualLayer(nn.Module):
 
     def _build_output(self, shape: ModelShape, extras: Extras) -> None:
         if "output" in extras.refit:
-            like = getattr(*self._source("output")).weight
+            like = like_that_of(getattr(*self._source("output")))
             self.output = extras.fitted("output", "output_bias", like)
         elif self.plan.attend_heads:
             columns = _rows(self.split.attending, shape.head_dim)
@@ -109,7 +110,7 @@ class VisualLayer(nn.Module):
 
     def _build_ffn(self, shape: ModelShape, extras: Extras) -> None:
         count, refit = self.plan.neurons, extras.refit
-        like = getattr(*self._source("down")).weight
+        like = like_that_of(getattr(*self._source("down")))
         if count:
             order = None if count == shape.ffn else extras.order
             kept = (torch.arange(shape.ffn) if order is None else order)[:count]
@@ -241,17 +242,11 @@ def check_plain(decoder: StockDecoder, depth: int, names: Backbone) -> None:
 
     Raises:
         ModelError: A projection is neither a plain floating-point linear layer in memory nor one
-            with plain LoRA (but quantised, otherwise adapted or offloaded): slicing its weight
-            would compute garbage. Or the decoder is spread over several devices.
+            with plain LoRA (but quantised, otherwise adapted or on no device): slicing its weight
+            would compute garbage.
     """
     for index in range(depth):
         _check_layer(decoder.layers[index], index, names)
-    devices = sorted({str(weight.device) for weight in decoder.parameters()})
-    if len(devices) > 1 and "meta" not in devices:
-        raise ModelError(
-            f"The decoder is on several devices ({', '.join(devices)}), expected one.",
-            remedy="Load with a device_map that keeps the decoder on one device.",
-        )
 
 
 def _check_layer(layer: StockLayer, index: int, names: Backbone) -> None:
@@ -259,10 +254,11 @@ def _check_layer(layer: StockLayer, index: int, names: Backbone) -> None:
         for name in part:
             where = f"layer {index}'s {getattr(names, name)}"
             base, _ = parts_of(getattr(holder, getattr(names, name), None), where)
-            if base.weight.is_meta:
+            if base.weight.is_meta and not is_fetched(base):
                 raise ModelError(
-                    f"{where} is offloaded to disk or CPU by accelerate, expected in memory.",
-                    remedy="Load with a device_map that keeps the decoder on real devices.",
+                    f"{where} has no weights: they are on the meta device, and no hook of "
+                    "accelerate fetches them.",
+                    remedy="Load them: from_pretrained, with a device_map if they are large.",
                 )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, TypeVar
 
 from yopo.support.errors import printable
+from yopo.support.launched import is_first
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -30,7 +31,7 @@ _step_is_up = False
 def set_quiet(quiet: bool) -> None:
     """Silence notes and progress (warnings and errors still show)."""
     global _quiet
-    _quiet = quiet
+    _quiet = quiet or not is_first()
 
 
 def set_verbose(verbose: bool) -> None:
@@ -85,7 +86,9 @@ def note(*lines: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print a warning on stderr, even when quiet."""
+    """Print a warning on stderr, even when quiet; of several processes, the first does."""
+    if not is_first():
+        return
     _clear_step()
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 

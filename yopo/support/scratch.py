@@ -2,7 +2,8 @@
 
 ``.NAME.yopo-xxxxxxxx`` holds ``new``, which becomes the target, briefly ``old``, the former target,
 and ``lock``, which the writing process keeps locked. The kernel releases the locks of a process
-however it ends, so a scratch directory that can be locked is a leftover.
+however it ends, so a scratch directory that can be locked is a leftover. One with the file ``key``
+may be continued by a run that has the same key.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from yopo.support import console
 from yopo.support.durable import exchange, sync_directory, sync_file, sync_tree, uninterrupted
 
 _NAME = re.compile(r"\.(?P<target>.+)\.yopo-[0-9a-f]{8}")
-_LOCK, _NEW, _OLD = "lock", "new", "old"
+_LOCK, _NEW, _OLD, _KEY = "lock", "new", "old", "key"
+_NAMES = {_LOCK, _NEW, _OLD, _KEY}
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -30,10 +32,13 @@ class Scratch:
 
     Args:
         target: The file or directory to create; its parent must exist.
+        key: Digest of all that the result depends on. If it is given, a leftover with the same key
+            is taken over, with everything in ``new``; only one process can.
     """
 
-    def __init__(self, target: Path):
+    def __init__(self, target: Path, *, key: str | None = None):
         self.target = target
+        self._key = key
         self._folder: Path | None = None
         self._lock: int | None = None
 
@@ -51,7 +56,8 @@ class Scratch:
     def __enter__(self) -> Scratch:
         try:
             with uninterrupted():
-                self._claim()
+                if not self._continue():
+                    self._claim()
         except BaseException:
             self._remove()
             raise
@@ -85,6 +91,10 @@ class Scratch:
         """
         sync_tree(self.new)
         with uninterrupted():
+            if self._key is not None:
+                # From here on ``new`` may be the former target, which nobody may continue.
+                (self._held / _KEY).unlink()
+                sync_directory(self._held)
             if not check():
                 os.rename(self.new, self.target)
             elif not exchange(self.new, self.target):
@@ -102,6 +112,24 @@ class Scratch:
             os.rename(old, self.target)
             raise
 
+    def _continue(self) -> bool:
+        """Take over a leftover with the same key, if there is one."""
+        if self._key is None:
+            return False
+        for folder in _with_key(self.target, self._key):
+            lock = _take_over(folder)
+            if lock is None:
+                continue
+            try:  # unless its process finished, or another removed it, before it was locked
+                is_here = _has_key(folder, self._key) and _is_at(lock, folder / _LOCK)
+            except FileNotFoundError:
+                is_here = False
+            if is_here:
+                self._folder, self._lock = folder, lock
+                return True
+            os.close(lock)
+        return False
+
     def _claim(self) -> None:
         while True:
             folder = self.target.with_name(f".{self.target.name}.yopo-{secrets.token_hex(4)}")
@@ -110,10 +138,18 @@ class Scratch:
             try:
                 self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
                 if try_lock(self._lock) and _is_at(self._lock, folder / _LOCK):
+                    self._write_key()
                     return
             except FileNotFoundError:  # removed as a leftover by another process before the lock
                 pass
             self._remove()
+
+    def _write_key(self) -> None:
+        if self._key is not None:
+            (self._held / _KEY).write_text(self._key, encoding="ascii")
+            sync_file(self._held / _KEY)
+            sync_directory(self._held)
+            sync_directory(self.target.parent)
 
     def _remove(self) -> None:
         if self._folder is not None and not _remove(self._folder):
@@ -142,9 +178,43 @@ def find_leftovers(folder: Path, name: str | None = None) -> list[Path]:
     return found
 
 
-def report_leftovers(target: Path) -> None:
-    """Note the scratch directories that killed runs left of a target, and how to remove them."""
+def find_resumable(target: Path, key: str) -> Path | None:
+    """The directory in which a killed run with the same key was writing a target."""
+    left = find_leftovers(target.parent, target.name)
+    return next((path / _NEW for path in _with_key(target, key) if path in left), None)
+
+
+def _with_key(target: Path, key: str) -> list[Path]:
+    """This user's scratch directories of a target that have a key, locked or not."""
+    with os.scandir(target.parent) as entries:
+        found = [
+            Path(entry.path)
+            for entry in sorted(entries, key=lambda entry: entry.name)
+            if (match := _NAME.fullmatch(entry.name))
+            and match["target"] == target.name
+            and _is_ours(entry)
+        ]
+    return [path for path in found if _has_key(path, key)]
+
+
+def _has_key(folder: Path, key: str) -> bool:
+    try:
+        text = (folder / _KEY).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return False
+    return text == key and not os.path.lexists(folder / _OLD)
+
+
+def report_leftovers(target: Path, key: str | None = None) -> None:
+    """Note the scratch directories that killed runs left of a target, and how to remove them.
+
+    Args:
+        target: The file or directory to create.
+        key: That of this run: it continues such a leftover, so nothing needs to be said of it.
+    """
     for path in find_leftovers(target.parent, target.name):
+        if key is not None and _has_key(path, key):
+            continue
         kept = "; it holds the previous result" if _holds_the_only_copy(path) else ""
         console.note(
             f"{path}: left by a run that was killed{kept}.",
@@ -194,7 +264,7 @@ def _is_ours(entry: os.DirEntry[str]) -> bool:
     except OSError:  # not readable, or removed in the meantime
         return False
     # The lock is created first and removed last.
-    return owner == os.geteuid() and (not names or {_LOCK} <= names <= {_LOCK, _NEW, _OLD})
+    return owner == os.geteuid() and (not names or {_LOCK} <= names <= _NAMES)
 
 
 def _take_over(path: Path) -> int | None:
@@ -238,7 +308,7 @@ def _remove(folder: Path) -> bool:
         if _holds_the_only_copy(folder):
             return False
         _quietly(lambda: sync_directory(folder.parent))
-    for part in (folder / _NEW, folder / _OLD):
+    for part in (folder / _KEY, folder / _NEW, folder / _OLD):
         if part.is_dir() and not part.is_symlink():
             shutil.rmtree(part, ignore_errors=True)
         else:

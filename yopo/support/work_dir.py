@@ -42,6 +42,10 @@ class Stage:
 class Work(Protocol):
     """A place for finished stages."""
 
+    @property
+    def own(self) -> Work:
+        """A place for those that only this process has, of several that share the work."""
+
     def load(self, name: str) -> Stage | None:
         """A finished stage, or None."""
 
@@ -60,6 +64,11 @@ class Work(Protocol):
 
 class NoWork:
     """Keeps nothing."""
+
+    @property
+    def own(self) -> Work:
+        """Itself."""
+        return self
 
     def load(self, name: str) -> Stage | None:
         """None."""
@@ -88,6 +97,11 @@ class WorkDir:
 
     def __init__(self, path: Path, lock: int | None = None):
         self.path, self._lock = path, lock
+
+    @property
+    def own(self) -> Work:
+        """Itself."""
+        return self
 
     def close(self) -> None:
         """Let other processes work in the directory."""

@@ -6,8 +6,8 @@ retrieval of the clusters that match the words of the prompt (external redundanc
 keeps the distinctive tokens among those (internal redundancy). How is interpretation; each step has
 an argument that switches it off:
 
-1. Words: template and stop words, which are those found in most prompts of the calibration
-   (``common``), weigh a tenth of the others.
+1. Words (``words``): template and stop words, which are the tokens found in most questions of the
+   calibration (``common``), weigh a tenth of the others.
 2. Embeddings: tokens against the language model's input embeddings of the words; tokens are centred
    by their image's mean.
 3. Graph (``graph``): an edge where the cosine is above a quantile of the image's cosines and one
@@ -23,8 +23,10 @@ an argument that switches it off:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 from yopo.reduction.method import Images, Method, Selection, Sides, pairs_flops
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     import torch
 
 _COMMON_WEIGHT = 0.1
+_COMMON_SHARE = 0.5
+"""Words in more than this share of the calibration's questions say little about an image."""
+
 _LEAST_RELEVANCE = 1e-3
 _CUTS = 6
 """How often clusters that are too large are cut: each halves the share of edges."""
@@ -43,16 +48,19 @@ class PAR(Method):
 
     Attributes:
         prompt: Whether the question's words rank and retrieve tokens; else all count alike.
+        words: Whether common words weigh less than others.
         graph: Whether tokens are retrieved by clusters; else one by one.
         router: Whether distinctive tokens are preferred; else the most relevant ones.
         merge: Whether dropped tokens are averaged into kept ones.
         quantile: Share of the pairs of tokens that are too dissimilar for an edge.
         neighbors: Nearest tokens that may share an edge with a token.
         pool: Retrieved tokens per kept one.
-        common: Ids of words that say little, found in most prompts of the calibration.
+        common: Ids of words that say little, found in most questions of the calibration; empty
+            until then.
     """
 
     prompt: bool = True
+    words: bool = True
     graph: bool = True
     router: bool = True
     merge: bool = True
@@ -75,6 +83,19 @@ class PAR(Method):
     def uses_prompt(self) -> bool:
         """Whether the words count."""
         return self.prompt
+
+    @property
+    def needs_questions(self) -> bool:
+        """Whether common words count less, and are not known."""
+        return self.prompt and self.words and not self.common
+
+    def calibrated(self, questions: Sequence[Collection[int]]) -> Self:
+        """With the words that most questions have."""
+        if not self.needs_questions:
+            return self
+        found = Counter(word for each in questions for word in set(each))
+        least = _COMMON_SHARE * len(questions)
+        return replace(self, common=tuple(sorted(w for w, many in found.items() if many > least)))
 
     def select(self, images: Images) -> Selection:
         """Retrieve, route and merge."""
@@ -108,7 +129,7 @@ class PAR(Method):
         if not self.prompt or question is None:
             return torch.ones_like(units[..., 0])
         weights = question.weights.to(units)
-        if question.ids is not None and self.common:
+        if question.ids is not None and self.words and self.common:
             known = torch.isin(question.ids, question.ids.new_tensor(self.common))
             weights = torch.where(known, weights * _COMMON_WEIGHT, weights)
         found = (unit(question.embeds).to(units) @ units.transpose(1, 2)).clamp(min=0)

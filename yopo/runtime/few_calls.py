@@ -1,11 +1,11 @@
-"""What a device is good at."""
+"""Where few calls of large operations are better than many of small ones."""
 
 from __future__ import annotations
 
 import torch
 
 
-def prefers_few_calls(device: torch.device) -> bool:
+def preferred_on(device: torch.device) -> bool:
     """Whether starting an operation costs more than doing it for a few rows more.
 
     At the size of one prompt a GPU spends more time on starting kernels than on their work; on a

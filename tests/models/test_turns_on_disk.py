@@ -1,0 +1,110 @@
+"""A model whose layers stay on disk reads each layer once per pass of a window."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import tiny
+import torch
+from accelerate.utils import OffloadedWeightsLoader
+from tiny import PICTURE, Subject
+from transformers import LlavaForConditionalGeneration
+
+from yopo.models.offloaded import at_hand, is_offloaded
+from yopo.models.turns import in_turns
+from yopo.runtime.install import install
+
+PROMPTS = [
+    tiny.batch([[1, 5, 6, *PICTURE, 7, 8]], seed=1),
+    tiny.batch([[*PICTURE, 9, *PICTURE, 4]], seed=2),
+    tiny.batch([[1, 5, *PICTURE, 7], [1, 2, 3]], seed=3),
+]
+
+
+@pytest.fixture
+def stored(mha: Subject, tmp_path: Path) -> LlavaForConditionalGeneration:
+    """The tiny model, its layers on disk."""
+    mha.model.save_pretrained(tmp_path / "source")
+    names = ("vision_tower", "multi_modal_projector", "language_model")
+    places: dict[str, Any] = {f"model.{name}": "cpu" for name in names[:2]}
+    decoder = f"model.{names[2]}"
+    places |= {f"{decoder}.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+    for number in range(len(mha.model.get_decoder().layers)):
+        places[f"{decoder}.layers.{number}"] = "disk"
+    return LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "source", device_map=places | {"lm_head": "cpu"}, offload_folder=tmp_path / "out"
+    ).eval()
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each weight of a layer was read from disk."""
+    found: Counter[str] = Counter()
+    usual = OffloadedWeightsLoader.__getitem__
+
+    def read(loader: OffloadedWeightsLoader, key: str) -> torch.Tensor:
+        if ".layers." in key and "language_model" in key:
+            found[key] += 1
+        return usual(loader, key)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", read)
+    return found
+
+
+def run(model: LlavaForConditionalGeneration, steps: int) -> list[torch.Tensor]:
+    """Logits, or answers of several steps."""
+
+    def call(_: int, inputs: dict[str, Any]) -> torch.Tensor:
+        if not steps:
+            return model(**inputs).logits
+        return model.generate(
+            **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
+            suppress_tokens=[tiny.IMAGE],
+        )  # fmt: skip
+
+    with torch.no_grad():
+        finished = list(in_turns(model, call, PROMPTS, new_tokens=steps or None))
+    return [each for some in finished for each in some.results]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_each_layer_is_read_once(
+    mha: Subject, stored: LlavaForConditionalGeneration, reads: Counter[str], steps: int
+) -> None:
+    usual, found = run(mha.model, steps), run(stored, steps)
+    assert all(torch.equal(one, other) for one, other in zip(found, usual, strict=True))
+    layers = mha.model.get_decoder().layers
+    assert len(reads) == sum(len(list(layer.parameters())) for layer in layers)
+    assert set(reads.values()) == {max(steps, 1)}
+    assert is_offloaded(stored.get_decoder())
+    assert not is_offloaded(mha.model.get_decoder())
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_each_layer_of_a_pruned_model_is_read_once(
+    mha: Subject, reads: Counter[str], steps: int, tmp_path: Path
+) -> None:
+    """Text and visual tokens share what was read, also after the last layer of visual ones."""
+    model = tiny.llava("mha")
+    layers = model.get_decoder().layers
+    plans = (mha.random_plan(seed) for seed in range(99))
+    plan = next(each for each in plans if 0 < each.visual_depth < len(layers))
+    install(model, plan)
+    usual = run(model, steps)
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    found = run(model, steps)
+    assert all(torch.equal(one, other) for one, other in zip(found, usual, strict=True))
+    assert len(reads) == sum(len(list(layer.parameters())) for layer in layers)
+    assert set(reads.values()) == {max(steps, 1)}
+
+
+def test_weights_go_away_also_after_an_error(stored: LlavaForConditionalGeneration) -> None:
+    layer = stored.get_decoder().layers[0]
+    with pytest.raises(ZeroDivisionError), at_hand(layer):
+        assert not any(weight.is_meta for weight in layer.parameters())
+        raise ZeroDivisionError
+    assert all(weight.is_meta for weight in layer.parameters())

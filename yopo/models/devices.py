@@ -1,0 +1,52 @@
+"""Decoders that are spread over several devices, as accelerate's ``device_map`` does it.
+
+A stock layer's hook moves all that the layer is given to the layer's device. The pruned decoder
+calls a layer's modules and slices its weights instead, so it moves both streams, rotary positions
+and masks itself, once per boundary between devices. Keys and values stay where their layer is.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+from torch import nn
+
+
+@runtime_checkable
+class _Movable(Protocol):
+    def to(self, device: torch.device, /) -> object: ...
+
+
+Value = TypeVar("Value")
+
+
+def moved(value: Value, device: torch.device) -> Value:
+    """Tensors, or whatever has ``to``, on a device, also inside tuples; None stays None."""
+    if isinstance(value, tuple):
+        return cast("Value", tuple(moved(each, device) for each in value))
+    return cast("Value", value.to(device)) if isinstance(value, _Movable) else value
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: on its weights' device, or where accelerate fetches these to.
+
+    Raises:
+        ValueError: It has no weights.
+    """
+    for each in module.modules():
+        hook = getattr(each, "_hf_hook", None)
+        for one in () if hook is None else getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+        for parameter in each._parameters.values():
+            if parameter is not None:
+                return parameter.device
+    raise ValueError(f"a {type(module).__name__} has no weights")
+
+
+def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
+    """The devices that hold a model's weights, the meta device aside."""
+    found = dict.fromkeys(each.device for each in model.parameters() if not each.is_meta)
+    return tuple(found)

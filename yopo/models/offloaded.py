@@ -1,0 +1,98 @@
+"""Decoder layers whose weights accelerate keeps elsewhere between calls: on disk, in host memory.
+
+transformers leaves offloaded weights in the checkpoint's own safetensors files, which are mapped
+into memory when they are read. accelerate then fetches every module's weights in every call. Code
+that runs many batches through one layer brings the layer to hand once instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class _Fetching(Protocol):
+    """What is used of accelerate's ``AlignDevicesHook`` with ``offload``."""
+
+    weights_map: Mapping[str, torch.Tensor]
+    execution_device: torch.device | str | int
+
+
+def fetching_hook(module: nn.Module) -> _Fetching | None:
+    """accelerate's hook that fetches a module's own weights; None if they are in memory."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in () if hook is None else getattr(hook, "hooks", (hook,)):
+        if getattr(each, "weights_map", None) is not None:
+            return each
+    return None
+
+
+def is_offloaded(decoder: nn.Module) -> bool:
+    """Whether weights of a decoder are elsewhere between calls."""
+    return any(fetching_hook(module) is not None for module in decoder.modules())
+
+
+@contextmanager
+def at_hand(layer: nn.Module) -> Iterator[None]:
+    """Have all weights of a layer in memory inside the block, fetched once.
+
+    They are on the device that accelerate would run the layer on; its hooks, which would fetch them
+    again, do not run. A layer that is in memory anyway is left alone, so blocks may be nested.
+    """
+    with ExitStack() as stack:
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            for module in layer.modules():
+                stack.enter_context(_fetched(module))
+        yield
+
+
+@contextmanager
+def _fetched(module: nn.Module) -> Iterator[None]:
+    """One module's own weights, without accelerate's forward around the module's."""
+    hook, held = fetching_hook(module), module._parameters
+    weights = {name: each for name, each in held.items() if each is not None and each.is_meta}
+    wrapped = vars(module).get("forward")
+    try:
+        for name in weights if hook is not None else ():
+            assert hook is not None, "weights are fetched by a hook"
+            found = hook.weights_map[name].to(hook.execution_device)
+            held[name] = nn.Parameter(found, requires_grad=False)
+        if wrapped is not None and "_old_forward" in vars(module):
+            module.forward = vars(module)["_old_forward"]
+        yield
+    finally:
+        held.update(weights)
+        if wrapped is not None:
+            module.forward = wrapped
+
+
+def layers_on_disk(model: nn.Module, decoder: nn.Module, device: str) -> dict[str, Any]:
+    """The ``device_map`` that leaves a decoder's layers on disk and puts all else on a device.
+
+    Args:
+        model: The whole model; its weights may be on the meta device.
+        decoder: Its decoder, with ``layers``.
+        device: For everything else, and for a layer that is at hand.
+    """
+    layers = decoder.layers
+    assert isinstance(layers, nn.ModuleList), "decoders have a list of layers"
+    path = next(name for name, module in model.named_modules() if module is layers)
+    return _placed(model, "", path, device)
+
+
+def _placed(module: nn.Module, prefix: str, layers: str, device: str) -> dict[str, Any]:
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    places = {f"{prefix}{name}": device for name, _ in own}
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if path == layers:
+            places |= {f"{path}.{number}": "disk" for number in range(len(list(child.children())))}
+        elif layers.startswith(f"{path}."):
+            places |= _placed(child, f"{path}.", layers, device)
+        else:
+            places[path] = device
+    return places

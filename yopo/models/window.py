@@ -1,0 +1,81 @@
+"""How many forwards may wait at the layers of a decoder together: as many as memory holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from yopo.plans.schema import ModelShape
+
+STATES = 4
+"""States that a waiting forward holds per token: its own, its input, the image's features that are
+merged into it, and positions."""
+
+SHARE = 2
+"""One part in this many of the free memory goes to forwards that wait; the rest is for the layer
+at hand and the forward that computes."""
+
+_FORCED: ContextVar[int | None] = ContextVar("yopo_window", default=None)
+
+
+@contextmanager
+def window_of(memory: int) -> Iterator[None]:
+    """Have forwards pass layers together, in this many bytes, even where layers are resident."""
+    token = _FORCED.set(memory)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def forced_memory() -> int | None:
+    """The bytes of the surrounding :func:`window_of`, if any."""
+    return _FORCED.get()
+
+
+def free_for_states(device: torch.device) -> int:
+    """Bytes of a device's free memory for forwards that wait."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) // SHARE
+    return _free_on_host() // (2 * SHARE)  # weights on their way from disk need some, too
+
+
+def _free_on_host() -> int:
+    """Bytes that processes can get; a quarter of all memory where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a forward holds on the device while it waits.
+
+    Attributes:
+        shape: The decoder's.
+        new_tokens: Tokens that it generates; None: it keeps no keys and values.
+    """
+
+    shape: ModelShape
+    new_tokens: int | None
+
+    def of(self, states: torch.Tensor) -> int:
+        """Bytes, given its (batch, sequence, hidden) states."""
+        rows, length, width = states.shape
+        numbers = rows * length * STATES * width
+        if self.new_tokens is not None:
+            per_token = 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim
+            numbers += rows * (length + self.new_tokens) * per_token
+        mask = rows * length * length
+        return numbers * states.element_size() + mask
