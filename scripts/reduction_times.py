@@ -125,7 +125,7 @@ class Timing:
             plan = replace(self.plan, reduction=method)
             switch = pruned(self.model, plan, grids_of=grids_of(plan), check=False)
         with switch:
-            return self._time(lambda: self.model.base_model(**self.prompt.arguments()))
+            return self._time(lambda: self.prompt.prefill(self.model))
 
     def alone(self, method: Method) -> float:
         """Milliseconds of choosing tokens and mixing their features."""

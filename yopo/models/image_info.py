@@ -7,7 +7,8 @@ them, so the encoding methods are watched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -50,12 +51,38 @@ def known(module: nn.Module, key: type) -> Info:
     return info if of is key else {}
 
 
-def carried(arguments: dict[str, Any]) -> Info:
-    """Information carried by the encoded images among a forward's arguments."""
+def carried(module: nn.Module, arguments: dict[str, Any]) -> Info:
+    """Information carried by encoded images: a forward's arguments, or see :func:`encoded_as`."""
     info: Info = {}
-    for output in (arguments.get("mm_encoder_outputs") or {}).values():
+    given = (vars(module).get(name) for name in ENCODERS)
+    for output in (*given, *(arguments.get("mm_encoder_outputs") or {}).values()):
         info |= getattr(output, _NOTE, {})
     return info
+
+
+@contextmanager
+def encoded_as(module: nn.Module, encoded: ModelOutput) -> Iterator[None]:
+    """Hand images to a base model that are encoded already, with what they carry.
+
+    For the length of the block its ``get_image_features`` returns them, in place of its own or a
+    probe's method. So forwards get them in every version of transformers, as long as they are
+    passed some ``pixel_values``. Not for a model that another thread uses.
+    """
+    name = ENCODERS[0]
+    before = vars(module).get(name)  # a probe's, or none: the class has it
+
+    def encode(*args: Any, **kwargs: Any) -> ModelOutput:
+        return encoded
+
+    setattr(encode, _NOTE, getattr(encoded, _NOTE, {}))
+    setattr(module, name, encode)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 def watched(

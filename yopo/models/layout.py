@@ -136,7 +136,7 @@ class LayoutProbe:
         ]
         found = self._find(module, call.input_ids, embeds, tokens) if tokens else None
         if found is not None and bool((found >= 0).any()):
-            call.carried = carried(bound)
+            call.carried = carried(module, bound)
             info = known(module, self._key) | call.carried | image_info(bound)
             grids = self._grids_of(self._config, _runs(found), info)
             call.layout = build_layout(found >= 0, grids, call.input_ids)
