@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from yopo.models.devices import device_of
-from yopo.models.image_info import Info, note, noted
+from yopo.models.image_info import Info, encoded_as, note
 from yopo.models.registry import family_of
 from yopo.models.tower_attention import ATTENTION, record, recorded
 from yopo.plans.schema import PruningPlan, Workload
@@ -55,8 +54,8 @@ class Prompt:
     def prefill(self, model: PreTrainedModel, **more: Any) -> BaseModelOutputWithPast:
         """Run the base model's forward, dense or pruned; ``more`` are further arguments of it."""
         base = model.base_model
-        pixels = torch.empty(1, device=model.device)  # says that there are images; nobody looks
-        with _encoded_as(base, self.encoded):
+        pixels = torch.empty(1, device=device_of(model))  # says that there are images; nobody looks
+        with encoded_as(base, self.encoded):
             return base(**self.inputs, pixel_values=pixels, **more)
 
     def lengthened(self, length: int) -> Prompt:
@@ -77,26 +76,6 @@ class Prompt:
             if name in fill
         }
         return replace(self, inputs={**self.inputs, **grown})
-
-
-@contextmanager
-def _encoded_as(base: nn.Module, encoded: BaseModelOutputWithPooling) -> Iterator[None]:
-    """Let a base model's encoding method return what is given, for the time of the block."""
-    name = "get_image_features"
-    before = vars(base).get(name)  # a pruned model's own, or none: the class's
-
-    def hand_over(*args: object, **kwargs: object) -> BaseModelOutputWithPooling:
-        return encoded
-
-    note(hand_over, noted(encoded))
-    setattr(base, name, hand_over)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(base, name)
-        else:
-            setattr(base, name, before)
 
 
 def made_up_prompt(model: PreTrainedModel, plan: PruningPlan, batch: int) -> Prompt:

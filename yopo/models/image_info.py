@@ -7,7 +7,8 @@ them, so the encoding methods are watched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -29,9 +30,9 @@ _NOTE = "_yopo_image_info"
 """Attribute of an encoding method's output with the same. Copies of the output (beams) lose it."""
 
 
-def note(encoded: object, info: Info) -> None:
+def note(encoded: ModelOutput, info: Info) -> None:
     """Let encoded images carry information to the forwards that they are passed to."""
-    setattr(encoded, _NOTE, noted(encoded) | info)
+    setattr(encoded, _NOTE, getattr(encoded, _NOTE, {}) | info)
 
 
 def image_info(arguments: dict[str, Any]) -> Info:
@@ -50,21 +51,38 @@ def known(module: nn.Module, key: type) -> Info:
     return info if of is key else {}
 
 
-def noted(encoded: object) -> Info:
-    """The information that encoded images, or what hands them over, carry."""
-    info: Info = getattr(encoded, _NOTE, {})
-    return info
-
-
 def carried(module: nn.Module, arguments: dict[str, Any]) -> Info:
-    """Information carried by the encoded images that a forward of a base model gets.
-
-    They are among its arguments, or handed over by what stands in for its encoding method.
-    """
-    info = dict(noted(vars(module).get(ENCODERS[0])))
-    for output in (arguments.get("mm_encoder_outputs") or {}).values():
-        info |= noted(output)
+    """Information carried by encoded images: a forward's arguments, or see :func:`encoded_as`."""
+    info: Info = {}
+    given = (vars(module).get(name) for name in ENCODERS)
+    for output in (*given, *(arguments.get("mm_encoder_outputs") or {}).values()):
+        info |= getattr(output, _NOTE, {})
     return info
+
+
+@contextmanager
+def encoded_as(module: nn.Module, encoded: ModelOutput) -> Iterator[None]:
+    """Hand images to a base model that are encoded already, with what they carry.
+
+    For the length of the block its ``get_image_features`` returns them, in place of its own or a
+    probe's method. So forwards get them in every version of transformers, as long as they are
+    passed some ``pixel_values``. Not for a model that another thread uses.
+    """
+    name = ENCODERS[0]
+    before = vars(module).get(name)  # a probe's, or none: the class has it
+
+    def encode(*args: Any, **kwargs: Any) -> ModelOutput:
+        return encoded
+
+    setattr(encode, _NOTE, getattr(encoded, _NOTE, {}))
+    setattr(module, name, encode)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 def watched(
