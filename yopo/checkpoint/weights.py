@@ -18,6 +18,8 @@ from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+
 from yopo.checkpoint.headers import Shard
 from yopo.checkpoint.reader import Checkpoint
 from yopo.checkpoint.shards import WORKERS, Reorder, Step, write_shard
@@ -114,6 +116,8 @@ def _write_all(
     done: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
     lanes, workers = _threads(len(shards))
+    # In a forked process torch renews its pool at the first use: not in several threads at once.
+    torch.set_num_threads(torch.get_num_threads())
 
     def write(shard: Shard) -> None:
         try:
