@@ -190,6 +190,9 @@ def test_leftovers_are_named_and_then_cleaned(yopo: Yopo, plan: Path, model: Pat
     run_killed(12, "apply", plan, "--model", model, "-o", "out")
     (left,) = os.listdir()
     done = yopo("apply", plan, "--model", model, "-o", "out", "--dry-run")
+    assert "left by a run" not in done.err  # the same run goes on with it
+    Path(left, "key").write_text("of another plan")
+    done = yopo("apply", plan, "--model", model, "-o", "out", "--dry-run")
     assert done.err.count("left by a run that was killed") == 1 and left in done.err
     assert "yopo apply --clean" in done.err
     done = yopo("apply", "--clean", "out")
