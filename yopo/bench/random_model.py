@@ -22,12 +22,12 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from yopo.bench.plans import made_up_refit, preset_plan
+from yopo.models.devices import free_memory
 from yopo.models.family import GridsOf
 from yopo.plans.grid import Grid
 from yopo.plans.made_up import MADE_UP
 from yopo.plans.schema import ModelIdentity, ModelShape, PruningPlan, Workload
 from yopo.support.errors import ModelError, suggest
-from yopo.support.memory import available_bytes
 
 SHAPES: dict[str, ModelShape] = {
     "llava-1.5-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
@@ -169,14 +169,8 @@ def grids_of(plan: PruningPlan) -> GridsOf:
 def _check_memory(shape: ModelShape, dtype: torch.dtype, device: str) -> None:
     width = 2 * shape.hidden * (shape.heads + shape.kv_heads) * shape.head_dim
     needed = shape.layers * (width + 3 * shape.hidden * shape.ffn) * dtype.itemsize
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        found = available_bytes()
-        if found is None:
-            return
-        free = found
-    if needed * _MARGIN > free:
+    free = free_memory(torch.device(device))
+    if free is not None and needed * _MARGIN > free:
         raise ModelError(
             f"{shape.layers} random layers need {needed / 1e9:.1f} GB, but only "
             f"{free / 1e9:.1f} GB of {device} memory are free.",

@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar, cast, runtime_checkable
 import torch
 from torch import nn
 
+from yopo.support.memory import available_bytes
+
 
 @runtime_checkable
 class _Movable(Protocol):
@@ -50,3 +52,13 @@ def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
     """The devices that hold a model's weights, the meta device aside."""
     found = dict.fromkeys(each.device for each in model.parameters() if not each.is_meta)
     return tuple(found)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a device; elsewhere than on CUDA, in the host's memory.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_bytes()

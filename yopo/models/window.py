@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from yopo.models.devices import free_memory
 from yopo.plans.schema import ModelShape
 
 STATES = 4
@@ -41,21 +41,13 @@ def forced_memory() -> int | None:
 
 def free_for_states(device: torch.device) -> int:
     """Bytes of a device's free memory for forwards that wait."""
+    free = free_memory(device)
+    if free is None:  # a quarter of all memory, where the system does not say what is free
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + cached) // SHARE
-    return _free_on_host() // (2 * SHARE)  # weights on their way from disk need some, too
-
-
-def _free_on_host() -> int:
-    """Bytes that processes can get; a quarter of all memory where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        return (free + cached) // SHARE
+    return free // (2 * SHARE)  # weights on their way from disk need some, too
 
 
 @dataclass(frozen=True)

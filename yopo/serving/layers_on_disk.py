@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 
 from yopo.checkpoint.reader import Checkpoint
+from yopo.models.devices import free_memory
 from yopo.models.offloaded import layers_on_disk
 from yopo.models.registry import family_of
 from yopo.support.console import note
@@ -44,25 +43,11 @@ def map_for(
     size = kind.itemsize if isinstance(kind, torch.dtype) else torch.float32.itemsize
     needed = sum(each.numel() for each in model.parameters()) * size
     free = free_memory(torch.device(device))
-    if offload == "auto" and needed <= free * SHARE:
+    if offload == "auto" and (free is None or needed <= free * SHARE):
         return None
+    room = "" if free is None else f", {free / _GB:.3g} GB free on {device}"
     note(
-        f"{needed / _GB:.3g} GB of weights, {free / _GB:.3g} GB free on {device}: decoder layers "
+        f"{needed / _GB:.3g} GB of weights{room}: decoder layers "
         "are read from the checkpoint one at a time (--offload)."
     )
     return layers_on_disk(model, model.get_decoder(), device)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device; elsewhere than on CUDA, in the host's memory.
-
-    Memory that the system uses to cache files counts as free.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        kilobytes = next(line for line in lines if line.startswith("MemAvailable:")).split()[1]
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(kilobytes) * 1024
