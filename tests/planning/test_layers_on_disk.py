@@ -95,3 +95,14 @@ def test_files_leave_memory_and_are_used_again(tmp_path: Path) -> None:
     assert float(kept[2].sum()) == size
     assert float(first) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_goes_with_its_states(tmp_path: Path) -> None:
+    def files() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    room = InFiles(tmp_path)
+    states = room.put(torch.ones(1 << 16))
+    assert files() == 1
+    del states
+    assert files() == 0

@@ -11,6 +11,7 @@ import mmap
 import tempfile
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -60,7 +61,8 @@ class InFiles:
 
     def __init__(self, folder: str | Path):
         self._folder = Path(folder)
-        self._maps: dict[int, mmap.mmap] = {}
+        # Held by the states in them alone, so a file goes with the last of these.
+        self._maps: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
     def put(self, states: torch.Tensor, over: torch.Tensor | None = None) -> torch.Tensor:
         """A copy in a file; the pages of it leave this process's memory."""
