@@ -30,6 +30,12 @@ def moved(value: Value, device: torch.device) -> Value:
     return cast("Value", value.to(device)) if isinstance(value, _Movable) else value
 
 
+def accelerate_hooks(module: nn.Module) -> tuple[object, ...]:
+    """The hooks that accelerate has put around a module's forward."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: on its weights' device, or where accelerate fetches these to.
 
@@ -37,8 +43,7 @@ def device_of(module: nn.Module) -> torch.device:
         ValueError: It has no weights.
     """
     for each in module.modules():
-        hook = getattr(each, "_hf_hook", None)
-        for one in () if hook is None else getattr(hook, "hooks", (hook,)):
+        for one in accelerate_hooks(each):
             place = getattr(one, "execution_device", None)
             if place is not None:
                 return torch.device(place)

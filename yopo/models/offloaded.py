@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+
+from yopo.models.devices import accelerate_hooks
 
 
 class _Fetching(Protocol):
@@ -24,10 +26,9 @@ class _Fetching(Protocol):
 
 def fetching_hook(module: nn.Module) -> _Fetching | None:
     """accelerate's hook that fetches a module's own weights; None if they are in memory."""
-    hook = getattr(module, "_hf_hook", None)
-    for each in () if hook is None else getattr(hook, "hooks", (hook,)):
+    for each in accelerate_hooks(module):
         if getattr(each, "weights_map", None) is not None:
-            return each
+            return cast("_Fetching", each)
     return None
 
 
