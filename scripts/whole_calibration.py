@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from large_checkpoint import fit_to_prompts
 from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.bench.random_model import SHAPES, random_model
@@ -52,11 +53,7 @@ def model_and_processor(options: argparse.Namespace) -> tuple[PreTrainedModel, P
     shape = replace(shape, layers=options.layers or shape.layers)
     dtype = getattr(torch, options.dtype)
     model = random_model(shape, dtype=dtype, device=options.device, side=options.side)
-    model.config.image_token_id = demo.config.image_token_id
-    model.generation_config.eos_token_id = demo.processor.tokenizer.eos_token_id
-    pixels = demo.processor.patch_size * options.side
-    demo.processor.image_processor.size = {"shortest_edge": pixels}
-    demo.processor.image_processor.crop_size = {"height": pixels, "width": pixels}
+    fit_to_prompts(model, demo.processor, options.side)
     return model, demo.processor
 
 
