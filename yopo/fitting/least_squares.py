@@ -52,7 +52,9 @@ class Gram:
         """The covariance with ``DAMPING`` times its mean diagonal on the diagonal."""
         ridge = DAMPING * self.covariance.diagonal().mean().clamp(min=0)
         ridge = ridge + FLOOR * self.input_mean.square().mean() + 1e-30
-        return self.covariance + ridge * torch.eye(len(self.covariance)).to(self.covariance)
+        damped = self.covariance.clone()
+        damped.diagonal().add_(ridge)
+        return damped
 
     @cached_property
     def root(self) -> torch.Tensor:
