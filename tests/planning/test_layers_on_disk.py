@@ -32,7 +32,7 @@ ROOMS: dict[str, Callable[[Path], Room]] = {
 def on_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model, saved and loaded with its layers left on disk."""
     model.save_pretrained(folder)
-    places = layers_on_disk(model, model.get_decoder(), "cpu")
+    places = layers_on_disk(model, model.get_decoder(), "cpu", towers=True)
     loaded = type(model).from_pretrained(folder, device_map=places, dtype=model.dtype)
     return loaded.eval()
 

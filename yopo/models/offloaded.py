@@ -71,29 +71,37 @@ def _fetched(module: nn.Module) -> Iterator[None]:
             module.forward = wrapped
 
 
-def layers_on_disk(model: nn.Module, decoder: nn.Module, device: str) -> dict[str, Any]:
+def layers_on_disk(
+    model: nn.Module, decoder: nn.Module, device: str, *, towers: bool = False
+) -> dict[str, Any]:
     """The ``device_map`` that leaves a decoder's layers on disk and puts all else on a device.
 
     Args:
         model: The whole model; its weights may be on the meta device.
         decoder: Its decoder, with ``layers``.
         device: For everything else, and for a layer that is at hand.
+        towers: Whether the layers of what comes before the decoder, such as the vision tower's,
+            stay on disk as well: accelerate fetches their modules in every call.
     """
     layers = decoder.layers
     assert isinstance(layers, nn.ModuleList), "decoders have a list of layers"
-    path = next(name for name, module in model.named_modules() if module is layers)
-    return _placed(model, "", path, device)
+    on_disk = [
+        name
+        for name, module in model.named_modules()
+        if module is layers or (towers and isinstance(module, nn.ModuleList))
+    ]
+    return _placed(model, "", on_disk, device)
 
 
-def _placed(module: nn.Module, prefix: str, layers: str, device: str) -> dict[str, Any]:
+def _placed(module: nn.Module, prefix: str, on_disk: list[str], device: str) -> dict[str, Any]:
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     places = {f"{prefix}{name}": device for name, _ in own}
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if path == layers:
+        if path in on_disk:
             places |= {f"{path}.{number}": "disk" for number in range(len(list(child.children())))}
-        elif layers.startswith(f"{path}."):
-            places |= _placed(child, f"{path}.", layers, device)
+        elif any(each.startswith(f"{path}.") for each in on_disk):
+            places |= _placed(child, f"{path}.", on_disk, device)
         else:
             places[path] = device
     return places

@@ -50,4 +50,4 @@ def map_for(
         f"{needed / _GB:.3g} GB of weights{room}: decoder layers "
         "are read from the checkpoint one at a time (--offload)."
     )
-    return layers_on_disk(model, model.get_decoder(), device)
+    return layers_on_disk(model, model.get_decoder(), device, towers=offload == "always")
