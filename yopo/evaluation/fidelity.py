@@ -19,11 +19,12 @@ from yopo.data.prompts import Batch, batches, encode_for
 from yopo.data.sizes import by_size
 from yopo.evaluation.kinds import MIN_GROUP, kinds_of
 from yopo.models.answer_tokens import teacher_forced
+from yopo.models.offloaded import named_weights
 from yopo.models.registry import family_of
 from yopo.models.turns import in_turns
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
-from yopo.support.finite import is_finite
+from yopo.support.finite import check_weights, is_finite
 from yopo.support.ranks import gathered, mine
 from yopo.support.work_dir import NoWork, Stage, Work
 
@@ -161,7 +162,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         (answer tokens of the batch, vocabulary) float32, row by row.
 
     Raises:
-        ModelError: They are not finite.
+        ModelError: They are not finite; names the weight that is not, if there is one.
     """
     mask = batch.answer_mask
     assert mask is not None, "the batch holds no answers"
@@ -171,6 +172,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     chosen = hidden[:, :-1][mask[:, 1:].to(hidden.device)]
     log_probs = model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
     if not is_finite(log_probs):
+        check_weights(named_weights(model), model.name_or_path or type(model).__name__)
         raise ModelError(
             f"{batch.pairs[0].where}: the model's predictions for this batch are not finite.",
             remedy="Its activations overflow the dtype: try --dtype bfloat16 or float32.",
