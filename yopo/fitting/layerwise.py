@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -67,9 +67,8 @@ class DenseBatch:
 
     def put(self, states: DenseStates, over: DenseStates | None) -> DenseStates:
         """Let the states of a layer wait, in the place of those of another."""
-        old = [None] * 3 if over is None else [over.before, over.middle, over.after]
-        new = (states.before, states.middle, states.after)
-        return DenseStates(*(self.room.put(*each) for each in zip(new, old, strict=True)))
+        middle, after = (None, None) if over is None else (over.middle, over.after)
+        return DenseStates(self.room.put(states.middle, middle), self.room.put(states.after, after))
 
     def visual(self, states: torch.Tensor) -> torch.Tensor:
         """(visual tokens of all rows, hidden) of (batch, sequence, hidden) states, no padding."""
@@ -91,9 +90,8 @@ def own_matrix(part: VisualLayer, name: str) -> tuple[torch.Tensor, torch.Tensor
 
 @dataclass(frozen=True)
 class DenseStates:
-    """Dense visual states of one batch before, within and after a layer, (tokens, hidden) each."""
+    """Dense visual states of one batch within and after a layer, (tokens, hidden) each."""
 
-    before: torch.Tensor
     middle: torch.Tensor
     after: torch.Tensor
 
@@ -121,23 +119,33 @@ class DenseWalk:
         self._held: list[DenseStates | None] = [None] * len(self.batches)
 
     def step(self, number: int) -> list[DenseStates]:
-        """Run layer ``number`` on all batches."""
-        self._held = [
-            batch.put(states, held)
-            for batch, states, held in zip(
-                self.batches, self.steps(number), self._held, strict=True
-            )
-        ]
-        return [each for each in self._held if each is not None]
+        """Run layer ``number`` on all batches.
+
+        Returns:
+            What a fit aims at, batch by batch; until the next step, which takes its place.
+        """
+        for place, (_, states) in enumerate(self.steps(number)):
+            self._held[place] = self.batches[place].put(states, self._held[place])
+        return cast("list[DenseStates]", self._held)
+
+    def skip(self, number: int) -> None:
+        """Run layer ``number`` on all batches, for the input of the next one alone."""
+        for _ in self.steps(number):
+            pass
 
     @torch.no_grad()
-    def steps(self, number: int) -> Iterator[DenseStates]:
-        """Run layer ``number`` on one batch after the other; their states are on its device."""
+    def steps(self, number: int) -> Iterator[tuple[torch.Tensor, DenseStates]]:
+        """Run layer ``number`` on one batch after the other.
+
+        Yields:
+            Its visual states before the layer, (tokens, hidden), and those that follow, on the
+            layer's device.
+        """
         with at_hand(self.decoder.layers[number]):
             for batch in self.batches:
                 yield self._step(number, batch)
 
-    def _step(self, number: int, batch: DenseBatch) -> DenseStates:
+    def _step(self, number: int, batch: DenseBatch) -> tuple[torch.Tensor, DenseStates]:
         layer, middle = self.decoder.layers[number], []
         place = device_of(layer)
         hidden = batch.on(place)
@@ -149,9 +157,10 @@ class DenseWalk:
         finally:
             handle.remove()
         output = output[0] if isinstance(output, tuple) else output
-        states = DenseStates(batch.visual(hidden), batch.visual(middle[0]), batch.visual(output))
+        before = batch.visual(hidden)
+        states = DenseStates(batch.visual(middle[0]), batch.visual(output))
         batch.settle(add_stack(output, batch, number))
-        return states
+        return before, states
 
 
 def add_stack(hidden: torch.Tensor, batch: DenseBatch, number: int) -> torch.Tensor:

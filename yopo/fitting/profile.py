@@ -88,7 +88,7 @@ def profile(
                 parts = _profile_layer(walk, number, shape)
             work.save(f"profile-{number:03}", Stage(dict(zip(_ENERGIES, parts, strict=True))))
         else:
-            walk.step(number)
+            walk.skip(number)
             parts = tuple(kept.tensors[name] for name in _ENERGIES)
         stream.append(_energy(walk))
         mixing, bottleneck, mapped, nonlinear = (each.cpu() for each in parts)
@@ -127,13 +127,13 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
     )
     attention_norm, ffn_norm = getattr(layer, names.attention_norm), getattr(layer, names.ffn_norm)
     try:
-        for batch, each in zip(walk.batches, walk.steps(number), strict=True):
+        for batch, (before, each) in zip(walk.batches, walk.steps(number), strict=True):
             mixed = batch.visual(attended.pop())
-            heads.add(attention_norm(each.before), mixed)
+            heads.add(attention_norm(before), mixed)
             outputs.add(mixed)
-            update.add(ffn_norm(each.before), each.after - each.before)
+            update.add(ffn_norm(before), each.after - before)
             ffn.add(ffn_norm(each.middle), each.after - each.middle)
-            changed, added = _squared(each.after - each.before), _squared(each.after - each.middle)
+            changed, added = _squared(each.after - before), _squared(each.after - each.middle)
             energies.append((changed, added, len(mixed)))
     finally:
         handle.remove()
