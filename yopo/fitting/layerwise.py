@@ -23,7 +23,7 @@ from yopo.models.layout import LayoutProbe
 from yopo.models.offloaded import at_hand
 from yopo.models.registry import family_of
 from yopo.models.shortened import shorten
-from yopo.models.streams import TokenLayout
+from yopo.models.streams import Stream, TokenLayout
 from yopo.models.tower_attention import attention_path
 from yopo.reduction.method import Method
 from yopo.runtime.sliced_linear import SlicedLinear
@@ -42,7 +42,7 @@ class DenseBatch:
         positions: Position ids of the forward, or None.
         mask: (batch, sequence) attention mask.
         stack: DeepStack features, (visual tokens, hidden) each, added after the first layers.
-        room: Where ``hidden`` and ``arguments`` wait.
+        room: Where all of these wait between layers; the layout is with ``hidden``.
         is_shared: Whether other walks start from ``hidden`` as well.
     """
 
@@ -54,11 +54,6 @@ class DenseBatch:
     stack: tuple[torch.Tensor, ...]
     room: Room = field(default_factory=OnDevice)
     is_shared: bool = True
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """``hidden`` on the device of the next layer; the layout goes there, too."""
-        self.layout = moved(self.layout, device)
-        return self.hidden.to(device)
 
     def settle(self, hidden: torch.Tensor) -> None:
         """Let the input of the next layer wait."""
@@ -72,13 +67,13 @@ class DenseBatch:
 
     def visual(self, states: torch.Tensor) -> torch.Tensor:
         """(visual tokens of all rows, hidden) of (batch, sequence, hidden) states, no padding."""
-        return real_rows(self.layout, self.layout.visual.gather(states))
+        stream = moved(self.layout.visual, states.device)
+        return real_rows(stream, stream.gather(states))
 
 
-def real_rows(layout: TokenLayout, states: torch.Tensor) -> torch.Tensor:
-    """(tokens, width) of (batch, visual, width) states, without stream padding."""
-    mask = layout.visual.mask
-    return states.flatten(0, 1) if mask is None else states[mask]
+def real_rows(stream: Stream, states: torch.Tensor) -> torch.Tensor:
+    """(tokens, width) of a stream's (batch, length, width) states, without its padding."""
+    return states.flatten(0, 1) if stream.mask is None else states[stream.mask]
 
 
 def own_matrix(part: VisualLayer, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -148,7 +143,7 @@ class DenseWalk:
     def _step(self, number: int, batch: DenseBatch) -> tuple[torch.Tensor, DenseStates]:
         layer, middle = self.decoder.layers[number], []
         place = device_of(layer)
-        hidden = batch.on(place)
+        hidden = batch.hidden.to(place)
         arguments = {name: moved(each, place) for name, each in batch.arguments[number].items()}
         norm = getattr(layer, self.names.ffn_norm)
         handle = norm.register_forward_pre_hook(lambda module, args: middle.append(args[0]))
@@ -167,7 +162,7 @@ def add_stack(hidden: torch.Tensor, batch: DenseBatch, number: int) -> torch.Ten
     """Add a layer's DeepStack features to (batch, sequence, hidden) states."""
     if number >= len(batch.stack):
         return hidden
-    hidden, stream = hidden.clone(), batch.layout.visual
+    hidden, stream = hidden.clone(), moved(batch.layout.visual, hidden.device)
     added = stream.gather(hidden) + stream.unflatten(batch.stack[number].to(hidden))
     stream.scatter(hidden, added)
     return hidden
@@ -199,7 +194,7 @@ def enter(
 
 
 def _settled(batch: DenseBatch, room: Room) -> DenseBatch:
-    """The batch with its states, and what its layers are given, in a room."""
+    """The batch with its states, and all else that layers are given, in a room."""
     put: dict[int, torch.Tensor] = {}  # layers share tensors
 
     def stored(value: Any) -> Any:
@@ -211,8 +206,18 @@ def _settled(batch: DenseBatch, room: Room) -> DenseBatch:
             put[id(value)] = room.put(value)
         return put[id(value)]
 
-    arguments = [{name: stored(value) for name, value in each.items()} for each in batch.arguments]
-    return replace(batch, hidden=stored(batch.hidden), arguments=arguments, room=room)
+    hidden = stored(batch.hidden)
+    return DenseBatch(
+        hidden=hidden,
+        layout=moved(batch.layout, hidden.device),
+        arguments=[
+            {name: stored(value) for name, value in each.items()} for each in batch.arguments
+        ],
+        positions=stored(batch.positions),
+        mask=stored(batch.mask),
+        stack=stored(batch.stack),
+        room=room,
+    )
 
 
 class _Entered(Exception):
