@@ -49,6 +49,10 @@ class Places:
         # torch makes parameters of tensors without saying so.
         return self._memory.get(_memory(tensor), CPU) if _is_parameter(tensor) else CPU
 
+    def on(self, place: torch.device) -> list[torch.Tensor]:
+        """The tensors on a device that somebody holds."""
+        return [each for each, where in self._known.items() if where == place]
+
     def __setitem__(self, tensor: torch.Tensor, place: torch.device) -> None:
         self._known[tensor] = place
         self._memory[_memory(tensor)] = place
@@ -112,6 +116,7 @@ class _Names(TorchFunctionMode):
         if func is torch.device:
             return _device(args[0]) if args and len(args) == 1 else func(*args, **kwargs)
         place = kwargs.pop("device", None)
+        kwargs.pop("pin_memory", None)
         if place is None:
             found = func(*args, **kwargs)
             if func is torch.Tensor.data.__get__ or func is torch.Tensor.detach:

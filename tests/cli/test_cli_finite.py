@@ -18,6 +18,7 @@ from yopo.calibration.statistics_file import load_statistics
 from yopo.data.prompts import load_processor
 from yopo.data.sources import open_pairs
 from yopo.evaluation.fidelity import record_dense
+from yopo.models.offloaded import is_offloaded, layers_on_disk
 from yopo.models.registry import resolve
 from yopo.serving.loading import load_dense
 from yopo.support.errors import DataError, ModelError
@@ -67,7 +68,7 @@ def test_non_finite_weights_are_refused(
     # The fingerprint, which is compared first, covers a small tensor completely.
     reasons = (f"tensor '{name}' holds values that are not finite", "is not the checkpoint")
     assert done.is_sentence and any(each in done.err for each in reasons)
-    for command in (("calibrate",), ("eval", plan)):
+    for command in (("calibrate",), ("calibrate", "--offload", "always"), ("eval", plan)):
         done = yopo(
             *command,
             "--model",
@@ -92,17 +93,41 @@ def test_non_finite_weights_of_a_baked_checkpoint_are_refused(
         package.load(tmp_path / "bad")
 
 
+def test_weights_that_stay_on_disk_are_checked_in_the_precision_they_run_in(
+    model: Path, tmp_path: Path
+) -> None:
+    value = 1e30  # fits bfloat16, not float16
+    poisoned(model, tmp_path / "bad", "layers.2.self_attn.v_proj", value, torch.bfloat16)
+    dense = load_dense(resolve(str(model)))
+    places = layers_on_disk(dense, dense.get_decoder(), "cpu")
+    source = resolve(str(tmp_path / "bad"))
+    stored = load_dense(source, device_map=places)
+    assert is_offloaded(stored) and next(stored.get_decoder().layers.parameters()).is_meta
+    with pytest.raises(ModelError, match=r"layers.2.self_attn.v_proj.weight' .* not finite"):
+        load_dense(source, device_map=places, dtype=torch.float16)
+
+
 @pytest.mark.parametrize(
     ("part", "layer"), [("layers.1.mlp.gate_proj", 1), ("layers.2.self_attn.v_proj", 2)]
 )
-def test_non_finite_activations_name_their_layer(model: Path, part: str, layer: int) -> None:
-    dense = load_dense(resolve(str(model)))
-    weight = next(each for name, each in dense.named_parameters() if part in name)
-    with torch.no_grad():
-        weight.view(-1)[0] = INFINITY
-    pairs = open_pairs("demo:calibration", samples=2, seed=0)
-    with pytest.raises(DataError, match=f"measurements of layer {layer} are not finite"):
-        measure(dense, load_processor(str(model)), pairs, name="bad")
+def test_non_finite_measurements_name_what_is_not_finite(
+    model: Path, part: str, layer: int
+) -> None:
+    """The weight, if it is one, or else the layer, whose activations overflow."""
+    for value, kind, reason in (
+        (INFINITY, ModelError, f"^bad: the weight '.*{part}.weight' holds .* not finite"),
+        (3e38, DataError, f"measurements of layer {layer} are not finite"),
+    ):
+        dense = load_dense(resolve(str(model)))
+        weight = next(each for name, each in dense.named_parameters() if part in name)
+        with torch.no_grad():
+            weight.view(-1)[:8] = value
+        pairs = open_pairs("demo:calibration", samples=2, seed=0)
+        with pytest.raises(kind, match=reason) as found:
+            measure(dense, load_processor(str(model)), pairs, name="bad")
+        assert (found.value.remedy or "").startswith("The model's activations overflow") == (
+            kind is DataError
+        )
 
 
 def test_non_finite_statistics_are_refused(yopo: Yopo, calibrated: Path, tmp_path: Path) -> None:
@@ -117,14 +142,21 @@ def test_non_finite_statistics_are_refused(yopo: Yopo, calibrated: Path, tmp_pat
         path.write_bytes(replace(good, **{each.name: changed}).to_bytes())
         done = yopo("plan", path, "--preset", "yopo-25")
         assert done.is_sentence and "of layer 2 are not finite" in done.err and not os.listdir()
+        assert "The file is damaged" in done.err
 
 
-def test_non_finite_predictions_are_refused(model: Path) -> None:
-    """The weights are finite but too large for the products made from them."""
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [
+        (3e38, "pair 0: the model's predictions .* are not finite"),  # only products overflow
+        (INFINITY, "the weight 'lm_head.weight' holds values that are not finite"),
+    ],
+)
+def test_non_finite_predictions_are_refused(model: Path, factor: float, reason: str) -> None:
     dense = load_dense(resolve(str(model)))
     with torch.no_grad():
         weight = dense.get_output_embeddings().weight
-        weight.mul_(3e38 / weight.abs().max())
+        weight.div_(weight.abs().max()).mul_(factor)
     pairs = open_pairs("demo:calibration", samples=2, seed=0)
-    with pytest.raises(ModelError, match="pair 0: the model's predictions .* are not finite"):
+    with pytest.raises(ModelError, match=reason):
         record_dense(dense, load_processor(str(model)), pairs, batch_size=2, max_new_tokens=2)

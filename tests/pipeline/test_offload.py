@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.utils import OffloadedWeightsLoader
 from click.testing import CliRunner
 
 from yopo.cli.group import cli
 from yopo.models.offloaded import is_offloaded
-from yopo.pipeline.commands import calibrate
+from yopo.pipeline.commands import calibrate, evaluate
 from yopo.pipeline.model_handle import ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.request import BudgetRequest
@@ -52,8 +56,32 @@ def test_calibration_is_the_same(tmp_path: Path) -> None:
         assert path.read_bytes() == (other.parent / path.name).read_bytes()
 
 
-def test_a_device_map_says_it_already() -> None:
-    given = ["calibrate", "--model", "llava-tiny", "--offload", "always", "--device-map", "auto"]
-    found = CliRunner().invoke(cli, given)
+def test_an_evaluation_is_the_same_and_reads_layers_once_per_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads: Counter[str] = Counter()
+    read = OffloadedWeightsLoader.__getitem__
+
+    def counted(loader: OffloadedWeightsLoader, key: str) -> torch.Tensor:
+        reads[key] += 1
+        return read(loader, key)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+    options = RunOptions(samples=16, max_new_tokens=3, batch_size=4)
+    plan = calibrate("llava-tiny", BudgetRequest(0.25, template="reader"), options=options).plan
+    usual = evaluate(plan, options=options, timing_runs=0)
+    assert not reads
+    capsys.readouterr()
+    found = evaluate(plan, options=replace(options, offload="always"))
+    assert "Prefill is not timed" in capsys.readouterr().err
+    assert found.to_dict() == usual.to_dict()
+    assert found.kept.answers == usual.kept.answers
+    # To load and to identify the model; both models' answers and predictions along them.
+    assert set(reads.values()) == {2 + 2 * (3 + 1)}
+
+
+@pytest.mark.parametrize("command", [("calibrate", "--model", "llava-tiny"), ("eval", "plan.yaml")])
+def test_a_device_map_says_it_already(command: tuple[str, ...]) -> None:
+    found = CliRunner().invoke(cli, [*command, "--offload", "always", "--device-map", "auto"])
     assert found.exit_code == 2
     assert "exclude one another" in found.output

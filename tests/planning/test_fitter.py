@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from unittest.mock import Mock
 
 import pytest
@@ -17,10 +18,11 @@ from yopo.support.errors import YopoError
 def test_out_of_memory_names_the_pairs_and_the_lever(
     monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(_: object, batches: Iterable[Batch], *others: object) -> None:
+        list(batches)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(module, "enter", lambda model, batches, reduction, room: batches)
+    monkeypatch.setattr(module, "enter", lambda model, batches, reduction, room: list(batches))
     monkeypatch.setattr(module, what, fail)
     monkeypatch.setattr(module, "shape_of", lambda config: None)
     batches = [Batch({}, None, (None,) * size) for size in (8, 3)]

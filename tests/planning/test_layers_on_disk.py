@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from zoo import Specimen
 
 from yopo.data.prompts import Batch
-from yopo.fitting.layerwise import enter
+from yopo.fitting.layerwise import DenseWalk, enter
 from yopo.fitting.profile import profile
 from yopo.fitting.refit import refit
 from yopo.fitting.states import InFiles, InHostMemory, OnDevice, Room, room_for
@@ -71,6 +72,35 @@ def test_walks_compute_the_same(
                 assert all(torch.equal(weights[name], again[number][name]) for name in weights)
     assert all(weight.is_meta for weight in decoder.layers.parameters())
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+class Counted(OnDevice):
+    """States stay where they are, and are counted as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        self.held: list[weakref.ref[torch.Tensor]] = []
+
+    def put(self, states: torch.Tensor, over: torch.Tensor | None = None) -> torch.Tensor:
+        stored = states.clone()
+        self.held.append(weakref.ref(stored))
+        return stored
+
+    def sizes(self) -> list[torch.Size]:
+        return [each().shape for each in self.held if each() is not None]
+
+
+def test_a_fit_keeps_only_the_states_that_it_aims_at(
+    specimen: Specimen, batches: list[Batch]
+) -> None:
+    room = Counted()
+    walk = DenseWalk(specimen.model, enter(specimen.model, batches[:1], None, room))
+    visual = walk.batches[0].visual(walk.batches[0].hidden).shape
+    others = room.sizes().count(visual)  # features that are added after the first layers
+    walk.skip(0)
+    assert room.sizes().count(visual) == others
+    walk.step(1)
+    walk.step(2)
+    assert room.sizes().count(visual) == others + 2  # within and after the layer
 
 
 def test_states_wait_where_there_is_room(specimen: Specimen, tmp_path: Path) -> None:

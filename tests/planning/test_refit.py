@@ -180,7 +180,7 @@ def test_a_cached_latent_is_centred_and_changes_nothing_else(
     plain = plan_of(specimen, everything(shape), order=orders(shape))
     layers = (replace(plain.layers[0], latent_bits=8), *plain.layers[1:])
     stored = replace(plain, layers=layers)
-    layouts = [each.layout for each in enter(specimen.model, batches)]
+    streams = [each.layout.visual for each in enter(specimen.model, batches)]
     seen: list[torch.Tensor] = []
     for plan in (fitted(specimen.model, batches, plain), fitted(specimen.model, batches, stored)):
         with pruned(specimen.model, plan), torch.no_grad():
@@ -192,7 +192,7 @@ def test_a_cached_latent_is_centred_and_changes_nothing_else(
             for batch in batches:
                 specimen.model.base_model(**batch.inputs, use_cache=False)
             handle.remove()
-            seen.append(torch.cat(list(map(real_rows, layouts, latents))))
+            seen.append(torch.cat(list(map(real_rows, streams, latents))))
             keys = part.key(seen[-1]), part.value(seen[-1])
         if plan.layers == plain.layers:
             expected = keys

@@ -76,10 +76,9 @@ def test_the_walk_matches_the_stock_forward(specimen: Specimen, batches: list[Ba
     walk = DenseWalk(specimen.model, enter(specimen.model, batches))
     assert len(walk.batches) == len(batches)
     for number in range(specimen.identity.shape.layers):
-        found = walk.step(number)
-        for states, batch, truth, mask in zip(found, walk.batches, expected, masks, strict=True):
-            for name in ("before", "middle", "after"):
-                rows = getattr(states, name)
+        steps = zip(walk.steps(number), walk.batches, expected, masks, strict=True)
+        for (before, states), batch, truth, mask in steps:
+            for name, rows in (("before", before), *vars(states).items()):
                 assert rows.shape == (int(mask.sum()), specimen.identity.shape.hidden)
                 assert torch.equal(rows, truth[name][number][mask]), (number, name)
             assert torch.equal(batch.hidden, truth["next"][number]), number

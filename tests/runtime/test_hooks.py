@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 import yopo
 from yopo.checkpoint.bake import bake
-from yopo.runtime.install import install, pruned
+from yopo.runtime.install import check_model, install, pruned
 from yopo.support.errors import ModelError
 
 INPUTS = tiny.batch([[1, 5, 6, *PICTURE, 7, 8]])
@@ -116,6 +116,7 @@ def test_weights_that_are_offloaded_afterwards_are_fetched(
     else:
         accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     assert model.get_decoder().layers[0].mlp.up_proj.weight.is_meta
+    check_model(model, plan, check=True)
     assert torch.equal(tiny.logits(model, INPUTS), sparse)
     assert torch.equal(model.generate(**INPUTS, max_new_tokens=3, do_sample=False), said)
 

@@ -204,6 +204,13 @@ def test_without_the_check_other_weights_pass_but_not_none(mha: Subject) -> None
             pass
 
 
+def test_layers_without_weights_have_no_fingerprint(mha: Subject) -> None:
+    plans = map(mha.random_plan, range(99))
+    plan = next(each for each in plans if each.visual_depth <= 3)
+    with pytest.raises(ModelError, match="is on the meta device"), pruned(spoiled(set_meta), plan):
+        pass
+
+
 def test_another_shape_or_family_is_refused(mha: Subject) -> None:
     with (
         pytest.raises(ModelError, match="made for tiny-mha"),

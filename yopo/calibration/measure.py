@@ -19,7 +19,7 @@ from yopo.data.prompts import batches, encode_for
 from yopo.data.sizes import by_size
 from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
-from yopo.models.offloaded import at_hand
+from yopo.models.offloaded import at_hand, named_weights
 from yopo.models.registry import family_of
 from yopo.models.turns import in_turns
 from yopo.plans.extent import Extent
@@ -27,6 +27,7 @@ from yopo.plans.schema import ModelIdentity, ModelShape
 from yopo.reduction.method import Method
 from yopo.support.console import track
 from yopo.support.errors import DataError, YopoError
+from yopo.support.finite import check_weights
 from yopo.support.ranks import is_together, shared
 from yopo.support.work_dir import NoWork, Work
 
@@ -80,6 +81,7 @@ def measure(
 
     Raises:
         DataError: No pairs, or one that cannot be read.
+        ModelError: A weight, and thus what is measured, is not finite.
         YopoError: Out of memory; suggests a smaller batch.
     """
     identity = identify(model, name)
@@ -89,7 +91,7 @@ def measure(
     keeper = _Keeper(identity.shape, work or NoWork())
     rest = (group for group in groups if not keeper.has(group))
     with observing(model, identity.shape, family, queries, reduction) as observer:
-        for part in _parts(model, rest, partial(_observe, model, processor, observer)):
+        for part in _parts(model, rest, partial(_observe, model, processor, observer, name)):
             keeper.add(part)
         if not keeper.total.rho:
             raise DataError("There are no pairs to calibrate on.")
@@ -135,7 +137,11 @@ class _Keeper:
 
 
 def _observe(
-    model: PreTrainedModel, processor: ProcessorMixin, observer: Observer, group: tuple[Pair, ...]
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    observer: Observer,
+    name: str,
+    group: tuple[Pair, ...],
 ) -> Running:
     """The sums over a batch."""
     batch = encode_for(model, processor, group)
@@ -147,7 +153,11 @@ def _observe(
             f"Out of memory at {len(group)} pairs per batch.",
             remedy="Use a smaller --batch-size, or --dtype bfloat16.",
         ) from error
-    return observer.finish()
+    try:
+        return observer.finish()
+    except DataError:
+        check_weights(named_weights(model), name)
+        raise
 
 
 def _conclude(

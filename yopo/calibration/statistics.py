@@ -173,7 +173,7 @@ class Statistics:
         return self.visual_tokens
 
     def check_finite(self) -> None:
-        """Refuse the statistics of a model with a NaN or an infinity in it.
+        """Refuse statistics with a NaN or an infinity in them.
 
         Raises:
             DataError: A sum is not finite; names the layer.
@@ -282,8 +282,7 @@ def refuse_not_finite(sums: Iterable[torch.Tensor]) -> None:
     if layer is not None:
         raise DataError(
             f"The measurements of layer {layer} are not finite (NaN or infinity).",
-            remedy="A weight of the model is not finite, or its activations do not fit the dtype: "
-            "try --dtype bfloat16 or float32.",
+            remedy="The model's activations overflow the dtype: try --dtype bfloat16 or float32.",
         )
 
 

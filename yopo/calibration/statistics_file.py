@@ -61,7 +61,8 @@ def load_statistics(path: str | Path) -> Statistics:
     try:
         found.check_finite()
     except DataError as error:
-        raise DataError(f"{path}: {error.message}", remedy=error.remedy) from error
+        remedy = "The file is damaged, since such statistics are never written: calibrate again."
+        raise DataError(f"{path}: {error.message}", remedy=remedy) from error
     return found
 
 

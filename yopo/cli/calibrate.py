@@ -110,15 +110,8 @@ def _show_status(context: click.Context, parameter: click.Parameter, value: Path
     "--work-dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Keep finished stages here: if it is killed, the same command goes on where it was.",
-)
-@click.option(
-    "--offload",
-    type=click.Choice(("auto", "never", "always")),
-    default="auto",
-    show_default=True,
-    help="Read decoder layers from disk one at a time; auto: where the weights do not fit. States "
-    "of pairs then wait in host memory, or in files in --work-dir.",
+    help="Keep finished stages here: if it is killed, the same command goes on where it was. Where "
+    "decoder layers stay on disk, what waits does so here instead of in host memory.",
 )
 @click.option(
     "--status",
@@ -147,8 +140,6 @@ def command(context: click.Context, **values: Any) -> None:
     requests = [plan_request(context, costs=costs, budget=each) for each in outputs]
     if not values["data"]:
         check_named(values["model"], "calibration")
-    if values["offload"] != "auto" and values["device_map"] is not None:
-        raise click.UsageError("--offload and --device-map exclude one another.")
     check_settings(context)
     commands, pipeline = load("yopo.pipeline.commands"), load("yopo.pipeline.options")
     counts = (values["measure_pairs"], values["fit_pairs"])

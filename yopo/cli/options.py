@@ -165,6 +165,13 @@ run_options = _chain(
     ),
     device_map_option,
     click.option(
+        "--offload",
+        type=click.Choice(("auto", "never", "always")),
+        default="auto",
+        show_default=True,
+        help="Read decoder layers from disk one at a time; auto: where the weights do not fit.",
+    ),
+    click.option(
         "--dtype",
         default="auto",
         show_default=True,
@@ -246,10 +253,13 @@ def check_settings(context: click.Context) -> None:
     """Refuse data, a dtype or processor options that cannot be right, before torch is imported.
 
     Raises:
+        click.UsageError: Two options say where the model's parts go.
         YopoError: There is no such file or dtype, or an option has no value.
     """
     from yopo.support.dtypes import check_dtype
 
+    if context.params["offload"] != "auto" and context.params["device_map"] is not None:
+        raise click.UsageError("--offload and --device-map exclude one another.")
     check_exists(context.params["data"])
     check_dtype(context.params["dtype"])
     processor_options(context)

@@ -40,6 +40,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def to(self, device: torch.device) -> Batch:
+        """This batch with its tensors on a device."""
+        inputs = {name: each.to(device) for name, each in self.inputs.items()}
+        mask = None if self.answer_mask is None else self.answer_mask.to(device)
+        return Batch(inputs, mask, self.pairs)
+
 
 def batches(pairs: Iterable[Pair], size: int) -> Iterator[tuple[Pair, ...]]:
     """Group pairs in order; the last group may be smaller than ``size``."""

@@ -25,6 +25,8 @@ from yopo.evaluation.fidelity import (
     worst_kind,
 )
 from yopo.evaluation.timing import PrefillTime, Switch, time_prefill
+from yopo.models.offloaded import is_offloaded
+from yopo.models.turns import in_turns
 from yopo.plans.evaluated import FORMAT_VERSION
 from yopo.plans.flops import (
     dense_prefill_flops,
@@ -36,7 +38,7 @@ from yopo.plans.flops import (
 from yopo.plans.schema import PruningPlan
 from yopo.runtime.install import pruned
 from yopo.support.binomial import interval
-from yopo.support.console import track
+from yopo.support.console import note, track
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def evaluate(
         pairs: Held-out pairs, with answers for accuracy.
         batch_size: Pairs per forward.
         max_new_tokens: Longest answer.
-        timing_runs: Paired prefill runs; 0 skips timing.
+        timing_runs: Paired prefill runs; 0 skips timing, as do weights that are not in memory.
         total: Number of pairs, for the progress bar.
         records: The dense model's answers, if already recorded for another plan.
         examples: Pairs to show with their images and where the text looks (see ``examples_of``).
@@ -213,7 +215,9 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     prefill = None
-    if timing_runs:
+    if timing_runs and is_offloaded(model.get_decoder()):
+        note("Prefill is not timed, since that would be the time to fetch weights.")
+    elif timing_runs:
         largest = max((record.batch for record in records), key=len)
         prefill = time_prefill(
             model, largest, lambda: pruned(model, plan, check=False), runs=timing_runs
@@ -241,19 +245,22 @@ def measure_kept(
         max_new_tokens: Longest answer.
         label: Label of the progress bar.
     """
-    tokenizer = processor.tokenizer
-    seen: list[tuple[Pair, str, str]] = []
+
+    def answer(_: int, record: Recorded) -> list[tuple[Pair, str, str]]:
+        group = record.batch.pairs
+        ours = generate_answers(model, processor, group, max_new_tokens)
+        dense, pruned = (
+            processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for ids in (record.answers, ours)
+        )
+        return list(zip(group, dense, pruned, strict=True))
+
     with switch():
         fidelity = compare(model, records)
-        groups = (record for record in records)
-        for record in track(groups, label=label, total=len(records), unit="batches"):
-            group = record.batch.pairs
-            ours = generate_answers(model, processor, group, max_new_tokens)
-            texts = (
-                tokenizer.batch_decode(ids, skip_special_tokens=True)
-                for ids in (record.answers, ours)
-            )
-            seen += zip(group, *texts, strict=True)
+        groups = (record for record in records)  # without a size: batches are counted
+        tracked = track(groups, label=label, total=len(records), unit="batches")
+        finished = in_turns(model, answer, tracked, new_tokens=max_new_tokens)
+        seen = [each for some in finished for batch in some.results for each in batch]
     kinds = kinds_of_records(records)
     parts = {
         name: _part([each for each, kind in zip(seen, kinds, strict=True) if kind == name], some)

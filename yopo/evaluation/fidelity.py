@@ -18,12 +18,15 @@ from yopo.data.pairs import Pair
 from yopo.data.prompts import Batch, batches, encode_for
 from yopo.data.sizes import by_size
 from yopo.evaluation.kinds import MIN_GROUP, kinds_of
+from yopo.fitting.states import InHostMemory, Room
 from yopo.models.answer_tokens import teacher_forced
+from yopo.models.devices import device_of
+from yopo.models.offloaded import named_weights
 from yopo.models.registry import family_of
 from yopo.models.turns import in_turns
 from yopo.support.console import track
 from yopo.support.errors import DataError, ModelError
-from yopo.support.finite import is_finite
+from yopo.support.finite import check_weights, is_finite
 from yopo.support.ranks import gathered, mine
 from yopo.support.work_dir import NoWork, Stage, Work
 
@@ -36,14 +39,21 @@ class Recorded:
     """A batch with the dense model's own answers after the prompts.
 
     Attributes:
-        batch: Inputs and answer mask.
+        batch: Inputs and answer mask, in host memory or a file.
         answers: The answers' token ids per pair, end token included.
-        log_probs: (answer tokens of the batch, vocabulary) float32 of the dense model, on CPU.
+        log_probs: (answer tokens of the batch, vocabulary) float32 of the dense model, likewise.
     """
 
     batch: Batch
     answers: list[list[int]]
     log_probs: torch.Tensor
+
+    def waiting(self, room: Room) -> Recorded:
+        """This batch with its tensors in a room."""
+        inputs = {name: room.put(each) for name, each in self.batch.inputs.items()}
+        assert self.batch.answer_mask is not None, "a record holds the dense model's answers"
+        batch = replace(self.batch, inputs=inputs, answer_mask=room.put(self.batch.answer_mask))
+        return Recorded(batch, self.answers, room.put(self.log_probs))
 
 
 @dataclass(frozen=True)
@@ -155,14 +165,15 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
     Args:
         model: Dense, or inside a ``pruned`` or ``baseline`` block.
-        batch: A batch with an answer mask.
+        batch: A batch with an answer mask, wherever its tensors are.
 
     Returns:
         (answer tokens of the batch, vocabulary) float32, row by row.
 
     Raises:
-        ModelError: They are not finite.
+        ModelError: They are not finite; names the weight that is not, if there is one.
     """
+    batch = batch.to(device_of(model))
     mask = batch.answer_mask
     assert mask is not None, "the batch holds no answers"
     with teacher_forced(mask):
@@ -171,6 +182,7 @@ def answer_log_probs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     chosen = hidden[:, :-1][mask[:, 1:].to(hidden.device)]
     log_probs = model.get_output_embeddings()(chosen).float().log_softmax(dim=-1)
     if not is_finite(log_probs):
+        check_weights(named_weights(model), model.name_or_path or type(model).__name__)
         raise ModelError(
             f"{batch.pairs[0].where}: the model's predictions for this batch are not finite.",
             remedy="Its activations overflow the dtype: try --dtype bfloat16 or float32.",
@@ -189,8 +201,9 @@ def record_dense(
     total: int | None = None,
     work: Work | None = None,
     name: str = "answers",
+    room: Room | None = None,
 ) -> list[Recorded]:
-    """Record the dense model's answers and predictions.
+    """Record the dense model's answers and predictions, and leave none of them on its device.
 
     Args:
         model: The dense model.
@@ -202,6 +215,7 @@ def record_dense(
         total: Expected number of pairs, likewise.
         work: Keeps finished batches.
         name: Of these pairs, among other stages.
+        room: Where batches and predictions wait; None: in host memory.
 
     Returns:
         The batches of this process (see ``yopo.support.ranks``): all, if there is one.
@@ -209,11 +223,12 @@ def record_dense(
     Raises:
         DataError: No pairs.
     """
-    kept = work or NoWork()
+    kept, place = work or NoWork(), InHostMemory() if room is None else room
 
     def record(_: int, numbered: tuple[int, tuple[Pair, ...]]) -> Recorded:
         number, group = numbered
-        return _record(model, processor, group, max_new_tokens, kept, f"{name}-{number:05}")
+        found = _record(model, processor, group, max_new_tokens, kept, f"{name}-{number:05}")
+        return found.waiting(place)
 
     groups = track(batches(by_size(pairs), batch_size), label=label, total=total, unit="pairs")
     finished = in_turns(model, record, mine(groups), new_tokens=max_new_tokens)

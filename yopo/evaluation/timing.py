@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
-from yopo.models.devices import devices_of
+from yopo.models.devices import device_of, devices_of
 
 Switch = AbstractContextManager[object]
 
@@ -78,11 +78,13 @@ def time_prefill(
 
     Args:
         model: A dense model in memory.
-        batch: The batch to prefill.
+        batch: The batch to prefill, wherever its tensors are.
         prune: Makes the context manager under which the model is pruned.
         runs: Counted pairs.
         warmup: Uncounted pairs before those.
     """
+
+    batch = batch.to(device_of(model))
 
     def prefill() -> float:
         with _stopwatch(model) as times:

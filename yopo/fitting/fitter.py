@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -46,7 +46,7 @@ class Fitter:
     def __init__(
         self,
         model: PreTrainedModel,
-        encode: Callable[[], Sequence[Batch]],
+        encode: Callable[[], Iterable[Batch]],
         reduction: Method | None = None,
         work: Work | None = None,
         is_known: Callable[[PruningPlan], bool] = lambda plan: False,
@@ -61,9 +61,13 @@ class Fitter:
     @cached_property
     def _batches(self) -> list[DenseBatch]:
         """The prompts at the decoder: the vision tower sees them once for all walks."""
-        encoded = self._encode()
-        self._pairs = sum(len(batch) for batch in encoded)
-        return enter(self._model, encoded, self.reduction, self._room)
+        return enter(self._model, self._counted(), self.reduction, self._room)
+
+    def _counted(self) -> Iterator[Batch]:
+        self._pairs = 0
+        for batch in self._encode():
+            self._pairs += len(batch)
+            yield batch
 
     @cached_property
     def profile(self) -> Profile:

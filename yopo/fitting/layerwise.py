@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ from yopo.models.layout import LayoutProbe
 from yopo.models.offloaded import at_hand
 from yopo.models.registry import family_of
 from yopo.models.shortened import shorten
-from yopo.models.streams import TokenLayout
+from yopo.models.streams import Stream, TokenLayout
 from yopo.models.tower_attention import attention_path
 from yopo.reduction.method import Method
 from yopo.runtime.sliced_linear import SlicedLinear
@@ -42,7 +42,7 @@ class DenseBatch:
         positions: Position ids of the forward, or None.
         mask: (batch, sequence) attention mask.
         stack: DeepStack features, (visual tokens, hidden) each, added after the first layers.
-        room: Where ``hidden`` and ``arguments`` wait.
+        room: Where all of these wait between layers; the layout is with ``hidden``.
         is_shared: Whether other walks start from ``hidden`` as well.
     """
 
@@ -55,11 +55,6 @@ class DenseBatch:
     room: Room = field(default_factory=OnDevice)
     is_shared: bool = True
 
-    def on(self, device: torch.device) -> torch.Tensor:
-        """``hidden`` on the device of the next layer; the layout goes there, too."""
-        self.layout = moved(self.layout, device)
-        return self.hidden.to(device)
-
     def settle(self, hidden: torch.Tensor) -> None:
         """Let the input of the next layer wait."""
         self.hidden = self.room.put(hidden, None if self.is_shared else self.hidden)
@@ -67,19 +62,18 @@ class DenseBatch:
 
     def put(self, states: DenseStates, over: DenseStates | None) -> DenseStates:
         """Let the states of a layer wait, in the place of those of another."""
-        old = [None] * 3 if over is None else [over.before, over.middle, over.after]
-        new = (states.before, states.middle, states.after)
-        return DenseStates(*(self.room.put(*each) for each in zip(new, old, strict=True)))
+        middle, after = (None, None) if over is None else (over.middle, over.after)
+        return DenseStates(self.room.put(states.middle, middle), self.room.put(states.after, after))
 
     def visual(self, states: torch.Tensor) -> torch.Tensor:
         """(visual tokens of all rows, hidden) of (batch, sequence, hidden) states, no padding."""
-        return real_rows(self.layout, self.layout.visual.gather(states))
+        stream = moved(self.layout.visual, states.device)
+        return real_rows(stream, stream.gather(states))
 
 
-def real_rows(layout: TokenLayout, states: torch.Tensor) -> torch.Tensor:
-    """(tokens, width) of (batch, visual, width) states, without stream padding."""
-    mask = layout.visual.mask
-    return states.flatten(0, 1) if mask is None else states[mask]
+def real_rows(stream: Stream, states: torch.Tensor) -> torch.Tensor:
+    """(tokens, width) of a stream's (batch, length, width) states, without its padding."""
+    return states.flatten(0, 1) if stream.mask is None else states[stream.mask]
 
 
 def own_matrix(part: VisualLayer, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -91,9 +85,8 @@ def own_matrix(part: VisualLayer, name: str) -> tuple[torch.Tensor, torch.Tensor
 
 @dataclass(frozen=True)
 class DenseStates:
-    """Dense visual states of one batch before, within and after a layer, (tokens, hidden) each."""
+    """Dense visual states of one batch within and after a layer, (tokens, hidden) each."""
 
-    before: torch.Tensor
     middle: torch.Tensor
     after: torch.Tensor
 
@@ -121,26 +114,36 @@ class DenseWalk:
         self._held: list[DenseStates | None] = [None] * len(self.batches)
 
     def step(self, number: int) -> list[DenseStates]:
-        """Run layer ``number`` on all batches."""
-        self._held = [
-            batch.put(states, held)
-            for batch, states, held in zip(
-                self.batches, self.steps(number), self._held, strict=True
-            )
-        ]
-        return [each for each in self._held if each is not None]
+        """Run layer ``number`` on all batches.
+
+        Returns:
+            What a fit aims at, batch by batch; until the next step, which takes its place.
+        """
+        for place, (_, states) in enumerate(self.steps(number)):
+            self._held[place] = self.batches[place].put(states, self._held[place])
+        return cast("list[DenseStates]", self._held)
+
+    def skip(self, number: int) -> None:
+        """Run layer ``number`` on all batches, for the input of the next one alone."""
+        for _ in self.steps(number):
+            pass
 
     @torch.no_grad()
-    def steps(self, number: int) -> Iterator[DenseStates]:
-        """Run layer ``number`` on one batch after the other; their states are on its device."""
+    def steps(self, number: int) -> Iterator[tuple[torch.Tensor, DenseStates]]:
+        """Run layer ``number`` on one batch after the other.
+
+        Yields:
+            Its visual states before the layer, (tokens, hidden), and those that follow, on the
+            layer's device.
+        """
         with at_hand(self.decoder.layers[number]):
             for batch in self.batches:
                 yield self._step(number, batch)
 
-    def _step(self, number: int, batch: DenseBatch) -> DenseStates:
+    def _step(self, number: int, batch: DenseBatch) -> tuple[torch.Tensor, DenseStates]:
         layer, middle = self.decoder.layers[number], []
         place = device_of(layer)
-        hidden = batch.on(place)
+        hidden = batch.hidden.to(place)
         arguments = {name: moved(each, place) for name, each in batch.arguments[number].items()}
         norm = getattr(layer, self.names.ffn_norm)
         handle = norm.register_forward_pre_hook(lambda module, args: middle.append(args[0]))
@@ -149,16 +152,17 @@ class DenseWalk:
         finally:
             handle.remove()
         output = output[0] if isinstance(output, tuple) else output
-        states = DenseStates(batch.visual(hidden), batch.visual(middle[0]), batch.visual(output))
+        before = batch.visual(hidden)
+        states = DenseStates(batch.visual(middle[0]), batch.visual(output))
         batch.settle(add_stack(output, batch, number))
-        return states
+        return before, states
 
 
 def add_stack(hidden: torch.Tensor, batch: DenseBatch, number: int) -> torch.Tensor:
     """Add a layer's DeepStack features to (batch, sequence, hidden) states."""
     if number >= len(batch.stack):
         return hidden
-    hidden, stream = hidden.clone(), batch.layout.visual
+    hidden, stream = hidden.clone(), moved(batch.layout.visual, hidden.device)
     added = stream.gather(hidden) + stream.unflatten(batch.stack[number].to(hidden))
     stream.scatter(hidden, added)
     return hidden
@@ -190,7 +194,7 @@ def enter(
 
 
 def _settled(batch: DenseBatch, room: Room) -> DenseBatch:
-    """The batch with its states, and what its layers are given, in a room."""
+    """The batch with its states, and all else that layers are given, in a room."""
     put: dict[int, torch.Tensor] = {}  # layers share tensors
 
     def stored(value: Any) -> Any:
@@ -202,8 +206,18 @@ def _settled(batch: DenseBatch, room: Room) -> DenseBatch:
             put[id(value)] = room.put(value)
         return put[id(value)]
 
-    arguments = [{name: stored(value) for name, value in each.items()} for each in batch.arguments]
-    return replace(batch, hidden=stored(batch.hidden), arguments=arguments, room=room)
+    hidden = stored(batch.hidden)
+    return DenseBatch(
+        hidden=hidden,
+        layout=moved(batch.layout, hidden.device),
+        arguments=[
+            {name: stored(value) for name, value in each.items()} for each in batch.arguments
+        ],
+        positions=stored(batch.positions),
+        mask=stored(batch.mask),
+        stack=stored(batch.stack),
+        room=room,
+    )
 
 
 class _Entered(Exception):

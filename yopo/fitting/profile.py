@@ -80,17 +80,18 @@ def profile(
     """
     walk = DenseWalk(model, batches)
     work = work or NoWork()
-    stream, rows = [_energy(walk)], []
-    for number in range(shape.layers):
+    places = [device_of(layer) for layer in walk.decoder.layers]
+    stream, rows = [_energy(walk, places[0])], []
+    for number, place in enumerate(places):
         kept = work.load(f"profile-{number:03}")
         if kept is None:
             with at_hand(walk.decoder.layers[number]):
                 parts = _profile_layer(walk, number, shape)
             work.save(f"profile-{number:03}", Stage(dict(zip(_ENERGIES, parts, strict=True))))
         else:
-            walk.step(number)
+            walk.skip(number)
             parts = tuple(kept.tensors[name] for name in _ENERGIES)
-        stream.append(_energy(walk))
+        stream.append(_energy(walk, place))
         mixing, bottleneck, mapped, nonlinear = (each.cpu() for each in parts)
         after = stream[-1]
         rows.append((mixing / after, bottleneck, mapped / after, nonlinear / after))
@@ -99,12 +100,11 @@ def profile(
     return Profile(mixing, bottleneck, mapped, nonlinear, energies)
 
 
-def _energy(walk: DenseWalk) -> float:
+def _energy(walk: DenseWalk, place: torch.device) -> float:
     """Geometric mean of the squared norms of the visual states before the next layer."""
     found = []
     for batch in walk.batches:
-        hidden = batch.on(batch.layout.visual.index.device)
-        norms = batch.visual(hidden).float().square().sum(dim=1).clamp(min=1e-30)
+        norms = batch.visual(batch.hidden.to(place)).float().square().sum(dim=1).clamp(min=1e-30)
         found.append((float(norms.log().sum(dtype=torch.float64)), len(norms)))
     total, count = 0.0, 0
     for logarithms, tokens in gathered(found):
@@ -127,13 +127,13 @@ def _profile_layer(walk: DenseWalk, number: int, shape: ModelShape) -> tuple[tor
     )
     attention_norm, ffn_norm = getattr(layer, names.attention_norm), getattr(layer, names.ffn_norm)
     try:
-        for batch, each in zip(walk.batches, walk.steps(number), strict=True):
+        for batch, (before, each) in zip(walk.batches, walk.steps(number), strict=True):
             mixed = batch.visual(attended.pop())
-            heads.add(attention_norm(each.before), mixed)
+            heads.add(attention_norm(before), mixed)
             outputs.add(mixed)
-            update.add(ffn_norm(each.before), each.after - each.before)
+            update.add(ffn_norm(before), each.after - before)
             ffn.add(ffn_norm(each.middle), each.after - each.middle)
-            changed, added = _squared(each.after - each.before), _squared(each.after - each.middle)
+            changed, added = _squared(each.after - before), _squared(each.after - each.middle)
             energies.append((changed, added, len(mixed)))
     finally:
         handle.remove()

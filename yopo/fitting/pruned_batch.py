@@ -64,7 +64,7 @@ class PrunedBatch:
 
     def real(self, states: torch.Tensor) -> torch.Tensor:
         """(visual tokens, width) of (batch, visual, width) states."""
-        return real_rows(moved(self.dense.layout, states.device), states)
+        return real_rows(moved(self.dense.layout.visual, states.device), states)
 
 
 def pruned_batches(walk: DenseWalk, plan: PruningPlan) -> list[PrunedBatch]:

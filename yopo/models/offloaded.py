@@ -37,6 +37,23 @@ def is_offloaded(decoder: nn.Module) -> bool:
     return any(fetching_hook(module) is not None for module in decoder.modules())
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of a model's parameters, also of those that accelerate keeps elsewhere.
+
+    These are read where they are, one at a time. Those on the meta device that no hook fetches are
+    left out.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        hook = fetching_hook(module)
+        for name, weight in module._parameters.items():
+            if weight is None or id(weight) in seen or (weight.is_meta and hook is None):
+                continue
+            seen.add(id(weight))
+            value = hook.weights_map[name] if weight.is_meta and hook is not None else weight
+            yield f"{path}.{name}" if path else name, value
+
+
 @contextmanager
 def at_hand(layer: nn.Module) -> Iterator[None]:
     """Have all weights of a layer in memory inside the block, fetched once.

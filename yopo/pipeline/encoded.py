@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -14,12 +14,12 @@ from yopo.support.ranks import check_enough, mine
 
 def encoded(
     model: PreTrainedModel, processor: ProcessorMixin, pairs: Iterable[Pair], batch_size: int
-) -> list[Batch]:
-    """Encode this process's batches of pairs: all, if there is one process.
+) -> Iterator[Batch]:
+    """Encode this process's batches of pairs, all if there is one process, when they are needed.
 
     Raises:
         YopoError: There are more processes than batches.
     """
     groups = list(batches(by_size(pairs), batch_size))
     check_enough(len(groups), "batches of pairs to fit on")
-    return [encode_for(model, processor, group) for _, group in mine(groups)]
+    return (encode_for(model, processor, group) for _, group in mine(groups))

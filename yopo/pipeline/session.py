@@ -6,7 +6,7 @@ only costs its own fit and measurement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from yopo.evaluation.fidelity import (
     record_dense,
 )
 from yopo.fitting.fitter import Fitter
-from yopo.fitting.states import room_for
+from yopo.fitting.states import OnDevice, room_for
 from yopo.pipeline.encoded import encoded
 from yopo.pipeline.latency import in_flops
 from yopo.pipeline.model_handle import Model, ModelHandle
@@ -118,9 +118,7 @@ class CalibrationSession:
         self.options, self.fit_options = options, fit_options
         if options.data is None and isinstance(model, str | Path):
             check_named(str(model), "calibration")
-        if not isinstance(model, ModelHandle):
-            model = ModelHandle(model, processor, options)
-        handle = model
+        handle = model if isinstance(model, ModelHandle) else ModelHandle(model, processor, options)
         self.processor = handle.processor
         pairs = open_for(handle, options, handle.name, "calibration")
         self._pairs = in_sizes(pairs, fit_options.grids)
@@ -151,7 +149,8 @@ class CalibrationSession:
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
         self._kept = Judgements(self._work)
-        kept = (self._work, self._is_judged, room_for(self.model, fit_options.work_dir))
+        self._room = room_for(self.model, fit_options.work_dir)
+        kept = (self._work, self._is_judged, self._room)
         self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept)
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
@@ -341,9 +340,10 @@ class CalibrationSession:
             total=len(numbers),
             work=self._work.own,
             name=name,
+            room=None if isinstance(self._room, OnDevice) else self._room,
         )
 
-    def _encoded(self) -> list[Batch]:
+    def _encoded(self) -> Iterator[Batch]:
         """The prompts that visual weights are fitted on."""
         pairs = pick(self._pairs, self.split.fit)
         return encoded(self.model, self.processor, pairs, self.options.batch_size)

@@ -26,6 +26,7 @@ from yopo.runtime.adapters import unwrapped
 from yopo.runtime.decoder import PrunedDecoder, PrunedState
 from yopo.runtime.inputs import no_paged_attention
 from yopo.runtime.labels import LabelProbe
+from yopo.runtime.offload import is_fetched
 from yopo.runtime.saved import Writer, make_savable, restore_saving
 from yopo.runtime.swap import restore_class, swap_class
 from yopo.runtime.weights import check_plain, visual_layers
@@ -190,8 +191,7 @@ def check_model(
         Its family and the names of its decoder's modules.
 
     Raises:
-        ModelError: The family, shape or fingerprint differs, or weights are not plain or not in
-            memory.
+        ModelError: The family, shape or fingerprint differs, or weights are not plain or nowhere.
     """
     if check:
         refuse_made_up(plan)
@@ -210,9 +210,10 @@ def check_model(
 
 
 def _check_fingerprint(decoder: nn.Module, plan: PruningPlan) -> None:
-    if any(weight.is_meta for weight in decoder.parameters()):
+    here = (module for module in decoder.modules() if not is_fetched(module))
+    if any(weight.is_meta for module in here for weight in module.parameters(recurse=False)):
         raise ModelError(
-            "Part of the decoder is offloaded by accelerate: its fingerprint cannot be computed.",
+            "Part of the decoder is on the meta device: its fingerprint cannot be computed.",
             remedy="Load with a device_map that keeps the decoder on real devices.",
         )
     found = fingerprint_of_decoder(decoder)

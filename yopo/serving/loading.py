@@ -17,6 +17,7 @@ from yopo.checkpoint.completion import Completion
 from yopo.checkpoint.download import HUB_OPTIONS
 from yopo.checkpoint.reader import Checkpoint, fetch, fetch_some, read_source
 from yopo.models.fingerprint import Source, is_same, remember_source
+from yopo.models.offloaded import named_weights
 from yopo.models.registry import ModelSource, family_of, resolve
 from yopo.plans.places import PLAN_FILES, plan_path, refuse_unbaked
 from yopo.plans.schema import PruningPlan
@@ -180,7 +181,7 @@ def _from_folder(
             f"{name}: {len(missing)} weights are missing, including {missing[0]}.",
             remedy="The checkpoint is incomplete or of another architecture.",
         )
-    check_weights(model, name)
+    check_weights(named_weights(model), name)
     model.config.name_or_path = model.name_or_path = name
     return model.eval(), report
 

@@ -32,15 +32,19 @@ def first_layer_not_finite(tensors: Iterable[torch.Tensor]) -> int | None:
     return min(found, default=None)
 
 
-def check_weights(model: nn.Module, where: str) -> None:
-    """Refuse a model with a weight that is not finite; quantized and offloaded ones are skipped.
+def check_weights(weights: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """Refuse a model with a weight that is not finite; quantized ones are skipped.
+
+    Args:
+        weights: Names and values.
+        where: Name of the model in messages.
 
     Raises:
         ModelError: Names the first such weight.
     """
-    for name, weight in model.named_parameters():
-        is_plain = type(weight) is nn.Parameter and weight.dtype.itemsize > 1
-        if is_plain and weight.device.type != "meta" and not is_finite(weight):
+    for name, weight in weights:
+        is_plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype.itemsize > 1
+        if is_plain and not is_finite(weight):
             raise ModelError(
                 f"{where}: the weight '{name}' holds values that are not finite (NaN or infinity).",
                 remedy="The checkpoint is damaged, or its values do not fit the dtype: try "
