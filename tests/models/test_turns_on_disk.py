@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from yopo.models.offloaded import at_hand, is_offloaded
 from yopo.models.turns import in_turns
 from yopo.runtime.install import install
+from yopo.runtime.sliced_linear import SlicedLinear
 
 PROMPTS = [
     tiny.batch([[1, 5, 6, *PICTURE, 7, 8]], seed=1),
@@ -105,6 +107,18 @@ def test_each_layer_of_a_pruned_model_is_read_once(
     assert all(torch.equal(one, other) for one, other in zip(found, usual, strict=True))
     assert len(reads) == sum(len(list(layer.parameters())) for layer in layers)
     assert set(reads.values()) == {max(steps, 1) * (len(PROMPTS) if alone else 1)}
+
+
+def test_no_part_of_a_weight_stays_in_memory(mha: Subject, tmp_path: Path) -> None:
+    model = tiny.llava("mha")
+    install(model, mha.random_plan(3))
+    fetched = copy.deepcopy(model)
+    accelerate.disk_offload(fetched, tmp_path, execution_device="cpu")
+    for each, keeps in ((model, True), (fetched, False)):
+        run(each, 0)
+        parts = [part for part in each.modules() if isinstance(part, SlicedLinear)]
+        held = [value for part in parts for value in vars(part).values()]
+        assert any(isinstance(value, torch.Tensor) for value in held) == keeps
 
 
 def test_weights_go_away_also_after_an_error(stored: LlavaForConditionalGeneration) -> None:
