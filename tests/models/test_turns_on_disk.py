@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from yopo.models.offloaded import at_hand, is_offloaded
 from yopo.models.turns import in_turns
 from yopo.runtime.install import install
+from yopo.runtime.sliced_linear import SlicedLinear
 
 PROMPTS = [
     tiny.batch([[1, 5, 6, *PICTURE, 7, 8]], seed=1),
@@ -55,8 +57,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def run(model: LlavaForConditionalGeneration, steps: int) -> list[torch.Tensor]:
-    """Logits, or answers of several steps."""
+def run(
+    model: LlavaForConditionalGeneration, steps: int, *, alone: bool = False
+) -> list[torch.Tensor]:
+    """Logits, or answers of several steps; of prompts in turns, or each alone."""
 
     def call(_: int, inputs: dict[str, Any]) -> torch.Tensor:
         if not steps:
@@ -67,6 +71,8 @@ def run(model: LlavaForConditionalGeneration, steps: int) -> list[torch.Tensor]:
         )  # fmt: skip
 
     with torch.no_grad():
+        if alone:
+            return [call(number, inputs) for number, inputs in enumerate(PROMPTS)]
         finished = list(in_turns(model, call, PROMPTS, new_tokens=steps or None))
     return [each for some in finished for each in some.results]
 
@@ -84,9 +90,10 @@ def test_each_layer_is_read_once(
     assert not is_offloaded(mha.model.get_decoder())
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("steps", [0, 3])
 def test_each_layer_of_a_pruned_model_is_read_once(
-    mha: Subject, reads: Counter[str], steps: int, tmp_path: Path
+    mha: Subject, reads: Counter[str], steps: int, alone: bool, tmp_path: Path
 ) -> None:
     """Text and visual tokens share what was read, also after the last layer of visual ones."""
     model = tiny.llava("mha")
@@ -94,12 +101,24 @@ def test_each_layer_of_a_pruned_model_is_read_once(
     plans = (mha.random_plan(seed) for seed in range(99))
     plan = next(each for each in plans if 0 < each.visual_depth < len(layers))
     install(model, plan)
-    usual = run(model, steps)
+    usual = run(model, steps, alone=alone)
     accelerate.disk_offload(model, tmp_path, execution_device="cpu")
-    found = run(model, steps)
+    found = run(model, steps, alone=alone)
     assert all(torch.equal(one, other) for one, other in zip(found, usual, strict=True))
     assert len(reads) == sum(len(list(layer.parameters())) for layer in layers)
-    assert set(reads.values()) == {max(steps, 1)}
+    assert set(reads.values()) == {max(steps, 1) * (len(PROMPTS) if alone else 1)}
+
+
+def test_no_part_of_a_weight_stays_in_memory(mha: Subject, tmp_path: Path) -> None:
+    model = tiny.llava("mha")
+    install(model, mha.random_plan(3))
+    fetched = copy.deepcopy(model)
+    accelerate.disk_offload(fetched, tmp_path, execution_device="cpu")
+    for each, keeps in ((model, True), (fetched, False)):
+        run(each, 0)
+        parts = [part for part in each.modules() if isinstance(part, SlicedLinear)]
+        held = [value for part in parts for value in vars(part).values()]
+        assert any(isinstance(value, torch.Tensor) for value in held) == keeps
 
 
 def test_weights_go_away_also_after_an_error(stored: LlavaForConditionalGeneration) -> None:

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from yopo.models.offloaded import at_hand
+from yopo.models.offloaded import named_weights
 from yopo.support.errors import ModelError
 
 SAMPLE = 16
@@ -129,8 +129,7 @@ def fingerprint_of_decoder(decoder: nn.Module) -> str:
     assert isinstance(layers, nn.ModuleList), "decoders have a list of layers"
     samples: Samples = []
     for number, layer in enumerate(layers):
-        with at_hand(layer):
-            samples += _samples_of(layer, f"layers.{number}.")
+        samples += _samples_of(layer, f"layers.{number}.")
     found = digest(samples)
     source: Source | None = getattr(decoder, _SOURCE, None)
     return source.fingerprint if source is not None and found in source.loaded else found
@@ -139,7 +138,7 @@ def fingerprint_of_decoder(decoder: nn.Module) -> str:
 def _samples_of(layer: nn.Module, prefix: str) -> Samples:
     """Samples of a layer's tensors; raises as ``fingerprint_of_decoder``."""
     samples: Samples = []
-    for own, parameter in layer.named_parameters():
+    for own, parameter in named_weights(layer):
         name = prefix + own
         if ".lora_" in name:
             continue

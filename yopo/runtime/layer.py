@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from yopo.models.family import Backbone
+from yopo.models.offloaded import at_hand
 from yopo.runtime import row_blocks
 from yopo.runtime.attention import text_attention, visual_attention
 from yopo.runtime.attention_masks import AttentionMasks
@@ -72,12 +74,20 @@ class LayerRun:
         """Run both streams: (batch, text, hidden) and visual tokens, None if there are none.
 
         Here and in the steps below, visual states change in place where no gradient is recorded.
+        Weights that are kept elsewhere are fetched once for both.
         """
-        text, mixed = self.attend(text, rotary, visual)
-        if visual is None:
-            return self.feed_text(text), None
-        states = self.add_attention(visual.states, visual.part, mixed)
-        return self.feed_text(text), self.feed_visual(states, visual.part)
+        with at_hand(self.layer) if self._is_elsewhere else nullcontext():
+            text, mixed = self.attend(text, rotary, visual)
+            if visual is None:
+                return self.feed_text(text), None
+            states = self.add_attention(visual.states, visual.part, mixed)
+            return self.feed_text(text), self.feed_visual(states, visual.part)
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether the layer's weights have to be fetched, by one of them: asking all takes time."""
+        weight = getattr(getattr(self.attention, self.names.output), "weight", None)
+        return weight is not None and weight.is_meta
 
     def attend(
         self, text: torch.Tensor, rotary: Rotary, visual: VisualInput | None

@@ -1,9 +1,10 @@
 """Linear layers of visual tokens: slices of the text's own layers, or fitted ones.
 
 A slice never stores values. Consecutive rows or columns are a view; others are gathered from the
-live weight in every call (into one buffer that is reused, or, where gradients are recorded, as a
-differentiable copy). So whatever happens to the text's weight - an optimizer step, an adapter, a
-merge, another dtype - applies to visual tokens as well.
+live weight in every call (into one buffer that is reused, unless the weight itself is not kept in
+memory; or, where gradients are recorded, as a differentiable copy). So whatever happens to the
+text's weight - an optimizer step, an adapter, a merge, another dtype - applies to visual tokens as
+well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.functional import linear
 from yopo.models.devices import device_of
 from yopo.models.fingerprint import is_plain
 from yopo.runtime.adapters import Adapter, parts_of
-from yopo.runtime.offload import bias_of, weight_of
+from yopo.runtime.offload import bias_of, is_fetched, weight_of
 from yopo.runtime.packed import PackedPart
 from yopo.support import console
 
@@ -113,7 +114,7 @@ class SlicedLinear(nn.Module):
         return self._gather(runs, self.runs, 1).flatten(1)
 
     def _gather(self, tensor: torch.Tensor, places: torch.Tensor, dim: int) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_fetched(parts_of(self.source, self._name)[0]):
             return tensor.index_select(dim, places)
         size = list(tensor.shape)
         size[dim] = len(places)
