@@ -15,6 +15,7 @@ from accelerate.utils import OffloadedWeightsLoader
 from tiny import PICTURE, Subject
 from transformers import LlavaForConditionalGeneration
 
+from yopo.models import window
 from yopo.models.offloaded import at_hand, is_offloaded
 from yopo.models.turns import in_turns
 from yopo.runtime.install import install
@@ -88,6 +89,18 @@ def test_each_layer_is_read_once(
     assert set(reads.values()) == {max(steps, 1)}
     assert is_offloaded(stored.get_decoder())
     assert not is_offloaded(mha.model.get_decoder())
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_window_has_only_so_many_tokens_unless_it_generates(
+    stored: LlavaForConditionalGeneration,
+    reads: Counter[str],
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(window, "MOST_TOKENS", {"cpu": PROMPTS[0]["input_ids"].shape[1] + 1})
+    run(stored, steps)
+    assert set(reads.values()) == {steps or 2}
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -107,7 +107,7 @@ class _Window(Generic[Result]):
         self.is_full = False
         self._model, self._layers = model, model.get_decoder().layers
         self._holding, self._memory = holding, memory
-        self._held = self._largest = 0
+        self._held = self._largest = self._tokens = 0
 
     def __enter__(self) -> _Window[Result]:
         self._hooks = stopping(self._layers)
@@ -131,7 +131,9 @@ class _Window(Generic[Result]):
             self._memory = free_for_states(waiting.states.device)
         held = self._holding.of(waiting.states)
         self._held, self._largest = self._held + held, max(self._largest, held)
-        is_long = len(self.calls) >= MOST_CALLS
+        self._tokens += waiting.states.shape[:2].numel()
+        most = self._holding.most_tokens(waiting.states.device)
+        is_long = len(self.calls) >= MOST_CALLS or (most is not None and self._tokens >= most)
         self.is_full = is_long or self._held + self._largest > self._memory
 
     def pass_layers(self) -> None:

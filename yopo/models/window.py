@@ -21,6 +21,12 @@ SHARE = 2
 """One part in this many of the free memory goes to forwards that wait; the rest is for the layer
 at hand and the forward that computes."""
 
+MOST_TOKENS = {"cpu": 1 << 14}
+OTHERWISE = 1 << 17
+"""Most tokens of a window, by type of device and elsewhere: computing on as many takes far longer
+than reading the layer, so more would take memory and gain nothing. Answers are not limited so: each
+of their steps is a token per pair."""
+
 _FORCED: ContextVar[int | None] = ContextVar("yopo_window", default=None)
 
 
@@ -71,3 +77,8 @@ class Holding:
             numbers += rows * (length + self.new_tokens) * per_token
         mask = rows * length * length
         return numbers * states.element_size() + mask
+
+    def most_tokens(self, device: torch.device) -> int | None:
+        """Tokens of a full window on a device; None: as many as memory holds."""
+        is_limited = self.new_tokens is None
+        return MOST_TOKENS.get(device.type, OTHERWISE) if is_limited else None
