@@ -23,6 +23,7 @@ from yopo.models.baton import Waiting, stopping
 from yopo.models.family import shape_of
 from yopo.models.offloaded import at_hand, is_offloaded
 from yopo.models.window import Holding, forced_memory, free_for_states
+from yopo.support.memory import GivingBack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,13 +139,14 @@ class _Window(Generic[Result]):
 
     def pass_layers(self) -> None:
         """Bring layers to hand and let the calls through, until all are over."""
-        place, stops = -1, len(self._layers) + 1
+        place, stops, give_back = -1, len(self._layers) + 1, GivingBack()
         while live := [each for each in self.calls if not each.is_over]:
             place = min((each.place for each in live), key=partial(_distance, place, stops))
             here = [each for each in live if each.place == place]
             with at_hand(self._layers[place]) if place < len(self._layers) else nullcontext():
                 for each in here:
                     each.advance()
+                    give_back()
 
 
 def _distance(place: int, stops: int, other: int) -> int:

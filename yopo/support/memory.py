@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import time
+from collections.abc import Callable
+from functools import cache
 
 
 def available_bytes() -> int | None:
@@ -19,3 +23,33 @@ def available_bytes() -> int | None:
         if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
             return None
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+PERIOD = 0.25
+"""Least seconds between two calls that give memory back: each takes some milliseconds."""
+
+
+class GivingBack:
+    """Gives freed memory back to the system, which the C library may keep for its threads.
+
+    glibc keeps what each of many threads freed, which adds up to more than what is in use.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        """Give back what is free, if the last time is a while ago."""
+        if time.monotonic() - self._last >= PERIOD and (trim := _trim()) is not None:
+            trim(0)
+            self._last = time.monotonic()
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's ``malloc_trim``; None in other C libraries."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
