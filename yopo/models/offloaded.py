@@ -65,7 +65,8 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if any(parameter.is_meta for parameter in layer.parameters()):
-            stack.callback(vars(layer).get(_AFTER_USE, _nothing))
+            if (call := vars(layer).get(_AFTER_USE)) is not None:
+                stack.callback(call)
             for module in layer.modules():
                 stack.enter_context(_fetched(module))
         yield
@@ -74,10 +75,6 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
 def after_use(layer: nn.Module, call: Callable[[], None]) -> None:
     """Have something called whenever a layer that was brought to hand has gone away again."""
     setattr(layer, _AFTER_USE, call)
-
-
-def _nothing() -> None:
-    """What is called after other layers."""
 
 
 @contextmanager
