@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader
 from click.testing import CliRunner
 
+from yopo.checkpoint.reader import Checkpoint
 from yopo.cli.group import cli
-from yopo.models.offloaded import is_offloaded
+from yopo.demo import LLAVA_TINY
+from yopo.models.offloaded import at_hand, is_offloaded
 from yopo.pipeline.commands import calibrate, evaluate
 from yopo.pipeline.model_handle import ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
@@ -38,6 +41,31 @@ def test_where_layers_are(
     decoder = handle.model.get_decoder()
     assert is_offloaded(decoder) == expected
     assert all(each.is_meta == expected for each in decoder.layers.parameters())
+
+
+@pytest.mark.parametrize("fit", [3, 8])
+def test_pages_of_layers_that_do_not_fit_are_dropped_after_use(
+    fit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _, start, size, __: dropped.append((start, size))
+    )
+    checkpoint = Checkpoint.open(LLAVA_TINY)
+    sizes = Counter({number: 0 for number in range(8)})
+    for (number, _), entry in checkpoint.decoder.items():
+        sizes[number] += entry.num_bytes
+    free = sum(sizes[number] for number in range(fit)) / layers_on_disk.CACHED
+    monkeypatch.setattr(layers_on_disk, "available_bytes", lambda: free)
+    model = ModelHandle("llava-tiny", None, RunOptions(offload="always")).model
+    for number, layer in enumerate(model.get_decoder().layers):
+        for _ in range(2):
+            with at_hand(layer), at_hand(layer):
+                assert not dropped
+            entries = [each for (place, _), each in checkpoint.decoder.items() if place == number]
+            expected = [(each.start, each.num_bytes) for each in entries if number >= fit]
+            assert sorted(dropped) == sorted(expected)
+            dropped.clear()
 
 
 def test_calibration_is_the_same(tmp_path: Path) -> None:

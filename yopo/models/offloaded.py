@@ -7,7 +7,7 @@ that runs many batches through one layer brings the layer to hand once instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, cast
 
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from yopo.models.devices import accelerate_hooks
+
+_AFTER_USE = "_yopo_after_use"
 
 
 class _Fetching(Protocol):
@@ -63,9 +65,16 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if any(parameter.is_meta for parameter in layer.parameters()):
+            if (call := vars(layer).get(_AFTER_USE)) is not None:
+                stack.callback(call)
             for module in layer.modules():
                 stack.enter_context(_fetched(module))
         yield
+
+
+def after_use(layer: nn.Module, call: Callable[[], None]) -> None:
+    """Have something called whenever a layer that was brought to hand has gone away again."""
+    setattr(layer, _AFTER_USE, call)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from yopo.data.processor_settings import settled
 from yopo.data.prompts import load_processor
 from yopo.models.registry import ALIASES, ModelSource, family_of, resolve
 from yopo.pipeline.options import RunOptions
-from yopo.serving.layers_on_disk import map_for
+from yopo.serving.layers_on_disk import cache_first_layers, map_for
 from yopo.serving.loading import load_dense, torch_dtype
 from yopo.serving.places import read_device_map
 from yopo.serving.precision import dtype_for
@@ -91,9 +91,11 @@ class ModelHandle:
         dtype = dtype_for(dtype, self._checkpoint, self._options.device)
         on_disk = map_for(self._checkpoint, dtype, self._options.device, self._options.offload)
         if on_disk is not None:
-            return load_dense(
+            model = load_dense(
                 self._source, checkpoint=self._checkpoint, dtype=dtype, device_map=on_disk
             )
+            cache_first_layers(model.get_decoder(), self._checkpoint)
+            return model
         model = load_dense(self._source, checkpoint=self._checkpoint, dtype=dtype)
         nn.Module.to(model, self._options.device)  # transformers' own `to` has no usable type
         return model

@@ -1,18 +1,28 @@
-"""Whether a decoder's layers stay in the checkpoint's files: where the weights do not fit."""
+"""Whether a decoder's layers stay in the checkpoint's files: where the weights do not fit.
+
+And which of these layers the system keeps in memory.
+"""
 
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from torch import nn
 
 from yopo.checkpoint.reader import Checkpoint
 from yopo.models.devices import free_memory
-from yopo.models.offloaded import layers_on_disk
+from yopo.models.offloaded import after_use, layers_on_disk
 from yopo.models.registry import family_of
 from yopo.support.console import note
+from yopo.support.memory import available_bytes
+from yopo.support.ranks import is_together
 
 Offload = Literal["auto", "never", "always"]
 """When layers stay on disk; ``auto``: where the weights do not fit the device's free memory."""
@@ -20,7 +30,14 @@ Offload = Literal["auto", "never", "always"]
 SHARE = 0.9
 """Part of the free memory that weights may fill."""
 
+CACHED = 0.75
+"""Part of the free memory that the system may keep pages of layers in; states of pairs that wait
+take what is left."""
+
 _GB = 1e9
+
+Range = tuple[Path, int, int]
+"""A file, and where a tensor's bytes in it begin and end."""
 
 
 def map_for(
@@ -51,3 +68,37 @@ def map_for(
         "are read from the checkpoint one at a time (--offload)."
     )
     return layers_on_disk(model, model.get_decoder(), device, towers=offload == "always")
+
+
+def cache_first_layers(decoder: nn.Module, checkpoint: Checkpoint) -> None:
+    """Have the system keep the pages of a decoder's first layers in memory, where not all fit.
+
+    Passes read the layers in order, again and again. Of files that do not fit, the system drops
+    what was not used for longest, which is what will be needed next, so that every pass would read
+    all of them. So the pages of other layers leave memory after each use. Processes that share a
+    calibration share pages as well, and leave this to the system.
+
+    Args:
+        decoder: Its layers are read from the checkpoint.
+        checkpoint: Its files.
+    """
+    free, layers = available_bytes(), decoder.layers
+    assert isinstance(layers, nn.ModuleList), "decoders have a list of layers"
+    if free is None or is_together() or not hasattr(os, "posix_fadvise"):
+        return
+    ranges: list[list[Range]] = [[] for _ in layers]
+    files = {each.name: shard.file for shard in checkpoint.shards for each in shard.tensors}
+    for (number, _), entry in checkpoint.decoder.items():
+        ranges[number].append((checkpoint.path / files[entry.name], entry.start, entry.stop))
+    room = CACHED * free
+    for layer, parts in zip(layers, ranges, strict=True):
+        room -= sum(stop - start for _, start, stop in parts)
+        if room < 0:
+            after_use(layer, partial(_drop, parts))
+
+
+def _drop(parts: Sequence[Range]) -> None:
+    """Let pages go that nobody else has mapped."""
+    for path, start, stop in parts:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
