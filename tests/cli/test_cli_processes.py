@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import FAST
 
-from yopo.cli.main import main
+from yopo.cli.main import _interrupted, main
 
 MODELS = ("llava-tiny", "qwen2-vl-tiny", "internvl-tiny")
 FITTED = (
@@ -20,11 +20,11 @@ FITTED = (
 """Statistics, profile, a fitted plan and its judgement in a few seconds: 8 batches to fit on."""
 
 _DRIVER = """
-import os, signal, sys
+import os, signal, sys, time
 from yopo.calibration import measure
 from yopo.planning import allocations, weightings
 from yopo.cli.main import main
-from yopo.support import ranks
+from yopo.support import launched, ranks
 from yopo.support.errors import DataError
 
 manner, left, *calls = sys.argv[1:]
@@ -42,14 +42,20 @@ def failing(*arguments):
         raise DataError("row 7: holds a star, expected a square.", remedy="Draw a square.")
     return gather(*arguments)
 
+def end_late(place):
+    time.sleep(2.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
 ranks.distributed.all_gather_object = failing
+if manner == "late" and os.environ["RANK"] == "1":
+    launched.meet = end_late
 for call in calls:
     code = main(call.split())
     if code:
         sys.exit(code)
 """
 """Runs command lines that measure one allocation; in the manner ``raise`` or ``kill``, process 1
-ends as others wait for it."""
+ends as others wait for it; in the manner ``late``, as others wait for it to begin."""
 
 
 def torchrun(
@@ -137,6 +143,30 @@ def test_a_killed_process_ends_all_and_any_number_go_on(
     assert contents(folder) == {
         name: data for name, data in alone.items() if name.startswith("llava-tiny")
     }
+
+
+def test_a_process_that_never_begins_ends_all(tmp_path: Path) -> None:
+    """torchrun's signal is heard by those who wait: it kills, without a word, 30 seconds later."""
+    folder = tmp_path / "together"
+    done = torchrun(folder, 2, [calibrate("llava-tiny")], "late")
+    assert done.returncode == 1
+    sentence = "error: process 1 of 2 ended unexpectedly, and so does the command.\n"
+    assert sentence in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+    assert not contents(folder)
+
+
+def test_a_signal_before_others_are_known_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("yopo.support.launched.processes", lambda: 2)
+    monkeypatch.setattr("yopo.support.launched.speaks", lambda: True)
+    monkeypatch.setattr("yopo.support.launched.loss", lambda: None)
+    for word, code in (("terminated", 143), ("interrupted", 130)):
+        monkeypatch.setattr("yopo.cli.main.outcome", lambda said=word, number=code: (said, number))
+        assert _interrupted() == code
+        said = capsys.readouterr().err
+        assert said.startswith(word)
+        assert ("by torchrun, which was told to end, or lost" in said) == (word == "terminated")
 
 
 def test_other_commands_run_in_one_process(

@@ -1,12 +1,10 @@
-"""A killed calibration goes on where it was, with the same bytes; a work directory is one's own."""
+"""A calibration that ended early goes on where it was, with the same bytes, in its own directory.
+
+``test_kills.py`` ends them at random moments, ``test_work_faults.py`` damages what they keep.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from yopo.cli.main import main
 from yopo.fitting import fitter, refit
 from yopo.pipeline.commands import calibrate
 from yopo.pipeline.options import FitOptions, RunOptions
+from yopo.pipeline.work_status import note_begun
 from yopo.planning.request import BudgetRequest, PlanRequest, ToleranceRequest
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import plan_files
@@ -24,79 +23,6 @@ from yopo.reduction.method import Method
 from yopo.reduction.registry import parse_method
 from yopo.support.errors import OutputError
 from yopo.support.work_dir import Stage, WorkDir, open_work
-
-KILLS = int(os.environ.get("YOPO_KILLS", "5"))
-
-_DRIVER = """
-import json, os, signal, sys, time
-
-import yopo.calibration.measure
-from yopo.cli.main import main
-from yopo.pipeline import commands
-
-yopo.calibration.measure.PERIOD = 0.0
-moments, arguments = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-while True:
-    started, child = time.monotonic(), os.fork()
-    if not child:
-        os._exit(main(arguments))
-    if moments:
-        time.sleep(moments.pop(0))
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    print(time.monotonic() - started, flush=True)
-    if os.WIFEXITED(status):
-        sys.exit(os.waitstatus_to_exitcode(status))
-"""
-"""Runs a command line again and again until it ends by itself, and kills it after given times."""
-
-
-def run_killed(moments: list[float], work: Path, output: Path) -> list[float]:
-    """Calibrate, killed after each of ``moments`` seconds; the seconds that each process lived."""
-    arguments = [
-        *("calibrate", "--model", "llava-tiny", "--samples", "32", "--batch-size", "8", "-q"),
-        *("--measure-pairs", "8", "--fit-pairs", "8", "--max-new-tokens", "2"),
-        *(
-            "--compensation",
-            "refit",
-            "--device",
-            "cpu",
-            "--work-dir",
-            str(work),
-            "-o",
-            str(output),
-            "--force",
-        ),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, json.dumps(moments), json.dumps(arguments)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr
-    return [float(line) for line in done.stdout.split()]
-
-
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Round after round, as a run may end before it is killed, until enough were killed."""
-    (tmp_path / "whole").mkdir()
-    (whole,) = run_killed([], tmp_path / "work", tmp_path / "whole" / "plan.yaml")
-    draw, left, number = random.Random(0), KILLS, 0
-    while left > 0:
-        number += 1
-        assert number <= 2 * KILLS, "hardly any run was killed"
-        folder, work = tmp_path / f"killed-{number}", tmp_path / f"work-{number}"
-        folder.mkdir()
-        moments = [draw.uniform(0.1, whole / 2) for _ in range(left)]
-        left -= len(run_killed(moments, work, folder / "plan.yaml")) - 1
-        assert contents(folder) == contents(tmp_path / "whole")
-        assert not [each for each in work.iterdir() if each.name.startswith(".")]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Files by name; a run that was killed as it wrote its plan leaves a scratch directory."""
-    return {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()}
 
 
 class Killed(BaseException):
@@ -142,18 +68,18 @@ def bytes_of(plan: PruningPlan) -> list[bytes]:
 @pytest.mark.usefixtures("few")
 def test_ended_after_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, saved = bytes_of(make(None)), []
-    original = WorkDir.save_bytes
+    original = WorkDir.save
 
-    def save(work: WorkDir, name: str, data: bytes) -> None:
+    def save(work: WorkDir, name: str, stage: Stage) -> None:
         """End after every third result; nothing finished may be done again."""
         assert name not in saved or name in REPEATED
-        original(work, name, data)
+        original(work, name, stage)
         saved.append(name)
         results = [each for each in saved if each not in NOTES]
         if name not in NOTES and len(results) % 3 == 0:
             raise Killed
 
-    monkeypatch.setattr(WorkDir, "save_bytes", save)
+    monkeypatch.setattr(WorkDir, "save", save)
     ends = 0
     plan = None
     while plan is None and ends < 100:
@@ -296,5 +222,27 @@ def test_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: object) 
     assert out[1:4] == ["statistics: done", "dense answers: 0 of 8 pairs", "profile: done"]
     make(tmp_path)
     _, out, _ = lines(tmp_path)
-    assert out[0].endswith("finished") and out[2] == "dense answers: done"
+    assert "finished" in out[0] and out[2] == "dense answers: done"
     assert out[4].startswith("plans: 2 of at most")
+    for path in tmp_path.glob("comparison-*"):
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("yopo.pipeline.session.compare", fail)
+        with pytest.raises(Killed):
+            make(tmp_path)
+    assert "interrupted" in lines(tmp_path)[1][0], "it is not finished any more"
+
+
+def test_status_of_several_shares(tmp_path: Path, lines: object) -> None:
+    for share in ("share-0.5", "share-1"):
+        work = open_work(tmp_path / share, {})
+        note_begun(work, {"statistics": 4, "comparison": 8, "holdout": 0, "layers": 2})
+        if share == "share-1":
+            assert lines(tmp_path)[1][6:8] == [
+                f"{tmp_path / share}: in progress",
+                "statistics: 0 of 4 pairs",
+            ]
+        work.close()
+    code, out, _ = lines(tmp_path)
+    assert code == 0 and len(out) == 12
+    assert out[0] == f"{tmp_path / 'share-0.5'}: interrupted; the same command goes on"

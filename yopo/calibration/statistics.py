@@ -227,11 +227,11 @@ class Statistics:
             locality=tuple(radius.tolist()),
         )
 
-    def to_bytes(self, folder: Path | None = None) -> bytes:
-        """Serialize as safetensors; identity and provenance are in the header.
+    def parts(self, folder: Path | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors by name, and plain values: identity, provenance and what else there is.
 
         Args:
-            folder: The file's folder, from which a hint leads to the model; None: no hint.
+            folder: As for :meth:`to_bytes`.
         """
         tensors = {
             each.name: getattr(self, each.name).contiguous()
@@ -250,6 +250,15 @@ class Statistics:
             about["extent"] = asdict(self.extent)
         if self.reduction is not None:
             about["reduction"] = self.reduction.to_dict()
+        return tensors, about
+
+    def to_bytes(self, folder: Path | None = None) -> bytes:
+        """Serialize as safetensors; the plain values are in the header.
+
+        Args:
+            folder: The file's folder, from which a hint leads to the model; None: no hint.
+        """
+        tensors, about = self.parts(folder)
         # A single entry: safetensors writes several in random order; bytes must be reproducible.
         return save(tensors, metadata={"yopo": json.dumps(about)})
 

@@ -38,7 +38,7 @@ def load_statistics(path: str | Path) -> Statistics:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("yopo", "{}"))
-            is_ours = isinstance(about, dict) and about.pop("format", None) == FORMAT
+            is_ours = isinstance(about, dict) and about.get("format") == FORMAT
             tensors = {name: file.get_tensor(name) for name in file.keys()} if is_ours else {}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: is not a safetensors file: {error}.") from error
@@ -50,7 +50,7 @@ def load_statistics(path: str | Path) -> Statistics:
             remedy="Write them with `yopo calibrate --stats FILE`.",
         )
     try:
-        found = _from_document(about, tensors, path.absolute().parent)
+        found = from_parts(tensors, about, path.absolute().parent)
     except PlanError as error:
         raise _damaged(path, error.message.rstrip(".")) from error
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -66,9 +66,15 @@ def load_statistics(path: str | Path) -> Statistics:
     return found
 
 
-def _from_document(
-    about: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
-) -> Statistics:
+def from_parts(tensors: dict[str, torch.Tensor], about: dict[str, Any], folder: Path) -> Statistics:
+    """Inverse of ``Statistics.parts``, by way of JSON; does not check what it is given.
+
+    Args:
+        tensors: By name.
+        about: The plain values; used up.
+        folder: From which a hint leads to the model.
+    """
+    del about["format"]
     identity, workload = about.pop("model"), about.pop("workload")
     if identity.get("path") is not None:
         identity["path"] = model_path(identity["path"], folder)

@@ -89,6 +89,12 @@ class SharedCommand(Command):
 
     is_shared = True
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, of which the other processes know where."""
+        if launched.processes() > 1:
+            launched.present()
+        return super().invoke(ctx)
+
 
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are used.

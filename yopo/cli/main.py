@@ -7,6 +7,7 @@ handlers are installed.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -40,6 +41,8 @@ def _interrupted() -> int:
     if not launched.speaks():
         return code
     loss = launched.loss()
+    if loss is None and launched.processes() > 1 and code == 128 + signal.SIGTERM:
+        word += " by torchrun, which was told to end, or lost another process as it started"
     with suppress(OSError):  # the terminal is gone
         print(word if loss is None else f"error: {loss}", file=sys.stderr, flush=True)
     return code if loss is None else 1

@@ -8,6 +8,7 @@ host memory, or in files, of which the system keeps in memory what there is room
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from yopo.models.offloaded import is_offloaded
+from yopo.support.errors import OutputError
 
 
 class Room(Protocol):
@@ -57,6 +59,9 @@ class InFiles:
 
     Args:
         folder: Where the files are made; they have no names there.
+
+    Raises:
+        OutputError: (:meth:`put`) The disk is full.
     """
 
     def __init__(self, folder: str | Path):
@@ -75,12 +80,27 @@ class InFiles:
 
     def _new(self, states: torch.Tensor) -> torch.Tensor:
         size = max(states.numel() * states.element_size(), 1)
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            file.truncate(size)
-            mapped = mmap.mmap(file.fileno(), size)
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                _reserve(file.fileno(), size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise OutputError(
+                f"{self._folder}: no room for the states of the pairs: {error.strerror or error}.",
+                remedy="Free some space, or use fewer --fit-pairs, or another --work-dir.",
+            ) from error
         made = torch.frombuffer(mapped, dtype=states.dtype, count=states.numel())
         self._maps[made.data_ptr()] = mapped
         return made.view(states.shape)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Give a file its size, on disk: without, a full disk would end the process where it writes to
+    the mapped memory."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
 
 
 def room_for(model: nn.Module, folder: str | Path | None) -> Room:

@@ -46,13 +46,13 @@ from yopo.pipeline.tolerance import (
     warn_if_unsupported,
 )
 from yopo.pipeline.work import (
-    STATISTICS,
     Judgements,
     about,
+    keep_statistics,
     load_kept_statistics,
     open_for_calibration,
 )
-from yopo.pipeline.work_status import note_finished, note_plans, note_totals
+from yopo.pipeline.work_status import note_begun, note_finished, note_plans
 from yopo.planning.candidate import Candidate
 from yopo.planning.planner import make_plan
 from yopo.planning.request import (
@@ -141,7 +141,7 @@ class CalibrationSession:
         )
         try:
             layers = len(self.model.get_decoder().layers)
-            note_totals(self._work, {**self.split.summary, "layers": layers})
+            note_begun(self._work, {**self.split.summary, "layers": layers})
             found = load_kept_statistics(self._work) or self._measure(handle.name)
         except BaseException:
             self.close()
@@ -177,7 +177,7 @@ class CalibrationSession:
             provenance=about(self._pairs, self.options, self.fit_options),
             work=self._work,
         )
-        self._work.save_bytes(STATISTICS, found.to_bytes())
+        keep_statistics(self._work, found)
         return found
 
     def _is_judged(self, plan: PruningPlan) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from yopo.calibration.measure import identify
 from yopo.calibration.statistics import Statistics
-from yopo.calibration.statistics_file import load_statistics
+from yopo.calibration.statistics_file import from_parts
 from yopo.data.pairs import ImageRef, Pair, Pairs, ResizedRef
 from yopo.data.split import image_digest
 from yopo.data.videos import VideoRef
@@ -23,7 +23,7 @@ from yopo.models.fingerprint import digest, is_plain, sample
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.request import LatencyRequest, PlanRequest
 from yopo.plans.schema import PruningPlan
-from yopo.support.ranks import is_together, leads, of_first_object
+from yopo.support.ranks import is_together
 from yopo.support.shared_work import SharedWork
 from yopo.support.version import __version__
 from yopo.support.work_dir import NoWork, Stage, Work, WorkDir, open_work
@@ -137,10 +137,13 @@ def _scale(image: object) -> float:
 
 def load_kept_statistics(work: Work) -> Statistics | None:
     """The statistics of a former run, without a hint to the model; None if there are none."""
-    if not isinstance(work.own, WorkDir):
-        return None
-    path = work.own.file(STATISTICS)
-    return of_first_object(load_statistics(path) if leads() and path.exists() else None)
+    kept = work.load(STATISTICS)
+    return None if kept is None else from_parts(kept.tensors, kept.about, Path())
+
+
+def keep_statistics(work: Work, found: Statistics) -> None:
+    """Keep all but the hint to the model."""
+    work.save(STATISTICS, Stage(*found.parts()))
 
 
 class Judgements:

@@ -12,9 +12,10 @@ from yopo.support.work_dir import Stage, Work, WorkDir
 _TOTALS, _FINISHED, _PLANS = "totals", "finished", "totals-plans"
 
 
-def note_totals(work: Work, totals: dict[str, int]) -> None:
-    """Keep how many there are of what: ``statistics``, ``comparison`` and ``holdout`` pairs, and
-    ``layers``."""
+def note_begun(work: Work, totals: dict[str, int]) -> None:
+    """Keep that not all is done, and how many there are of what: ``statistics``, ``comparison`` and
+    ``holdout`` pairs, and ``layers``."""
+    work.drop(_FINISHED)
     work.save(_TOTALS, Stage({}, totals))
 
 
@@ -29,12 +30,14 @@ def note_finished(work: Work) -> None:
 
 
 def status_of(path: Path) -> list[str]:
-    """Lines about a work directory.
+    """Lines about a work directory, or about those of several shares in it.
 
     Raises:
         OutputError: It is none, or damaged.
     """
-    work = WorkDir(path)
+    work, shares = WorkDir(path), sorted(path.glob("share-*/work.json"))
+    if shares and not work.is_begun:
+        return [line for share in shares for line in status_of(share.parent)]
     work.key()
     totals = next(iter(work.about(f"{_TOTALS}.")), {})
     lines = [f"{path}: {_state(work)}"]
@@ -53,9 +56,11 @@ def status_of(path: Path) -> list[str]:
 
 
 def _state(work: WorkDir) -> str:
+    if work.is_in_use:
+        return "in progress"
     if work.count(f"{_FINISHED}."):
-        return "finished"
-    return "in progress" if work.is_in_use else "interrupted; the same command goes on"
+        return "finished; the same command only writes its plan"
+    return "interrupted; the same command goes on"
 
 
 def _statistics(work: WorkDir, totals: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from yopo.models.offloaded import after_use, layers_on_disk
 from yopo.models.registry import family_of
 from yopo.support.console import note
 from yopo.support.memory import available_bytes
-from yopo.support.ranks import is_together
+from yopo.support.ranks import is_together, least
 
 Offload = Literal["auto", "never", "always"]
 """When layers stay on disk; ``auto``: where the weights do not fit the device's free memory."""
@@ -59,7 +59,7 @@ def map_for(
     kind = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
     size = kind.itemsize if isinstance(kind, torch.dtype) else torch.float32.itemsize
     needed = sum(each.numel() for each in model.parameters()) * size
-    free = free_memory(torch.device(device))
+    free = least(free_memory(torch.device(device)))
     if offload == "auto" and (free is None or needed <= free * SHARE):
         return None
     room = "" if free is None else f", {free / _GB:.3g} GB free on {device}"

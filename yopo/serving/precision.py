@@ -15,6 +15,7 @@ import torch
 from yopo.checkpoint.reader import Checkpoint
 from yopo.support.console import note
 from yopo.support.memory import available_bytes
+from yopo.support.ranks import least
 
 MARGIN = 1.2
 """Memory to be free over the weights' bytes in float32."""
@@ -38,7 +39,7 @@ def dtype_for(asked: torch.dtype | str, checkpoint: Checkpoint, device: str) -> 
         return asked
     if has_fast_bfloat16():
         return _instead(torch.bfloat16)
-    needed, free = 2 * checkpoint.num_bytes, available_bytes()
+    needed, free = 2 * checkpoint.num_bytes, least(available_bytes())
     if free is None or MARGIN * needed <= free:
         return _instead(torch.float32)
     note(

@@ -50,6 +50,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
 
 
+def local_processes() -> int:
+    """Number of processes on this machine, which share its memory; 1 without ``torchrun``."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+
+
 def is_first() -> bool:
     """Whether this process writes and prints."""
     return rank() == 0
@@ -62,8 +67,28 @@ def hush() -> None:
 
 
 def present() -> None:
-    """Tell the other processes where this one runs, so that they can see if it ends."""
-    store().set(f"{prefix()}/{rank()}", f"{os.getpid()} {socket.gethostname()}")
+    """Tell the other processes where this one runs, so that they can see if it ends.
+
+    As early as can be, since a process can end while it imports what it needs.
+    """
+    with suppress(RuntimeError):  # torchrun is gone: `meet` says so
+        store().set(f"{prefix()}/{rank()}", f"{os.getpid()} {socket.gethostname()}")
+
+
+def meet(place: str) -> None:
+    """Wait until all processes are here, however long it takes; signals are heard meanwhile.
+
+    Args:
+        place: Another one each time.
+
+    Raises:
+        RuntimeError: torchrun is gone.
+    """
+    known = store()
+    known.set(f"{prefix()}/{place}/{rank()}", "")
+    keys = [f"{prefix()}/{place}/{number}" for number in range(processes())]
+    while not known.check(keys):
+        time.sleep(0.05)
 
 
 def speaks() -> bool:

@@ -8,13 +8,21 @@ import time
 from collections.abc import Callable
 from functools import cache
 
+from yopo.support.launched import local_processes
+
 
 def available_bytes() -> int | None:
     """Available main memory: file caches count as free where the system reports it.
 
     Returns:
-        Bytes; None where the system does not say.
+        Bytes for this process, if all that ``torchrun`` started on this machine take as many; None
+        where the system does not say.
     """
+    found = _available_bytes()
+    return None if found is None else found // local_processes()
+
+
+def _available_bytes() -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

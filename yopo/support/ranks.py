@@ -7,6 +7,7 @@ their number. Without ``together`` there is one process, and nothing here costs 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -36,7 +37,8 @@ def together(device: str) -> Iterator[None]:
     """Share the work of a block with the other processes that ``torchrun`` started, if it did.
 
     Args:
-        device: Where this process computes: exchanges go through gloo on a CPU, NCCL on CUDA.
+        device: Where this process computes. Tensors on CUDA are exchanged by NCCL, tensors on the
+            CPU and Python values by gloo.
 
     Raises:
         ProcessLost: Another process has ended.
@@ -46,11 +48,12 @@ def together(device: str) -> Iterator[None]:
         yield
         return
     is_cuda = torch.device(device).type == "cuda"
+    if is_cuda:
+        torch.cuda.set_device(device)
     with _exchanging():
-        if is_cuda:
-            torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
         _groups += 1
+        launched.meet(f"group-{_groups}")
         store = launched.store()
         store.set_timeout(PATIENCE)
         distributed.init_process_group(
@@ -60,7 +63,6 @@ def together(device: str) -> Iterator[None]:
             world_size=launched.processes(),
             timeout=PATIENCE,
         )
-        launched.present()
         distributed.barrier()
     _is_together = True
     try:
@@ -88,23 +90,27 @@ def own_device(name: str) -> str:
     Raises:
         YopoError: There are more processes than GPUs, or all are to use one device.
     """
-    if launched.processes() == 1:
+    if not launched.is_launched():
         return name
     kind, _, number = name.partition(":")
-    if number or kind == "mps":
-        raise YopoError(
-            f"--device {name}: {launched.processes()} processes cannot share one GPU.",
-            remedy="Use --device auto: each process then takes a GPU of its own.",
-        )
-    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not there):
         return "cpu"
-    mine, there = launched.local_rank(), torch.cuda.device_count()
-    if mine >= there:
+    if kind == "mps" or (number and launched.processes() > 1):
         raise YopoError(
-            f"There are more processes than GPUs on this machine, which has {there}.",
+            f"--device {name}: processes that torchrun starts cannot share it.",
+            remedy="Use --device auto: each process then takes a GPU of its own, if there are any.",
+        )
+    if name not in ("auto", "cuda") or not there:
+        return name
+    needed = launched.local_processes()
+    if needed > there:  # NCCL refuses two processes on one GPU
+        raise YopoError(
+            f"{needed} processes on this machine, but it has {there} GPU{'s' * (there > 1)}: "
+            "each needs its own.",
             remedy=f"Use torchrun --nproc-per-node {there}, or --device cpu.",
         )
-    return f"cuda:{mine}"
+    return f"cuda:{launched.local_rank()}"
 
 
 def check_enough(count: int, what: str) -> None:
@@ -150,7 +156,7 @@ def of_first(tensor: torch.Tensor) -> torch.Tensor:
     if _is_together:
         tensor = tensor.contiguous()
         with _exchanging():
-            distributed.broadcast(tensor, 0)
+            _finish(distributed.broadcast(tensor, 0, async_op=True))
     return tensor
 
 
@@ -168,8 +174,22 @@ def added(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of all processes' tensors, in place."""
     if _is_together:
         with _exchanging():
-            distributed.all_reduce(tensor)
+            _finish(distributed.all_reduce(tensor, async_op=True))
     return tensor
+
+
+def least(value: int | None) -> int | None:
+    """The least of all processes' values; None if one has none."""
+    values = [each for each in gathered([value]) if each is not None]
+    return min(values) if len(values) == _size_and_rank()[0] else None
+
+
+def _finish(exchange: distributed.Work) -> None:
+    """Wait for an exchange. NCCL may wait forever for a process that has ended: signals, such as
+    ``torchrun`` sends then, are heard meanwhile."""
+    while not exchange.is_completed():
+        time.sleep(0.0002)
+    exchange.wait()
 
 
 def _size_and_rank() -> tuple[int, int]:

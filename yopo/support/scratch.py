@@ -284,10 +284,16 @@ def _take_over(path: Path) -> int | None:
     return lock
 
 
-def try_lock(lock: int) -> bool:
-    """Lock an open file for this process; false if another has, true where there are no locks."""
+def try_lock(lock: int, *, is_shared: bool = False) -> bool:
+    """Lock an open file for this process; false if another has, true where there are no locks.
+
+    Args:
+        lock: Its descriptor.
+        is_shared: Whether others may lock it likewise, as those who only look do.
+    """
+    kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno in _NO_LOCKS  # then it is never mistaken for a leftover either
     return True

@@ -40,11 +40,6 @@ class SharedWork:
         if self._first is not None:
             self._first.save(name, stage)
 
-    def save_bytes(self, name: str, data: bytes) -> None:
-        """Keep a stage that has its own form of safetensors."""
-        if self._first is not None:
-            self._first.save_bytes(name, data)
-
     def drop(self, name: str) -> None:
         """Forget a stage, if there is one."""
         if self._first is not None:

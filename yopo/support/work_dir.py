@@ -1,16 +1,20 @@
 """Finished stages of long work in a directory, so that a killed command goes on where it was.
 
 A stage is one file: it is written aside, synced and renamed, so it is either whole or absent. The
-file ``work.json`` says whose work it is; another command's is refused.
+file ``work.json`` says whose work it is; another command's is refused. A stage has a seal, a digest
+of that work, its name and what it holds, so one that was damaged or put there is never used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +26,11 @@ from yopo.support.errors import OutputError, printable
 from yopo.support.files import write_file
 from yopo.support.scratch import find_leftovers, remove_leftover, try_lock
 
-FORMAT = 1
+FORMAT = 2
 _HEAD, _LOCK, _ENDING = "work.json", "lock", ".safetensors"
+
+PATIENCE = 1.0
+"""Seconds that a directory is waited for: whoever asks for its status holds it for a moment."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,6 @@ class Work(Protocol):
     def save(self, name: str, stage: Stage) -> None:
         """Keep a stage; replaces one of the same name."""
 
-    def save_bytes(self, name: str, data: bytes) -> None:
-        """Keep a stage that has its own form of safetensors."""
-
     def drop(self, name: str) -> None:
         """Forget a stage, if there is one."""
 
@@ -75,9 +79,6 @@ class NoWork:
         return None
 
     def save(self, name: str, stage: Stage) -> None:
-        """Do nothing."""
-
-    def save_bytes(self, name: str, data: bytes) -> None:
         """Do nothing."""
 
     def drop(self, name: str) -> None:
@@ -118,10 +119,13 @@ class WorkDir:
         path = self.file(name)
         try:
             with _reading(path) as file:
-                about = json.loads((file.metadata() or {})["yopo"])
-                return Stage({key: file.get_tensor(key) for key in file.keys()}, about)
+                kept = json.loads(file.metadata()["yopo"])
+                stage = Stage({key: file.get_tensor(key) for key in file.keys()}, kept["about"])
         except FileNotFoundError:
             return None
+        if kept.get("seal") != self._seal(name, stage):
+            raise _damaged(path, "its contents are not what this work kept")
+        return stage
 
     def save(self, name: str, stage: Stage) -> None:
         """Keep a stage; replaces one of the same name.
@@ -130,12 +134,10 @@ class WorkDir:
             OutputError: It cannot be written.
         """
         tensors = {key: each.detach().cpu().contiguous() for key, each in stage.tensors.items()}
+        seal = self._seal(name, Stage(tensors, stage.about))
         # A single entry, as several are written in random order.
-        self.save_bytes(name, save(tensors, metadata={"yopo": json.dumps(stage.about)}))
-
-    def save_bytes(self, name: str, data: bytes) -> None:
-        """Keep a stage that has its own form of safetensors; errors as for :meth:`save`."""
-        write_file(self.file(name), data)
+        about = json.dumps({"about": stage.about, "seal": seal})
+        write_file(self.file(name), save(tensors, metadata={"yopo": about}))
 
     def drop(self, name: str) -> None:
         """Forget a stage, if there is one."""
@@ -159,13 +161,18 @@ class WorkDir:
     def is_in_use(self) -> bool:
         """Whether a process is working in the directory."""
         try:
-            lock = os.open(self.path / _LOCK, os.O_RDWR)
+            lock = os.open(self.path / _LOCK, os.O_RDONLY)
         except OSError:
             return False
         try:
-            return not try_lock(lock)
+            return not try_lock(lock, is_shared=True)
         finally:
             os.close(lock)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the directory holds work of some version."""
+        return (self.path / _HEAD).exists()
 
     def key(self) -> dict[str, Any]:
         """What the work is: model, data and options.
@@ -173,21 +180,40 @@ class WorkDir:
         Raises:
             OutputError: The directory holds no work of this version.
         """
+        if not self.is_begun:
+            raise OutputError(
+                f"{self.path}: holds no work of yopo.",
+                remedy="Name the directory of a `yopo calibrate --work-dir`.",
+            )
+        path = self.path / _HEAD
         try:
-            found = json.loads((self.path / _HEAD).read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
             if found["yopo_work"] == FORMAT and isinstance(found["key"], dict):
                 return found["key"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
         raise OutputError(
-            f"{self.path}: holds no work of this version of yopo.",
-            remedy="Name the directory of a `yopo calibrate --work-dir`.",
+            f"{path}: is damaged, or of another version of yopo.",
+            remedy="Name another directory, or remove this one: its work cannot go on.",
         )
+
+    @cached_property
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.key(), sort_keys=True).encode()).hexdigest()
+
+    def _seal(self, name: str, stage: Stage) -> str:
+        """Digest of a stage, of its name and of whose work it is; its tensors are on the CPU."""
+        head = json.dumps([self._digest, name, stage.about], sort_keys=True)
+        state = hashlib.sha256(head.encode())
+        for key, tensor in sorted(stage.tensors.items()):
+            state.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return state.hexdigest()
 
     @staticmethod
     def _about(path: Path) -> dict[str, Any]:
         with _reading(path) as file:
-            return json.loads((file.metadata() or {})["yopo"])
+            return json.loads(file.metadata()["yopo"])["about"]
 
     def file(self, name: str) -> Path:
         """Where a stage is, or will be."""
@@ -201,11 +227,15 @@ def _reading(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise OutputError(
-            f"{path}: is damaged ({type(error).__name__}).",
-            remedy="Remove this file; the same command then makes it again.",
-        ) from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, type(error).__name__) from error
+
+
+def _damaged(path: Path, problem: str) -> OutputError:
+    return OutputError(
+        f"{path}: is damaged ({problem}).",
+        remedy="Remove this file; the same command then makes it again.",
+    )
 
 
 def open_work(path: Path, key: Mapping[str, Any]) -> WorkDir:
@@ -224,8 +254,8 @@ def open_work(path: Path, key: Mapping[str, Any]) -> WorkDir:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        is_new = not (path / _HEAD).exists()
-        if is_new and any(each.name != _LOCK and each.name[0] != "." for each in path.iterdir()):
+        names = {each.name for each in path.iterdir()}
+        if _HEAD not in names and any(name != _LOCK and name[0] != "." for name in names):
             raise OutputError(
                 f"{path}: holds other files, expected an empty directory or work of yopo.",
                 remedy="Name another directory.",
@@ -235,21 +265,31 @@ def open_work(path: Path, key: Mapping[str, Any]) -> WorkDir:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from error
     work = WorkDir(path, lock)
     try:
-        if not try_lock(lock):
+        if not _lock_soon(lock):
             raise OutputError(
                 f"{path}: another process is working in it.",
                 remedy="Wait for it, or name another directory.",
             )
         _clean(path)
-        if is_new:
+        if work.is_begun:  # perhaps by a process that had the lock just now
+            _check_same(path, work.key(), json.loads(json.dumps(dict(key))))
+        else:
             head = json.dumps({"yopo_work": FORMAT, "key": dict(key)}, indent=1)
             write_file(path / _HEAD, head.encode())
-        else:
-            _check_same(path, work.key(), json.loads(json.dumps(dict(key))))
     except BaseException:
         work.close()
         raise
     return work
+
+
+def _lock_soon(lock: int) -> bool:
+    """Lock an open file for this process; false if another keeps it."""
+    until = time.monotonic() + PATIENCE
+    while not try_lock(lock):
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _check_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
