@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from yopo.models.devices import accelerate_hooks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Fetching(Protocol):
@@ -35,6 +38,11 @@ def fetching_hook(module: nn.Module) -> _Fetching | None:
 def is_offloaded(decoder: nn.Module) -> bool:
     """Whether weights of a decoder are elsewhere between calls."""
     return any(fetching_hook(module) is not None for module in decoder.modules())
+
+
+def offload_option(model: PreTrainedModel) -> str | None:
+    """The option that leaves a model's layers on disk; None if they are there already."""
+    return None if is_offloaded(model.get_decoder()) else "--offload always"
 
 
 @contextmanager
