@@ -139,12 +139,15 @@ class Fitter:
 
     def _in_memory(self, work: str) -> AbstractContextManager[None]:
         """What to do where the states of all pairs, or a layer's moments, do not fit."""
-        are_in_files = isinstance(self._room, InFiles)
-        files = None if are_in_files else "with --work-dir if host memory is full"
-        offload = offload_option(self._model)
+        offload, folder = offload_option(self._model), None
+        if offload is not None:
+            offload += " (with --work-dir, if host memory is full)"
+        elif not isinstance(self._room, InFiles):
+            folder = "--work-dir"
         return memory_for(
             f"{work}, with the states of {self._pairs} pairs",
-            ", ".join(each for each in (offload, files) if each) or None,
+            offload,
+            folder,
             "fewer --fit-pairs",
             narrower(self._model.dtype.itemsize),
             "--compensation none",

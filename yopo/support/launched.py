@@ -40,6 +40,11 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
+def processes_here() -> int:
+    """How many of them run on this machine and share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_launched() else 1
+
+
 def rank() -> int:
     """This process's number."""
     return int(os.environ.get("RANK", "0")) if is_launched() else 0
