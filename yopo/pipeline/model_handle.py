@@ -18,7 +18,7 @@ from yopo.models.devices import device_of
 from yopo.models.offloaded import is_offloaded
 from yopo.models.registry import ALIASES, ModelSource, family_of, resolve
 from yopo.pipeline.options import RunOptions
-from yopo.serving.layers_on_disk import map_for
+from yopo.serving.layers_on_disk import OFFLOAD, map_for
 from yopo.serving.loading import load_dense, torch_dtype
 from yopo.serving.places import read_device_map
 from yopo.serving.precision import dtype_for
@@ -42,6 +42,7 @@ class ModelHandle:
         name: The model's name in plans; never a machine path.
         path: Its directory, unless the name alone leads to it.
         processor: The model's processor, with its settings completed.
+        source: Where it is loaded from; None for a model in memory.
 
     Raises:
         YopoError: Unknown or unsuitable model; a model in memory without its processor.
@@ -54,6 +55,7 @@ class ModelHandle:
         options: RunOptions,
     ):
         self._options, self._checkpoint = options, None
+        self.source: ModelSource | None = None
         if isinstance(model, PreTrainedModel):
             family_of(model.config)
             if processor is None:
@@ -66,7 +68,7 @@ class ModelHandle:
             self.model = model.eval()
             return
         source = model if isinstance(model, ModelSource) else resolve(str(model))
-        self._source, self.name, self.path = source, source.name, path_of(source)
+        self.source, self.name, self.path = source, source.name, path_of(source)
         self._checkpoint = Checkpoint.open(fetch(source))  # before anything slow
         if processor is not None:
             found = settled(processor, self._checkpoint.config, self.name)
@@ -141,10 +143,11 @@ class ModelHandle:
         places = self._options.device_map
         given = self._on_disk if places is None else read_device_map(places)
         map_of = {} if given is None else {"device_map": given}
-        ways = "--offload always", narrower(self.weight_sizes.itemsize), "--device-map auto"
+        ways = OFFLOAD, narrower(self.weight_sizes.itemsize), "--device-map auto"
         with memory_for("loading the weights", *ways[given is not None :]):
+            assert self.source is not None, "a model in memory is not loaded"
             model = load_dense(
-                self._source, checkpoint=self._checkpoint, dtype=self._dtype, **map_of
+                self.source, checkpoint=self._checkpoint, dtype=self._dtype, **map_of
             )
             if given is None:
                 nn.Module.to(model, self._options.device)  # transformers' `to` has no usable type

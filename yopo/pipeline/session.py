@@ -25,6 +25,7 @@ from yopo.pipeline.encoded import encoded
 from yopo.pipeline.judge import Judge
 from yopo.pipeline.latency import in_flops
 from yopo.pipeline.model_handle import Model, ModelHandle
+from yopo.pipeline.needs.check import check_calibration
 from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.progress import PlanProgress, most_plans
@@ -126,6 +127,7 @@ class CalibrationSession:
         if holdout and not self.split.holdout:
             raise too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
+        check_calibration(handle, self._pairs, self.split, options, fit_options, requests)
         self.model = handle.model
         measured = pick(self._pairs, self.split.statistics)
         reduction = with_constants(fit_options.reduction, self.model, self.processor, measured)

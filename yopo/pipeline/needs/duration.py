@@ -10,11 +10,10 @@ from yopo.pipeline.needs.job import Job
 FIT_NEURONS = 0.5
 """Share of its neurons that a fitted layer keeps on average, over the visual budget."""
 
-BEHIND = 2.0
-"""Time of a solve over that of its FLOPs in products of square matrices."""
-
-TOWER_LAYERS = 0.5
-"""Calls of a tower's layer over those of a decoder's, by what they take beside FLOPs."""
+TOWER, PRUNED, FIT, OBSERVED, PROFILED, SOLVED = 0.5, 3, 5, 15, 8, 10
+"""What takes time beside FLOPs, in calls of a decoder's layer: a tower's layer; a batch in a pruned
+layer, in one that is fitted, in one whose attention is observed, in one that is profiled, each in
+addition to the call itself; a layer's solves."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Speed:
         single, double: Those of products in float32 and float64.
         per_weight: Seconds per number of a layer's weights where few rows pass it.
         per_layer: Seconds that a layer's call takes, however little it computes.
+        behind: Time of a solve over that of its FLOPs in products of square matrices.
     """
 
     products: float
@@ -33,6 +33,7 @@ class Speed:
     double: float
     per_weight: float
     per_layer: float
+    behind: float
 
 
 def seconds(job: Job, speed: Speed) -> float:
@@ -67,7 +68,7 @@ class _Clock:
         """Images up to the decoder."""
         job, pairs = self.job, self.job.own(pairs)
         flops = 2 * pairs * job.prompts.patches * job.weights.tower
-        calls = self._batches(pairs) * job.tower.layers * TOWER_LAYERS
+        calls = self._batches(pairs) * job.tower.layers * TOWER
         return flops / self.speed.products + calls * self.speed.per_layer
 
     def dense(self, pairs: int) -> float:
@@ -79,20 +80,19 @@ class _Clock:
         return self.tower(pairs) + self.dense(pairs)
 
     def pruned(self, pairs: int, *, is_whole: bool = False) -> float:
-        """Prompts through the pruned decoder, or model; with twice the calls, one per stream."""
+        """Prompts through the pruned decoder, or model."""
         prompts, own = self.job.prompts, self.job.own(pairs)
         text = prompts.mean - prompts.visual
         through = self._through(own, text) + self.job.plans.budget * self._through(
             own, prompts.visual
         )
-        through += self._batches(own) * self.shape.layers * self.speed.per_layer
+        through += self._calls(own, PRUNED if is_whole else FIT)
         return through + (self.tower(pairs) + self._head(own) if is_whole else 0.0)
 
     def observing(self, pairs: int) -> float:
         """Scores of all visual queries, in float32."""
         flops = 6 * self.job.own(pairs) * self.job.prompts.mean**2 * self.heads * self.shape.layers
-        calls = self._batches(self.job.own(pairs)) * self.shape.layers
-        return flops / self.speed.single + 2 * calls * self.speed.per_layer
+        return flops / self.speed.single + self._calls(self.job.own(pairs), OBSERVED)
 
     def decoding(self, pairs: int) -> float:
         """Answers, token by token, and the dense model's predictions along them."""
@@ -107,8 +107,9 @@ class _Clock:
         sums = hidden * (hidden + heads) + heads**2 + 4 * hidden**2
         moments = 2 * rows * sums / self.speed.single
         whole = 4 * _cholesky(hidden) + 3 * 3 * hidden**3 + 6 * hidden**3 + 7 * hidden**3
-        solves = BEHIND * whole / self.speed.double + 20 * hidden**3 / self.speed.single
-        return self.shape.layers * (moments + solves)
+        solves = self.speed.behind * whole / self.speed.double + 20 * hidden**3 / self.speed.single
+        solves += SOLVED * self.speed.per_layer
+        return self.shape.layers * (moments + solves) + self._calls(self.job.own(pairs), PROFILED)
 
     def fitting(self, pairs: int) -> float:
         """The same for one plan's weights."""
@@ -119,14 +120,19 @@ class _Clock:
         leading = (3 if hidden >= WIDE else 15) * hidden**3
         whole = _cholesky(inputs) + 3 * inputs**2 * hidden + 2 * _cholesky(hidden)
         whole += 4 * hidden**3 + 2 * leading + _cholesky(neurons) + 3 * neurons**2 * hidden
-        solves = BEHIND * (whole / self.speed.double + 12 * hidden**3 / self.speed.single)
-        return self.shape.layers * (moments + solves)
+        solves = self.speed.behind * (
+            whole / self.speed.double + 12 * hidden**3 / self.speed.single
+        )
+        return self.shape.layers * (moments + solves + SOLVED * self.speed.per_layer)
 
     def _through(self, pairs: int, tokens: float) -> float:
         layers, shape = self.job.weights.layers, self.shape
         flops = 2 * layers * tokens + 4 * shape.layers * tokens**2 * self.heads
-        calls = self._batches(pairs) * shape.layers
-        return pairs * flops / self.speed.products + calls * self.speed.per_layer
+        return pairs * flops / self.speed.products + self._calls(pairs, 1)
+
+    def _calls(self, pairs: int, each: float) -> float:
+        """What batches of pairs take in all layers beside FLOPs."""
+        return self._batches(pairs) * self.shape.layers * each * self.speed.per_layer
 
     def _head(self, pairs: int) -> float:
         """Predictions along answers."""

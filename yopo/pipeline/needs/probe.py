@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -28,8 +28,11 @@ PROBED = 8
 PATIENCE = 0.08
 """Seconds after which a rate is known; four are measured."""
 
-ON_HOST, ON_GPU = 6e-4, 1.2e-3
-"""Seconds that a layer's call takes beside what it computes."""
+PER_LAYER = {"cpu": 1e-3}
+"""Seconds that a layer's call takes beside what it computes; elsewhere, starting kernels counts."""
+
+BEHIND = {"cpu": 2.0}
+"""Time of factorisations over that of products with their FLOPs; elsewhere, much more."""
 
 WIDEST = 1024
 """Width of the square matrices by which rates in float32 and float64 are measured."""
@@ -60,18 +63,19 @@ def prompts_of(
     """
     chosen = _spread([(pixels_of(pair), len(pair.question)) for pair in pairs])
     ids = torch.tensor(family_of(config).token_ids(config))
-    tower, found, started = tower_of(config), [], time.perf_counter()
+    tower, found, times = tower_of(config), [], []
     for pair in pick(pairs, chosen):
+        started = time.perf_counter()
         try:
             made = processed(processor, [prompt_text(processor, pair)], [pair])
         except (ValueError, DataError):  # whoever needs it says what is wrong
             continue
         tokens = made["input_ids"]
         pixels = sum(each.numel() for name, each in made.items() if name.startswith("pixel_values"))
+        times.append(time.perf_counter() - started)
         found.append((tokens.shape[1], int(torch.isin(tokens, ids).sum()), pixels))
     if not found:
         return None
-    took = (time.perf_counter() - started) / len(chosen)
     lengths, visual, pixels_each = zip(*found, strict=True)
     return Prompts(
         longest=max(lengths),
@@ -82,7 +86,7 @@ def prompts_of(
         most_pixels=max(pixels_each),
         patches=mean(pixels_each) / tower.patch,
         most_patches=max(pixels_each) // tower.patch,
-        seconds=took,
+        seconds=median(times),  # the first one waits for imports
     )
 
 
@@ -119,7 +123,8 @@ def speed_on(
         single=2 * width**3 / _seconds(lambda: square @ square, device),
         double=2 * width**3 / _seconds(lambda: double @ double, device),
         per_weight=_seconds(lambda: thin @ weight.T, device) / one,
-        per_layer=ON_HOST if device.type == "cpu" else ON_GPU,
+        per_layer=PER_LAYER.get(device.type, 2e-3),
+        behind=BEHIND.get(device.type, 20.0),
     )
 
 
