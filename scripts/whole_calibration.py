@@ -24,6 +24,7 @@ from yopo.pipeline.model_handle import ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import CalibrationSession
 from yopo.planning.request import BudgetRequest
+from yopo.plans.schema import ModelShape
 
 DEMO = "llava-tiny"
 
@@ -47,14 +48,20 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def model_and_processor(options: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A random model of the published widths that takes the demo model's prompts."""
-    demo = ModelHandle(DEMO, None, RunOptions())
     shape = SHAPES[options.shape_of]
     shape = replace(shape, layers=options.layers or shape.layers)
-    dtype = getattr(torch, options.dtype)
-    model = random_model(shape, dtype=dtype, device=options.device, side=options.side)
+    return random_parts(shape, options.side, options.dtype, options.device)
+
+
+def random_parts(
+    shape: ModelShape, side: int, dtype: str, device: str = "cpu"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A random model of a shape, and a processor that makes ``side`` x ``side`` visual tokens."""
+    demo = ModelHandle(DEMO, None, RunOptions())
+    model = random_model(shape, dtype=getattr(torch, dtype), device=device, side=side)
     model.config.image_token_id = demo.config.image_token_id
     model.generation_config.eos_token_id = demo.processor.tokenizer.eos_token_id
-    pixels = demo.processor.patch_size * options.side
+    pixels = demo.processor.patch_size * side
     demo.processor.image_processor.size = {"shortest_edge": pixels}
     demo.processor.image_processor.crop_size = {"height": pixels, "width": pixels}
     return model, demo.processor

@@ -201,7 +201,8 @@ def evaluate(
     ways = smaller_batches(batch_size), narrower(model.dtype.itemsize), "--device-map auto"
     each = f"{batch_size} pairs per batch"
     if records is None:
-        with memory_for(f"recording the dense model's answers, {each}", *ways, "fewer --samples"):
+        less = "fewer --max-new-tokens", "fewer --samples"
+        with memory_for(f"recording the dense model's answers, {each}", *ways, *less):
             records = record_dense(
                 model,
                 processor,
