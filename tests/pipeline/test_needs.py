@@ -100,12 +100,11 @@ def test_time_follows_the_work() -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        BudgetRequest(0.2),
-        BudgetRequest(0.2, compensation="refit", search=4),
+        BudgetRequest(0.2, compensation="refit"),
         BudgetRequest(0.2, template="reader", compensation="refit"),
         BudgetRequest(0.2, compensation="mean"),
         PaperRequest(preset="yopo-25", compensation="refit"),
-        ToleranceRequest(0.3, compensation="refit"),
+        ToleranceRequest(0.3, compensation="none"),
     ],
     ids=str,
 )

@@ -180,13 +180,15 @@ def _plans_of(request: PlanRequest, counts: Counts) -> PlanCounts:
     if not counts.comparison:
         return PlanCounts()
     if isinstance(request, ToleranceRequest):
-        first = _plans_at(request.at(UNKNOWN_BUDGET))
-        tried = (NEIGHBORS + 1) * (TOLERANCE_STEPS - 1) * first.profiles
+        first, more = _plans_at(request.at(UNKNOWN_BUDGET)), TOLERANCE_STEPS - 1
+        again = first
+        if first.profiles:  # then only weightings near the best are tried
+            again = PlanCounts(NEIGHBORS + 1, 1, compared=NEIGHBORS + 1)
         return replace(
             first,
-            fitted=first.fitted + tried,
-            walks=first.walks + -(-tried // TOGETHER),
-            compared=first.compared + tried,
+            fitted=first.fitted + more * again.fitted,
+            walks=first.walks + more * again.walks,
+            compared=first.compared + more * again.compared,
             held_out=TOLERANCE_STEPS,
         )
     if isinstance(request, BudgetRequest):
