@@ -3,8 +3,8 @@
 Prints a markdown row for each: the estimate, the most resident memory over that after imports, and
 how much of it is not pages of mapped files (weights that keep their dtype, states in a work
 directory), which the system can drop; and the estimate of time beside the CPU time on one thread,
-since the clock depends on what else the machine does. Random weights have a shape of your own, and the
-prompts of `llava-tiny` with enlarged pictures; `--model` takes a demo model as it is.
+since the clock depends on what else the machine does. Random weights have a shape of your own, and
+the prompts of `llava-tiny` with enlarged pictures; `--model` takes a demo model as it is.
 
     python scripts/needs.py --model llava-tiny --samples 64
     python scripts/needs.py --layers 2 --hidden 512 --side 24 --samples 64 --offload never always

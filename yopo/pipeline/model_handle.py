@@ -99,9 +99,9 @@ class ModelHandle:
         return WeightSizes.of(on_meta(self.config), loaded_dtype(self._dtype, self.config))
 
     @property
-    def is_converted(self) -> bool:
-        """Whether weights have another dtype in memory than in their files."""
-        return self.weight_sizes.dtype != loaded_dtype("auto", self.config)
+    def stored_dtype(self) -> torch.dtype:
+        """What weights are in their files."""
+        return loaded_dtype("auto", self.config)
 
     @property
     def is_offloaded(self) -> bool:

@@ -128,7 +128,7 @@ def _job(
         new_tokens=options.max_new_tokens,
         is_offloaded=is_offloaded,
         on_host=device.type == "cpu" and not _is_spread(handle),
-        is_converted=handle.is_converted,
+        staged=_staged(handle),
         processes=processes(),
         window=free_for_states(device) if is_offloaded else 0,
     )
@@ -170,12 +170,14 @@ def _places(handle: ModelHandle, job: Job) -> list[Place]:
     sizes, found = job.weights, stages(job)
     base = sizes.least_bytes if job.is_offloaded else sizes.num_bytes
     taken = base if handle.is_loaded else 0
-    is_mapped = job.on_host and not job.is_converted and not handle.is_loaded
+    keeps_dtype = sizes.dtype == handle.stored_dtype
+    is_mapped = job.on_host and keeps_dtype and not handle.is_loaded
     surely = CERTAIN * max(each.certain for each in found)
     if job.on_host:
         most = max(found, key=lambda each: each.device + each.host)
         peak = base + most.device + most.host + LIBRARIES
         certain = surely + (0 if is_mapped else base)
+        certain *= handle.is_on_one_device  # elsewhere accelerate keeps on disk what is too much
         free = _shared(available_bytes())
         return [Place("memory", peak, certain, None if free is None else free + taken, most)]
     most = max(found, key=lambda each: each.device)
@@ -190,6 +192,16 @@ def _places(handle: ModelHandle, job: Job) -> list[Place]:
     most = max(found, key=lambda each: each.host)
     host = Place("host memory", most.host + LIBRARIES, 0.0, _shared(available_bytes()), most)
     return [on_device, host]
+
+
+def _staged(handle: ModelHandle) -> int:
+    """Bytes of weights that pass the host on their way: as they are stored, if they get another
+    dtype, and all of them, if they go to another device."""
+    sizes, stored = handle.weight_sizes, handle.stored_dtype
+    if handle.is_loaded or handle.is_offloaded or not handle.is_on_one_device:
+        return 0
+    as_stored = sizes.total * stored.itemsize * (sizes.dtype != stored)
+    return as_stored + sizes.num_bytes * (handle.device.type != "cpu")
 
 
 def _is_spread(handle: ModelHandle) -> bool:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from yopo.fitting.least_squares import WIDE
 from yopo.pipeline.needs.job import Job
 
+START, READ = 2.0, 1e9
+"""Seconds to check a model and its pairs; bytes of weights per second that are loaded."""
+
 FIT_NEURONS = 0.5
 """Share of its neurons that a fitted layer keeps on average, over the visual budget."""
 
@@ -37,12 +40,14 @@ class Speed:
 
 
 def seconds(job: Job, speed: Speed) -> float:
-    """Seconds of a whole job, without loading the model and without reading layers on disk."""
+    """Seconds of a whole job, without those to read layers on disk."""
     clock = _Clock(job, speed)
     counts, plans = job.counts, job.plans
     judged = counts.comparison + counts.holdout
     encoded = counts.statistics + counts.fit * (plans.fitted > 0) + 2 * judged
-    total = job.own(encoded) * job.prompts.seconds
+    total = START + job.own(encoded) * job.prompts.seconds
+    if not job.is_offloaded:
+        total += job.weights.num_bytes / READ
     total += clock.forward(counts.statistics) + clock.observing(counts.statistics)
     total += 2 * clock.forward(judged) + clock.decoding(judged)
     total += plans.compared * clock.pruned(counts.comparison, is_whole=True)

@@ -123,8 +123,7 @@ class Job:
         is_offloaded: Whether decoder layers are on disk.
         has_folder: Whether there is a work directory.
         on_host: Whether the device is the host.
-        is_converted: Whether weights change their dtype while they are loaded, instead of being
-            mapped from their files where the device is the host.
+        staged: Bytes on the host that are there while weights are loaded, and not afterwards.
         processes: That share the work.
         window: Bytes for forwards that wait at layers on disk.
     """
@@ -141,7 +140,7 @@ class Job:
     is_offloaded: bool = False
     has_folder: bool = False
     on_host: bool = True
-    is_converted: bool = False
+    staged: int = 0
     processes: int = 1
     window: int = 0
 

@@ -71,10 +71,7 @@ def kept_stages(job: Job) -> float:
 
 def _forwards(job: Job) -> Iterator[Stage]:
     """Loading, and the stages that run whole forwards."""
-    size = job.weights.num_bytes
-    if not job.is_offloaded:
-        staged = size if not job.on_host else size * job.is_converted
-        yield Stage("loading the weights", 0, staged)
+    yield Stage("loading the weights", 0, job.staged)
     forward = _activations(job, job.batch_size * job.prompts.longest)
     entry = _tower(job)
     if job.counts.statistics:
@@ -200,7 +197,7 @@ def _most_states(job: Job) -> float:
     plans, prompts = min(job.plans.fitted, TOGETHER), job.prompts
     reuses = job.is_offloaded and (job.has_folder or not job.on_host)
     dense = (3 if reuses else 6) * prompts.visual * shape.hidden
-    pruned = (plans + 1) * prompts.mean * shape.hidden + 2 * prompts.mean * shape.head_dim
+    pruned = (plans + (plans > 1)) * prompts.mean * shape.hidden + 2 * prompts.mean * shape.head_dim
     mixed = prompts.visual * shape.heads * shape.head_dim
     masks = pairs * prompts.mean**2 / 2
     return _entered(job) + _walking(job) + pairs * (dense + pruned + mixed) * itemsize + masks
