@@ -5,20 +5,14 @@ from __future__ import annotations
 import pytest
 from needs import main
 
+WEIGHTS = ["--layers", "8", "--hidden", "1024", "--samples", "8", "--request=--preset yopo-25"]
+STATES = ["--layers", "1", "--hidden", "256", "--side", "16", "--samples", "32"]
+FIT = "--request=--budget 0.2 --template reader --compensation refit"
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--layers 8 --hidden 1024 --samples 8 --request --preset=yopo-25",
-        "--layers 1 --hidden 256 --side 16 --samples 32 --offload always --batch-size 4",
-    ],
-)
-def test_memory_is_near_to_what_is_said(words: str) -> None:
-    given = words.split()
-    if "--request" not in given:
-        given += ["--request", "--budget 0.2 --template reader --compensation refit"]
-    else:
-        place = given.index("--request")
-        given = [*given[:place], "--request=--preset yopo-25"]
-    [found] = main(given)
+
+@pytest.mark.parametrize("words", [WEIGHTS, [*STATES, "--offload", "always", FIT]])
+def test_memory_is_near_to_what_is_said(words: list[str]) -> None:
+    [found] = main(words)
     assert 0.7 < found.said_bytes / found.bytes < 1.6
+    assert found.own_bytes <= found.bytes
+    assert 0 < found.said_seconds < 60
