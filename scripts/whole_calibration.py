@@ -25,6 +25,7 @@ from yopo.pipeline.model_handle import ModelHandle
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import CalibrationSession
 from yopo.planning.request import BudgetRequest
+from yopo.plans.schema import ModelShape
 
 DEMO = "llava-tiny"
 
@@ -48,12 +49,18 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def model_and_processor(options: argparse.Namespace) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A random model of the published widths that takes the demo model's prompts."""
-    demo = ModelHandle(DEMO, None, RunOptions())
     shape = SHAPES[options.shape_of]
     shape = replace(shape, layers=options.layers or shape.layers)
-    dtype = getattr(torch, options.dtype)
-    model = random_model(shape, dtype=dtype, device=options.device, side=options.side)
-    fit_to_prompts(model, demo.processor, options.side)
+    return random_parts(shape, options.side, options.dtype, options.device)
+
+
+def random_parts(
+    shape: ModelShape, side: int, dtype: str, device: str = "cpu"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A random model of a shape, and a processor that makes ``side`` x ``side`` visual tokens."""
+    demo = ModelHandle(DEMO, None, RunOptions())
+    model = random_model(shape, dtype=getattr(torch, dtype), device=device, side=side)
+    fit_to_prompts(model, demo.processor, side)
     return model, demo.processor
 
 

@@ -27,9 +27,9 @@ from yopo.serving import layers_on_disk
 @pytest.mark.parametrize(
     ("offload", "free", "expected"),
     [
-        ("never", 0, False),
+        ("never", 1 << 40, False),
         ("auto", 1 << 40, False),
-        ("auto", 1 << 20, True),
+        ("auto", 6 << 20, True),
         ("always", 1 << 40, True),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_plan_within_a_tolerance_agrees_within_it(
     """Only the holdout decides, not the pairs that plans are compared on."""
     tolerance = 0.02
     compared: list[tuple[PruningPlan, Fidelity]] = []
-    usual = session._compare
+    usual = session.judge.compare
 
     def compare(plan: PruningPlan, pairs: str) -> Fidelity:
         found = usual(plan, pairs)
@@ -112,7 +112,7 @@ def test_a_plan_within_a_tolerance_agrees_within_it(
             compared.append((plan, found))
         return found
 
-    monkeypatch.setattr(session, "_compare", compare)
+    monkeypatch.setattr(session.judge, "compare", compare)
     made = session.make(ToleranceRequest(tolerance))
     about = made.plan.provenance["tolerance"]
     within = [each for each, found in compared if 1 - found.agreement <= tolerance]
@@ -147,7 +147,7 @@ def test_candidates_say_what_their_mean_hides(session: CalibrationSession) -> No
     table = made.plan.provenance["candidates"]
     assert len(table) == len(made.candidates) > 5
     kinds = kinds_of_records(session.comparison)
-    best = session._compare(made.plan, "comparison")  # the one that keeps its weights
+    best = session.judge.compare(made.plan, "comparison")  # the one that keeps its weights
     assert table[0]["whole_answers"] == best.whole_answers / MIN_SIDE
     for entry, candidate in zip(table, made.candidates, strict=True):
         found = session._judged[candidate.plan.layers, candidate.compensation]

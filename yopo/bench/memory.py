@@ -11,9 +11,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+
+from yopo.bench.prompt import Prompt
+from yopo.support.out_of_memory import memory_for
 
 CPU, CUDA = "sum of torch's CPU allocations (profiler)", "torch.cuda.max_memory_allocated"
 
@@ -53,6 +56,18 @@ def peak_bytes(call: Callable[[], object], *devices: torch.device) -> int | None
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def memory_to_time(prompt: Prompt, *options: str | None) -> AbstractContextManager[None]:
+    """Say which options help if forwards of a prompt need more memory than there is.
+
+    Args:
+        prompt: The batch that is timed.
+        options: Those that help beside smaller prompts.
+    """
+    prompts = f"{prompt.batch} prompt{'s' * (prompt.batch > 1)} of {prompt.length} tokens"
+    fewer = "a smaller --batch" if prompt.batch > 1 else None
+    return memory_for(f"timing {prompts}", fewer, *options, "fewer --visual-tokens")
 
 
 @contextmanager

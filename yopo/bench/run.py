@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from yopo.baselines.baseline import Baseline
 from yopo.baselines.install import baseline
 from yopo.baselines.registry import solve_for
-from yopo.bench.memory import measured_by, peak_bytes
+from yopo.bench.memory import measured_by, memory_to_time, peak_bytes
 from yopo.bench.plans import sampled_layers, with_layers, with_prompt
 from yopo.bench.prompt import Prompt, made_up_prompt, noise_prompt
 from yopo.bench.random_model import fitted, grids_of, random_model
@@ -51,6 +51,10 @@ from yopo.runtime.gemm import fast_gemm, same_gemm
 from yopo.runtime.install import check_model, pruned
 from yopo.support.console import track
 from yopo.support.errors import YopoError
+from yopo.support.out_of_memory import narrower
+
+RANDOM = "random"
+"""What a benchmark calls weights that are made up."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ def bench_random(
         options,
         requested=moved,
         layers=Layers(len(plan.layers), used, _flops_ratio(moved)),
-        weights="random",
+        weights=RANDOM,
         stand_in=few.model.family != plan.model.family,
     )
 
@@ -260,9 +264,11 @@ def _bench(
     weights: str,
     stand_in: bool,
 ) -> Benchmark:
-    subject, left_out = _with_baselines(subject, options, requested, layers.used)
-    model, devices = subject.model, devices_of(subject.model)
-    with _threads(options.threads):
+    narrow = narrower(subject.model.dtype.itemsize)
+    where = "fewer --layers" if weights == RANDOM else "--device-map auto"
+    with _threads(options.threads), memory_to_time(subject.prompt, narrow, where):
+        subject, left_out = _with_baselines(subject, options, requested, layers.used)
+        model, devices = subject.model, devices_of(subject.model)
         held = subject.visual_kv(PRUNED)
         refuse_unplanned(held, subject.plan, subject.prompt.batch, model.dtype.itemsize)
         rounds = run_rounds(subject, options)

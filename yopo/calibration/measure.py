@@ -19,15 +19,16 @@ from yopo.data.prompts import batches, encode_for
 from yopo.data.sizes import by_size
 from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
-from yopo.models.offloaded import at_hand, named_weights
+from yopo.models.offloaded import at_hand, named_weights, offload_option
 from yopo.models.registry import family_of
 from yopo.models.turns import in_turns
 from yopo.plans.extent import Extent
 from yopo.plans.schema import ModelIdentity, ModelShape
 from yopo.reduction.method import Method
 from yopo.support.console import track
-from yopo.support.errors import DataError, YopoError
+from yopo.support.errors import DataError
 from yopo.support.finite import check_weights
+from yopo.support.out_of_memory import memory_for, narrower, smaller_batches
 from yopo.support.ranks import is_together, shared
 from yopo.support.work_dir import NoWork, Work
 
@@ -82,7 +83,7 @@ def measure(
     Raises:
         DataError: No pairs, or one that cannot be read.
         ModelError: A weight, and thus what is measured, is not finite.
-        YopoError: Out of memory; suggests a smaller batch.
+        YopoError: Out of memory; says what needs less.
     """
     identity = identify(model, name)
     family = family_of(model.config)
@@ -90,7 +91,11 @@ def measure(
     groups = track(groups, label="calibrating", total=total, unit="pairs")
     keeper = _Keeper(identity.shape, work or NoWork())
     rest = (group for group in groups if not keeper.has(group))
-    with observing(model, identity.shape, family, queries, reduction) as observer:
+    ways = smaller_batches(batch_size), offload_option(model), narrower(model.dtype.itemsize)
+    with (
+        memory_for(f"measuring statistics, {batch_size} pairs per batch", *ways),
+        observing(model, identity.shape, family, queries, reduction) as observer,
+    ):
         for part in _parts(model, rest, partial(_observe, model, processor, observer, name)):
             keeper.add(part)
         if not keeper.total.rho:
@@ -146,13 +151,7 @@ def _observe(
     """The sums over a batch."""
     batch = encode_for(model, processor, group)
     observer.begin(batch.inputs["attention_mask"])
-    try:
-        model.base_model(**batch.inputs, use_cache=False)
-    except torch.OutOfMemoryError as error:
-        raise YopoError(
-            f"Out of memory at {len(group)} pairs per batch.",
-            remedy="Use a smaller --batch-size, or --dtype bfloat16.",
-        ) from error
+    model.base_model(**batch.inputs, use_cache=False)
     try:
         return observer.finish()
     except DataError:

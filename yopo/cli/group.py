@@ -15,6 +15,7 @@ from yopo.cli.command import LazyGroup
 from yopo.cli.verbosity import Verbosity
 from yopo.support import launched
 from yopo.support.errors import YopoError, printable
+from yopo.support.out_of_memory import is_out_of_memory
 from yopo.support.version import __version__
 
 COMMANDS = {
@@ -102,10 +103,10 @@ def _sentence(error: Exception) -> tuple[str, str | None, int]:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}disk full.", "Free some space, or write to another file system.", 1
+    if is_out_of_memory(error):
+        return "Out of memory.", "Use a smaller --batch-size, or --dtype bfloat16.", 1
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}.", None, 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "Out of memory.", "Use a smaller --batch-size, or --dtype bfloat16.", 1
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
     message = f"unexpected error: {type(error).__name__}: {reason.rstrip('.')}"

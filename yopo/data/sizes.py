@@ -97,6 +97,11 @@ def size_class(pair: Pair) -> int | None:
     return math.floor(math.log2(sum(known))) if len(known) == len(areas) else None
 
 
+def pixels_of(pair: Pair) -> float:
+    """Pixels of a pair's images, as far as they are known at once."""
+    return sum(_area(image) or 0.0 for image in pair.images)
+
+
 def _area(image: ImageRef) -> float | None:
     """Pixels of an image; None if they are not known at once."""
     sides = _sides(image)

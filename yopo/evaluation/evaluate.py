@@ -39,6 +39,7 @@ from yopo.plans.schema import PruningPlan
 from yopo.runtime.install import pruned
 from yopo.support.binomial import interval
 from yopo.support.console import note, track
+from yopo.support.out_of_memory import memory_for, narrower, smaller_batches
 
 
 @dataclass(frozen=True)
@@ -197,32 +198,40 @@ def evaluate(
     Raises:
         DataError: No pairs.
         ModelError: The plan was made for another model.
+        YopoError: Out of memory; says what needs less.
     """
+    ways = smaller_batches(batch_size), narrower(model.dtype.itemsize), "--device-map auto"
+    each = f"{batch_size} pairs per batch"
     if records is None:
-        records = record_dense(
+        less = "fewer --max-new-tokens", "fewer --samples"
+        with memory_for(f"recording the dense model's answers, {each}", *ways, *less):
+            records = record_dense(
+                model,
+                processor,
+                pairs,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                total=total,
+            )
+    with memory_for(f"comparing the pruned model with the dense one, {each}", *ways):
+        kept = measure_kept(
             model,
             processor,
-            pairs,
-            batch_size=batch_size,
+            records,
+            lambda: pruned(model, plan),
             max_new_tokens=max_new_tokens,
-            total=total,
         )
-    kept = measure_kept(
-        model,
-        processor,
-        records,
-        lambda: pruned(model, plan),
-        max_new_tokens=max_new_tokens,
-    )
     prefill = None
     if timing_runs and is_offloaded(model.get_decoder()):
         note("Prefill is not timed, since that would be the time to fetch weights.")
     elif timing_runs:
         largest = max((record.batch for record in records), key=len)
-        prefill = time_prefill(
-            model, largest, lambda: pruned(model, plan, check=False), runs=timing_runs
-        )
-    shown = examples_of(model, processor, plan, choose(kept.answers, examples))
+        with memory_for(f"timing prefills, {each}", *ways, "--timing-runs 0"):
+            prefill = time_prefill(
+                model, largest, lambda: pruned(model, plan, check=False), runs=timing_runs
+            )
+    with memory_for("looking where the text looks, one pair at a time", *ways[1:], "--examples 0"):
+        shown = examples_of(model, processor, plan, choose(kept.answers, examples))
     return Evaluation(plan, kept, prefill, shown)
 
 

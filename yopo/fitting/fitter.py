@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from operator import itemgetter
 
-import torch
 from transformers import PreTrainedModel
 
 from yopo.data.prompts import Batch
 from yopo.fitting.layerwise import DenseBatch, enter
 from yopo.fitting.profile import Profile, profile
 from yopo.fitting.refit import refit, stage_of
-from yopo.fitting.states import Room
+from yopo.fitting.states import InFiles, Room
 from yopo.models.family import shape_of
+from yopo.models.offloaded import offload_option
 from yopo.plans.schema import PruningPlan
 from yopo.plans.tensors import refit_sizes
 from yopo.reduction.method import Method
-from yopo.support.errors import YopoError
+from yopo.support.out_of_memory import memory_for, narrower
 from yopo.support.work_dir import NoWork, Stage, Work
 
 TOGETHER = 4
@@ -61,7 +61,8 @@ class Fitter:
     @cached_property
     def _batches(self) -> list[DenseBatch]:
         """The prompts at the decoder: the vision tower sees them once for all walks."""
-        return enter(self._model, self._counted(), self.reduction, self._room)
+        with self._in_memory("running prompts up to the first layer"):
+            return enter(self._model, self._counted(), self.reduction, self._room)
 
     def _counted(self) -> Iterator[Batch]:
         self._pairs = 0
@@ -80,8 +81,9 @@ class Fitter:
         kept = self._work.load(_PROFILE)
         if kept is not None:
             return Profile(**kept.tensors)
-        with self._in_memory():
-            found = profile(self._model, self._batches, shape_of(self._model.config), self._work)
+        batches = self._batches
+        with self._in_memory("the profile"):
+            found = profile(self._model, batches, shape_of(self._model.config), self._work)
         self._work.save(_PROFILE, Stage(vars(found)))
         return found
 
@@ -129,24 +131,30 @@ class Fitter:
         done: list[PruningPlan] = []
         for first in range(0, len(plans), TOGETHER):
             some = plans[first : first + TOGETHER]
-            with self._in_memory():
-                fitted = refit(self._model, self._batches, some, self._work)
+            batches = self._batches
+            with self._in_memory("the fit"):
+                fitted = refit(self._model, batches, some, self._work)
             done += [
                 replace(plan, tensors=replace(plan.tensors, refit=weights))
                 for plan, weights in zip(some, fitted, strict=True)
             ]
         return done
 
-    @contextmanager
-    def _in_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise YopoError(
-                f"Out of memory: the states of {self._pairs} pairs are in memory during the fit.",
-                remedy="Use --offload always, with --work-dir if host memory is full; or fewer "
-                "--fit-pairs, --dtype bfloat16, or --compensation none.",
-            ) from error
+    def _in_memory(self, work: str) -> AbstractContextManager[None]:
+        """What to do where the states of all pairs, or a layer's moments, do not fit."""
+        offload, folder = offload_option(self._model), None
+        if offload is not None:
+            offload += " (with --work-dir, if host memory is full)"
+        elif not isinstance(self._room, InFiles):
+            folder = "--work-dir"
+        return memory_for(
+            f"{work}, with the states of {self._pairs} pairs",
+            offload,
+            folder,
+            "fewer --fit-pairs",
+            narrower(self._model.dtype.itemsize),
+            "--compensation none",
+        )
 
 
 def _fitted_layers(plan: PruningPlan) -> list[int]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from yopo.models.devices import accelerate_hooks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _AFTER_USE = "_yopo_after_use"
 
@@ -54,6 +57,11 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             seen.add(id(weight))
             value = hook.weights_map[name] if weight.is_meta and hook is not None else weight
             yield f"{path}.{name}" if path else name, value
+
+
+def offload_option(model: PreTrainedModel) -> str | None:
+    """The option that leaves a model's layers on disk; None if they are there already."""
+    return None if is_offloaded(model.get_decoder()) else "--offload always"
 
 
 @contextmanager

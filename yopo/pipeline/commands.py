@@ -19,7 +19,8 @@ from yopo.evaluation.evaluate import Evaluation
 from yopo.evaluation.evaluate import evaluate as evaluate_plan
 from yopo.models.registry import ModelSource, is_hub_id, resolve
 from yopo.pipeline.model_handle import Model, ModelHandle
-from yopo.pipeline.opening import check_named, open_for
+from yopo.pipeline.needs.check import check_evaluation
+from yopo.pipeline.opening import check_named, note_other_processor, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.session import Calibrated, CalibrationSession
 from yopo.pipeline.shares import check_shares, choose_share
@@ -39,7 +40,6 @@ from yopo.plans.made_up import refuse_made_up
 from yopo.plans.schema import PruningPlan
 from yopo.plans.storage import read_plan
 from yopo.serving.loading import open_baked
-from yopo.support.console import note
 from yopo.support.errors import ModelError, PlanError
 
 Keep = Callable[[Statistics], None]
@@ -223,13 +223,9 @@ def evaluate(
     else:
         source = source_of_target(target, found, model)
         handle = ModelHandle(source, processor, options)
-    calibrated = found.provenance.get("processor", {})
-    if calibrated != options.image_options:
-        note(
-            f"The plan was calibrated with the processor options {calibrated or 'of the model'}, "
-            f"and is evaluated with {options.image_options or 'those of the model'}."
-        )
+    note_other_processor(found, options)
     pairs = open_for(handle, options, found.model.name, "heldout")
+    check_evaluation(handle, pairs, found, options, timing_runs)
     return evaluate_plan(
         handle.model,
         handle.processor,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -12,13 +14,18 @@ from yopo.checkpoint.reader import Checkpoint, fetch
 from yopo.data.processor_options import with_options
 from yopo.data.processor_settings import settled
 from yopo.data.prompts import load_processor
+from yopo.models.devices import device_of
+from yopo.models.family import shape_of
+from yopo.models.offloaded import is_offloaded
 from yopo.models.registry import ALIASES, ModelSource, family_of, resolve
 from yopo.pipeline.options import RunOptions
-from yopo.serving.layers_on_disk import cache_first_layers, map_for
+from yopo.serving.layers_on_disk import OFFLOAD, cache_first_layers, map_for
 from yopo.serving.loading import load_dense, torch_dtype
 from yopo.serving.places import read_device_map
 from yopo.serving.precision import dtype_for
+from yopo.serving.weight_sizes import WeightSizes, loaded_dtype, on_meta
 from yopo.support.errors import ModelError
+from yopo.support.out_of_memory import memory_for, narrower
 
 Model = str | Path | PreTrainedModel
 """An alias, directory or hub id; or a dense model in memory."""
@@ -36,6 +43,7 @@ class ModelHandle:
         name: The model's name in plans; never a machine path.
         path: Its directory, unless the name alone leads to it.
         processor: The model's processor, with its settings completed.
+        source: Where it is loaded from; None for a model in memory.
 
     Raises:
         YopoError: Unknown or unsuitable model; a model in memory without its processor.
@@ -48,6 +56,7 @@ class ModelHandle:
         options: RunOptions,
     ):
         self._options, self._checkpoint = options, None
+        self.source: ModelSource | None = None
         if isinstance(model, PreTrainedModel):
             family_of(model.config)
             if processor is None:
@@ -60,7 +69,7 @@ class ModelHandle:
             self.model = model.eval()
             return
         source = model if isinstance(model, ModelSource) else resolve(str(model))
-        self._source, self.name, self.path = source, source.name, path_of(source)
+        self.source, self.name, self.path = source, source.name, path_of(source)
         self._checkpoint = Checkpoint.open(fetch(source))  # before anything slow
         if processor is not None:
             found = settled(processor, self._checkpoint.config, self.name)
@@ -78,26 +87,88 @@ class ModelHandle:
         """The model's configuration, which needs no weights."""
         return self.model.config if self._checkpoint is None else self._checkpoint.config
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are in memory, or wherever else they stay."""
+        return "model" in vars(self)
+
+    @cached_property
+    def weight_sizes(self) -> WeightSizes:
+        """How many weights there are; loads none."""
+        if self._checkpoint is None:
+            return WeightSizes.of(self.model, self.model.dtype)
+        return WeightSizes.of(on_meta(self.config), loaded_dtype(self._dtype, self.config))
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What weights are in their files."""
+        return loaded_dtype("auto", self.config)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether decoder layers are on disk; under a device map, whether they are known to be."""
+        if self.is_loaded:
+            return is_offloaded(self.model.get_decoder())
+        return self.is_on_one_device and self._on_disk is not None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights that are in memory at a time, on whatever device."""
+        if not self.is_offloaded:
+            return self.weight_sizes.num_bytes
+        if self.is_loaded:
+            layers = set(map(id, self.model.get_decoder().layers.parameters()))
+            weights = self.model.parameters()
+            towers = any(each.is_meta and id(each) not in layers for each in weights)
+        else:
+            on_disk = list((self._on_disk or {}).values()).count("disk")
+            towers = on_disk > shape_of(self.config).layers
+        return self.weight_sizes.resident_bytes(towers_on_disk=towers)
+
+    @property
+    def is_on_one_device(self) -> bool:
+        """Whether no device map says where modules go."""
+        return self._options.device_map is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, or its first part."""
+        return device_of(self.model) if self.is_loaded else torch.device(self._options.device)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype | str:
+        asked = torch_dtype(self._options.dtype)
+        if self._checkpoint is None or not self.is_on_one_device:
+            return asked
+        return dtype_for(asked, self._checkpoint, self._options.device)
+
+    @cached_property
+    def _on_disk(self) -> dict[str, Any] | None:
+        """The device map that leaves decoder layers on disk, or None."""
+        assert self._checkpoint is not None, "a model in memory is not loaded"
+        return map_for(self._checkpoint, self._dtype, self._options.device, self._options.offload)
+
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model, in eval mode; loaded at the first use."""
-        dtype, places = torch_dtype(self._options.dtype), self._options.device_map
-        if places is not None:
-            places = read_device_map(places)
-            return load_dense(
-                self._source, checkpoint=self._checkpoint, dtype=dtype, device_map=places
-            )
-        assert self._checkpoint is not None, "a model in memory is not loaded"
-        dtype = dtype_for(dtype, self._checkpoint, self._options.device)
-        on_disk = map_for(self._checkpoint, dtype, self._options.device, self._options.offload)
-        if on_disk is not None:
+        """The model, in eval mode; loaded at the first use.
+
+        Raises:
+            YopoError: Its weights do not fit, or it cannot be loaded.
+        """
+        places = self._options.device_map
+        given = self._on_disk if places is None else read_device_map(places)
+        map_of = {} if given is None else {"device_map": given}
+        ways = OFFLOAD, narrower(self.weight_sizes.itemsize), "--device-map auto"
+        with memory_for("loading the weights", *ways[given is not None :]):
+            assert self.source is not None, "a model in memory is not loaded"
             model = load_dense(
-                self._source, checkpoint=self._checkpoint, dtype=dtype, device_map=on_disk
+                self.source, checkpoint=self._checkpoint, dtype=self._dtype, **map_of
             )
+            if given is None:
+                nn.Module.to(model, self._options.device)  # transformers' `to` has no usable type
+        if places is None and given is not None:
+            assert self._checkpoint is not None, "layers on disk are in a checkpoint"
             cache_first_layers(model.get_decoder(), self._checkpoint)
-            return model
-        model = load_dense(self._source, checkpoint=self._checkpoint, dtype=dtype)
-        nn.Module.to(model, self._options.device)  # transformers' own `to` has no usable type
         return model
 
 

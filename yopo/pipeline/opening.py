@@ -19,6 +19,7 @@ from yopo.support.errors import DataError
 
 if TYPE_CHECKING:
     from yopo.pipeline.model_handle import ModelHandle
+    from yopo.plans.schema import PruningPlan
 
 
 def open_for(handle: ModelHandle, options: RunOptions, name: str, split: str) -> Pairs:
@@ -55,6 +56,16 @@ def open_for(handle: ModelHandle, options: RunOptions, name: str, split: str) ->
         room=options.max_new_tokens,
         strict=options.strict,
     )
+
+
+def note_other_processor(plan: PruningPlan, options: RunOptions) -> None:
+    """Say so where a plan was calibrated with other settings of the processor."""
+    calibrated = plan.provenance.get("processor", {})
+    if calibrated != options.image_options:
+        note(
+            f"The plan was calibrated with the processor options {calibrated or 'of the model'}, "
+            f"and is evaluated with {options.image_options or 'those of the model'}."
+        )
 
 
 def check_named(

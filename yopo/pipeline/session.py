@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from transformers import ProcessorMixin
@@ -19,19 +18,14 @@ from yopo.calibration.statistics import Statistics
 from yopo.data.prompts import Batch
 from yopo.data.sizes import in_sizes
 from yopo.data.split import MIN_SIDE, describe, pick, split_pairs, too_few, warn_if_few
-from yopo.evaluation.fidelity import (
-    Fidelity,
-    Recorded,
-    answers_of,
-    compare,
-    kinds_of_records,
-    record_dense,
-)
+from yopo.evaluation.fidelity import Fidelity, Recorded, answers_of, kinds_of_records
 from yopo.fitting.fitter import Fitter
-from yopo.fitting.states import OnDevice, room_for
+from yopo.fitting.states import room_for
 from yopo.pipeline.encoded import encoded
+from yopo.pipeline.judge import Judge
 from yopo.pipeline.latency import in_flops
 from yopo.pipeline.model_handle import Model, ModelHandle
+from yopo.pipeline.needs.check import check_calibration
 from yopo.pipeline.opening import check_named, open_for
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.pipeline.progress import PlanProgress, most_plans
@@ -46,7 +40,6 @@ from yopo.pipeline.tolerance import (
     warn_if_unsupported,
 )
 from yopo.pipeline.work import (
-    Judgements,
     about,
     keep_statistics,
     load_kept_statistics,
@@ -63,7 +56,6 @@ from yopo.planning.request import (
 )
 from yopo.planning.weightings import Weighting, around
 from yopo.plans.schema import LayerPlan, PruningPlan, full_plan
-from yopo.runtime.install import pruned
 from yopo.support.console import note, warn
 from yopo.support.errors import PlanError
 from yopo.support.version import __version__
@@ -99,6 +91,7 @@ class CalibrationSession:
 
     Attributes:
         split: The purpose of each pair.
+        judge: Compares plans with the dense model.
 
     Raises:
         YopoError: Unknown model, unreadable data, ...
@@ -132,6 +125,7 @@ class CalibrationSession:
         if holdout and not self.split.holdout:
             raise too_few(self.split, "to hold some out for a tolerance", 3 * MIN_SIDE)
         warn_if_few(self.split)
+        check_calibration(handle, self._pairs, self.split, options, fit_options, requests)
         self.model = handle.model
         measured = pick(self._pairs, self.split.statistics)
         reduction = with_constants(fit_options.reduction, self.model, self.processor, measured)
@@ -148,9 +142,11 @@ class CalibrationSession:
             raise
         self.statistics = replace(found, model=replace(found.model, path=handle.path))
         note_if_one_size(self.model, self.processor, self._pairs, self.statistics.extent)
-        self._kept = Judgements(self._work)
-        self._room = room_for(self.model, fit_options.work_dir)
-        kept = (self._work, self._is_judged, self._room)
+        room = room_for(self.model, fit_options.work_dir)
+        self.judge = Judge(
+            self.model, self.processor, self._pairs, self.split, options, self._work, room
+        )
+        kept = (self._work, self.judge.has_judged, room)
         self.fitter = Fitter(self.model, self._encoded, fit_options.reduction, *kept)
         self._progress: PlanProgress | None = None
         self._judged: dict[tuple[tuple[LayerPlan, ...], str], Fidelity] = {}
@@ -179,9 +175,6 @@ class CalibrationSession:
         )
         keep_statistics(self._work, found)
         return found
-
-    def _is_judged(self, plan: PruningPlan) -> bool:
-        return self._kept.get(plan, "comparison") is not None
 
     def make(self, request: PlanRequest) -> Calibrated:
         """Make the plan that a request describes.
@@ -247,7 +240,7 @@ class CalibrationSession:
 
     def kl(self, plan: PruningPlan) -> float:
         """Logit KL of a plan to the dense model on the held-out pairs."""
-        found = self._compare(plan, "comparison")
+        found = self.judge.compare(plan, "comparison")
         self.fitter.judged(plan, found.kl)
         if self._progress is not None:
             self._progress.add(plan, found.kl)
@@ -257,7 +250,7 @@ class CalibrationSession:
     def agreement(self, plan: PruningPlan, measure: str = "tokens") -> Agreement:
         """How many ``tokens`` or ``answers`` a plan predicts as the dense model does, on the
         holdout."""
-        return agreement_on(self._compare(plan, "holdout"), measure)
+        return agreement_on(self.judge.compare(plan, "holdout"), measure)
 
     def _within(self, request: ToleranceRequest) -> Calibrated:
         """The plan of the smallest budget whose agreement stays within the tolerance.
@@ -266,7 +259,7 @@ class CalibrationSession:
             PlanError: The request cannot be met.
         """
         tolerance, low, high = request.tolerance, SMALLEST, 1.0
-        answers = answers_of(self._holdout)
+        answers = answers_of(self.judge.holdout)
         best, pairs = self._unpruned(), len(answers)
         agreement = all_of(answers, request.tolerance_on)
         warn_if_unsupported(request, agreement, pairs)
@@ -312,36 +305,10 @@ class CalibrationSession:
         )
         return Calibrated(plan, statistics)
 
-    def _compare(self, plan: PruningPlan, pairs: str) -> Fidelity:
-        found = self._kept.get(plan, pairs)
-        if found is None:
-            records = self.comparison if pairs == "comparison" else self._holdout
-            with pruned(self.model, plan, check=False):
-                found = compare(self.model, records)
-            self._kept.add(plan, pairs, found)
-        return found
-
-    @cached_property
+    @property
     def comparison(self) -> list[Recorded]:
         """The dense model's answers to the pairs that plans are compared on."""
-        return self._record(self.split.comparison, "answers-comparison")
-
-    @cached_property
-    def _holdout(self) -> list[Recorded]:
-        return self._record(self.split.holdout, "answers-holdout")
-
-    def _record(self, numbers: frozenset[int], name: str) -> list[Recorded]:
-        return record_dense(
-            self.model,
-            self.processor,
-            pick(self._pairs, numbers),
-            batch_size=self.options.batch_size,
-            max_new_tokens=self.options.max_new_tokens,
-            total=len(numbers),
-            work=self._work.own,
-            name=name,
-            room=None if isinstance(self._room, OnDevice) else self._room,
-        )
+        return self.judge.comparison
 
     def _encoded(self) -> Iterator[Batch]:
         """The prompts that visual weights are fitted on."""

@@ -68,7 +68,7 @@ def choose_share(
     for share in fit_options.shares:
         with _session(handle, request, options, fit_options, share) as session:
             if records is not None:
-                session.comparison = records
+                session.judge.comparison = records
             made = _made(session, request, share)
             records = session.comparison
         tried.append(_entry(share, made))

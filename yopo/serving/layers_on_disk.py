@@ -5,7 +5,6 @@ And which of these layers the system keeps in memory.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -13,15 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 
 from yopo.checkpoint.reader import Checkpoint
 from yopo.models.devices import free_memory
 from yopo.models.offloaded import after_use, layers_on_disk
-from yopo.models.registry import family_of
-from yopo.support.console import note
+from yopo.serving.weight_sizes import WeightSizes, loaded_dtype, on_meta
+from yopo.support.console import note, warn
+from yopo.support.errors import ModelError
 from yopo.support.memory import available_bytes
+from yopo.support.out_of_memory import narrower, use
 from yopo.support.ranks import is_together, least
 
 Offload = Literal["auto", "never", "always"]
@@ -33,6 +33,8 @@ SHARE = 0.9
 CACHED = 0.75
 """Part of the free memory that the system may keep pages of layers in; states of pairs that wait
 take what is left."""
+
+OFFLOAD = "--offload always (yopo calibrate, yopo eval)"
 
 _GB = 1e9
 
@@ -50,24 +52,44 @@ def map_for(
         dtype: What weights are loaded as; ``auto``: as they are stored.
         device: Where everything else goes, and where layers run.
         offload: When.
+
+    Raises:
+        ModelError: What would be in memory does not fit the device's free memory.
     """
-    if offload == "never":
-        return None
-    config = copy.deepcopy(checkpoint.config)
-    with torch.device("meta"):
-        model = getattr(transformers, family_of(config).architecture)(config)
-    kind = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None)
-    size = kind.itemsize if isinstance(kind, torch.dtype) else torch.float32.itemsize
-    needed = sum(each.numel() for each in model.parameters()) * size
+    model = on_meta(checkpoint.config)
+    sizes = WeightSizes.of(model, loaded_dtype(dtype, checkpoint.config))
     free = least(free_memory(torch.device(device)))
-    if offload == "auto" and (free is None or needed <= free * SHARE):
+    fits = free is None or sizes.num_bytes <= free * SHARE
+    if offload == "never" or (offload == "auto" and fits):
+        if free is not None and sizes.num_bytes > free:
+            is_mapped = device == "cpu" and sizes.dtype == loaded_dtype("auto", checkpoint.config)
+            _say_too_large(sizes, free, device, is_mapped=is_mapped)
         return None
+    certain = sizes.resident_bytes(towers_on_disk=True)
+    if free is not None and certain > free:
+        raise ModelError(
+            f"{certain / _GB:.3g} GB of weights have to be in memory even if layers are on disk, "
+            f"and {free / _GB:.3g} GB are free on {device}.",
+            remedy=use(narrower(sizes.itemsize), "another --device", "--device-map auto"),
+        )
     room = "" if free is None else f", {free / _GB:.3g} GB free on {device}"
     note(
-        f"{needed / _GB:.3g} GB of weights{room}: decoder layers "
+        f"{sizes.num_bytes / _GB:.3g} GB of weights{room}: decoder layers "
         "are read from the checkpoint one at a time (--offload)."
     )
-    return layers_on_disk(model, model.get_decoder(), device, towers=offload == "always")
+    towers = offload == "always" or (
+        free is not None and sizes.resident_bytes(towers_on_disk=False) > free * SHARE
+    )
+    return layers_on_disk(model, model.get_decoder(), device, towers=towers)
+
+
+def _say_too_large(sizes: WeightSizes, free: int, device: str, *, is_mapped: bool) -> None:
+    """Refuse weights that do not fit, or warn where the system can read them again and again."""
+    what = f"{sizes.num_bytes / _GB:.3g} GB of weights do not fit {free / _GB:.3g} GB free on "
+    remedy = use(OFFLOAD, narrower(sizes.itemsize), "another --device", "--device-map auto")
+    if not is_mapped:
+        raise ModelError(f"{what}{device}.", remedy=remedy)
+    warn(f"{what}{device}: they are read from their files over and over. {remedy}")
 
 
 def cache_first_layers(decoder: nn.Module, checkpoint: Checkpoint) -> None:

@@ -26,6 +26,7 @@ from yopo.runtime.install import install
 from yopo.support.dtypes import full_name, unknown_dtype
 from yopo.support.errors import CheckpointError, ModelError
 from yopo.support.finite import check_weights
+from yopo.support.out_of_memory import is_out_of_memory
 
 _PLACE = ("revision", "subfolder", *HUB_OPTIONS)
 """Arguments that locate a checkpoint, as opposed to how it is loaded."""
@@ -172,6 +173,8 @@ def _from_folder(
         # Annotated as only the model, which it is without the report.
         model, report = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else f"{reason[:297]}..."
         raise ModelError(f"{name}: cannot be loaded: {reason}") from error
