@@ -118,6 +118,19 @@ class AttentionMasks:
             setattr(other, name, moved(getattr(self, name), device))
         return other
 
+    def fixed(
+        self,
+        text: torch.Tensor | None,
+        reading: torch.Tensor | None,
+        blocks: dict[int | None, list[VisualBlock]],
+        sequence: torch.Tensor | None,
+    ) -> AttentionMasks:
+        """The same with masks, blocks and a sequence that layers read as they are given."""
+        other = copy(self)
+        vars(other).update(text_mask=text, reading_mask=reading, sequence=sequence)
+        other._blocks, other.kernel = blocks, KernelMasks(self.text.index.device)
+        return other
+
     def _absolute(self, stream: Stream) -> torch.Tensor:
         positions = stream.index + self.past
         return positions if stream.mask is None else positions.masked_fill(~stream.mask, -1)
