@@ -27,7 +27,7 @@ from yopo.models.streams import Stream, TokenLayout
 from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
-from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers
+from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers, place_latents
 from yopo.runtime.checkpointing import is_checkpointed, refuse_filled
 from yopo.runtime.extent_warning import warn_beyond
 from yopo.runtime.gemm import fast_gemm
@@ -251,6 +251,8 @@ def run_layers(
         (batch, sequence, hidden) after the final norm.
     """
     streams = _streams(embeds, rotary, masks, stack[: len(state.visual)], reduced)
+    if streams.visual is not None:
+        place_latents(cache, streams.visual_rotary)
     recorded = None
     if state.recordings is not None:
         recorded = state.recordings.replayed(decoder, state, streams, masks, cache)

@@ -119,9 +119,10 @@ def install(
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens, attention)
     # Orders and fitted weights are in the layers now; do not keep them in memory twice.
     labels = LabelProbe(model)
-    decoder.yopo = PrunedState(
+    state = PrunedState(
         _with_only_means(plan), layers, names, probe, labels, cuda_graphs=cuda_graphs
     )
+    decoder.yopo = state.train(decoder.training)
     try:
         # mypy compares the class's own __hash__, which takes an object, with Hashable's.
         swap_class(decoder, pruned_class(type(decoder)))  # type: ignore[arg-type]

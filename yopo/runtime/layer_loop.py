@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from yopo.models.devices import device_of, moved
 from yopo.runtime.attention_masks import AttentionMasks
-from yopo.runtime.cache import PrunedCacheLayer, place_latents
+from yopo.runtime.cache import PrunedCacheLayer
 from yopo.runtime.checkpointing import checkpointed, is_checkpointed
 from yopo.runtime.layer import LayerRun, VisualInput
 from yopo.runtime.token_index import Rotary
@@ -85,8 +85,6 @@ def pass_layers(
         (batch, text, hidden), and (batch, visual, hidden) or None if visual tokens are gone.
     """
     text, visual, text_rotary, visual_rotary, added = streams
-    if visual is not None:
-        place_latents(cache, visual_rotary)
     for number, layer in enumerate(layers):
         part = parts[number] if number < len(parts) else None
         if part is None:

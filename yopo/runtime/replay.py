@@ -26,7 +26,7 @@ import torch
 from yopo.models.baton import is_in_turns
 from yopo.runtime.arena import Arena
 from yopo.runtime.attention_masks import AttentionMasks
-from yopo.runtime.cache import PrunedCacheLayer, new_layers
+from yopo.runtime.cache import PrunedCacheLayer, new_layers, place_latents
 from yopo.runtime.cuda_graphs import CudaGraphs
 from yopo.runtime.layer_loop import Streams, pass_layers
 from yopo.runtime.loop_masks import LoopMasks
@@ -288,6 +288,8 @@ class Recordings:
             own = new_layers(splits)
             # Masks anew in every call: what is made of them is part of the recording.
             streams, masks = given.on(inputs)
+            if streams.visual is not None:
+                place_latents(own, streams.visual_rotary)
             states = pass_layers(decoder.layers, state.names, state.visual, streams, masks, own)
             found = [each for each in states if each is not None]
             count = len(found)
