@@ -6,13 +6,14 @@ import copy
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from tape import Tape, at_once, replays_of, tape  # noqa: F401
+from tape import Tape, replays_of
 from test_conversation import CONVERSATIONS, Talk, say
 from test_prefill import GRIDS, PROMPTS, check_plan
 from test_reduced import reducing
@@ -84,7 +85,7 @@ def test_text_that_is_not_filled_up_gives_the_same_bits(
         plan = plan_of(subject, seed, stored)
         for rows in PROMPTS.values():
             inputs = tiny.batch(rows, pad=side)
-            expected = without(subject.model, plan, lambda: tiny.logits(subject.model, inputs))
+            expected = without(subject.model, plan, partial(tiny.logits, subject.model, inputs))
             with pruned(subject.model, plan):
                 assert torch.equal(tiny.logits(subject.model, inputs), expected)
                 assert replays_of(subject.model) == (inputs["input_ids"].shape[1] > 1)
@@ -130,7 +131,7 @@ def test_reduced_tokens(subject: Subject, at_once: None, method: str) -> None:
     plan, model = reducing(subject, 3, make_method(method, 0.4)), subject.oracle
     for rows in (ONE, TWO):
         inputs = tiny.batch(rows)
-        expected = without(model, plan, lambda: tiny.logits(model, inputs))
+        expected = without(model, plan, partial(tiny.logits, model, inputs))
         with pruned(model, plan):
             assert_same(tiny.logits(model, inputs), expected)
             assert replays_of(model) == 1
@@ -165,7 +166,7 @@ def test_a_recording_serves_whatever_differs_in_contents(subject: Subject, tape:
         tiny.batch([[9, 8, 7, *PICTURE, 4]], seed=3),
         tiny.batch([[9, 8, 7, *PICTURE, *range(2, 30)]], seed=3),
     ]
-    expected = [without(model, plan, lambda p=p: tiny.logits(model, p)) for p in prompts]
+    expected = [without(model, plan, partial(tiny.logits, model, p)) for p in prompts]
     with pruned(model, plan):
         found = [tiny.logits(model, each) for each in (*prompts, prompts[0])]
         assert replays_of(model) == 4
@@ -180,7 +181,7 @@ def test_masks_and_positions_are_those_of_the_prefill(subject: Subject, tape: No
     plan, model = plan_of(subject), subject.oracle
     prompts = [tiny.batch(each, pad="left") for each in (rows, rows[::-1])]
     prompts += [tiny.batch(each, pad="right") for each in (rows, rows[::-1])]
-    expected = [without(model, plan, lambda p=p: tiny.logits(model, p)) for p in prompts]
+    expected = [without(model, plan, partial(tiny.logits, model, p)) for p in prompts]
     with pruned(model, plan):
         tiny.logits(model, prompts[0])
         found = [tiny.logits(model, each) for each in prompts]
@@ -199,7 +200,7 @@ def test_grids_of_equal_counts_are_told_apart(subject: Subject, tape: None, seed
         return tiny.fixed_grids([next(own)])(*given)
 
     expected = [
-        without(model, plan, lambda: tiny.logits(model, inputs), grids_of=tiny.fixed_grids([size]))
+        without(model, plan, partial(tiny.logits, model, inputs), grids_of=tiny.fixed_grids([size]))
         for size in sizes
     ]
     with pruned(model, plan, grids_of=grids_of):
@@ -470,7 +471,7 @@ def test_what_cannot_be_captured_is_said_once(
 
     monkeypatch.setattr(Tape, "record", fails)
     plan, prompts = plan_of(mha), [tiny.batch(ONE), tiny.batch(TWO)]
-    expected = [without(mha.model, plan, lambda p=p: tiny.logits(mha.model, p)) for p in prompts]
+    expected = [without(mha.model, plan, partial(tiny.logits, mha.model, p)) for p in prompts]
     with pruned(mha.model, plan), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = [tiny.logits(mha.model, prompts[number]) for number in (0, 0, 0, 1, 1)]
@@ -488,7 +489,7 @@ def test_threads_share_recordings(mha: Subject, tape: None) -> None:
         tiny.batch([[9, 8, 7, *PICTURE, 4]], seed=2),
         tiny.batch(TWO),
     ]
-    expected = [without(model, plan, lambda p=p: tiny.logits(model, p)) for p in prompts]
+    expected = [without(model, plan, partial(tiny.logits, model, p)) for p in prompts]
 
     def work(shift: int) -> float:
         worst = 0.0
