@@ -55,6 +55,9 @@ class Tape:
     def in_turn(self, device: torch.device) -> Iterator[None]:
         yield
 
+    def forget(self) -> None:
+        pass
+
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         function()
         with _Writing() as tape:

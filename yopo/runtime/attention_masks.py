@@ -297,8 +297,9 @@ class AttentionMasks:
         before = before & self._together(queries, text_keys)
         if self.text_keys_ok is not None:
             before = before & self.text_keys_ok[rows, None, :]
-        used = before.any(dim=0).any(dim=0).nonzero()
-        num_text = int(used[-1]) + 1 if len(used) else 0
+        used = before.any(dim=0).any(dim=0)
+        places = torch.arange(1, len(used) + 1, device=used.device)
+        num_text = int((used * places).max()) if len(used) else 0
         near = self._near(cut, radius, rows)
         if self._segments is not None:
             near = near & self._together(queries, visual_keys[:, cut.key_start : cut.key_stop])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-CAPTURE = "thread_local"
+_CAPTURE = "thread_local"
 """What must not happen during a capture: in this thread only, as others may be running models."""
+
+_CAPTURING = threading.Lock()
+"""torch can make one capture at a time, whatever it is of."""
 
 
 class CudaGraphs:
@@ -57,6 +61,16 @@ class CudaGraphs:
         with torch.cuda.stream(self._side):
             function()
         here.wait_stream(self._side)
-        with torch.cuda.graph(graph, self._pool, self._side, CAPTURE):
-            function()
+        with _CAPTURING, torch.cuda.stream(here):  # a failed capture leaves its stream current
+            with torch.cuda.graph(graph, self._pool, self._side, _CAPTURE):
+                function()
         return graph.replay
+
+    def forget(self) -> None:
+        """Wait for all that was recorded, which is then given up along with its memory.
+
+        torch refuses a pool whose last graph is gone, so the next graph gets another.
+        """
+        if self._side is not None:
+            torch.cuda.synchronize(self._side.device)
+        self._pool = self._side = self._done = None

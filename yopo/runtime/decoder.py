@@ -251,8 +251,12 @@ def run_layers(
         (batch, sequence, hidden) after the final norm.
     """
     streams = _streams(embeds, rotary, masks, stack[: len(state.visual)], reduced)
-    if streams.visual is not None:
+    if masks.visual is not None:
         place_latents(cache, streams.visual_rotary)
+        gone = [] if reduced is None else [reduced.dropped]
+        gone += [masks.visual] if state.plan.visual_depth < len(decoder.layers) else []
+        for each in gone:  # now, as later the host would wait for all layers
+            _warn_of_dropped(state, each, embeds.shape[1])
     recorded = None
     if state.recordings is not None:
         recorded = state.recordings.replayed(decoder, state, streams, masks, cache)
@@ -261,11 +265,6 @@ def run_layers(
         with fast_gemm(decoder.layers, streams.text):
             recorded = pass_layers(layers, state.names, state.visual, streams, masks, cache)
     text, visual = recorded
-    stream = masks.visual
-    if stream is not None:
-        dropped = [] if reduced is None else [reduced.dropped]
-        for each in [*dropped, stream] if visual is None else dropped:
-            _warn_of_dropped(state, each, embeds.shape[1])
     return _joined(decoder.norm, text, visual, masks, embeds)
 
 

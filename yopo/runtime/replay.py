@@ -66,6 +66,9 @@ class Recorder(Protocol):
         """Record a function that reads and writes the same memory in every call, and return what
         does the same again. Raises RuntimeError if it cannot be recorded."""
 
+    def forget(self) -> None:
+        """Wait for all that was recorded, which is then given up."""
+
 
 @dataclass(frozen=True)
 class _Given:
@@ -175,6 +178,7 @@ class Recordings:
 
     def clear(self) -> None:
         """Forget all recordings."""
+        self._recorder.forget()
         self._recordings: dict[Hashable, _Recording] = {}
         self._counts: Counter[Hashable] = Counter()
         self._arena = Arena()
