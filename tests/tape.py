@@ -62,7 +62,7 @@ class Tape:
         function()
         with _Writing() as tape:
             function()
-        calls = tape.calls
+        self.calls = calls = tape.calls
 
         def replay() -> None:
             for func, args, kwargs, held in calls:
@@ -74,6 +74,20 @@ class Tape:
                         own.copy_(new)
 
         return replay
+
+    def borrowed(self) -> set[int]:
+        """Addresses of memory that the last function used and did not allocate itself."""
+        own, found = set(), set()
+        for func, args, kwargs, made in self.calls:
+            found |= _addresses((args, kwargs)) - own
+            if not any(each.alias_info is not None for each in func._schema.returns):
+                own |= _addresses(made)
+        return found
+
+
+def _addresses(values: object) -> set[int]:
+    tensors = (each for each in tree_leaves(values) if isinstance(each, torch.Tensor))
+    return {each.untyped_storage().data_ptr() for each in tensors}
 
 
 @pytest.fixture

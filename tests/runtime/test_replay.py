@@ -380,6 +380,37 @@ def test_inference_mode_and_no_grad_share_recordings(mha: Subject, tape: None) -
         first, second = second, first
 
 
+def addresses(*tensors: Any) -> set[int]:
+    found = (each for each in tensors if isinstance(each, torch.Tensor))
+    return {each.untyped_storage().data_ptr() for each in found}
+
+
+@pytest.mark.parametrize("stored", PLANS)
+def test_memory_that_is_replayed_is_watched_or_held(
+    subject: Subject, at_once: None, stored: str
+) -> None:
+    """Weights, which are compared before every replay; the arena; indices of heads; and the
+    buffers into which slices of weights are gathered."""
+    for seed in range(4):
+        plan = plan_of(subject, seed, stored)
+        with pruned(subject.model, plan):
+            tiny.logits(subject.model, tiny.batch(TWO))
+            decoder = subject.model.get_decoder()
+            parts = [*decoder.layers, *decoder.yopo.visual]
+            weights = [e for part in parts for e in (*part.parameters(), *part.buffers())]
+            recordings: Recordings = decoder.yopo.recordings
+            (recording,) = recordings._recordings.values()
+            splits = [vars(layer.split).values() for layer in recording.layers]
+            packed = [e.packings for e in (layer.split for layer in recording.layers)]
+            scales = [each.scale for pair in packed for each in pair if each is not None]
+            modules = (module for part in parts for module in part.modules())
+            gathered = [vars(module).get("_gathered") for module in modules]
+            held = addresses(*weights, *recordings._arena._chunks, *scales, *gathered)
+            held |= addresses(*(each for split in splits for each in split))
+            borrowed = recordings._recorder.borrowed()
+            assert addresses(decoder.layers[0].mlp.up_proj.weight) <= borrowed <= held
+
+
 # What runs as usual
 
 

@@ -30,7 +30,7 @@ from yopo.runtime.cache import PrunedCacheLayer, new_layers, place_latents
 from yopo.runtime.cuda_graphs import CudaGraphs
 from yopo.runtime.layer_loop import Streams, pass_layers
 from yopo.runtime.loop_masks import LoopMasks
-from yopo.runtime.stamp import Stamp, stamp_of
+from yopo.runtime.snapshot import Snapshot
 from yopo.runtime.watching import watch
 from yopo.support.errors import YopoWarning
 
@@ -170,7 +170,7 @@ class Recordings:
         self._recorder = recorder or CudaGraphs()
         self._lock = threading.Lock()
         self._is_off = False
-        self._stamp: Stamp | None = None
+        self._snapshot: Snapshot | None = None
         self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -208,12 +208,11 @@ class Recordings:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            stamp = stamp_of(decoder.layers, state.visual, streams.text.device)
-            if stamp is None:
-                return None
-            if stamp != self._stamp:  # weights moved or were replaced
+            if self._snapshot is None or not self._snapshot.is_current():
                 self.clear()
-                self._stamp = stamp
+                self._snapshot = Snapshot(decoder.layers, state.visual, streams.text.device)
+                if not self._snapshot.is_plain:
+                    return None
             given = _Given.of(state.visual, streams, masks, cache)
             with self._recorder.in_turn(streams.text.device):
                 recording = self._find(decoder, state, given, cache)
