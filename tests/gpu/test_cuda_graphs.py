@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -36,6 +38,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 GPU = torch.device("cuda:0")
+ALONE = "YOPO_TEST_ALONE"
 NAMES = ("llava-mha", "llava-next-mistral", "qwen2.5-vl", "qwen3-vl", "internvl-phi3", "mistral3")
 ENTRIES = [entry for entry in zoo.all_entries() if entry.name in NAMES]
 STORED: dict[str, Callable[[PruningPlan, int], PruningPlan]] = {
@@ -189,30 +192,6 @@ def test_threads_on_streams_of_their_own(subject: tuple[PreTrainedModel, Pruning
         assert replays_of(model) > 10
 
 
-def test_what_cannot_be_captured_is_said_and_runs_as_usual(
-    subject: tuple[PreTrainedModel, PruningPlan], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, plan = subject
-    (prompt,) = rows_of(3)
-    with pruned(model, plan, check=False, cuda_graphs=False):
-        expected = tiny.logits(model, prompt)
-
-    def asking(*given: Any) -> Any:
-        found = layer_loop.pass_layers(*given)
-        float(found[0].sum())
-        return found
-
-    monkeypatch.setattr(replay, "pass_layers", asking)
-    with pruned(model, plan, check=False):
-        tiny.logits(model, prompt)
-        with pytest.warns(YopoWarning, match="could not be recorded"):
-            found = tiny.logits(model, prompt)
-        torch.cuda.synchronize()
-        assert_near(found, expected, 1e-12)
-        assert_near(tiny.logits(model, prompt), expected, 1e-12)
-        assert replays_of(model) == 0
-
-
 def test_recordings_share_memory_and_give_it_back(
     subject: tuple[PreTrainedModel, PruningPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,3 +251,38 @@ def test_moved_weights_are_followed(subject: tuple[PreTrainedModel, PruningPlan]
     with torch.no_grad():
         model.get_decoder().layers[1].mlp.down_proj.weight.mul_(2)
     assert (run() - expected).abs().max() > 1e-6 * expected.abs().max()
+
+
+# What went wrong: in a process of its own, as torch does not recover wholly from a failed capture.
+
+
+def test_what_cannot_be_captured_is_said_and_runs_as_usual(
+    subject: tuple[PreTrainedModel, PruningPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ALONE not in os.environ:
+        name = f"{__file__}::test_what_cannot_be_captured_is_said_and_runs_as_usual"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
+        done = subprocess.run(
+            command, env=os.environ | {ALONE: "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    model, plan = subject
+    (prompt,) = rows_of(3)
+    with pruned(model, plan, check=False, cuda_graphs=False):
+        expected = tiny.logits(model, prompt)
+
+    def asking(*given: Any) -> Any:
+        found = layer_loop.pass_layers(*given)
+        float(found[0].sum())
+        return found
+
+    monkeypatch.setattr(replay, "pass_layers", asking)
+    with pruned(model, plan, check=False):
+        tiny.logits(model, prompt)
+        with pytest.warns(YopoWarning, match="could not be recorded"):
+            found = tiny.logits(model, prompt)
+        torch.cuda.synchronize()
+        assert_near(found, expected, 1e-12)
+        assert_near(tiny.logits(model, prompt), expected, 1e-12)
+        assert replays_of(model) == 0

@@ -43,8 +43,8 @@ MOST = 16
 """Recordings that are kept. Each is some thousand kernels to the driver; memory is shared."""
 
 MOST_TOKENS = 16384
-"""Most tokens of a batch. From about there on the kernels even of a decoder of one billion weights
-take longer than it takes to start them."""
+"""Most tokens of a batch. At a quarter of the FLOPs a decoder of a billion weights computes these
+for 20 ms at 400 TFLOP/s: about as long as it takes to start its kernels."""
 
 TEXT_STEP = 32
 """Text is filled up to a multiple of so many tokens."""
@@ -128,13 +128,15 @@ class _Recording:
     Attributes:
         inputs: Where ``_Given.all`` is copied to before it is replayed.
         replay: Replays it.
-        outputs: Afterwards, states of both streams and what ``layers`` hold.
+        outputs: Afterwards, states of one or two streams and what ``layers`` hold.
+        num_states: How many of them are states.
         layers: Cache layers as the loop leaves them.
     """
 
     inputs: list[torch.Tensor]
     replay: Callable[[], None]
     outputs: list[torch.Tensor]
+    num_states: int
     layers: list[PrunedCacheLayer]
 
     def run(
@@ -145,9 +147,8 @@ class _Recording:
         self.replay()
         found = [torch.empty_like(each) for each in self.outputs]
         torch._foreach_copy_(found, self.outputs)
-        held = sum(len(layer.tensors()) for layer in self.layers)
-        text, *visual = found[: len(found) - held]
-        rest = iter(found[len(found) - held :])
+        text, *visual = found[: self.num_states]
+        rest = iter(found[self.num_states :])
         for layer, recorded in zip(cache, self.layers, strict=True):
             layer.hold(recorded, rest, given.surplus)
         return text[:, : text.shape[1] - given.surplus], visual[0] if visual else None
@@ -203,7 +204,7 @@ class Recordings:
         Returns:
             As ``pass_layers``; None: there is no recording, and nothing was done.
         """
-        if self._is_off or not self._may_serve(streams, masks):
+        if torch.compiler.is_compiling() or self._is_off or not self._may_serve(streams, masks):
             return None
         if not self._lock.acquire(blocking=False):
             return None
@@ -233,7 +234,6 @@ class Recordings:
             and text.shape[1] > 0
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(text.device.type)
-            and not torch.compiler.is_compiling()
             and not torch._C._len_torch_dispatch_stack()  # a counter of FLOPs, a fake tensor mode
             and not is_in_turns()
             and watch() is None
@@ -286,6 +286,8 @@ class Recordings:
         torch._foreach_copy_(inputs, given.all())
         outputs: list[torch.Tensor] = []
         layers: list[PrunedCacheLayer] = []
+        is_visual_last = state.plan.visual_depth == len(decoder.layers)
+        num_states = 2 if given.streams.visual is not None and is_visual_last else 1
 
         def loop() -> None:
             own = new_layers(splits)
@@ -295,14 +297,13 @@ class Recordings:
                 place_latents(own, streams.visual_rotary)
             states = pass_layers(decoder.layers, state.names, state.visual, streams, masks, own)
             found = [each for each in states if each is not None]
-            count = len(found)
             found += (each for layer in own for each in layer.tensors())
             if not outputs:
                 outputs.extend(self._arena.like(each) for each in found)
-                layers.extend(_held(own, iter(outputs[count:])))
+                layers.extend(_held(own, iter(outputs[num_states:])))
             torch._foreach_copy_(outputs, found)
 
-        return _Recording(inputs, self._recorder.record(loop), outputs, layers)
+        return _Recording(inputs, self._recorder.record(loop), outputs, num_states, layers)
 
     def _give_up(self, error: RuntimeError) -> None:
         self._is_off = True
