@@ -257,15 +257,14 @@ def run_layers(
         gone += [masks.visual] if state.plan.visual_depth < len(decoder.layers) else []
         for each in gone:  # now, as later the host would wait for all layers
             _warn_of_dropped(state, each, embeds.shape[1])
-    recorded = None
+    states = None
     if state.recordings is not None:
-        recorded = state.recordings.replayed(decoder, state, streams, masks, cache)
-    if recorded is None:
+        states = state.recordings.replayed(decoder, state, streams, masks, cache)
+    if states is None:
         layers = each_layer(decoder.layers, embeds)
         with fast_gemm(decoder.layers, streams.text):
-            recorded = pass_layers(layers, state.names, state.visual, streams, masks, cache)
-    text, visual = recorded
-    return _joined(decoder.norm, text, visual, masks, embeds)
+            states = pass_layers(layers, state.names, state.visual, streams, masks, cache)
+    return _joined(decoder.norm, *states, masks, embeds)
 
 
 def _joined(
