@@ -87,32 +87,51 @@ def assert_near(one: torch.Tensor, other: torch.Tensor, share: float) -> None:
     assert (one - other).abs().max() <= share * other.abs().max()
 
 
-def check(
-    model: PreTrainedModel, plan: PruningPlan, prompts: list[dict[str, Any]], share: float
-) -> None:
+def without(
+    model: PreTrainedModel, plan: PruningPlan, prompts: list[dict[str, Any]]
+) -> list[torch.Tensor]:
+    """Logits of prompts without graphs."""
     with pruned(model, plan, check=False, cuda_graphs=False):
-        expected = [tiny.logits(model, each) for each in prompts]
+        return [tiny.logits(model, each) for each in prompts]
+
+
+def replayed(
+    model: PreTrainedModel, plan: PruningPlan, prompts: list[dict[str, Any]]
+) -> list[torch.Tensor]:
+    """The same, replayed after all kinds of them came twice."""
     with pruned(model, plan, check=False), warnings.catch_warnings():
         warnings.simplefilter("error", YopoWarning)
-        for turn in range(4):
-            for prompt, other in zip(prompts, expected, strict=True):
-                real = prompt["attention_mask"].bool()
-                assert_near(tiny.logits(model, prompt)[real], other[real], share)
-            assert replays_of(model) >= turn * len(prompts)
+        for _ in range(2):
+            for each in prompts:
+                tiny.logits(model, each)
+        before = replays_of(model)
+        found = [tiny.logits(model, each) for each in prompts]
+        assert replays_of(model) == before + len(prompts)
+    return found
 
 
 @pytest.mark.parametrize("stored", STORED)
 def test_prefills(specimen: Specimen, stored: str) -> None:
     model, plan = on_gpu(specimen.oracle, torch.float64), plan_of(specimen, stored)
     rows = PROMPTS | specimen.entry.prompts
-    check(model, plan, [placed(specimen.inputs(each), model) for each in rows.values()], 1e-9)
+    prompts = [placed(specimen.inputs(each), model) for each in rows.values()]
+    expected = without(model, plan, prompts)
+    for prompt, one, other in zip(prompts, replayed(model, plan, prompts), expected, strict=True):
+        real = prompt["attention_mask"].bool()
+        assert_near(one[real], other[real], 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_in_less_precision(specimen: Specimen, dtype: torch.dtype) -> None:
+    """Other kernels may round otherwise where text is filled up, but no worse."""
     model, plan = on_gpu(specimen.model, dtype), plan_of(specimen, "whole")
+    exact = tiny.exact(model)
     prompts = [placed(specimen.inputs(each), model) for each in PROMPTS.values()]
-    check(model, plan, prompts, 1e-3 if dtype == torch.float32 else 1e-1)
+    precise = [tiny.as_dtype(each, torch.float64) for each in prompts]
+    oracle, usual = without(exact, plan, precise), without(model, plan, prompts)
+    found = replayed(model, plan, prompts)
+    for prompt, *logits in zip(prompts, found, usual, oracle, strict=True):
+        tiny.assert_close(*logits, prompt["attention_mask"].bool())
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -199,14 +218,12 @@ def test_recordings_share_memory_and_give_it_back(
     prompts = rows_of(*range(3, 3 + 32 * 12, 32))
     for each in prompts:  # what libraries allocate once
         tiny.logits(model, each)
-    torch.cuda.synchronize()
 
     def held() -> int:
         gc.collect()
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 
-    before = held()
     install(model, plan, check=False)
     sizes = []
     for each in prompts:
@@ -216,7 +233,7 @@ def test_recordings_share_memory_and_give_it_back(
     assert replays_of(model) == 2 * len(prompts)
     assert sizes[-1] - sizes[0] < 16 << 20  # all lie in the chunk that the first one allocated
     uninstall(model)
-    assert held() - before < 16 << 20
+    assert sizes[0] - held() > 48 << 20  # which it gives back
 
 
 def test_inference_mode_and_no_grad_take_turns(

@@ -27,6 +27,7 @@ from yopo.reduction.registry import make_method
 from yopo.runtime import replay
 from yopo.runtime.install import install, pruned, uninstall
 from yopo.runtime.replay import Recordings
+from yopo.runtime.snapshot import Snapshot
 from yopo.runtime.watching import watching
 from yopo.support.errors import YopoWarning
 
@@ -455,6 +456,53 @@ def test_layers_that_may_do_more_are_not_recorded(
     assert replays_of(model) == 2
     model.get_decoder().yopo.recordings = None
     assert torch.equal(found[2], tiny.logits(model, inputs))
+
+
+class Packed(torch.Tensor):
+    """Stands in for a quantised weight."""
+
+
+def packed(layer: Any) -> None:
+    layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.detach().as_subclass(Packed))
+
+
+def elsewhere(layer: Any) -> None:
+    layer.mlp.up_proj.to("meta")
+
+
+def in_other_memory(layer: Any) -> None:
+    layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.clone()
+
+
+def with_bias(layer: Any) -> None:
+    layer.mlp.up_proj.bias = nn.Parameter(torch.zeros(layer.mlp.up_proj.out_features))
+
+
+def replaced(layer: Any) -> None:
+    layer.mlp = copy.copy(layer.mlp)
+
+
+def foreign(layer: Any) -> None:
+    layer.mlp.act_fn = type("Activation", (nn.Module,), {"__module__": "somewhere"})().eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "may_go_on"),
+    [(packed, False), (elsewhere, False), (foreign, False)]
+    + [(in_other_memory, True), (with_bias, True), (replaced, True)],
+)
+def test_changes_of_layers_are_noticed(
+    mha: Subject, change: Callable[[Any], None], may_go_on: bool
+) -> None:
+    layers = copy.deepcopy(mha.model.get_decoder().layers)
+    snapshot = Snapshot(layers, nn.ModuleList(), torch.device("cpu"))
+    assert snapshot.is_plain and snapshot.is_current()
+    with torch.no_grad():
+        layers[1].mlp.up_proj.weight.mul_(2)
+    assert snapshot.is_current()
+    change(layers[1])
+    assert not snapshot.is_current()
+    assert Snapshot(layers, nn.ModuleList(), torch.device("cpu")).is_plain == may_go_on
 
 
 def test_requested_hidden_states_leave_hooks_that_do_not_matter(mha: Subject, tape: None) -> None:
