@@ -375,7 +375,8 @@ def test_inference_mode_and_no_grad_share_recordings(mha: Subject, tape: None) -
         found = [model(**inputs, past_key_values=cache).logits]
         return found + [model(**step, past_key_values=cache).logits for _ in range(2)]
 
-    for first, second in ((torch.no_grad, torch.inference_mode),) * 2:
+    modes = (torch.no_grad, torch.inference_mode)
+    for first, second in (modes, modes[::-1]):
         with pruned(model, plan):
             for mode in (first, first, second, first, second):
                 with mode():
@@ -385,7 +386,6 @@ def test_inference_mode_and_no_grad_share_recordings(mha: Subject, tape: None) -
             expected = without(model, plan, talk)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
-        first, second = second, first
 
 
 def addresses(*tensors: Any) -> set[int]:
