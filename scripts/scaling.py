@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> Points:
         published_model,
         random_model,
     )
-    from yopo.bench.run import Bench
+    from yopo.bench.subject import Bench
     from yopo.plans.flops import dense_prefill_flops, prefill_flops
 
     torch.set_num_threads(options.threads)

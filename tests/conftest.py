@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from hypothesis import settings
+from tape import at_once, tape  # noqa: F401
 
 torch.set_num_threads(1)
 settings.register_profile("yopo", derandomize=True, deadline=None, database=None)

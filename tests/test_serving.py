@@ -75,6 +75,15 @@ def test_remote_code_gives_the_pruned_model_and_no_random_weight(baked) -> None:
     check_pruned(model, plan, subject)
 
 
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"cuda_graphs": False}])
+def test_graphs_can_be_switched_off(baked, options: dict[str, bool]) -> None:
+    path = baked[0]
+    remote = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, **options)
+    for model in (yopo.load(path, **options), remote):
+        has_graphs = model.get_decoder().yopo.recordings is not None
+        assert has_graphs == options.get("cuda_graphs", True)
+
+
 def test_stock_load_is_the_original_model(baked) -> None:
     path, _, subject = baked
     inputs = tiny.batch(ROWS)

@@ -115,7 +115,7 @@ def exact(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration
     for module in list(oracle.get_decoder().modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(child.weight.shape[0], child.variance_epsilon)
+                norm = nn.RMSNorm(child.weight.shape[0], child.variance_epsilon).eval()
                 norm.weight = child.weight
                 setattr(module, name, norm)
     return oracle

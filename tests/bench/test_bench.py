@@ -47,7 +47,9 @@ from yopo.bench.result import (
     Rates,
     step_bytes,
 )
-from yopo.bench.run import Bench, Sample, Sizes, bench_model, bench_random, run_rounds
+from yopo.bench.rounds import Sample
+from yopo.bench.run import Sizes, bench_model, bench_random, run_rounds
+from yopo.bench.subject import Bench
 from yopo.models.family import shape_of
 from yopo.plans.checks import check_tensors
 from yopo.plans.flops import (
@@ -519,6 +521,41 @@ def test_equal_kernels_need_only_one_figure() -> None:
     found = bench_random(plan_for(), Sizes(), QUICK)
     assert found.shipped is None and found.over_bound_as_shipped == found.over_bound
     assert "as shipped" not in shown(found)
+
+
+# On a GPU prefills are replayed, of the dense model as well; here a tape stands in for graphs.
+
+
+@pytest.fixture
+def like_gpu(tape: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bench, "may_replay", True)
+
+
+@torch.no_grad()
+def test_dense_in_the_pruned_runtime_is_the_stock_model(like_gpu: None) -> None:
+    subject, found = subject_of(plan_for()), {}
+    for name in (STOCK, DENSE, PRUNED):
+        with subject.switch(name):
+            found[name] = subject.prompt.prefill(subject.model).last_hidden_state
+    torch.testing.assert_close(found[DENSE], found[STOCK])
+    assert not torch.allclose(found[PRUNED], found[STOCK], atol=1e-2)
+    assert not hasattr(subject.model.get_decoder(), "yopo")
+
+
+def test_dense_and_pruned_are_both_replayed(like_gpu: None) -> None:
+    subject = subject_of(plan_for())
+    assert subject.names == (DENSE, PRUNED, STOCK)
+    for name in subject.names:
+        assert subject.measure(name, 1).is_replayed == (name != STOCK)
+    found = bench_random(plan_for(), Sizes(), QUICK)
+    assert found.cuda_graphs and document(found)["cuda_graphs"]
+    assert found.shipped is not None and found.visual_kv[0] > found.visual_kv[1]
+    said = shown(replace(found, device="cuda:0"))
+    assert "CUDA graphs: prefills of dense and pruned are replayed" in said
+    off = shown(replace(found, device="cuda:0", cuda_graphs=False))
+    assert "CUDA graphs: not used, on either side" in off
+    usual = bench_random(plan_for(), Sizes(), replace(QUICK, runs=1))
+    assert "CUDA" not in shown(replace(usual, shipped=None))
 
 
 def test_an_impossible_rate_is_reported_as_a_wrong_measurement() -> None:

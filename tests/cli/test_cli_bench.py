@@ -38,7 +38,7 @@ def test_json_output_is_one_complete_document(yopo: Yopo) -> None:
     found = json.loads(done.out)
     assert set(found) == {
         *("model", "weights", "stand_in", "plan", "visual_budget", "shape", "layers", "prompt"),
-        *("device", "dtype", "threads", "options", "prefill_ms", "prefill_flops"),
+        *("device", "dtype", "threads", "cuda_graphs", "options", "prefill_ms", "prefill_flops"),
         *("time_ratio_over_flops_ratio", "decode_ms_per_token", "peak_bytes_above_weights"),
         *("visual_kv_bytes", "contenders", "left_out", "contexts"),
         *("as_shipped", "rates", "shares_above_the_bound"),

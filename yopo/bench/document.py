@@ -36,6 +36,7 @@ def document(found: Benchmark) -> dict[str, Any]:
         "device": found.device,
         "dtype": found.dtype,
         "threads": found.threads,
+        "cuda_graphs": found.cuda_graphs,
         "options": asdict(found.options),
         "prefill_ms": asdict(found.prefill),
         "prefill_flops": {

@@ -29,7 +29,7 @@ DENSE, PRUNED = "dense", "pruned"
 """Both on the kernels of a pruned model."""
 
 STOCK = "stock"
-"""The dense model on transformers' kernels, where those differ."""
+"""The dense model as transformers runs it, where that differs."""
 
 TOLERANCE = 1.03
 """Share of a bound above which it counts as exceeded: rates are measured with some noise."""
@@ -186,6 +186,7 @@ class Benchmark:
         memory_by: How peak memory is measured; None if it is not.
         rates: The rates that bounds are computed from.
         shipped: Pruned compared with stock; None if both run on the same kernels anyway.
+        cuda_graphs: Whether prefills of dense and pruned were replayed from CUDA graphs.
     """
 
     plan: PruningPlan
@@ -204,6 +205,7 @@ class Benchmark:
     memory_by: str | None
     rates: Rates
     shipped: Shipped | None
+    cuda_graphs: bool
 
     @property
     def prefill(self) -> Compared:

@@ -9,10 +9,17 @@ from yopo.bench.result import DENSE, PRUNED, STOCK, Compared, Rates, Shipped
 
 @dataclass(frozen=True)
 class Sample:
-    """Milliseconds of one prefill, and per decode step after it."""
+    """Milliseconds of one prefill, and per decode step after it.
+
+    Attributes:
+        prefill: The prefill's.
+        decode: A step's; None without steps.
+        is_replayed: Whether the prefill was replayed from a CUDA graph.
+    """
 
     prefill: float
     decode: float | None
+    is_replayed: bool = False
 
 
 @dataclass
@@ -34,6 +41,10 @@ class Rounds:
             for side in (against, name)
         )
         return Compared.of(dense, other) if dense else None
+
+    def are_replayed(self, *names: str) -> bool:
+        """Whether all prefills of these names were replayed from CUDA graphs."""
+        return all(each.is_replayed for name in names for each in self.samples[name])
 
     def shipped(self) -> Shipped | None:
         """Pruned compared with stock, if stock was timed."""

@@ -6,28 +6,26 @@ Results are medians with quartiles; ratios are medians of the rounds' own ratios
 so a machine that slows down halfway does not distort them.
 Comparisons use the same kernels: where a pruned prefill uses a faster kernel than transformers
 (``runtime/gemm.py``), everything is timed on that kernel, and the stock model also on its own: the
-gain of serving as shipped is a second figure.
+gain of serving as shipped is a second figure. On a GPU, where pruned prefills are replayed from
+CUDA graphs (``runtime/replay.py``), the dense model's are as well; baselines and stock have none.
 The prefill ratio is reported with the ratio of the FLOPs that ``flops.py`` predicts for the same
 prompt and layers: their quotient is 1.0 where time falls with the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from statistics import median
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from yopo.baselines.baseline import Baseline
-from yopo.baselines.install import baseline
 from yopo.baselines.registry import solve_for
-from yopo.bench.memory import measured_by, memory_to_time, peak_bytes
+from yopo.bench.memory import measured_by, memory_to_time
 from yopo.bench.plans import sampled_layers, with_layers, with_prompt
-from yopo.bench.prompt import Prompt, made_up_prompt, noise_prompt
+from yopo.bench.prompt import made_up_prompt, noise_prompt
 from yopo.bench.random_model import fitted, grids_of, random_model
 from yopo.bench.rates import best, measure_rates
 from yopo.bench.result import (
@@ -41,14 +39,12 @@ from yopo.bench.result import (
     Layers,
 )
 from yopo.bench.rounds import Rounds, Sample
-from yopo.bench.visual_kv import all_bytes, refuse_unplanned, visual_bytes
-from yopo.evaluation.timing import now
-from yopo.models.devices import device_of, devices_of
-from yopo.models.family import GridsOf
+from yopo.bench.subject import Bench
+from yopo.bench.visual_kv import refuse_unplanned
+from yopo.models.devices import devices_of
 from yopo.plans.flops import dense_prefill_flops, prefill_flops
 from yopo.plans.schema import PruningPlan
-from yopo.runtime.gemm import fast_gemm, same_gemm
-from yopo.runtime.install import check_model, pruned
+from yopo.runtime.install import check_model
 from yopo.support.console import track
 from yopo.support.errors import YopoError
 from yopo.support.out_of_memory import narrower
@@ -69,109 +65,6 @@ class Sizes:
     batch: int = 1
     visual: int | None = None
     text: int | None = None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A model, a plan and a prompt, to be measured.
-
-    Attributes:
-        model: Dense, in memory.
-        plan: The plan for this model and this prompt.
-        prompt: The prompt that is prefilled.
-        grids_of: Locates images instead of the model's own rule (made-up features).
-        baselines: Baselines that are also measured, by name.
-    """
-
-    model: PreTrainedModel
-    plan: PruningPlan
-    prompt: Prompt
-    grids_of: GridsOf | None = None
-    baselines: Mapping[str, Baseline] = field(default_factory=dict)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of everything timed, in the order of the first round."""
-        stock = (STOCK,) if self.has_other_kernels else ()
-        return (DENSE, PRUNED, *self.baselines, *stock)
-
-    @property
-    @torch.no_grad()
-    def has_other_kernels(self) -> bool:
-        """Whether a pruned prefill of this prompt uses other kernels than the stock model's."""
-        rows = self.prompt.inputs["input_ids"].shape
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        hidden = weight[:1].expand(*rows, -1)
-        context = fast_gemm(self.model.get_decoder().layers, hidden)
-        return not isinstance(context, nullcontext)
-
-    @contextmanager
-    def switch(self, name: str) -> Iterator[None]:
-        """The context in which one of the ``names`` runs."""
-        model, plan, where = self.model, self.plan, self.grids_of
-        with ExitStack() as stack:
-            if name == PRUNED:
-                stack.enter_context(pruned(model, plan, grids_of=where, check=False))
-            elif name != STOCK:
-                if name != DENSE:
-                    method = self.baselines[name]
-                    stack.enter_context(baseline(model, method, plan, grids_of=where))
-                stack.enter_context(same_gemm(model.get_decoder()))
-            yield
-
-    @torch.no_grad()
-    def prefill(self) -> Cache:
-        """Prefill with the model in its current state; returns the cache."""
-        cache = self.prompt.prefill(self.model, use_cache=True).past_key_values
-        assert cache is not None, "one was requested"
-        return cache
-
-    def measure(self, name: str, decode_steps: int) -> Sample:
-        """One prefill and its decode steps with one of the ``names``."""
-        with self.switch(name):
-            devices = devices_of(self.model)
-            started = now(*devices)
-            cache = self.prefill()
-            prefill_ms = now(*devices) - started
-            return Sample(prefill_ms, self._decode(cache, decode_steps))
-
-    @torch.no_grad()
-    def _decode(self, cache: Cache, steps: int) -> float | None:
-        """Median ms per step, or None without steps."""
-        prompt, times, devices = self.prompt, [], devices_of(self.model)
-        place = device_of(self.model)
-        ids = torch.full((prompt.batch, 1), prompt.next_token, device=place)
-        for _ in range(steps):
-            started = now(*devices)
-            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-            times.append(now(*devices) - started)
-        return median(times) if times else None
-
-    def peak(self, name: str) -> int | None:
-        """Peak bytes of a prefill above what was allocated before."""
-        with self.switch(name):
-            return peak_bytes(self.prefill, *devices_of(self.model))
-
-    def visual_kv(self, name: str) -> int:
-        """Bytes of visual keys and values in the cache of a prefill."""
-        with self.switch(name):
-            layers = self.prefill().layers
-        if name != DENSE:
-            return sum(visual_bytes(layer) for layer in layers)
-        held = sum(all_bytes(layer) for layer in layers)
-        return held * self.plan.workload.visual // self.prompt.length
-
-    def lengthened(self, context: int) -> Bench:
-        """The bench with the prompt extended by text to a number of tokens.
-
-        Raises:
-            PlanError: The prompt is already longer.
-        """
-        prompt = self.prompt.lengthened(context)
-        plan = with_prompt(self.plan, text=context - self.plan.workload.visual)
-        methods = {name: each for name, each in self.baselines.items() if not each.needs_plan}
-        return replace(self, plan=plan, prompt=prompt, baselines=methods)
 
 
 def run_rounds(subject: Bench, options: BenchOptions, *, label: str = "rounds") -> Rounds:
@@ -299,6 +192,7 @@ def _bench(
             memory_by=measured_by(*devices),
             rates=best(rounds.rates),
             shipped=rounds.shipped(),
+            cuda_graphs=rounds.are_replayed(DENSE, PRUNED),
         )
 
 

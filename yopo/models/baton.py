@@ -152,6 +152,11 @@ class _Notes:
         return {name: value for name, value in held if not name.startswith("_")}
 
 
+def is_in_turns() -> bool:
+    """Whether this thread's call waits for its turn at every layer."""
+    return _OWN.get() is not None
+
+
 def each_layer(layers: Iterable[Layer], states: torch.Tensor) -> Iterator[Layer]:
     """The layers of a decoder, each when it is this forward's turn to pass it.
 

@@ -134,12 +134,16 @@ class LayoutProbe:
             for token, modality in zip(self.token_ids, _PIXELS, strict=False)
             if _brings(bound, modality)
         ]
-        found = self._find(module, call.input_ids, embeds, tokens) if tokens else None
-        if found is not None and bool((found >= 0).any()):
+        marked = self._find(module, call.input_ids, embeds, tokens) if tokens else None
+        if marked is None:
+            return
+        found = marked.cpu()  # the host waits for the device once, here
+        if bool((found >= 0).any()):
             call.carried = carried(module, bound)
             info = known(module, self._key) | call.carried | image_info(bound)
             grids = self._grids_of(self._config, _runs(found), info)
-            call.layout = build_layout(found >= 0, grids, call.input_ids)
+            layout = build_layout(found >= 0, grids, call.input_ids)
+            call.layout = layout.to(marked.device)
 
     def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
         call = _CALLS.get(self)

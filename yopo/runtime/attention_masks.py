@@ -118,6 +118,19 @@ class AttentionMasks:
             setattr(other, name, moved(getattr(self, name), device))
         return other
 
+    def fixed(
+        self,
+        text: torch.Tensor | None,
+        reading: torch.Tensor | None,
+        blocks: dict[int | None, list[VisualBlock]],
+        sequence: torch.Tensor | None,
+    ) -> AttentionMasks:
+        """The same with masks, blocks and a sequence that layers read as they are given."""
+        other = copy(self)
+        vars(other).update(text_mask=text, reading_mask=reading, sequence=sequence)
+        other._blocks, other.kernel = blocks, KernelMasks(self.text.index.device)
+        return other
+
     def _absolute(self, stream: Stream) -> torch.Tensor:
         positions = stream.index + self.past
         return positions if stream.mask is None else positions.masked_fill(~stream.mask, -1)
@@ -284,8 +297,9 @@ class AttentionMasks:
         before = before & self._together(queries, text_keys)
         if self.text_keys_ok is not None:
             before = before & self.text_keys_ok[rows, None, :]
-        used = before.any(dim=0).any(dim=0).nonzero()
-        num_text = int(used[-1]) + 1 if len(used) else 0
+        used = before.any(dim=0).any(dim=0)
+        places = torch.arange(1, len(used) + 1, device=used.device)
+        num_text = int((used * places).max()) if len(used) else 0
         near = self._near(cut, radius, rows)
         if self._segments is not None:
             near = near & self._together(queries, visual_keys[:, cut.key_start : cut.key_stop])

@@ -6,7 +6,10 @@ bits beside it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -86,6 +89,16 @@ class Entries:
         opened = self._buffer.open(self.num_visual, count)
         self.num_visual += count
         return Room(opened)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What holds them."""
+        return [self._buffer.view]
+
+    def on(self, tensors: Iterator[torch.Tensor]) -> Self:
+        """The same, held by the next of some tensors: such as ``tensors`` lists."""
+        other = copy(self)
+        other._buffer = GrowingBuffer(next(tensors))
+        return other
 
     @property
     def all(self) -> torch.Tensor:
@@ -211,6 +224,18 @@ class PackedEntries(Entries):
         place = slice(self.num_visual, self.num_visual + count)
         self.num_visual += count
         return PackingRoom(packed[:, :, place], steps[:, :, place], self.packing)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What holds them."""
+        packed = (self._packed, self._steps)
+        return super().tensors() + [each for each in packed if each is not None]
+
+    def on(self, tensors: Iterator[torch.Tensor]) -> Self:
+        """As for plain entries."""
+        other = super().on(tensors)
+        if self.is_packed:
+            other._packed, other._steps = next(tensors), next(tensors)
+        return other
 
     def _unpack(self) -> None:
         """Hold what is packed in the model's numbers from now on."""

@@ -8,6 +8,7 @@ the *logical* length - all tokens seen, visual ones included - because
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -200,6 +201,25 @@ class PrunedCacheLayer(CacheLayerMixin):
         if self._is_first:
             self.index.clear()
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What holds this layer's keys, values and latents."""
+        latent = () if self._latent is None else (self._latent,)
+        return [each for entries in (*self._entries(), *latent) for each in entries.tensors()]
+
+    def hold(self, other: PrunedCacheLayer, tensors: Iterator[torch.Tensor], surplus: int) -> None:
+        """Hold what another layer holds, all but its last tokens, in tensors of one's own.
+
+        Args:
+            other: Filled by one forward.
+            tensors: Yields one for each that the other layer lists.
+            surplus: How many tokens of text are left out.
+        """
+        self._kept, self._other = _on(other._kept, tensors), _on(other._other, tensors)
+        self._latent = None if other._latent is None else other._latent.on(tensors)
+        self.num_visual, self.is_initialized = other.num_visual, True
+        for entries in self._entries():
+            entries.shorten(surplus)
+
     def _entries(self) -> list[Entries]:
         return [*(self._kept or ()), *(self._other or ())]
 
@@ -230,6 +250,13 @@ def _extended(
     return held
 
 
+def _on(held: KeysAndValues | None, tensors: Iterator[torch.Tensor]) -> KeysAndValues | None:
+    if held is None:
+        return None
+    keys, values = held
+    return keys.on(tensors), values.on(tensors)
+
+
 def _entries(text: torch.Tensor, packing: Packing | None) -> Entries:
     return Entries(text) if packing is None else PackedEntries(text, packing)
 
@@ -248,7 +275,7 @@ def new_layers(splits: list[HeadSplit]) -> list[PrunedCacheLayer]:
     ]
 
 
-def place_latents(layers: list[PrunedCacheLayer], rotary: Rotary) -> None:
+def place_latents(layers: Sequence[PrunedCacheLayer], rotary: Rotary) -> None:
     """Keep cosines and sines of a forward's visual tokens if some layer rebuilds their keys."""
     if any(layer.split.latent_rank for layer in layers):
         layers[0].index.place(rotary)

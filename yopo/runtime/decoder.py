@@ -28,7 +28,7 @@ from yopo.plans.schema import PruningPlan
 from yopo.runtime import row_blocks
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer, adopt, new_layers, place_latents
-from yopo.runtime.checkpointing import checkpointed, is_checkpointed, refuse_filled
+from yopo.runtime.checkpointing import is_checkpointed, refuse_filled
 from yopo.runtime.extent_warning import warn_beyond
 from yopo.runtime.gemm import fast_gemm
 from yopo.runtime.heads import HeadSplit, split_heads
@@ -40,8 +40,9 @@ from yopo.runtime.inputs import (
     warn_without_images,
 )
 from yopo.runtime.labels import LabelProbe
-from yopo.runtime.layer import LayerRun, VisualInput
+from yopo.runtime.layer_loop import Streams, pass_layers
 from yopo.runtime.norms import norm_for
+from yopo.runtime.replay import Recordings
 from yopo.runtime.sliced_linear import warn_without_fitted
 from yopo.runtime.token_index import Rotary
 
@@ -68,6 +69,8 @@ class PrunedState(nn.Module):
         names: Backbone,
         probe: LayoutProbe,
         labels: LabelProbe,
+        *,
+        cuda_graphs: bool = True,
     ):
         super().__init__()
         self.plan = plan
@@ -75,6 +78,7 @@ class PrunedState(nn.Module):
         self.names = names
         self.probe = probe
         self.labels = labels
+        self.recordings = Recordings() if cuda_graphs else None
         shape = plan.model.shape
         scale = plan.tensors.key_scale if plan.needs_key_scale else None
         scales = [None] * shape.layers if scale is None else scale
@@ -246,40 +250,21 @@ def run_layers(
     Returns:
         (batch, sequence, hidden) after the final norm.
     """
-    stream, visual = masks.visual, None
-    text, text_rotary, visual_rotary = embeds, rotary, rotary
-    if stream is not None:
-        text, visual = masks.text.gather(embeds), _features(embeds, stream, reduced)
-        text_rotary, visual_rotary = (
-            _gathered(each, rotary, embeds.shape[0]) for each in (masks.text, stream)
-        )
-        place_latents(cache, visual_rotary)
-    with fast_gemm(decoder.layers, text):
-        for number, layer in enumerate(each_layer(decoder.layers, embeds)):
-            if number == state.plan.visual_depth:
-                visual = None
-            place = device_of(layer)
-            if place != text.device:
-                text, visual, text_rotary, visual_rotary = moved(
-                    (text, visual, text_rotary, visual_rotary), place
-                )
-            given = None
-            if visual is not None:
-                given = VisualInput(visual, visual_rotary, state.visual[number])
-            part = state.visual[number] if number < state.plan.visual_depth else None
-            run = LayerRun(layer, state.names, masks.on(place), cache[number], part)
-            if is_checkpointed(layer):
-                text, visual = checkpointed(run, text, text_rotary, given)
-            else:
-                text, visual = run(text, text_rotary, given)
-            if stream is not None and visual is not None and number < len(stack):
-                values = stack[number].to(embeds.device, visual.dtype)
-                visual = visual + _added(values, stream, reduced).to(visual.device)
-    if stream is not None:
-        dropped = [] if reduced is None else [reduced.dropped]
-        for each in [*dropped, stream] if visual is None else dropped:
+    streams = _streams(embeds, rotary, masks, stack[: len(state.visual)], reduced)
+    if masks.visual is not None:
+        place_latents(cache, streams.visual_rotary)
+        gone = [] if reduced is None else [reduced.dropped]
+        gone += [masks.visual] if state.plan.visual_depth < len(decoder.layers) else []
+        for each in gone:  # now, as later the host would wait for all layers
             _warn_of_dropped(state, each, embeds.shape[1])
-    return _joined(decoder.norm, text, visual, masks, embeds)
+    states = None
+    if state.recordings is not None:
+        states = state.recordings.replayed(decoder, state, streams, masks, cache)
+    if states is None:
+        layers = each_layer(decoder.layers, embeds)
+        with fast_gemm(decoder.layers, streams.text):
+            states = pass_layers(layers, state.names, state.visual, streams, masks, cache)
+    return _joined(decoder.norm, *states, masks, embeds)
 
 
 def _joined(
@@ -303,10 +288,28 @@ def _joined(
     return hidden
 
 
-def _features(embeds: torch.Tensor, stream: Stream, reduced: Reduced | None) -> torch.Tensor:
-    """(batch, visual, hidden) features of the stream's tokens."""
-    return (
-        stream.gather(embeds) if reduced is None else reduced.features(reduced.whole.gather(embeds))
+def _streams(
+    embeds: torch.Tensor,
+    rotary: Rotary,
+    masks: AttentionMasks,
+    stack: Sequence[torch.Tensor],
+    reduced: Reduced | None,
+) -> Streams:
+    """What enters the first layer; arguments as for ``run_layers``."""
+    stream, batch = masks.visual, embeds.shape[0]
+    if stream is None:
+        return Streams(embeds, None, rotary, rotary)
+    if reduced is None:
+        visual = stream.gather(embeds)
+    else:
+        visual = reduced.features(reduced.whole.gather(embeds))
+    added = (_added(each.to(visual), stream, reduced) for each in stack)
+    return Streams(
+        masks.text.gather(embeds),
+        visual,
+        _gathered(masks.text, rotary, batch),
+        _gathered(stream, rotary, batch),
+        tuple(added),
     )
 
 

@@ -41,6 +41,7 @@ def pruned(
     grids_of: GridsOf | None = None,
     check: bool = True,
     trainable: bool = False,
+    cuda_graphs: bool = True,
 ) -> Iterator[PreTrainedModel]:
     """Run a model under a plan inside a ``with`` block, then restore it bit for bit.
 
@@ -64,6 +65,8 @@ def pruned(
         grids_of: Locates images among visual tokens instead of the family's rule (custom towers).
         check: Whether the model's fingerprint must match the plan's.
         trainable: Whether fitted weights are parameters (see :func:`fitted_parameters`).
+        cuda_graphs: Whether prefills of a kind that comes again are replayed on a GPU
+            (``yopo/runtime/replay.py``).
 
     Yields:
         The same model object.
@@ -74,7 +77,14 @@ def pruned(
     """
     if not isinstance(plan, PruningPlan):
         plan = read_plan(plan)
-    install(model, plan, grids_of=grids_of, check=check, trainable=trainable)
+    install(
+        model,
+        plan,
+        grids_of=grids_of,
+        check=check,
+        trainable=trainable,
+        cuda_graphs=cuda_graphs,
+    )
     try:
         yield model
     finally:
@@ -88,6 +98,7 @@ def install(
     grids_of: GridsOf | None = None,
     check: bool = True,
     trainable: bool = False,
+    cuda_graphs: bool = True,
     writer: Writer | None = None,
 ) -> None:
     """Prune a model in memory until :func:`uninstall`; arguments and errors as for ``pruned``.
@@ -108,7 +119,11 @@ def install(
     attention = attention_path(plan.reduction, family, model.config)
     probe = LayoutProbe(model.base_model, grids_of or family.grids_of, tokens, attention)
     # Orders and fitted weights are in the layers now; do not keep them in memory twice.
-    decoder.yopo = PrunedState(_with_only_means(plan), layers, names, probe, LabelProbe(model))
+    labels = LabelProbe(model)
+    state = PrunedState(
+        _with_only_means(plan), layers, names, probe, labels, cuda_graphs=cuda_graphs
+    )
+    decoder.yopo = state.train(decoder.training)
     try:
         # mypy compares the class's own __hash__, which takes an object, with Hashable's.
         swap_class(decoder, pruned_class(type(decoder)))  # type: ignore[arg-type]

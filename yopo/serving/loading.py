@@ -48,7 +48,12 @@ class Baked:
 
 
 def load(
-    path: str | Path, *, budget: float | None = None, trainable: bool = False, **kwargs: Any
+    path: str | Path,
+    *,
+    budget: float | None = None,
+    trainable: bool = False,
+    cuda_graphs: bool = True,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a baked checkpoint as a model that skips the pruned work.
 
@@ -63,6 +68,8 @@ def load(
             not above this one; None: the first.
         trainable: Whether the plan's fitted weights are parameters, for recovery training; see
             ``yopo.runtime.saved``.
+        cuda_graphs: Whether prefills of a kind that comes again are replayed on a GPU; see
+            ``yopo.runtime.replay``.
         **kwargs: Passed to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``,
             ``subfolder``, ``quantization_config``, ...).
 
@@ -77,14 +84,23 @@ def load(
     baked = open_baked(path, budget, **_take(kwargs, _PLACE))
     stock = _stock_class(baked.checkpoint.config)
     model, _ = _from_folder(stock, baked.checkpoint, str(path), **kwargs)
-    _install(model, baked, trainable=trainable)
+    _install(model, baked, trainable=trainable, cuda_graphs=cuda_graphs)
     return model
 
 
-def _install(model: PreTrainedModel, baked: Baked, *, trainable: bool) -> None:
+def _install(
+    model: PreTrainedModel, baked: Baked, *, trainable: bool = False, cuda_graphs: bool = True
+) -> None:
     writer = Completion(baked.checkpoint.path)
     # Not checked again: the files were, whose precision, unlike that in memory, is fixed.
-    install(model, baked.plan, check=False, trainable=trainable, writer=writer)
+    install(
+        model,
+        baked.plan,
+        check=False,
+        trainable=trainable,
+        cuda_graphs=cuda_graphs,
+        writer=writer,
+    )
     remember_source(model.get_decoder(), baked.source)
 
 
@@ -209,17 +225,17 @@ class PrunedForConditionalGeneration:
     ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
         """Load the stock model of the checkpoint and install its plan.
 
-        ``budget`` and ``trainable`` are as for ``load``.
+        ``budget``, ``trainable`` and ``cuda_graphs`` are as for ``load``.
 
         Returns:
             The model, and the loading report with ``output_loading_info``.
         """
         wants_report = kwargs.get("output_loading_info", False)
-        trainable = kwargs.pop("trainable", False)
+        options = _take(kwargs, ("trainable", "cuda_graphs"))
         baked = open_baked(path, kwargs.pop("budget", None), **_take(kwargs, _PLACE))
         stock = cls._stock(baked.checkpoint.config)
         model, report = _from_folder(stock, baked.checkpoint, str(path), *args, **kwargs)
-        _install(model, baked, trainable=trainable)
+        _install(model, baked, **options)
         return (model, report) if wants_report else model
 
     @classmethod

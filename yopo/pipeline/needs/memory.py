@@ -158,7 +158,7 @@ def _waiting(job: Job, pairs: int, *, keeps: bool) -> float:
     """What forwards hold that wait at layers on disk (see ``yopo.models.window``)."""
     if not job.is_offloaded:
         return 0.0
-    waiting = min(job.own(pairs), MOST_CALLS * job.batch_size)
+    waiting: float = min(job.own(pairs), MOST_CALLS * job.batch_size)
     if not keeps:
         most = MOST_TOKENS["cpu"] if job.on_host else OTHERWISE
         waiting = min(waiting, most / job.prompts.mean + job.batch_size)
