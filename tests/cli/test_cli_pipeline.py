@@ -74,6 +74,7 @@ def test_calibrate_writes_what_it_says(yopo: Yopo, model: Path, pairs: Path) -> 
     assert (done.code, done.out) == (0, "")
     assert re.fullmatch(
         r".*/pairs.jsonl: using 32 of 40 pairs, evenly over 6 kinds \(--samples N, or all\)\.\n"
+        r"This takes about \d+ MB of memory \([\d.]+ GB are free\) and \d+ s\.\n"
         r"s.safetensors: statistics of 32 pairs\.\n"
         r"p.yaml: visual budget [\d.]+ %, prefill FLOPs [\d.]+ %\.\n"
         r"next: yopo apply p.yaml, or `yopo inspect` to see what it prunes\n",

@@ -104,7 +104,6 @@ def test_time_follows_the_work() -> None:
         BudgetRequest(0.2, template="reader", compensation="refit"),
         BudgetRequest(0.2, compensation="mean"),
         PaperRequest(preset="yopo-25", compensation="refit"),
-        ToleranceRequest(0.3, compensation="none"),
     ],
     ids=str,
 )
@@ -134,6 +133,15 @@ def test_plans_are_counted(request_: PlanRequest, monkeypatch: pytest.MonkeyPatc
     found["compared"] = plans.compared + plans.held_out
     for name, most in found.items():
         assert most / 2 <= calls[name] <= most, (name, calls[name], most)
+
+
+def test_a_tolerance_tries_budgets() -> None:
+    found, once = (
+        plans_for((each,), Counts(24, 24, 8, 8))
+        for each in (ToleranceRequest(0.1), BudgetRequest(0.2, compensation="refit"))
+    )
+    assert found.held_out == 6 and once.held_out == 0
+    assert found.walks == once.walks + 5 and found.fitted == once.fitted + 20
 
 
 def test_prompts_are_probed_from_small_to_large() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from yopo.data.split import MIN_SIDE
 from yopo.evaluation.fidelity import Fidelity, kinds_of_records
+from yopo.pipeline import judge
 from yopo.pipeline import session as module
 from yopo.pipeline.commands import calibrate
 from yopo.pipeline.session import Calibrated, CalibrationSession, FitOptions, RunOptions
@@ -54,7 +55,7 @@ def test_no_pair_is_both_fitted_and_judged_on(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(module, "measure", spy("measured", module.measure))
     monkeypatch.setattr(module, "encoded", spy("encoded", module.encoded))
-    monkeypatch.setattr(module, "record_dense", spy("answered", module.record_dense))
+    monkeypatch.setattr(judge, "record_dense", spy("answered", judge.record_dense))
     session = CalibrationSession(MODEL, options(40), FitOptions(fit_pairs=8), holdout=MAX_HOLDOUT)
     assert not seen["answered"]
     made = session.make(BudgetRequest(0.3, compensation="refit"))

@@ -103,7 +103,7 @@ def test_finished_work_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("yopo.calibration.measure._observe", never)
     monkeypatch.setattr("yopo.evaluation.fidelity.generate_answers", never)
-    monkeypatch.setattr("yopo.pipeline.session.compare", never)
+    monkeypatch.setattr("yopo.pipeline.judge.compare", never)
     monkeypatch.setattr(fitter, "profile", never)
     monkeypatch.setattr(fitter, "refit", never)
     assert bytes_of(make(tmp_path)) == first

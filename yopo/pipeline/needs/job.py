@@ -180,14 +180,12 @@ def _plans_of(request: PlanRequest, counts: Counts) -> PlanCounts:
         return PlanCounts()
     if isinstance(request, ToleranceRequest):
         first, more = _plans_at(request.at(UNKNOWN_BUDGET)), TOLERANCE_STEPS - 1
-        again = first
-        if first.profiles:  # then only weightings near the best are tried
-            again = PlanCounts(NEIGHBORS + 1, 1, compared=NEIGHBORS + 1)
+        near = more * (NEIGHBORS + 1)  # the best weighting so far, and those near it
         return replace(
             first,
-            fitted=first.fitted + more * again.fitted,
-            walks=first.walks + more * again.walks,
-            compared=first.compared + more * again.compared,
+            fitted=first.fitted + near,
+            walks=first.walks + more * -(-(NEIGHBORS + 1) // TOGETHER),
+            compared=first.compared + near,
             held_out=TOLERANCE_STEPS,
         )
     if isinstance(request, BudgetRequest):
