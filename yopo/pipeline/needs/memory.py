@@ -27,9 +27,6 @@ NEURONS = 3.0
 FITTED = 0.4
 """Numbers of a plan's fitted weights over its visual budget of the layers' weights."""
 
-RETURNED = 32 << 20
-"""Bytes from which a block of memory goes back to the system when it is freed (glibc's most)."""
-
 LIBRARIES = 130_000_000
 """What libraries take on the host when they are first used."""
 
@@ -166,16 +163,7 @@ def _waiting(job: Job, pairs: int, *, keeps: bool) -> float:
         most = MOST_TOKENS["cpu"] if job.on_host else OTHERWISE
         waiting = min(waiting, most / job.prompts.mean + job.batch_size)
     states = waiting * job.prompts.mean * STATES * job.shape.hidden * job.weights.itemsize
-    held = min(states + (_keys(job, waiting) if keeps else 0.0), job.window)
-    return held + -(-waiting // job.batch_size) * _in_heaps(job)
-
-
-def _in_heaps(job: Job) -> float:
-    """What the heap of a thread keeps on the host of a batch's activations."""
-    tokens, itemsize = job.batch_size * job.prompts.longest, job.weights.itemsize
-    widths = ((5, job.shape.hidden), (3, job.shape.ffn))
-    kept = sum(count * width for count, width in widths if tokens * width * itemsize < RETURNED)
-    return kept * tokens * itemsize * job.on_host
+    return min(states + (_keys(job, waiting) if keeps else 0.0), job.window)
 
 
 def _answers(job: Job) -> float:
