@@ -33,7 +33,7 @@ def prepare():
     from yopo.calibration import measure
     from yopo.cli import calibrate
     from yopo.fitting import fitter
-    from yopo.pipeline import session
+    from yopo.pipeline import judge, session
     from yopo.planning import allocations, weightings
 
     measure.PERIOD = 0.0
@@ -42,8 +42,8 @@ def prepare():
     telling(session, "measure", "statistics")
     telling(fitter, "profile", "profile")
     telling(fitter, "refit", "fit")
-    telling(session, "record_dense", "answers")
-    telling(session, "compare", "judging")
+    telling(judge, "record_dense", "answers")
+    telling(judge, "compare", "judging")
     telling(calibrate, "save", "writing")
 
 

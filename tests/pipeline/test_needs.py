@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from yopo.fitting import fitter
-from yopo.models import devices
 from yopo.pipeline import judge, model_handle
 from yopo.pipeline.commands import calibrate, evaluate
 from yopo.pipeline.needs import check
@@ -26,12 +25,21 @@ from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.request import BudgetRequest, PaperRequest, PlanRequest, ToleranceRequest
 from yopo.plans.schema import ModelShape
 from yopo.serving.weight_sizes import WeightSizes
+from yopo.support import memory
 from yopo.support.console import set_quiet
 from yopo.support.errors import YopoError
 
 SEVEN_B = ModelShape(32, 4096, 32, 32, 128, 11008)
 LAYER = 4 * 4096**2 + 3 * 4096 * 11008
-WEIGHTS = WeightSizes(32 * LAYER + 600_000_000, LAYER, 32 * LAYER, 300_000_000, torch.bfloat16)
+WEIGHTS = WeightSizes(
+    32 * LAYER + 600_000_000,
+    LAYER,
+    32 * LAYER,
+    300_000_000,
+    12_000_000,
+    280_000_000,
+    torch.bfloat16,
+)
 PROMPTS = Prompts(640, 620.0, 576.0, 576, 338_688.0, 338_688, 576.0, 576, 0.02)
 JOB = Job(
     shape=SEVEN_B,
@@ -163,8 +171,7 @@ def calibrated(**more: Any) -> None:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, count: int | None) -> None:
-    monkeypatch.setattr(devices, "available_bytes", lambda: count)
-    monkeypatch.setattr(check, "available_bytes", lambda: count)
+    monkeypatch.setattr(memory, "_available_bytes", lambda: count)
 
 
 def test_an_estimate_is_printed_before_the_model_is_loaded(

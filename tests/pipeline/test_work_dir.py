@@ -227,7 +227,7 @@ def test_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: object) 
     for path in tmp_path.glob("comparison-*"):
         path.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("yopo.pipeline.session.compare", fail)
+        patch.setattr("yopo.pipeline.judge.compare", fail)
         with pytest.raises(Killed):
             make(tmp_path)
     assert "interrupted" in lines(tmp_path)[1][0], "it is not finished any more"

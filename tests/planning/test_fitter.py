@@ -28,7 +28,8 @@ def test_out_of_memory_names_the_pairs_and_the_lever(
     monkeypatch.setattr(module, "offload_option", lambda model: "--offload always")
     batches = [Batch({}, None, (None,) * size) for size in (8, 3)]
     fitter = Fitter(Mock(dtype=torch.float32), lambda: batches)
-    with pytest.raises(YopoError, match="of 11 pairs") as caught:
+    said = "up to the first layer" if what == "enter" else "of 11 pairs"
+    with pytest.raises(YopoError, match=said) as caught:
         fitter.profile if what == "profile" else fitter.fit([Mock()])  # noqa: B018
     remedy = "Use --offload always (with --work-dir, if host memory is full), fewer --fit-pairs, "
     assert caught.value.remedy == f"{remedy}--dtype bfloat16, or --compensation none."

@@ -147,8 +147,9 @@ class Fitter:
             offload += " (with --work-dir, if host memory is full)"
         elif not isinstance(self._room, InFiles):
             folder = "--work-dir"
+        states = f", with the states of {self._pairs} pairs" if self._pairs else ""
         return memory_for(
-            f"{work}, with the states of {self._pairs} pairs",
+            f"{work}{states}",
             offload,
             folder,
             "fewer --fit-pairs",
