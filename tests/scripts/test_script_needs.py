@@ -13,6 +13,6 @@ FIT = "--request=--budget 0.2 --template reader --compensation refit"
 @pytest.mark.parametrize("words", [WEIGHTS, [*STATES, "--offload", "always", FIT]])
 def test_memory_is_near_to_what_is_said(words: list[str]) -> None:
     [found] = main(words)
-    assert 0.7 < found.said_bytes / found.bytes < 1.6
+    assert 0.6 < found.said_bytes / found.bytes < 1.9  # small: what libraries take counts
     assert found.own_bytes <= found.bytes
     assert 0 < found.said_seconds < 60
