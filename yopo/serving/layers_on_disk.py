@@ -72,13 +72,14 @@ def map_for(
             f"and {free / _GB:.3g} GB are free on {device}.",
             remedy=use(narrower(sizes.itemsize), "another --device", "--device-map auto"),
         )
-    room = "" if free is None else f", {free / _GB:.3g} GB free on {device}"
-    note(
-        f"{sizes.num_bytes / _GB:.3g} GB of weights{room}: decoder layers "
-        "are read from the checkpoint one at a time (--offload)."
-    )
     towers = offload == "always" or (
         free is not None and sizes.resident_bytes(towers_on_disk=False) > free * SHARE
+    )
+    room = "" if free is None else f", {free / _GB:.3g} GB free on {device}"
+    what = "decoder and vision tower layers" if towers else "decoder layers"
+    note(
+        f"{sizes.num_bytes / _GB:.3g} GB of weights{room}: {what} are read from the checkpoint one "
+        "at a time (--offload)."
     )
     return layers_on_disk(model, model.get_decoder(), device, towers=towers)
 
