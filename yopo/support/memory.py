@@ -33,7 +33,7 @@ def _available_bytes() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-PERIOD = 0.25
+PERIOD = 2.0
 """Least seconds between two calls that give memory back: each takes some milliseconds."""
 
 
