@@ -56,6 +56,11 @@ def free_for_states(device: torch.device) -> int:
     return free // (2 * SHARE)  # weights on their way from disk need some, too
 
 
+def most_tokens(kind: str) -> int:
+    """Tokens of a full window of forwards that generate nothing, on a type of device."""
+    return MOST_TOKENS.get(kind, OTHERWISE)
+
+
 @dataclass(frozen=True)
 class Holding:
     """What a forward holds on the device while it waits.
@@ -80,5 +85,4 @@ class Holding:
 
     def most_tokens(self, device: torch.device) -> int | None:
         """Tokens of a full window on a device; None: as many as memory holds."""
-        is_limited = self.new_tokens is None
-        return MOST_TOKENS.get(device.type, OTHERWISE) if is_limited else None
+        return most_tokens(device.type) if self.new_tokens is None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from yopo.fitting.least_squares import WIDE
-from yopo.pipeline.needs.job import Job
+from yopo.pipeline.needs.job import Job, profile_sums
 
 START, READ = 2.0, 1e9
 """Seconds to check a model and its pairs; bytes of weights per second that are loaded."""
@@ -108,9 +108,8 @@ class _Clock:
 
     def profiling(self, pairs: int) -> float:
         """Moments of all layers, and what is solved with them."""
-        hidden, heads, rows = self.shape.hidden, self.heads, self._rows(pairs)
-        sums = hidden * (hidden + heads) + heads**2 + 4 * hidden**2
-        moments = 2 * rows * sums / self.speed.single
+        hidden = self.shape.hidden
+        moments = 2 * self._rows(pairs) * profile_sums(self.shape) / self.speed.single
         whole = 4 * _cholesky(hidden) + 3 * 3 * hidden**3 + 6 * hidden**3 + 7 * hidden**3
         solves = self.speed.behind * whole / self.speed.double + 20 * hidden**3 / self.speed.single
         solves += SOLVED * self.speed.per_layer

@@ -150,6 +150,12 @@ class Job:
         return min(pairs, -(-batches // self.processes) * self.batch_size)
 
 
+def profile_sums(shape: ModelShape) -> int:
+    """Numbers in the sums of products that a layer's profile is made of."""
+    heads = shape.heads * shape.head_dim
+    return shape.hidden * (shape.hidden + heads) + heads**2 + 4 * shape.hidden**2
+
+
 def plans_for(requests: Sequence[PlanRequest], counts: Counts) -> PlanCounts:
     """The plans that requests lead to.
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from yopo.calibration.batch_view import CHUNK
 from yopo.fitting.fitter import TOGETHER
 from yopo.models.turns import MOST_CALLS
-from yopo.models.window import MOST_TOKENS, OTHERWISE, STATES
-from yopo.pipeline.needs.job import Job
+from yopo.models.window import STATES, most_tokens
+from yopo.pipeline.needs.job import Job, profile_sums
 
 SINGLE, DOUBLE = 4, 8
 """Bytes of float32 and float64."""
@@ -29,7 +29,6 @@ FITTED = 0.4
 
 LIBRARIES = 130_000_000
 """What libraries take on the host when they are first used."""
-
 
 _SHORTER, _FEWER = ("fewer --max-new-tokens",), ("fewer --fit-pairs",)
 
@@ -160,7 +159,7 @@ def _waiting(job: Job, pairs: int, *, keeps: bool) -> float:
         return 0.0
     waiting: float = min(job.own(pairs), MOST_CALLS * job.batch_size)
     if not keeps:
-        most = MOST_TOKENS["cpu"] if job.on_host else OTHERWISE
+        most = most_tokens("cpu" if job.on_host else "cuda")
         waiting = min(waiting, most / job.prompts.mean + job.batch_size)
     states = waiting * job.prompts.mean * STATES * job.shape.hidden * job.weights.itemsize
     return min(states + (_keys(job, waiting) if keeps else 0.0), job.window)
@@ -212,10 +211,7 @@ def _rows(job: Job, width: int) -> float:
 
 
 def _profile_moments(job: Job) -> float:
-    shape = job.shape
-    heads = shape.heads * shape.head_dim
-    sums = shape.hidden * (shape.hidden + heads) + heads**2 + 4 * shape.hidden**2
-    return DOUBLE * sums * (PROFILE_COPIES + (job.processes > 1))
+    return DOUBLE * profile_sums(job.shape) * (PROFILE_COPIES + (job.processes > 1))
 
 
 def _neurons(job: Job) -> int:
