@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -144,10 +145,10 @@ def test_unfinished_shards_and_foreign_files_of_a_leftover_are_not_used(
 def test_two_runs_do_not_share_a_leftover(case, tmp_path, monkeypatch) -> None:
     plan, source, expected = case
     kill(plan, source, tmp_path, (LAST,))
-    write, inner = weights.write_shard, []
+    write, inner, first = weights.write_shard, [], threading.Lock()
 
     def during(*arguments, **options):
-        if not inner:
+        if first.acquire(blocking=False):  # shards are written by several threads
             inner.append(find_leftovers(tmp_path))
             bake(plan, source, tmp_path / f"out-{LAST}")
         return write(*arguments, **options)
