@@ -502,7 +502,30 @@ def test_changes_of_layers_are_noticed(
     assert snapshot.is_current()
     change(layers[1])
     assert not snapshot.is_current()
-    assert Snapshot(layers, nn.ModuleList(), torch.device("cpu")).is_plain == may_go_on
+    changed = Snapshot(layers, nn.ModuleList(), torch.device("cpu"))
+    assert changed.is_plain == may_go_on
+    assert changed.is_current()  # it is not looked at anew in every prefill
+
+
+def test_layers_are_recorded_once_they_are_plain(mha: Subject, tape: None) -> None:
+    model, inputs = copy.deepcopy(mha.model), tiny.batch(ONE)
+    layers = model.get_decoder().layers
+    projection = layers[1].mlp.up_proj
+    weight = projection.weight
+    projection.to("meta")
+    snapshot = Snapshot(layers, nn.ModuleList(), torch.device("cpu"))
+    assert not snapshot.is_plain and snapshot.is_current()
+    projection.weight = weight
+    assert not snapshot.is_current()
+    hook = projection.register_forward_hook(lambda *_: None)
+    with pruned(model, plan_of(mha)):
+        for _ in range(3):
+            tiny.logits(model, inputs)
+        assert replays_of(model) == 0
+        hook.remove()
+        for _ in range(3):
+            tiny.logits(model, inputs)
+        assert replays_of(model) == 2
 
 
 def test_requested_hidden_states_leave_hooks_that_do_not_matter(mha: Subject, tape: None) -> None:

@@ -212,8 +212,8 @@ class Recordings:
             if self._snapshot is None or not self._snapshot.is_current():
                 self.clear()
                 self._snapshot = Snapshot(decoder.layers, state.visual, streams.text.device)
-                if not self._snapshot.is_plain:
-                    return None
+            if not self._snapshot.is_plain:
+                return None
             given = _Given.of(state.visual, streams, masks, cache)
             with self._recorder.in_turn(streams.text.device):
                 recording = self._find(decoder, state, given, cache)

@@ -52,23 +52,31 @@ class Snapshot:
         self._places = [(some, name) for some in held for name in some]
         weights = self._weights()
         self._weight_ids = [*map(id, weights)]
+        self._was_bare = self._is_bare()
         self.is_plain = (
-            self._is_bare()
+            self._was_bare
             and all(_is_known(type(module)) for module in modules)  # type: ignore[arg-type]  # classes are hashable
             and all(_is_plain_on(device, weight) for weight in weights if weight is not None)
         )
-        self._memory = _memory(weights) if self.is_plain else []
+        self._where = self._lies(weights)
 
     def is_current(self) -> bool:
-        """Whether it is plain, and nothing was changed since but values of weights."""
-        if not self.is_plain or not self._is_bare():
+        """Whether nothing was changed since but values of weights; and, if it is not plain, the
+        memory of weights on a device, or hooks where there are others."""
+        if self._is_bare() != self._was_bare:
             return False
         if [*_child_ids(self._children)] != self._child_ids:
             return False
         weights = self._weights()
         if [*map(id, weights)] != self._weight_ids:
             return False
-        return _memory(weights) == self._memory
+        return self._lies(weights) == self._where
+
+    def _lies(self, weights: Iterable[torch.Tensor | None]) -> list[int] | list[torch.device]:
+        """Where weights are: in which memory, which those that are not plain may not say."""
+        if self.is_plain:
+            return [weight.data_ptr() for weight in weights if weight is not None]
+        return [weight.device for weight in weights if weight is not None]
 
     def _weights(self) -> list[torch.Tensor | None]:
         return [some.get(name) for some, name in self._places]
@@ -83,10 +91,6 @@ class Snapshot:
 
 def _child_ids(children: Iterable[dict[str, nn.Module]]) -> Iterator[int]:
     return (id(child) for each in children for child in each.values())
-
-
-def _memory(weights: Iterable[torch.Tensor | None]) -> list[int]:
-    return [weight.data_ptr() for weight in weights if weight is not None]
 
 
 def _is_plain_on(device: torch.device, weight: torch.Tensor) -> bool:
