@@ -129,7 +129,11 @@ def test_a_budget_selects_only_among_the_checkpoints_plans(yopo: Yopo, front: Pa
     assert done.is_sentence and "is one plan" in done.err
 
 
-def test_a_kv_budget_can_be_combined_with_a_budget(yopo: Yopo, tmp_path: Path) -> None:
+def test_a_kv_budget_can_be_combined_with_a_budget(
+    yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))  # few plans
+    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
     plan = tmp_path / "plan.yaml"
     done = yopo("calibrate", *QUICK, "--budget", 0.3, "--kv-budget", 0.4, "-o", plan)
     assert done.code == 0

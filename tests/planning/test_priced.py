@@ -51,7 +51,7 @@ def test_selected_heads_are_worth_their_price(seed: int, price: float, kv_price:
                     attends += busy
                     net += gain - cost
             nets.append(net if reads else -torch.inf)
-            assert found.heads(layer, rank) == (tuple(reads), tuple(attends))
+            assert found.heads([rank] * LAYERS)[layer] == (tuple(reads), tuple(attends))
         torch.testing.assert_close(found.net[layer], torch.tensor(nets).double())
         best = max(range(RANKS), key=lambda rank: nets[rank])
         assert found.best()[layer] == (best if nets[best] > 0 else None)

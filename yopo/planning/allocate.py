@@ -28,10 +28,9 @@ from yopo.fitting.profile import Profile
 from yopo.planning.choices import Choice, Choices, spend_rest
 from yopo.planning.levers import Levers
 from yopo.planning.paper import EMPTY
-from yopo.planning.priced import HeadCosts, PricedHeads, Selected
+from yopo.planning.priced import HeadCosts, PricedHeads
 from yopo.planning.templates import Layers, TemplateBuilder, trim
 from yopo.planning.weightings import Weighting
-from yopo.plans.flops import visual_flops_of_layer
 from yopo.plans.schema import LayerPlan
 
 STEPS = 60
@@ -123,11 +122,13 @@ class Allocator:
         bytes); None if they exceed the budget of FLOPs."""
         selected = self._priced.select(price / self._dense, kv_price)
         ffn = (self._ffn_damage + price / self._dense * self._ffn_flops).argmin(dim=1).tolist()
-        layers = []
-        for number, rank in enumerate(selected.best()):
-            attention = EMPTY if rank is None else self._selected(selected, number, rank)
-            fed = self._ffn_choices[number][ffn[number]].layer
-            layers.append(replace(attention, neurons=fed.neurons, map_rank=fed.map_rank))
+        best, layers = selected.best(), []
+        heads = selected.heads([rank or 0 for rank in best])
+        for number, rank in enumerate(best):
+            layer = self._ffn_choices[number][ffn[number]].layer
+            if rank is not None:
+                layer = self._reading(*heads[number], self._ranks[rank], layer)
+            layers.append(layer)
         found = trim(tuple(layers))
         return (found, price) if self.builder.cost(found) <= self.builder.budget else None
 
@@ -165,20 +166,15 @@ class Allocator:
         room = int(self.builder.budget * self._dense) - sum(each.flops for each in chosen)
         return trim(_joined(spend_rest(tuple(chosen), options, room, fits)))
 
-    def _flops(self, layer: LayerPlan) -> int:
-        return visual_flops_of_layer(layer, self.shape, self.workload)
-
     def _attention_choices(self, number: int, price: float) -> Iterator[Choice]:
         """For every bottleneck, the heads whose gain through it exceeds their price per FLOP."""
         selected = self._priced.select(price, 0.0)
         if not self.levers.everywhere:
             yield self._attention(number, EMPTY)
-        for rank in range(len(self._ranks)):
-            if selected.read[number, rank].any():
-                yield self._attention(number, self._selected(selected, number, rank))
-
-    def _selected(self, selected: Selected, number: int, rank: int) -> LayerPlan:
-        return self._reading(*selected.heads(number, rank), self._ranks[rank])
+        for index, rank in enumerate(self._ranks):
+            reading, attending = selected.heads([index] * self.shape.layers)[number]
+            if reading:
+                yield self._attention(number, self._reading(reading, attending, rank))
 
     @cached_property
     def _priced(self) -> PricedHeads:
@@ -208,7 +204,7 @@ class Allocator:
         gain = sum(reading[h] for h in layer.read_heads)
         gain += sum(mixing[h] for h in layer.attend_heads)
         layer = replace(layer, neurons=0, map_rank=0)
-        return Choice(layer, self._flops(layer), missed - (1 - lost) * gain)
+        return Choice(layer, self.builder.flops_of(layer), missed - (1 - lost) * gain)
 
     def _lost(self, number: int, rank: int | None) -> float:
         """Share of what is read that a bottleneck loses."""
@@ -216,9 +212,15 @@ class Allocator:
         return float(self.profile.bottleneck_residual[number][rank])
 
     def _reading(
-        self, heads: tuple[int, ...], attend: tuple[int, ...], rank: int | None
+        self,
+        heads: tuple[int, ...],
+        attend: tuple[int, ...],
+        rank: int | None,
+        ffn: LayerPlan = EMPTY,
     ) -> LayerPlan:
-        return LayerPlan(heads, attend, self.radius if attend else None, 0, rank)
+        """A layer that reads, with the FFN of another."""
+        radius = self.radius if attend else None
+        return LayerPlan(heads, attend, radius, ffn.neurons, rank, ffn.map_rank)
 
     @cached_property
     def _gains(self) -> list[tuple[list[float], list[float]]]:
@@ -265,7 +267,7 @@ class Allocator:
                     unmapped = max(float(by_rank[rank]) - nonlinear, 0.0)
                     left = (1 - share) * (nonlinear + unmapped)
                     layer = replace(EMPTY, neurons=width, map_rank=rank)
-                    found.append(Choice(layer, self._flops(layer), weight * left))
+                    found.append(Choice(layer, self.builder.flops_of(layer), weight * left))
             choices.append(found)
         return choices
 

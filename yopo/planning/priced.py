@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 
@@ -17,6 +18,9 @@ from yopo.plans.schema import LayerPlan
 
 Reading = Callable[[tuple[int, ...], tuple[int, ...], int | None], LayerPlan]
 """Makes a layer's plan from reading heads, attending heads and a bottleneck."""
+
+Heads = tuple[tuple[int, ...], tuple[int, ...]]
+"""(reading, attending) query heads."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,14 @@ class Selected:
         pairs = zip(net.tolist(), rank.tolist(), strict=True)
         return [index if value > 0 or self.everywhere else None for value, index in pairs]
 
-    def heads(self, layer: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(reading, attending) query heads of a layer with a bottleneck."""
-        attend = self.attend[layer, rank]
-        read = self.read[layer, rank][:, None].expand_as(attend)
-        found = (tuple(each.flatten().nonzero().flatten().tolist()) for each in (read, attend))
-        reading, attending = found
-        return reading, attending
+    def heads(self, ranks: Sequence[int]) -> list[Heads]:
+        """The heads of every layer with a bottleneck, one for each layer."""
+        place = torch.arange(len(ranks)), torch.tensor(ranks)
+        attend = self.attend[place]
+        read = self.read[place][..., None].expand_as(attend)
+        rows = zip(read.flatten(1).tolist(), attend.flatten(1).tolist(), strict=True)
+        heads = range(attend[0].numel())
+        return [(tuple(compress(heads, one)), tuple(compress(heads, two))) for one, two in rows]
 
 
 class PricedHeads:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 
@@ -65,6 +66,7 @@ class TemplateBuilder:
         workload: The prompt as layers see it, after the statistics' reduction.
         budget: What the reduction leaves of the budget to the layers.
         dense_flops: Visual FLOPs of the dense model, for the whole prompt.
+        flops_of: Visual FLOPs of a layer; allocations ask for those of the same ones again.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class TemplateBuilder:
         choosing = flops_of_reduction(statistics.reduction, self.shape, self._whole)
         self._asked, self.budget = budget, budget - choosing / self.dense_flops
         self._all_heads = tuple(range(self.shape.heads))
+        flops = partial(visual_flops_of_layer, shape=self.shape, workload=self.workload)
+        self.flops_of: Callable[[LayerPlan], int] = lru_cache(4096)(flops)
         self.reader_layer = LayerPlan(self._all_heads, attend_heads=(), radius=None, neurons=0)
 
     def with_kv_budget(
@@ -100,8 +104,7 @@ class TemplateBuilder:
 
     def cost(self, layers: Layers) -> float:
         """Visual budget of some layers."""
-        each = (visual_flops_of_layer(layer, self.shape, self.workload) for layer in layers)
-        return sum(each) / self.dense_flops
+        return sum(map(self.flops_of, layers)) / self.dense_flops
 
     def kv_share(self, layers: Layers) -> float:
         """Visual KV bytes of some layers over the dense model's, 16-bit numbers where whole."""
