@@ -134,6 +134,7 @@ def test_a_kv_budget_can_be_combined_with_a_budget(
 ) -> None:
     monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))  # few plans
     monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
+    monkeypatch.setattr("yopo.planning.allocate.KV_STEPS", 6)
     plan = tmp_path / "plan.yaml"
     done = yopo("calibrate", *QUICK, "--budget", 0.3, "--kv-budget", 0.4, "-o", plan)
     assert done.code == 0
