@@ -89,8 +89,12 @@ def _split(walk: DenseWalk, plan: PruningPlan, batch: DenseBatch) -> PrunedBatch
     positions = batch.positions
     if positions is None:
         positions = torch.arange(length, device=hidden.device).expand(count, -1)
-    positions = rotary_positions(positions.to(hidden.device), walk.names.position_axes)
-    rotary = moved(walk.decoder.rotary_emb(hidden, position_ids=positions), hidden.device)
+    positions = rotary_positions(positions, walk.names.position_axes)
+    # States may wait elsewhere than frequencies are, which not every transformers moves.
+    place = next(walk.decoder.rotary_emb.buffers()).device
+    some = hidden[:, :1].to(place)  # for its dtype
+    rotary = walk.decoder.rotary_emb(some, position_ids=positions.to(place))
+    rotary = moved(rotary, hidden.device)
     cosines, sines = (each.expand(count, -1, -1) for each in rotary)
     return PrunedBatch(
         text=put(layout.text.gather(hidden)),
