@@ -171,7 +171,8 @@ def calibrated(**more: Any) -> None:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, count: int | None) -> None:
-    monkeypatch.setattr(memory, "_available_bytes", lambda: count)
+    monkeypatch.setattr(memory, "_of_system", lambda: count)
+    monkeypatch.setattr(memory, "free_in_groups", lambda: None)
 
 
 def test_an_estimate_is_printed_before_the_model_is_loaded(
