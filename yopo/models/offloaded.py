@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from yopo.models.devices import accelerate_hooks
+from yopo.support.memory import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +76,7 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
         if any(parameter.is_meta for parameter in layer.parameters()):
             if (call := vars(layer).get(_AFTER_USE)) is not None:
                 stack.callback(call)
+            stack.callback(give_back)
             for module in layer.modules():
                 stack.enter_context(_fetched(module))
         yield

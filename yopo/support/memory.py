@@ -62,6 +62,10 @@ class GivingBack:
             self._last = time.monotonic()
 
 
+give_back = GivingBack()
+"""The one of this process, whose heaps its threads share."""
+
+
 @cache
 def _trim() -> Callable[[int], int] | None:
     """glibc's ``malloc_trim``; None in other C libraries."""

@@ -23,6 +23,10 @@ NEURONS = 3.0
 FITTED = 0.4
 """Numbers of a plan's fitted weights over its visual budget of the layers' weights."""
 
+HEAPED, HEAPS = 32 << 20, 4
+"""Bytes under which the C library keeps what is freed for a while (see ``GivingBack``), and what
+that adds up to, over what a batch takes in a layer."""
+
 LIBRARIES = 130_000_000
 """What libraries take on the host when they are first used."""
 
@@ -106,8 +110,8 @@ def _fit(job: Job) -> Stage:
     states, host = _states(job), finished(job)
     if not job.is_offloaded:
         held += states
-    elif not job.has_folder:
-        host += states
+    else:  # what was freed in the heap is there for states, if they do not wait in files
+        host += _freed(job) if job.has_folder else states
     return Stage("the fit", held, host, "fewer --fit-pairs")
 
 
@@ -119,6 +123,12 @@ def _activations(job: Job) -> float:
     """Of one layer, for the tokens of a batch."""
     each = 5 * job.shape.hidden + 3 * job.shape.ffn
     return job.batch_size * job.prompts.longest * each * _size(job)
+
+
+def _freed(job: Job) -> float:
+    """What batches on the host leave in its heap."""
+    largest = job.batch_size * job.prompts.longest * job.shape.ffn * _size(job)
+    return HEAPS * _activations(job) if job.on_host and largest < HEAPED else 0.0
 
 
 def _tower(job: Job) -> float:
