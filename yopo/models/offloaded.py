@@ -16,6 +16,7 @@ from torch import nn
 
 from yopo.models.devices import accelerate_hooks
 from yopo.support.memory import give_back
+from yopo.support.out_of_memory import narrower, smaller_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +64,12 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def offload_option(model: PreTrainedModel) -> str | None:
     """The option that leaves a model's layers on disk; None if they are there already."""
     return None if is_offloaded(model.get_decoder()) else "--offload always"
+
+
+def less_memory(model: PreTrainedModel, batch_size: int) -> tuple[str | None, ...]:
+    """The options that need less memory in any forward of a model, for ``memory_for``."""
+    narrow = narrower(model.dtype.itemsize)
+    return smaller_batches(batch_size), offload_option(model), narrow
 
 
 @contextmanager
