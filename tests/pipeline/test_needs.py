@@ -40,7 +40,7 @@ WEIGHTS = WeightSizes(
     280_000_000,
     torch.bfloat16,
 )
-PROMPTS = Prompts(640, 620.0, 576.0, 338_688.0, 576.0, 25_000_000.0, 0.02)
+PROMPTS = Prompts(640, 620.0, 576.0, 576.0, 0.02)
 JOB = Job(
     shape=SEVEN_B,
     vocabulary=32_064,
@@ -156,7 +156,8 @@ def test_prompts_are_probed_from_small_to_large() -> None:
     found = prompts_of(pairs, handle.processor, handle.config)
     assert found is not None and found.longest >= found.mean > found.visual > 0
     assert found.patches == 4 * found.visual, "InternVL merges 2 x 2 patches"
-    half = found.reduced(0.5)
+    half = prompts_of(pairs, handle.processor, handle.config, 0.5)
+    assert half is not None and half.patches == found.patches
     assert half.visual == found.visual / 2 and half.mean == found.mean - half.visual
     some = prompts_of(list(pairs)[: PROBED // 2], handle.processor, handle.config)
     assert some is not None and some.longest <= found.longest

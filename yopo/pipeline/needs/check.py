@@ -41,7 +41,6 @@ from yopo.support.ranks import of_first_object
 CERTAIN = 0.9
 """Of the memory for states that are surely held, as it is known from a few prompts only."""
 
-
 HOST = "of memory", "of host memory"
 """What the host's memory is called where there is no other, and where there is."""
 
@@ -52,11 +51,11 @@ class Place:
 
     Attributes:
         where: As in ``of memory on cuda:0``.
-        needed: Bytes at the peak.
+        needed: Bytes at the peak, without weights that are there already.
         stage: Where the peak is.
         certain: Bytes without which the command cannot end.
         what: That takes these.
-        free: Bytes that are free, those that it has taken already included; None: not known.
+        free: Bytes that are free; None: not known.
         limit: What ``free`` is under, beside the size of the place; begins with a space.
         options: That make it need less.
     """
@@ -69,10 +68,6 @@ class Place:
     free: float | None
     limit: str
     options: tuple[str | None, ...]
-
-    def lacks(self, count: float) -> bool:
-        """Whether fewer bytes than these are known to be free."""
-        return self.free is not None and count > self.free
 
     def __str__(self) -> str:
         there = "" if self.free is None else f" ({in_bytes(self.free)} are free{self.limit})"
@@ -93,12 +88,12 @@ def check_calibration(
         YopoError: Memory or disk that it surely needs is not there.
     """
     counts = Counts(**split.summary)
-    job = _job(handle, pairs, options, counts, plans_for(requests, counts))
+    keep = 1.0 if fit_options.reduction is None else fit_options.reduction.keep
+    job = _job(handle, pairs, options, counts, plans_for(requests, counts), keep)
     if job is None:
         return
-    keep = 1.0 if fit_options.reduction is None else fit_options.reduction.keep
     folder = None if fit_options.work_dir is None else Path(fit_options.work_dir)
-    job = replace(job, prompts=job.prompts.reduced(keep), has_folder=folder is not None)
+    job = replace(job, has_folder=folder is not None)
     needs_folder = job.is_offloaded and folder is None and job.plans.fitted
     _check(handle, job, "--work-dir" if needs_folder else None, folder)
 
@@ -125,10 +120,11 @@ def _job(
     options: RunOptions,
     counts: Counts,
     plans: PlanCounts,
+    keep: float = 1.0,
 ) -> Job | None:
     """A job with the real sizes of prompts; None if no prompt can be made."""
     config, device = handle.config, handle.device
-    prompts = prompts_of(pairs, handle.processor, config)
+    prompts = prompts_of(pairs, handle.processor, config, keep)
     if prompts is None:
         return None
     return Job(
@@ -159,7 +155,7 @@ def _check(handle: ModelHandle, job: Job, way: str | None, folder: Path | None) 
     if problem is not None:
         raise YopoError(problem[0], remedy=problem[1])
     for place in places:
-        if place.free is not None and place.lacks(place.needed):
+        if place.free is not None and place.needed > place.free:
             free = f"{in_bytes(place.free)} {place.where} are free{place.limit}"
             peak = f"{place.stage} may take {in_bytes(place.needed)}"
             warn(f"{free}, and {peak}. {use(*place.options)}")
@@ -167,7 +163,7 @@ def _check(handle: ModelHandle, job: Job, way: str | None, folder: Path | None) 
 
 def _refusal(place: Place) -> tuple[str, str | None] | None:
     """Why a command cannot end, and what helps; None if it may."""
-    if place.free is None or not place.lacks(place.certain):
+    if place.free is None or place.certain <= place.free:
         return None
     taken = f"{place.what} take {in_bytes(place.certain)} {place.where}"
     return f"{taken}, and {in_bytes(place.free)} are free{place.limit}.", use(*place.options)
@@ -175,42 +171,55 @@ def _refusal(place: Place) -> tuple[str, str | None] | None:
 
 def _places(handle: ModelHandle, job: Job, way: str | None, folder: Path | None) -> Iterator[Place]:
     """The memories that a job uses, the device's and the host's, and its disk."""
-    found, base, is_one = stages(job), handle.resident_bytes, handle.is_on_one_device
-    taken = base if handle.is_loaded else 0
-    certain, pairs = CERTAIN * certain_states(job), f"states of {job.counts.fit} pairs"
-    what = f"The weights and the {pairs}" if certain else "The weights"
-    narrow = narrower(job.weights.itemsize)
-    is_given = handle.is_loaded and handle.source is None  # no option decides where it is
-    offload = None if job.is_offloaded or not is_one or is_given else "--offload always"
-    spread = "--device-map auto" if torch.cuda.device_count() > 1 and not job.on_host else None
-
-    def place(
-        where: str, amount: Callable[[Stage], float], rest: float, surely: float, free: float | None
-    ) -> Place:
-        most = max(found, key=amount)
-        ways = offload, way, most.option, smaller_batches(job.batch_size), narrow, spread
+    pairs, certain = f"states of {job.counts.fit} pairs", CERTAIN * certain_states(job)
+    what = " and the ".join(["weights"] * bool(_unloaded(handle)) + [pairs] * bool(certain))
+    for where, amount, rest, surely, free in _memories(handle, job, certain):
+        most = max(stages(job), key=amount)
         limit = " under its cgroup's limit" if where in HOST and is_limited() else ""
-        return Place(where, amount(most) + rest, most.name, surely, what, free, limit, ways)
-
-    def known(free: int | None) -> int | None:
-        return None if free is None else free + taken
-
-    if job.on_host:
-        is_mapped = job.weights.dtype == handle.stored_dtype and not handle.is_loaded
-        surely = certain + (0 if is_mapped else base)
-        surely *= is_one  # elsewhere accelerate keeps on disk what is too much
-        rest, free = base + LIBRARIES, known(available_bytes())
-        yield place(HOST[0], lambda each: each.device + each.host, rest, surely, free)
-    else:
-        surely, free = (base + certain) * is_one, known(_free_on(handle))
-        yield place(f"of memory on {_name(handle)}", lambda each: each.device, base, surely, free)
-        free = available_bytes()
-        yield place(HOST[1], lambda each: each.host, LIBRARIES, 0.0, free)
+        ways = _options(handle, job, way, most.option)
+        yield Place(where, amount(most) + rest, most.name, surely, f"The {what}", free, limit, ways)
     if folder is not None:
         states, free = states_in_files(job) * local_processes(), _free_disk(folder)
-        ways = "a --work-dir on another disk", "fewer --fit-pairs", narrow
+        ways = "a --work-dir on another disk", "fewer --fit-pairs", narrower(job.weights.itemsize)
         needed, stage = states + finished(job), "states and finished stages"
         yield Place(f"in {folder}", needed, stage, states, f"The {pairs}", free, "", ways)
+
+
+def _memories(
+    handle: ModelHandle, job: Job, certain: float
+) -> Iterator[tuple[str, Callable[[Stage], float], float, float, float | None]]:
+    """Where each memory is, what a stage takes of it, what all take, what surely is taken, and what
+    is free."""
+    base, is_one = _unloaded(handle), handle.is_on_one_device
+    if job.on_host:
+        is_mapped = job.weights.dtype == handle.stored_dtype
+        # Under a device map, accelerate keeps on disk what is too much.
+        surely = (certain + (0 if is_mapped else base)) * is_one
+        rest = base + LIBRARIES
+        yield HOST[0], lambda each: each.device + each.host, rest, surely, available_bytes()
+    else:
+        where, surely = f"of memory on {_name(handle)}", (base + certain) * is_one
+        yield where, lambda each: each.device, base, surely, _free_on(handle)
+        yield HOST[1], lambda each: each.host, LIBRARIES, 0.0, available_bytes()
+
+
+def _unloaded(handle: ModelHandle) -> int:
+    """Bytes of weights that will be in memory, and are not yet."""
+    return 0 if handle.is_loaded else handle.resident_bytes
+
+
+def _options(handle: ModelHandle, job: Job, *more: str | None) -> tuple[str | None, ...]:
+    """Options that need less memory, best first, some that help one stage among them."""
+    is_given = handle.is_loaded and handle.source is None  # no option decides where it is
+    offers = not job.is_offloaded and handle.is_on_one_device and not is_given
+    spreads = torch.cuda.device_count() > 1 and not job.on_host
+    return (
+        "--offload always" if offers else None,
+        *more,
+        smaller_batches(job.batch_size),
+        narrower(job.weights.itemsize),
+        "--device-map auto" if spreads else None,
+    )
 
 
 def _staged(handle: ModelHandle) -> int:

@@ -48,7 +48,7 @@ def seconds(job: Job, speed: Speed) -> float:
     """Seconds of a whole job, without those to read layers on disk."""
     clock = _Clock(job, speed)
     counts, plans = job.counts, job.plans
-    judged = counts.comparison + counts.holdout
+    judged = counts.judged
     encoded = counts.statistics + counts.fit * (plans.fitted > 0) + 2 * judged
     total = START + job.own(encoded) * job.prompts.seconds
     if not job.is_offloaded:

@@ -22,33 +22,20 @@ UNKNOWN_BUDGET = 0.25
 
 @dataclass(frozen=True)
 class Prompts:
-    """Sizes of prompts, on average if nothing else is said.
+    """Sizes of prompts, of which a reduction leaves a part to the decoder.
 
     Attributes:
-        longest: Tokens of the longest one.
-        mean, visual: Tokens of one, and the visual ones of these.
-        pixels, patches: Numbers of its images as the vision tower's input, and their patches.
-        tower: Numbers that the tower holds for the largest images of one.
+        longest, mean: Tokens of the longest one, and of one on average.
+        visual: Visual ones of these.
+        patches: The vision tower's patches of its images.
         seconds: To process one on the host.
     """
 
     longest: float
     mean: float
     visual: float
-    pixels: float
     patches: float
-    tower: float
     seconds: float
-
-    def reduced(self, keep: float) -> Prompts:
-        """With a share of the visual tokens in the decoder."""
-        dropped = (1 - keep) * self.visual
-        return replace(
-            self,
-            longest=self.longest - dropped,
-            mean=self.mean - dropped,
-            visual=self.visual - dropped,
-        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +46,11 @@ class Counts:
     fit: int = 0
     comparison: int = 0
     holdout: int = 0
+
+    @property
+    def judged(self) -> int:
+        """Those that the dense model answers."""
+        return self.comparison + self.holdout
 
 
 @dataclass(frozen=True)

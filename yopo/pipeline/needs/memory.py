@@ -52,7 +52,7 @@ def stages(job: Job) -> list[Stage]:
     found = [Stage("loading the weights", 0.0, job.staged)]
     if job.counts.statistics:
         found.append(_statistics(job))
-    if job.counts.comparison or job.counts.holdout:
+    if job.counts.judged:
         found.append(_comparison(job))
     if job.plans.fitted:
         found.append(_fit(job))
@@ -72,8 +72,7 @@ def certain_states(job: Job) -> float:
 
 def finished(job: Job) -> float:
     """Bytes of finished stages: recorded predictions, and the weights of fitted plans."""
-    pairs = job.own(job.counts.comparison) + job.own(job.counts.holdout)
-    answers = pairs * (job.new_tokens + 1) * job.vocabulary * SINGLE
+    answers = job.own(job.counts.judged) * (job.new_tokens + 1) * job.vocabulary * SINGLE
     return answers + (job.plans.kept + bool(job.plans.fitted)) * _weights(job, FITTED)
 
 
@@ -82,18 +81,18 @@ def _statistics(job: Job) -> Stage:
     length, heads = job.prompts.longest, job.shape.heads
     scores = 4 * heads * min(CHUNK, length) + 2 * job.shape.kv_heads * job.shape.head_dim
     observed = SINGLE * job.batch_size * length * scores
-    held = max(_tower(job), _activations(job) + observed)
-    return Stage("measuring statistics", held + _waiting(job, job.counts.statistics, 0.0), 0.0)
+    held = _activations(job) + observed + _waiting(job, job.counts.statistics, 0.0)
+    return Stage("measuring statistics", held, 0.0)
 
 
 def _comparison(job: Job) -> Stage:
     """Answers of the dense model, and each plan's predictions along them."""
-    pairs, batch, itemsize = job.counts.comparison + job.counts.holdout, job.batch_size, _size(job)
+    batch, itemsize = job.batch_size, _size(job)
     logits = batch * (job.new_tokens + 1) * job.vocabulary * (itemsize + 3 * SINGLE)
     cached = 2 * job.shape.layers * job.shape.kv_heads * job.shape.head_dim
     keys = (job.prompts.longest + job.new_tokens) * cached * itemsize  # of one pair
-    forward = _activations(job) + max(logits, 0.0 if job.is_offloaded else batch * keys)
-    held = max(_tower(job), forward) + _waiting(job, pairs, keys) + _pixels(job)
+    held = _activations(job) + max(logits, 0.0 if job.is_offloaded else batch * keys)
+    held += _waiting(job, job.counts.judged, keys)
     held += _weights(job, (1 + FITTED) * bool(job.plans.compared))
     name = "comparing plans with the dense model"
     return Stage(name, held, finished(job), "fewer --max-new-tokens")
@@ -106,7 +105,7 @@ def _fit(job: Job) -> Stage:
     rows = 3 * SINGLE * job.batch_size * job.prompts.longest * (inputs + hidden)
     solving = 4 * inputs * (inputs + hidden)
     moments = (2 + (job.processes > 1)) * inputs * (inputs + hidden)
-    held = _activations(job) + rows + DOUBLE * (moments + solving) + _pixels(job)
+    held = _activations(job) + rows + DOUBLE * (moments + solving)
     states, host = _states(job), finished(job)
     if not job.is_offloaded:
         held += states
@@ -120,7 +119,7 @@ def _size(job: Job) -> int:
 
 
 def _activations(job: Job) -> float:
-    """Of one layer, for the tokens of a batch."""
+    """Of one layer, for the tokens of a batch; a vision tower's layer takes no more."""
     each = 5 * job.shape.hidden + 3 * job.shape.ffn
     return job.batch_size * job.prompts.longest * each * _size(job)
 
@@ -129,17 +128,6 @@ def _freed(job: Job) -> float:
     """What batches on the host leave in its heap."""
     largest = job.batch_size * job.prompts.longest * job.shape.ffn * _size(job)
     return HEAPS * _activations(job) if job.on_host and largest < HEAPED else 0.0
-
-
-def _tower(job: Job) -> float:
-    """Of the vision tower, for the images of a batch."""
-    return job.batch_size * job.prompts.tower * _size(job)
-
-
-def _pixels(job: Job) -> float:
-    """Images of the pairs that plans are compared on."""
-    pairs = job.own(job.counts.comparison) + job.own(job.counts.holdout)
-    return pairs * job.prompts.pixels * _size(job)
 
 
 def _waiting(job: Job, pairs: int, keys: float) -> float:

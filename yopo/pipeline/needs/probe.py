@@ -25,10 +25,6 @@ from yopo.support.errors import DataError
 PROBED = 8
 """Prompts that are processed to learn their sizes: from the smallest images to the largest."""
 
-ACTIVATIONS = 17
-"""States of a vision tower that one of its layers makes, those of an FFN of usual width among
-them."""
-
 PATIENCE = 0.08
 """Seconds after which a rate is known; four are measured."""
 
@@ -43,7 +39,7 @@ WIDEST = 1024
 
 
 def prompts_of(
-    pairs: Iterable[Pair], processor: ProcessorMixin, config: PreTrainedConfig
+    pairs: Iterable[Pair], processor: ProcessorMixin, config: PreTrainedConfig, keep: float = 1.0
 ) -> Prompts | None:
     """Sizes of some pairs' prompts, from a few of them; None if none can be made.
 
@@ -51,47 +47,37 @@ def prompts_of(
         pairs: All; read twice.
         processor: The model's.
         config: The model's configuration.
+        keep: Share of the visual tokens that a reduction leaves.
     """
     chosen = _spread([(pixels_of(pair), len(pair.question)) for pair in pairs])
     ids = torch.tensor(family_of(config).token_ids(config))
-    found: list[tuple[int, int, int]] = []
-    times = []
+    lengths, visual, pixels, times = [], [], [], []
     for pair in pick(pairs, chosen):
         started = time.thread_time()
         try:
             made = processed(processor, [prompt_text(processor, pair)], [pair])
         except (ValueError, DataError):  # whoever needs it says what is wrong
             continue
-        tokens = made["input_ids"]
-        pixels = sum(each.numel() for name, each in made.items() if name.startswith("pixel_values"))
         times.append(time.thread_time() - started)
-        found.append((tokens.shape[1], int(torch.isin(tokens, ids).sum()), pixels))
-    if not found:
+        count = int(torch.isin(made["input_ids"], ids).sum())
+        visual.append(keep * count)
+        lengths.append(made["input_ids"].shape[1] - (1 - keep) * count)
+        found = (each for name, each in made.items() if name.startswith("pixel_values"))
+        pixels.append(sum(each.numel() for each in found))
+    if not times:
         return None
-    lengths, visual, pixels_each = zip(*found, strict=True)
-    patch, states = _tower(config)
-    return Prompts(
-        longest=max(lengths),
-        mean=mean(lengths),
-        visual=mean(visual),
-        pixels=mean(pixels_each),
-        patches=mean(pixels_each) / patch,
-        tower=max(pixels_each) * (2 + states / patch),
-        seconds=median(times),  # the first one waits for imports
-    )
+    patches = mean(pixels) / _patch(config)
+    # The first prompt waits for imports.
+    return Prompts(max(lengths), mean(lengths), mean(visual), patches, median(times))
 
 
-def _tower(config: PreTrainedConfig) -> tuple[int, int]:
-    """Numbers of the vision tower's input that make a patch, and what it holds of one, as if it
-    kept the states of all layers; by whatever names its configuration has for its dimensions."""
+def _patch(config: PreTrainedConfig) -> int:
+    """Numbers of the vision tower's input that make a patch, by whatever names there are."""
     vision: Any = config.vision_config
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    layers = getattr(vision, "num_hidden_layers", None) or vision.depth
     size = vision.patch_size
     high, wide = size if isinstance(size, list | tuple) else (size, size)
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    frames = getattr(vision, "temporal_patch_size", None) or 1
-    return high * wide * channels * frames, width * (layers + ACTIVATIONS)
+    return int(high * wide * channels * (getattr(vision, "temporal_patch_size", None) or 1))
 
 
 def _spread(sizes: list[tuple[float, int]]) -> frozenset[int]:
