@@ -20,6 +20,9 @@ SINGLE, DOUBLE = 4, 8
 NEURONS = 3.0
 """Share of its neurons that a fitted layer keeps, at most, over the visual budget."""
 
+WITHIN = 5
+"""States of all pairs that are held within a layer of a fit."""
+
 FITTED = 0.4
 """Numbers of a plan's fitted weights over its visual budget of the layers' weights."""
 
@@ -160,9 +163,6 @@ def _once(job: Job) -> float:
 
 def _states(job: Job) -> float:
     """States in a fit: those before the first layer, those of walks, dense and of several plans,
-    and the visual ones within a layer. Where they stay in memory, new ones are made before old ones
-    go."""
+    which begin in common, and those within a layer."""
     plans = min(job.plans.fitted, TOGETHER)
-    reuses = job.is_offloaded and (job.has_folder or not job.on_host)
-    within = (4 if reuses else 7) * job.prompts.visual / job.prompts.mean
-    return _once(job) * (2 + plans + (plans > 1) + within)
+    return _once(job) * (2 + plans + (plans > 1) + WITHIN)
