@@ -122,7 +122,7 @@ def _size(job: Job) -> int:
 
 
 def _activations(job: Job) -> float:
-    """Of one layer, for the tokens of a batch; a vision tower's layer takes no more."""
+    """Of one layer, for the tokens of a batch; the vision tower takes about as much, before."""
     each = 5 * job.shape.hidden + 3 * job.shape.ffn
     return job.batch_size * job.prompts.longest * each * _size(job)
 
