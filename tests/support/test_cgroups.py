@@ -109,9 +109,17 @@ def test_what_cannot_be_read_is_no_limit(tmp_path: Path) -> None:
     second_version(top, "?", 950)
     assert free_in_groups(tmp_path) == 700
     (top / "box/memory.stat").unlink()
-    (top / "box/memory.stat").mkdir()
     assert free_in_groups(tmp_path) == 600, "without caches"
+    (top / "box/memory.max").unlink()
+    (top / "box/memory.max").mkdir()
+    assert free_in_groups(tmp_path) is None
+    (top / "box/memory.max").rmdir()
+    second_version(top / "box", 1000, 400)
     (top / "box/memory.current").unlink()
+    assert free_in_groups(tmp_path) is None
+    second_version(top / "box", 1000, 400)
+    assert free_in_groups(tmp_path) == 600
+    (tmp_path / "proc/self/mountinfo").write_text("of another kind\n")
     assert free_in_groups(tmp_path) is None
 
 

@@ -58,7 +58,10 @@ def free_in_groups(root: Path = Path("/")) -> int | None:
     Returns:
         The least of all groups around it; None if none has a limit that can be read.
     """
-    found = [_free(group, version) for group, version in _groups(root)]
+    try:
+        found = [_free(group, version) for group, version in _groups(root)]
+    except (ValueError, IndexError):  # what only resembles the kernel's files
+        return None
     return min((each for each in found if each is not None), default=None)
 
 
