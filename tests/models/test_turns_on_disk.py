@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from yopo.models.offloaded import at_hand, is_offloaded
 from yopo.models.turns import in_turns
 from yopo.runtime.install import install
 from yopo.runtime.sliced_linear import SlicedLinear
+from yopo.support import memory
 
 PROMPTS = [
     tiny.batch([[1, 5, 6, *PICTURE, 7, 8]], seed=1),
@@ -140,3 +142,28 @@ def test_weights_go_away_also_after_an_error(stored: LlavaForConditionalGenerati
         assert not any(weight.is_meta for weight in layer.parameters())
         raise ZeroDivisionError
     assert all(weight.is_meta for weight in layer.parameters())
+
+
+def test_what_was_freed_is_given_back_however_short_windows_are(
+    stored: LlavaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = stored.get_decoder().layers[0]
+    trims: list[bool] = []
+
+    def trim(_: int) -> int:
+        trims.append(all(each.is_meta for each in layer.parameters()))
+        return 1
+
+    def is_due() -> None:
+        monkeypatch.setattr(memory.give_back, "_last", time.monotonic() - memory.PERIOD)
+
+    monkeypatch.setattr(memory, "_trim", lambda: trim)
+    is_due()
+    with window.window_of(1):
+        for _ in in_turns(stored, lambda _, inputs: stored(**inputs), PROMPTS):
+            pass
+    assert len(trims) == 1
+    is_due()
+    with at_hand(layer):
+        assert not any(each.is_meta for each in layer.parameters())
+    assert trims[1:] == [True], "after the layer's weights are gone"

@@ -74,7 +74,8 @@ def test_without_gpus_all_compute_on_the_cpu(gpus, torchrun) -> None:
 
 
 def test_main_memory_is_divided(torchrun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available_bytes", lambda: 12)
+    monkeypatch.setattr(memory, "_of_system", lambda: 12)
+    monkeypatch.setattr(memory, "free_in_groups", lambda: None)
     assert memory.available_bytes() == 12
     torchrun(6, local=3)
     assert memory.available_bytes() == 4

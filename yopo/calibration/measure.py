@@ -19,7 +19,7 @@ from yopo.data.prompts import batches, encode_for
 from yopo.data.sizes import by_size
 from yopo.models.family import shape_of
 from yopo.models.fingerprint import fingerprint_of_decoder
-from yopo.models.offloaded import at_hand, named_weights, offload_option
+from yopo.models.offloaded import at_hand, less_memory, named_weights
 from yopo.models.registry import family_of
 from yopo.models.turns import in_turns
 from yopo.plans.extent import Extent
@@ -28,7 +28,7 @@ from yopo.reduction.method import Method
 from yopo.support.console import track
 from yopo.support.errors import DataError
 from yopo.support.finite import check_weights
-from yopo.support.out_of_memory import memory_for, narrower, smaller_batches
+from yopo.support.out_of_memory import memory_for
 from yopo.support.ranks import is_together, shared
 from yopo.support.work_dir import NoWork, Work
 
@@ -91,7 +91,7 @@ def measure(
     groups = track(groups, label="calibrating", total=total, unit="pairs")
     keeper = _Keeper(identity.shape, work or NoWork())
     rest = (group for group in groups if not keeper.has(group))
-    ways = smaller_batches(batch_size), offload_option(model), narrower(model.dtype.itemsize)
+    ways = less_memory(model, batch_size)
     with (
         memory_for(f"measuring statistics, {batch_size} pairs per batch", *ways),
         observing(model, identity.shape, family, queries, reduction) as observer,

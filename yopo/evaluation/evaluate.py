@@ -25,7 +25,7 @@ from yopo.evaluation.fidelity import (
     worst_kind,
 )
 from yopo.evaluation.timing import PrefillTime, Switch, time_prefill
-from yopo.models.offloaded import is_offloaded
+from yopo.models.offloaded import is_offloaded, less_memory
 from yopo.models.turns import in_turns
 from yopo.plans.evaluated import FORMAT_VERSION
 from yopo.plans.flops import (
@@ -39,7 +39,7 @@ from yopo.plans.schema import PruningPlan
 from yopo.runtime.install import pruned
 from yopo.support.binomial import interval
 from yopo.support.console import note, track
-from yopo.support.out_of_memory import memory_for, narrower, smaller_batches
+from yopo.support.out_of_memory import memory_for
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def evaluate(
         ModelError: The plan was made for another model.
         YopoError: Out of memory; says what needs less.
     """
-    ways = smaller_batches(batch_size), narrower(model.dtype.itemsize), "--device-map auto"
+    ways = *less_memory(model, batch_size), "--device-map auto"
     each = f"{batch_size} pairs per batch"
     if records is None:
         less = "fewer --max-new-tokens", "fewer --samples"

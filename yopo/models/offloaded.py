@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from yopo.models.devices import accelerate_hooks
+from yopo.support.memory import give_back
+from yopo.support.out_of_memory import narrower, smaller_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +66,12 @@ def offload_option(model: PreTrainedModel) -> str | None:
     return None if is_offloaded(model.get_decoder()) else "--offload always"
 
 
+def less_memory(model: PreTrainedModel, batch_size: int) -> tuple[str | None, ...]:
+    """The options that need less memory in any forward of a model, for ``memory_for``."""
+    narrow = narrower(model.dtype.itemsize)
+    return smaller_batches(batch_size), offload_option(model), narrow
+
+
 @contextmanager
 def at_hand(layer: nn.Module) -> Iterator[None]:
     """Have all weights of a layer in memory inside the block, fetched once.
@@ -75,6 +83,7 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
         if any(parameter.is_meta for parameter in layer.parameters()):
             if (call := vars(layer).get(_AFTER_USE)) is not None:
                 stack.callback(call)
+            stack.callback(give_back)
             for module in layer.modules():
                 stack.enter_context(_fetched(module))
         yield

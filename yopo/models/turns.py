@@ -23,7 +23,7 @@ from yopo.models.baton import Waiting, stopping
 from yopo.models.family import shape_of
 from yopo.models.offloaded import at_hand, is_offloaded
 from yopo.models.window import Holding, forced_memory, free_for_states
-from yopo.support.memory import GivingBack
+from yopo.support.memory import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +139,7 @@ class _Window(Generic[Result]):
 
     def pass_layers(self) -> None:
         """Bring layers to hand and let the calls through, until all are over."""
-        place, stops, give_back = -1, len(self._layers) + 1, GivingBack()
+        place, stops = -1, len(self._layers) + 1
         while live := [each for each in self.calls if not each.is_over]:
             place = min((each.place for each in live), key=partial(_distance, place, stops))
             here = [each for each in live if each.place == place]

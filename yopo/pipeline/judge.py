@@ -10,12 +10,12 @@ from yopo.data.pairs import Pairs
 from yopo.data.split import Split, pick
 from yopo.evaluation.fidelity import Fidelity, Recorded, compare, record_dense
 from yopo.fitting.states import OnDevice, Room
-from yopo.models.offloaded import offload_option
+from yopo.models.offloaded import less_memory
 from yopo.pipeline.options import RunOptions
 from yopo.pipeline.work import Judgements
 from yopo.plans.schema import PruningPlan
 from yopo.runtime.install import pruned
-from yopo.support.out_of_memory import memory_for, narrower, smaller_batches
+from yopo.support.out_of_memory import memory_for
 from yopo.support.work_dir import Work
 
 
@@ -47,12 +47,6 @@ class Judge:
         self._kept, self._size = Judgements(work), options.batch_size
         self._room = None if isinstance(room, OnDevice) else room
 
-    @property
-    def _ways(self) -> tuple[str | None, ...]:
-        """Options that need less memory in any forward."""
-        narrow = narrower(self._model.dtype.itemsize)
-        return smaller_batches(self._size), offload_option(self._model), narrow
-
     def has_judged(self, plan: PruningPlan) -> bool:
         """Whether a plan has been compared, in this run or a former one."""
         return self._kept.get(plan, "comparison") is not None
@@ -67,7 +61,8 @@ class Judge:
         if found is None:
             records = self.comparison if pairs == "comparison" else self.holdout
             about = f"comparing a plan with the dense model, {self._size} pairs per batch"
-            with memory_for(about, *self._ways), pruned(self._model, plan, check=False):
+            ways = less_memory(self._model, self._size)
+            with memory_for(about, *ways), pruned(self._model, plan, check=False):
                 found = compare(self._model, records)
             self._kept.add(plan, pairs, found)
         return found
@@ -86,7 +81,8 @@ class Judge:
         work = (
             f"recording the dense model's answers to {len(numbers)} pairs, {self._size} per batch"
         )
-        with memory_for(work, *self._ways, "fewer --max-new-tokens", fewer):
+        ways = less_memory(self._model, self._size)
+        with memory_for(work, *ways, "fewer --max-new-tokens", fewer):
             return record_dense(
                 self._model,
                 self._processor,

@@ -8,21 +8,30 @@ import time
 from collections.abc import Callable
 from functools import cache
 
+from yopo.support.cgroups import free_in_groups
 from yopo.support.launched import local_processes
 
 
 def available_bytes() -> int | None:
-    """Available main memory: file caches count as free where the system reports it.
+    """Available main memory, under the limits of containers (control groups) as well.
+
+    File caches count as free where the system reports them.
 
     Returns:
         Bytes for this process, if all that ``torchrun`` started on this machine take as many; None
         where the system does not say.
     """
-    found = _available_bytes()
-    return None if found is None else found // local_processes()
+    found = [each for each in (_of_system(), free_in_groups()) if each is not None]
+    return min(found) // local_processes() if found else None
 
 
-def _available_bytes() -> int | None:
+def is_limited() -> bool:
+    """Whether a control group leaves less memory than the system has."""
+    system, group = _of_system(), free_in_groups()
+    return group is not None and (system is None or group < system)
+
+
+def _of_system() -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -51,6 +60,10 @@ class GivingBack:
         if time.monotonic() - self._last >= PERIOD and (trim := _trim()) is not None:
             trim(0)
             self._last = time.monotonic()
+
+
+give_back = GivingBack()
+"""The one of this process, whose heaps its threads share."""
 
 
 @cache

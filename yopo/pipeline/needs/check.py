@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +15,17 @@ from yopo.models.devices import free_memory
 from yopo.models.family import shape_of
 from yopo.models.window import free_for_states
 from yopo.pipeline.model_handle import ModelHandle
-from yopo.pipeline.needs.duration import Speed, seconds
+from yopo.pipeline.needs.duration import seconds
 from yopo.pipeline.needs.job import Counts, Job, PlanCounts, plans_for
-from yopo.pipeline.needs.memory import LIBRARIES, Stage, kept_stages, stages, states_in_files
-from yopo.pipeline.needs.probe import prompts_of, speed_on, tower_of
+from yopo.pipeline.needs.memory import (
+    LIBRARIES,
+    Stage,
+    certain_states,
+    finished,
+    stages,
+    states_in_files,
+)
+from yopo.pipeline.needs.probe import prompts_of, speed_on
 from yopo.pipeline.needs.sentences import in_bytes, in_time, listed
 from yopo.pipeline.options import FitOptions, RunOptions
 from yopo.planning.request import PlanRequest
@@ -27,31 +34,44 @@ from yopo.plans.schema import PruningPlan
 from yopo.support.console import note, warn
 from yopo.support.errors import YopoError
 from yopo.support.launched import local_processes, processes
-from yopo.support.memory import available_bytes
+from yopo.support.memory import available_bytes, is_limited
 from yopo.support.out_of_memory import narrower, smaller_batches, use
 from yopo.support.ranks import of_first_object
 
 CERTAIN = 0.9
 """Of the memory for states that are surely held, as it is known from a few prompts only."""
 
+HOST = "of memory", "of host memory"
+"""What the host's memory is called where there is no other, and where there is."""
+
 
 @dataclass(frozen=True)
 class Place:
-    """A memory, and what one process may take of it.
+    """A memory or a disk, and what one process may take of it.
 
     Attributes:
-        name: As in ``memory on cuda:0``.
-        needed: Bytes at the peak.
-        certain: Bytes without which the command cannot end.
-        free: Bytes that are free, those that it has taken already included; None: not known.
+        where: As in ``of memory on cuda:0``.
+        needed: Bytes at the peak, without weights that are there already.
         stage: Where the peak is.
+        certain: Bytes without which the command cannot end.
+        what: That takes these.
+        free: Bytes that are free; None: not known.
+        limit: What ``free`` is under, beside the size of the place; begins with a space.
+        options: That make it need less.
     """
 
-    name: str
+    where: str
     needed: float
+    stage: str
     certain: float
+    what: str
     free: float | None
-    stage: Stage
+    limit: str
+    options: tuple[str | None, ...]
+
+    def __str__(self) -> str:
+        there = "" if self.free is None else f" ({in_bytes(self.free)} are free{self.limit})"
+        return f"{in_bytes(self.needed)} {self.where}{there}"
 
 
 def check_calibration(
@@ -68,18 +88,14 @@ def check_calibration(
         YopoError: Memory or disk that it surely needs is not there.
     """
     counts = Counts(**split.summary)
-    plans = plans_for(requests, counts)
-    job = _job(handle, pairs, options, counts, plans)
+    keep = 1.0 if fit_options.reduction is None else fit_options.reduction.keep
+    job = _job(handle, pairs, options, counts, plans_for(requests, counts), keep)
     if job is None:
         return
-    keep = 1.0 if fit_options.reduction is None else fit_options.reduction.keep
-    folder = fit_options.work_dir
-    job = replace(job, prompts=job.prompts.reduced(keep), has_folder=folder is not None)
-    offers = not job.is_offloaded and handle.is_on_one_device and not _is_given(handle)
-    ways = ["--offload always"] if offers else []
-    if job.is_offloaded and not job.has_folder and plans.fitted:
-        ways = ["--work-dir"]
-    _check(handle, job, ways, None if folder is None else Path(folder))
+    folder = None if fit_options.work_dir is None else Path(fit_options.work_dir)
+    job = replace(job, has_folder=folder is not None)
+    needs_folder = job.is_offloaded and folder is None and job.plans.fitted
+    _check(handle, job, "--work-dir" if needs_folder else None, folder)
 
 
 def check_evaluation(
@@ -95,12 +111,7 @@ def check_evaluation(
     plans = PlanCounts(compared=1, answered=1, timed=timed, budget=visual_budget(plan))
     job = _job(handle, pairs, options, counts, plans)
     if job is not None:
-        _check(handle, job, ["fewer --samples"], None)
-
-
-def _is_given(handle: ModelHandle) -> bool:
-    """Whether the model was in memory before, so that no option decides where it is."""
-    return handle.is_loaded and handle.source is None
+        _check(handle, job, "fewer --samples", None)
 
 
 def _job(
@@ -109,89 +120,106 @@ def _job(
     options: RunOptions,
     counts: Counts,
     plans: PlanCounts,
+    keep: float = 1.0,
 ) -> Job | None:
     """A job with the real sizes of prompts; None if no prompt can be made."""
     config, device = handle.config, handle.device
-    prompts = prompts_of(pairs, handle.processor, config)
+    prompts = prompts_of(pairs, handle.processor, config, keep)
     if prompts is None:
         return None
-    is_offloaded = handle.is_offloaded
     return Job(
         shape=shape_of(config),
         vocabulary=config.get_text_config().vocab_size,
         weights=handle.weight_sizes,
-        tower=tower_of(config),
         prompts=prompts,
         counts=counts,
         plans=plans,
         batch_size=options.batch_size,
         new_tokens=options.max_new_tokens,
-        is_offloaded=is_offloaded,
+        is_offloaded=handle.is_offloaded,
         on_host=device.type == "cpu" and not _is_spread(handle),
         staged=_staged(handle),
         processes=processes(),
-        window=free_for_states(device) if is_offloaded else 0,
+        window=free_for_states(device) if handle.is_offloaded else 0,
     )
 
 
-def _check(handle: ModelHandle, job: Job, ways: list[str], folder: Path | None) -> None:
+def _check(handle: ModelHandle, job: Job, way: str | None, folder: Path | None) -> None:
     """Print the estimate, and compare it with what is there; the first process decides for all."""
-    places = _places(handle, job)
-    needed = {place.name: in_bytes(place.needed) for place in places}
-    said = [f"{needed[each.name]} of {each.name}{_there(each.free)}" for each in places]
-    states = states_in_files(job) * local_processes()
-    disk, room = states + kept_stages(job), _free_disk(folder)
-    if folder is not None:
-        said.append(f"{in_bytes(disk)} in {folder}{_there(room)}")
-    speed = speed_on(handle.device, job.weights.dtype, job.shape, *_rows(job))
-    said.append(_time(job, speed))
+    places = list(_places(handle, job, way, folder))
     each = f"Each of {job.processes} processes" if job.processes > 1 else "This"
-    rest = f"; less, as far as {folder} holds finished stages" if _is_begun(folder) else ""
-    note(f"{each} takes about {listed(said)}{rest}.")
-    problem = next(filter(None, (_impossible(job, each, ways) for each in places)), None)
-    if folder is not None and room is not None and states > room:
-        problem = (
-            f"The states of {job.counts.fit} pairs take about {in_bytes(states)} in {folder}, "
-            f"where {in_bytes(room)} are free.",
-            use(
-                "a --work-dir on another disk", "fewer --fit-pairs", narrower(job.weights.itemsize)
-            ),
-        )
-    problem = of_first_object(problem)
+    is_begun = folder is not None and folder.is_dir() and any(folder.iterdir())
+    rest = f"; less, as far as {folder} holds finished stages" if is_begun else ""
+    note(f"{each} takes about {listed([*map(str, places), _time(handle, job)])}{rest}.")
+    problem = of_first_object(next(filter(None, map(_refusal, places)), None))
     if problem is not None:
         raise YopoError(problem[0], remedy=problem[1])
     for place in places:
         if place.free is not None and place.needed > place.free:
-            warn(_scarce(job, place, ways))
+            free = f"{in_bytes(place.free)} {place.where} are free{place.limit}"
+            peak = f"{place.stage} may take {in_bytes(place.needed)}"
+            warn(f"{free}, and {peak}. {use(*place.options)}")
 
 
-def _places(handle: ModelHandle, job: Job) -> list[Place]:
-    """The memories that a job uses: the host's, and a device's if there is one."""
-    sizes, found = job.weights, stages(job)
-    base = handle.resident_bytes
-    taken = base if handle.is_loaded else 0
-    keeps_dtype = sizes.dtype == handle.stored_dtype
-    is_mapped = job.on_host and keeps_dtype and not handle.is_loaded
-    surely = CERTAIN * max(each.certain for each in found)
+def _refusal(place: Place) -> tuple[str, str | None] | None:
+    """Why a command cannot end, and what helps; None if it may."""
+    if place.free is None or place.certain <= place.free:
+        return None
+    taken = f"{place.what} take {in_bytes(place.certain)} {place.where}"
+    return f"{taken}, and {in_bytes(place.free)} are free{place.limit}.", use(*place.options)
+
+
+def _places(handle: ModelHandle, job: Job, way: str | None, folder: Path | None) -> Iterator[Place]:
+    """The memories that a job uses, the device's and the host's, and its disk."""
+    pairs, certain = f"states of {job.counts.fit} pairs", CERTAIN * certain_states(job)
+    what = " and the ".join(["weights"] * bool(_unloaded(handle)) + [pairs] * bool(certain))
+    for where, amount, rest, surely, free in _memories(handle, job, certain):
+        most = max(stages(job), key=amount)
+        limit = " under its cgroup's limit" if where in HOST and is_limited() else ""
+        ways = _options(handle, job, way, most.option)
+        yield Place(where, amount(most) + rest, most.name, surely, f"The {what}", free, limit, ways)
+    if folder is not None:
+        states, free = states_in_files(job) * local_processes(), _free_disk(folder)
+        ways = "a --work-dir on another disk", "fewer --fit-pairs", narrower(job.weights.itemsize)
+        needed, stage = states + finished(job), "states and finished stages"
+        yield Place(f"in {folder}", needed, stage, states, f"The {pairs}", free, "", ways)
+
+
+def _memories(
+    handle: ModelHandle, job: Job, certain: float
+) -> Iterator[tuple[str, Callable[[Stage], float], float, float, float | None]]:
+    """Where each memory is, what a stage takes of it, what all take, what surely is taken, and what
+    is free."""
+    base, is_one = _unloaded(handle), handle.is_on_one_device
     if job.on_host:
-        most = max(found, key=lambda each: each.device + each.host)
-        peak = base + most.device + most.host + LIBRARIES
-        certain = surely + (0 if is_mapped else base)
-        certain *= handle.is_on_one_device  # elsewhere accelerate keeps on disk what is too much
-        free = available_bytes()
-        return [Place("memory", peak, certain, None if free is None else free + taken, most)]
-    most = max(found, key=lambda each: each.device)
-    free = _free_on(handle)
-    on_device = Place(
-        f"memory on {_name(handle)}",
-        base + most.device,
-        base + surely if handle.is_on_one_device else 0.0,
-        None if free is None else free + taken,
-        most,
+        is_mapped = job.weights.dtype == handle.stored_dtype
+        # Under a device map, accelerate keeps on disk what is too much.
+        surely = (certain + (0 if is_mapped else base)) * is_one
+        rest = base + LIBRARIES
+        yield HOST[0], lambda each: each.device + each.host, rest, surely, available_bytes()
+    else:
+        where, surely = f"of memory on {_name(handle)}", (base + certain) * is_one
+        yield where, lambda each: each.device, base, surely, _free_on(handle)
+        yield HOST[1], lambda each: each.host, LIBRARIES, 0.0, available_bytes()
+
+
+def _unloaded(handle: ModelHandle) -> int:
+    """Bytes of weights that will be in memory, and are not yet."""
+    return 0 if handle.is_loaded else handle.resident_bytes
+
+
+def _options(handle: ModelHandle, job: Job, *more: str | None) -> tuple[str | None, ...]:
+    """Options that need less memory, best first, some that help one stage among them."""
+    is_given = handle.is_loaded and handle.source is None  # no option decides where it is
+    offers = not job.is_offloaded and handle.is_on_one_device and not is_given
+    spreads = torch.cuda.device_count() > 1 and not job.on_host
+    return (
+        "--offload always" if offers else None,
+        *more,
+        smaller_batches(job.batch_size),
+        narrower(job.weights.itemsize),
+        "--device-map auto" if spreads else None,
     )
-    most = max(found, key=lambda each: each.host)
-    host = Place("host memory", most.host + LIBRARIES, 0.0, available_bytes(), most)
-    return [on_device, host]
 
 
 def _staged(handle: ModelHandle) -> int:
@@ -218,52 +246,15 @@ def _free_on(handle: ModelHandle) -> int | None:
     return sum(torch.cuda.mem_get_info(each)[0] for each in range(torch.cuda.device_count()))
 
 
-def _impossible(job: Job, place: Place, ways: list[str]) -> tuple[str, str | None] | None:
-    """Why a job cannot end, and what helps; None if it may."""
-    if place.free is None or place.certain <= place.free:
-        return None
-    return (
-        f"The weights and the states of {job.counts.fit} pairs take {in_bytes(place.certain)} of "
-        f"{place.name}, and {in_bytes(place.free)} are free.",
-        _remedy(job, place, ways),
-    )
-
-
-def _scarce(job: Job, place: Place, ways: list[str]) -> str:
-    assert place.free is not None, "what is not known is not compared"
-    return (
-        f"{in_bytes(place.free)} of {place.name} are free, and {place.stage.name} may take "
-        f"{in_bytes(place.needed)}. {_remedy(job, place, ways)}"
-    )
-
-
-def _remedy(job: Job, place: Place, ways: list[str]) -> str | None:
-    spread = "--device-map auto" if torch.cuda.device_count() > 1 and not job.on_host else None
-    narrow, fewer = narrower(job.weights.itemsize), smaller_batches(job.batch_size)
-    return use(*ways, *place.stage.options, fewer, narrow, spread)
-
-
-def _rows(job: Job) -> tuple[int, int]:
-    return job.batch_size * job.prompts.longest, job.batch_size
-
-
-def _time(job: Job, speed: Speed) -> str:
-    needed = in_time(seconds(job, speed))
-    return f"at least {needed}, beside reading layers from disk" if job.is_offloaded else needed
-
-
-def _there(free: float | None) -> str:
-    return "" if free is None else f" ({in_bytes(free)} are free)"
-
-
-def _free_disk(folder: Path | None) -> int | None:
+def _free_disk(folder: Path) -> int:
     """Free bytes where a folder is, or will be."""
-    if folder is None:
-        return None
     there: Callable[[Path], bool] = Path.exists
     parent = next(filter(there, (folder.absolute(), *folder.absolute().parents)))
     return shutil.disk_usage(parent).free
 
 
-def _is_begun(folder: Path | None) -> bool:
-    return folder is not None and folder.is_dir() and any(folder.iterdir())
+def _time(handle: ModelHandle, job: Job) -> str:
+    rows = round(job.batch_size * job.prompts.longest)
+    speed = speed_on(handle.device, job.weights.dtype, job.shape, rows, job.batch_size)
+    needed = in_time(seconds(job, speed))
+    return f"at least {needed}, beside reading layers from disk" if job.is_offloaded else needed

@@ -22,51 +22,20 @@ UNKNOWN_BUDGET = 0.25
 
 @dataclass(frozen=True)
 class Prompts:
-    """Sizes of prompts.
+    """Sizes of prompts, of which a reduction leaves a part to the decoder.
 
     Attributes:
-        longest, mean: Tokens of one.
-        visual, most_visual: Visual tokens of one: mean and largest number.
-        pixels, most_pixels: Numbers that its images take as the tower's input, likewise.
-        patches, most_patches: The tower's patches, likewise.
+        longest, mean: Tokens of the longest one, and of one on average.
+        visual: Visual ones of these.
+        patches: The vision tower's patches of its images.
         seconds: To process one on the host.
     """
 
-    longest: int
+    longest: float
     mean: float
     visual: float
-    most_visual: int
-    pixels: float
-    most_pixels: int
     patches: float
-    most_patches: int
     seconds: float
-
-    def reduced(self, keep: float) -> Prompts:
-        """With a share of the visual tokens in the decoder."""
-        dropped, most = (1 - keep) * self.visual, round((1 - keep) * self.most_visual)
-        return replace(
-            self,
-            longest=self.longest - most,
-            mean=self.mean - dropped,
-            visual=self.visual - dropped,
-            most_visual=self.most_visual - most,
-        )
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A vision tower.
-
-    Attributes:
-        width, ffn, layers: Its dimensions.
-        patch: Numbers of the input that make a patch.
-    """
-
-    width: int
-    ffn: int
-    layers: int
-    patch: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +47,11 @@ class Counts:
     comparison: int = 0
     holdout: int = 0
 
+    @property
+    def judged(self) -> int:
+        """Those that the dense model answers."""
+        return self.comparison + self.holdout
+
 
 @dataclass(frozen=True)
 class PlanCounts:
@@ -85,10 +59,7 @@ class PlanCounts:
 
     Attributes:
         fitted: Those whose weights are fitted.
-        walks: Walks that do so, ``TOGETHER`` plans in each at most.
-        together: Most plans whose fitted weights are in memory at a time.
         compared: Those that are compared with the dense model.
-        held_out: Those that are compared on the holdout.
         budget: The largest of their visual budgets.
         profiles: Whether the model is profiled.
         answered: Those that answer pairs themselves.
@@ -96,14 +67,21 @@ class PlanCounts:
     """
 
     fitted: int = 0
-    walks: int = 0
-    together: int = 0
     compared: int = 0
-    held_out: int = 0
     budget: float = UNKNOWN_BUDGET
     profiles: bool = False
     answered: int = 0
     timed: int = 0
+
+    @property
+    def walks(self) -> int:
+        """Walks that fit plans, several in each."""
+        return -(-self.fitted // TOGETHER)
+
+    @property
+    def kept(self) -> int:
+        """Most plans whose fitted weights are there at a time: the first ones, and the best."""
+        return min(self.fitted, len(VISUAL_WEIGHTS) + 1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +92,6 @@ class Job:
         shape: The decoder's dimensions.
         vocabulary: Size of its vocabulary.
         weights: Numbers of its weights.
-        tower: The vision tower.
         prompts: Sizes of prompts.
         counts: Pairs by purpose.
         plans: Plans that are tried.
@@ -131,7 +108,6 @@ class Job:
     shape: ModelShape
     vocabulary: int
     weights: WeightSizes
-    tower: Tower
     prompts: Prompts
     counts: Counts
     plans: PlanCounts
@@ -150,12 +126,6 @@ class Job:
         return min(pairs, -(-batches // self.processes) * self.batch_size)
 
 
-def profile_sums(shape: ModelShape) -> int:
-    """Numbers in the sums of products that a layer's profile is made of."""
-    heads = shape.heads * shape.head_dim
-    return shape.hidden * (shape.hidden + heads) + heads**2 + 4 * shape.hidden**2
-
-
 def plans_for(requests: Sequence[PlanRequest], counts: Counts) -> PlanCounts:
     """The plans that requests lead to.
 
@@ -163,51 +133,34 @@ def plans_for(requests: Sequence[PlanRequest], counts: Counts) -> PlanCounts:
         requests: All that are made in one calibration.
         counts: Its pairs; without any for comparison nothing is fitted or compared for a budget.
     """
-    total = PlanCounts(budget=0.0)
-    for each in requests:
-        found = _plans_of(each, counts)
-        total = PlanCounts(
-            fitted=total.fitted + found.fitted,
-            walks=total.walks + found.walks,
-            together=max(total.together, found.together),
-            compared=total.compared + found.compared,
-            held_out=total.held_out + found.held_out,
-            budget=max(total.budget, found.budget),
-            profiles=total.profiles or found.profiles,
-        )
-    return total
+    found = [_plans_of(each, counts) for each in requests]
+    return PlanCounts(
+        fitted=sum(each.fitted for each in found),
+        compared=sum(each.compared for each in found),
+        budget=max(each.budget for each in found),
+        profiles=any(each.profiles for each in found),
+    )
 
 
 def _plans_of(request: PlanRequest, counts: Counts) -> PlanCounts:
     if isinstance(request, PaperRequest):
-        fitted = int(request.compensation == "refit")
-        return PlanCounts(fitted, fitted, fitted)
+        return PlanCounts(fitted=int(request.compensation == "refit"))
     if not counts.comparison:
         return PlanCounts()
-    if isinstance(request, ToleranceRequest):
-        first, more = _plans_at(request.at(UNKNOWN_BUDGET)), TOLERANCE_STEPS - 1
-        near = more * (NEIGHBORS + 1)  # the best weighting so far, and those near it
-        return replace(
-            first,
-            fitted=first.fitted + near,
-            walks=first.walks + more * -(-(NEIGHBORS + 1) // TOGETHER),
-            compared=first.compared + near,
-            held_out=TOLERANCE_STEPS,
-        )
     if isinstance(request, BudgetRequest):
-        return replace(_plans_at(request), budget=request.budget)
-    return _plans_at(request.at(UNKNOWN_BUDGET))
+        return _plans_at(request)
+    found = _plans_at(request.at(UNKNOWN_BUDGET))
+    if isinstance(request, ToleranceRequest):
+        near = (TOLERANCE_STEPS - 1) * (NEIGHBORS + 1)  # the best weighting so far, and others
+        found = replace(found, fitted=found.fitted + near, compared=found.compared + near)
+    return found
 
 
 def _plans_at(request: BudgetRequest) -> PlanCounts:
     """Those of one budget."""
-    compared = most_plans(request)
-    if request.template is not None:
-        fits = request.compensation == "refit"
-        return PlanCounts(int(fits), int(fits), int(fits), compared)
-    if request.compensation not in (None, "refit"):
-        return PlanCounts(compared=compared)
-    first, search = len(VISUAL_WEIGHTS), request.search or 0
-    rounds = (first, NEIGHBORS, *(GENERATION,) * GENERATIONS, *(search,) * bool(search))
-    walks = sum(-(-each // TOGETHER) for each in rounds)
-    return PlanCounts(sum(rounds), walks, first + 1, compared, profiles=True)
+    compared, fits = most_plans(request), request.compensation == "refit"
+    if request.template is not None or request.compensation not in (None, "refit"):
+        return PlanCounts(int(fits), compared, request.budget)
+    allocations = len(VISUAL_WEIGHTS) + NEIGHBORS + GENERATION * GENERATIONS
+    fitted = allocations + (request.search or 0)
+    return PlanCounts(fitted, compared, request.budget, profiles=True)

@@ -18,7 +18,7 @@ from yopo.data.sizes import pixels_of
 from yopo.data.split import pick
 from yopo.models.registry import family_of
 from yopo.pipeline.needs.duration import Speed
-from yopo.pipeline.needs.job import Prompts, Tower
+from yopo.pipeline.needs.job import Prompts
 from yopo.plans.schema import ModelShape
 from yopo.support.errors import DataError
 
@@ -31,28 +31,15 @@ PATIENCE = 0.08
 PER_LAYER = {"cpu": 1e-3}
 """Seconds that a layer's call takes beside what it computes; elsewhere, starting kernels counts."""
 
-BEHIND = {"cpu": 2.0}
-"""Time of factorisations over that of products with their FLOPs; elsewhere, much more."""
+SOLVING = {"cpu": 2.0}
+"""Time of solves over that of products with their FLOPs; elsewhere, much more."""
 
 WIDEST = 1024
 """Width of the square matrices by which rates in float32 and float64 are measured."""
 
 
-def tower_of(config: PreTrainedConfig) -> Tower:
-    """The vision tower's dimensions, by whatever names its configuration has for them."""
-    vision: Any = config.vision_config
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    ffn = getattr(vision, "intermediate_size", None) or width * getattr(vision, "mlp_ratio", 4)
-    layers = getattr(vision, "num_hidden_layers", None) or vision.depth
-    size = vision.patch_size
-    high, wide = size if isinstance(size, list | tuple) else (size, size)
-    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    frames = getattr(vision, "temporal_patch_size", None) or 1
-    return Tower(int(width), int(ffn), int(layers), high * wide * channels * frames)
-
-
 def prompts_of(
-    pairs: Iterable[Pair], processor: ProcessorMixin, config: PreTrainedConfig
+    pairs: Iterable[Pair], processor: ProcessorMixin, config: PreTrainedConfig, keep: float = 1.0
 ) -> Prompts | None:
     """Sizes of some pairs' prompts, from a few of them; None if none can be made.
 
@@ -60,34 +47,37 @@ def prompts_of(
         pairs: All; read twice.
         processor: The model's.
         config: The model's configuration.
+        keep: Share of the visual tokens that a reduction leaves.
     """
     chosen = _spread([(pixels_of(pair), len(pair.question)) for pair in pairs])
     ids = torch.tensor(family_of(config).token_ids(config))
-    tower, found, times = tower_of(config), [], []
+    lengths, visual, pixels, times = [], [], [], []
     for pair in pick(pairs, chosen):
         started = time.thread_time()
         try:
             made = processed(processor, [prompt_text(processor, pair)], [pair])
         except (ValueError, DataError):  # whoever needs it says what is wrong
             continue
-        tokens = made["input_ids"]
-        pixels = sum(each.numel() for name, each in made.items() if name.startswith("pixel_values"))
         times.append(time.thread_time() - started)
-        found.append((tokens.shape[1], int(torch.isin(tokens, ids).sum()), pixels))
-    if not found:
+        count = int(torch.isin(made["input_ids"], ids).sum())
+        visual.append(keep * count)
+        lengths.append(made["input_ids"].shape[1] - (1 - keep) * count)
+        found = (each for name, each in made.items() if name.startswith("pixel_values"))
+        pixels.append(sum(each.numel() for each in found))
+    if not times:
         return None
-    lengths, visual, pixels_each = zip(*found, strict=True)
-    return Prompts(
-        longest=max(lengths),
-        mean=mean(lengths),
-        visual=mean(visual),
-        most_visual=max(visual),
-        pixels=mean(pixels_each),
-        most_pixels=max(pixels_each),
-        patches=mean(pixels_each) / tower.patch,
-        most_patches=max(pixels_each) // tower.patch,
-        seconds=median(times),  # the first one waits for imports
-    )
+    patches = mean(pixels) / _patch(config)
+    # The first prompt waits for imports.
+    return Prompts(max(lengths), mean(lengths), mean(visual), patches, median(times))
+
+
+def _patch(config: PreTrainedConfig) -> int:
+    """Numbers of the vision tower's input that make a patch, by whatever names there are."""
+    vision: Any = config.vision_config
+    size = vision.patch_size
+    high, wide = size if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    return int(high * wide * channels * (getattr(vision, "temporal_patch_size", None) or 1))
 
 
 def _spread(sizes: list[tuple[float, int]]) -> frozenset[int]:
@@ -116,15 +106,14 @@ def speed_on(
     square = torch.ones(width, width, dtype=torch.float32, device=device)
     home = "cpu" if device.type == "mps" else device  # has no float64
     double = square.to(home, torch.float64)
-    thin, one = inputs[:few], weight.numel()
-    some = _enough_rows(inputs, weight)
+    thin, some = inputs[:few], _enough_rows(inputs, weight)
+    solving = SOLVING.get(device.type, 20.0) * _seconds(lambda: double @ double, device)
     return Speed(
-        products=2 * len(some) * one / _seconds(lambda: some @ weight.T, device),
-        single=2 * width**3 / _seconds(lambda: square @ square, device),
-        double=2 * width**3 / _seconds(lambda: double @ double, device),
-        per_weight=_seconds(lambda: thin @ weight.T, device) / one,
+        products=2 * some.shape[0] * weight.numel() / _seconds(lambda: some @ weight.T, device),
+        moments=2 * width**3 / _seconds(lambda: square @ square, device),
+        solves=2 * width**3 / solving,
+        per_weight=_seconds(lambda: thin @ weight.T, device) / weight.numel(),
         per_layer=PER_LAYER.get(device.type, 2e-3),
-        behind=BEHIND.get(device.type, 20.0),
     )
 
 
