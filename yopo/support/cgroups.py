@@ -113,13 +113,13 @@ def _paths(root: Path) -> dict[str, PurePosixPath]:
 
 
 def _lines(file: Path) -> list[str]:
-    """None where it cannot be read."""
+    """A file's lines; none where it cannot be read."""
     with suppress(OSError):
         return file.read_text("utf-8", errors="surrogateescape").splitlines()
     return []
 
 
 def _number(file: Path) -> int | None:
-    """None if there is none: no such file, or ``max``."""
+    """The number that a file holds; None if it holds ``max``, or cannot be read."""
     text = "".join(_lines(file))
     return int(text) if text.isdecimal() else None
