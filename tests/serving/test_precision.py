@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,27 @@ from yopo.serving import precision
 from yopo.serving.precision import dtype_for
 
 
-def saved(path: Path, dtype: torch.dtype) -> Checkpoint:
-    tiny.llava("mha").to(dtype).save_pretrained(path)
-    return Checkpoint.open(path)
+@pytest.fixture
+def saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Checkpoint]:
+    """Writes checkpoints; what transformers says meanwhile is left out."""
+
+    def save(dtype: torch.dtype) -> Checkpoint:
+        tiny.llava("mha").to(dtype).save_pretrained(tmp_path)
+        capsys.readouterr()
+        return Checkpoint.open(tmp_path)
+
+    return save
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_float16_becomes_what_the_processor_multiplies(
-    tmp_path: Path,
+    saved: Callable[..., Checkpoint],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     fast: bool,
 ) -> None:
     monkeypatch.setattr(precision, "has_fast_bfloat16", lambda: fast)
-    checkpoint = saved(tmp_path, torch.float16)
+    checkpoint = saved(torch.float16)
     expected = torch.bfloat16 if fast else torch.float32
     assert dtype_for("auto", checkpoint, "cpu") == expected
     said = capsys.readouterr().err
@@ -40,10 +48,12 @@ def test_float16_becomes_what_the_processor_multiplies(
 
 
 def test_it_stays_if_float32_does_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    saved: Callable[..., Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(precision, "has_fast_bfloat16", lambda: False)
-    checkpoint = saved(tmp_path, torch.float16)
+    checkpoint = saved(torch.float16)
     monkeypatch.setattr(precision, "available_bytes", lambda: 2 * checkpoint.num_bytes)
     assert dtype_for("auto", checkpoint, "cpu") == "auto"
     assert "float32 needs" in capsys.readouterr().err
@@ -51,7 +61,7 @@ def test_it_stays_if_float32_does_not_fit(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_others_stay(
-    tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+    saved: Callable[..., Checkpoint], dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert dtype_for("auto", saved(tmp_path, dtype), "cpu") == "auto"
+    assert dtype_for("auto", saved(dtype), "cpu") == "auto"
     assert not capsys.readouterr().err
