@@ -76,6 +76,8 @@ def test_it_is_the_eager_towers(feature_layer: int | list[int]) -> None:
 def test_generate_encodes_before_it_prefills(beams: int) -> None:
     model = tiny.make_subject("mha").model
     inputs = tiny.batch(ROWS)
+    if beams > 1:
+        tiny.skip_unless_beams_get_their_images(model, inputs)
 
     def run() -> None:
         model.generate(**inputs, max_new_tokens=2, num_beams=beams, suppress_tokens=[IMAGE])
@@ -89,6 +91,7 @@ def test_generate_encodes_before_it_prefills(beams: int) -> None:
 def test_images_carry_their_own() -> None:
     """Two images encoded, then prefilled in the other order."""
     model = tiny.make_subject("mha").model
+    tiny.skip_unless_takes_encoded(model)
     family = family_of(model.config)
     path = attention_path(SCOPE, family, model.config)
     one, other = (tiny.batch([ROWS[0]], seed=seed) for seed in (1, 2))
@@ -126,6 +129,7 @@ def test_other_images_have_none() -> None:
 
 def test_images_encoded_elsewhere_are_refused() -> None:
     subject = tiny.make_subject("mha")
+    tiny.skip_unless_takes_encoded(subject.model)
     plan = replace(tiny.whole(subject), reduction=SCOPE)
     inputs = tiny.batch([ROWS[0]])
     encoded = subject.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from yopo.fitting.layerwise import DenseBatch, DenseWalk, real_rows
-from yopo.models.devices import moved
+from yopo.models.devices import device_of, moved
 from yopo.plans.schema import PruningPlan
 from yopo.runtime.attention_masks import AttentionMasks
 from yopo.runtime.cache import PrunedCacheLayer
@@ -90,7 +90,9 @@ def _split(walk: DenseWalk, plan: PruningPlan, batch: DenseBatch) -> PrunedBatch
     if positions is None:
         positions = torch.arange(length, device=hidden.device).expand(count, -1)
     positions = rotary_positions(positions.to(hidden.device), walk.names.position_axes)
-    rotary = moved(walk.decoder.rotary_emb(hidden, position_ids=positions), hidden.device)
+    home = device_of(walk.decoder.layers[0])  # before transformers 5.19, Qwen-VL's works only there
+    like, positions = hidden.new_empty(0, device=home), positions.to(home)
+    rotary = moved(walk.decoder.rotary_emb(like, position_ids=positions), hidden.device)
     cosines, sines = (each.expand(count, -1, -1) for each in rotary)
     return PrunedBatch(
         text=put(layout.text.gather(hidden)),

@@ -27,6 +27,7 @@ def test_float16_becomes_what_the_processor_multiplies(
 ) -> None:
     monkeypatch.setattr(precision, "has_fast_bfloat16", lambda: fast)
     checkpoint = saved(tmp_path, torch.float16)
+    capsys.readouterr()
     expected = torch.bfloat16 if fast else torch.float32
     assert dtype_for("auto", checkpoint, "cpu") == expected
     said = capsys.readouterr().err
@@ -53,5 +54,7 @@ def test_it_stays_if_float32_does_not_fit(
 def test_others_stay(
     tmp_path: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert dtype_for("auto", saved(tmp_path, dtype), "cpu") == "auto"
+    checkpoint = saved(tmp_path, dtype)
+    capsys.readouterr()
+    assert dtype_for("auto", checkpoint, "cpu") == "auto"
     assert not capsys.readouterr().err
