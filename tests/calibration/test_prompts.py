@@ -251,7 +251,8 @@ def test_a_prompt_without_visual_tokens_is_refused(processor: LlavaProcessor) ->
     with pytest.raises(DataError, match="p:1: the processor made a prompt without visual tokens"):
         run(processor, [pair("what?")], image_token_id=99)
     blind = make_processor(TEMPLATE.replace("<image>\n", ""))
-    with pytest.raises(DataError, match="p:1: the processor rejects the batch: The total number"):
+    rejected = "rejects the batch: The total number"  # since transformers 5.23
+    with pytest.raises(DataError, match=f"p:1: the processor ({rejected}|made a prompt without)"):
         run(blind, [pair("what?")])
 
 

@@ -204,7 +204,9 @@ def test_prompts_without_visual_tokens_are_refused(calibrate, model: Path, tmp_p
     processor = build_processor()
     processor.chat_template = "{% for m in messages %}USER: what? ASSISTANT:{% endfor %}"
     processor.save_pretrained(blind)
-    assert "Found total 0 <image> tokens" in calibrate(of=blind)
+    said = calibrate(of=blind)
+    rejected = "Found total 0 <image> tokens" in said  # by the processor, since transformers 5.23
+    assert rejected or "the processor made a prompt without visual tokens" in said
 
 
 # Requests

@@ -15,11 +15,11 @@ from original import CONTEXT, DECODERS, END, SIDE, TILE, Original, raw_config
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     InternVLConfig,
     InternVLForConditionalGeneration,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from yopo.checkpoint.headers import read_shard
 from yopo.checkpoint.reader import Checkpoint, fetch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +20,7 @@ from yopo.pipeline.needs import check
 from yopo.pipeline.needs.duration import Speed, seconds
 from yopo.pipeline.needs.job import Counts, Job, PlanCounts, Prompts, plans_for
 from yopo.pipeline.needs.memory import certain_states, finished, stages, states_in_files
-from yopo.pipeline.needs.probe import PROBED, prompts_of
+from yopo.pipeline.needs.probe import PROBED, prompts_of, speed_on
 from yopo.pipeline.needs.sentences import in_bytes, in_time, listed
 from yopo.pipeline.opening import open_for
 from yopo.pipeline.options import FitOptions, RunOptions
@@ -171,6 +173,15 @@ def calibrated(**more: Any) -> None:
 def free(monkeypatch: pytest.MonkeyPatch, count: int | None, in_groups: int | None = None) -> None:
     monkeypatch.setattr(memory, "_of_system", lambda: count)
     monkeypatch.setattr(memory, "free_in_groups", lambda: in_groups)
+
+
+def test_a_clock_may_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a virtual machine's thread does so during calls that its host interrupts."""
+    reads = itertools.count()
+    monkeypatch.setattr(time, "thread_time", lambda: next(reads) // 3 * 1e-6)
+    shape = replace(SEVEN_B, hidden=16, ffn=32)
+    speed = speed_on(torch.device("cpu"), torch.float32, shape, 4, 2)
+    assert speed.moments == pytest.approx(2 * 16**3 / 1e-6, rel=1e-3)
 
 
 def test_an_estimate_is_printed_before_the_model_is_loaded(
