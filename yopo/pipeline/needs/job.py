@@ -137,7 +137,7 @@ def plans_for(requests: Sequence[PlanRequest], counts: Counts) -> PlanCounts:
     return PlanCounts(
         fitted=sum(each.fitted for each in found),
         compared=sum(each.compared for each in found),
-        budget=max(each.budget for each in found),
+        budget=max((each.budget for each in found), default=0.0),
         profiles=any(each.profiles for each in found),
     )
 
