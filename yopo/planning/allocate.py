@@ -18,7 +18,7 @@ relative to an error in reading. So the planner tries a few and measures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
@@ -147,14 +147,16 @@ class Allocator:
     def _with_rest_spent(self, layers: Layers, price: float) -> Layers:
         """Layers chosen at a price, with better choices where the rest of the budget allows."""
         last = max(number for number, layer in enumerate(layers) if layer.read_heads)
+        prices = (discount * price / self._dense for discount in DISCOUNTS)
+        by_price = [self._attention_choices(each) for each in prices]
         chosen: list[Choice] = []
         options: list[list[Choice]] = []
         for number, layer in enumerate(layers):
             ffn = self._ffn(number, layer) if number < last else Choice(EMPTY, 0, 0.0)
             attention = [
                 each
-                for discount in DISCOUNTS
-                for each in self._attention_choices(number, discount * price / self._dense)
+                for of_layers in by_price
+                for each in of_layers[number]
                 if number < last or not each.layer.attend_heads
             ]
             chosen += [self._attention(number, layer), ffn]
@@ -166,15 +168,18 @@ class Allocator:
         room = int(self.builder.budget * self._dense) - sum(each.flops for each in chosen)
         return trim(_joined(spend_rest(tuple(chosen), options, room, fits)))
 
-    def _attention_choices(self, number: int, price: float) -> Iterator[Choice]:
-        """For every bottleneck, the heads whose gain through it exceeds their price per FLOP."""
-        selected = self._priced.select(price, 0.0)
-        if not self.levers.everywhere:
-            yield self._attention(number, EMPTY)
+    def _attention_choices(self, price: float) -> list[list[Choice]]:
+        """For every layer and bottleneck, the heads whose gain through it exceeds their price per
+        FLOP."""
+        selected, numbers = self._priced.select(price, 0.0), range(self.shape.layers)
+        skipped = [] if self.levers.everywhere else [EMPTY]
+        choices = [[self._attention(number, each) for each in skipped] for number in numbers]
         for index, rank in enumerate(self._ranks):
-            reading, attending = selected.heads([index] * self.shape.layers)[number]
-            if reading:
-                yield self._attention(number, self._reading(reading, attending, rank))
+            for number, (reading, attending) in enumerate(selected.heads([index] * len(numbers))):
+                if reading:
+                    layer = self._reading(reading, attending, rank)
+                    choices[number].append(self._attention(number, layer))
+        return choices
 
     @cached_property
     def _priced(self) -> PricedHeads:

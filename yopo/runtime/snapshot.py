@@ -58,11 +58,11 @@ class Snapshot:
             and all(_is_known(type(module)) for module in modules)  # type: ignore[arg-type]  # classes are hashable
             and all(_is_plain_on(device, weight) for weight in weights if weight is not None)
         )
-        self._where = self._lies(weights)
+        self._locations = self._locate(weights)
 
     def is_current(self) -> bool:
-        """Whether nothing was changed since but values of weights; and, if it is not plain, the
-        memory of weights on a device, or hooks where there are others."""
+        """Whether nothing was changed since but values of weights. While it is not plain, what
+        leaves it so, such as one more hook, may go unnoticed."""
         if self._is_bare() != self._was_bare:
             return False
         if [*_child_ids(self._children)] != self._child_ids:
@@ -70,9 +70,9 @@ class Snapshot:
         weights = self._weights()
         if [*map(id, weights)] != self._weight_ids:
             return False
-        return self._lies(weights) == self._where
+        return self._locate(weights) == self._locations
 
-    def _lies(self, weights: Iterable[torch.Tensor | None]) -> list[int] | list[torch.device]:
+    def _locate(self, weights: Iterable[torch.Tensor | None]) -> list[int] | list[torch.device]:
         """Where weights are: in which memory, which those that are not plain may not say."""
         if self.is_plain:
             return [weight.data_ptr() for weight in weights if weight is not None]
