@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 from command_line import FAST, Yopo, save_model, side_file
 from demo_training.build import build_processor
 from PIL import Image
@@ -204,9 +205,8 @@ def test_prompts_without_visual_tokens_are_refused(calibrate, model: Path, tmp_p
     processor = build_processor()
     processor.chat_template = "{% for m in messages %}USER: what? ASSISTANT:{% endfor %}"
     processor.save_pretrained(blind)
-    said = calibrate(of=blind)
-    rejected = "Found total 0 <image> tokens" in said  # by the processor, since transformers 5.23
-    assert rejected or "the processor made a prompt without visual tokens" in said
+    rejected, unnoticed = "Found total 0 <image> tokens", "made a prompt without visual tokens"
+    assert (rejected if tiny.processors_count_images() else unnoticed) in calibrate(of=blind)
 
 
 # Requests
