@@ -30,4 +30,4 @@ if [ "$(cat "$environment/.yopo-setup" 2>/dev/null)" != "$wanted" ]; then
 fi
 export PATH="$environment/bin:$PATH"
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest tests/serving/vllm "$@"
+exec python -m pytest tests/serving/vllm_plugin "$@"

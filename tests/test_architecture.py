@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yopo
 
 MODULES = sorted(Path(yopo.__file__).parent.rglob("*.py"))
+TESTS = Path(__file__).parent
 MAX_MODULE_LINES = 350
 
 WITHOUT_TORCH = (
@@ -72,3 +74,20 @@ def test_every_public_name_can_be_imported() -> None:
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
         _ = yopo.prune
+
+
+def skipped_without(path: Path) -> set[str]:
+    """Top-level names of the packages without which tests of the file are skipped."""
+    return {
+        str(name).partition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("importorskip")
+        for name in [ast.literal_eval(node.args[0])]
+    }
+
+
+def test_no_folder_of_tests_is_taken_for_a_package() -> None:
+    """Folders of tests are on sys.path: one beside them would be found where a package is not."""
+    packages = set().union(*(skipped_without(path) for path in TESTS.rglob("*.py")))
+    assert "vllm" in packages
+    assert not packages & {path.name for path in TESTS.rglob("*") if path.is_dir()}
