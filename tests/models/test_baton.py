@@ -1,12 +1,13 @@
-"""Calls that take turns: one runs at a time, in order, and no thread outlives them."""
+"""Calls that take turns: one runs at a time, in order, and all have ended when one fails."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 import tiny
 import torch
 import zoo
+from greenlet import greenlet
 from tiny import PICTURE, Subject
-from torch import nn
+from torch import nn, overrides
+from torch.overrides import TorchFunctionMode
 
 from yopo.models import turns
 from yopo.models.layout import LayoutProbe
@@ -34,9 +37,11 @@ PROMPTS = [
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(mha: Subject) -> Iterator[None]:
-    """Neither threads nor hooks."""
+    """Neither calls that wait nor modes nor hooks."""
     yield
-    assert not [each for each in threading.enumerate() if each.name == "yopo-turn"]
+    assert not [each for each in gc.get_objects() if type(each) is greenlet and each.gr_frame]
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert overrides._len_torch_function_stack() == 0
     for layer in mha.model.get_decoder().layers:
         assert not layer._forward_pre_hooks
         assert not layer._forward_hooks
@@ -154,24 +159,84 @@ def test_what_fetching_raises_ends_all(mha: Subject, monkeypatch: pytest.MonkeyP
         run(mha, lambda _, inputs: mha.model(**inputs))
 
 
-def test_ctrl_c_ends_all_at_the_next_layer(mha: Subject, trace: list[Any]) -> None:
-    """A signal goes to the main thread, which waits; the weights stay until the call has left."""
+def test_ctrl_c_ends_all(mha: Subject, trace: list[Any]) -> None:
+    """Calls that wait leave what they are in, in order."""
 
     def interrupt(*_: object) -> None:
-        if not trace.count("interrupted"):
-            trace.append("interrupted")
-            os.kill(os.getpid(), signal.SIGINT)
-            threading.Event().wait(0.2)  # the main thread notices while this one computes
-            trace.append("left")
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(60)
+
+    def call(number: int, inputs: dict[str, Any]) -> None:
+        try:
+            mha.model(**inputs)
+        finally:
+            trace.append(f"{number} left")
 
     layer = mha.model.get_decoder().layers[1]
     handle = layer.mlp.register_forward_pre_hook(interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run(mha, lambda _, inputs: mha.model(**inputs))
+            run(mha, call)
     finally:
         handle.remove()
-    assert trace[-3:] == [("in", 1), "interrupted", "left"]
+    assert trace[-5:] == [("in", 1), *(f"{number} left" for number in range(4))]
+
+
+def test_a_call_that_does_not_want_to_end_is_ended_at_every_layer(mha: Subject) -> None:
+    tried: list[int] = []
+
+    def call(number: int, inputs: dict[str, Any]) -> None:
+        if number == 3:
+            raise ModelError("no more")
+        for _ in range(3):
+            try:
+                mha.model(**inputs)
+            except BaseException:
+                tried.append(number)
+
+    with pytest.raises(ModelError, match="no more"):
+        run(mha, call)
+    assert tried == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+class Counting(TorchFunctionMode):
+    """Counts the functions that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_are_those_of_the_call_that_runs(mha: Subject) -> None:
+    """What one call sets around its forward does not reach the others, which set something else."""
+    settings = [torch.no_grad, torch.enable_grad, torch.inference_mode, nullcontext]
+    seen: list[tuple[bool, bool, int]] = []
+
+    def call(number: int, inputs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        with Counting() as outer, Counting() if number == 1 else nullcontext(), settings[number]():
+            return mha.model(**inputs).logits, outer.count
+
+    def see(*_: object) -> None:
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        seen.append((*modes, overrides._len_torch_function_stack()))
+
+    usual = [call(number, inputs) for number, inputs in enumerate(PROMPTS)]
+    handle = mha.model.get_decoder().layers[1].mlp.register_forward_pre_hook(see)
+    try:
+        with torch.no_grad():
+            found = run(mha, call)
+    finally:
+        handle.remove()
+    assert seen == [(False, False, 1), (True, False, 2), (False, True, 1), (False, False, 1)]
+    for (one, count), (other, expected) in zip(found, usual, strict=True):
+        assert torch.equal(one, other)
+        assert count == expected
 
 
 def test_probes_of_abandoned_calls_do_not_matter(mha: Subject) -> None:

@@ -16,7 +16,7 @@ from yopo.calibration import measure as run
 from yopo.calibration.statistics import Statistics
 from yopo.data.prompts import Batch
 from yopo.evaluation.fidelity import Recorded, answer_log_probs, compare
-from yopo.models import turns
+from yopo.models import offloaded, turns
 from yopo.models.turns import in_turns
 from yopo.models.window import Holding, window_of
 from yopo.runtime.install import pruned
@@ -45,6 +45,26 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return found
 
 
+@pytest.fixture(params=[False, True], ids=["decoder", "towers too"])
+def towers(
+    request: pytest.FixtureRequest, specimen: Specimen, monkeypatch: pytest.MonkeyPatch
+) -> set[nn.Module]:
+    """The layers of towers, if forwards wait at these as well, as if they were on disk."""
+    if not request.param:
+        return set()
+    with monkeypatch.context() as patch:
+        patch.setattr(offloaded, "is_offloaded", lambda _: True)
+        found = offloaded.offloaded_towers(specimen.model)
+    monkeypatch.setattr(turns, "offloaded_towers", lambda _: found)
+    return set(found)
+
+
+def check(fetched: list[nn.Module], layers: list[nn.Module], towers: set[nn.Module]) -> None:
+    """The decoder's layers came once each, in order, and all of the towers'."""
+    assert [each for each in fetched if each not in towers] == layers
+    assert towers == set(fetched) - set(layers)
+
+
 def measured(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> Statistics:
     monkeypatch.setattr(
         run, "encode_for", lambda _, __, group: Batch(specimen.inputs(group), None, group)
@@ -54,13 +74,16 @@ def measured(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> Statistics:
 
 
 def test_statistics_are_the_same(
-    specimen: Specimen, monkeypatch: pytest.MonkeyPatch, fetched: list[nn.Module]
+    specimen: Specimen,
+    monkeypatch: pytest.MonkeyPatch,
+    fetched: list[nn.Module],
+    towers: set[nn.Module],
 ) -> None:
     usual = vars(measured(specimen, monkeypatch))
     assert not fetched
     with window_of(PLENTY):
         found = vars(measured(specimen, monkeypatch))
-    assert fetched == list(specimen.model.get_decoder().layers)
+    check(fetched, list(specimen.model.get_decoder().layers), towers)
     assert found.keys() == usual.keys()
     for name, value in usual.items():
         if isinstance(value, torch.Tensor):
@@ -87,7 +110,9 @@ def answers(specimen: Specimen, batches: list[dict[str, Any]]) -> list[list]:
     return [each for some in finished for each in some.results]
 
 
-def test_answers_are_the_same(specimen: Specimen, fetched: list[nn.Module]) -> None:
+def test_answers_are_the_same(
+    specimen: Specimen, fetched: list[nn.Module], towers: set[nn.Module]
+) -> None:
     """Also of batches that end early, in the dense and in the pruned model."""
     batches = [specimen.inputs(rows, seed) for seed, rows in enumerate(PROMPTS.values())]
     layers = list(specimen.model.get_decoder().layers)
@@ -100,11 +125,13 @@ def test_answers_are_the_same(specimen: Specimen, fetched: list[nn.Module]) -> N
             assert len(one) == len(other)
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
         steps = max(len(each) - 1 for each in usual)
-        assert fetched == layers * steps
+        check(fetched, layers * steps, towers)
         fetched.clear()
 
 
-def test_judgements_are_the_same(specimen: Specimen, fetched: list[nn.Module]) -> None:
+def test_judgements_are_the_same(
+    specimen: Specimen, fetched: list[nn.Module], towers: set[nn.Module]
+) -> None:
     records = []
     for seed, rows in enumerate(PROMPTS.values()):
         inputs = specimen.inputs(rows, seed)
@@ -118,7 +145,7 @@ def test_judgements_are_the_same(specimen: Specimen, fetched: list[nn.Module]) -
             found = compare(specimen.model, records)
     assert found == usual
     assert usual.kl > 0
-    assert fetched == list(specimen.model.get_decoder().layers)
+    check(fetched, list(specimen.model.get_decoder().layers), towers)
 
 
 class Kept:

@@ -12,12 +12,12 @@ import accelerate
 import pytest
 import tiny
 import torch
-from accelerate.utils import OffloadedWeightsLoader
+from fetches import count_fetches, of_decoder
 from tiny import PICTURE, Subject
 from transformers import LlavaForConditionalGeneration
 
 from yopo.models import window
-from yopo.models.offloaded import at_hand, is_offloaded
+from yopo.models.offloaded import at_hand, is_offloaded, layers_on_disk, offloaded_towers
 from yopo.models.turns import in_turns
 from yopo.runtime.install import install
 from yopo.runtime.sliced_linear import SlicedLinear
@@ -31,33 +31,28 @@ PROMPTS = [
 
 
 @pytest.fixture
-def stored(mha: Subject, tmp_path: Path) -> LlavaForConditionalGeneration:
-    """The tiny model, its layers on disk."""
+def source(mha: Subject, tmp_path: Path) -> Path:
+    """The tiny model's checkpoint."""
     mha.model.save_pretrained(tmp_path / "source")
-    names = ("vision_tower", "multi_modal_projector", "language_model")
-    places: dict[str, Any] = {f"model.{name}": "cpu" for name in names[:2]}
-    decoder = f"model.{names[2]}"
-    places |= {f"{decoder}.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
-    for number in range(len(mha.model.get_decoder().layers)):
-        places[f"{decoder}.layers.{number}"] = "disk"
-    return LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "source", device_map=places | {"lm_head": "cpu"}, offload_folder=tmp_path / "out"
-    ).eval()
+    return tmp_path / "source"
+
+
+def on_disk(mha: Subject, source: Path, *, towers: bool) -> LlavaForConditionalGeneration:
+    """The tiny model, its layers on disk."""
+    places = layers_on_disk(mha.model, mha.model.get_decoder(), "cpu", towers=towers)
+    return LlavaForConditionalGeneration.from_pretrained(source, device_map=places).eval()
+
+
+@pytest.fixture
+def stored(mha: Subject, source: Path) -> LlavaForConditionalGeneration:
+    """The tiny model, its decoder's layers on disk."""
+    return on_disk(mha, source, towers=False)
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each weight of a layer was read from disk."""
-    found: Counter[str] = Counter()
-    usual = OffloadedWeightsLoader.__getitem__
-
-    def read(loader: OffloadedWeightsLoader, key: str) -> torch.Tensor:
-        if ".layers." in key and "language_model" in key:
-            found[key] += 1
-        return usual(loader, key)
-
-    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", read)
-    return found
+    """How often each weight was read from disk."""
+    return count_fetches(monkeypatch)
 
 
 def run(
@@ -89,8 +84,37 @@ def test_each_layer_is_read_once(
     layers = mha.model.get_decoder().layers
     assert len(reads) == sum(len(list(layer.parameters())) for layer in layers)
     assert set(reads.values()) == {max(steps, 1)}
+    assert of_decoder(reads) == reads
     assert is_offloaded(stored.get_decoder())
     assert not is_offloaded(mha.model.get_decoder())
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_tower_is_read_for_the_first_prompt_and_once_for_the_others(
+    mha: Subject, source: Path, reads: Counter[str], steps: int
+) -> None:
+    model = on_disk(mha, source, towers=True)
+    usual, found = run(mha.model, steps), run(model, steps)
+    assert all(torch.equal(one, other) for one, other in zip(found, usual, strict=True))
+    counts = of_decoder(reads), reads - of_decoder(reads)
+    expected = (model.get_decoder().layers, max(steps, 1)), (offloaded_towers(model), 2)
+    for found_counts, (layers, times) in zip(counts, expected, strict=True):
+        assert len(found_counts) == sum(len(list(layer.parameters())) for layer in layers)
+        assert set(found_counts.values()) == {times}
+
+
+def test_a_tower_is_read_once_more_per_window(
+    mha: Subject, source: Path, reads: Counter[str]
+) -> None:
+    """As large as those before it: what a call holds is known by then."""
+    model, same = on_disk(mha, source, towers=True), [PROMPTS[0]] * 7
+    rows, length = PROMPTS[0]["input_ids"].shape
+    states = torch.zeros(rows, length, mha.shape.hidden)
+    with torch.no_grad(), window.window_of(3 * window.Holding(mha.shape, None).of(states)):
+        finished = list(in_turns(model, lambda _, inputs: model(**inputs).logits, same))
+    assert [len(some.results) for some in finished] == [3, 3, 1]
+    assert set(of_decoder(reads).values()) == {3}
+    assert set((reads - of_decoder(reads)).values()) == {4}
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -120,8 +144,9 @@ def test_each_layer_of_a_pruned_model_is_read_once(
     accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     found = run(model, steps, alone=alone)
     assert all(torch.equal(one, other) for one, other in zip(found, usual, strict=True))
-    assert len(reads) == sum(len(list(layer.parameters())) for layer in layers)
-    assert set(reads.values()) == {max(steps, 1) * (len(PROMPTS) if alone else 1)}
+    counts = of_decoder(reads)
+    assert len(counts) == sum(len(list(layer.parameters())) for layer in layers)
+    assert set(counts.values()) == {max(steps, 1) * (len(PROMPTS) if alone else 1)}
 
 
 def test_no_part_of_a_weight_stays_in_memory(mha: Subject, tmp_path: Path) -> None:

@@ -1,27 +1,27 @@
-"""Calls in threads of their own of which one runs at a time: the one that holds the baton.
+"""Calls of which one runs at a time: the one that holds the baton.
 
-A thread is only the place where a call waits: in the middle of a forward, before the next layer.
-What torch and Python keep per thread (gradients off, context variables, the CUDA device and
-stream, the number of CPU threads) is the caller's in each of them.
+Each is a greenlet, which keeps its stack where it waits: in the middle of a forward, before the
+next layer. All run in the caller's thread, so what is kept per thread (the device and stream, the
+pool of CPU threads, the heap) is the caller's. Context variables are each call's own, and while a
+call waits, the modes that it has set are not: gradients, inference, torch functions.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, copy_context
-from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from greenlet import getcurrent, greenlet
+from torch import nn, overrides
 
 Result = TypeVar("Result")
 Layer = TypeVar("Layer", bound=nn.Module)
 
 _OWN: ContextVar[Waiting | None] = ContextVar("yopo_baton", default=None)
-"""The call whose thread this is."""
+"""The call that is running."""
 
 
 class Abandoned(BaseException):
@@ -36,8 +36,8 @@ class Waiting(Generic[Result]):
         modules: Where a forward may leave what its next step needs.
 
     Attributes:
-        place: The layer that it waits for, or the number of layers after the last one.
-        states: (batch, sequence, hidden) input of that layer; None after the last one.
+        place: Where it waits (see :func:`stopping`).
+        states: Input of the layer that it waits for, (..., hidden); None after the last one.
         is_over: Whether the call has returned or failed.
     """
 
@@ -47,44 +47,31 @@ class Waiting(Generic[Result]):
         self.is_over = False
         self._call, self._notes = call, [_Notes(module) for module in modules]
         self._found: Result | BaseException | None = None
-        self._is_abandoned = False
-        # Queues rather than locks: a token too many does no harm when a call is abandoned.
-        self._go: SimpleQueue[None] = SimpleQueue()
-        self._back: SimpleQueue[None] = SimpleQueue()
-        settings, run = _settings(), copy_context().run
-        self._thread = threading.Thread(target=run, args=(self._run, settings), name="yopo-turn")
+        self._modes = _current_modes()
+        self._caller, self._own = getcurrent(), greenlet(self._run)
+        self._own.gr_context = copy_context()
 
     def advance(self) -> None:
         """Run it until it waits for a layer again, or is over.
 
         Raises:
-            BaseException: What the call raised, or what interrupted this thread meanwhile. In
-                both cases the call is over, and its thread has ended.
+            BaseException: What the call raised, or what interrupted it; it is over then.
         """
         for notes in self._notes:
             notes.put()
         try:
-            if self._thread.ident is None:
-                self._thread.start()
-            self._go.put(None)
-            self._back.get()
-        except BaseException:  # Ctrl-C
-            self.abandon()
-            raise
+            self._own.switch()
         finally:
             for notes in self._notes:
                 notes.take()
-        if self.is_over:
-            self._thread.join()
-            if isinstance(self._found, BaseException):
-                raise self._found
+        if self.is_over and isinstance(self._found, BaseException):
+            raise self._found
 
     def abandon(self) -> None:
-        """End it where it waits, or at the next layer that it gets to, and wait for that."""
-        self._is_abandoned = True
-        self._go.put(None)
-        if self._thread.ident is not None:
-            self._thread.join()
+        """End it where it waits."""
+        while self._own:  # started, and not over
+            self._own.throw(Abandoned)
+        self.is_over = True
 
     @property
     def result(self) -> Result:
@@ -93,27 +80,38 @@ class Waiting(Generic[Result]):
         return self._found  # type: ignore[return-value]
 
     def arrive(self, place: int, states: torch.Tensor | None) -> None:
-        """Wait; called in the call's own thread."""
+        """Wait; the call itself does this."""
         self.place, self.states = place, states
-        self._back.put(None)
-        self._resume()
-
-    def _resume(self) -> None:
-        self._go.get()
+        with _modes(*self._modes):
+            self._caller.switch()
         self.states = None
-        if self._is_abandoned:
-            raise Abandoned
 
-    def _run(self, settings: Callable[[], ExitStack]) -> None:
+    def _run(self) -> None:
+        _OWN.set(self)
         try:
-            self._resume()
-            _OWN.set(self)
-            with settings():
-                self._found = self._call()
+            self._found = self._call()
         except BaseException as error:  # advance() raises it
             self._found = error
         self.is_over = True
-        self._back.put(None)
+
+
+def _current_modes() -> tuple[bool, bool, int]:
+    """Inference mode, gradients, and the number of torch function modes."""
+    modes = overrides._len_torch_function_stack()
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), modes
+
+
+@contextmanager
+def _modes(inference: bool, gradients: bool, functions: int) -> Iterator[None]:
+    """Go back to former modes inside the block, and to those of now after it."""
+    above = overrides._len_torch_function_stack() - functions
+    own = [overrides._pop_mode() for _ in range(above)]
+    try:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for mode in reversed(own):
+            overrides._push_mode(mode)
 
 
 class _Notes:
@@ -153,7 +151,7 @@ class _Notes:
 
 
 def is_in_turns() -> bool:
-    """Whether this thread's call waits for its turn at every layer."""
+    """Whether the running call waits for its turn at every layer."""
     return _OWN.get() is not None
 
 
@@ -179,13 +177,21 @@ def each_layer(layers: Iterable[Layer], states: torch.Tensor) -> Iterator[Layer]
 
 
 @contextmanager
-def stopping(layers: nn.ModuleList) -> Iterator[None]:
-    """Make the forwards of a stock decoder wait for their turns inside the block."""
+def stopping(layers: Sequence[nn.Module], ahead: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Make forwards wait for their turns inside the block.
+
+    Args:
+        layers: A stock decoder's, in order: the places from 0; the next one is after the last. One
+            with a loop of its own waits by itself, and does not call the layers that are hooked.
+        ahead: Modules that run before them: the places after that.
+    """
+    last = len(layers)
+    places = [*enumerate(layers), *enumerate(ahead, last + 1)]
     with ExitStack() as stack:
-        for place, layer in enumerate(layers):
+        for place, layer in places:
             hook = layer.register_forward_pre_hook(_before(place), with_kwargs=True, prepend=True)
             stack.callback(hook.remove)
-        stack.callback(layers[-1].register_forward_hook(_after(len(layers))).remove)
+        stack.callback(layers[-1].register_forward_hook(_after(last)).remove)
         yield
 
 
@@ -205,22 +211,3 @@ def _after(place: int) -> Callable[[nn.Module, tuple, object], None]:
             own.arrive(place, None)
 
     return arrive
-
-
-def _settings() -> Callable[[], ExitStack]:
-    """This thread's settings of torch that others do not share, to be made in another one."""
-    gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
-    inference = torch.is_inference_mode_enabled()
-    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-
-    def make() -> ExitStack:
-        stack = ExitStack()
-        torch.set_num_threads(threads)
-        stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        if stream is not None:
-            stack.enter_context(torch.cuda.device(stream.device))
-            stack.enter_context(torch.cuda.stream(stream))
-        return stack
-
-    return make

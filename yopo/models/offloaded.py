@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from safetensors import safe_open
 from torch import nn
 
 from yopo.models.devices import accelerate_hooks
@@ -42,6 +44,25 @@ def fetching_hook(module: nn.Module) -> _Fetching | None:
 def is_offloaded(decoder: nn.Module) -> bool:
     """Whether weights of a decoder are elsewhere between calls."""
     return any(fetching_hook(module) is not None for module in decoder.modules())
+
+
+def offloaded_towers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers before a model's decoder, such as a vision tower's, whose weights are elsewhere.
+
+    Of the outermost lists of modules, those that forwards pass one after the other.
+    """
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if not isinstance(child, nn.ModuleList):
+                visit(child)
+            elif child is not layers:
+                found.extend(each for each in child if is_offloaded(each))
+
+    layers = model.get_decoder().layers
+    visit(model)
+    return found
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -84,8 +105,9 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
             if (call := vars(layer).get(_AFTER_USE)) is not None:
                 stack.callback(call)
             stack.callback(give_back)
+            files = _Files(stack)
             for module in layer.modules():
-                stack.enter_context(_fetched(module))
+                stack.enter_context(_fetched(module, files))
         yield
 
 
@@ -94,8 +116,34 @@ def after_use(layer: nn.Module, call: Callable[[], None]) -> None:
     setattr(layer, _AFTER_USE, call)
 
 
+class _Files:
+    """Reads weights as accelerate does, but opens each file of a layer once.
+
+    Args:
+        stack: Closes the files.
+    """
+
+    def __init__(self, stack: ExitStack):
+        self._stack, self._open = stack, cast("dict[str, Any]", {})
+
+    def read(self, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        """A weight, mapped into memory if it is in a safetensors file."""
+        source, key = weights, name
+        while isinstance(source, PrefixedDataset):
+            source, key = source.dataset, f"{source.prefix}{key}"
+        is_loader = isinstance(source, OffloadedWeightsLoader) and key not in source.state_dict
+        entry = source.index[key] if is_loader else {}
+        path = entry.get("safetensors_file")
+        if path is None:
+            return weights[name]
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        found: torch.Tensor = self._open[path].get_tensor(entry.get("weight_name", key))
+        return found.to(getattr(torch, entry["dtype"])) if "dtype" in entry else found
+
+
 @contextmanager
-def _fetched(module: nn.Module) -> Iterator[None]:
+def _fetched(module: nn.Module, files: _Files) -> Iterator[None]:
     """One module's own weights, without accelerate's forward around the module's."""
     hook, held = fetching_hook(module), module._parameters
     weights = {name: each for name, each in held.items() if each is not None and each.is_meta}
@@ -103,7 +151,7 @@ def _fetched(module: nn.Module) -> Iterator[None]:
     try:
         for name in weights if hook is not None else ():
             assert hook is not None, "weights are fetched by a hook"
-            found = hook.weights_map[name].to(hook.execution_device)
+            found = files.read(hook.weights_map, name).to(hook.execution_device)
             held[name] = nn.Parameter(found, requires_grad=False)
         if wrapped is not None and "_old_forward" in vars(module):
             module.forward = vars(module)["_old_forward"]

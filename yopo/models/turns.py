@@ -2,13 +2,14 @@
 
 Where layers stay on disk, every forward reads all of them. So the loops over batches and layers are
 swapped: the forwards of a window wait at each layer until all are there, the layer is brought to
-hand once, each runs through it in turn, and it goes away. They are the ordinary forwards, each in a
-thread that keeps its place while the others run. One runs at a time, in the order of the items: at
-every layer, whatever is computed and added up is what a plain loop computes, bit for bit.
-``generate`` goes in lockstep, so that one pass over the layers is a step of all unfinished answers.
+hand once, each runs through it in turn, and it goes away. They are the ordinary forwards, each on a
+stack of its own, which keeps its place while the others run. One runs at a time, in the order of
+the items: at every layer, whatever is computed and added up is what a plain loop computes, bit for
+bit. ``generate`` goes in lockstep, so that one pass over the layers is a step of all unfinished
+answers. So do the layers of a vision tower, if they are on disk.
 
 A stock decoder is stopped by hooks on its layers; a decoder with a loop of its own iterates over
-``each_layer``. Where layers are resident there are no threads, and the loop is a plain one.
+``each_layer``. Where layers are resident the loop is a plain one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from yopo.models.baton import Waiting, stopping
 from yopo.models.family import shape_of
-from yopo.models.offloaded import at_hand, is_offloaded
-from yopo.models.window import Holding, forced_memory, free_for_states
+from yopo.models.offloaded import at_hand, is_offloaded, offloaded_towers
+from yopo.models.window import Holding, Load, forced_memory
 from yopo.support.memory import give_back
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MOST_CALLS = 256
-"""Most calls of a window, each of which is a thread."""
+"""Most calls of a window, each of which has a stack."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ def in_turns(
         for number, item in enumerate(items):
             yield Finished((call(number, item),), _size(item))
         return
-    holding = Holding(shape_of(model.config), new_tokens)
+    load = Load(Holding(shape_of(model.config), new_tokens), memory)
     rest = enumerate(items)
     while True:
-        window: _Window[Result] = _Window(model, holding, memory)
+        window: _Window[Result] = _Window(model, load)
         size = 0
         with window:
-            while not window.is_full and (found := next(rest, None)) is not None:
+            while not window.is_full() and (found := next(rest, None)) is not None:
                 window.admit(partial(call, *found))
                 size += _size(found[1])
             window.pass_layers()
@@ -99,54 +100,77 @@ class _Window(Generic[Result]):
 
     Args:
         model: The model that they run.
-        holding: What each of them holds.
-        memory: Bytes for all of them; None: what the device of the first one has.
+        load: Counts what they hold, and knows what fits.
     """
 
-    def __init__(self, model: PreTrainedModel, holding: Holding, memory: int | None):
+    def __init__(self, model: PreTrainedModel, load: Load):
         self.calls: list[Waiting[Result]] = []
-        self.is_full = False
-        self._model, self._layers = model, model.get_decoder().layers
-        self._holding, self._memory = holding, memory
-        self._held = self._largest = self._tokens = 0
+        self._model, self._load = model, load
+        decoder = model.get_decoder()
+        self._decoder, self._tower = list(decoder.layers), offloaded_towers(model)
+        self._layers = [*self._decoder, None, *self._tower]
+        self._ahead: list[Waiting[Result]] = []
 
     def __enter__(self) -> _Window[Result]:
-        self._hooks = stopping(self._layers)
+        self._load.start()
+        self._hooks = stopping(self._decoder, self._tower)
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._hooks.__exit__(None, None, None)
-        for each in self.calls:
-            if not each.is_over:
+        try:
+            for each in self.calls:
                 each.abandon()
+        finally:
+            self._hooks.__exit__(None, None, None)
 
     def admit(self, call: Callable[[], Result]) -> None:
         """Start a call: it runs up to the first layer, or ends before, and counts if it waits."""
         waiting = Waiting(call, (self._model, self._model.base_model))
         self.calls.append(waiting)
         waiting.advance()
-        if waiting.states is None:
-            return
-        if self._memory is None:
-            self._memory = free_for_states(waiting.states.device)
-        held = self._holding.of(waiting.states)
-        self._held, self._largest = self._held + held, max(self._largest, held)
-        self._tokens += waiting.states.shape[:2].numel()
-        most = self._holding.most_tokens(waiting.states.device)
-        is_long = len(self.calls) >= MOST_CALLS or (most is not None and self._tokens >= most)
-        self.is_full = is_long or self._held + self._largest > self._memory
+        if not self._is_in_tower(waiting):
+            self._count(waiting)
+        elif waiting.states is not None:
+            self._ahead.append(waiting)
+            self._load.add_in_tower(waiting.states)
+
+    def is_full(self) -> bool:
+        """Whether no other call fits. To know what they hold, calls leave the tower if need be."""
+        if self._ahead and self._load.is_full:
+            self._leave_tower()
+        return len(self.calls) >= MOST_CALLS or self._load.is_full
 
     def pass_layers(self) -> None:
         """Bring layers to hand and let the calls through, until all are over."""
-        place, stops = -1, len(self._layers) + 1
-        while live := [each for each in self.calls if not each.is_over]:
+        self._leave_tower()
+        self._pass(lambda each: each.is_over)
+
+    def _leave_tower(self) -> None:
+        self._pass(lambda each: not self._is_in_tower(each))
+        self._load.leave_towers()
+        for each in self._ahead:
+            self._count(each)
+        self._ahead.clear()
+
+    def _pass(self, is_done: Callable[[Waiting[Result]], bool]) -> None:
+        """Let the calls that are not done pass the layers together, each until it is."""
+        place, stops = -1, len(self._layers)
+        while live := [each for each in self.calls if not is_done(each)]:
             place = min((each.place for each in live), key=partial(_distance, place, stops))
-            here = [each for each in live if each.place == place]
-            with at_hand(self._layers[place]) if place < len(self._layers) else nullcontext():
-                for each in here:
-                    each.advance()
-                    give_back()
+            layer = self._layers[place]
+            with nullcontext() if layer is None else at_hand(layer):
+                for each in live:
+                    if each.place == place:
+                        each.advance()
+                        give_back()
+
+    def _is_in_tower(self, call: Waiting[Result]) -> bool:
+        return not call.is_over and call.place > len(self._decoder)
+
+    def _count(self, call: Waiting[Result]) -> None:
+        if call.states is not None:
+            self._load.add(call.states)
 
 
 def _distance(place: int, stops: int, other: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -74,7 +75,7 @@ class Holding:
     new_tokens: int | None
 
     def of(self, states: torch.Tensor) -> int:
-        """Bytes, given its (batch, sequence, hidden) states."""
+        """Bytes at a layer of the decoder, given its (batch, sequence, hidden) input."""
         rows, length, width = states.shape
         numbers = rows * length * STATES * width
         if self.new_tokens is not None:
@@ -86,3 +87,68 @@ class Holding:
     def most_tokens(self, device: torch.device) -> int | None:
         """Tokens of a full window on a device; None: as many as memory holds."""
         return most_tokens(device.type) if self.new_tokens is None else None
+
+
+@dataclass(frozen=True)
+class _Held:
+    num_bytes: int = 0
+    tokens: int = 0
+
+
+class Load:
+    """What the forwards of a window hold, and whether another one fits.
+
+    A forward in a vision tower has not got to the decoder yet. It counts as much as the largest one
+    there, so the very first goes there alone.
+
+    Args:
+        holding: What each holds at the decoder.
+        memory: Bytes for all of them; None: what the device of the first one has.
+    """
+
+    def __init__(self, holding: Holding, memory: int | None):
+        self._holding, self._memory = holding, memory
+        self._largest = _Held()
+        self.start()
+
+    def start(self) -> None:
+        """Begin a window, of which only the largest forward of the last one is known."""
+        self._usual, self._largest, self._here = self._largest, _Held(), _Held()
+        self._in_towers: list[int] = []
+        self._room, self._most_tokens = self._memory, cast("int | None", None)
+
+    def add(self, states: torch.Tensor) -> None:
+        """Count a forward that waits at the decoder with its (batch, sequence, hidden) states."""
+        self._find_room(states.device)
+        found = _Held(self._holding.of(states), states.shape[:2].numel())
+        here, largest = self._here, self._largest
+        self._here = _Held(here.num_bytes + found.num_bytes, here.tokens + found.tokens)
+        self._largest = max(largest, found, key=lambda each: each.num_bytes)
+
+    def add_in_tower(self, states: torch.Tensor) -> None:
+        """Count a forward that waits in a tower with its (..., hidden) states."""
+        self._find_room(states.device)
+        self._in_towers.append(STATES * states.nbytes)
+
+    def leave_towers(self) -> None:
+        """No forward waits in a tower any more: all have been added again."""
+        self._in_towers.clear()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another forward may take more than the window has; not if it is empty."""
+        if self._room is None or not (self._here.tokens or self._in_towers):
+            return False
+        usual = self._largest if self._here.tokens else self._usual
+        if self._in_towers and not usual.tokens:
+            return True
+        ahead = [max(each, usual.num_bytes) for each in self._in_towers]
+        tokens = self._here.tokens + len(ahead) * usual.tokens
+        held = self._here.num_bytes + sum(ahead) + max(ahead, default=usual.num_bytes)
+        is_long = self._most_tokens is not None and tokens >= self._most_tokens
+        return is_long or held > self._room
+
+    def _find_room(self, device: torch.device) -> None:
+        if self._room is None:
+            self._room = free_for_states(device)
+        self._most_tokens = self._holding.most_tokens(device)
