@@ -9,8 +9,9 @@ call waits, the modes that it has set are not: gradients, inference, torch funct
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
+from operator import is_
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -104,13 +105,15 @@ def _current_modes() -> tuple[bool, bool, int]:
 @contextmanager
 def _modes(inference: bool, gradients: bool, functions: int) -> Iterator[None]:
     """Go back to former modes inside the block, and to those of now after it."""
-    above = overrides._len_torch_function_stack() - functions
-    own = [overrides._pop_mode() for _ in range(above)]
+    own = _current_modes()
+    above = [overrides._pop_mode() for _ in range(own[2] - functions)]
     try:
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+        with nullcontext() if own[0] == inference else torch.inference_mode(inference):
+            torch.set_grad_enabled(gradients)
             yield
     finally:
-        for mode in reversed(own):
+        torch.set_grad_enabled(own[1])
+        for mode in reversed(above):
             overrides._push_mode(mode)
 
 
@@ -121,33 +124,31 @@ class _Notes:
     """
 
     def __init__(self, module: nn.Module):
-        self._module = module
+        self._held = vars(module)
         self._own: dict[str, Any] = {}
         self._shared: dict[str, Any] = {}
 
     def put(self) -> None:
         """Lay them out."""
-        self._shared = self._visible()
-        vars(self._module).update(self._own)
+        self._shared = dict(self._held)
+        self._held.update(self._own)
 
     def take(self) -> None:
         """Put them away."""
-        held, missing = vars(self._module), object()
+        held, shared, missing = self._held, self._shared, object()
+        if len(held) == len(shared) and all(map(is_, held.values(), shared.values())):
+            self._own = {}
+            return
         self._own = {
             name: value
-            for name, value in self._visible().items()
-            if self._shared.get(name, missing) is not value
+            for name, value in held.items()
+            if shared.get(name, missing) is not value and not name.startswith("_")
         }
         for name in self._own:
-            if name in self._shared:
-                held[name] = self._shared[name]
+            if name in shared:
+                held[name] = shared[name]
             else:
                 del held[name]
-
-    def _visible(self) -> dict[str, Any]:
-        """Attributes other than the module's own administration."""
-        held = vars(self._module).items()
-        return {name: value for name, value in held if not name.startswith("_")}
 
 
 def is_in_turns() -> bool:
