@@ -46,13 +46,13 @@ import time
 import yopo.cli.calibrate
 import yopo.pipeline.commands
 from yopo.cli.main import main
-started = time.perf_counter()
+started = time.perf_counter(), time.process_time()
 code = main(sys.argv[1:])
-print(time.perf_counter() - started)
+print(time.perf_counter() - started[0], time.process_time() - started[1])
 {PEAK}
 sys.exit(code)
 """
-"""Prints the seconds that a command takes after imports, and the peaks of memory."""
+"""Prints a command's seconds after imports, by the clock and of the CPUs, and peaks of memory."""
 
 FORWARD = f"""
 import sys
@@ -135,16 +135,24 @@ def compare(options: argparse.Namespace, model: str, plan: str, samples: int) ->
         for offload, took in times.items():
             took.append(calibrate(options, model, plan, samples, offload))
     if options.rounds > 1 and {"never", "always"} <= times.keys():
-        ratios = [b / a for a, b in zip(times["never"], times["always"], strict=True)]
-        low, high = min(ratios), max(ratios)
-        print(f"\nalways / never, {samples} pairs, without imports: ", end="")
-        print(f"{median(ratios):.2f} ({low:.2f} to {high:.2f})\n", flush=True)
+        pairs = list(zip(times["never"], times["always"], strict=True))
+        clock, cpu = ([always[i] / never[i] for never, always in pairs] for i in range(2))
+        print(
+            f"\nalways / never, {samples} pairs, without imports: {ratio(clock)} by the clock, "
+            f"{ratio(cpu)} of CPU time\n",
+            flush=True,
+        )
+
+
+def ratio(found: Sequence[float]) -> str:
+    """The median of ratios, and their range."""
+    return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def calibrate(
     options: argparse.Namespace, model: str, plan: str, samples: int, offload: str
-) -> float:
-    """Calibrate once, print the row, and return the seconds without imports."""
+) -> tuple[float, float]:
+    """Calibrate once, print the row, and return seconds without imports: clock, CPUs."""
     request = ["--budget", "0.12"] if options.fit else ["--preset", "yopo-25"]
     command = ["calibrate", "--model", model, "--data", pairs_of(options), "-q", *request]
     command += ["--samples", str(samples), "--batch-size", str(options.batch_size)]
@@ -153,7 +161,7 @@ def calibrate(
         shutil.rmtree(f"{plan}-work", ignore_errors=True)
         command += ["--work-dir", f"{plan}-work"]
     printed = run(f"calibrate, {samples} pairs, --offload {offload}", COMMAND, command)
-    return float(printed[0])
+    return float(printed[0]), float(printed[1])
 
 
 def run(what: str, code: str, words: Sequence[str]) -> list[str]:

@@ -128,7 +128,8 @@ class _Files:
 
     def read(self, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         """A weight, mapped into memory if it is in a safetensors file."""
-        source, key = weights, name
+        source: Any = weights
+        key = name
         while isinstance(source, PrefixedDataset):
             source, key = source.dataset, f"{source.prefix}{key}"
         is_loader = isinstance(source, OffloadedWeightsLoader) and key not in source.state_dict

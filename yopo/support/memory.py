@@ -47,9 +47,9 @@ PERIOD = 2.0
 
 
 class GivingBack:
-    """Gives freed memory back to the system, which the C library may keep for its threads.
+    """Gives freed memory back to the system, which the C library may keep.
 
-    glibc keeps what each of many threads freed, which adds up to more than what is in use.
+    glibc keeps what is freed below a block that is in use, which adds up while forwards wait.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class GivingBack:
 
 
 give_back = GivingBack()
-"""The one of this process, whose heaps its threads share."""
+"""The one of this process."""
 
 
 @cache
