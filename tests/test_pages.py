@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import pytest
+import tiny
 import yaml
 
 import yopo
@@ -330,6 +331,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("YOPO_CACHE", str(folder / "cache"))
+        tiny.try_few_plans(patch)
         for program, *words in commands(block):
             assert program == "yopo" and main(words) == 0, words
     return folder
@@ -343,6 +345,7 @@ def test_the_first_commands_run_as_printed(walked: Path) -> None:
 
 def test_the_python_examples_run(walked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(walked)
+    tiny.try_few_plans(monkeypatch)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 2
     model = load_dense(resolve(str(LLAVA_TINY)))
