@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,12 @@ from tape import at_once, tape  # noqa: F401
 torch.set_num_threads(1)
 settings.register_profile("yopo", derandomize=True, deadline=None, database=None)
 settings.load_profile("yopo")
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and tests stay; whoever collects garbage need not look through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", params=tiny.BACKBONES)

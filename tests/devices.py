@@ -17,7 +17,6 @@ import accelerate
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
@@ -44,10 +43,11 @@ class Places:
         self.moves: list[tuple[str, str, tuple[int, ...]]] = []
 
     def __getitem__(self, tensor: torch.Tensor) -> torch.device:
-        if tensor in self._known:
-            return self._known[tensor]
-        # torch makes parameters of tensors without saying so.
-        return self._memory.get(_memory(tensor), CPU) if _is_parameter(tensor) else CPU
+        known = self._known.get(tensor)
+        if known is None and isinstance(tensor, torch.nn.Parameter):
+            # torch makes parameters of tensors without saying so.
+            known = self._memory.get(_memory(tensor))
+        return known or CPU
 
     def on(self, place: torch.device) -> list[torch.Tensor]:
         """The tensors on a device that somebody holds."""
@@ -58,17 +58,20 @@ class Places:
         self._memory[_memory(tensor)] = place
 
 
-def _is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch.nn.Parameter)
-
-
 def _memory(tensor: torch.Tensor) -> int:
     with torch._C.DisableTorchFunction():
         return tensor.data_ptr()
 
 
 def _tensors(values: object) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    """The tensors in arguments or results of an operation."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return []
+    return [tensor for value in values for tensor in _tensors(value)]
 
 
 class _Operations(TorchDispatchMode):
@@ -81,12 +84,13 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = _tensors((args, kwargs or {}))
+        given = _tensors((args, kwargs))
         checked = given
         if func._schema.name in _INDEXED:  # by indices on the CPU or on the same device
             at_home = [each for each in _tensors(args[1]) if self._places[each] == CPU]
             checked = [each for each in given if not any(each is one for one in at_home)]
-        places = {self._places[each] for each in checked if each.dim() or self._places[each] != CPU}
+        found_at = ((each, self._places[each]) for each in checked)
+        places = {place for each, place in found_at if each.dim() or place != CPU}
         if len(places) > 1 and func._schema.name not in _MAY_MIX:
             raise MixedDevicesError(f"{func} on {sorted(map(str, places))}")
         found = func(*args, **(kwargs or {}))

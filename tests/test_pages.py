@@ -21,12 +21,14 @@ from typing import Any
 
 import click
 import pytest
+import tiny
 import yaml
 
 import yopo
 from yopo.cli.calibrate import command as calibrate
 from yopo.cli.config import _NOT_IN_FILES
 from yopo.cli.group import cli
+from yopo.cli.main import main
 from yopo.data.pairs import Pair
 from yopo.data.prompts import encode_for, load_processor
 from yopo.data.sources import open_pairs
@@ -319,13 +321,19 @@ def test_pipelines_run_as_printed(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's first commands were run."""
+    """A folder in which the README's first commands were run, all in this process."""
     folder = tmp_path_factory.mktemp("walk")
     for split in ("calibration", "heldout"):
         write_pairs(folder / split, split, 24, seed=0)
     (folder / "heldout" / "pairs.jsonl").rename(folder / "heldout" / "held.jsonl")
     section = README[README.index("## Your model and your data") :]
-    run(with_demo(re.findall(r"```bash\n(.*?)```", section, re.S)[0]), folder)
+    block = with_demo(re.search(r"```bash\n.*?```", section, re.S)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("YOPO_CACHE", str(folder / "cache"))
+        tiny.try_few_plans(patch)
+        for program, *words in commands(block):
+            assert program == "yopo" and main(words) == 0, words
     return folder
 
 
@@ -337,6 +345,7 @@ def test_the_first_commands_run_as_printed(walked: Path) -> None:
 
 def test_the_python_examples_run(walked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(walked)
+    tiny.try_few_plans(monkeypatch)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 2
     model = load_dense(resolve(str(LLAVA_TINY)))

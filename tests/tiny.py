@@ -312,6 +312,14 @@ def real_text(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return real(inputs) & (inputs["input_ids"] != IMAGE)
 
 
+def try_few_plans(patch: pytest.MonkeyPatch) -> None:
+    """Let a budget try one allocation instead of a dozen, where any plan within it serves."""
+    patch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
+    patch.setattr("yopo.planning.allocations.near", lambda weighting: ())
+    patch.setattr("yopo.planning.allocations.GENERATIONS", 0)
+    patch.setattr("yopo.planning.weightings.near", lambda weighting: ())
+
+
 def takes_encoded(model: PreTrainedModel) -> bool:
     """Return whether this transformers' model takes encoded images (since 5.18)."""
     return "mm_encoder_outputs" in inspect.signature(type(model.base_model).forward).parameters

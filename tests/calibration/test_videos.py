@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 from demo_training.glyphs_build import build_processor
@@ -186,6 +187,7 @@ def test_videos_are_calibrated_applied_evaluated_and_served(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    tiny.try_few_plans(monkeypatch)
     monkeypatch.setenv("YOPO_CACHE", str(folder / "cache"))
 
     def run(*arguments: object) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +27,25 @@ POINTS = (0, 1, 3, 7, 11, LAST)
 
 KILLED = """
 import os, pickle, signal, sys
+from transformers import LlavaForConditionalGeneration
 from yopo.checkpoint import shards, weights
 from yopo.checkpoint.bake import bake
-plan, source, folder, points = pickle.load(open(sys.argv[1], "rb"))
 weights._threads = lambda count: (1, 1)
-for point in points:
-    child = os.fork()  # imports once; nothing has computed with torch yet
-    if child == 0:
-        pwrite, calls = os.pwrite, []
-        def write(*arguments):
-            if len(calls) == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls.append(1)
-            return pwrite(*arguments)
-        os.pwrite = write
-        bake(plan, source, os.path.join(folder, f"out-{point}"))
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+for line in sys.stdin:
+    plan, source, folder, points = pickle.load(open(line.strip(), "rb"))
+    for point in points:
+        child = os.fork()  # imports once; nothing has computed with torch yet
+        if child == 0:
+            pwrite, calls = os.pwrite, []
+            def write(*arguments):
+                if len(calls) == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls.append(1)
+                return pwrite(*arguments)
+            os.pwrite = write
+            bake(plan, source, os.path.join(folder, f"out-{point}"))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -64,15 +67,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 _NAMED = ("README.md", "yopo_files.json")
 
 
-def kill(plan, source: Path, folder: Path, points: tuple[int, ...]) -> None:
-    """Kill a run per point, after that many writes."""
-    with (folder / "job").open("wb") as file:
-        pickle.dump((plan, source, str(folder), points), file)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder / "job")], capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["-9"] * len(points), done.stderr
-    (folder / "job").unlink()
+@pytest.fixture(scope="module")
+def kill() -> Iterator[Callable[..., None]]:
+    """Kills a run per point, after that many writes: (plan, source, folder, points)."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", KILLED], stdin=pipe, stdout=pipe, text=True)
+
+    def call(plan, source: Path, folder: Path, points: tuple[int, ...]) -> None:
+        job = folder / "job"
+        job.write_bytes(pickle.dumps((plan, source, str(folder), points)))
+        process.stdin.write(f"{job}\n")
+        process.stdin.flush()
+        assert [process.stdout.readline() for _ in points] == ["-9\n"] * len(points)
+        job.unlink()
+
+    with process:
+        yield call
 
 
 def written(monkeypatch) -> list[str]:
@@ -88,7 +98,7 @@ def written(monkeypatch) -> list[str]:
     return names
 
 
-def test_a_killed_run_goes_on_where_it_was(case, tmp_path, monkeypatch) -> None:
+def test_a_killed_run_goes_on_where_it_was(case, kill, tmp_path, monkeypatch) -> None:
     plan, source, expected = case
     kill(plan, source, tmp_path, POINTS)
     assert len(find_leftovers(tmp_path)) == len(POINTS)
@@ -107,7 +117,7 @@ def test_a_killed_run_goes_on_where_it_was(case, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("what", ["plan", "source"])
 def test_another_plan_or_source_starts_anew(
-    case, saved, make_plan, tmp_path, monkeypatch, what
+    case, kill, saved, make_plan, tmp_path, monkeypatch, what
 ) -> None:
     plan, source, expected = case
     source = shutil.copytree(source, tmp_path / "source")
@@ -129,7 +139,7 @@ def test_another_plan_or_source_starts_anew(
 
 
 def test_unfinished_shards_and_foreign_files_of_a_leftover_are_not_used(
-    case, tmp_path, monkeypatch
+    case, kill, tmp_path, monkeypatch
 ) -> None:
     plan, source, expected = case
     kill(plan, source, tmp_path, (LAST,))
@@ -142,7 +152,7 @@ def test_unfinished_shards_and_foreign_files_of_a_leftover_are_not_used(
     assert contents(tmp_path / f"out-{LAST}") == expected
 
 
-def test_two_runs_do_not_share_a_leftover(case, tmp_path, monkeypatch) -> None:
+def test_two_runs_do_not_share_a_leftover(case, kill, tmp_path, monkeypatch) -> None:
     plan, source, expected = case
     kill(plan, source, tmp_path, (LAST,))
     write, inner, first = weights.write_shard, [], threading.Lock()
@@ -160,7 +170,7 @@ def test_two_runs_do_not_share_a_leftover(case, tmp_path, monkeypatch) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [f"out-{LAST}"]
 
 
-def test_a_full_disk_after_a_kill_leaves_nothing(case, tmp_path, monkeypatch) -> None:
+def test_a_full_disk_after_a_kill_leaves_nothing(case, kill, tmp_path, monkeypatch) -> None:
     plan, source, _ = case
     kill(plan, source, tmp_path, (LAST,))
 

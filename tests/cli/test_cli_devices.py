@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from command_line import FAST, Yopo
 from devices import pretended, spread
@@ -28,10 +29,7 @@ PARTS = ("model.vision_tower", "model.multi_modal_projector", "model.language_mo
 @pytest.fixture
 def one_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     """One allocation instead of a dozen."""
-    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
-    monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
-    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
-    monkeypatch.setattr("yopo.planning.weightings.near", lambda weighting: ())
+    tiny.try_few_plans(monkeypatch)
 
 
 def made(model: Any, path: Path) -> tuple[Calibrated, Evaluation]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 from command_line import Yopo, side_file
 
 import yopo as package
@@ -18,6 +19,11 @@ QUICK = ("--model", "llava-tiny", "--samples", 16, "--measure-pairs", 8, "--fit-
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("front")
+
+
+@pytest.fixture(autouse=True)
+def few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.try_few_plans(monkeypatch)
 
 
 @pytest.fixture
@@ -132,8 +138,6 @@ def test_a_budget_selects_only_among_the_checkpoints_plans(yopo: Yopo, front: Pa
 def test_a_kv_budget_can_be_combined_with_a_budget(
     yopo: Yopo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))  # few plans
-    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
     monkeypatch.setattr("yopo.planning.allocate.KV_STEPS", 6)
     plan = tmp_path / "plan.yaml"
     done = yopo("calibrate", *QUICK, "--budget", 0.3, "--kv-budget", 0.4, "-o", plan)

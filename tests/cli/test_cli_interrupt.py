@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,49 +23,71 @@ from yopo.cli import interrupts
 from yopo.cli.main import main
 
 _DRIVER = """
-import importlib, sys, time
+import importlib, json, os, sys, time
+import transformers.modeling_utils, yopo.checkpoint.bake, yopo.cli.calibrate, yopo.cli.results
+import yopo.calibration.measure, yopo.demo.pair_files
 from yopo.cli.main import main
 
-module = importlib.import_module(sys.argv[1])
-original = getattr(module, sys.argv[2])
+for line in sys.stdin:
+    folder, cache, out, err, (name, function), arguments = json.loads(line)
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.chdir(folder)
+    os.environ["YOPO_CACHE"] = cache
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    module = importlib.import_module(name)
+    original = getattr(module, function)
 
-def stop_here(*arguments, **options):
-    original(*arguments, **options)
-    print("ready", file=sys.stderr, flush=True)
-    time.sleep(60)
+    def stop_here(*arguments, **options):
+        original(*arguments, **options)
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
 
-setattr(module, sys.argv[2], stop_here)
-sys.exit(main(sys.argv[3:]))
+    setattr(module, function, stop_here)
+    sys.exit(main(arguments))
 """
-"""Runs a command line that pauses at a function's first call."""
+"""Imports once, and forks a process per command line, which pauses at a function's first call."""
+
+Interrupted = Callable[..., tuple[int, str, str, list[str]]]
 
 
-def interrupted(
-    place: tuple[str, str], arguments: list[object], folder: Path, number: signal.Signals
-) -> tuple[int, str, str, list[str]]:
-    """Interrupt a command line where it pauses.
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interrupted]:
+    """Interrupts a command line where it pauses.
 
-    Returns:
-        (exit code, stdout, stderr after "ready", the folder's content during the pause).
+    Returns (exit code, stdout, stderr after "ready", the folder's content during the pause).
     """
-    with subprocess.Popen(
-        [sys.executable, "-c", _DRIVER, *place, *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "YOPO_CACHE": str(folder / "cache")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    pipe, logs = subprocess.PIPE, tmp_path_factory.mktemp("said")
+    server = subprocess.Popen([sys.executable, "-c", _DRIVER], stdin=pipe, stdout=pipe, text=True)
+
+    def call(
+        place: tuple[str, str], arguments: list[object], folder: Path, number: signal.Signals
+    ) -> tuple[int, str, str, list[str]]:
+        out, err = (Path(tempfile.mkstemp(dir=logs)[1]) for _ in range(2))
+        where = [str(each) for each in (folder, folder / "cache", out, err)]
+        server.stdin.write(f"{json.dumps([*where, place, [*map(str, arguments)]])}\n")
+        server.stdin.flush()
+        process, until = int(server.stdout.readline()), time.monotonic() + 120
         try:
-            for line in process.stderr:
-                if line == "ready\n":
-                    break
+            while "ready\n" not in err.read_text():
+                assert time.monotonic() < until, err.read_text()
+                time.sleep(0.01)
             meanwhile = os.listdir(folder)
-            process.send_signal(number)
-            out, err = process.communicate(timeout=120)
+            os.kill(process, number)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            raise
         finally:
-            process.kill()
-    return process.returncode, out, err, meanwhile
+            code = int(server.stdout.readline())
+        return code, out.read_text(), err.read_text().partition("ready\n")[2], meanwhile
+
+    with server:
+        yield call
 
 
 OUTCOMES = {
@@ -73,7 +99,7 @@ OUTCOMES = {
 
 @pytest.mark.parametrize("number", OUTCOMES)
 def test_an_interrupted_bake_leaves_nothing(
-    plan: Path, model: Path, tmp_path: Path, number: signal.Signals
+    interrupted: Interrupted, plan: Path, model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -85,7 +111,9 @@ def test_an_interrupted_bake_leaves_nothing(
     assert os.listdir(work) == []
 
 
-def test_an_interrupted_calibration_leaves_nothing(model: Path, tmp_path: Path) -> None:
+def test_an_interrupted_calibration_leaves_nothing(
+    interrupted: Interrupted, model: Path, tmp_path: Path
+) -> None:
     arguments = ["calibrate", "--model", model, *FAST, *DRAWINGS, "--stats", "s.safetensors"]
     place = ("yopo.calibration.measure", "_observe")
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGINT)
@@ -93,7 +121,9 @@ def test_an_interrupted_calibration_leaves_nothing(model: Path, tmp_path: Path) 
     assert os.listdir(tmp_path) == []
 
 
-def test_statistics_are_written_before_planning_starts(model: Path, tmp_path: Path) -> None:
+def test_statistics_are_written_before_planning_starts(
+    interrupted: Interrupted, model: Path, tmp_path: Path
+) -> None:
     arguments = ["calibrate", "--model", model, *FAST, *DRAWINGS, "--stats", "s.safetensors"]
     place = ("yopo.cli.results", "write_file")
     code, out, err, _ = interrupted(place, arguments, tmp_path, signal.SIGTERM)
@@ -104,7 +134,9 @@ def test_statistics_are_written_before_planning_starts(model: Path, tmp_path: Pa
     )  # of 32; the others are held out
 
 
-def test_an_interrupted_write_of_pairs_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_write_of_pairs_leaves_nothing(
+    interrupted: Interrupted, tmp_path: Path
+) -> None:
     place = ("yopo.demo.pair_files", "write_pairs")
     arguments = ["pairs", "mine", "--count", 2]
     code, out, err, meanwhile = interrupted(place, arguments, tmp_path, signal.SIGINT)

@@ -102,17 +102,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(folder)
 
 
-@pytest.mark.parametrize(("processes", "models"), [(2, MODELS), (4, MODELS[:1])])
-def test_any_number_of_processes_writes_the_same_bytes_once(
-    processes: int, models: tuple[str, ...], tmp_path: Path, alone: dict[str, bytes]
+def test_several_processes_write_the_bytes_of_one_once(
+    tmp_path: Path, alone: dict[str, bytes]
 ) -> None:
+    """Three, which cannot share eight batches evenly."""
     folder = tmp_path / "together"
-    done = torchrun(folder, processes, [calibrate(model) for model in models])
+    done = torchrun(folder, 3, [calibrate(model) for model in MODELS])
     assert done.returncode == 0, done.stderr
-    expected = {name: data for name, data in alone.items() if name.startswith(models)}
-    assert len(expected) == 3 * len(models), "a plan, its tensors and statistics each"
-    assert contents(folder) == expected
-    assert done.stderr.count("% of 20.0 % requested") == len(models)
+    assert len(alone) == 3 * len(MODELS), "a plan, its tensors and statistics each"
+    assert contents(folder) == alone
+    assert done.stderr.count("% of 20.0 % requested") == len(MODELS)
     assert done.stdout == ""
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from original import CONTEXT, END, Original
 from PIL import Image
@@ -53,6 +54,7 @@ def test_an_original_can_be_converted_calibrated_applied_and_loaded(
     decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    tiny.try_few_plans(monkeypatch)
     monkeypatch.setenv("YOPO_CACHE", str(tmp_path / "cache"))
     source = Original.make(decoder).save(tmp_path / "source")
     write_tokenizer(source)

@@ -13,6 +13,7 @@ from yopo.data.sources import open_pairs
 from yopo.demo import SETS, demo_data
 from yopo.demo.pair_files import pairs_of, write_pairs
 from yopo.demo.scenes import KINDS, pairs
+from yopo.demo.task import find_pair
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -22,6 +23,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
     write_pairs(tmp_path / "one", "calibration", 14, seed=3, kinds=KINDS)
+    find_pair.cache_clear()
     write_pairs(tmp_path / "other", "calibration", 14, seed=3, kinds=KINDS)
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
     assert len(contents(tmp_path / "one")) == 15
@@ -31,6 +33,7 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
 def test_every_set_can_be_written_and_opened(name: str, tmp_path: Path) -> None:
     path = write_pairs(tmp_path, name, 6, seed=1)
     written = list(open_pairs(str(path), samples=None, seed=0))
+    find_pair.cache_clear()
     opened = open_pairs(f"demo:{name}", samples=6, seed=1)
     assert (opened.name, opened.total) == (f"demo:{name}", 6)
     for one, other in zip(written, opened, strict=True):
@@ -57,6 +60,7 @@ def test_models_are_shown_their_own_task() -> None:
 def test_files_hold_the_generated_pairs(tmp_path: Path) -> None:
     path = write_pairs(str(tmp_path), "heldout", 12)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    find_pair.cache_clear()
     for line, pair in zip(lines, pairs("heldout", 12), strict=True):
         assert set(line) == {"image", "question", "answer", "kind", "id"}
         assert (line["question"], line["answer"]) == (pair.question, pair.answer)

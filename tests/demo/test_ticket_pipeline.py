@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from yopo.checkpoint.bake import bake
@@ -29,7 +30,9 @@ NAME = "internvl-tiny"
 def calibrated() -> Calibrated:
     options = RunOptions(samples=32, batch_size=16, max_new_tokens=12)
     fit_options = FitOptions(measure_pairs=12)
-    return calibrate(NAME, BudgetRequest(0.5), options=options, fit_options=fit_options)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.try_few_plans(patch)
+        return calibrate(NAME, BudgetRequest(0.5), options=options, fit_options=fit_options)
 
 
 def test_calibration_takes_the_models_own_pairs(calibrated: Calibrated) -> None:

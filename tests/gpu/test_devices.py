@@ -206,10 +206,7 @@ def made(model: PreTrainedModel, processor: Any) -> tuple[PruningPlan, float]:
 def test_a_calibration_is_as_good_on_the_gpu_and_on_two_devices(
     demo: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
-    monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
-    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
-    monkeypatch.setattr("yopo.planning.weightings.near", lambda weighting: ())
+    tiny.try_few_plans(monkeypatch)
     model, processor = demo
     places = (model, copy.deepcopy(model).to(GPU), halved(model))
     (usual, kl), *others = (made(each, processor) for each in places)

@@ -45,18 +45,28 @@ def pools(specimen: Specimen) -> bool:
     return not specimen.family.ends_rows(specimen.model.config)
 
 
+@pytest.fixture(scope="module")
+def stock(specimen: Specimen) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of every prompt, what the stock model finds, what is exact, and what it says."""
+    found = {}
+    for name, rows in PROMPTS.items():
+        inputs = specimen.inputs(rows)
+        usual, oracle = (tiny.logits(each, inputs) for each in (specimen.model, specimen.oracle))
+        found[name] = usual, oracle, specimen.generate(specimen.model, inputs)
+    return found
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("method", NOTHING, ids=str)
 def test_dropping_nothing_is_the_stock_model(
-    specimen: Specimen, method: Baseline, prompt: str
+    specimen: Specimen, stock: dict, method: Baseline, prompt: str
 ) -> None:
     model, inputs = specimen.model, specimen.inputs(PROMPTS[prompt])
     if method.name == "downsample" and not pools(specimen):
         with pytest.raises(ModelError, match="newline"), baseline(model, method):
             pass
         return
-    usual, oracle = (tiny.logits(each, inputs) for each in (model, specimen.oracle))
-    said = specimen.generate(model, inputs)
+    usual, oracle, said = stock[prompt]
     with baseline(model, method):
         found = tiny.logits(model, inputs)
         assert torch.equal(specimen.generate(model, inputs), said)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 import zoo_idefics3
@@ -125,6 +126,7 @@ def test_a_calibrated_plan_can_be_applied_and_loaded(
     if name == "smolvlm" and importlib.util.find_spec("num2words") is None:
         pytest.skip("SmolVLM's processor needs num2words")
     monkeypatch.chdir(tmp_path)
+    tiny.try_few_plans(monkeypatch)
     monkeypatch.setenv("YOPO_CACHE", str(tmp_path / "cache"))
     try:
         made = MAKERS[name]()
@@ -182,6 +184,7 @@ def test_mistral3_is_calibrated_and_served_with_break_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    tiny.try_few_plans(monkeypatch)
     side = zoo_mistral3.PATCH * zoo_mistral3.MERGE
     images = PixtralImageProcessorPil(size={"longest_edge": 8 * side}, patch_size=side)
     processor = WritesRows(images, tokenizer_with("<break>", "<end>"), DEMO.chat_template)

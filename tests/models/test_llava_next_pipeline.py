@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from demo_training.build import build_processor
 from PIL import Image
@@ -70,6 +71,7 @@ def test_a_calibrated_plan_can_be_applied_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    tiny.try_few_plans(monkeypatch)
     monkeypatch.setenv("YOPO_CACHE", str(tmp_path / "cache"))
     save_model(tmp_path / "tiny")
 

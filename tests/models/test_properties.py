@@ -61,15 +61,20 @@ def drawn(specimen: Specimen, seed: int, stored: str, **fixed: Any) -> PruningPl
     return (tiny.in_few_bits if stored == FEW_BITS else tiny.as_latents)(plan, seed)
 
 
-WHOLE, FEW_BITS, LATENTS = "whole", "in few bits", "as latents"
-storages = pytest.mark.parametrize("stored", [WHOLE, FEW_BITS, LATENTS])
+STORED = WHOLE, FEW_BITS, LATENTS = "whole", "in few bits", "as latents"
+storages = pytest.mark.parametrize("stored", STORED)
 
 
 @pytest.mark.parametrize("stored", [FEW_BITS, LATENTS])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_prefill_in_few_bits_is_the_reference(specimen: Specimen, seed: int, stored: str) -> None:
-    """In float64: where a number lies between two levels, rounding decides on a whole step."""
-    for name, inputs in prompts_of(specimen).items():
+    """In float64: where a number lies between two levels, rounding decides on a whole step.
+
+    Every prompt has both storages, and every plan half of the prompts.
+    """
+    for number, (name, inputs) in enumerate(prompts_of(specimen).items()):
+        if (number + seed + STORED.index(stored)) % 2:
+            continue
         plan = drawn(specimen, seed, stored)
         where = specimen.text_positions(inputs)
         with reference(specimen.oracle, plan):
@@ -77,12 +82,11 @@ def test_prefill_in_few_bits_is_the_reference(specimen: Specimen, seed: int, sto
         with pruned(specimen.oracle, plan):
             found = tiny.logits(specimen.oracle, inputs)[where]
             recorded = specimen.oracle(**tiny.as_dtype(inputs, torch.float64)).logits[where]
+            specimen.oracle.get_decoder().yopo.store_whole()
+            whole = tiny.logits(specimen.oracle, inputs)[where]
         scale = expected.abs().max()
         assert (found - expected).abs().max() < 1e-9 * scale, name
         assert (recorded.detach() - expected).abs().max() < 1e-9 * scale, name
-        with pruned(specimen.oracle, plan):
-            specimen.oracle.get_decoder().yopo.store_whole()
-            whole = tiny.logits(specimen.oracle, inputs)[where]
         assert torch.allclose(whole, found, rtol=1e-6) == (name == "text"), name
 
 
@@ -116,7 +120,10 @@ def specified(
 @storages
 @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
 def test_generate_matches_the_reference(specimen: Specimen, beams: int, stored: str) -> None:
+    """Beams of every prompt, and with everything stored in every way, but not of each with each."""
     for seed, (name, inputs) in enumerate(prompts_of(specimen).items()):
+        if beams > 1 and seed % 3 != STORED.index(stored):
+            continue
         if beams > 1 and not tiny.beams_get_their_images(specimen.oracle, inputs):
             continue
         plan = drawn(specimen, seed, stored)
@@ -126,13 +133,14 @@ def test_generate_matches_the_reference(specimen: Specimen, beams: int, stored: 
         assert torch.equal(found, expected), name
 
 
-@pytest.mark.parametrize("first", [[1, 5, 6, "A", 7, 8], [1, 5, 6]], ids=["image", "text"])
 @pytest.mark.parametrize("seed", SEEDS)
 @storages
 def test_a_second_turn_with_a_new_image_continues_the_cache(
-    specimen: Specimen, first: list[int | str], seed: int, stored: str
+    specimen: Specimen, seed: int, stored: str
 ) -> None:
     plan, cache, oracle = drawn(specimen, seed, stored), DynamicCache(), specimen.oracle
+    has_image = (seed + STORED.index(stored)) % 2  # both with every seed and every storage
+    first = [1, 5, 6, "A", 7, 8] if has_image else [1, 5, 6]
     second = [11, "B", 12, 13]
     with pruned(oracle, plan):
         said = specimen.generate(oracle, specimen.inputs([first]), past_key_values=cache)

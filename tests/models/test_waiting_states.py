@@ -21,15 +21,18 @@ from yopo.data.sources import open_pairs
 from yopo.evaluation.fidelity import compare, record_dense
 from yopo.fitting.layerwise import DenseWalk, enter
 from yopo.fitting.profile import profile
-from yopo.fitting.refit import refit
+from yopo.fitting.refit import Weights, refit
 from yopo.fitting.states import InFiles, InHostMemory
 from yopo.pipeline.model_handle import ModelHandle
 from yopo.pipeline.options import RunOptions
 from yopo.plans.grid import Grid
-from yopo.plans.schema import LayerPlan, Workload, full_plan
+from yopo.plans.schema import LayerPlan, PruningPlan, Workload, full_plan
 from yopo.runtime.install import pruned
 
 GPU = torch.device("cuda", 0)
+FIT = tuple[dict[str, Any], dict[int, Weights]]
+"""A profile's fields, and fitted weights."""
+
 NAMES = ("one image", "two images", "padded, different images")
 
 
@@ -44,14 +47,26 @@ def batches(specimen: Specimen) -> list[Batch]:
     return [Batch(specimen.inputs(PROMPTS[name]), None, ()).to(GPU) for name in NAMES]
 
 
-@pytest.mark.parametrize("kind", ["host", "files"])
-def test_a_fit_holds_one_batch_on_the_device(specimen: Specimen, kind: str, tmp_path: Path) -> None:
-    plan = specimen.plan(3, baked=False, compensation="refit", bidirectional=False)
+def plan_of(specimen: Specimen) -> PruningPlan:
+    return specimen.plan(3, baked=False, compensation="refit", bidirectional=False)
+
+
+@pytest.fixture(scope="module")
+def resident(specimen: Specimen) -> FIT:
+    """The profile and the fitted weights of a model that is all on the device."""
     with pretended():
-        resident = spread(specimen.model, GPU)
-        usual = enter(resident, batches(specimen))
-        expected = vars(profile(resident, usual, specimen.identity.shape))
-        (fitted,) = refit(resident, usual, [plan])
+        model = spread(specimen.model, GPU)
+        entered = enter(model, batches(specimen))
+        found = vars(profile(model, entered, specimen.identity.shape))
+        (fitted,) = refit(model, entered, [plan_of(specimen)])
+    return found, fitted
+
+
+@pytest.mark.parametrize("kind", ["host", "files"])
+def test_a_fit_holds_one_batch_on_the_device(
+    specimen: Specimen, resident: FIT, kind: str, tmp_path: Path
+) -> None:
+    expected, fitted = resident
     model = with_layers_elsewhere(specimen.model)
     with pretended() as places:
         model._apply(lambda each: each.to(GPU))
@@ -69,7 +84,7 @@ def test_a_fit_holds_one_batch_on_the_device(specimen: Specimen, kind: str, tmp_
         assert len(places.on(GPU)) == before
         found = vars(profile(model, entered, specimen.identity.shape))
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        (weights,) = refit(model, entered, [plan])
+        (weights,) = refit(model, entered, [plan_of(specimen)])
         for number, each in fitted.items():
             assert all(torch.equal(weights[number][name], each[name]) for name in each)
 

@@ -206,8 +206,11 @@ class Specimen:
     def generate(
         self, model: PreTrainedModel, inputs: dict[str, Any], **options: Any
     ) -> torch.Tensor:
-        """Return token ids, prompt included; placeholders are never generated."""
-        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False} | options
+        """Return token ids, prompt included; placeholders are never generated.
+
+        Three new tokens: of the prefill, of a step, and of a step that reads what a step cached.
+        """
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False} | options
         options["suppress_tokens"] = list(self.entry.placeholders)
         return model.generate(**tiny.as_dtype(inputs, model.dtype), **options)
 

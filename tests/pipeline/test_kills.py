@@ -117,9 +117,9 @@ def show(kind: str, hit: Counter[str]) -> None:
 # One process
 
 
-@pytest.fixture
-def forked(tmp_path: Path) -> Iterator[Forked]:
-    runner = Forked(tmp_path / "runner")
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    runner = Forked(tmp_path_factory.mktemp("forked") / "runner")
     yield runner
     runner.close()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,7 +49,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     file, baked = folder / "plan.yaml", folder / "baked"
     asked = ["--model", request.param, "--reduce", "par:0.5", "--budget", "0.05", "-o", str(file)]
     few = ["--samples", "32", "--max-new-tokens", "12", "--compensation", "refit"]
-    assert main(["calibrate", *asked, *few]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.try_few_plans(patch)
+        assert main(["calibrate", *asked, *few]) == 0
     assert main(["apply", str(file), "-o", str(baked)]) == 0
     return Made(request.param, file, read_plan(file), baked)
 
@@ -165,7 +168,8 @@ def test_bad_reductions_are_refused_in_a_sentence(
     assert not output.exists()
 
 
-def test_a_tolerance_is_met_with_reduced_tokens() -> None:
+def test_a_tolerance_is_met_with_reduced_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.try_few_plans(monkeypatch)
     fit = FitOptions(reduction=parse_method("divprune:0.5"))
     request = yopo.ToleranceRequest(0.3)
     options = RunOptions(samples=40, max_new_tokens=12)

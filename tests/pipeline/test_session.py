@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from PIL import Image
 
 from yopo.data.split import MIN_SIDE
@@ -32,10 +33,7 @@ def options(samples: int, **more: object) -> RunOptions:
 @pytest.fixture(autouse=True)
 def one_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     """One allocation instead of a dozen."""
-    monkeypatch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
-    monkeypatch.setattr("yopo.planning.allocations.near", lambda weighting: ())
-    monkeypatch.setattr("yopo.planning.allocations.GENERATIONS", 0)
-    monkeypatch.setattr("yopo.planning.weightings.near", lambda weighting: ())
+    tiny.try_few_plans(monkeypatch)
 
 
 def make(samples: int, request: PlanRequest) -> Calibrated:

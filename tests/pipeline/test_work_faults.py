@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from yopo.cli.main import main
@@ -29,10 +30,7 @@ Calibrate = Callable[..., tuple[int, str]]
 
 def make_few(patch: pytest.MonkeyPatch) -> None:
     """One allocation, and sums kept after every batch."""
-    patch.setattr("yopo.planning.weightings.VISUAL_WEIGHTS", (1.0,))
-    patch.setattr("yopo.planning.allocations.near", lambda weighting: ())
-    patch.setattr("yopo.planning.allocations.GENERATIONS", 0)
-    patch.setattr("yopo.planning.weightings.near", lambda weighting: ())
+    tiny.try_few_plans(patch)
     patch.setattr("yopo.calibration.measure.PERIOD", 0.0)
 
 

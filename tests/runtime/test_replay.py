@@ -92,6 +92,8 @@ def test_text_that_is_not_filled_up_gives_the_same_bits(
     for seed in range(2):
         plan = plan_of(subject, seed, stored)
         for rows in PROMPTS.values():
+            if side == "right" and len({*map(len, rows)}) == 1:
+                continue  # nothing is padded
             inputs = tiny.batch(rows, pad=side)
             expected = without(subject.model, plan, partial(tiny.logits, subject.model, inputs))
             with pruned(subject.model, plan):

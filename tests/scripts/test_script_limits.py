@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-
-from yopo.planning import allocations, weightings
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +26,7 @@ def table(text: str) -> dict[str, list[str]]:
 def test_every_part_is_measured(
     script, tiny_shape: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weightings, "VISUAL_WEIGHTS", (1.0,))  # few plans
-    monkeypatch.setattr(allocations, "GENERATIONS", 0)
+    tiny.try_few_plans(monkeypatch)
     small = [
         "--samples",
         "40",

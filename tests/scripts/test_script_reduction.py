@@ -12,6 +12,7 @@ import pytest
 import reduction
 import reduction_study as study
 import reduction_times
+import tiny
 import torch
 from reduction import Job
 
@@ -25,8 +26,9 @@ def measured(folder: Path, job: Job) -> list[dict[str, Any]]:
 
 
 def test_a_composition_is_compared_at_equal_flops_and_kv(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tiny.try_few_plans(monkeypatch)
     threads = torch.get_num_threads()
     where = ("llava-tiny", 0)
     found = []

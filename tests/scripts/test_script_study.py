@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import thinning
+import tiny
 
 from yopo.baselines import registry
 from yopo.baselines.registry import with_own_budget
@@ -55,8 +56,10 @@ def options(path: Path) -> Namespace:
 def run_study(path: Path) -> ModuleType:
     study = script("study")
     study.SEARCH_RUNS = 4
-    study.methods(study.Study(options(path)))
-    study.deeper(study.Study(options(path)))
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.try_few_plans(patch)
+        study.methods(study.Study(options(path)))
+        study.deeper(study.Study(options(path)))
     return study
 
 

@@ -8,6 +8,7 @@ in every layer, each computed in full there. No torch at run time: hooks are typ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -225,10 +226,12 @@ class Baseline(ABC):
         return sum(dense_visual_kv_bytes(*each, itemsize) for each in layers)
 
     def _layers(self, shape: ModelShape, workload: Workload) -> list[tuple[ModelShape, Workload]]:
-        """One dense layer per layer of the decoder, with the prompt that it sees."""
-        one = replace(shape, layers=1)
-        counts = self.tokens(shape, workload.grids)
-        return [(one, _with_visual(workload, count)) for count in counts]
+        """Dense layers, together where they see the same prompt, with that prompt."""
+        counts = Counter(self.tokens(shape, workload.grids))
+        return [
+            (replace(shape, layers=layers), _with_visual(workload, count))
+            for count, layers in counts.items()
+        ]
 
 
 def share_of(share: float, count: int) -> int:

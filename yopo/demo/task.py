@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, Protocol, TypeVar
 
 from PIL import Image
@@ -62,7 +63,7 @@ def split_of(hex_digest: str) -> str:
     return SPLITS[min(int(hex_digest, 16) % 10, 2)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task(Generic[P]):
     """A kind of pictures and the questions about them.
 
@@ -133,8 +134,7 @@ class Task(Generic[P]):
             raise ValueError(f"kinds must be some of {', '.join(self.kinds)}; got {wanted!r}")
         for index in range(count):
             kind = wanted[index % len(wanted)]
-            rng = random.Random(f"{self.stream} pairs/{split}/{seed}/{kind}/{index}")
-            picture, question, answer = self._ask(split, kind, rng)
+            picture, question, answer = find_pair(self, split, seed, kind, index)
             name = f"{split}-{seed}-{index:05d}-{kind}"
             yield DemoPair(picture.render(), question, answer, kind, name)
 
@@ -161,16 +161,19 @@ class Task(Generic[P]):
             final = [Turn(q, a, self.long_kind) for q, a in long]
             yield picture, (*asked.values(), *final)
 
-    def _ask(self, split: str, kind: str, rng: random.Random) -> tuple[P, str, str]:
-        """Find a picture of the split with a question of this kind, its answer drawn uniformly."""
-        wanted = rng.choice(self.answers[kind]) if kind in self.answers else None
-        while True:
-            picture = self.draw(rng)
-            if picture.split() != split:
-                continue
-            found = [c for c in self.candidates(picture, kind) if wanted in (None, c[1])]
-            if found:
-                return picture, *rng.choice(found)
+
+@lru_cache(maxsize=4096)  # every stage of a calibration reads its pairs anew
+def find_pair(task: Task[P], split: str, seed: int, kind: str, index: int) -> tuple[P, str, str]:
+    """Find a picture of the split with a question of this kind, its answer drawn uniformly."""
+    rng = random.Random(f"{task.stream} pairs/{split}/{seed}/{kind}/{index}")
+    wanted = rng.choice(task.answers[kind]) if kind in task.answers else None
+    while True:
+        picture = task.draw(rng)
+        if picture.split() != split:
+            continue
+        found = [c for c in task.candidates(picture, kind) if wanted in (None, c[1])]
+        if found:
+            return picture, *rng.choice(found)
 
 
 def check_split(split: str) -> None:
