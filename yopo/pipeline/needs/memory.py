@@ -90,7 +90,7 @@ def _statistics(job: Job) -> Stage:
 
 def _comparison(job: Job) -> Stage:
     """Answers of the dense model, and each plan's predictions along them."""
-    batch, itemsize = job.batch_size, _size(job)
+    batch, itemsize = job.batch_size, job.weights.itemsize
     logits = batch * (job.new_tokens + 1) * job.vocabulary * (itemsize + 3 * SINGLE)
     cached = 2 * job.shape.layers * job.shape.kv_heads * job.shape.head_dim
     keys = (job.prompts.longest + job.new_tokens) * cached * itemsize  # of one pair
@@ -117,19 +117,15 @@ def _fit(job: Job) -> Stage:
     return Stage("the fit", held, host, "fewer --fit-pairs")
 
 
-def _size(job: Job) -> int:
-    return job.weights.itemsize
-
-
 def _activations(job: Job) -> float:
     """Of one layer, for the tokens of a batch; the vision tower takes about as much, before."""
     each = 5 * job.shape.hidden + 3 * job.shape.ffn
-    return job.batch_size * job.prompts.longest * each * _size(job)
+    return job.batch_size * job.prompts.longest * each * job.weights.itemsize
 
 
 def _freed(job: Job) -> float:
     """What batches on the host leave in its heap."""
-    largest = job.batch_size * job.prompts.longest * job.shape.ffn * _size(job)
+    largest = job.batch_size * job.prompts.longest * job.shape.ffn * job.weights.itemsize
     return HEAPS * _activations(job) if job.on_host and largest < HEAPED else 0.0
 
 
@@ -147,18 +143,18 @@ def _waiting(job: Job, pairs: int, keys: float) -> float:
     if not keys:
         most = most_tokens("cpu" if job.on_host else "cuda")
         waiting = min(waiting, most / job.prompts.mean + job.batch_size)
-    states = job.prompts.mean * STATES * job.shape.hidden * _size(job)
+    states = job.prompts.mean * STATES * job.shape.hidden * job.weights.itemsize
     return min(waiting * (states + keys), job.window)
 
 
 def _weights(job: Job, share: float) -> float:
     """A share of what a plan keeps of the layers' weights."""
-    return share * job.plans.budget * job.weights.layers * _size(job)
+    return share * job.plans.budget * job.weights.layers * job.weights.itemsize
 
 
 def _once(job: Job) -> float:
     """States of the pairs to fit on."""
-    return job.own(job.counts.fit) * job.prompts.mean * job.shape.hidden * _size(job)
+    return job.own(job.counts.fit) * job.prompts.mean * job.shape.hidden * job.weights.itemsize
 
 
 def _states(job: Job) -> float:
