@@ -30,7 +30,7 @@ HEAPED, HEAPS = 32 << 20, 4
 """Bytes under which the C library keeps what is freed for a while (see ``GivingBack``), and what
 that adds up to, over what a batch takes in a layer."""
 
-LIBRARIES = 130_000_000
+LIBRARIES = 110_000_000
 """What libraries take on the host when they are first used."""
 
 
